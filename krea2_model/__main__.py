@@ -1,0 +1,102 @@
+"""The command line: `python -m krea2_model "a fox in the snow" --model FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .pipeline import Krea2Pipeline
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m krea2_model",
+        description="Krea 2 from the command line. A first word that is no command is the prompt.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="make images from a prompt")
+    generate.add_argument("prompt")
+    files = generate.add_argument_group("model files")
+    files.add_argument("--model", type=Path, help="a diffusers folder or an all-in-one file")
+    files.add_argument("--transformer", type=Path, help="a transformer file or folder")
+    files.add_argument("--text-encoder", type=Path, help="a Qwen3-VL file or folder")
+    files.add_argument("--vae", type=Path, help="a Qwen-Image VAE file or folder")
+    files.add_argument("--tokenizer", type=Path, help="a folder with the Qwen tokenizer")
+    image = generate.add_argument_group("image")
+    image.add_argument("--output", type=Path, default=Path("krea2.png"), help="a PNG file")
+    image.add_argument("--width", type=int, default=1024)
+    image.add_argument("--height", type=int, default=1024)
+    image.add_argument("--negative", default="", help="what guidance leads away from")
+    image.add_argument("--steps", type=int, help="default: the checkpoint's")
+    image.add_argument("--guidance", type=float, help="Krea's convention; ComfyUI's cfg - 1")
+    image.add_argument("--images", type=int, default=1, help="how many")
+    image.add_argument("--seed", type=int, default=0, help="of the first image")
+    image.add_argument("--max-sequence-length", type=int, help="cut the prompt; 512 is official")
+    machine = generate.add_argument_group("machine")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine.add_argument("--dtype", choices=DTYPES, help="default: the files'")
+    return parser
+
+
+def generate(args: argparse.Namespace) -> list[Path]:
+    """Make the images that `args` ask for; returns the files written."""
+    transformer, text_encoder, vae = (
+        part or args.model for part in (args.transformer, args.text_encoder, args.vae)
+    )
+    if None in (transformer, text_encoder, vae):
+        raise ValueError("Name the weights: --model, or --transformer, --text-encoder and --vae.")
+    pipeline = Krea2Pipeline.from_files(
+        transformer,
+        text_encoder,
+        vae,
+        args.tokenizer,
+        device=args.device,
+        dtype=DTYPES.get(args.dtype),
+    )
+    steps = pipeline.preset.steps if args.steps is None else args.steps
+    with tqdm(total=steps, unit="step", desc=args.output.name) as bar:
+        images = pipeline(
+            args.prompt,
+            args.negative,
+            height=args.height,
+            width=args.width,
+            steps=steps,
+            guidance=args.guidance,
+            num_images=args.images,
+            seed=args.seed,
+            max_sequence_length=args.max_sequence_length,
+            callback=lambda step, latents, predicted: bar.update(),
+        )
+    paths = [args.output]
+    paths += [args.output.with_stem(f"{args.output.stem}-{n}") for n in range(2, len(images) + 1)]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    if arguments and arguments[0] not in ("generate", "-h", "--help"):
+        arguments = ["generate", *arguments]
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    try:
+        for path in generate(args):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,454 @@
+"""Load and save the three parts of Krea 2.
+
+A path is a safetensors file (a part alone, with or without a prefix, or all-in-one) or a diffusers
+folder (the pipeline's or one part's, sharded or not). Tensors are mapped from the file and become
+the module's weights without a copy; modules are built on the meta device and loaded strictly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import PRESETS, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .identify import (
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    WHERE,
+    CheckpointError,
+    CheckpointNotFoundError,
+    identify,
+    read_header,
+)
+from .layers import TorchLayers
+from .text_encoder import Qwen3VLTextEncoder, infer_text_encoder_config, text_encoder_keys
+from .tokenizer import Krea2Tokenizer, find_tokenizer_folder
+from .transformer import Krea2Transformer
+from .transformer_keys import (
+    DIFFUSERS_MARKER,
+    OFFICIAL_MARKER,
+    diffusers_to_official,
+    infer_transformer_config,
+    module_to_official,
+    official_to_module,
+)
+from .vae import QwenImageVAE
+from .vae_keys import infer_vae_config, slice_temporal, vae_key_map
+
+# Metadata keys of a safetensors file that says more about itself than its tensors do.
+VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY = (
+    "krea2.variant", "krea2.steps", "krea2.guidance", "krea2.mu",
+)  # fmt: skip
+
+_VAE_MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
+
+ReadFile = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str]]]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by the names their file uses, and what else the file or its folder says."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    model_index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+
+class TransformerState(NamedTuple):
+    """A transformer's weights by module name, with its sizes and sampling defaults."""
+
+    config: TransformerConfig
+    tensors: dict[str, Tensor]
+    variant: str | None
+    preset: Preset | None
+
+
+class TextEncoderState(NamedTuple):
+    """A text encoder's weights by module name, without what text conditioning does not need."""
+
+    config: TextEncoderConfig
+    tensors: dict[str, Tensor]
+
+
+class VAEState(NamedTuple):
+    """A VAE's weights by module name, kernels sliced to two dimensions."""
+
+    config: VAEConfig
+    tensors: dict[str, Tensor]
+
+
+def load_transformer(
+    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, layers=None
+) -> Krea2Transformer:
+    """Load a Krea 2 transformer from a file or a diffusers folder.
+
+    dtype: of matrices and biases, None keeps the file's. Norm scales and modulation tables keep
+        the precision they are stored in.
+    The result has `variant` ("raw", "turbo" or None) and `preset` (its sampling defaults or None).
+    Raises CheckpointError, a ValueError, that says what the file is and what was expected.
+    """
+    checkpoint = open_checkpoint(path, "transformer")
+    state = read_transformer(checkpoint)
+    refuse_quantised(checkpoint)
+    dtype = dtype or state.tensors["first.weight"].dtype
+    tensors = {
+        name: tensor if is_norm_or_table(name) else tensor.to(dtype)
+        for name, tensor in state.tensors.items()
+    }
+    transformer = Krea2Transformer(state.config, layers or TorchLayers, device="meta")
+    transformer.variant, transformer.preset = state.variant, state.preset
+    return assign(transformer, tensors, checkpoint.path, TRANSFORMER, device)
+
+
+def load_text_encoder(
+    path: str | Path,
+    *,
+    device="cpu",
+    dtype: torch.dtype | None = None,
+    layers=None,
+    tokenizer: str | Path | None = None,
+) -> Qwen3VLTextEncoder:
+    """Load the language tower of Qwen3-VL from a file or a Hugging Face or diffusers folder.
+
+    tokenizer: a folder with a Qwen tokenizer; None takes the one beside the weights, else the one
+        every ComfyUI carries. Where none is found, encoding says what to do.
+    Raises CheckpointError as `load_transformer` does.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder")
+    state = read_text_encoder(checkpoint)
+    refuse_quantised(checkpoint)
+    dtype = dtype or state.tensors["embed_tokens.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in state.tensors.items()}
+    encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
+    encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
+    encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
+    return encoder
+
+
+def load_vae(
+    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, layers=None
+) -> QwenImageVAE:
+    """Load the Qwen-Image VAE from a file (original or diffusers names) or a diffusers folder.
+
+    Raises CheckpointError as `load_transformer` does.
+    """
+    checkpoint = open_checkpoint(path, "vae")
+    state = read_vae(checkpoint)
+    dtype = dtype or state.tensors["conv2.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in state.tensors.items()}
+    vae = QwenImageVAE(state.config, layers or TorchLayers, device="meta")
+    return assign(vae, tensors, checkpoint.path, VAE, device)
+
+
+def save_transformer(transformer: Krea2Transformer, path: str | Path) -> None:
+    """Save a transformer as one safetensors file in official names, with its sampling defaults.
+
+    An existing file is replaced only once the new one is whole.
+    """
+    tensors = {
+        module_to_official(name): tensor.detach().contiguous()
+        for name, tensor in transformer.state_dict().items()
+    }
+    metadata = {"format": "pt"}
+    if transformer.variant:
+        metadata[VARIANT_KEY] = transformer.variant
+    if transformer.preset and transformer.preset != PRESETS.get(transformer.variant or ""):
+        preset = transformer.preset
+        metadata |= {STEPS_KEY: str(preset.steps), GUIDANCE_KEY: str(preset.guidance)}
+        metadata |= {} if preset.mu is None else {MU_KEY: str(preset.mu)}
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def read_transformer(checkpoint: Checkpoint) -> TransformerState:
+    """Translate a transformer's tensors to module names and read off its sizes and variant."""
+    found = {}
+    for marker, translate in (
+        (OFFICIAL_MARKER, lambda name: name),
+        (DIFFUSERS_MARKER, diffusers_to_official),
+    ):
+        prefix = _prefix_of(checkpoint, (marker,))
+        if prefix is not None:
+            found = {translate(n): t for n, t in _under(checkpoint.tensors, prefix).items()}
+            break
+    else:
+        _refuse(checkpoint, TRANSFORMER)
+    # What tensors cannot tell, a diffusers folder's configuration does.
+    fields = ("rope_theta", "norm_eps", "axes_dims_rope")
+    fixed = {name: checkpoint.config[name] for name in fields if name in checkpoint.config}
+    if "axes_dims_rope" in fixed:
+        fixed["axes_dims_rope"] = tuple(fixed["axes_dims_rope"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    try:
+        config = infer_transformer_config(shapes, **fixed)
+    except ValueError as error:
+        _refuse_parts(checkpoint.path, TRANSFORMER, str(error))
+    tensors = {
+        # diffusers stores a block's table as (6, F), the official files as (6 F).
+        official_to_module(name): tensor.flatten() if name.endswith(".mod.lin") else tensor
+        for name, tensor in found.items()
+    }
+    variant = _variant(checkpoint)
+    return TransformerState(config, tensors, variant, _preset(checkpoint, variant))
+
+
+def read_text_encoder(checkpoint: Checkpoint) -> TextEncoderState:
+    """Translate a text encoder's tensors to module names and read off its sizes."""
+    names = text_encoder_keys(checkpoint.tensors)
+    if not names:
+        _refuse(checkpoint, TEXT_ENCODER)
+    shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
+    options: dict[str, Any] = {}
+    text_config = checkpoint.config.get("text_config", checkpoint.config)
+    rope = text_config.get("rope_parameters") or {}
+    if theta := text_config.get("rope_theta", rope.get("rope_theta")):
+        options["rope_theta"] = float(theta)
+    if taps := checkpoint.model_index.get("text_encoder_select_layers"):
+        options["tap_layers"] = tuple(taps)
+    if "rms_norm_eps" in text_config:
+        options["rms_norm_eps"] = text_config["rms_norm_eps"]
+    try:
+        config = infer_text_encoder_config(shapes, **options)
+    except ValueError as error:
+        _refuse_parts(checkpoint.path, TEXT_ENCODER, str(error))
+    tensors = {module: checkpoint.tensors[name] for name, module in names.items()}
+    return TextEncoderState(config, tensors)
+
+
+def read_vae(checkpoint: Checkpoint) -> VAEState:
+    """Translate a VAE's tensors to module names, slice its kernels and read off its sizes."""
+    prefix = _prefix_of(checkpoint, _VAE_MARKERS)
+    if prefix is None:
+        _refuse(checkpoint, VAE)
+    tensors = _under(checkpoint.tensors, prefix)
+    try:
+        tensors = to_original_vae_names(tensors)
+        config = infer_vae_config({name: tuple(t.shape) for name, t in tensors.items()})
+        return VAEState(config, slice_temporal(tensors, config))
+    except ValueError as error:
+        _refuse_parts(checkpoint.path, VAE, str(error))
+
+
+def open_checkpoint(
+    path: str | Path, component: str, read_file: ReadFile | None = None
+) -> Checkpoint:
+    """Open a file, or the part `component` of a diffusers folder.
+
+    component: "transformer", "text_encoder" or "vae": the subfolder to take where there is one.
+    read_file: reads one safetensors file to tensors and metadata; a host may bring its own.
+    """
+    path = Path(path)
+    read_file = read_file or read_safetensors
+    if path.is_file():
+        read_header(path)
+        tensors, metadata = read_file(path)
+        return Checkpoint(path, dict(tensors), dict(metadata))
+    if not path.is_dir():
+        raise CheckpointNotFoundError(
+            f"There is no file or folder {path}. Check the name and the folder."
+        )
+    folder = path / component if (path / component).is_dir() else path
+    checkpoint = Checkpoint(folder, {})
+    for file in _weight_files(folder):
+        read_header(file)
+        tensors, metadata = read_file(file)
+        checkpoint.tensors.update(tensors)
+        checkpoint.metadata.update(metadata)
+    checkpoint.config = _read_json(folder / "config.json")
+    for parent in (path, path.parent):
+        checkpoint.model_index = checkpoint.model_index or _read_json(parent / "model_index.json")
+    return checkpoint
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map a safetensors file: tensors on the CPU that are read from disk when they are used."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read ({error}). Download it again."
+        ) from error
+
+
+def to_original_vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a VAE's tensors from diffusers' names to the original ones, where they are not."""
+    if _VAE_MARKERS[0] in tensors:
+        return dict(tensors)
+    # Names depend on the depth alone, so the deepest known layout covers the shallower ones.
+    originals = {diffusers: original for original, diffusers in vae_key_map(VAEConfig()).items()}
+    return {originals.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def is_norm_or_table(name: str) -> bool:
+    """Whether a transformer's tensor (by module or official name) is a norm scale or a table."""
+    return module_to_official(name).endswith((".scale", ".lin"))
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for weights of 8 bits or fewer, which need dequantising layers."""
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith("weight") and (tensor.element_size() < 2):
+            raise CheckpointError(
+                f"{checkpoint.path.name} is quantised ({name} is {tensor.dtype}); without ComfyUI "
+                "only bf16, fp16 and fp32 files load. Use the bf16 file of the same model."
+            )
+
+
+def assign(
+    module: Module, tensors: dict[str, Tensor], path: Path, what: str, device="cpu"
+) -> Module:
+    """Make tensors a meta module's weights, strictly and without a copy, in evaluation mode.
+
+    Raises CheckpointError naming missing, surplus and misshapen tensors, and any vector (norm,
+    table, bias) that holds NaN or infinity.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_tensors(wanted, tensors, path, what)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.requires_grad_(False).eval().to(device)
+
+
+def check_tensors(
+    wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: Path, what: str
+) -> None:
+    """Raise CheckpointError unless `tensors` are those wanted and their vectors are finite."""
+    missing = sorted(wanted.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - wanted.keys())
+    misshapen = [
+        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = [
+        f"{len(found)} {word} (such as {', '.join(found[:3])})"
+        for word, found in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if found
+    ]
+    if problems:
+        _refuse_parts(path, what, f"its tensors do not fit: {'; '.join(problems)}")
+    for name, tensor in tensors.items():
+        vector = tensor.ndim == 1 and tensor.is_floating_point() and tensor.element_size() > 1
+        if vector and not torch.isfinite(tensor).all():
+            _refuse_parts(path, what, f"{name} holds NaN or infinity")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        shards = sorted(set((_read_json(indexes[0]).get("weight_map") or {}).values()))
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise CheckpointError(
+                    f"{indexes[0].name} in {folder} names the shard {shard!r}, which is not in "
+                    "that folder. Download the whole folder again."
+                )
+        return [folder / shard for shard in shards]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file. Name a model file, a diffusers folder (with "
+            "model_index.json) or one of its parts."
+        )
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} .safetensors files and no index. Name one of them."
+        )
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object.")
+    return value
+
+
+def _prefix_of(checkpoint: Checkpoint, markers: tuple[str, ...]) -> str | None:
+    """What stands before a marker tensor's name, or None where no marker is there."""
+    for name in checkpoint.tensors:
+        for marker in markers:
+            if name == marker or name.endswith(f".{marker}"):
+                return name[: -len(marker)]
+    return None
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+
+def _variant(checkpoint: Checkpoint) -> str | None:
+    """Raw or Turbo: from the folder's index, the file's metadata, else its name."""
+    if "is_distilled" in checkpoint.model_index:
+        return "turbo" if checkpoint.model_index["is_distilled"] else "raw"
+    if checkpoint.metadata.get(VARIANT_KEY) in PRESETS:
+        return checkpoint.metadata[VARIANT_KEY]
+    name = checkpoint.path.name.lower()
+    return next((variant for variant in ("turbo", "raw") if variant in name), None)
+
+
+def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
+    """Sampling defaults: the file's own where its metadata carries them, else the variant's."""
+    metadata = checkpoint.metadata
+    if STEPS_KEY not in metadata:
+        return PRESETS.get(variant or "")
+    try:
+        mu = float(metadata[MU_KEY]) if MU_KEY in metadata else None
+        guidance = float(metadata.get(GUIDANCE_KEY, 0))
+        return Preset(variant or "custom", int(metadata[STEPS_KEY]), guidance, mu)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.path.name} carries unreadable sampling defaults ({error})."
+        ) from error
+
+
+def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:
+    """The named tokenizer, the one beside the weights, or ComfyUI's; None where none is found."""
+    if explicit is not None:
+        return Krea2Tokenizer(explicit)
+    folder = path if path.is_dir() else path.parent
+    for candidate in (folder, folder.parent / "tokenizer"):
+        if (candidate / "tokenizer_config.json").is_file():
+            return Krea2Tokenizer(candidate)
+    try:
+        return Krea2Tokenizer(find_tokenizer_folder())
+    except FileNotFoundError:
+        return None
+
+
+def _refuse(checkpoint: Checkpoint, expected: str) -> NoReturn:
+    found = identify(checkpoint.tensors)
+    raise CheckpointError(
+        f"{checkpoint.path.name} is {found}; expected {expected}, for example {WHERE[expected]}."
+    )
+
+
+def _refuse_parts(path: Path, what: str, problem: str) -> NoReturn:
+    raise CheckpointError(
+        f"{path.name} is not a complete {what.split(' ', 1)[1]}: {problem}. "
+        f"Download it again, for example {WHERE[what]}."
+    )

@@ -1,0 +1,151 @@
+"""What a file is: told from its first bytes and from the names of its tensors.
+
+Loaders use this to refuse a wrong file with the right words, and lists to leave it out.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from .transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
+
+TRANSFORMER = "a Krea 2 transformer"
+TEXT_ENCODER = "a Qwen3-VL text encoder"
+VAE = "a Qwen-Image VAE"
+
+# Where the right file is found, for error messages.
+WHERE = {
+    TRANSFORMER: "krea2_turbo_bf16.safetensors (models/diffusion_models)",
+    TEXT_ENCODER: "qwen3vl_4b_bf16.safetensors (models/text_encoders)",
+    VAE: "qwen_image_vae.safetensors (models/vae)",
+}
+
+# The longest header a safetensors file may have, by the format's own reader.
+_MAX_HEADER = 100_000_000
+
+
+class CheckpointError(ValueError):
+    """A file is not what was expected; the message says what it is and what to do."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such file or folder."""
+
+
+class Header(NamedTuple):
+    """The header of a safetensors file: dtype name and shape a tensor, and free metadata."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    metadata: dict[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (_, shape) in self.tensors.items()}
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of a safetensors file, without its tensors.
+
+    Raises CheckpointError for a file of another format, a truncated one or one whose header is
+    broken, and CheckpointNotFoundError where there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"There is no file {path}. Check the name and the folder.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        foreign = _foreign_format(path, start)
+        if foreign:
+            raise CheckpointError(
+                f"{path.name} is {foreign}; expected a safetensors file. "
+                "Download or export the model as .safetensors."
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) < 8 or length > _MAX_HEADER or 8 + length > size:
+            raise CheckpointError(
+                f"{path.name} is not a whole safetensors file ({size:,} bytes, header length "
+                f"{length:,}): it is truncated or of another format. Download it again."
+            )
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__", None) or {}
+        tensors = {n: (e["dtype"], tuple(map(int, e["shape"]))) for n, e in entries.items()}
+        end = max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} has a broken safetensors header ({error}). Download it again."
+        ) from error
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{path.name} has {size:,} bytes where its header promises {8 + length + end:,}: "
+            "the download is incomplete or the file was damaged. Download it again."
+        )
+    return Header(tensors, metadata)
+
+
+def _foreign_format(path: Path, start: bytes) -> str | None:
+    if start[:4] == b"GGUF":
+        return "a GGUF file"
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "a PyTorch pickle, which can run code when loaded and is refused"
+    if start[:7] == b"version":
+        return "a Git LFS pointer instead of the file itself (run `git lfs pull`)"
+    if start.lstrip()[:1] == b"<":
+        return "a web page (the download needs a login or a licence to be accepted)"
+    if path.stat().st_size == 0:
+        return "empty"
+    return None
+
+
+def identify(names: Iterable[str]) -> str:
+    """What a file with tensors of these names is, as a noun phrase."""
+    names = list(names)
+    kinds = [kind for kind, found in _KINDS if found(names)]
+    if not names:
+        return "a file without tensors"
+    return " with ".join(kinds[:3]) if kinds else "a file of unknown kind"
+
+
+def _ends(*endings: str):
+    return lambda names: any(name.endswith(endings) for name in names)
+
+
+def _has(*parts: str):
+    return lambda names: any(part in name for name in names for part in parts)
+
+
+def _all(*tests):
+    return lambda names: all(test(names) for test in tests)
+
+
+def _not(test):
+    return lambda names: not test(names)
+
+
+_is_adapter = _has(".lora_", "lora_unet_", ".lokr_", ".hada_", ".dora_scale", "lycoris_")
+_is_wan_vae = _has("decoder.middle.0.residual.")
+_is_language = _ends("embed_tokens.weight", "layers.0.input_layernorm.weight")
+_has_qk_norm = _ends("layers.0.self_attn.q_norm.weight")
+
+_KINDS = (
+    ("a LoRA", _is_adapter),
+    (TRANSFORMER, _all(_ends(OFFICIAL_MARKER, DIFFUSERS_MARKER), _not(_is_adapter))),
+    (TEXT_ENCODER, _all(_is_language, _has_qk_norm)),
+    ("a Qwen2.5-VL or Llama text encoder (no q/k norm)", _all(_is_language, _not(_has_qk_norm))),
+    ("a T5 text encoder", _ends("encoder.block.0.layer.0.SelfAttention.q.weight")),
+    ("a CLIP text encoder", _has("text_model.encoder.layers.0.")),
+    (VAE, _is_wan_vae),
+    (VAE, _has("decoder.mid_block.resnets.0.norm1.gamma")),
+    ("a Stable Diffusion or Flux VAE", _has("decoder.up.0.block.0.", "decoder.conv_norm_out.")),
+    ("a Flux transformer", _all(_has("double_blocks.0."), _not(_is_adapter))),
+    ("a Stable Diffusion 3 transformer", _has("joint_blocks.0.")),
+    ("a Stable Diffusion UNet", _has("input_blocks.0.0.", "down_blocks.0.resnets.0.")),
+    ("a Qwen-Image transformer", _has("transformer_blocks.0.attn.add_q_proj")),
+    ("a Wan or Z-Image transformer", _has("blocks.0.cross_attn.", "noise_refiner.0.")),
+)  # fmt: skip

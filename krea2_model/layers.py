@@ -1,0 +1,64 @@
+"""The layer namespace, and the leaf modules for weights that torch.nn has no layer for.
+
+Every module of this package takes a `layers` namespace and builds its weights from it:
+`TorchLayers` here, cast and quantised layers of a host such as ComfyUI elsewhere. The zero-centred
+norm scales and the modulation tables of Krea 2 are bare parameters in the official checkpoints
+(`...prenorm.scale`, `...mod.lin`). Here each is the `weight` of a leaf module of its own
+(`...prenorm.scale.weight`), because hosts move, cast and patch leaf modules, not parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NormScale(nn.Module):
+    """A zero-centred norm scale: stored around 0, applied as `1 + weight` in float32."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def forward(self, device: torch.device) -> Tensor:
+        """The multiplier (D,) in float32 on `device`."""
+        return self.weight.to(device=device, dtype=torch.float32) + 1.0
+
+
+class ModulationTable(nn.Module):
+    """A learned offset to a shared modulation vector; `shape` is how the checkpoint stores it."""
+
+    def __init__(self, *shape: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """`vector + weight`, added in float32, in the dtype of `vector`."""
+        table = self.weight.to(device=vector.device, dtype=torch.float32)
+        return (vector.float() + table).to(vector.dtype)
+
+
+class TorchLayers:
+    """The default layer namespace: plain torch.nn."""
+
+    Linear = nn.Linear
+    Conv2d = nn.Conv2d
+    Embedding = nn.Embedding
+    RMSNorm = nn.RMSNorm
+    NormScale = NormScale
+    ModulationTable = ModulationTable
+
+
+class ZeroCentredRMSNorm(nn.Module):
+    """RMSNorm whose multiplier is `1 + scale`, computed in float32 (krea-ai/krea-2, mmdit.py)."""
+
+    def __init__(self, dim: int, eps: float, layers, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.scale = layers.NormScale(dim, device=device, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        multiplier = self.scale(hidden.device)
+        normed = F.rms_norm(hidden.float(), multiplier.shape, multiplier, self.eps)
+        return normed.to(hidden.dtype)

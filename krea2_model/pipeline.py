@@ -1,0 +1,280 @@
+"""Prompt to image without ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .checkpoint import load_text_encoder, load_transformer, load_vae
+from .config import RAW, Preset
+from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
+from .sizes import round_size
+from .text_encoder import Qwen3VLTextEncoder
+from .transformer import Krea2Transformer, grid_size
+from .vae import QwenImageVAE
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULT_SIZE = 1024
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class Krea2Pipeline:
+    """The three parts of Krea 2 and the way from a prompt to images.
+
+    Each part runs on the device and in the dtype of its own weights. Raises ValueError where the
+    text encoder is not the one the transformer was trained with.
+    """
+
+    def __init__(
+        self, transformer: Krea2Transformer, text_encoder: Qwen3VLTextEncoder, vae: QwenImageVAE
+    ):
+        wanted = (transformer.config.num_text_layers, transformer.config.text_hidden_dim)
+        given = (len(text_encoder.config.tap_layers), text_encoder.config.hidden_size)
+        if wanted != given:
+            raise ValueError(
+                f"The text encoder gives {given[0]} layers of width {given[1]}; this transformer "
+                f"needs {wanted[0]} of width {wanted[1]}. Use the encoder that belongs to it "
+                "(Qwen3-VL-4B for the released Krea 2)."
+            )
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.vae = vae
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+    ) -> Krea2Pipeline:
+        """Load a diffusers folder (model_index.json, transformer/, text_encoder/, vae/, ...)."""
+        return cls.from_files(path, path, path, device=device, dtype=dtype)
+
+    @classmethod
+    def from_files(
+        cls,
+        transformer: str | Path,
+        text_encoder: str | Path,
+        vae: str | Path,
+        tokenizer: str | Path | None = None,
+        *,
+        device="cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Krea2Pipeline:
+        """Load each part from a file or folder; an all-in-one file may be named three times."""
+        options = {"device": device, "dtype": dtype}
+        return cls(
+            load_transformer(transformer, **options),
+            load_text_encoder(text_encoder, tokenizer=tokenizer, **options),
+            load_vae(vae, **options),
+        )
+
+    @property
+    def preset(self) -> Preset:
+        """Sampling defaults of the loaded checkpoint; Raw's where it does not say what it is."""
+        return self.transformer.preset or RAW
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        height: int = DEFAULT_SIZE,
+        width: int = DEFAULT_SIZE,
+        steps: int | None = None,
+        guidance: float | None = None,
+        num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        sigmas: Sequence[float] | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+    ):
+        """Make images.
+
+        prompt: one or several; each gives `num_images` images, in order.
+        negative_prompt: what guidance leads away from, one for all or one a prompt.
+        height, width: pixels, rounded up to multiples of 16.
+        steps, guidance: None takes the checkpoint's preset. guidance is in Krea's convention,
+            `v = cond + guidance * (cond - uncond)`; ComfyUI's cfg is guidance + 1.
+        seed: an int (image i uses seed + i) or one a image.
+        latents: noise to start from, (B, 16, height / 8, width / 8), instead of seeds; gives the
+            size where height and width are left at their defaults.
+        prompt_embeds, negative_prompt_embeds: taps (B, L, 12, text width) instead of prompts,
+            with masks (B, L) bool or None where all tokens are real.
+        sigmas: final (shifted) values that end in 0, instead of steps.
+        max_sequence_length: cuts prompts; 512 is the official length, None never cuts.
+        output_type: "pil": a list of images; "np": (B, H, W, 3) float32 in [0, 1]; "pt":
+            (B, 3, H, W) in [0, 1]; "latent": (B, 16, h, w), normalised.
+        callback: called as `callback(step, latents, predicted)` after each step.
+
+        Raises ValueError that names the argument, what was expected and the remedy.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; expected one of {OUTPUT_TYPES}.")
+        if _not_whole(num_images) or num_images < 1:
+            raise ValueError(f"num_images is {num_images!r}; expected a whole number from 1 up.")
+        prompts = _prompt_list(prompt, prompt_embeds)
+        count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
+        batch = count * num_images
+
+        noise = self._noise(latents, batch, height, width, seed)
+        guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
+        if sigmas is None:
+            tokens = grid_size(noise, self.transformer.config.patch_size)
+            mu = self.preset.mu
+            mu = shift_mu(tokens[0] * tokens[1]) if mu is None else mu
+            sigmas = sigma_schedule(self.preset.steps if steps is None else steps, mu)
+        else:
+            sigmas = check_sigmas(sigmas)
+
+        positive = self._text(
+            prompts, prompt_embeds, prompt_embeds_mask, max_sequence_length, num_images
+        )
+        negative = None
+        if guidance > 0:
+            negatives = _negative_list(negative_prompt, negative_prompt_embeds, count)
+            negative = self._text(
+                negatives,
+                negative_prompt_embeds,
+                negative_prompt_embeds_mask,
+                max_sequence_length,
+                num_images,
+                batch,
+            )
+        result = noise
+        for step, current, predicted in denoise(
+            self.transformer, noise, positive, negative, sigmas=sigmas, guidance=guidance
+        ):
+            result = current
+            if callback is not None:
+                callback(step, current, predicted)
+        if output_type == "latent":
+            return result
+        return _to_output(self.decode(result), output_type)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 16, h, w) to images (B, 3, H, W) in [-1, 1], in tiles if memory runs out."""
+        latents = latents.to(_device(self.vae))
+        try:
+            return self.vae.decode(latents)
+        except torch.OutOfMemoryError:
+            logger.warning("Decoding ran out of memory; decoding in tiles instead.")
+        return self.vae.decode_tiled(latents)
+
+    def _text(
+        self,
+        prompts: list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        max_sequence_length: int | None,
+        num_images: int,
+        batch: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fused text, and its mask, repeated for the images of each prompt."""
+        if embeds is None:
+            embeds, mask = self.text_encoder.encode(
+                prompts or [""], max_sequence_length=max_sequence_length
+            )
+        elif mask is not None and mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"The mask has shape {tuple(mask.shape)}; expected {tuple(embeds.shape[:2])}, the "
+                "first two sizes of the embeddings it belongs to."
+            )
+        device = _device(self.transformer)
+        mask = None if mask is None else mask.to(device).bool()
+        if mask is not None and mask.all():
+            mask = None
+        text = self.transformer.fuse_text(embeds.to(device), mask)
+        repeats = num_images if batch is None else batch // len(text)
+        text = text.repeat_interleave(repeats, dim=0)
+        return text, None if mask is None else mask.repeat_interleave(repeats, dim=0)
+
+    def _noise(self, latents, batch: int, height: int, width: int, seed) -> Tensor:
+        """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
+        size = tuple(round_size(name, v) for name, v in (("height", height), ("width", width)))
+        channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
+        shape = (batch, channels, size[0] // downscale, size[1] // downscale)
+        if latents is None:
+            seeds = _seed_list(seed, batch)
+            noise = [
+                torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
+            ]
+            latents = torch.stack(noise)
+        else:
+            free = height == width == DEFAULT_SIZE and latents.ndim == 4
+            expected = shape[:2] if free else shape
+            if tuple(latents.shape[: len(expected)]) != expected or latents.ndim != 4:
+                raise ValueError(
+                    f"latents has shape {tuple(latents.shape)}; expected {shape}: {batch} images "
+                    f"of {size[0]} x {size[1]} px."
+                )
+        return latents.to(_device(self.transformer), torch.float32)
+
+
+def _prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:
+    if (prompt is None) == (embeds is None):
+        raise ValueError("Give either prompt or prompt_embeds, and not both.")
+    if embeds is not None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompt is {prompt!r}; expected a text or a list of texts.")
+    return prompts
+
+
+def _negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | None:
+    if embeds is not None:
+        if len(embeds) not in (1, count):
+            raise ValueError(
+                f"negative_prompt_embeds has {len(embeds)} entries; expected 1 or {count}."
+            )
+        return None
+    negatives = [negative] * count if isinstance(negative, str) else list(negative)
+    if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
+        raise ValueError(
+            f"negative_prompt is {negative!r}; expected a text or a list of {count} texts, one a "
+            "prompt."
+        )
+    return negatives
+
+
+def _seed_list(seed, batch: int) -> list[int]:
+    if not _not_whole(seed):
+        return [int(seed) + i for i in range(batch)]
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else []
+    if len(seeds) != batch or any(map(_not_whole, seeds)):
+        raise ValueError(
+            f"seed is {seed!r}; expected a whole number or a list of {batch}, one an image."
+        )
+    return [int(s) for s in seeds]
+
+
+def _not_whole(value) -> bool:
+    return isinstance(value, bool) or not isinstance(value, (int, np.integer))
+
+
+def _to_output(images: Tensor, output_type: str):
+    """Images (B, 3, H, W) in [-1, 1] to what the caller asked for."""
+    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

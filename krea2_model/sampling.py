@@ -1,0 +1,136 @@
+"""The flow: time shift, schedule, guidance and the Euler loop.
+
+Time runs from 1 (noise) to 0 (image) and the model predicts `noise - image`, so a step is
+`x + (next - now) * v`. The shift, the schedule and the guidance convention are those of
+krea-ai/krea-2, sampling.py. `sigmas` always means final values: shifted, ending in 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .transformer import Krea2Transformer
+
+# The exponent of the shift is linear in image tokens through these two points.
+_MU_TOKENS = (256, 6400)
+_MU_VALUES = (0.5, 1.15)
+
+FusedText = Tensor | tuple[Tensor, Tensor | None]
+
+
+def shift_mu(image_tokens: int) -> float:
+    """Exponent of the time shift for an image of so many tokens (one covers 16 x 16 px).
+
+    Linear and not clamped: 0.5 at 256 tokens, 0.90625 at 1024 x 1024 px, 1.15 at 6400 tokens.
+    """
+    if image_tokens < 1:
+        raise ValueError(f"image_tokens is {image_tokens}; expected at least 1.")
+    slope = (_MU_VALUES[1] - _MU_VALUES[0]) / (_MU_TOKENS[1] - _MU_TOKENS[0])
+    return _MU_VALUES[0] + slope * (image_tokens - _MU_TOKENS[0])
+
+
+def shift_time(time: float, mu: float) -> float:
+    """`e^mu / (e^mu + 1/t - 1)`: the exponential time shift of a time in [0, 1]."""
+    return math.exp(mu) / (math.exp(mu) + (1 / time - 1)) if time > 0 else 0.0
+
+
+def sigma_schedule(steps: int, mu: float, denoise: float = 1.0) -> list[float]:
+    """Final sigmas of a run: steps + 1 values down to 0, evenly spaced before the shift.
+
+    denoise: the time to start from; below 1 the run begins at an image with noise added instead
+        of at pure noise, and still takes `steps` steps.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; expected a whole number of at least 1.")
+    if not math.isfinite(mu):
+        raise ValueError(f"mu is {mu!r}; expected a finite number (Turbo uses 1.15).")
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise is {denoise!r}; expected more than 0 and at most 1.")
+    return [shift_time(denoise * (1 - i / steps), mu) for i in range(steps + 1)]
+
+
+def check_sigmas(sigmas: Sequence[float]) -> list[float]:
+    """Custom sigmas as floats. Raises ValueError unless they fall from at most 1 to exactly 0."""
+    values = [float(sigma) for sigma in sigmas]
+    if len(values) < 2 or values[-1] != 0 or not all(map(math.isfinite, values)):
+        raise ValueError(
+            f"sigmas is {values}; expected at least two final (shifted) values that end in 0, "
+            "as sigma_schedule() returns them."
+        )
+    if values[0] > 1 or any(a <= b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"sigmas is {values}; expected values that fall from at most 1 to 0.")
+    return values
+
+
+def check_guidance(guidance: float) -> float:
+    """Guidance as a float. Raises ValueError where it is not a finite number of 0 or more."""
+    if not math.isfinite(guidance) or guidance < 0:
+        raise ValueError(
+            f"guidance is {guidance!r}; expected 0 (off) or more, in Krea's convention: "
+            "v = cond + guidance * (cond - uncond), which is ComfyUI's cfg - 1."
+        )
+    return float(guidance)
+
+
+def denoise(
+    transformer: Krea2Transformer,
+    noise: Tensor,
+    positive: FusedText,
+    negative: FusedText | None = None,
+    *,
+    sigmas: Sequence[float],
+    guidance: float,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Euler steps from noise to an image, one a `next()`.
+
+    noise: (B, 16, h, w), the latents at `sigmas[0]`. They stay in float32 between steps, whatever
+        the dtype of the model: rounding them to bfloat16 costs more accuracy than the steps do.
+    positive, negative: text from `fuse_text`, (B, L, width), or `(text, mask)`.
+    sigmas: final values, see `sigma_schedule`.
+    guidance: 0 runs the positive text alone; above 0 needs a negative (the encoded empty prompt,
+        unless the user asks for another).
+
+    Yields `(step, latents, predicted)` after each step, counted from 1; `predicted` is the image
+    the model sees at that step (x0). Stop iterating to cancel.
+    Raises ValueError for bad arguments at once, and at the step where NaN or infinity appears.
+    """
+    sigmas = check_sigmas(sigmas)
+    guidance = check_guidance(guidance)
+    if guidance > 0 and negative is None:
+        raise ValueError(
+            f"guidance is {guidance} but there is no negative text. Pass the fused empty prompt "
+            "as negative, or guidance=0."
+        )
+    return _euler(transformer, noise.float(), positive, negative, sigmas, guidance)
+
+
+def _euler(transformer, latents, positive, negative, sigmas, guidance):
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
+        with torch.no_grad():
+            velocity = _guided_velocity(transformer, latents, sigma, positive, negative, guidance)
+            if not torch.isfinite(velocity).all():
+                raise ValueError(
+                    f"The model returned NaN or infinite values at step {step} (sigma {sigma:.4f}, "
+                    f"{transformer.compute_dtype}). Try bfloat16 or float32, or another file."
+                )
+            predicted = latents - sigma * velocity
+            latents = latents + (sigma_next - sigma) * velocity
+        yield step, latents, predicted
+
+
+def _guided_velocity(transformer, latents, sigma, positive, negative, guidance) -> Tensor:
+    """`cond + guidance * (cond - uncond)` in float32."""
+    timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
+
+    def velocity(text: FusedText) -> Tensor:
+        states, mask = text if isinstance(text, tuple) else (text, None)
+        return transformer(latents, timestep, states, mask).float()
+
+    conditional = velocity(positive)
+    if guidance == 0:
+        return conditional
+    return conditional + guidance * (conditional - velocity(negative))

@@ -1,0 +1,56 @@
+"""Image sizes: what the model takes, and sizes from an aspect ratio and an area."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+logger = logging.getLogger(__name__)
+
+# One token covers a square of this many pixels.
+MULTIPLE = 16
+MAX_SIZE = 16384
+
+ASPECTS = ("1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21")
+
+
+def round_size(name: str, pixels: int) -> int:
+    """A side in pixels, rounded up to a multiple of 16, with a warning where that changes it.
+
+    Raises ValueError for anything but a whole number from 1 to 16384.
+    """
+    if isinstance(pixels, bool) or not isinstance(pixels, int) or not 1 <= pixels <= MAX_SIZE:
+        raise ValueError(
+            f"{name} is {pixels!r}; expected a whole number of pixels from 1 to {MAX_SIZE}. "
+            "Raw is good to 1024, Turbo to 2048."
+        )
+    rounded = -(-pixels // MULTIPLE) * MULTIPLE
+    if rounded != pixels:
+        logger.warning(
+            "%s %d is not a multiple of %d: %d is used.", name, pixels, MULTIPLE, rounded
+        )
+    return rounded
+
+
+def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
+    """Width and height, in multiples of 16, nearest to an aspect ratio and an area.
+
+    aspect: "W:H"; megapixels: in units of 1024 x 1024 pixels, so 1 and "1:1" give 1024 x 1024.
+    """
+    if not math.isfinite(megapixels) or megapixels <= 0:
+        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
+    across, down = (int(part) for part in aspect.split(":"))
+    unit = math.sqrt(megapixels * 1024 * 1024 / (across * down))
+    sides = (max(1, round(side * unit / MULTIPLE)) * MULTIPLE for side in (across, down))
+    width, height = sides
+    if max(width, height) > MAX_SIZE:
+        raise ValueError(
+            f"{megapixels} megapixels at {aspect} are {width} x {height} pixels; expected at most "
+            f"{MAX_SIZE} a side. Choose fewer megapixels."
+        )
+    return width, height
+
+
+def image_tokens(width: int, height: int) -> int:
+    """Tokens of an image whose sides are multiples of 16."""
+    return (width // MULTIPLE) * (height // MULTIPLE)

@@ -1,0 +1,321 @@
+"""The language tower of Qwen3-VL, run for the hidden states that Krea 2 reads.
+
+Krea 2 conditions on 12 hidden states a token, tapped every third layer, none of them after the
+final norm. The last tap is what layer index 34 puts out, so of the 36 layers 35 are held here, and
+neither the final norm, the head nor the vision tower. Module names are the checkpoint's, without
+the prefix that differs from file to file (`text_encoder_keys`).
+
+Qwen3-VL rotates with three position axes (time, height, width). For text the three are equal, and
+the result is that of ordinary one-dimensional rotary positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attend, attend
+from .config import TextEncoderConfig
+from .layers import TorchLayers
+from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+
+RELEASED = TextEncoderConfig()
+_EMBEDDING = "embed_tokens.weight"
+_FIRST_NORM = "layers.0.input_layernorm.weight"
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with grouped key/value heads and a norm a head on queries and keys."""
+
+    def __init__(self, config: TextEncoderConfig, layers, attend: Attend, **factory):
+        super().__init__()
+        dim, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        query_dim = config.num_attention_heads * head_dim
+        key_dim = config.num_key_value_heads * head_dim
+        self.head_dim = head_dim
+        self.attend = attend
+        self.q_proj = layers.Linear(dim, query_dim, bias=False, **factory)
+        self.k_proj = layers.Linear(dim, key_dim, bias=False, **factory)
+        self.v_proj = layers.Linear(dim, key_dim, bias=False, **factory)
+        self.o_proj = layers.Linear(query_dim, dim, bias=False, **factory)
+        self.q_norm = layers.RMSNorm(head_dim, eps=eps, **factory)
+        self.k_norm = layers.RMSNorm(head_dim, eps=eps, **factory)
+
+    def forward(self, hidden: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
+        query = self.q_norm(self._heads(self.q_proj(hidden))).transpose(1, 2)
+        key = self.k_norm(self._heads(self.k_proj(hidden))).transpose(1, 2)
+        value = self._heads(self.v_proj(hidden)).transpose(1, 2)
+        query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
+        return self.o_proj(self.attend(query, key, value, None, mask))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim))  # (B, L, H, D)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TextEncoderConfig, layers, **factory):
+        super().__init__()
+        dim, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = layers.Linear(dim, inner, bias=False, **factory)
+        self.up_proj = layers.Linear(dim, inner, bias=False, **factory)
+        self.down_proj = layers.Linear(inner, dim, bias=False, **factory)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then an MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: TextEncoderConfig, layers, attend: Attend, **factory):
+        super().__init__()
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = layers.RMSNorm(dim, eps=eps, **factory)
+        self.self_attn = SelfAttention(config, layers, attend, **factory)
+        self.post_attention_layernorm = layers.RMSNorm(dim, eps=eps, **factory)
+        self.mlp = GatedMLP(config, layers, **factory)
+
+    def forward(self, hidden: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
+        """hidden: (B, L, D); rotation from `rotation_table`; mask (B or 1, 1, L, L), boolean."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Qwen3VLTextEncoder(nn.Module):
+    """Prompts, or their tokens, to the hidden states that Krea 2 reads.
+
+    layers: namespace of the layer classes, see `krea2_model.layers`.
+    attend: the attention function, see `krea2_model.attention`; it is given a boolean mask.
+    `tokenizer` is what `encode` uses; None until someone sets it.
+    """
+
+    tokenizer: Krea2Tokenizer | None
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        layers=TorchLayers,
+        device=None,
+        dtype: torch.dtype | None = None,
+        attend: Attend = attend,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.tokenizer = None
+        self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layers, attend, **factory) for _ in range(config.num_tapped_layers)
+        )
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The tapped hidden states, (B, L, taps, D) in the dtype of the embeddings.
+
+        tokens: (B, L), int64, prefix included.
+        mask: (B, L), True for real tokens, or None if all are. Padding may lie anywhere; it takes
+            no position and no real token sees it. What comes out for it has no meaning.
+        """
+        hidden = self.embed_tokens(tokens)
+        rotation = rotation_table(tokens.shape[1], self.config, tokens.device)
+        visible = causal_mask(tokens.shape[1], mask, tokens.device)
+        if mask is None:
+            rotation = rotation[:, None, None]
+        else:
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            rotation = rotation[:, positions].unsqueeze(2)
+        slots = {layer: slot for slot, layer in enumerate(self.config.tap_layers)}
+        taps = hidden.new_empty(*tokens.shape, len(slots), self.config.hidden_size)
+        for index, state in enumerate(self.hidden_states(hidden, rotation, visible)):
+            if index in slots:
+                taps[:, :, slots[index]] = state
+        return taps
+
+    def hidden_states(self, hidden: Tensor, rotation: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """Yield the embeddings (B, L, D), then what each layer puts out.
+
+        The index counts as transformers' `hidden_states` does: k is the output of layer k - 1.
+        """
+        yield hidden
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, mask)
+            yield hidden
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], *, max_sequence_length: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Taps of prompts in Krea 2's template, and which of them are real.
+
+        max_sequence_length: kept tokens, 5 of the template included, above which a prompt is cut;
+            512 is the official length. None never cuts.
+
+        Returns taps (B, L, taps, D) without the template's prefix, padded with zeros to the longest
+        prompt, and a boolean mask (B, L), or None if all prompts have the same length. Every prompt
+        runs alone and unpadded, so the others in the list do not change a bit of its result.
+
+        Raises ValueError without a tokenizer and for prompts that are not a list of texts.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
+            raise ValueError(
+                f"prompts is {prompts!r}; expected a list of one or more texts, such as ['a fox']."
+            )
+        if self.tokenizer is None:
+            raise ValueError(
+                "The text encoder has no tokenizer. Load a model folder that has its own "
+                "tokenizer/, name a folder with `tokenizer=` (--tokenizer on the command line), or "
+                "set COMFYUI_PATH to a ComfyUI folder."
+            )
+        device = self.embed_tokens.weight.device
+        batch = [self.tokenizer.tokenize(prompt, max_sequence_length) for prompt in prompts]
+        if max(map(max, batch)) >= self.config.vocab_size:
+            # On a GPU the lookup would fail later, and take the process's CUDA context with it.
+            raise ValueError(
+                f"The tokenizer in {self.tokenizer.folder} makes token {max(map(max, batch))}, but "
+                f"the text encoder knows {self.config.vocab_size}. Use the tokenizer of this model."
+            )
+        lengths = [len(ids) - PREFIX_TOKENS for ids in batch]
+        taps = None
+        for item, (ids, length) in enumerate(zip(batch, lengths, strict=True)):
+            states = self(torch.tensor([ids], device=device))[0, PREFIX_TOKENS:]
+            if taps is None:
+                taps = states.new_zeros(len(batch), max(lengths), *states.shape[1:])
+            taps[item, :length] = states
+        assert taps is not None
+        if min(lengths) == max(lengths):
+            return taps, None
+        counts = torch.tensor(lengths, device=device)
+        return taps, torch.arange(max(lengths), device=device) < counts[:, None]
+
+
+def rotation_table(length: int, config: TextEncoderConfig, device: torch.device) -> Tensor:
+    """Cosines and sines of the positions 0 to length - 1, (2, L, D/2) in float32.
+
+    Angles are rounded to float32 at each step as in transformers (`Qwen3VLTextRotaryEmbedding`),
+    where the model was trained, and on the CPU, so that devices agree.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin())).to(device)
+
+
+def rotate_halves(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate channel i together with channel i + D/2: (B, H, L, D) by (2, B or 1, 1, L, D/2)."""
+    cos, sin = rotation
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(heads.dtype)
+
+
+def causal_mask(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, (B or 1, 1, L, L): real ones up to itself, and always itself.
+
+    Itself even if it is padding: a query that sees nothing becomes NaN, and NaN reaches the others
+    through masked values too.
+    """
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if mask is None:
+        return causal[None, None]
+    itself = torch.eye(length, dtype=torch.bool, device=device)
+    return ((causal & mask.bool()[:, None, :]) | itself)[:, None]
+
+
+def text_encoder_keys(
+    names: Iterable[str], num_layers: int = RELEASED.num_tapped_layers
+) -> dict[str, str]:
+    """Which tensors of a checkpoint the encoder needs: their names there to its own names.
+
+    The prefix (`model.`, `model.language_model.`, `text_encoders.qwen3vl_4b.transformer.model.`,
+    none, ...) is what precedes the token embedding. Vision tower, head, final norm and layers from
+    `num_layers` on are left out. Empty if no tensor, or more than one, is a token embedding beside
+    decoder layers.
+    """
+    names = list(names)
+    prefixes = {
+        name.removesuffix(_EMBEDDING)
+        for name in names
+        if name == _EMBEDDING or name.endswith("." + _EMBEDDING)
+    }
+    prefixes = {prefix for prefix in prefixes if prefix + _FIRST_NORM in names}
+    if len(prefixes) != 1:
+        return {}
+    prefix = prefixes.pop()
+    keys = {}
+    for name in names:
+        if not name.startswith(prefix):
+            continue
+        ours = name.removeprefix(prefix)
+        layer = re.match(r"layers\.(\d+)\.", ours)
+        if ours.startswith("embed_tokens.") or (layer and int(layer[1]) < num_layers):
+            keys[name] = ours
+    return keys
+
+
+def infer_text_encoder_config(
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tap_layers: tuple[int, ...] | None = None,
+) -> TextEncoderConfig:
+    """Read the sizes off the encoder's tensors, given by its own names.
+
+    What shapes do not tell takes the released value where it is None. `num_hidden_layers` counts
+    the layers that are given. Sizes come from rows and norms alone, since 4-bit formats pack the
+    columns. A wrong width is none of this function's business: any Qwen3-VL with enough layers
+    passes.
+
+    Raises ValueError, saying what was found, for another architecture or too few layers.
+    """
+    advice = (
+        "Expected the language model of Qwen3-VL-4B (36 layers, width 2560): choose its file, such "
+        "as qwen3vl_4b_bf16.safetensors."
+    )
+    if _EMBEDDING not in shapes or _FIRST_NORM not in shapes:
+        raise ValueError(
+            "There is no token embedding beside decoder layers, so this is no language model. "
+            + advice
+        )
+    width = shapes[_FIRST_NORM][0]
+    indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
+    found = f"{len(indices)} layers, width {width}"
+    attention = "layers.0.self_attn."
+    if attention + "q_norm.weight" not in shapes:
+        kind = "Qwen2.5-VL" if attention + "q_proj.bias" in shapes else "another language model"
+        raise ValueError(
+            f"This is {kind} ({found}, no q/k norm), whose hidden states mean nothing to Krea 2. "
+            + advice
+        )
+    taps = tap_layers or RELEASED.tap_layers
+    missing = sorted(set(range(max(taps))) - indices)
+    if missing:
+        raise ValueError(
+            f"This text encoder has {found}; the taps need layers 0 to {max(taps) - 1}, and layer "
+            f"{missing[0]} is missing. {advice}"
+        )
+    rows = {}
+    for name in ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm"):
+        weight = f"layers.0.{name}.weight"
+        if weight not in shapes:
+            raise ValueError(f"This text encoder ({found}) has no {weight}. {advice}")
+        rows[name] = shapes[weight][0]
+    head_dim = rows["self_attn.q_norm"]
+    return replace(
+        RELEASED,
+        vocab_size=shapes[_EMBEDDING][0],
+        hidden_size=width,
+        intermediate_size=rows["mlp.gate_proj"],
+        num_hidden_layers=len(indices),
+        num_attention_heads=rows["self_attn.q_proj"] // head_dim,
+        num_key_value_heads=rows["self_attn.k_proj"] // head_dim,
+        head_dim=head_dim,
+        rms_norm_eps=RELEASED.rms_norm_eps if rms_norm_eps is None else rms_norm_eps,
+        rope_theta=RELEASED.rope_theta if rope_theta is None else rope_theta,
+        tap_layers=tuple(taps),
+    )

@@ -1,0 +1,437 @@
+"""The Krea 2 transformer: text fusion and a single-stream MMDiT over `[text, image]` tokens.
+
+What is odd about this model: the text arrives as twelve tapped encoder layers a token, which a
+small transformer fuses; one time vector modulates every block, and each block only adds a learned
+table to it; norms are zero-centred; attention output is gated by a sigmoid of the input; text
+tokens all sit at rotary position zero.
+
+Module names equal the keys of the official checkpoint (krea-ai/krea-2, mmdit.py), apart from the
+`.scale.weight` and `.lin.weight` leaves (see layers.py). Architecture checked against diffusers'
+Krea2Transformer2DModel and ComfyUI's own Krea 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import Attend, attend, rope_table
+from .config import Preset, TransformerConfig
+from .layers import TorchLayers, ZeroCentredRMSNorm
+
+REFERENCE_METHODS = ("index_timestep_zero", "index")
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: `down(silu(gate x) * up x)`, without biases."""
+
+    def __init__(self, dim: int, hidden_dim: int, layers, **factory):
+        super().__init__()
+        self.gate = layers.Linear(dim, hidden_dim, bias=False, **factory)
+        self.up = layers.Linear(dim, hidden_dim, bias=False, **factory)
+        self.down = layers.Linear(hidden_dim, dim, bias=False, **factory)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class QKNorm(nn.Module):
+    """The norms of queries and keys, one scale each over the head dimension."""
+
+    def __init__(self, head_dim: int, eps: float, layers, **factory):
+        super().__init__()
+        self.qnorm = ZeroCentredRMSNorm(head_dim, eps, layers, **factory)
+        self.knorm = ZeroCentredRMSNorm(head_dim, eps, layers, **factory)
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query self-attention with q/k norm and a sigmoid gate on its output."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, eps: float, layers, **factory):
+        super().__init__()
+        self.head_dim = dim // heads
+        kv_dim = kv_heads * self.head_dim
+        self.wq = layers.Linear(dim, dim, bias=False, **factory)
+        self.wk = layers.Linear(dim, kv_dim, bias=False, **factory)
+        self.wv = layers.Linear(dim, kv_dim, bias=False, **factory)
+        self.gate = layers.Linear(dim, dim, bias=False, **factory)
+        self.qknorm = QKNorm(self.head_dim, eps, layers, **factory)
+        self.wo = layers.Linear(dim, dim, bias=False, **factory)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rope: Tensor | None = None,
+        mask: Tensor | None = None,
+        attend: Attend = attend,
+    ) -> Tensor:
+        query = self.qknorm.qnorm(self._split_heads(self.wq(hidden)))
+        key = self.qknorm.knorm(self._split_heads(self.wk(hidden)))
+        value = self._split_heads(self.wv(hidden))
+        out = attend(query, key, value, rope, mask)
+        return self.wo(out * torch.sigmoid(self.gate(hidden)))
+
+    def _split_heads(self, hidden: Tensor) -> Tensor:
+        """(B, L, H * D) -> (B, H, L, D)."""
+        return hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class TextFusionBlock(nn.Module):
+    """A pre-norm transformer block without positions and without modulation."""
+
+    def __init__(self, config: TransformerConfig, layers, **factory):
+        super().__init__()
+        dim, eps = config.text_hidden_dim, config.norm_eps
+        heads = config.text_num_attention_heads
+        kv_heads = config.text_num_key_value_heads
+        self.prenorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
+        self.postnorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
+        self.attn = GatedAttention(dim, heads, kv_heads, eps, layers, **factory)
+        self.mlp = SwiGLU(dim, config.text_intermediate_size, layers, **factory)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
+        hidden = hidden + self.attn(self.prenorm(hidden), None, mask, attend)
+        return hidden + self.mlp(self.postnorm(hidden))
+
+
+class TextFusion(nn.Module):
+    """Twelve tapped states a token to one: attend over the taps, project, attend over tokens."""
+
+    def __init__(self, config: TransformerConfig, layers, **factory):
+        super().__init__()
+        self.layerwise_blocks = nn.ModuleList(
+            TextFusionBlock(config, layers, **factory)
+            for _ in range(config.num_layerwise_text_blocks)
+        )
+        self.projector = layers.Linear(config.num_text_layers, 1, bias=False, **factory)
+        self.refiner_blocks = nn.ModuleList(
+            TextFusionBlock(config, layers, **factory)
+            for _ in range(config.num_refiner_text_blocks)
+        )
+
+    def forward(self, taps: Tensor, mask: Tensor | None, attend: Attend = attend) -> Tensor:
+        """taps (B, L, T, D), mask (B, L) bool or None -> (B, L, D)."""
+        batch = taps.shape[0]
+        hidden = taps.flatten(0, 1)
+        for block in self.layerwise_blocks:
+            hidden = block(hidden, None, attend)
+        hidden = self.projector(hidden.transpose(1, 2)).squeeze(-1)
+        hidden = hidden.unflatten(0, (batch, -1))
+        keys = None if mask is None else mask[:, None, None, :]
+        for block in self.refiner_blocks:
+            hidden = block(hidden, keys, attend)
+        return hidden
+
+
+class BlockModulation(nn.Module):
+    """Adds a block's table to the shared time vector: (B, S, 6 D) -> six of (B, S, D)."""
+
+    def __init__(self, dim: int, layers, **factory):
+        super().__init__()
+        self.lin = layers.ModulationTable(6 * dim, **factory)
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(vector).chunk(6, dim=-1)
+
+
+class SingleStreamBlock(nn.Module):
+    """One of the transformer's blocks: modulated attention, then a modulated MLP.
+
+    `split` is None, or the index of the first token that follows the second of two time vectors
+    (reference images held at time zero); the time vector then is (B, 2, 6 D) instead of
+    (B, 1, 6 D).
+    """
+
+    def __init__(self, config: TransformerConfig, layers, **factory):
+        super().__init__()
+        dim, eps = config.hidden_size, config.norm_eps
+        self.mod = BlockModulation(dim, layers, **factory)
+        self.prenorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
+        self.postnorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
+        self.attn = GatedAttention(
+            dim, config.num_attention_heads, config.num_key_value_heads, eps, layers, **factory
+        )
+        self.mlp = SwiGLU(dim, config.intermediate_size, layers, **factory)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        vector: Tensor,
+        rope: Tensor,
+        mask: Tensor | None = None,
+        split: int | None = None,
+        attend: Attend = attend,
+    ) -> Tensor:
+        prescale, preshift, pregate, postscale, postshift, postgate = self.mod(vector)
+        update = self.attn(
+            modulate(self.prenorm(hidden), prescale, preshift, split), rope, mask, attend
+        )
+        hidden = gated_residual(hidden, pregate, update, split)
+        update = self.mlp(modulate(self.postnorm(hidden), postscale, postshift, split))
+        return gated_residual(hidden, postgate, update, split)
+
+
+class FinalModulation(nn.Module):
+    """Scale and shift of the output norm: the time embedding plus a table of (2, D)."""
+
+    def __init__(self, dim: int, layers, **factory):
+        super().__init__()
+        self.lin = layers.ModulationTable(2, dim, **factory)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.lin(time).chunk(2, dim=1)
+        return scale, shift
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection of image tokens to patches of velocity."""
+
+    def __init__(self, config: TransformerConfig, layers, **factory):
+        super().__init__()
+        self.norm = ZeroCentredRMSNorm(config.hidden_size, config.norm_eps, layers, **factory)
+        self.linear = layers.Linear(config.hidden_size, config.out_channels, bias=True, **factory)
+        self.modulation = FinalModulation(config.hidden_size, layers, **factory)
+
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.modulation(time)
+        return self.linear(modulate(self.norm(hidden), scale, shift))
+
+
+class Hooks:
+    """What a host may do inside a forward pass; this one, the default, does nothing.
+
+    Hosts that let others patch the model (ComfyUI does) hand a subclass to `Krea2Transformer`.
+    """
+
+    attend: Attend = staticmethod(attend)
+
+    def tokens(
+        self, text: Tensor, image: Tensor, text_positions: Tensor, image_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Called once with the embedded tokens (B, L, D) and their positions (1, L, 3)."""
+        return text, image, text_positions, image_positions
+
+    def blocks(self, blocks: nn.ModuleList, hidden: Tensor, *conditions) -> Tensor:
+        """Run the blocks in order; `conditions` are the block's own arguments after `hidden`."""
+        for block in blocks:
+            hidden = block(hidden, *conditions, self.attend)
+        return hidden
+
+
+NO_HOOKS = Hooks()
+
+
+class Krea2Transformer(nn.Module):
+    """Predicts the flow-matching velocity `noise - image` of image latents from text.
+
+    Call `fuse_text` once a prompt and the model itself once a step: the text does not depend on
+    the time.
+    """
+
+    def __init__(self, config: TransformerConfig, layers=TorchLayers, device=None, dtype=None):
+        super().__init__()
+        if sum(config.axes_dims_rope) != config.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {config.axes_dims_rope} sums to {sum(config.axes_dims_rope)}; "
+                f"it has to equal attention_head_dim {config.attention_head_dim}."
+            )
+        factory = {"device": device, "dtype": dtype}
+        dim = config.hidden_size
+        self.config = config
+        self.variant: str | None = None
+        self.preset: Preset | None = None
+        self.first = layers.Linear(config.in_channels, dim, bias=True, **factory)
+        self.tmlp = nn.Sequential(
+            layers.Linear(config.timestep_embed_dim, dim, bias=True, **factory),
+            nn.GELU(approximate="tanh"),
+            layers.Linear(dim, dim, bias=True, **factory),
+        )
+        self.tproj = nn.Sequential(
+            nn.GELU(approximate="tanh"), layers.Linear(dim, 6 * dim, bias=True, **factory)
+        )
+        self.txtfusion = TextFusion(config, layers, **factory)
+        self.txtmlp = nn.Sequential(
+            ZeroCentredRMSNorm(config.text_hidden_dim, config.norm_eps, layers, **factory),
+            layers.Linear(config.text_hidden_dim, dim, bias=True, **factory),
+            nn.GELU(approximate="tanh"),
+            layers.Linear(dim, dim, bias=True, **factory),
+        )
+        self.blocks = nn.ModuleList(
+            SingleStreamBlock(config, layers, **factory) for _ in range(config.num_layers)
+        )
+        self.last = FinalLayer(config, layers, **factory)
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype activations run in: that of the weight matrices."""
+        return self.first.weight.dtype
+
+    def fuse_text(
+        self, taps: Tensor, mask: Tensor | None = None, hooks: Hooks = NO_HOOKS
+    ) -> Tensor:
+        """Fuse tapped text-encoder states into text tokens of the transformer's width.
+
+        taps: (B, L, T, text width) with T tapped layers, kept tokens only.
+        mask: (B, L) bool, True for real tokens, or None where every token is real.
+        Returns (B, L, width). Rows of masked tokens hold no meaning.
+        Raises ValueError where the taps are not those of this model's text encoder.
+        """
+        expected = (self.config.num_text_layers, self.config.text_hidden_dim)
+        if taps.ndim != 4 or tuple(taps.shape[2:]) != expected:
+            raise ValueError(
+                f"Text taps have shape {tuple(taps.shape)}; this transformer needs "
+                f"(batch, tokens, {expected[0]}, {expected[1]}): {expected[0]} tapped layers of a "
+                f"text encoder of width {expected[1]}. Use the text encoder that belongs to it "
+                "(Qwen3-VL-4B for the released Krea 2)."
+            )
+        return self.txtmlp(self.txtfusion(taps.to(self.compute_dtype), mask, hooks.attend))
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        *,
+        references: Sequence[Tensor] | None = None,
+        reference_method: str = "index_timestep_zero",
+        hooks: Hooks = NO_HOOKS,
+    ) -> Tensor:
+        """Velocity at a time of the flow.
+
+        latents: (B, C, h, w), normalised. Odd h or w is padded by repeating the last row or
+            column and cropped again.
+        timestep: (B,) in [0, 1]; 1 is pure noise, 0 the image.
+        text: (B, L, width) from `fuse_text`; text_mask: (B, L) bool or None.
+        references: latents (B, C, h_i, w_i) of reference images, at rotary time index 1, 2, ...
+        reference_method: "index_timestep_zero" modulates reference tokens as finished images
+            (time 0), "index" with the step's own time.
+        hooks: lets a host patch tokens, blocks and attention.
+        Returns (B, C, h, w) in the dtype of `text`.
+        """
+        if reference_method not in REFERENCE_METHODS:
+            raise ValueError(
+                f"reference_method is {reference_method!r}; expected one of {REFERENCE_METHODS}."
+            )
+        self._check_latents(latents)
+        images, patch = [latents, *(references or ())], self.config.patch_size
+        tokens = [self.first(patchify(self._pad(image).to(text.dtype), patch)) for image in images]
+        image_tokens = tokens[0].shape[1]
+        text, image, text_positions, image_positions = hooks.tokens(
+            text,
+            torch.cat(tokens, dim=1),
+            torch.zeros(1, text.shape[1], 3),
+            grid_positions([grid_size(image, patch) for image in images])[None],
+        )
+        text_tokens = text.shape[1]
+        rope = self._rope_for(torch.cat((text_positions, image_positions), dim=1), text.device)
+
+        time, vector = self._embed_time(timestep, text.dtype)
+        split = None
+        if references and reference_method == "index_timestep_zero":
+            _, vector_at_zero = self._embed_time(torch.zeros_like(timestep), text.dtype)
+            vector = torch.cat((vector, vector_at_zero), dim=1)
+            split = text_tokens + image_tokens
+
+        hidden = torch.cat((text, image), dim=1)
+        mask = None
+        if text_mask is not None:
+            mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
+            mask = mask[:, None, None, :]
+        hidden = hooks.blocks(self.blocks, hidden, vector, rope, mask, split)
+        patches = self.last(hidden[:, text_tokens : text_tokens + image_tokens], time)
+        velocity = unpatchify(patches, *grid_size(latents, patch), patch)
+        return velocity[..., : latents.shape[-2], : latents.shape[-1]]
+
+    def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The time embedding (B, 1, D) and the blocks' shared vector (B, 1, 6 D)."""
+        embedding = timestep_embedding(timestep, self.config.timestep_embed_dim)
+        time = self.tmlp(embedding.to(dtype)[:, None])
+        return time, self.tproj(time)
+
+    def _rope_for(self, positions: Tensor, device: torch.device) -> Tensor:
+        """The rotary table of a sequence; kept for the next step, which needs the same one."""
+        positions = positions.to("cpu", torch.float32)
+        if self._rope is not None:
+            known, table = self._rope
+            if table.device == device and torch.equal(known, positions):
+                return table
+        table = rope_table(positions, self.config.axes_dims_rope, self.config.rope_theta)
+        self._rope = (positions, table.to(device))
+        return self._rope[1]
+
+    def _pad(self, latents: Tensor) -> Tensor:
+        patch = self.config.patch_size
+        bottom, right = -latents.shape[-2] % patch, -latents.shape[-1] % patch
+        if not (bottom or right):
+            return latents
+        return F.pad(latents, (0, right, 0, bottom), mode="replicate")
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = self.config.in_channels // self.config.patch_size**2
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(
+                f"Latents have shape {tuple(latents.shape)}; Krea 2 needs (batch, {channels}, "
+                "height / 8, width / 8), as the Qwen-Image VAE makes them."
+            )
+
+
+def modulate(hidden: Tensor, scale: Tensor, shift: Tensor, split: int | None = None) -> Tensor:
+    """`(1 + scale) * hidden + shift`: hidden (B, L, D), scale and shift (B, S, D)."""
+    if split is None:
+        return torch.addcmul(shift, hidden, 1 + scale)
+    sides = hidden.tensor_split([split], dim=1)
+    parts = zip(sides, scale.split(1, 1), shift.split(1, 1), strict=True)
+    return torch.cat([modulate(*part) for part in parts], dim=1)
+
+
+def gated_residual(
+    hidden: Tensor, gate: Tensor, update: Tensor, split: int | None = None
+) -> Tensor:
+    """`hidden + gate * update`: hidden and update (B, L, D), gate (B, S, D)."""
+    if split is None:
+        return torch.addcmul(hidden, gate, update)
+    sides, updates = hidden.tensor_split([split], dim=1), update.tensor_split([split], dim=1)
+    parts = zip(sides, gate.split(1, 1), updates, strict=True)
+    return torch.cat([gated_residual(*part) for part in parts], dim=1)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding (B, dim) in float32 of times (B,) in [0, 1], cosines first."""
+    half = dim // 2
+    frequencies = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(1e4) * frequencies / half)
+    angle = 1000.0 * timestep.float()[:, None] * frequencies
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def grid_size(latents: Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches that cover latents (..., h, w)."""
+    return -(-latents.shape[-2] // patch), -(-latents.shape[-1] // patch)
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """(B, C, h, w) -> (B, h/p * w/p, C * p * p)."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """(B, rows * columns, C * p * p) -> (B, C, rows * p, columns * p)."""
+    return rearrange(
+        patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch
+    )
+
+
+def grid_positions(grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Rotary positions (L, 3) of images by (rows, columns): (image index, row, column)."""
+    positions = []
+    for index, (rows, columns) in enumerate(grids):
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        positions.append(F.pad(grid, (1, 0), value=index).float())
+    return torch.cat(positions)

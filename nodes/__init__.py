@@ -1,0 +1,27 @@
+"""The nodes, in reading order: the table of contents."""
+
+from comfy_api.latest import ComfyExtension
+
+from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
+from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
+from .prompts import K2TextEncode
+from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
+
+NODES = [
+    K2Loader,
+    K2ModelLoader,
+    K2TextEncoderLoader,
+    K2VAELoader,
+    K2TextEncode,
+    K2EmptyLatent,
+    K2Sampler,
+    K2Sigmas,
+    K2ModelSampling,
+    K2VAEDecode,
+    K2VAEEncode,
+]
+
+
+class Krea2Extension(ComfyExtension):
+    async def get_node_list(self):
+        return NODES

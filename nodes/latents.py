@@ -1,0 +1,138 @@
+"""Latents: empty ones by size, and the way to and from images."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.sizes import ASPECTS, MAX_SIZE, MULTIPLE, round_size, size_for
+
+CUSTOM = "custom"
+
+
+class K2EmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2EmptyLatent",
+            display_name="Krea 2 Size",
+            category="Krea 2",
+            description=(
+                "An empty latent by aspect ratio and area, or by width and height. Raw is good "
+                "to about 1 megapixel, Turbo to 4 (2048 x 2048)."
+            ),
+            search_aliases=["krea", "krea2", "k2", "empty latent", "resolution", "aspect ratio"],
+            inputs=[
+                io.Combo.Input(
+                    "aspect",
+                    options=[*ASPECTS, CUSTOM],
+                    default="1:1",
+                    tooltip='Width to height. "custom" takes width and height from below.',
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=1.0,
+                    min=0.05,
+                    max=16.0,
+                    step=0.05,
+                    tooltip="Area, in units of 1024 x 1024 pixels. Without effect on custom sizes.",
+                ),
+                *(
+                    io.Int.Input(
+                        side,
+                        default=1024,
+                        min=MULTIPLE,
+                        max=MAX_SIZE,
+                        step=MULTIPLE,
+                        tooltip=f"Pixels, for custom; rounded up to multiples of {MULTIPLE}.",
+                    )
+                    for side in ("width", "height")
+                ),
+                io.Int.Input("batch", default=1, min=1, max=64, tooltip="How many images."),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="Empty latents for the sampler."),
+                io.Int.Output(display_name="width", tooltip="Pixels, as rounded."),
+                io.Int.Output(display_name="height", tooltip="Pixels, as rounded."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, aspect=None, megapixels=None, width=None, height=None):
+        try:
+            if aspect is not None and aspect not in (*ASPECTS, CUSTOM):
+                raise ValueError(
+                    f"aspect is {aspect!r}; expected one of {', '.join((*ASPECTS, CUSTOM))}."
+                )
+            if megapixels is not None:
+                size_for("1:1", megapixels)
+            for name, pixels in (("width", width), ("height", height)):
+                if pixels is not None:
+                    round_size(name, pixels)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, aspect="1:1", megapixels=1.0, width=1024, height=1024, batch=1):
+        import comfy.model_management
+        import torch
+
+        asked = (width, height)
+        if aspect == CUSTOM:
+            width, height = round_size("width", width), round_size("height", height)
+        else:
+            asked = width, height = size_for(aspect, megapixels)
+        latent = torch.zeros(
+            batch,
+            16,
+            1,
+            height // 8,
+            width // 8,
+            device=comfy.model_management.intermediate_device(),
+        )
+        note = f"{width} x {height}"
+        if asked != (width, height):
+            note += f" (rounded up from {asked[0]} x {asked[1]})"
+        return io.NodeOutput({"samples": latent}, width, height, ui=ui.PreviewText(note))
+
+
+class K2VAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2VAEDecode",
+            display_name="Decode with the Krea 2 VAE",
+            category="Krea 2",
+            description="Latents to images; in tiles of its own accord where memory runs out.",
+            search_aliases=["krea", "krea2", "k2", "vae decode", "latent to image"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="What the sampler gives."),
+                io.Vae.Input("vae", tooltip="The VAE."),
+            ],
+            outputs=[io.Image.Output(tooltip="The images.")],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae):
+        images = vae.decode(samples["samples"])
+        # Core's own VAE object for this file keeps a frame axis.
+        return io.NodeOutput(images.flatten(0, 1) if images.ndim == 5 else images)
+
+
+class K2VAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2VAEEncode",
+            display_name="Encode with the Krea 2 VAE",
+            category="Krea 2",
+            description="Images to latents, one latent an image.",
+            search_aliases=["krea", "krea2", "k2", "vae encode", "image to latent"],
+            inputs=[
+                io.Image.Input("pixels", tooltip="The images; sides are cropped to whole cells."),
+                io.Vae.Input("vae", tooltip="The VAE."),
+            ],
+            outputs=[io.Latent.Output(tooltip="Latents for the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, pixels, vae):
+        return io.NodeOutput({"samples": vae.encode(pixels)})

@@ -1,0 +1,193 @@
+"""Loaders: files and folders to MODEL, CLIP and VAE."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.identify import TEXT_ENCODER, TRANSFORMER, VAE
+from . import files
+
+DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8_e4m3fn")
+
+_MODEL_TIP = (
+    "A Krea 2 transformer (models/diffusion_models), an all-in-one file (models/checkpoints) or a "
+    "diffusers folder (models/diffusers). Raw or Turbo is told from the file."
+)
+_ENCODER_TIP = "The Qwen3-VL-4B text encoder (models/text_encoders), for example qwen3vl_4b_bf16."
+_VAE_TIP = "The Qwen-Image VAE (models/vae), for example qwen_image_vae."
+_AUTO_TIP = ' "auto" takes it from the model where it holds one, else the first that fits.'
+
+
+def _dtype_input(tooltip: str):
+    return io.Combo.Input(
+        "dtype", options=list(DTYPES), default="auto", tooltip=tooltip, advanced=True
+    )
+
+
+_MODEL_DTYPE = _dtype_input(
+    "How the transformer's matrices are kept in memory. auto follows the file and ComfyUI's flags; "
+    "norms and modulation tables always stay float32."
+)
+
+
+def _dtype(name: str):
+    import torch
+
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    return None if name == "auto" else getattr(torch, names.get(name, name))
+
+
+def _check(part: str, name: str | None):
+    """True, or what is wrong with a chosen name; a linked one is not known yet."""
+    if name is None or name == files.AUTO:
+        return True
+    try:
+        files.find_model(part, name)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+class K2Loader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Loader",
+            display_name="Load Krea 2",
+            category="Krea 2",
+            description="Loads all of Krea 2: transformer, text encoder and VAE.",
+            search_aliases=["krea", "krea2", "k2", "qwen", "turbo", "checkpoint"],
+            inputs=[
+                io.Combo.Input("model", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=[files.AUTO, *files.list_models(TEXT_ENCODER)],
+                    default=files.AUTO,
+                    tooltip=_ENCODER_TIP + _AUTO_TIP,
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=[files.AUTO, *files.list_models(VAE)],
+                    default=files.AUTO,
+                    tooltip=_VAE_TIP + _AUTO_TIP,
+                ),
+                _MODEL_DTYPE,
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The transformer."),
+                io.Clip.Output(tooltip="The text encoder."),
+                io.Vae.Output(tooltip="The VAE."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model=None, text_encoder=None, vae=None):
+        for part, name in ((TRANSFORMER, model), (TEXT_ENCODER, text_encoder), (VAE, vae)):
+            message = _check(part, name)
+            if message is not True:
+                return message
+        return True
+
+    @classmethod
+    def execute(cls, model, text_encoder=files.AUTO, vae=files.AUTO, dtype="auto"):
+        from .managed.clip import load_clip
+        from .managed.model import load_model
+        from .managed.vae import load_vae
+
+        model_path = files.find_model(TRANSFORMER, model)
+        paths = [
+            files.find_fitting(part, model_path)
+            if name == files.AUTO
+            else files.find_model(part, name)
+            for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
+        ]
+        return io.NodeOutput(
+            load_model(model_path, _dtype(dtype)), load_clip(paths[0]), load_vae(paths[1])
+        )
+
+
+class K2ModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2ModelLoader",
+            display_name="Load Krea 2 Model",
+            category="Krea 2",
+            description="Loads a Krea 2 transformer, Raw or Turbo.",
+            search_aliases=["krea", "krea2", "k2", "turbo", "unet", "diffusion model"],
+            inputs=[
+                io.Combo.Input("file", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
+                _MODEL_DTYPE,
+            ],
+            outputs=[io.Model.Output(tooltip="The transformer.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return _check(TRANSFORMER, file)
+
+    @classmethod
+    def execute(cls, file, dtype="auto"):
+        from .managed.model import load_model
+
+        return io.NodeOutput(load_model(files.find_model(TRANSFORMER, file), _dtype(dtype)))
+
+
+class K2TextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2TextEncoderLoader",
+            display_name="Load Krea 2 Text Encoder",
+            category="Krea 2",
+            description="Loads the Qwen3-VL-4B text encoder, without the parts text does not need.",
+            search_aliases=["krea", "krea2", "k2", "qwen", "qwen3", "clip"],
+            inputs=[
+                io.Combo.Input(
+                    "file", options=files.list_models(TEXT_ENCODER), tooltip=_ENCODER_TIP
+                ),
+                _dtype_input("How weights are kept in memory; activations are always float32."),
+            ],
+            outputs=[io.Clip.Output(tooltip="The text encoder.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return _check(TEXT_ENCODER, file)
+
+    @classmethod
+    def execute(cls, file, dtype="auto"):
+        from .managed.clip import load_clip
+
+        return io.NodeOutput(load_clip(files.find_model(TEXT_ENCODER, file), _dtype(dtype)))
+
+
+class K2VAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2VAELoader",
+            display_name="Load Krea 2 VAE",
+            category="Krea 2",
+            description="Loads the Qwen-Image VAE for single images, without its parts for video.",
+            search_aliases=["krea", "krea2", "k2", "qwen", "wan"],
+            inputs=[
+                io.Combo.Input("file", options=files.list_models(VAE), tooltip=_VAE_TIP),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", "bf16", "fp16", "fp32"],
+                    default="auto",
+                    tooltip="What the VAE runs in. auto follows the device and ComfyUI's flags.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Vae.Output(tooltip="The VAE.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return _check(VAE, file)
+
+    @classmethod
+    def execute(cls, file, dtype="auto"):
+        from .managed.vae import load_vae
+
+        return io.NodeOutput(load_vae(files.find_model(VAE, file), _dtype(dtype)))

@@ -1,0 +1,1 @@
+"""What ComfyUI manages: MODEL, CLIP and VAE built from our implementation."""

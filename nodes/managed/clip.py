@@ -1,0 +1,199 @@
+"""CLIP: our Qwen3-VL text encoder under ComfyUI's model management."""
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders
+import comfy.utils
+import torch
+
+from ...krea2_model.checkpoint import check_tensors, open_checkpoint, read_text_encoder
+from ...krea2_model.identify import TEXT_ENCODER
+from ...krea2_model.text_encoder import Qwen3VLTextEncoder
+from ...krea2_model.tokenizer import Krea2Tokenizer
+from .hooks import PatchHooks
+from .layers import comfy_layers
+from .model import read_with_comfy
+
+# The key under which core's Krea 2 encoder keeps its tokens, weights and LoRA aliases.
+NAME = "qwen3vl_4b"
+
+_IM_START, _USER = 151644, 872
+
+
+class Krea2ClipTokenizer:
+    """ComfyUI's tokenizer interface: texts to rows of (token id, weight)."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        folder = Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
+        self.tokenizer = Krea2Tokenizer(folder)
+
+    def tokenize_with_weights(
+        self,
+        text,
+        return_word_ids=False,
+        max_sequence_length=None,
+        always_wrap=False,
+        image=None,
+        images=(),
+        **kwargs,
+    ):
+        """One text, or a list of texts for the images of a batch.
+
+        A text that begins with `<|im_start|>` is a chat of its own and is passed as it is, as
+        core does, unless `always_wrap` is set. `max_sequence_length` 512 is the official cut.
+        """
+        if image is not None or len(images):
+            raise ValueError(
+                "This text encoder takes text alone; images in prompts are not supported yet. "
+                "Disconnect the image."
+            )
+        rows = []
+        for prompt in [text] if isinstance(text, str) else text:
+            if prompt.startswith("<|im_start|>") and not always_wrap:
+                tokens = self.tokenizer.tokenize_raw(prompt)
+            else:
+                tokens = self.tokenizer.tokenize(prompt, max_sequence_length)
+            row = [(token, 1.0) for token in tokens]
+            if return_word_ids:
+                row = [(*pair, index) for index, pair in enumerate(row, start=1)]
+            rows.append(row)
+        return {NAME: rows}
+
+    def untokenize(self, token_weight_pair):
+        return [(pair, self.decode([pair[0]])) for pair in token_weight_pair]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def state_dict(self):
+        return {}
+
+
+class Krea2TextModel(torch.nn.Module):
+    """What ComfyUI's CLIP holds: the encoder under core's names, and its entry points."""
+
+    def __init__(self, config, device="cpu", dtype=None, model_options=None):
+        super().__init__()
+        options = model_options or {}
+        operations = options.get("custom_operations")
+        if operations is None and options.get("quantization_metadata") is not None:
+            operations = comfy.ops.mixed_precision_ops(
+                options["quantization_metadata"], dtype, full_precision_mm=True
+            )
+        layers = _float32_layers(operations or comfy.ops.manual_cast)
+        # Nested as core nests it, so that LoRA keys and saved files use the same names.
+        transformer = torch.nn.Module()
+        transformer.model = Qwen3VLTextEncoder(
+            config, layers, device=device, dtype=dtype, attend=PatchHooks({}).attend
+        )
+        section = torch.nn.Module()
+        section.transformer = transformer
+        self.add_module(NAME, section)
+        self.requires_grad_(False).eval()
+        self.config, self.dtypes, self.execution_device = config, {dtype}, None
+
+    @property
+    def encoder(self) -> Qwen3VLTextEncoder:
+        return getattr(self, NAME).transformer.model
+
+    def set_clip_options(self, options):
+        """Only the device: a layer choice ("clip skip") has no meaning for twelve taps."""
+        self.execution_device = options.get("execution_device", self.execution_device)
+
+    def reset_clip_options(self):
+        self.execution_device = None
+
+    def encode_token_weights(self, token_weight_pairs):
+        """Rows of tokens to conditioning (B, L, taps * width) in core's format.
+
+        Rows of different length are encoded alone and padded with zeros at the end; then, and
+        only then, the third result holds their `attention_mask` (B, L).
+        """
+        rows = [[pair[0] for pair in row] for row in token_weight_pairs[NAME]]
+        device = self.execution_device or self.encoder.embed_tokens.weight.device
+        encoded = []
+        for row in rows:
+            tokens = torch.tensor([row], device=device)
+            taps = self.encoder(tokens)[:, _kept_from(row) :]
+            encoded.append(taps.flatten(2)[0].float())
+        lengths = [len(states) for states in encoded]
+        conditioning = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        conditioning = conditioning.to(comfy.model_management.intermediate_device())
+        if len(set(lengths)) == 1:
+            return conditioning, None, {}
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return conditioning, None, {"attention_mask": mask.long().to(conditioning.device)}
+
+    def generate(self, tokens, **options):
+        raise RuntimeError(
+            "Text generation is not available with this text encoder yet. Load the same file with "
+            "CLIPLoader, type krea2, for Generate Text."
+        )
+
+    def load_sd(self, sd):
+        return self.encoder.load_state_dict(
+            sd, strict=False, assign=getattr(self, "can_assign_sd", False)
+        )
+
+    def memory_estimation_function(self, token_weight_pairs, device=None):
+        """Bytes of activations: the taps and a layer's MLP, in float32."""
+        length = max((len(row) for row in token_weight_pairs.get(NAME, ())), default=0)
+        width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
+        return length * (width + 3 * self.config.intermediate_size) * 4
+
+
+def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
+    """Load a Qwen3-VL text encoder file or folder as a CLIP.
+
+    dtype: of the stored weights; None keeps the file's. Activations are float32.
+    Raises CheckpointError that says what the file is and what was expected.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder", read_with_comfy)
+    state = read_text_encoder(checkpoint)
+    wanted = Qwen3VLTextEncoder(state.config, device="meta").state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    check_tensors(shapes, state.tensors, checkpoint.path, TEXT_ENCODER)
+    options = {"dtype": dtype or state.tensors["embed_tokens.weight"].dtype}
+    target = comfy.supported_models_base.ClipTarget(Krea2ClipTokenizer, Krea2TextModel)
+    target.params["config"] = state.config
+    clip = comfy.sd.CLIP(
+        target,
+        parameters=sum(tensor.numel() for tensor in wanted.values()),
+        state_dict=[state.tensors],
+        model_options=options,
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
+    return clip
+
+
+def _load_patcher(path, dtype, disable_dynamic=False):
+    return load_clip(path, dtype, disable_dynamic=disable_dynamic).patcher
+
+
+def _float32_layers(operations):
+    """Layers that keep activations in float32, whatever weights are stored in, as core does."""
+
+    class Layers(comfy_layers(operations)):
+        class Embedding(operations.Embedding):
+            def forward(self, tokens):
+                return super().forward(tokens, out_dtype=torch.float32)
+
+    return Layers
+
+
+def _kept_from(row: list[int]) -> int:
+    """Where conditioning begins: after the second turn's opening, `<|im_start|>user\\n`.
+
+    For a wrapped prompt this is the 34th token. The line break is not looked for, since it merges
+    with one that begins the prompt.
+    """
+    starts = [index for index, token in enumerate(row) if token == _IM_START][:2]
+    if len(starts) < 2:
+        return 0
+    user = starts[1]
+    return user + 3 if row[user + 1 : user + 2] == [_USER] else user

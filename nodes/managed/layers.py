@@ -1,0 +1,56 @@
+"""ComfyUI's cast and quantised layers as a layer namespace for krea2_model.
+
+Norm scales and modulation tables become leaf modules with ComfyUI's cast interface, so offload,
+LoRA and merges reach them like any other weight.
+"""
+
+import comfy.ops
+import torch
+
+from ...krea2_model.layers import ModulationTable, NormScale
+
+
+class _Cast(comfy.ops.CastWeightBiasOp):
+    """A leaf whose weight ComfyUI may hold elsewhere, in another dtype, or patched."""
+
+    def _read(self, device: torch.device, use):
+        """`use(weight)` with the weight in float32 on `device`; its result outlives the cast."""
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self, dtype=torch.float32, device=device, bias_dtype=torch.float32, offloadable=True
+        )
+        result = use(weight)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return result
+
+
+class CastNormScale(_Cast, NormScale):
+    def __init__(self, dim, device=None, dtype=None):
+        # Small, and rounding it shows: float32 whatever the matrices are.
+        super().__init__(dim, device=device, dtype=torch.float32)
+        self.register_parameter("bias", None)
+
+    def forward(self, device):
+        return self._read(device, lambda weight: weight + 1.0)
+
+
+class CastModulationTable(_Cast, ModulationTable):
+    def __init__(self, *shape, device=None, dtype=None):
+        super().__init__(*shape, device=device, dtype=torch.float32)
+        self.register_parameter("bias", None)
+
+    def forward(self, vector):
+        return self._read(vector.device, lambda weight: (vector.float() + weight).to(vector.dtype))
+
+
+def comfy_layers(operations):
+    """The layer namespace for one of ComfyUI's operation sets (comfy.ops.pick_operations)."""
+
+    class ComfyLayers:
+        Linear = operations.Linear
+        Conv2d = operations.Conv2d
+        Embedding = operations.Embedding
+        RMSNorm = operations.RMSNorm
+        NormScale = CastNormScale
+        ModulationTable = CastModulationTable
+
+    return ComfyLayers

@@ -1,0 +1,275 @@
+"""MODEL: our transformer under ComfyUI's model management."""
+
+import logging
+from pathlib import Path
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+from ...krea2_model.checkpoint import check_tensors, open_checkpoint, read_transformer
+from ...krea2_model.config import Preset
+from ...krea2_model.identify import TRANSFORMER
+from ...krea2_model.transformer import Krea2Transformer
+from ...krea2_model.transformer_keys import module_to_official, official_to_module
+from .hooks import PatchHooks
+from .layers import comfy_layers
+
+# What quantised files carry beside the weights themselves.
+_QUANT_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
+
+
+class Krea2DiffusionModel(Krea2Transformer):
+    """The transformer behind ComfyUI's calling convention (that of core's own Krea 2)."""
+
+    # The dtype activations run in; set by Krea2Model, which knows about casting.
+    compute_dtype = None
+
+    def __init__(self, config, dtype=None, device=None, operations=None, **unet_config):
+        super().__init__(config, comfy_layers(operations), device=device, dtype=dtype)
+        self.dtype = dtype
+
+    def forward(
+        self,
+        x,
+        timesteps,
+        context,
+        attention_mask=None,
+        ref_latents=None,
+        transformer_options={},  # noqa: B006 - the signature third-party wrappers expect
+        **kwargs,
+    ):
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
+        )
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward, self, wrappers
+        ).execute(x, timesteps, context, attention_mask, ref_latents, transformer_options, **kwargs)
+
+    def _forward(
+        self,
+        x,
+        timesteps,
+        context,
+        attention_mask=None,
+        ref_latents=None,
+        transformer_options={},  # noqa: B006
+        **kwargs,
+    ):
+        latents = _single_frame(x)
+        mask = None if attention_mask is None else attention_mask > 0.5
+        hooks = PatchHooks(transformer_options)
+        text = self.fuse_text(self._taps(context), mask, hooks)
+        # As in core's Krea 2, reference latents count only where a method is named.
+        method, references = kwargs.get("ref_latents_method"), None
+        if method is not None and ref_latents:
+            references = [
+                comfy.utils.repeat_to_batch_size(_single_frame(r), len(latents))
+                for r in ref_latents
+            ]
+        velocity = super().forward(
+            latents,
+            timesteps,
+            text,
+            mask,
+            references=references,
+            reference_method=method if method == "index_timestep_zero" else "index",
+            hooks=hooks,
+        )
+        return velocity.reshape(x.shape)
+
+    def _taps(self, context):
+        """Conditioning (B, L, T * D) with the tap axis outermost -> (B, L, T, D)."""
+        taps, width = self.config.num_text_layers, self.config.text_hidden_dim
+        if context is None or context.shape[-1] != taps * width:
+            found = "nothing" if context is None else f"{context.shape[-1]} features a token"
+            raise ValueError(
+                f"The conditioning has {found}; this Krea 2 needs {taps} x {width} = "
+                f"{taps * width}. Encode the prompt with the Qwen3-VL text encoder that belongs "
+                "to it, through Load Krea 2 Text Encoder (or CLIPLoader of type krea2)."
+            )
+        return context.unflatten(-1, (taps, width))
+
+
+class Krea2Model(comfy.model_base.Krea2):
+    """ComfyUI's model object; a subclass of core's so that what knows core's knows ours.
+
+    `preset` holds the checkpoint's sampling defaults, or None where the file does not say.
+    """
+
+    def __init__(self, model_config, device=None):
+        # Past core's Krea2.__init__, which would build core's transformer.
+        comfy.model_base.BaseModel.__init__(
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLUX,
+            device=device,
+            unet_model=Krea2DiffusionModel,
+        )
+        self.memory_usage_factor_conds = ("c_crossattn", "ref_latents")
+        self.diffusion_model.compute_dtype = self.get_dtype_inference()
+        self.preset: Preset | None = None
+
+    def extra_conds(self, **kwargs):
+        out = super().extra_conds(**kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not bool((mask > 0.5).all()):
+            out["attention_mask"] = comfy.conds.CONDRegular(mask)
+        return out
+
+    def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
+        """Bytes of activations: three MLP and two hidden tensors a token, and the workspace."""
+        config = self.diffusion_model.config
+        rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
+        tokens = rows * columns
+        for shape in cond_shapes.get("c_crossattn", ()):
+            tokens += shape[1]
+        for shape in cond_shapes.get("ref_latents", ()):
+            tokens += shape[-1] // config.patch_size**2
+        elements = input_shape[0] * tokens * (2 * config.hidden_size + 3 * config.intermediate_size)
+        size = comfy.model_management.dtype_size(self.get_dtype_inference())
+        return elements * size * 1.15 + 0.45 * 1024**3
+
+
+class Krea2ModelConfig(comfy.supported_models_base.BASE):
+    """What ComfyUI asks of a model family; instantiated directly, never registered."""
+
+    unet_extra_config: dict = {}
+    sampling_settings = {"multiplier": 1.0, "shift": 1.15}
+    memory_usage_factor = 2.2
+    latent_format = comfy.latent_formats.Wan21
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    vae_key_prefix = ["vae."]
+    text_encoder_key_prefix = ["text_encoders."]
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return Krea2Model(self, device=device)
+
+    def process_unet_state_dict(self, state_dict):
+        return {official_to_module(name): tensor for name, tensor in state_dict.items()}
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        official = {module_to_official(name): tensor for name, tensor in state_dict.items()}
+        return super().process_unet_state_dict_for_saving(official)
+
+
+class _OfficialAlias(list):
+    """Key patches under an official name, for models of core; ours already has the module's."""
+
+
+class _OfficialNames:
+    """A patcher that takes and gives official key names beside the module's own.
+
+    Our norm scales and tables are leaf modules (`...scale.weight`), core's are bare parameters
+    (`...scale`); a merge between the two passes keys from one to the other.
+    """
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        renamed = {
+            _to_module_key(key): patch
+            for key, patch in patches.items()
+            if not isinstance(patch, _OfficialAlias)
+        }
+        added = super().add_patches(renamed, strength_patch, strength_model)
+        for key in renamed.keys() - set(added):
+            logging.warning("Krea 2: nothing to patch at %s; that part was left out.", key)
+        return added
+
+    def get_key_patches(self, filter_prefix=None):
+        patches = super().get_key_patches(filter_prefix)
+        for key in list(patches):
+            official = module_to_official(key)
+            if official != key:
+                patches[official] = _OfficialAlias(patches[key])
+        return patches
+
+
+def _to_module_key(key):
+    """A patch key is a name, or a tuple that begins with one."""
+    if isinstance(key, str):
+        return official_to_module(key)
+    return (official_to_module(key[0]), *key[1:])
+
+
+def _patcher_class(load_device, disable_dynamic: bool):
+    # ComfyUI rebinds CoreModelPatcher at start-up, and its dynamic patcher turns into the plain
+    # class on a CPU, so the base is looked up here.
+    base = comfy.model_patcher.CoreModelPatcher
+    if disable_dynamic or comfy.model_management.is_device_cpu(load_device):
+        base = comfy.model_patcher.ModelPatcher
+    return type("Krea2ModelPatcher", (_OfficialNames, base), {})
+
+
+def read_with_comfy(path: Path):
+    """Read a safetensors file the way ComfyUI is set up to (mapped or not)."""
+    return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
+    """Load a transformer file or diffusers folder as a MODEL.
+
+    dtype: of the stored matrices; None follows the file and ComfyUI's flags.
+    Raises CheckpointError that says what the file is and what was expected.
+    """
+    checkpoint = open_checkpoint(path, "transformer", read_with_comfy)
+    # Before any name changes: quantisation markers are written with the file's own names.
+    checkpoint.tensors, metadata = comfy.utils.convert_old_quants(
+        checkpoint.tensors, "", metadata=checkpoint.metadata
+    )
+    checkpoint.metadata = metadata or {}
+    state = read_transformer(checkpoint)
+    quantisation = comfy.utils.detect_layer_quantization(state.tensors, "")
+    with torch.device("meta"):
+        wanted = Krea2Transformer(state.config).state_dict()
+    plain = {n: t for n, t in state.tensors.items() if not n.endswith(_QUANT_SUFFIXES)}
+    shapes = {n: tuple(t.shape) for n, t in wanted.items()}
+    if quantisation is not None:
+        # Packed formats hold several values a byte: their layers check their own shapes.
+        shapes |= {n: tuple(t.shape) for n, t in plain.items() if n in shapes and t.ndim == 2}
+    check_tensors(shapes, plain, checkpoint.path, TRANSFORMER)
+
+    management = comfy.model_management
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    unet_config = {"image_model": "krea2", "config": state.config}
+    # Core builds its LoRA aliases from this field.
+    unet_config["layers"] = state.config.num_layers
+    model_config = Krea2ModelConfig(unet_config)
+    model_config.quant_config = quantisation
+    supported = model_config.supported_inference_dtypes
+    weight_dtype = None if quantisation else state.tensors["first.weight"].dtype
+    if dtype is None:
+        parameters = sum(tensor.numel() for tensor in wanted.values())
+        dtype = management.unet_dtype(
+            model_params=parameters, supported_dtypes=supported, weight_dtype=weight_dtype
+        )
+    manual_cast = management.unet_manual_cast(
+        None if quantisation else dtype, load_device, supported
+    )
+    model_config.set_inference_dtype(dtype, manual_cast, device=load_device)
+
+    model = model_config.get_model(state.tensors, "")
+    model.preset = state.preset
+    patcher = _patcher_class(load_device, disable_dynamic)(
+        model, load_device=load_device, offload_device=offload_device
+    )
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(dict(state.tensors), "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_model, (path, dtype))
+    return patcher
+
+
+def _single_frame(latents):
+    """(B, C, 1, h, w) or (B, C, h, w) -> (B, C, h, w)."""
+    if latents.ndim == 5 and latents.shape[2] != 1:
+        raise ValueError(
+            f"The latents have {latents.shape[2]} frames (shape {tuple(latents.shape)}); Krea 2 "
+            "makes single images. Use Krea 2 Size, or a latent of one frame."
+        )
+    return latents[:, :, 0] if latents.ndim == 5 else latents

@@ -1,0 +1,221 @@
+"""VAE: our Qwen-Image VAE under ComfyUI's model management."""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+
+from ...krea2_model.checkpoint import check_tensors, open_checkpoint, read_vae
+from ...krea2_model.identify import VAE
+from ...krea2_model.vae import QwenImageVAE
+from .layers import comfy_layers
+from .model import read_with_comfy
+
+# Tile sides in pixels that are tried in turn when memory runs out: the larger, the closer to the
+# whole image, since each tile loses the attention over all of it.
+FALLBACK_TILES = (1024, 512, 256)
+
+
+class Krea2VAE(comfy.sd.VAE):
+    """ComfyUI's VAE object around the 2D Qwen-Image VAE.
+
+    Unlike core, a batch is a batch of images and not a film: 4 images encode to 4 latents. Latents
+    are (B, 16, 1, h, w) and not normalised, as ComfyUI's Wan21 latent format expects.
+    """
+
+    def __init__(self, state, dtype=None, device=None, disable_dynamic=False):
+        # comfy.sd.VAE offers no way in for other models, so its fields are set here.
+        management, config = comfy.model_management, state.config
+        self.downscale_ratio = self.upscale_ratio = config.downscale
+        self.downscale_index_formula = self.upscale_index_formula = None
+        self.latent_channels, self.latent_dim = config.z_dim, 2
+        self.output_channels, self.pad_channel_value = config.image_channels, 1.0
+        self.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self.memory_used_encode = lambda shape, dtype: (
+            1500 * shape[-2] * shape[-1] * management.dtype_size(dtype)
+        )
+        self.memory_used_decode = lambda shape, dtype: (
+            2200 * shape[-2] * shape[-1] * config.downscale**2 * management.dtype_size(dtype)
+        )
+        self.crop_input, self.not_video, self.handles_tiling = True, True, False
+        self.disable_offload, self.extra_1d_channel, self.format_encoded = False, None, None
+        self.audio_sample_rate, self.size = 44100, None
+
+        self.device = device or management.vae_device()
+        self.output_device = management.intermediate_device()
+        self.vae_dtype = dtype or management.vae_dtype(self.device, self.working_dtypes)
+        self.first_stage_model = QwenImageVAE(
+            config, comfy_layers(comfy.ops.disable_weight_init), device="meta"
+        )
+        self.first_stage_model.load_state_dict(state.tensors, strict=True, assign=True)
+        self.first_stage_model.requires_grad_(False).eval().to(self.vae_dtype)
+        management.archive_model_dtypes(self.first_stage_model)
+        patcher = comfy.model_patcher.CoreModelPatcher
+        if disable_dynamic:
+            patcher = comfy.model_patcher.ModelPatcher
+        self.patcher = patcher(
+            self.first_stage_model,
+            load_device=self.device,
+            offload_device=management.vae_offload_device(),
+        )
+        self.model_size()
+
+    def decode(self, samples_in, vae_options={}):  # noqa: B006 - core's signature
+        """Latents (B, 16, 1, h, w) or (B, 16, h, w) to images (B, H, W, 3) in [0, 1]."""
+        latents = self._latents(samples_in)
+        self._load(self.memory_used_decode(latents.shape, self.vae_dtype))
+        return self._with_fallback(
+            latents, self.first_stage_model.decode_unnormalised, self._decode_tiles, self._to_images
+        )
+
+    def decode_tiled(
+        self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
+    ):
+        """As `decode`, in square tiles; sizes are in latent cells, as core passes them."""
+        latents = self._latents(samples)
+        tile, overlap = self._tiling(tile_x, tile_y, overlap, self.upscale_ratio)
+        self._load(
+            self.memory_used_decode((*latents.shape[:2], tile // 8, tile // 8), self.vae_dtype)
+        )
+        return self._to_images(self._decode_tiles(latents.to(self.device), tile, overlap))
+
+    def encode(self, pixel_samples):
+        """Images (B, H, W, C) in [0, 1] to latents (B, 16, 1, h, w)."""
+        images = self._images(pixel_samples)
+        self._load(self.memory_used_encode(images.shape, self.vae_dtype))
+        return self._with_fallback(
+            images, self.first_stage_model.encode_unnormalised, self._encode_tiles, self._to_latents
+        )
+
+    def encode_tiled(
+        self, pixel_samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
+    ):
+        """As `encode`, in square tiles; sizes are in pixels, as core passes them."""
+        images = self._images(pixel_samples)
+        tile, overlap = self._tiling(tile_x, tile_y, overlap, 1)
+        self._load(self.memory_used_encode((1, 3, tile, tile), self.vae_dtype))
+        return self._to_latents(self._encode_tiles(images.to(self.device), tile, overlap))
+
+    def spacial_compression_decode(self):
+        return self.upscale_ratio
+
+    def spacial_compression_encode(self):
+        return self.downscale_ratio
+
+    def temporal_compression_decode(self):
+        return None
+
+    def _load(self, memory):
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
+
+    def _with_fallback(self, source, whole, tiled, finish):
+        """Convert a batch one item at a time: whole, or in smaller and smaller tiles."""
+        attempts = [whole]
+        for tile in FALLBACK_TILES:
+            attempts.append(lambda item, tile=tile: tiled(item, tile, tile // 8))
+        results = []
+        with comfy.model_management.cuda_device_context(self.device):
+            for item in source.split(1):
+                result = None
+                while result is None:
+                    result = self._attempt(attempts[0], item, last=len(attempts) == 1)
+                    if result is None:
+                        # What was too much for this item will be for the next of the batch.
+                        del attempts[0]
+                results.append(finish(result))
+        return torch.cat(results)
+
+    def _attempt(self, convert, item, last):
+        """`convert(item)`, or None where memory ran out and there is something left to try."""
+        try:
+            return convert(item.to(self.device))
+        except Exception as error:
+            comfy.model_management.raise_non_oom(error)
+            if last:
+                raise
+            logging.warning("The VAE ran out of memory; trying again in smaller tiles.")
+        # Outside the handler, where the exception no longer holds on to tensors.
+        comfy.model_management.soft_empty_cache()
+        return None
+
+    def _decode_tiles(self, latents, tile, overlap):
+        """Unnormalised latents to images in [-1, 1]."""
+        model = self.first_stage_model
+        return model.decode_tiled(model.normalise(latents), tile, overlap, _progress())
+
+    def _encode_tiles(self, images, tile, overlap):
+        model = self.first_stage_model
+        return model.denormalise(model.encode_tiled(images, tile, overlap, _progress()))
+
+    def _tiling(self, tile_x, tile_y, overlap, scale):
+        """Tile and overlap in pixels, whole cells, from core's two sides (the larger is taken)."""
+        cell = self.downscale_ratio
+        tile = max(tile_x or 0, tile_y or 0) * scale or FALLBACK_TILES[0]
+        tile = max(cell, tile // cell * cell)
+        overlap = tile // 8 if overlap is None else overlap * scale
+        return tile, min(overlap // cell * cell, tile - cell)
+
+    def _latents(self, samples):
+        if samples.ndim == 5 and samples.shape[2] == 1:
+            samples = samples[:, :, 0]
+        if samples.ndim != 4 or samples.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"The latent has shape {tuple(samples.shape)}; this VAE decodes single images of "
+                f"{self.latent_channels} channels, (batch, {self.latent_channels}, 1, height / 8, "
+                "width / 8). Use Krea 2 Size, or encode with the Krea 2 VAE."
+            )
+        return samples
+
+    def _images(self, pixels):
+        cell = self.downscale_ratio
+        if pixels.ndim != 4 or min(pixels.shape[1:3]) < cell:
+            raise ValueError(
+                f"The image has shape {tuple(pixels.shape)}; expected (batch, height, width, "
+                f"channels) of at least {cell} x {cell} pixels."
+            )
+        pixels = self.vae_encode_crop_pixels(pixels)
+        return self.process_input(pixels.movedim(-1, 1))
+
+    def _to_images(self, images):
+        images = images.to(self.output_device, self.vae_output_dtype(), copy=True)
+        return self.process_output(images).movedim(1, -1)
+
+    def _to_latents(self, latents):
+        return latents.to(self.output_device, self.vae_output_dtype()).unsqueeze(2)
+
+
+def load_vae(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
+    """Load a Qwen-Image VAE file (original or diffusers names) or folder as a VAE.
+
+    Raises CheckpointError that says what the file is and what was expected.
+    """
+    checkpoint = open_checkpoint(path, "vae", read_with_comfy)
+    state = read_vae(checkpoint)
+    wanted = QwenImageVAE(state.config, device="meta").state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    check_tensors(shapes, state.tensors, checkpoint.path, VAE)
+    vae = Krea2VAE(state, dtype, disable_dynamic=disable_dynamic)
+    vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
+    return vae
+
+
+def _load_patcher(path, dtype, disable_dynamic=False):
+    return load_vae(path, dtype, disable_dynamic=disable_dynamic).patcher
+
+
+def _progress():
+    bar = None
+
+    def report(done, total):
+        nonlocal bar
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return report

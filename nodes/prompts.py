@@ -1,0 +1,63 @@
+"""Prompts to conditioning."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.tokenizer import OFFICIAL_LENGTH
+
+
+class K2TextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2TextEncode",
+            display_name="Krea 2 Prompt",
+            category="Krea 2",
+            description=(
+                "Encodes a prompt and a negative prompt with Krea 2's chat template. The negative "
+                "counts only where guidance is above 0 (Raw); left empty it is the empty prompt."
+            ),
+            search_aliases=["krea", "krea2", "k2", "prompt", "text encode", "qwen"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the image shows. Whole sentences work best, up to 507 tokens.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What guidance leads away from; without effect at guidance 0 (Turbo).",
+                ),
+                io.Boolean.Input(
+                    "official_length",
+                    default=False,
+                    advanced=True,
+                    tooltip=(
+                        "Cut prompts at the 507 tokens the model was trained with. Off, longer "
+                        "ones are used whole, with a warning in the log."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, encoded."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative, encoded."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, prompt, negative="", official_length=False):
+        if clip is None:
+            raise ValueError(
+                "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
+                "Encoder."
+            )
+        options = {"max_sequence_length": OFFICIAL_LENGTH} if official_length else {}
+        encoded = [
+            clip.encode_from_tokens_scheduled(clip.tokenize(text, always_wrap=True, **options))
+            for text in (prompt, negative)
+        ]
+        return io.NodeOutput(*encoded)

@@ -1,0 +1,359 @@
+"""Sampling: Krea 2's schedule and guidance on ComfyUI's samplers."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.config import PRESETS, Preset
+from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule
+from ..krea2_model.sizes import MAX_SIZE, image_tokens, round_size
+
+AUTO, CUSTOM = "auto", "custom"
+BY_SIZE, FIXED = "by size", "fixed"
+TURBO_MU = PRESETS["turbo"].mu
+
+_PRESET_INPUT = io.Combo.Input(
+    "preset",
+    options=[AUTO, *PRESETS, CUSTOM],
+    default=AUTO,
+    tooltip=(
+        "Steps and guidance: auto takes what the checkpoint was made for, raw is 28 steps at "
+        "guidance 4.5, turbo 8 steps at 0, custom the values below."
+    ),
+)
+_STEPS_INPUT = io.Int.Input(
+    "steps", default=28, min=1, max=1000, tooltip="Steps, for preset custom."
+)
+_DENOISE_INPUT = io.Float.Input(
+    "denoise",
+    default=1.0,
+    min=0.01,
+    max=1.0,
+    step=0.01,
+    tooltip="Where to start: 1 from pure noise; below, the latent image keeps part of itself.",
+)
+
+
+def _shift_input(advanced: bool = True):
+    return io.Combo.Input(
+        "shift",
+        options=[AUTO, BY_SIZE, FIXED],
+        default=AUTO,
+        advanced=advanced,
+        tooltip=(
+            "The time shift: auto is Turbo's fixed 1.15 or Raw's by size, as Krea trained them; "
+            "fixed takes mu from below."
+        ),
+    )
+
+
+_MU_INPUT = io.Float.Input(
+    "mu",
+    default=TURBO_MU,
+    min=-10.0,
+    max=10.0,
+    step=0.01,
+    advanced=True,
+    tooltip="The shift's exponent, for shift fixed. At 1024 x 1024 Raw's is 0.90625.",
+)
+
+
+def _check_model(model) -> None:
+    import comfy.model_base
+
+    family = type(model.model)
+    if not issubclass(family, getattr(comfy.model_base, "Krea2", ())):
+        raise ValueError(
+            f"The model is {family.__name__}; expected Krea 2. Connect Load Krea 2, or use a "
+            "sampler for that family."
+        )
+
+
+def _preset(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
+    """The sampling settings of a choice in the preset input."""
+    known = getattr(model.model, "preset", None)
+    if name == CUSTOM:
+        mu = known.mu if known is not None else None
+        return Preset(CUSTOM, steps if steps is not None else 28, guidance, mu)
+    if name != AUTO:
+        return PRESETS[name]
+    if known is None:
+        raise ValueError(
+            "preset is auto, but this checkpoint does not say whether it is Raw or Turbo. Choose "
+            'raw or turbo, or name the file so that it contains "raw" or "turbo".'
+        )
+    return known
+
+
+def _mu(preset: Preset, shift: str, mu: float, tokens: int) -> float:
+    """The exponent of the time shift for an image of so many tokens."""
+    if shift == FIXED:
+        return mu
+    if shift == AUTO and preset.mu is not None:
+        return preset.mu
+    return shift_mu(tokens)
+
+
+def _latent_tokens(samples) -> int:
+    """Tokens of latents (..., h, w), two cells a side, the last ones padded."""
+    height, width = samples.shape[-2:]
+    return -(-height // 2) * -(-width // 2)
+
+
+def _shifted(model, mu: float):
+    """A clone of the model whose own schedule has this shift: percentages and samplers use it."""
+    import comfy.model_sampling
+
+    class Shifted(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+        pass
+
+    sampling = Shifted(model.model.model_config)
+    sampling.set_parameters(shift=mu)
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
+def _start(model, latent):
+    """The latent image as the sampler takes it: (B, 16, 1, h, w)."""
+    import comfy.sample
+
+    samples = comfy.sample.fix_empty_latent_channels(
+        model,
+        latent["samples"],
+        latent.get("downscale_ratio_spacial"),
+        latent.get("downscale_ratio_temporal"),
+    )
+    if samples.ndim != 5 or samples.shape[1:3] != (16, 1):
+        raise ValueError(
+            f"The latent has shape {tuple(latent['samples'].shape)}; Krea 2 needs (batch, 16, 1, "
+            "height / 8, width / 8). Use Krea 2 Size, or encode the image with the Krea 2 VAE."
+        )
+    return samples
+
+
+class K2Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        import comfy.samplers
+
+        return io.Schema(
+            node_id="K2Sampler",
+            display_name="Krea 2 Sampler",
+            category="Krea 2",
+            description=(
+                "Samples with the schedule and the guidance Krea 2 was trained with, chosen by "
+                "the checkpoint and the size."
+            ),
+            search_aliases=["krea", "krea2", "k2", "ksampler", "turbo"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2, Raw or Turbo."),
+                io.Conditioning.Input("positive", tooltip="What the image shows."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What guidance leads away from; needed where guidance is above 0.",
+                ),
+                io.Latent.Input("latent", tooltip="An empty latent, or an image to change."),
+                _PRESET_INPUT,
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise to start from.",
+                ),
+                _STEPS_INPUT,
+                io.Float.Input(
+                    "guidance",
+                    default=4.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "For preset custom, in Krea's convention: 0 is off. "
+                        "ComfyUI cfg = guidance + 1."
+                    ),
+                ),
+                _DENOISE_INPUT,
+                io.Combo.Input(
+                    "sampler",
+                    options=list(comfy.samplers.KSampler.SAMPLERS),
+                    default="euler",
+                    advanced=True,
+                    tooltip="ComfyUI's samplers; euler is what Krea uses.",
+                ),
+                _shift_input(),
+                _MU_INPUT,
+            ],
+            outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, steps=None, guidance=None, denoise=None, mu=None):
+        return _check_settings(steps, guidance, denoise, mu)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        latent,
+        negative=None,
+        preset=AUTO,
+        seed=0,
+        steps=28,
+        guidance=4.5,
+        denoise=1.0,
+        sampler="euler",
+        shift=AUTO,
+        mu=TURBO_MU,
+    ):
+        import comfy.model_management
+        import comfy.sample
+        import comfy.samplers
+        import comfy.utils
+        import latent_preview
+        import torch
+
+        _check_model(model)
+        settings = _preset(model, preset, steps, guidance)
+        if settings.guidance > 0 and negative is None:
+            raise ValueError(
+                f"Guidance is {settings.guidance} (preset {settings.name}) but nothing is "
+                "connected to negative. Connect the negative output of Krea 2 Prompt (an empty "
+                "text is fine), or choose guidance 0."
+            )
+        start = _start(model, latent)
+        exponent = _mu(settings, shift, mu, _latent_tokens(start))
+        sigmas = torch.tensor(sigma_schedule(settings.steps, exponent, denoise))
+        noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+
+        model = _shifted(model, exponent)
+        guider = comfy.samplers.CFGGuider(model)
+        conditions = {"positive": positive}
+        if settings.guidance > 0:
+            conditions["negative"] = negative
+        guider.inner_set_conds(conditions)
+        guider.set_cfg(check_guidance(settings.guidance) + 1.0)
+
+        preview = latent_preview.prepare_callback(model, settings.steps)
+
+        def callback(step, predicted, current, total):
+            if not torch.isfinite(predicted).all():
+                raise ValueError(
+                    f"The latents turned NaN or infinite at step {step + 1} of {total} "
+                    f"({model.model.get_dtype_inference()}). Load the model as bf16 or fp32, or "
+                    "remove the last LoRA or patch."
+                )
+            preview(step, predicted, current, total)
+
+        samples = guider.sample(
+            noise,
+            start,
+            comfy.samplers.sampler_object(sampler),
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        result = {
+            key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")
+        }
+        result["samples"] = samples.to(comfy.model_management.intermediate_device())
+        return io.NodeOutput(result)
+
+
+class K2Sigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Sigmas",
+            display_name="Krea 2 Schedule",
+            category="Krea 2",
+            description="Krea 2's sigmas, for SamplerCustomAdvanced and its like.",
+            search_aliases=["krea", "krea2", "k2", "scheduler", "sigmas"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2, for what the checkpoint was made for."),
+                io.Latent.Input("latent", tooltip="For its size."),
+                _PRESET_INPUT,
+                _STEPS_INPUT,
+                _DENOISE_INPUT,
+                _shift_input(),
+                _MU_INPUT,
+            ],
+            outputs=[io.Sigmas.Output(tooltip="From noise to 0.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, steps=None, denoise=None, mu=None):
+        return _check_settings(steps, None, denoise, mu)
+
+    @classmethod
+    def execute(cls, model, latent, preset=AUTO, steps=28, denoise=1.0, shift=AUTO, mu=TURBO_MU):
+        import torch
+
+        _check_model(model)
+        settings = _preset(model, preset, steps)
+        exponent = _mu(settings, shift, mu, _latent_tokens(latent["samples"]))
+        return io.NodeOutput(torch.tensor(sigma_schedule(settings.steps, exponent, denoise)))
+
+
+class K2ModelSampling(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2ModelSampling",
+            display_name="Krea 2 Shift for Stock Samplers",
+            category="Krea 2",
+            description=(
+                "Gives the model Krea 2's time shift for a size, so that KSampler with scheduler "
+                "simple follows the right schedule. Krea 2 Sampler does this by itself."
+            ),
+            search_aliases=["krea", "krea2", "k2", "model sampling", "shift", "mu"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2, Raw or Turbo."),
+                *(
+                    io.Int.Input(
+                        side, default=1024, min=16, max=MAX_SIZE, step=16, tooltip="Pixels."
+                    )
+                    for side in ("width", "height")
+                ),
+                _shift_input(advanced=False),
+                _MU_INPUT,
+            ],
+            outputs=[io.Model.Output(tooltip="The model with its shift set.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width=None, height=None, mu=None):
+        try:
+            for name, pixels in (("width", width), ("height", height)):
+                if pixels is not None:
+                    round_size(name, pixels)
+        except ValueError as error:
+            return str(error)
+        return _check_settings(None, None, None, mu)
+
+    @classmethod
+    def execute(cls, model, width=1024, height=1024, shift=AUTO, mu=TURBO_MU):
+        _check_model(model)
+        settings = Preset(CUSTOM, 1, 0.0, None) if shift == FIXED else _preset(model, AUTO)
+        tokens = image_tokens(round_size("width", width), round_size("height", height))
+        return io.NodeOutput(_shifted(model, _mu(settings, shift, mu, tokens)))
+
+
+def _check_settings(steps, guidance, denoise, mu):
+    """True, or what is wrong with a setting; a linked one is not known yet and checked later."""
+    try:
+        if guidance is not None:
+            check_guidance(guidance)
+        sigma_schedule(
+            1 if steps is None else steps,
+            TURBO_MU if mu is None else mu,
+            1.0 if denoise is None else denoise,
+        )
+    except ValueError as error:
+        return str(error)
+    return True

@@ -1,0 +1,128 @@
+"""Small random checkpoints in the real layouts, for the demo and the tests.
+
+Every tensor a real file has is there, in its real name and number of dimensions; only the sizes
+are small. Weights are random, so pictures made with them are noise.
+
+    python scripts/tiny_checkpoints.py MODELS_FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from krea2_model.config import TextEncoderConfig, TransformerConfig, VAEConfig  # noqa: E402
+from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
+from krea2_model.transformer import Krea2Transformer  # noqa: E402
+from krea2_model.transformer_keys import module_to_official  # noqa: E402
+from krea2_model.vae import QwenImageVAE  # noqa: E402
+from krea2_model.vae_keys import vae_key_map  # noqa: E402
+
+# Sizes that ComfyUI's own Krea 2 detects too: it fixes the head at 128 and 20 text heads, and
+# derives the MLP widths from the others.
+TRANSFORMER = TransformerConfig(
+    num_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=768,
+    text_hidden_dim=160,
+    text_intermediate_size=512,
+)
+TEXT_ENCODER = TextEncoderConfig(
+    hidden_size=160,
+    intermediate_size=320,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=40,
+)
+VAE = VAEConfig(base_dim=16)
+
+
+def transformer_tensors(config=TRANSFORMER, seed=0, dtype=torch.bfloat16) -> dict:
+    """A transformer by official names: matrices in `dtype`, norms and tables in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, meta in Krea2Transformer(config, device="meta").state_dict().items():
+        official = module_to_official(name)
+        if official.endswith((".scale", ".lin")):
+            tensors[official] = 0.2 * torch.randn(meta.shape, generator=generator)
+        else:
+            tensors[official] = random_weight(meta.shape, generator).to(dtype)
+    return tensors
+
+
+def text_encoder_tensors(config=TEXT_ENCODER, seed=1, dtype=torch.bfloat16) -> dict:
+    """A text encoder as in qwen3vl_4b files: all layers, the final norm, and vision weights."""
+    generator = torch.Generator().manual_seed(seed)
+    # The module stops after the last tap; a file does not.
+    whole = replace(config, tap_layers=(config.num_hidden_layers,))
+    tensors = {}
+    for name, meta in Qwen3VLTextEncoder(whole, device="meta").state_dict().items():
+        if meta.ndim == 1:
+            weight = 1 + 0.1 * torch.randn(meta.shape, generator=generator)
+        else:
+            weight = random_weight(meta.shape, generator)
+        tensors[f"model.{name}"] = weight.to(dtype)
+    tensors["model.norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
+    tensors["visual.patch_embed.proj.bias"] = torch.zeros(8, dtype=dtype)
+    return tensors
+
+
+def vae_tensors(config=VAE, seed=2, dtype=torch.float32) -> dict:
+    """A VAE by original names, with three-dimensional kernels and time convolutions."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = QwenImageVAE(config, device="meta").state_dict()
+    tensors = {}
+    for name in vae_key_map(config):
+        if ".time_conv." in name:
+            channels = flat[name.replace("time_conv", "resample.1").rpartition(".")[0] + ".weight"]
+            channels = channels.shape[1]
+            # A decoder's time convolution makes two frames of one.
+            out = channels * (2 if name.startswith("decoder") else 1)
+            shape = (out, channels, 3, 1, 1) if name.endswith("weight") else (out,)
+        elif name.endswith(".gamma"):
+            trailing = (1, 1) if ".middle.1." in name else (1, 1, 1)
+            shape = (*flat[name].shape, *trailing)
+        elif flat[name].ndim == 4 and not (".middle.1." in name or ".resample.1." in name):
+            size = flat[name].shape
+            shape = (*size[:2], size[2], *size[2:])
+        else:
+            shape = tuple(flat[name].shape)
+        if name.endswith(".gamma"):
+            tensors[name] = (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        else:
+            tensors[name] = random_weight(shape, generator).to(dtype)
+    return tensors
+
+
+def random_weight(shape, generator: torch.Generator) -> torch.Tensor:
+    """Normal, scaled by the number of inputs so that activations keep their size."""
+    fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 25
+    return torch.randn(shape, generator=generator) * fan_in**-0.5
+
+
+def write_models(folder: Path, dtype=torch.bfloat16) -> None:
+    """Raw and Turbo, a text encoder and a VAE, where ComfyUI looks for them; existing ones stay."""
+    files = {
+        "diffusion_models/krea2_tiny_turbo.safetensors": lambda: transformer_tensors(dtype=dtype),
+        "diffusion_models/krea2_tiny_raw.safetensors": lambda: transformer_tensors(
+            seed=3, dtype=dtype
+        ),
+        "text_encoders/qwen3vl_tiny.safetensors": lambda: text_encoder_tensors(dtype=dtype),
+        "vae/qwen_image_vae_tiny.safetensors": vae_tensors,
+    }
+    for name, tensors in files.items():
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors(), path, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    write_models(Path(sys.argv[1]))

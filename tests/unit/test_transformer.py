@@ -1,0 +1,203 @@
+"""The transformer against diffusers' Krea2Transformer2DModel, in float32 on random weights."""
+
+import pytest
+import torch
+from diffusers import Krea2Transformer2DModel
+from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
+
+from krea2_model.config import TransformerConfig
+from krea2_model.transformer import Krea2Transformer, grid_size, patchify, unpatchify
+from krea2_model.transformer_keys import (
+    diffusers_to_official,
+    infer_transformer_config,
+    module_to_official,
+    official_to_diffusers,
+    official_to_module,
+)
+from tests.parity import assert_close, relative_error
+
+TINY = TransformerConfig(
+    num_layers=3,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=256,
+    timestep_embed_dim=64,
+    text_hidden_dim=80,
+    text_num_attention_heads=10,
+    text_num_key_value_heads=5,
+    text_intermediate_size=128,
+    axes_dims_rope=(8, 12, 12),
+)
+
+
+def diffusers_arguments(config: TransformerConfig) -> dict:
+    fields = {**config.__dict__}
+    for ours in ("out_channels", "patch_size"):
+        fields.pop(ours)
+    return fields
+
+
+@pytest.fixture(scope="module")
+def reference():
+    torch.manual_seed(0)
+    model = Krea2Transformer2DModel(**diffusers_arguments(TINY)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # diffusers starts norms and tables at zero, which would hide mistakes in them.
+            parameter.normal_(std=0.3 if parameter.ndim == 1 or "table" in name else 0.08)
+    return model
+
+
+@pytest.fixture(scope="module")
+def transformer(reference):
+    model = Krea2Transformer(TINY)
+    load_from(model, reference)
+    return model.eval()
+
+
+def load_from(model, reference):
+    state = {}
+    for name, tensor in reference.state_dict().items():
+        official = diffusers_to_official(name)
+        state[official_to_module(official)] = (
+            tensor.flatten() if official.endswith(".mod.lin") else tensor
+        )
+    model.load_state_dict({k: v.clone() for k, v in state.items()}, strict=True)
+
+
+def run_reference(reference, latents, timestep, taps, mask=None):
+    rows, columns = grid_size(latents, 2)
+    positions = DiffusersPipeline.prepare_position_ids(taps.shape[1], rows, columns, "cpu")
+    velocity = reference(
+        patchify(latents, 2), taps, timestep, positions, encoder_attention_mask=mask
+    ).sample
+    return unpatchify(velocity, rows, columns, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height, width", [(8, 8), (6, 14), (20, 4)])
+def test_equals_diffusers(reference, transformer, height, width):
+    latents, taps = torch.randn(1, 16, height, width), torch.randn(1, 7, 12, 80)
+    timestep = torch.tensor([0.37])
+    velocity = transformer(latents, timestep, transformer.fuse_text(taps))
+    expected = run_reference(reference, latents, timestep, taps)
+    assert_close(velocity, expected, 1e-5, f"transformer {height}x{width} against diffusers")
+
+
+@torch.no_grad()
+def test_batch_with_masks_equals_diffusers(reference, transformer):
+    """Two texts of different length, padded in the middle as the official layout pads."""
+    latents, taps = torch.randn(2, 16, 6, 10), torch.randn(2, 9, 12, 80)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 3:6] = False
+    timestep = torch.tensor([0.9, 0.2])
+    velocity = transformer(latents, timestep, transformer.fuse_text(taps, mask), mask)
+    expected = run_reference(reference, latents, timestep, taps, mask)
+    assert_close(velocity, expected, 1e-5, "transformer, masked batch, against diffusers")
+
+
+@torch.no_grad()
+def test_masked_tokens_do_not_matter(transformer):
+    latents, taps = torch.randn(1, 16, 4, 4), torch.randn(1, 6, 12, 80)
+    timestep = torch.tensor([0.5])
+    mask = torch.tensor([[True, True, False, False, True, True]])
+    padded = transformer(latents, timestep, transformer.fuse_text(taps, mask), mask)
+    unpadded = transformer(latents, timestep, transformer.fuse_text(taps[mask][None]))
+    assert_close(padded, unpadded, 1e-5, "padded against unpadded text")
+
+
+@torch.no_grad()
+def test_odd_latents_are_padded_by_repetition(transformer):
+    """The opposite edge must not leak in: only the nearest row and column are repeated."""
+    latents = torch.randn(1, 16, 5, 7)
+    text, timestep = transformer.fuse_text(torch.randn(1, 4, 12, 80)), torch.tensor([0.5])
+    repeated = torch.cat((latents, latents[:, :, -1:]), dim=2)
+    repeated = torch.cat((repeated, repeated[..., -1:]), dim=3)
+    velocity = transformer(latents, timestep, text)
+    assert velocity.shape == latents.shape
+    assert torch.equal(velocity, transformer(repeated, timestep, text)[..., :5, :7])
+
+
+@torch.no_grad()
+def test_references_change_only_through_attention(transformer):
+    latents, reference = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 6, 4)
+    text, timestep = transformer.fuse_text(torch.randn(1, 4, 12, 80)), torch.tensor([0.5])
+    alone = transformer(latents, timestep, text)
+    by_method = [
+        transformer(latents, timestep, text, references=[reference], reference_method=method)
+        for method in ("index_timestep_zero", "index")
+    ]
+    assert all(velocity.shape == latents.shape for velocity in by_method)
+    assert relative_error(by_method[0], alone) > 1e-3
+    assert relative_error(by_method[0], by_method[1]) > 1e-3
+    # At time zero both methods modulate the reference alike.
+    zero = torch.zeros(1)
+    first, second = (
+        transformer(latents, zero, text, references=[reference], reference_method=method)
+        for method in ("index_timestep_zero", "index")
+    )
+    assert relative_error(first, second) < 1e-5
+
+
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_float32_than_diffusers(reference, transformer):
+    latents, taps = torch.randn(2, 16, 16, 16), torch.randn(2, 12, 12, 80)
+    timestep = torch.tensor([0.8, 0.3])
+    expected = run_reference(reference, latents, timestep, taps)
+
+    theirs = Krea2Transformer2DModel(**diffusers_arguments(TINY)).eval()
+    theirs.load_state_dict(reference.state_dict())
+    for name, parameter in theirs.named_parameters():
+        if not any(f"{norm}.weight" in name for norm in theirs._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    ours = Krea2Transformer(TINY).eval()
+    load_from(ours, reference)
+    for name, parameter in ours.named_parameters():
+        if not module_to_official(name).endswith((".scale", ".lin")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+    cast = (latents.bfloat16(), timestep, taps.bfloat16())
+    error_theirs = (run_reference(theirs, *cast).float() - expected).pow(2).mean()
+    error_ours = (ours(latents, timestep, ours.fuse_text(taps)).float() - expected).pow(2).mean()
+    assert 0 < error_ours <= error_theirs
+
+
+def test_gradients_reach_every_weight(reference):
+    model = Krea2Transformer(TINY)
+    load_from(model, reference)
+    text = model.fuse_text(torch.randn(1, 3, 12, 80))
+    model(torch.randn(1, 16, 4, 4), torch.tensor([0.4]), text).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_full_size_keys_translate_both_ways():
+    with torch.device("meta"):
+        theirs = Krea2Transformer2DModel().state_dict()
+        ours = Krea2Transformer(TransformerConfig()).state_dict()
+    officials = {name: diffusers_to_official(name) for name in theirs}
+    assert {official_to_module(name) for name in officials.values()} == set(ours)
+    assert all(official_to_diffusers(off) == name for name, off in officials.items())
+    assert all(module_to_official(official_to_module(n)) == n for n in officials.values())
+    assert sum(t.numel() for t in ours.values()) == 12_820_073_036
+
+
+@pytest.mark.parametrize("config", [TINY, TransformerConfig()])
+def test_sizes_are_read_off_tensors(config):
+    with torch.device("meta"):
+        state = Krea2Transformer(config).state_dict()
+    shapes = {module_to_official(name): tuple(t.shape) for name, t in state.items()}
+    assert infer_transformer_config(shapes) == config
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4, 4), (16, 4, 4), (1, 16, 1, 4, 4)])
+def test_wrong_latents_are_refused(transformer, shape):
+    text = transformer.fuse_text(torch.randn(1, 3, 12, 80))
+    with pytest.raises(ValueError, match="Latents have shape .* needs"):
+        transformer(torch.randn(shape), torch.tensor([0.5]), text)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 80), (1, 3, 12, 64), (1, 3, 11, 80)])
+def test_wrong_taps_are_refused(transformer, shape):
+    with pytest.raises(ValueError, match="12 tapped layers .* width 80"):
+        transformer.fuse_text(torch.randn(shape))

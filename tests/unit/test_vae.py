@@ -1,0 +1,445 @@
+"""The 2D VAE against diffusers' 3D one, with random weights at small sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from krea2_model import vae as vae_module
+from krea2_model.config import VAEConfig
+from krea2_model.vae import QwenImageVAE, attend_in_chunks, feather_weights, plan_tiles
+from krea2_model.vae_keys import infer_vae_config, slice_temporal, vae_key_map
+
+diffusers = pytest.importorskip("diffusers")
+
+SMALL = VAEConfig(base_dim=16)
+# Fewer levels, one block a level, other multiples: nothing of the layout is a constant.
+SHALLOW = VAEConfig(base_dim=8, dim_mult=(1, 2, 3), num_res_blocks=1)
+CONFIGS = [VAEConfig(), SMALL, SHALLOW]
+
+
+def reference_vae(config: VAEConfig, seed: int = 0):
+    """diffusers' VAE with random weights, gains around 1 and images mostly inside [-1, 1]."""
+    torch.manual_seed(seed)
+    model = diffusers.AutoencoderKLQwenImage(
+        base_dim=config.base_dim,
+        z_dim=config.z_dim,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=config.num_res_blocks,
+        temperal_downsample=[False] + [True] * (len(config.dim_mult) - 2),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+            else:  # every temporal slice is as large as the last, so a wrong one shows
+                fan_in = (
+                    parameter[0, :, -1:].numel() if parameter.ndim == 5 else parameter[0].numel()
+                )
+                parameter.normal_(0.0, fan_in**-0.5)
+        model.decoder.conv_out.weight.mul_(0.3)
+        # Sharp attention, so that the test sees which pixel attends to which.
+        for part in (model.encoder, model.decoder):
+            part.mid_block.attentions[0].to_qkv.weight.mul_(2.0)
+    return model.eval().requires_grad_(False)
+
+
+def original_names(model, config: VAEConfig) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {original: state[name] for original, name in vae_key_map(config).items()}
+
+
+def our_vae(model, config: VAEConfig) -> QwenImageVAE:
+    vae = QwenImageVAE(config, device="meta")
+    state = slice_temporal(original_names(model, config), config)
+    vae.load_state_dict(state, strict=True, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return reference_vae(SMALL)
+
+
+@pytest.fixture(scope="module")
+def vae(reference) -> QwenImageVAE:
+    return our_vae(reference, SMALL)
+
+
+def statistics(config: VAEConfig):
+    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    return mean, torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+
+
+def reference_encode(model, images, config=SMALL):
+    mean, std = statistics(config)
+    latents = model.encode(images[:, :, None]).latent_dist.mode()
+    return ((latents - mean) / std)[:, :, 0]
+
+
+def reference_decode(model, latents, config=SMALL):
+    mean, std = statistics(config)
+    dtype = model.post_quant_conv.weight.dtype
+    return model.decode((latents[:, :, None] * std + mean).to(dtype)).sample[:, :, 0]
+
+
+def relative_error(found, expected) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def images_of(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.manual_seed(1)) * 2 - 1
+
+
+def latents_of(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(batch, 16, height, width, generator=torch.manual_seed(2))
+
+
+# Parity
+
+
+@pytest.mark.parametrize("size", [(1, 64, 64), (2, 40, 72)])
+def test_encode_equals_diffusers(reference, vae, size):
+    images = images_of(*size)
+    found = vae.encode(images)
+    assert found.dtype is torch.float32 and found.is_contiguous()
+    assert relative_error(found, reference_encode(reference, images)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 5, 9)])
+def test_decode_equals_diffusers(reference, vae, size):
+    latents = latents_of(*size)
+    expected = reference_decode(reference, latents)
+    assert (expected.abs() < 1).float().mean() > 0.9, "a clamped reference would hide errors"
+    found = vae.decode(latents)
+    assert found.dtype is torch.float32 and found.is_contiguous()
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_other_depths_equal_diffusers():
+    model = reference_vae(SHALLOW)
+    vae = our_vae(model, SHALLOW)
+    images, latents = images_of(1, 24, 32), latents_of(1, 6, 8)
+    assert relative_error(vae.encode(images), reference_encode(model, images, SHALLOW)) < 1e-5
+    assert relative_error(vae.decode(latents), reference_decode(model, latents, SHALLOW)) < 1e-5
+
+
+def test_unnormalised_latents_are_the_networks_own(reference, vae):
+    images, latents = images_of(1, 32, 32), latents_of(1, 4, 4)
+    expected = reference.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
+    assert relative_error(vae.encode_unnormalised(images), expected) < 1e-5
+    expected = reference.decode(latents[:, :, None]).sample[:, :, 0]
+    assert relative_error(vae.decode_unnormalised(latents), expected) < 1e-5
+    assert relative_error(vae.denormalise(vae.normalise(latents)), latents) < 1e-6
+
+
+def test_decode_clamps_as_diffusers_does(reference, vae):
+    latents = latents_of(1, 4, 4)
+    with torch.no_grad():
+        scale = 20.0
+        reference.decoder.conv_out.weight.mul_(scale)
+        vae.decoder.head[2].weight.mul_(scale)
+        found, expected = vae.decode(latents), reference_decode(reference, latents)
+        reference.decoder.conv_out.weight.div_(scale)
+        vae.decoder.head[2].weight.div_(scale)
+    assert found.abs().max() == 1 and relative_error(found, expected) < 1e-4
+
+
+def test_bf16_is_as_close_to_fp32_as_diffusers_is(reference, vae):
+    latents, images = latents_of(1, 8, 8), images_of(1, 64, 64)
+    reference16 = reference_vae(SMALL).to(torch.bfloat16)
+    vae16 = our_vae(reference16, SMALL)
+    assert vae16.conv1.weight.dtype is torch.bfloat16
+    # Both are compared with fp32 maths on the same rounded weights.
+    exact = our_vae(reference16, SMALL).float()
+    expected = exact.decode(latents)
+    theirs = (reference_decode(reference16, latents).float() - expected).square().mean().sqrt()
+    ours = (vae16.decode(latents) - expected).square().mean().sqrt()
+    assert 0 < ours <= 1.2 * theirs
+    expected = exact.encode(images)
+    theirs = reference_encode(reference16, images.to(torch.bfloat16)) - expected
+    ours = vae16.encode(images) - expected
+    assert ours.square().mean() <= 1.2**2 * theirs.square().mean()
+
+
+def test_gradients_equal_diffusers(reference, vae):
+    images, latents = images_of(1, 16, 24), latents_of(1, 2, 3)
+    for ours, theirs, source in (
+        (vae.encode, reference_encode, images),
+        (vae.decode, reference_decode, latents),
+    ):
+        leaf, other = source.clone().requires_grad_(), source.clone().requires_grad_()
+        result = ours(leaf)
+        weight = torch.randn_like(result)
+        (result * weight).sum().backward()
+        (theirs(reference, other) * weight).sum().backward()
+        assert relative_error(leaf.grad, other.grad) < 1e-4
+
+
+def test_weight_gradients_reach_every_parameter(vae):
+    trained = QwenImageVAE(SMALL)
+    trained.load_state_dict(vae.state_dict())
+    latents = trained.encode(images_of(1, 16, 16))
+    trained.decode(latents).square().mean().backward()
+    missing = [name for name, p in trained.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+# Attention
+
+
+def test_chunked_attention_equals_whole_and_stays_in_its_budget(monkeypatch):
+    query, key, value = torch.randn(3, 1, 1, 77, 24, generator=torch.manual_seed(3)).unbind()
+    expected = F.scaled_dot_product_attention(query, key, value)
+    rows = []
+    whole = F.scaled_dot_product_attention
+
+    def spy(query, key, value):
+        rows.append(query.shape[2])
+        return whole(query, key, value)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    torch.testing.assert_close(attend_in_chunks(query, key, value, 4 * 77 * 10), expected)
+    assert rows == [10] * 7 + [7]
+    rows.clear()
+    attend_in_chunks(query, key, value, 1)
+    assert rows == [1] * 77
+
+
+def test_a_device_without_a_fused_kernel_gets_the_same_images(vae, monkeypatch):
+    latents = latents_of(1, 6, 7)
+    expected = vae.decode(latents)
+    monkeypatch.setattr(vae_module, "has_fused_attention", lambda *_: False)
+    monkeypatch.setattr(vae_module, "MAX_SCORE_BYTES", 4 * 42 * 5)
+    assert relative_error(vae.decode(latents), expected) < 1e-5
+
+
+def test_activations_and_weights_are_channels_last(vae):
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+        for module in vae.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    vae.decode(vae.encode(images_of(1, 32, 32)))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(hooks)
+    for tensors in seen:
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    assert all(
+        p.is_contiguous(memory_format=torch.channels_last) for p in vae.parameters() if p.ndim == 4
+    )
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(
+    "size, tile, overlap", [(10, 4, 1), (13, 8, 2), (9, 8, 0), (16, 4, 0), (17, 6, 5), (5, 8, 2)]
+)
+def test_tiles_cover_the_axis_and_weights_sum_to_one(size, tile, overlap):
+    spans = plan_tiles(size, tile, overlap)
+    assert spans[0][0] == 0 and spans[-1][1] == size
+    assert all(stop - start == min(tile, size) for start, stop in spans)
+    for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
+        assert stop - start >= overlap
+    for scale in (1, 8):
+        total = torch.zeros(size * scale)
+        for (start, stop), weight in zip(spans, feather_weights(spans, scale), strict=True):
+            assert (weight > 0).all()
+            total[start * scale : stop * scale] += weight
+        torch.testing.assert_close(total, torch.ones(size * scale))
+
+
+def test_weights_ramp_inside_and_never_at_the_image_border():
+    first, last = feather_weights([(0, 4), (2, 6)], scale=2)
+    assert first.tolist() == [1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125]
+    assert last.tolist() == first.tolist()[::-1]
+
+
+@pytest.mark.parametrize(
+    "size, tile, overlap", [((13, 9), 32, 8), ((8, 20), 64, 48), ((5, 5), 8, 0)]
+)
+def test_tiles_land_where_they_belong(vae, monkeypatch, size, tile, overlap):
+    """With converters that act on single cells, tiled and plain agree in every pixel."""
+    monkeypatch.setattr(
+        vae, "decode", lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    )
+    monkeypatch.setattr(
+        vae, "encode", lambda x: F.pad(F.avg_pool2d(x, 8), (0, 0, 0, 0, 0, SMALL.z_dim - 3))
+    )
+    latents = latents_of(2, *size)
+    torch.testing.assert_close(vae.decode_tiled(latents, tile, overlap), vae.decode(latents))
+    images = images_of(2, size[0] * 8, size[1] * 8)
+    torch.testing.assert_close(vae.encode_tiled(images, tile, overlap), vae.encode(images))
+
+
+@pytest.mark.parametrize("tile", [64, 1024])
+def test_one_tile_equals_plain_bit_for_bit(vae, tile):
+    latents, images = latents_of(2, 8, 6), images_of(2, 48, 64)
+    assert torch.equal(vae.decode_tiled(latents, tile, 16), vae.decode(latents))
+    assert torch.equal(vae.encode_tiled(images, tile, 16), vae.encode(images))
+
+
+def test_tiles_equal_plain_where_the_cut_is_out_of_sight():
+    """Without attention, a tile is exact beyond the reach of the convolutions from its cut."""
+    vae = our_vae(reference_vae(SHALLOW), SHALLOW)
+    for part in (vae.encoder, vae.decoder):
+        part.middle[1].proj.weight.zero_()
+    cell, steps = SHALLOW.downscale, []
+    latents, images = latents_of(1, 6, 60), images_of(1, 6 * cell, 60 * cell)
+    # Two tiles, [0, 40) and [20, 60), blended in [20, 40).
+    for tiled, plain, source, unit in (
+        (vae.decode_tiled, vae.decode, latents, cell),
+        (vae.encode_tiled, vae.encode, images, 1),
+    ):
+        steps.clear()
+        found = tiled(source, 40 * cell, 20 * cell, lambda *step: steps.append(step))
+        assert steps == [(1, 2), (2, 2)]
+        expected = plain(source)
+        assert found.shape == expected.shape and found.dtype is torch.float32
+        error = (found - expected).abs().amax(dim=(0, 1, 2)) / expected.abs().max()
+        assert error[: 20 * unit].max() < 1e-5 and error[40 * unit :].max() < 1e-5
+        assert 1e-5 < error.max() < 0.3
+
+
+def test_gradients_flow_through_tiles(vae):
+    latents = latents_of(1, 5, 4).requires_grad_()
+    vae.decode_tiled(latents, 24, 8).sum().backward()
+    assert latents.grad.isfinite().all() and (latents.grad != 0).all()
+
+
+@pytest.mark.parametrize(
+    "tile, overlap", [(0, 0), (60, 8), (64, 4), (64, 64), (64, -8), (-64, -72)]
+)
+def test_tile_sizes_are_checked(vae, tile, overlap):
+    with pytest.raises(ValueError, match=f"tile {tile} and overlap {overlap}.*multiples of 8"):
+        vae.decode_tiled(latents_of(1, 4, 4), tile, overlap)
+
+
+# Errors
+
+
+def test_wrong_shapes_are_refused(vae):
+    with pytest.raises(ValueError, match=r"\(1, 16, 1, 4, 4\), expected \(B, 16, .*frame axis"):
+        vae.decode(torch.zeros(1, 16, 1, 4, 4))
+    for method in (vae.decode, vae.decode_unnormalised, vae.decode_tiled, vae.normalise):
+        with pytest.raises(ValueError, match=r"latents .*\(1, 4, 4, 4\), expected \(B, 16"):
+            method(torch.zeros(1, 4, 4, 4))
+    for method in (vae.encode, vae.encode_unnormalised, vae.encode_tiled):
+        with pytest.raises(ValueError, match=r"images .*\(3, 16, 16\), expected \(B, 3"):
+            method(torch.zeros(3, 16, 16))
+        with pytest.raises(ValueError, match="30x16 pixels.*multiples of 8.*to 24x16"):
+            method(torch.zeros(1, 3, 16, 30))
+    with pytest.raises(ValueError, match="torch.uint8"):
+        vae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_statistics_must_match_the_latent_channels():
+    with pytest.raises(ValueError, match="16 values.*each of the 4 latent channels"):
+        QwenImageVAE(replace(SMALL, z_dim=4), device="meta")
+
+
+# Keys
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_key_map_covers_diffusers_and_our_module(config):
+    with torch.device("meta"):
+        model = diffusers.AutoencoderKLQwenImage(
+            base_dim=config.base_dim,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=[False] + [True] * (len(config.dim_mult) - 2),
+        )
+    keys = vae_key_map(config)
+    assert set(keys.values()) == set(model.state_dict())
+    assert len(set(keys.values())) == len(keys)
+    ours = {name for name in keys if ".time_conv." not in name}
+    assert ours == set(QwenImageVAE(config, device="meta").state_dict())
+
+
+def test_the_released_vae_has_194_keys():
+    keys = vae_key_map(VAEConfig())
+    assert len(keys) == 194
+    # Spot checks of names that files in circulation have.
+    assert (
+        keys["encoder.downsamples.5.time_conv.weight"] == "encoder.down_blocks.5.time_conv.weight"
+    )
+    assert (
+        keys["decoder.upsamples.4.shortcut.bias"]
+        == "decoder.up_blocks.1.resnets.0.conv_shortcut.bias"
+    )
+    assert keys["conv1.weight"] == "quant_conv.weight"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_sizes_are_read_from_either_layout(config):
+    with torch.device("meta"):
+        state = diffusers.AutoencoderKLQwenImage(
+            base_dim=config.base_dim,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=[False] + [True] * (len(config.dim_mult) - 2),
+        ).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert infer_vae_config(shapes) == config
+    original = {name: state[other] for name, other in vae_key_map(config).items()}
+    assert infer_vae_config({name: tuple(t.shape) for name, t in original.items()}) == config
+    sliced = slice_temporal(original, config)
+    assert infer_vae_config({name: tuple(t.shape) for name, t in sliced.items()}) == config
+    again = slice_temporal(sliced, config)
+    assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in sliced.items()}
+
+
+def test_other_models_are_refused_by_what_differs():
+    shapes = {name: tuple(t.shape) for name, t in QwenImageVAE(SMALL).state_dict().items()}
+    with pytest.raises(ValueError, match="encoder.conv1.weight is missing"):
+        infer_vae_config({"decoder.conv_in.weight": (512, 16, 3, 3)})
+    with pytest.raises(ValueError, match="downsamples.7.residual.6.bias is missing"):
+        infer_vae_config(
+            {
+                name: s
+                for name, s in shapes.items()
+                if name != "encoder.downsamples.7.residual.6.bias"
+            }
+        )
+    with pytest.raises(ValueError, match=r"decoder.head.2.weight has shape \(12, 16, 3, 3\)"):
+        infer_vae_config(shapes | {"decoder.head.2.weight": (12, 16, 3, 3)})
+    with pytest.raises(ValueError, match="encoder.extra is unknown"):
+        infer_vae_config(shapes | {"encoder.extra": (1,)})
+    with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] residual blocks"):
+        gone = "encoder.downsamples.4.residual.2.weight"
+        moved = {
+            name.replace("samples.5.resample", "samples.4.resample"): s
+            for name, s in shapes.items()
+        }
+        moved = {
+            name.replace("samples.6.", "samples.5."): s for name, s in moved.items() if name != gone
+        }
+        for index in range(7, 11):
+            moved = {
+                name.replace(f"downsamples.{index}.", f"downsamples.{index - 1}."): s
+                for name, s in moved.items()
+            }
+        infer_vae_config(moved)
+    with pytest.raises(ValueError, match="surplus is no tensor"):
+        slice_temporal({"surplus": torch.zeros(1)}, SMALL)
+
+
+def test_slicing_takes_the_last_slice_as_a_copy_in_its_dtype():
+    kernel = torch.randn(16, 3, 3, 3, 3).to(torch.bfloat16)
+    gamma = torch.randn(16, 1, 1, 1)
+    sliced = slice_temporal(
+        {"encoder.conv1.weight": kernel, "encoder.downsamples.0.residual.0.gamma": gamma}, SMALL
+    )
+    weight = sliced["encoder.conv1.weight"]
+    assert weight.dtype is torch.bfloat16 and torch.equal(weight, kernel[:, :, 2])
+    assert weight.untyped_storage().nbytes() == weight.numel() * 2
+    assert sliced["encoder.downsamples.0.residual.0.gamma"].shape == (16,)
