@@ -241,8 +241,10 @@ def read_vae(checkpoint: Checkpoint) -> VAEState:
         _refuse(checkpoint, VAE)
     tensors = _under(checkpoint.tensors, prefix)
     try:
-        tensors = to_original_vae_names(tensors)
         config = infer_vae_config({name: tuple(t.shape) for name, t in tensors.items()})
+        if _VAE_MARKERS[0] not in tensors:
+            original = {theirs: ours for ours, theirs in vae_key_map(config).items()}
+            tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
         return VAEState(config, slice_temporal(tensors, config))
     except ValueError as error:
         _refuse_parts(checkpoint.path, VAE, str(error))
@@ -288,15 +290,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path.name} cannot be read ({error}). Download it again."
         ) from error
-
-
-def to_original_vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a VAE's tensors from diffusers' names to the original ones, where they are not."""
-    if _VAE_MARKERS[0] in tensors:
-        return dict(tensors)
-    # Names depend on the depth alone, so the deepest known layout covers the shallower ones.
-    originals = {diffusers: original for original, diffusers in vae_key_map(VAEConfig()).items()}
-    return {originals.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def is_norm_or_table(name: str) -> bool:

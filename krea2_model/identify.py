@@ -58,20 +58,20 @@ def read_header(path: str | Path) -> Header:
         raise CheckpointNotFoundError(f"There is no file {path}. Check the name and the folder.")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        foreign = _foreign_format(path, start)
-        if foreign:
+        start = file.read(9)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
+        # A length may begin with any byte, those of other formats too, but JSON follows it.
+        if start[8:] != b"{" and (foreign := _foreign_format(start)):
             raise CheckpointError(
                 f"{path.name} is {foreign}; expected a safetensors file. "
                 "Download or export the model as .safetensors."
             )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if len(start) < 8 or length > _MAX_HEADER or 8 + length > size:
+        if start[8:] != b"{" or length > _MAX_HEADER or 8 + length > size:
             raise CheckpointError(
                 f"{path.name} is not a whole safetensors file ({size:,} bytes, header length "
                 f"{length:,}): it is truncated or of another format. Download it again."
             )
-        raw = file.read(length)
+        raw = b"{" + file.read(length - 1)
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
@@ -89,7 +89,7 @@ def read_header(path: str | Path) -> Header:
     return Header(tensors, metadata)
 
 
-def _foreign_format(path: Path, start: bytes) -> str | None:
+def _foreign_format(start: bytes) -> str | None:
     if start[:4] == b"GGUF":
         return "a GGUF file"
     if start[:2] == b"PK" or start[:1] == b"\x80":
@@ -98,7 +98,7 @@ def _foreign_format(path: Path, start: bytes) -> str | None:
         return "a Git LFS pointer instead of the file itself (run `git lfs pull`)"
     if start.lstrip()[:1] == b"<":
         return "a web page (the download needs a login or a licence to be accepted)"
-    if path.stat().st_size == 0:
+    if not start:
         return "empty"
     return None
 

@@ -31,8 +31,12 @@ _MODEL_DTYPE = _dtype_input(
 def _dtype(name: str):
     import torch
 
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    return None if name == "auto" else getattr(torch, names.get(name, name))
+    return {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+        "fp8_e4m3fn": torch.float8_e4m3fn,
+    }.get(name)
 
 
 def _check(part: str, name: str | None):

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# At the end: in a process with ComfyUI, `nodes` has to stay ComfyUI's.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from krea2_model.config import TextEncoderConfig, TransformerConfig, VAEConfig  # noqa: E402
 from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402

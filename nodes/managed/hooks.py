@@ -2,6 +2,7 @@
 
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
+import torch
 
 from ...krea2_model.transformer import Hooks
 
@@ -34,6 +35,10 @@ class PatchHooks(Hooks):
                 rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
         if rope is not None:
             query, key = comfy.ldm.flux.math.apply_rope(query, key, rope)
+        if mask is not None and mask.dtype == torch.bool:
+            # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
+            hidden = torch.zeros_like(mask, dtype=query.dtype)
+            mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
         # Looked up at call time: command line flags and other packs choose the function.
         out = comfy.ldm.modules.attention.optimized_attention(
             query,

@@ -14,7 +14,7 @@ from krea2_model.transformer_keys import (
     official_to_diffusers,
     official_to_module,
 )
-from tests.parity import assert_close, relative_error
+from parity import assert_close, relative_error
 
 TINY = TransformerConfig(
     num_layers=3,

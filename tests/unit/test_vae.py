@@ -219,18 +219,19 @@ def test_a_device_without_a_fused_kernel_gets_the_same_images(vae, monkeypatch):
     assert relative_error(vae.decode(latents), expected) < 1e-5
 
 
-def test_activations_and_weights_are_channels_last(vae):
+def test_a_batch_runs_one_image_at_a_time_in_channels_last(vae):
     seen = []
     hooks = [
         module.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
         for module in vae.modules()
         if isinstance(module, torch.nn.Conv2d)
     ]
-    vae.decode(vae.encode(images_of(1, 32, 32)))
+    vae.decode(vae.encode(images_of(2, 32, 32)))
     for hook in hooks:
         hook.remove()
-    assert len(seen) == len(hooks)
+    assert len(seen) == 2 * len(hooks)
     for tensors in seen:
+        assert all(t.shape[0] == 1 for t in tensors)
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
     assert all(
         p.is_contiguous(memory_format=torch.channels_last) for p in vae.parameters() if p.ndim == 4

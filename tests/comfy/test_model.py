@@ -1,0 +1,296 @@
+"""MODEL under ComfyUI's management: patches on every weight, merges, saving, offload, compile."""
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from parity import assert_close, relative_error
+
+SIGMA = torch.tensor([0.6])
+
+
+def velocity(patcher, conditioning, load=True):
+    """One call of the patched model."""
+    if load:
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+    options = patcher.model_options["transformer_options"]
+    context = conditioning(6, 1)[0][0]
+    return patcher.model.diffusion_model(x, SIGMA, context, transformer_options=options)
+
+
+def full_difference(patcher, seed=0):
+    """A LoRA file of full differences on every weight of the model, by official names."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, lora = {}, {}
+    for key, weight in patcher.model.diffusion_model.state_dict().items():
+        # `.weight` and `.bias` differ in ending only: "diff" and "diff_b".
+        official = key.removesuffix(".weight")
+        name = official if key.endswith(".weight") else key.removesuffix(".bias")
+        suffix = ".diff" if key.endswith(".weight") else ".diff_b"
+        difference = torch.randn(weight.shape, generator=generator) * 0.1
+        keys[f"diffusion_model.{key}"] = difference
+        lora[f"diffusion_model.{name}{suffix}"] = difference
+    return keys, lora
+
+
+def save_lora(base, name, lora):
+    folder = base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in lora.items()}, folder / name)
+    return name
+
+
+def test_stock_lora_reaches_every_weight(run, base, turbo, conditioning):
+    before = velocity(turbo, conditioning)
+    original = {k: v.clone() for k, v in turbo.model.state_dict().items()}
+    differences, lora = full_difference(turbo)
+    name = save_lora(base, "full.safetensors", lora)
+    patched = run("LoraLoaderModelOnly", model=turbo, lora_name=name, strength_model=0.5)[0]
+    assert set(patched.patches) == set(differences)
+    assert any(".scale." in key for key in differences)
+    assert any(".lin." in key for key in differences)
+    after = velocity(patched, conditioning)
+    assert relative_error(after, before) > 1e-2
+    weights = patched.model.state_dict()
+    for key, difference in differences.items():
+        expected = original[key] + 0.5 * difference
+        assert_close(weights[key], expected, 1e-6, key)
+    # And it comes off again.
+    assert torch.equal(velocity(turbo, conditioning), before)
+
+
+def test_stock_lora_by_matrices_and_every_prefix(run, base, turbo, conditioning):
+    """Low rank on one matrix, under the names core maps for its own Krea 2."""
+    down, up = torch.randn(4, 256), torch.randn(256, 4)
+    key = "diffusion_model.blocks.1.attn.wq.weight"
+    original = turbo.model.state_dict()[key].clone()
+    for number, name in enumerate(
+        (
+            "diffusion_model.blocks.1.attn.wq",
+            "transformer.transformer_blocks.1.attn.to_q",
+            "lycoris_transformer_blocks_1_attn_to_q",
+        )
+    ):
+        lora = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        file = save_lora(base, f"low_rank_{number}.safetensors", lora)
+        patched = run("LoraLoaderModelOnly", model=turbo, lora_name=file, strength_model=1.0)[0]
+        velocity(patched, conditioning)
+        assert_close(patched.model.state_dict()[key], original + up @ down, 1e-5, name)
+
+
+def test_dynamic_vram_patches_every_weight(run, base, turbo, monkeypatch):
+    """The load path of NVIDIA's default patcher, which ignores bare parameters."""
+
+    class HostBuffer:
+        def __init__(self, *sizes):
+            pass
+
+    dynamic = comfy.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(dynamic, "__new__", lambda cls, *args, **kwargs: object.__new__(cls))
+    monkeypatch.setattr(comfy.model_patcher.comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
+    monkeypatch.setattr(dynamic, "partially_unload_ram", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(comfy.model_management, "pinned_hostbuf_size", lambda size: size)
+    cpu = torch.device("cpu")
+    patcher = dynamic(turbo.model, cpu, cpu)
+    differences, _ = full_difference(patcher)
+    original = {k: v.clone() for k, v in turbo.model.state_dict().items()}
+    added = patcher.add_patches({k: ("diff", (d,)) for k, d in differences.items()}, 1.0)
+    assert set(added) == set(differences)
+    patcher.load(cpu)
+    for key in differences:
+        module, parameter = key.rpartition(".")[::2]
+        module = comfy.utils.get_attr(patcher.model, module)
+        attached = getattr(module, f"{parameter}_lowvram_function", None) is not None
+        changed = not torch.equal(getattr(module, parameter), original[key])
+        assert attached or changed, f"{key} is not patched"
+    patcher.restore_loaded_backups()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_merge_of_two_of_ours(run, raw, turbo, conditioning, ratio):
+    first = {k: v.clone() for k, v in raw.model.state_dict().items()}
+    second = {k: v.clone() for k, v in turbo.model.state_dict().items()}
+    merged = run("ModelMergeSimple", model1=raw, model2=turbo, ratio=ratio)[0]
+    velocity(merged, conditioning)
+    weights = merged.model.state_dict()
+    for key in first:
+        expected = ratio * first[key] + (1 - ratio) * second[key]
+        assert_close(weights[key], expected, 1e-6, key)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_merge_with_a_model_of_core(
+    run, raw, core_raw, turbo, core_turbo, conditioning, ours_first
+):
+    """Every weight takes part, under either name, whoever comes first."""
+    first, second = (raw, core_turbo) if ours_first else (core_raw, turbo)
+    merged = run("ModelMergeSimple", model1=first, model2=second, ratio=0.5)[0]
+    reference = run("ModelMergeSimple", model1=raw, model2=turbo, ratio=0.5)[0]
+    expected = velocity(reference, conditioning)
+    assert_close(velocity(merged, conditioning), expected, 1e-5, "merge with a model of core")
+
+
+def test_unknown_patch_keys_are_logged(turbo, caplog):
+    turbo.clone().add_patches({"diffusion_model.blocks.99.mod.lin": ("diff", (torch.ones(1),))})
+    assert "nothing to patch at diffusion_model.blocks.99.mod.lin" in caplog.text
+
+
+def test_saved_model_loads_in_core_and_here(run, base, turbo, models, conditioning):
+    expected = velocity(turbo, conditioning)
+    run("ModelSave", model=turbo, filename_prefix="saved/turbo")
+    (saved,) = (base / "output" / "saved").glob("turbo*.safetensors")
+    tensors = load_file(saved)
+    prefix = "model.diffusion_model."
+    original = load_file(models / "diffusion_models" / "krea2_tiny_turbo.safetensors")
+    assert {name.removeprefix(prefix) for name in tensors} == set(original)
+    saved.rename(models / "diffusion_models" / "resaved_turbo.safetensors")
+    ours = run("K2ModelLoader", file="resaved_turbo.safetensors")[0]
+    core = run("UNETLoader", unet_name="resaved_turbo.safetensors", weight_dtype="default")[0]
+    assert torch.equal(velocity(ours, conditioning), expected)
+    assert_close(velocity(core, conditioning), expected, 1e-5, "saved file in core")
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_partial_load_gives_the_same_image(turbo, conditioning, with_lora):
+    patcher = turbo.clone()
+    if with_lora:
+        differences, _ = full_difference(patcher)
+        patcher.add_patches({k: ("diff", (d,)) for k, d in differences.items()}, 0.3)
+    expected = velocity(patcher, conditioning)
+    patcher.detach()
+    cpu = torch.device("cpu")
+    patcher.load(cpu, lowvram_model_memory=patcher.model_size() // 3)
+    cast = [m for m in patcher.model.modules() if getattr(m, "comfy_cast_weights", False)]
+    assert patcher.model.model_lowvram and len(cast) > 10
+    if with_lora:
+        assert patcher.model.lowvram_patch_counter > 0
+    partial = velocity(patcher, conditioning, load=False)
+    assert_close(partial, expected, 1e-6, f"partial load, lora {with_lora}")
+    patcher.detach()
+
+
+def test_unload_and_reload(turbo, conditioning):
+    expected = velocity(turbo, conditioning)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(velocity(turbo, conditioning), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
+def test_stored_dtypes(run, turbo, models, conditioning, dtype):
+    """Other storage changes the result a little; norms and tables stay float32."""
+    model = run("K2ModelLoader", file="krea2_tiny_turbo.safetensors", dtype=dtype)[0]
+    for key, weight in model.model.diffusion_model.state_dict().items():
+        leaf = key.endswith((".scale.weight", ".lin.weight"))
+        assert (weight.dtype == torch.float32) == leaf, key
+    compute = model.model.get_dtype_inference()
+    x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0)).to(compute)
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    value = model.model.diffusion_model(x, SIGMA, conditioning(6, 1)[0][0].to(compute))
+    limit = 0.5 if dtype.startswith("fp8") else 0.05
+    assert relative_error(value.float(), velocity(turbo, conditioning)) < limit
+
+
+def test_attention_and_block_patches(turbo, conditioning):
+    """Patches see what core's Krea 2 shows them, and may replace whole blocks."""
+    expected = velocity(turbo, conditioning)
+    seen = []
+
+    def attention(q, k, v, pe=None, attn_mask=None, extra_options=None):
+        seen.append(("attn1", extra_options["block_index"], extra_options["img_slice"]))
+        assert q.shape == (1, 2, 30, 128) and k.shape == (1, 1, 30, 128)
+        return {"q": q, "k": k, "v": v, "pe": pe}
+
+    def output(out, extra_options):
+        seen.append(("output", extra_options["block_index"], tuple(out.shape)))
+        return out
+
+    def block(args, extra):
+        seen.append(("block", args["transformer_options"]["total_blocks"]))
+        return extra["original_block"](args)
+
+    def post_input(args):
+        seen.append(("post_input", tuple(args["img"].shape), tuple(args["img_ids"].shape)))
+        return args
+
+    model = turbo.clone()
+    model.set_model_attn1_patch(attention)
+    model.set_model_attn1_output_patch(output)
+    model.set_model_patch(post_input, "post_input")
+    model.set_model_patch_replace(block, "dit", "single_block", 1)
+    assert torch.equal(velocity(model, conditioning), expected)
+    assert seen == [
+        ("post_input", (1, 24, 256), (1, 24, 3)),
+        ("attn1", 0, [6, 30]),
+        ("output", 0, (1, 30, 256)),
+        ("block", 2),
+        ("attn1", 1, [6, 30]),
+        ("output", 1, (1, 30, 256)),
+    ]
+
+
+def test_a_patch_that_changes_queries_changes_the_image(turbo, conditioning):
+    model = turbo.clone()
+    model.set_model_attn1_patch(lambda q, k, v, **_: {"q": q * 0, "k": k, "v": v})
+    assert relative_error(velocity(model, conditioning), velocity(turbo, conditioning)) > 1e-3
+
+
+def test_attention_override_is_used(turbo, conditioning):
+    calls = []
+
+    def override(function, *args, **kwargs):
+        calls.append(function)
+        return function(*args, **kwargs)
+
+    model = turbo.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(velocity(model, conditioning), velocity(turbo, conditioning))
+    # Two layerwise, two refiner and two transformer blocks.
+    assert len(calls) == 6
+
+
+def test_diffusion_model_wrappers_are_called(turbo, conditioning):
+    import comfy.patcher_extension as extension
+
+    calls = []
+
+    def wrapper(execute, x, timesteps, context, attention_mask=None, ref_latents=None, *rest, **kw):
+        calls.append(context.shape)
+        return execute(x, timesteps, context, attention_mask, ref_latents, *rest, **kw)
+
+    model = turbo.clone()
+    model.add_wrapper(extension.WrappersMP.DIFFUSION_MODEL, wrapper)
+    model.model_options["transformer_options"]["wrappers"] = model.wrappers
+    velocity(model, conditioning)
+    assert calls == [(1, 6, 12 * 160)]
+
+
+def test_video_latents_are_refused(turbo, conditioning):
+    with pytest.raises(ValueError, match="3 frames .* single images"):
+        turbo.model.diffusion_model(torch.zeros(1, 16, 3, 8, 8), SIGMA, conditioning(4, 1)[0][0])
+
+
+def test_torch_compile(run, turbo, conditioning, latent):
+    """Core's node with inductor where there is a C++ compiler, else core's wrapper alone."""
+    import shutil
+
+    import comfy_api.torch_helpers
+
+    expected = run("K2Sampler", model=turbo, positive=conditioning(4, 1), latent=latent)[0]
+    if shutil.which("g++") or shutil.which("clang++"):
+        compiled = run("TorchCompileModel", model=turbo, backend="inductor")[0]
+    else:
+        compiled = turbo.clone()
+        comfy_api.torch_helpers.set_torch_compile_wrapper(compiled, backend="eager")
+    value = run("K2Sampler", model=compiled, positive=conditioning(4, 1), latent=latent)[0]
+    assert_close(value["samples"], expected["samples"], 1e-4, "torch.compile")
+
+
+def test_memory_estimate_grows_with_tokens(turbo):
+    small = turbo.model.memory_required([1, 16, 1, 64, 64])
+    large = turbo.model.memory_required([1, 16, 1, 128, 128], {"c_crossattn": [(1, 64, 1920)]})
+    per_token = (2 * 256 + 3 * 768) * 4 * 1.15
+    assert large - small == pytest.approx((3 * 1024 + 64) * per_token)

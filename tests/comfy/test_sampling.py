@@ -1,0 +1,245 @@
+"""Our MODEL and samplers beside core's, in float32 on small random checkpoints."""
+
+import comfy.samplers
+import pytest
+import torch
+
+from parity import assert_close, relative_error
+
+KSAMPLER = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+
+
+def stock_sample(run, model, latent, positive, negative, cfg, steps=8, seed=5, **options):
+    return run(
+        "KSampler",
+        model=model,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        **{**KSAMPLER, **options},
+    )[0]["samples"]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_our_model_with_stock_ksampler_equals_core(
+    run, turbo, core_turbo, conditioning, latent, cfg
+):
+    texts = conditioning(9, 1), conditioning(5, 2)
+    ours = stock_sample(run, turbo, latent, *texts, cfg)
+    core = stock_sample(run, core_turbo, latent, *texts, cfg)
+    assert ours.shape == (1, 16, 1, 16, 24)
+    assert_close(ours, core, 1e-4, f"KSampler at cfg {cfg}, our model against core's")
+
+
+def test_our_model_equals_core_in_one_step(turbo, core_turbo, conditioning):
+    """The models themselves, closer than a whole run can be compared."""
+    x, sigma = torch.randn(2, 16, 1, 8, 12), torch.tensor([0.7, 0.2])
+    context = conditioning(7, 3, batch=2)[0][0]
+    outputs = []
+    for patcher in (turbo, core_turbo):
+        model = patcher.model.diffusion_model
+        outputs.append(model(x, sigma, context))
+    assert_close(*outputs, 1e-5, "transformer against core's Krea 2")
+
+
+@pytest.mark.parametrize("method", ["index_timestep_zero", "index"])
+def test_reference_latents_equal_core(turbo, core_turbo, conditioning, method):
+    x, sigma = torch.randn(1, 16, 1, 8, 12), torch.tensor([0.6])
+    references = [torch.randn(1, 16, 1, 4, 6), torch.randn(1, 16, 1, 8, 4)]
+    context = conditioning(7, 3)[0][0]
+    ours, core = (
+        patcher.model.diffusion_model(
+            x, sigma, context, ref_latents=references, ref_latents_method=method
+        )
+        for patcher in (turbo, core_turbo)
+    )
+    assert_close(ours, core, 1e-5, f"reference latents by {method} against core's")
+
+
+def test_our_sampler_on_turbo_equals_stock_simple(run, turbo, conditioning, latent):
+    text = conditioning(9, 1)
+    ours = run("K2Sampler", model=turbo, positive=text, latent=latent, seed=5)[0]["samples"]
+    stock = stock_sample(run, turbo, latent, text, text, 1.0)
+    assert_close(ours, stock, 1e-4, "K2Sampler on Turbo against KSampler euler/simple")
+
+
+def official(pack, model, latent, texts, guidance, steps, seed=5):
+    """The same run without ComfyUI: krea2_model's schedule, guidance and Euler loop."""
+    sampling = pack("krea2_model.sampling")
+    transformer = model.model.diffusion_model
+    native = type(transformer).__mro__[1]
+
+    class Native:
+        compute_dtype = torch.float32
+
+        def __call__(self, latents, timestep, text, mask=None):
+            return native.forward(transformer, latents, timestep, text, mask)
+
+    fused = [transformer.fuse_text(t[0][0].unflatten(-1, (12, 160))) for t in texts]
+    samples = latent["samples"]
+    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(seed))
+    tokens = samples.shape[-2] * samples.shape[-1] // 4
+    sigmas = sampling.sigma_schedule(steps, sampling.shift_mu(tokens))
+    run = sampling.denoise(Native(), noise[:, :, 0], *fused, sigmas=sigmas, guidance=guidance)
+    *_, (_, latents, _) = run
+    return model.model.process_latent_out(latents.unsqueeze(2))
+
+
+def test_our_sampler_on_raw_follows_the_official_schedule_where_core_does_not(
+    run, pack, raw, conditioning, latent
+):
+    texts = conditioning(9, 1), conditioning(5, 2)
+    ours = run("K2Sampler", model=raw, positive=texts[0], negative=texts[1], latent=latent, seed=5)[
+        0
+    ]["samples"]
+    expected = official(pack, raw, latent, texts, guidance=4.5, steps=28)
+    assert_close(ours, expected, 1e-4, "K2Sampler on Raw against the official schedule")
+    core = stock_sample(run, raw, latent, *texts, cfg=5.5, steps=28)
+    assert relative_error(core, expected) > 1e-2
+
+
+def test_shift_for_stock_samplers_gives_the_official_schedule(run, pack, raw, conditioning, latent):
+    texts = conditioning(9, 1), conditioning(5, 2)
+    width, height = latent["samples"].shape[-1] * 8, latent["samples"].shape[-2] * 8
+    model = run("K2ModelSampling", model=raw, width=width, height=height)[0]
+    # 20 divides the 10000 entries that scheduler simple picks from.
+    stock = stock_sample(run, model, latent, *texts, cfg=3.0, steps=20)
+    expected = official(pack, raw, latent, texts, guidance=2.0, steps=20)
+    assert_close(stock, expected, 1e-4, "K2ModelSampling + KSampler against the official schedule")
+
+
+def test_sampler_custom_advanced_takes_our_sigmas(run, raw, conditioning, latent):
+    texts = conditioning(9, 1), conditioning(5, 2)
+    sigmas = run("K2Sigmas", model=raw, latent=latent, preset="custom", steps=6)[0]
+    noise = run("RandomNoise", noise_seed=5)[0]
+    guider = run("CFGGuider", model=raw, positive=texts[0], negative=texts[1], cfg=3.0)[0]
+    sampler = run("KSamplerSelect", sampler_name="euler")[0]
+    stock = run(
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )[0]["samples"]
+    ours = run(
+        "K2Sampler",
+        model=raw,
+        positive=texts[0],
+        negative=texts[1],
+        latent=latent,
+        seed=5,
+        preset="custom",
+        steps=6,
+        guidance=2.0,
+    )[0]["samples"]
+    assert_close(ours, stock, 1e-5, "K2Sampler against SamplerCustomAdvanced with K2Sigmas")
+
+
+def test_denoise_starts_at_the_exact_sigma(run, turbo, conditioning, latent, monkeypatch):
+    seen = []
+    original = comfy.samplers.CFGGuider.sample
+
+    def spy(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        seen.append(sigmas)
+        return original(self, noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", spy)
+    image = {"samples": torch.randn(1, 16, 1, 16, 24)}
+    options = {"positive": conditioning(4, 1), "latent": image, "seed": 1}
+    partly = run("K2Sampler", model=turbo, denoise=0.3, **options)[0]["samples"]
+    fully = run("K2Sampler", model=turbo, denoise=1.0, **options)[0]["samples"]
+    shift = torch.tensor(1.15).exp()
+    assert len(seen[0]) == 9
+    assert seen[0][0] == pytest.approx((shift / (shift + 1 / 0.3 - 1)).item(), abs=1e-6)
+    assert relative_error(partly, image["samples"]) < relative_error(fully, image["samples"])
+
+
+def test_presets(run, pack, raw, turbo, latent):
+    steps = {
+        (model, preset): len(run("K2Sigmas", model=patcher, latent=latent, preset=preset)[0]) - 1
+        for model, patcher in (("raw", raw), ("turbo", turbo))
+        for preset in ("auto", "raw", "turbo")
+    }
+    assert steps[("raw", "auto")] == steps[("turbo", "raw")] == 28
+    assert steps[("turbo", "auto")] == steps[("raw", "turbo")] == 8
+
+
+def test_auto_without_a_known_variant_says_what_to_choose(run, core_turbo, latent):
+    with pytest.raises(ValueError, match="Choose raw or turbo"):
+        run("K2Sigmas", model=core_turbo, latent=latent)
+    assert len(run("K2Sigmas", model=core_turbo, latent=latent, preset="turbo")[0]) == 9
+
+
+def test_guidance_without_negative_says_what_to_connect(run, raw, conditioning, latent):
+    with pytest.raises(ValueError, match="Connect the negative output of Krea 2 Prompt"):
+        run("K2Sampler", model=raw, positive=conditioning(4, 1), latent=latent)
+
+
+def test_odd_latents_are_sampled_at_their_size(run, turbo, conditioning):
+    odd = {"samples": torch.zeros(2, 16, 1, 7, 9)}
+    samples = run("K2Sampler", model=turbo, positive=conditioning(4, 1), latent=odd)[0]["samples"]
+    assert samples.shape == (2, 16, 1, 7, 9) and torch.isfinite(samples).all()
+
+
+def test_stock_empty_latent_works(run, turbo, conditioning):
+    empty = run("EmptyLatentImage", width=64, height=64)[0]
+    samples = run("K2Sampler", model=turbo, positive=conditioning(4, 1), latent=empty)[0]["samples"]
+    assert samples.shape == (1, 16, 1, 8, 8)
+
+
+def test_latents_of_another_model_are_refused(run, turbo, conditioning):
+    foreign = {"samples": torch.randn(1, 4, 8, 8)}
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 8, 8\).*Use Krea 2 Size"):
+        run("K2Sampler", model=turbo, positive=conditioning(4, 1), latent=foreign)
+
+
+def test_conditioning_of_another_encoder_is_refused(run, turbo, latent):
+    foreign = [[torch.randn(1, 7, 2560), {}]]
+    with pytest.raises(ValueError, match="2560 features a token.*12 x 160"):
+        run("K2Sampler", model=turbo, positive=foreign, latent=latent)
+
+
+def test_model_of_another_family_is_refused(run, turbo, conditioning, latent):
+    class Flux:
+        pass
+
+    class Patcher:
+        model = Flux()
+
+    with pytest.raises(ValueError, match="The model is Flux; expected Krea 2"):
+        run("K2Sampler", model=Patcher(), positive=conditioning(4, 1), latent=latent)
+
+
+def test_nan_stops_at_its_step(run, turbo, conditioning, latent):
+    model = turbo.clone()
+    calls = []
+
+    def broken(apply_model, args):
+        calls.append(1)
+        return apply_model(args["input"], args["timestep"], **args["c"]) * (
+            float("nan") if len(calls) == 3 else 1.0
+        )
+
+    model.set_model_unet_function_wrapper(broken)
+    with pytest.raises(ValueError, match=r"NaN or infinite at step 3 of 8 \(torch.float32\)"):
+        run("K2Sampler", model=model, positive=conditioning(4, 1), latent=latent)
+
+
+def test_a_mask_gives_each_image_of_a_batch_its_own_text(run, turbo, conditioning):
+    """Texts of 3 and 8 tokens, padded with what must not be seen, against each alone."""
+    short, long = conditioning(3, 1)[0][0], conditioning(8, 2)[0][0]
+    padding = torch.full((1, 5, 12 * 160), 3.0)
+    batch = torch.cat((torch.cat((short, padding), dim=1), long))
+    mask = torch.tensor([[1] * 3 + [0] * 5, [1] * 8])
+    together = [[batch, {"attention_mask": mask}]]
+    latents = {"samples": torch.zeros(2, 16, 1, 8, 8)}
+    both = run("K2Sampler", model=turbo, positive=together, latent=latents, seed=5)[0]["samples"]
+    for index, text in enumerate((short, long)):
+        alone = run("K2Sampler", model=turbo, positive=[[text, {}]], latent=latents, seed=5)[0][
+            "samples"
+        ]
+        assert_close(both[index], alone[index], 1e-5, f"image {index} of a masked batch")
