@@ -213,17 +213,18 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
 
 def read_text_encoder(checkpoint: Checkpoint) -> TextEncoderState:
     """Translate a text encoder's tensors to module names and read off its sizes."""
-    names = text_encoder_keys(checkpoint.tensors)
+    taps = tuple(
+        checkpoint.model_index.get("text_encoder_select_layers") or TextEncoderConfig.tap_layers
+    )
+    names = text_encoder_keys(checkpoint.tensors, num_layers=max(taps))
     if not names:
         _refuse(checkpoint, TEXT_ENCODER)
     shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"tap_layers": taps}
     text_config = checkpoint.config.get("text_config", checkpoint.config)
     rope = text_config.get("rope_parameters") or {}
     if theta := text_config.get("rope_theta", rope.get("rope_theta")):
         options["rope_theta"] = float(theta)
-    if taps := checkpoint.model_index.get("text_encoder_select_layers"):
-        options["tap_layers"] = tuple(taps)
     if "rms_norm_eps" in text_config:
         options["rms_norm_eps"] = text_config["rms_norm_eps"]
     try:

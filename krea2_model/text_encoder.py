@@ -207,9 +207,12 @@ def rotation_table(length: int, config: TextEncoderConfig, device: torch.device)
 
 
 def rotate_halves(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate channel i together with channel i + D/2: (B, H, L, D) by (2, B or 1, 1, L, D/2)."""
+    """Rotate channel i together with channel i + D/2, in the float32 of the table.
+
+    heads: (B, H, L, D); rotation: (2, B or 1, 1, L, D/2).
+    """
     cos, sin = rotation
-    first, second = heads.float().chunk(2, dim=-1)
+    first, second = heads.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(heads.dtype)
 

@@ -151,8 +151,20 @@ class Krea2Tokenizer:
             raise ValueError(
                 f"The prompt is {text!r}, a {type(text).__name__}; expected text. Pass a str."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The prompt has half a character (\\u{ord(text[error.start]):04x}, at position "
+                f"{error.start}); expected whole ones. Text cut inside an emoji looks like "
+                "this: send it uncut."
+            ) from error
         # Not verbose: past 131,072 tokens transformers warns of a limit that is not this model's.
         return self._tokenizer(text, verbose=False)["input_ids"]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, by default without chat and vision markers."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def _with_prefix(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str):
@@ -164,7 +176,7 @@ def _check_length(value: int | None) -> None:
     """Raise ValueError unless `value` is None or leaves room for a token of the prompt."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value <= SUFFIX_TOKENS:
+    if not isinstance(value, int) or value <= SUFFIX_TOKENS:
         raise ValueError(
             f"max_sequence_length is {value!r}; expected a whole number above {SUFFIX_TOKENS}, "
             f"since the template's last {SUFFIX_TOKENS} tokens count. Use {OFFICIAL_LENGTH} for "

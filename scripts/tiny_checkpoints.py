@@ -71,7 +71,7 @@ def text_encoder_tensors(config=TEXT_ENCODER, seed=1, dtype=torch.bfloat16) -> d
             weight = random_weight(meta.shape, generator)
         tensors[f"model.{name}"] = weight.to(dtype)
     tensors["model.norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
-    tensors["visual.patch_embed.proj.bias"] = torch.zeros(8, dtype=dtype)
+    tensors["visual.patch_embed.proj.bias"] = torch.zeros(64, dtype=dtype)
     return tensors
 
 

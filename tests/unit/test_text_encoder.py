@@ -20,7 +20,7 @@ from krea2_model.text_encoder import (
     text_encoder_keys,
 )
 from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-from tests.parity import assert_close
+from parity import assert_close
 
 logger = logging.getLogger("parity")
 
@@ -77,8 +77,8 @@ def reference():
     return model
 
 
-def encoder_like(reference, dtype=torch.float32) -> Qwen3VLTextEncoder:
-    encoder = Qwen3VLTextEncoder(TINY, dtype=dtype)
+def encoder_like(reference, **options) -> Qwen3VLTextEncoder:
+    encoder = Qwen3VLTextEncoder(TINY, **options)
     state = reference.state_dict()
     keys = text_encoder_keys(state)
     encoder.load_state_dict({ours: state[theirs] for theirs, ours in keys.items()}, strict=True)
@@ -148,6 +148,20 @@ def test_padding_changes_no_real_token(reference, encoder, where):
     assert_taps_close(taps[mask], expected[mask], f"{where} against transformers")
 
 
+def test_padding_on_the_left_makes_no_nan(reference):
+    """torch's own attention gives zeros where a query sees nothing; a plain softmax gives NaN."""
+
+    def plain(query, key, value, rope, mask):
+        key, value = (heads.repeat_interleave(2, dim=1) for heads in (key, value))
+        scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+
+    mask, tokens = padded("left")[None], random_tokens(1, 60)
+    with torch.no_grad():
+        taps = encoder_like(reference, attend=plain)(tokens, mask)
+    assert_taps_close(taps[mask], reference_taps(reference, tokens, mask)[mask], "plain softmax")
+
+
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["plain", "empty", "odd", "cut"])
 def test_encode_equals_the_official_pipeline(reference, encoder, tokenizer_folder, prompt):
     """diffusers pads to 512 in the middle of the template; only its real tokens count."""
@@ -200,7 +214,7 @@ def test_bfloat16_is_as_close_as_transformers(reference):
     rounded = copy.deepcopy(reference).bfloat16()
     tokens = random_tokens(1, 120)
     theirs = reference_taps(rounded, tokens)
-    encoder = encoder_like(rounded, torch.bfloat16)
+    encoder = encoder_like(rounded, dtype=torch.bfloat16)
     with torch.no_grad():
         ours = encoder(tokens)
     exact = reference_taps(rounded.float(), tokens)
@@ -229,9 +243,9 @@ def test_attention_passes_the_seam(reference):
         calls.append((query.shape, key.shape, rope, mask.dtype))
         return attend(query, key, value, rope, mask)
 
-    encoder = Qwen3VLTextEncoder(TINY, attend=recording)
+    encoder = Qwen3VLTextEncoder(replace(TINY, vocab_size=1), attend=recording)
     with torch.no_grad():
-        encoder(random_tokens(1, 7))
+        encoder(torch.zeros(1, 7, dtype=torch.long))
     assert calls == [((1, 4, 7, 16), (1, 2, 7, 16), None, torch.bool)] * 35
 
 

@@ -192,6 +192,20 @@ def test_prompts_that_are_refused(tokenizer, prompt):
             method(prompt)
 
 
+def test_half_characters_are_refused(tokenizer):
+    """JSON can carry them; the Rust tokenizer answers with a TypeError about its input."""
+    with pytest.raises(ValueError, match=r"half a character \(\\ud83e, at position 6\)"):
+        tokenizer.tokenize_raw("a fox \ud83e")
+    with pytest.raises(ValueError, match="half a character"):
+        tokenizer.tokenize("a fox \ud83e")
+
+
+def test_decode(tokenizer):
+    ids = tokenizer.tokenize_raw("<|im_start|>user\na 🦊")
+    assert tokenizer.decode(ids) == "user\na 🦊"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\na 🦊"
+
+
 def test_loading_is_local(tokenizer_folder, monkeypatch):
     def refuse(*_):
         raise AssertionError("the network was used")

@@ -1,0 +1,195 @@
+"""CLIP beside core's Krea 2 text encoder, whose sizes are patched to the small checkpoint's."""
+
+import dataclasses
+
+import comfy.text_encoders.qwen3vl as core_qwen
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parity import assert_close
+
+PROMPTS = ["a fox in the snow", "", "狐狸在雪地里 🦊", "x" * 300, "two\nlines "]
+
+
+@pytest.fixture
+def clip(models, run):
+    return run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")[0]
+
+
+@pytest.fixture
+def core_clip(models, monkeypatch):
+    """Core's own encoder. It hard-codes the sizes of the released model, so those are swapped."""
+    import comfy.text_encoders.krea2
+
+    import tiny_checkpoints
+
+    config = tiny_checkpoints.TEXT_ENCODER
+
+    @dataclasses.dataclass
+    class Small(core_qwen.Qwen3VL_4BConfig):
+        hidden_size: int = config.hidden_size
+        intermediate_size: int = config.intermediate_size
+        num_attention_heads: int = config.num_attention_heads
+        num_key_value_heads: int = config.num_key_value_heads
+        head_dim = config.head_dim
+        rope_dims = (8, 6, 6)
+
+    monkeypatch.setitem(core_qwen.QWEN3VL_CONFIGS, "qwen3vl_4b", Small)
+    vision = dict(hidden_size=64, intermediate_size=64, depth=1, deepstack_visual_indexes=[0])
+    monkeypatch.setitem(core_qwen.QWEN3VL_VISION, "qwen3vl_4b", vision)
+    state = load_file(models / "text_encoders" / "qwen3vl_tiny.safetensors")
+    target = comfy.supported_models_base.ClipTarget(
+        comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.te()
+    )
+    return comfy.sd.CLIP(
+        target, state_dict=[state], parameters=1, model_options={"dtype": torch.float32}
+    )
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_clip_text_encode_equals_core(run, clip, core_clip, prompt):
+    (ours, extra), (core, core_extra) = (
+        run("CLIPTextEncode", clip=c, text=prompt)[0][0] for c in (clip, core_clip)
+    )
+    assert clip.tokenize(prompt) == core_clip.tokenize(prompt)
+    assert_close(ours, core, 1e-5, f"CLIPTextEncode of {prompt[:12]!r} against core")
+    assert "attention_mask" not in extra and "attention_mask" not in core_extra
+
+
+def test_backslashes_reach_the_tokenizer(clip, core_clip):
+    """Core takes them for escaped prompt weights and drops them, which changes the text."""
+    decoded = [c.decode([t for t, _ in c.tokenize(r"a \(fox\)")["qwen3vl_4b"][0]]) for c in
+               (clip, core_clip)]  # fmt: skip
+    assert r"a \(fox\)" in decoded[0] and "a (fox)" in decoded[1]
+
+
+def test_chats_pass_unwrapped_as_in_core(clip, core_clip):
+    chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\na fox<|im_end|>\n"
+    tokens = clip.tokenize(chat)
+    assert tokens == core_clip.tokenize(chat)
+    ours, core = (c.encode_from_tokens(c.tokenize(chat)) for c in (clip, core_clip))
+    assert_close(ours, core, 1e-5, "a chat of its own, against core")
+    wrapped = clip.tokenize(chat, always_wrap=True)
+    assert len(wrapped["qwen3vl_4b"][0]) == len(tokens["qwen3vl_4b"][0]) + 34 + 5
+
+
+def test_a_leading_line_break_keeps_the_official_cut(clip):
+    """It merges with the template's own, so what is kept has to be counted, not searched."""
+    tokens = clip.tokenize("\n\na fox")["qwen3vl_4b"][0]
+    conditioning = clip.encode_from_tokens({"qwen3vl_4b": [tokens]})
+    assert conditioning.shape[1] == len(tokens) - 34
+
+
+def test_each_conditioning_feeds_the_other_model(run, clip, core_clip, turbo, core_turbo, latent):
+    samples = {}
+    for name, encoder in (("ours", clip), ("core", core_clip)):
+        text = run("CLIPTextEncode", clip=encoder, text="a fox in the snow")[0]
+        for family, model in (("ours", turbo), ("core", core_turbo)):
+            result = run(
+                "K2Sampler", model=model, positive=text, latent=latent, preset="turbo", seed=3
+            )
+            samples[name, family] = result[0]["samples"]
+    reference = samples["core", "core"]
+    for pair, value in samples.items():
+        assert_close(value, reference, 1e-4, f"encoder and model of {pair}")
+
+
+def test_krea_prompt_node(run, clip):
+    positive, negative = run("K2TextEncode", clip=clip, prompt="a fox", negative="")
+    for conditioning, text in ((positive, "a fox"), (negative, "")):
+        expected = run("CLIPTextEncode", clip=clip, text=text)[0]
+        assert torch.equal(conditioning[0][0], expected[0][0])
+    # The empty prompt is what is left of the template.
+    assert negative[0][0].shape == (1, 5, 12 * 160)
+
+
+def test_krea_prompt_node_always_wraps(run, clip):
+    chat = "<|im_start|>user\nhi"
+    wrapped = run("K2TextEncode", clip=clip, prompt=chat)[0][0][0]
+    assert wrapped.shape[1] == len(clip.tokenize(chat)["qwen3vl_4b"][0]) + 5
+
+
+def test_krea_prompt_node_takes_core_clip(run, clip, core_clip):
+    ours, core = (run("K2TextEncode", clip=c, prompt="a fox")[0][0][0] for c in (clip, core_clip))
+    assert_close(ours, core, 1e-5, "K2TextEncode on core's CLIP")
+
+
+def test_five_thousand_words_with_a_warning_or_cut(run, clip, caplog):
+    prompt = "fox " * 5000
+    tokens = clip.tokenize(prompt)["qwen3vl_4b"][0]
+    assert len(tokens) > 5000
+    assert "trained on up to 507" in caplog.text
+    cut = run("K2TextEncode", clip=clip, prompt=prompt, official_length=True)[0][0][0]
+    assert cut.shape[1] == 512
+
+
+def test_a_list_of_texts_gives_each_image_its_own(run, clip, turbo):
+    texts = ["a fox", "a much longer description of a badger in the rain"]
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(texts))
+    conditioning, extra = encoded[0]
+    alone = [clip.encode_from_tokens(clip.tokenize(text)) for text in texts]
+    assert extra["attention_mask"].sum(dim=1).tolist() == [a.shape[1] for a in alone]
+    for row, text in zip(conditioning, alone, strict=True):
+        assert torch.equal(row[: text.shape[1]], text[0])
+        assert (row[text.shape[1] :] == 0).all()
+    latents = {"samples": torch.zeros(2, 16, 1, 8, 8)}
+    together = run("K2Sampler", model=turbo, positive=encoded, latent=latents, seed=2)[0]
+    for index, text in enumerate(alone):
+        one = run("K2Sampler", model=turbo, positive=[[text, {}]], latent=latents, seed=2)[0]
+        assert_close(
+            together["samples"][index], one["samples"][index], 1e-5, f"text {index} of a list"
+        )
+
+
+def test_text_generation_says_that_it_is_not_there(clip):
+    with pytest.raises(RuntimeError, match="not available with this text encoder yet"):
+        clip.generate(clip.tokenize("a fox"))
+
+
+def test_images_in_prompts_are_refused(clip):
+    with pytest.raises(ValueError, match="images in prompts are not supported yet"):
+        clip.tokenize("a fox", image=torch.zeros(1, 8, 8, 3))
+
+
+def test_partial_load_encodes_alike(clip):
+    tokens = clip.tokenize("a fox")
+    expected = clip.encode_from_tokens(tokens)
+    clip.patcher.detach()
+    clip.patcher.load(torch.device("cpu"), lowvram_model_memory=clip.patcher.model_size() // 3)
+    model = clip.cond_stage_model
+    assert any(getattr(m, "comfy_cast_weights", False) for m in model.modules())
+    partial = model.encode_token_weights(tokens)[0]
+    assert_close(partial, expected, 1e-6, "partially loaded encoder")
+    clip.patcher.detach()
+
+
+def test_only_the_layers_text_needs_are_held(clip):
+    names = set(clip.cond_stage_model.state_dict())
+    assert "qwen3vl_4b.transformer.model.layers.34.mlp.up_proj.weight" in names
+    assert not any(part in name for name in names for part in ("layers.35.", "visual", "lm_head"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_stored_dtypes_keep_float32_activations(run, models, clip, dtype):
+    stored = run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors", dtype=dtype)[0]
+    weight = stored.cond_stage_model.encoder.embed_tokens.weight
+    assert weight.element_size() == 2
+    ours, full = (c.encode_from_tokens(c.tokenize("a fox")) for c in (stored, clip))
+    assert ours.dtype == torch.float32
+    assert 0 < (ours - full).abs().mean() / full.abs().mean() < 0.05
+
+
+def test_stock_lora_patches_the_encoder(clip):
+    key = "qwen3vl_4b.transformer.model.layers.3.mlp.up_proj.weight"
+    import comfy.lora
+
+    aliases = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    assert aliases["text_encoders.qwen3vl_4b.transformer.model.layers.3.mlp.up_proj"] == key
+    patched = clip.clone()
+    difference = torch.randn(320, 160)
+    assert patched.add_patches({key: ("diff", (difference,))}, 0.5) == [key]
+    tokens = clip.tokenize("a fox")
+    before = clip.encode_from_tokens(tokens)
+    assert not torch.allclose(patched.encode_from_tokens(tokens), before)
+    assert torch.equal(clip.encode_from_tokens(tokens), before)

@@ -1,0 +1,128 @@
+"""VAE beside core's on the same checkpoint."""
+
+import comfy.model_management
+import pytest
+import torch
+
+from parity import assert_close
+
+
+@pytest.fixture
+def vae(models, run):
+    return run("K2VAELoader", file="qwen_image_vae_tiny.safetensors")[0]
+
+
+@pytest.fixture
+def core_vae(models, run):
+    return run("VAELoader", vae_name="qwen_image_vae_tiny.safetensors")[0]
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (6, 11)])
+def test_decode_equals_core(run, vae, core_vae, height, width):
+    latent = {"samples": torch.randn(2, 16, 1, height, width)}
+    ours = run("VAEDecode", samples=latent, vae=vae)[0]
+    core = run("VAEDecode", samples=latent, vae=core_vae)[0]
+    assert ours.shape == (2, 8 * height, 8 * width, 3)
+    assert_close(ours, core, 1e-5, f"VAEDecode {height}x{width} against core")
+    assert torch.equal(run("K2VAEDecode", samples=latent, vae=vae)[0], ours)
+
+
+def test_encode_equals_core(run, vae, core_vae):
+    image = torch.rand(1, 64, 48, 3)
+    ours = run("VAEEncode", pixels=image, vae=vae)[0]["samples"]
+    core = run("VAEEncode", pixels=image, vae=core_vae)[0]["samples"]
+    assert ours.shape == (1, 16, 1, 8, 6)
+    assert_close(ours, core, 1e-5, "VAEEncode against core")
+    assert torch.equal(run("K2VAEEncode", pixels=image, vae=vae)[0]["samples"], ours)
+
+
+def test_four_images_give_four_latents(run, vae):
+    """Core takes a batch for a film and gives one latent."""
+    images = torch.rand(4, 32, 32, 3)
+    latents = run("VAEEncode", pixels=images, vae=vae)[0]["samples"]
+    assert latents.shape == (4, 16, 1, 4, 4)
+    alone = run("VAEEncode", pixels=images[2:3], vae=vae)[0]["samples"]
+    assert torch.equal(latents[2:3], alone)
+
+
+def test_our_decode_node_takes_core_vae(run, core_vae):
+    images = run("K2VAEDecode", samples={"samples": torch.randn(2, 16, 1, 4, 4)}, vae=core_vae)[0]
+    assert images.shape == (2, 32, 32, 3)
+
+
+def test_odd_images_are_cropped_and_alpha_is_dropped(run, vae):
+    image = torch.rand(1, 35, 50, 4)
+    latents = run("K2VAEEncode", pixels=image, vae=vae)[0]["samples"]
+    expected = run("K2VAEEncode", pixels=image[:, 1:33, 1:49, :3], vae=vae)[0]["samples"]
+    assert torch.equal(latents, expected)
+
+
+def test_stock_tiled_nodes(run, vae):
+    latent = {"samples": torch.randn(1, 16, 1, 16, 24)}
+    whole = run("VAEDecode", samples=latent, vae=vae)[0]
+    one_tile = run("VAEDecodeTiled", samples=latent, vae=vae, tile_size=512, overlap=64)[0]
+    assert_close(one_tile, whole, 1e-5, "one tile against the whole")
+    tiles = run("VAEDecodeTiled", samples=latent, vae=vae, tile_size=64, overlap=16)[0]
+    assert tiles.shape == whole.shape and not torch.equal(tiles, whole)
+    encoded = run("VAEEncodeTiled", pixels=whole, vae=vae, tile_size=64, overlap=16)[0]["samples"]
+    assert encoded.shape == latent["samples"].shape
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_running_out_of_memory_falls_back_to_tiles(vae, monkeypatch, direction, caplog):
+    """Tiles of 1024, then 512: the largest that fits is taken, and the result is the tiled one."""
+    model, tried = vae.first_stage_model, []
+    whole = f"{direction}_unnormalised"
+    converted = getattr(model, whole)
+
+    def limited(source):
+        pixels = source.shape[-1] * (8 if direction == "decode" else 1)
+        tried.append(pixels)
+        if pixels > 512:
+            raise torch.OutOfMemoryError("no memory")
+        return converted(source)
+
+    monkeypatch.setattr(model, whole, limited)
+    if direction == "decode":
+        result = vae.decode(torch.randn(1, 16, 1, 4, 160))
+        assert result.shape == (1, 32, 1280, 3)
+    else:
+        result = vae.encode(torch.rand(1, 32, 1280, 3))
+        assert result.shape == (1, 16, 1, 4, 160)
+    assert torch.isfinite(result).all()
+    assert tried[0] == 1280 and 1024 in tried and 512 in tried and 256 not in tried
+    assert "smaller tiles" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(vae, monkeypatch):
+    def broken(source):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(vae.first_stage_model, "decode_unnormalised", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        vae.decode(torch.randn(1, 16, 1, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 16, 3, 8, 8), (16, 8, 8)])
+def test_wrong_latents_are_refused(run, vae, shape):
+    with pytest.raises(ValueError, match="The latent has shape .*Use Krea 2 Size"):
+        run("K2VAEDecode", samples={"samples": torch.randn(shape)}, vae=vae)
+
+
+def test_image_too_small_is_refused(run, vae):
+    with pytest.raises(ValueError, match="at least 8 x 8 pixels"):
+        run("K2VAEEncode", pixels=torch.rand(1, 4, 64, 3), vae=vae)
+
+
+def test_offload_and_reload(vae):
+    latent = torch.randn(1, 16, 1, 4, 4)
+    expected = vae.decode(latent)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(vae.decode(latent), expected)
+
+
+def test_bfloat16(run, models, vae):
+    half = run("K2VAELoader", file="qwen_image_vae_tiny.safetensors", dtype="bf16")[0]
+    latent = torch.randn(1, 16, 1, 8, 8)
+    assert half.vae_dtype == torch.bfloat16
+    assert 0 < (half.decode(latent) - vae.decode(latent)).abs().mean() < 0.02
