@@ -52,7 +52,7 @@ VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY = (
 
 _VAE_MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
 
-ReadFile = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str]]]
+ReadFile = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str] | None]]
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -264,7 +264,7 @@ def open_checkpoint(
     if path.is_file():
         read_header(path)
         tensors, metadata = read_file(path)
-        return Checkpoint(path, dict(tensors), dict(metadata))
+        return Checkpoint(path, dict(tensors), dict(metadata or {}))
     if not path.is_dir():
         raise CheckpointNotFoundError(
             f"There is no file or folder {path}. Check the name and the folder."
@@ -275,7 +275,7 @@ def open_checkpoint(
         read_header(file)
         tensors, metadata = read_file(file)
         checkpoint.tensors.update(tensors)
-        checkpoint.metadata.update(metadata)
+        checkpoint.metadata.update(metadata or {})
     checkpoint.config = _read_json(folder / "config.json")
     for parent in (path, path.parent):
         checkpoint.model_index = checkpoint.model_index or _read_json(parent / "model_index.json")

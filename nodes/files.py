@@ -104,6 +104,18 @@ def find_fitting(part: str, model: Path) -> Path:
     )
 
 
+def check_pair(model: Path, encoder: Path) -> None:
+    """Raise CheckpointError where a text encoder's width is not what the transformer needs."""
+    if model.is_dir() or encoder.is_dir():
+        return
+    wanted, found = _text_width(model), _encoder_width(encoder)
+    if None not in (wanted, found) and wanted != found:
+        raise CheckpointError(
+            f"{encoder.name} gives text of width {found}; {model.name} needs {wanted}. Use the "
+            f"text encoder that belongs to it, for example {WHERE[TEXT_ENCODER]}."
+        )
+
+
 def _may_hold(path: Path, part: str) -> bool:
     if path.suffix.lower() not in (".safetensors", ".sft"):
         return False

@@ -103,6 +103,7 @@ class K2Loader(io.ComfyNode):
             else files.find_model(part, name)
             for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
         ]
+        files.check_pair(model_path, paths[0])
         return io.NodeOutput(
             load_model(model_path, _dtype(dtype)), load_clip(paths[0]), load_vae(paths[1])
         )

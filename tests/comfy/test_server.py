@@ -1,0 +1,258 @@
+"""The headless API of a real server: pictures, refusals, cancelling."""
+
+import copy
+import io
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import tiny_checkpoints
+from headless import ROOT, ComfyServer, JobError
+
+WORKFLOWS = sorted((ROOT / "tests" / "workflows").glob("*.json"))
+OFFICIAL_NAMES = {
+    "diffusion_models/krea2_turbo_bf16": "diffusion_models/krea2_tiny_turbo",
+    "diffusion_models/krea2_raw_bf16": "diffusion_models/krea2_tiny_raw",
+    "text_encoders/qwen3vl_4b_bf16": "text_encoders/qwen3vl_tiny",
+    "vae/qwen_image_vae": "vae/qwen_image_vae_tiny",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server with small checkpoints under the official names, by symbolic links."""
+    import comfy.sd
+
+    comfyui = comfy.__path__[0] + "/.."
+    base = tmp_path_factory.mktemp("server")
+    tiny_checkpoints.write_models(base / "models")
+    for name, target in OFFICIAL_NAMES.items():
+        link = base / "models" / f"{name}.safetensors"
+        link.symlink_to(base / "models" / f"{target}.safetensors")
+    make_bad_files(base / "models")
+    packs = {"comfyui-krea2-kit": ROOT}
+    with ComfyServer(comfyui, base, packs=packs, extra_args=["--cpu"]) as running:
+        yield running
+
+
+def make_bad_files(models):
+    folder = models / "diffusion_models"
+    whole = (folder / "krea2_tiny_turbo.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.safetensors").write_bytes(b"")
+    torch.save({"weight": torch.zeros(2)}, folder / "pickle.safetensors")
+    torch.save({"weight": torch.zeros(2)}, folder / "pickle.pt")
+    (folder / "page.safetensors").write_bytes(b"<!DOCTYPE html><html></html>")
+    tensors = load_file(folder / "krea2_tiny_turbo.safetensors")
+    save_file({k: v for k, v in tensors.items() if "blocks.1." not in k or "wq" in k},
+              folder / "incomplete.safetensors")  # fmt: skip
+    broken = dict(tensors, **{"last.norm.scale": torch.full((256,), float("nan"))})
+    save_file(broken, folder / "nan.safetensors")
+    encoder = load_file(models / "text_encoders" / "qwen3vl_tiny.safetensors")
+    few = {k: v for k, v in encoder.items() if ".layers." not in k or int(k.split(".")[2]) < 20}
+    save_file(few, models / "text_encoders" / "few_layers.safetensors")
+    wide = replace(tiny_checkpoints.TEXT_ENCODER, hidden_size=320)
+    tensors = tiny_checkpoints.text_encoder_tensors(wide)
+    save_file(tensors, models / "text_encoders" / "too_wide.safetensors")
+
+
+@pytest.fixture
+def graph():
+    """The Turbo workflow at a small size, by class: nodes["K2Sampler"]["steps"] = 3."""
+    whole = json.loads((ROOT / "tests/workflows/krea2_turbo_text_to_image.json").read_text())
+    nodes = {node["class_type"]: node["inputs"] for node in whole.values()}
+    nodes["K2EmptyLatent"].update(aspect="custom", width=128, height=96)
+    nodes["graph"] = whole
+    return nodes
+
+
+def picture(server, whole, on_progress=None):
+    (png,) = server.images(server.wait(server.post(whole), on_progress, timeout=120))
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_workflows_give_a_picture(server, file):
+    whole = json.loads(file.read_text())
+    for node in whole.values():
+        if node["class_type"] == "K2EmptyLatent":
+            node["inputs"].update(aspect="custom", width=128, height=96)
+    steps = []
+    image = picture(server, whole, lambda node, step, total: steps.append((step, total)))
+    assert image.shape == (96, 128, 3) and image.std() > 10
+    expected = 8 if "turbo" in file.stem else 28
+    assert (expected, expected) in steps
+
+
+def test_the_same_picture_without_comfyui(server, graph, pack):
+    """A seed gives the same pixels through the API and through Python."""
+    models = server.base / "models"
+    pipeline = pack("krea2_model").Krea2Pipeline.from_files(
+        models / "diffusion_models" / "krea2_turbo_bf16.safetensors",
+        models / "text_encoders" / "qwen3vl_4b_bf16.safetensors",
+        models / "vae" / "qwen_image_vae.safetensors",
+        dtype=torch.float32,
+    )
+    graph["K2Sampler"]["seed"] = 77
+    prompt = graph["K2TextEncode"]["prompt"]
+    (native,) = pipeline(prompt, height=96, width=128, seed=77)
+    difference = np.abs(
+        picture(server, graph["graph"]).astype(int) - np.asarray(native).astype(int)
+    )
+    assert difference.max() <= 1, difference.max()
+
+
+def test_a_size_is_rounded_up_and_says_so(server, graph):
+    graph["K2EmptyLatent"].update(width=17, height=33)
+    prompt_id = server.post(graph["graph"])
+    outputs = server.wait(prompt_id, timeout=60)
+    (image,) = server.images(outputs)
+    assert Image.open(io.BytesIO(image)).size == (32, 48)
+    texts = [text for output in outputs.values() for text in output.get("text", ())]
+    assert texts == ["32 x 48 (rounded up from 17 x 33)"]
+
+
+LOADER_REFUSALS = {
+    "missing": (
+        "model",
+        "nowhere.safetensors",
+        "no 'nowhere.safetensors' in models/diffusion_models",
+    ),
+    "vae as model": ("model", "../vae/qwen_image_vae.safetensors", "There is no"),
+    "truncated": ("model", "truncated.safetensors", "the download is incomplete"),
+    "empty": ("model", "empty.safetensors", "is empty; expected a safetensors file"),
+    "pickle": ("model", "pickle.safetensors", "a PyTorch pickle, which can run code"),
+    "pickle by name": ("model", "pickle.pt", "is a .pt file; expected a Krea 2 transformer"),
+    "web page": ("model", "page.safetensors", "a web page"),
+    "incomplete": ("model", "incomplete.safetensors", "missing (such as blocks.1."),
+    "nan": ("model", "nan.safetensors", "last.norm.scale.weight holds NaN or infinity"),
+    "few layers": ("text_encoder", "few_layers.safetensors", "20 layers"),
+    "wide encoder": (
+        "text_encoder",
+        "too_wide.safetensors",
+        "gives text of width 320",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOADER_REFUSALS)
+def test_bad_files_are_refused(server, graph, name):
+    field, value, message = LOADER_REFUSALS[name]
+    graph["K2Loader"][field] = value
+    with pytest.raises(JobError) as refused:
+        server.wait(server.post(graph["graph"]), timeout=60)
+    assert message in str(refused.value)
+    assert value in str(refused.value)
+
+
+WRONG_KINDS = [
+    (
+        "K2ModelLoader",
+        "qwen_image_vae.safetensors",
+        "vae",
+        "is a Qwen-Image VAE; expected a Krea 2",
+    ),
+    ("K2ModelLoader", "qwen3vl_4b_bf16.safetensors", "text_encoders", "is a Qwen3-VL text encoder"),
+    (
+        "K2TextEncoderLoader",
+        "qwen_image_vae.safetensors",
+        "vae",
+        "expected a Qwen3-VL text encoder",
+    ),
+    ("K2VAELoader", "krea2_raw_bf16.safetensors", "diffusion_models", "is a Krea 2 transformer"),
+]
+FOLDERS = {"K2ModelLoader": "diffusion_models", "K2TextEncoderLoader": "text_encoders",
+           "K2VAELoader": "vae"}  # fmt: skip
+
+
+@pytest.mark.parametrize("node, file, source, message", WRONG_KINDS)
+def test_files_of_another_kind_are_hidden_and_refused(server, node, file, source, message):
+    models = server.base / "models"
+    misplaced = models / FOLDERS[node] / f"misplaced_{source}.safetensors"
+    if not misplaced.exists():
+        misplaced.symlink_to(models / source / file)
+    assert misplaced.name not in server.options(node, "file")
+    graph = {
+        "1": {"class_type": node, "inputs": {"file": misplaced.name, "dtype": "auto"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    with pytest.raises(JobError, match=f"{misplaced.name} .*{message}.*for example"):
+        server.post(graph)
+
+
+VALUE_REFUSALS = [
+    ("K2EmptyLatent", "width", 0, "width is 0; expected a whole number of pixels from 1 to 16384"),
+    ("K2EmptyLatent", "height", -16, "height is -16; expected"),
+    ("K2EmptyLatent", "width", 100_000, "width is 100000; expected"),
+    ("K2EmptyLatent", "aspect", "7:5", "aspect is '7:5'; expected one of 1:1"),
+    ("K2Sampler", "steps", 0, "steps is 0; expected a whole number of at least 1"),
+    ("K2Sampler", "guidance", float("nan"), "guidance is nan; expected 0 (off) or more"),
+    ("K2Sampler", "denoise", 0.0, "denoise is 0.0; expected more than 0"),
+    ("K2Sampler", "mu", float("inf"), "mu is inf; expected a finite number"),
+]
+
+
+@pytest.mark.parametrize("node, name, value, message", VALUE_REFUSALS)
+def test_bad_values_are_refused(server, graph, node, name, value, message):
+    graph[node][name] = value
+    with pytest.raises(JobError) as refused:
+        server.post(graph["graph"])
+    assert message in str(refused.value)
+
+
+def test_raw_without_a_negative_says_what_to_connect(server, graph):
+    graph["K2Loader"]["model"] = "krea2_raw_bf16.safetensors"
+    del graph["K2Sampler"]["negative"]
+    with pytest.raises(JobError, match="Connect the negative output of Krea 2 Prompt"):
+        server.wait(server.post(graph["graph"]), timeout=60)
+
+
+def test_the_server_goes_on_after_refusals(server, graph):
+    assert picture(server, graph["graph"]).shape == (96, 128, 3)
+
+
+def test_empty_and_very_long_prompts(server, graph):
+    graph["K2TextEncode"]["prompt"] = ""
+    empty = picture(server, graph["graph"])
+    graph["K2TextEncode"]["prompt"] = "fox " * 5000
+    graph["K2Sampler"].update(preset="custom", steps=1, guidance=0.0)
+    long = picture(server, graph["graph"])
+    assert empty.shape == long.shape
+    assert "trained on up to 507" in server.log.read_text()
+
+
+def test_cancelling_stops_within_a_step_and_the_next_job_runs(server, graph):
+    slow = copy.deepcopy(graph)
+    slow["K2Sampler"].update(preset="custom", steps=500, guidance=0.0)
+    steps, cancelled_at = [], []
+
+    def cancel_at_three(node, step, total):
+        if total == 500:
+            steps.append(step)
+            if step >= 3 and not cancelled_at:
+                cancelled_at.append(step)
+                assert server.cancel(prompt_id)
+
+    started = time.monotonic()
+    prompt_id = server.post(slow["graph"])
+    with pytest.raises(JobError, match="interrupted"):
+        server.wait(prompt_id, cancel_at_three, timeout=60)
+    # The message takes its way, during which a small model makes steps.
+    assert steps[-1] < 100 and time.monotonic() - started < 30
+    assert picture(server, graph["graph"]).shape == (96, 128, 3)
+
+
+def test_seeds(server, graph):
+    images = []
+    for seed in (1, 1, 2):
+        graph["K2Sampler"]["seed"] = seed
+        # Something else that changes nothing, so that the result is not taken from the cache.
+        graph["K2Sampler"]["guidance"] = 1.0 + len(images)
+        images.append(picture(server, graph["graph"]))
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])

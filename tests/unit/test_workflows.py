@@ -1,0 +1,170 @@
+"""The example workflows, read without the page: wires, values, files, layout.
+
+Each has a twin of the same name in tests/workflows, written in the API's format. The twin's inputs
+stand in the order of the node's schema, which is the order of a workflow's positional values.
+"""
+
+import itertools
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+PACK = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+# The page draws a node's title above its position.
+TITLE_HEIGHT = 30
+# Shown on the page alone, never part of a prompt.
+NOTES = {"Note", "MarkdownNote"}
+SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
+def example(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def workflow(example) -> dict:
+    return json.loads(example.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def twin(example) -> dict:
+    return json.loads((ROOT / "tests" / "workflows" / example.name).read_text(encoding="utf-8"))
+
+
+def test_there_are_examples():
+    assert {path.stem for path in EXAMPLES} >= {
+        "krea2_raw_text_to_image",
+        "krea2_turbo_text_to_image",
+    }
+
+
+def test_links_join_sockets_of_their_type(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    assert len(nodes) == len(workflow["nodes"]), "a node id is used twice"
+    assert len(links) == len(workflow["links"]), "a link id is used twice"
+    assert workflow["last_node_id"] >= max(nodes)
+    assert workflow["last_link_id"] >= max(links)
+    for number, origin, origin_slot, target, target_slot, kind in links.values():
+        output = nodes[origin]["outputs"][origin_slot]
+        assert output["type"] == kind and number in output["links"]
+        socket = nodes[target]["inputs"][target_slot]
+        assert socket["type"] == kind and socket["link"] == number
+    for node in nodes.values():
+        for socket in node["inputs"]:
+            assert socket["link"] is None or socket["link"] in links
+        for output in node["outputs"]:
+            assert set(output["links"] or ()) <= set(links)
+
+
+def test_reroutes_belong_to_links(workflow):
+    """A link names its last reroute, and each reroute the one before it."""
+    links = {link[0] for link in workflow["links"]}
+    reroutes = {reroute["id"]: reroute for reroute in workflow["extra"].get("reroutes", ())}
+    reached = set()
+    for extension in workflow["extra"].get("linkExtensions", ()):
+        assert extension["id"] in links
+        parent = extension["parentId"]
+        while parent is not None:
+            assert extension["id"] in reroutes[parent]["linkIds"]
+            reached.add(parent)
+            parent = reroutes[parent].get("parentId")
+    assert reached == set(reroutes)
+
+
+def test_values_equal_the_api_twin(workflow, twin):
+    prompt = {
+        str(node["id"]): {
+            "class_type": node["type"],
+            "inputs": _linked(node, workflow["links"])
+            | _by_position(node, twin[str(node["id"])]["inputs"]),
+        }
+        for node in workflow["nodes"]
+        if node["type"] not in NOTES
+    }
+    assert prompt == twin
+
+
+def test_thumbnail_is_a_small_jpeg(example):
+    thumbnail = example.with_suffix(".jpg")
+    with Image.open(thumbnail) as image:
+        image.load()
+        assert image.format == "JPEG"
+        assert 320 <= image.width <= 1024
+    assert thumbnail.stat().st_size < 150_000
+
+
+def test_loaders_say_where_their_files_come_from(workflow):
+    loaders = [node for node in workflow["nodes"] if _files(node)]
+    assert loaders
+    notes = "\n".join(
+        node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES
+    )
+    for node in loaders:
+        models = node["properties"]["models"]
+        assert sorted(model["name"] for model in models) == sorted(_files(node))
+        for model in models:
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/resolve/main/{model['directory']}/{model['name']}")
+            assert model["directory"] in {"diffusion_models", "text_encoders", "vae", "loras"}
+            assert f"[{model['name']}]({model['url']}) | `{model['directory']}` |" in notes
+
+
+def test_nodes_name_their_pack(workflow):
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        properties = node["properties"]
+        assert properties["Node name for S&R"] == node["type"]
+        assert properties["cnr_id"] == (PACK if node["type"].startswith("K2") else "comfy-core")
+        assert properties["ver"]
+
+
+def test_nodes_do_not_overlap_and_lie_in_a_titled_group(workflow):
+    for one, other in itertools.combinations(workflow["nodes"], 2):
+        (left, top, right, bottom), (x, y, x_end, y_end) = _box(one), _box(other)
+        apart = right <= x or x_end <= left or bottom <= y or y_end <= top
+        assert apart, f"{one['type']} overlaps {other['type']}"
+    for node in workflow["nodes"]:
+        left, top, right, bottom = _box(node)
+        assert any(
+            group["title"]
+            and x <= left
+            and y <= top
+            and right <= x + width
+            and bottom <= y + height
+            for group in workflow["groups"]
+            for x, y, width, height in [group["bounding"]]
+        ), f"{node['type']} lies in no group"
+
+
+def _linked(node: dict, links: list) -> dict:
+    """A node's linked inputs as the API writes them."""
+    origins = {link[0]: [str(link[1]), link[2]] for link in links}
+    return {i["name"]: origins[i["link"]] for i in node["inputs"] if i["link"] is not None}
+
+
+def _by_position(node: dict, inputs: dict) -> dict:
+    """A node's widget values, named by the unlinked inputs of its API twin."""
+    names = [name for name, value in inputs.items() if not isinstance(value, list)]
+    assert names == [i["name"] for i in node["inputs"] if "widget" in i]
+    values = list(node.get("widgets_values", ()))
+    if "seed" in names:
+        assert values.pop(names.index("seed") + 1) in SEED_CONTROLS
+    return dict(zip(names, values, strict=True))
+
+
+def _files(node: dict) -> list[str]:
+    values = () if node["type"] in NOTES else node.get("widgets_values", ())
+    return [v for v in values if isinstance(v, str) and v.endswith((".safetensors", ".sft"))]
+
+
+def _box(node: dict) -> tuple[float, float, float, float]:
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_HEIGHT, x + width, y + height
