@@ -61,7 +61,7 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
             f"sigmas is {values}; expected at least two final (shifted) values that end in 0, "
             "as sigma_schedule() returns them."
         )
-    if values[0] > 1 or any(a <= b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] > 1 + 1e-6 or any(a <= b for a, b in zip(values, values[1:], strict=False)):
         raise ValueError(f"sigmas is {values}; expected values that fall from at most 1 to 0.")
     return values
 

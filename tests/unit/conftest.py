@@ -15,3 +15,86 @@ def tokenizer_folder() -> Path:
     if not (folder / "vocab.json").is_file():
         pytest.fail(f"COMFYUI_PATH is {root}, where {folder} has no Qwen tokenizer.")
     return folder
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipeline(tokenizer_folder):
+    """diffusers' own Krea2Pipeline with small random parts, in float32."""
+    import torch
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        Krea2Pipeline,
+        Krea2Transformer2DModel,
+    )
+    from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
+
+    torch.manual_seed(0)
+    transformer = Krea2Transformer2DModel(
+        num_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        timestep_embed_dim=64,
+        text_hidden_dim=64,
+        text_num_attention_heads=8,
+        text_num_key_value_heads=8,
+        text_intermediate_size=128,
+        axes_dims_rope=(8, 12, 12),
+    )
+    text_config = {
+        "vocab_size": 151936,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5_000_000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    }
+    vision_config = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    config = Qwen3VLConfig(text_config=text_config, vision_config=vision_config)
+    text_encoder = Qwen3VLModel(config).eval()
+    vae = AutoencoderKLQwenImage(base_dim=16)
+    for part in (transformer, text_encoder, vae):
+        for name, parameter in part.named_parameters():
+            if "norm" in name or "gamma" in name or "table" in name:
+                # Fresh models have these at 0 or 1, which would hide mistakes in them.
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=6400,
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder,
+        tokenizer=AutoTokenizer.from_pretrained(str(tokenizer_folder)),
+        transformer=transformer.eval(),
+    )
+
+
+@pytest.fixture(scope="session")
+def diffusers_folder(diffusers_pipeline, tmp_path_factory) -> Path:
+    """The same pipeline as diffusers saves it, with a sharded transformer."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    diffusers_pipeline.save_pretrained(folder)
+    for file in (folder / "transformer").glob("*.safetensors"):
+        file.unlink()
+    diffusers_pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="1MB")
+    return folder

@@ -1,0 +1,250 @@
+"""The whole way from prompt to image beside diffusers' Krea2Pipeline, and every argument."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from krea2_model import Krea2Pipeline
+from krea2_model.checkpoint import save_transformer
+from krea2_model.config import RAW, TURBO
+from krea2_model.sampling import shift_mu, sigma_schedule
+from krea2_model.transformer import patchify
+from parity import assert_close, relative_error
+
+SIZE = {"height": 64, "width": 96}
+
+
+@pytest.fixture(scope="module")
+def pipeline(diffusers_folder):
+    return Krea2Pipeline.from_folder(diffusers_folder)
+
+
+def start(batch=1, seed=0):
+    return torch.randn(batch, 16, 8, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def run_reference(diffusers_pipeline, prompt, latents, **options):
+    diffusers_pipeline.set_progress_bar_config(disable=True)
+    options = {"output_type": "pt", "max_sequence_length": 64, **SIZE, **options}
+    return diffusers_pipeline(prompt, latents=patchify(latents, 2), **options).images
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.5])
+def test_equals_diffusers(pipeline, diffusers_pipeline, guidance):
+    prompts, negative = ["a fox in the snow", "two badgers"], "rain"
+    latents = start(batch=2)
+    theirs = run_reference(
+        diffusers_pipeline,
+        prompts,
+        latents,
+        negative_prompt=negative,
+        guidance_scale=guidance,
+        num_inference_steps=6,
+    )
+    ours = pipeline(
+        prompts, negative, latents=latents, guidance=guidance, steps=6, output_type="pt", **SIZE
+    )
+    assert_close(ours, theirs, 1e-4, f"pipeline at guidance {guidance} against diffusers")
+
+
+def test_latents_equal_diffusers(pipeline, diffusers_pipeline):
+    latents = start()
+    theirs = run_reference(
+        diffusers_pipeline, "a fox", latents, guidance_scale=3.5, output_type="latent"
+    )
+    ours = pipeline("a fox", latents=latents, guidance=3.5, output_type="latent", **SIZE)
+    assert ours.shape == (1, 16, 8, 12)
+    assert_close(patchify(ours, 2), theirs, 1e-4, "latents after 28 steps against diffusers")
+
+
+def test_custom_sigmas_equal_diffusers(pipeline, diffusers_pipeline):
+    """diffusers takes them before the shift and without the final 0; here they are final."""
+    unshifted, latents = [1.0, 0.7, 0.25], start()
+    theirs = run_reference(
+        diffusers_pipeline, "a fox", latents, guidance_scale=0.0, sigmas=unshifted
+    )
+    shift = np.exp(shift_mu(4 * 6))
+    final = [shift / (shift + 1 / sigma - 1) for sigma in unshifted] + [0.0]
+    ours = pipeline("a fox", latents=latents, guidance=0, sigmas=final, output_type="pt", **SIZE)
+    assert_close(ours, theirs, 1e-4, "custom sigmas against diffusers")
+
+
+def test_given_embeddings_equal_the_prompt(pipeline):
+    prompts = ["a fox", "a much longer text about a badger"]
+    taps, mask = pipeline.text_encoder.encode(prompts)
+    negative, _ = pipeline.text_encoder.encode(["rain"])
+    options = {"latents": start(2), "guidance": 2.0, "steps": 2, "output_type": "latent", **SIZE}
+    expected = pipeline(prompts, "rain", **options)
+    given = pipeline(
+        prompt_embeds=taps, prompt_embeds_mask=mask, negative_prompt_embeds=negative, **options
+    )
+    assert_close(given, expected, 1e-5, "given embeddings against prompts")
+
+
+def test_several_images_a_prompt(pipeline):
+    options = {"steps": 2, "guidance": 0, "output_type": "latent", **SIZE}
+    images = pipeline(["a fox", "a badger"], num_images=2, seed=5, **options)
+    assert len(images) == 4
+    for index, (prompt, seed) in enumerate([("a fox", 5), ("a fox", 6), ("a badger", 7)]):
+        alone = pipeline(prompt, seed=seed, **options)
+        assert_close(images[index : index + 1], alone, 1e-5, f"image {index} of a batch")
+
+
+def test_a_seed_an_image(pipeline):
+    options = {"steps": 2, "guidance": 0, "output_type": "latent", **SIZE}
+    pair = pipeline("a fox", num_images=2, seed=[9, 3], **options)
+    for index, seed in enumerate((9, 3)):
+        alone = pipeline("a fox", seed=seed, **options)
+        assert_close(pair[index : index + 1], alone, 1e-5, f"seed {seed}")
+    assert relative_error(pair[0], pair[1]) > 0.1
+
+
+def test_output_types(pipeline):
+    options = {"latents": start(), "steps": 1, "guidance": 0, **SIZE}
+    (pil,) = pipeline("a fox", **options)
+    array = pipeline("a fox", output_type="np", **options)
+    tensor = pipeline("a fox", output_type="pt", **options)
+    assert pil.size == (96, 64) and array.shape == (1, 64, 96, 3) and tensor.shape == (1, 3, 64, 96)
+    assert array.dtype == np.float32 and 0 <= array.min() < array.max() <= 1
+    assert np.array_equal(np.asarray(pil), (array[0] * 255).round().astype(np.uint8))
+    assert np.array_equal(tensor[0].permute(1, 2, 0).numpy(), array[0])
+
+
+def test_callback_sees_each_step(pipeline):
+    seen = []
+
+    def callback(step, latents, predicted):
+        seen.append((step, latents.clone(), predicted.clone()))
+
+    latents = start()
+    result = pipeline(
+        "a fox",
+        latents=latents,
+        steps=3,
+        guidance=0,
+        output_type="latent",
+        callback=callback,
+        **SIZE,
+    )
+    assert [step for step, _, _ in seen] == [1, 2, 3]
+    assert torch.equal(seen[-1][1], result)
+    # The last step ends at sigma 0, where the latents are the prediction.
+    assert_close(seen[-1][2], result, 1e-5, "last prediction")
+    assert relative_error(seen[0][2], result) > 1e-3
+
+
+def test_the_official_length_cuts(pipeline):
+    long = "fox " * 30
+    options = {"latents": start(), "steps": 1, "guidance": 0, "output_type": "latent", **SIZE}
+    cut = pipeline(long, max_sequence_length=15, **options)
+    assert torch.equal(cut, pipeline("fox " * 9 + "fox", **options))
+    assert not torch.equal(cut, pipeline(long, **options))
+
+
+def test_presets_fill_in_steps_guidance_and_shift(pipeline, monkeypatch):
+    seen = {}
+
+    def spy(transformer, noise, positive, negative=None, *, sigmas, guidance):
+        seen.update(sigmas=sigmas, guidance=guidance, negative=negative)
+        return iter([(1, noise, noise)])
+
+    monkeypatch.setattr("krea2_model.pipeline.denoise", spy)
+    for preset, mu in ((RAW, shift_mu(24)), (TURBO, 1.15)):
+        monkeypatch.setattr(pipeline.transformer, "preset", preset)
+        pipeline("a fox", output_type="latent", **SIZE)
+        assert seen["sigmas"] == sigma_schedule(preset.steps, mu)
+        assert seen["guidance"] == preset.guidance
+        assert (seen["negative"] is None) == (preset is TURBO)
+
+
+def test_the_folder_says_raw_or_turbo(diffusers_pipeline, pipeline, tmp_path):
+    assert pipeline.transformer.variant == "raw" and pipeline.preset == RAW
+    save_transformer(pipeline.transformer, tmp_path / "krea2_turbo.safetensors")
+    diffusers_pipeline.save_config(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"is_distilled": true}')
+    diffusers_pipeline.transformer.save_pretrained(tmp_path / "transformer")
+    from krea2_model import load_transformer
+
+    assert load_transformer(tmp_path).variant == "turbo"
+    assert load_transformer(tmp_path / "transformer").variant == "turbo"
+
+
+def test_sizes_are_rounded_up_and_said(pipeline, caplog):
+    with caplog.at_level(logging.WARNING):
+        (image,) = pipeline("a fox", height=33, width=17, steps=1, guidance=0)
+    assert image.size == (32, 48)
+    assert "height 33 is not a multiple of 16: 48 is used" in caplog.text
+
+
+def test_latents_give_the_size_by_themselves(pipeline):
+    (image,) = pipeline("a fox", latents=start(), steps=1, guidance=0)
+    assert image.size == (96, 64)
+
+
+def test_out_of_memory_decodes_in_tiles(pipeline, monkeypatch):
+    def no_memory(latents):
+        raise torch.OutOfMemoryError("no memory")
+
+    expected = pipeline.decode(start())
+    monkeypatch.setattr(pipeline.vae, "decode", no_memory)
+    tiled = []
+    original = type(pipeline.vae).decode_tiled
+
+    def decode_tiled(latents):
+        tiled.append(latents.shape)
+        monkeypatch.undo()
+        return original(pipeline.vae, latents)
+
+    monkeypatch.setattr(pipeline.vae, "decode_tiled", decode_tiled)
+    assert torch.equal(pipeline.decode(start()), expected)
+    assert tiled == [(1, 16, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"prompt": []}, "expected a text or a list of texts"),
+        ({"prompt": [3]}, "expected a text or a list of texts"),
+        ({"negative_prompt": ["a", "b"], "guidance": 1}, "a list of 1 texts"),
+        ({"height": 0}, "height is 0; expected"),
+        ({"width": -16}, "width is -16; expected"),
+        ({"width": 100_000}, "width is 100000; expected"),
+        ({"height": 64.0}, "height is 64.0; expected"),
+        ({"steps": 0}, "steps is 0; expected"),
+        ({"guidance": float("nan")}, "guidance is nan; expected"),
+        ({"guidance": -1}, "guidance is -1; expected"),
+        ({"num_images": 0}, "num_images is 0; expected"),
+        ({"seed": [1, 2]}, "a list of 1, one an image"),
+        ({"seed": 1.5}, "expected a whole number"),
+        ({"latents": torch.zeros(2, 16, 8, 8)}, "latents has shape"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape"),
+        ({"latents": torch.zeros(1, 16, 8, 8), "height": 96}, "latents has shape"),
+        ({"sigmas": [1.0, 0.5]}, "end in 0"),
+        ({"max_sequence_length": 3}, "max_sequence_length is 3"),
+        ({"output_type": "jpg"}, "output_type is 'jpg'"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 12, 60)}, "needs .* 12, 64"),
+    ],
+)
+def test_bad_arguments(pipeline, options, message):
+    arguments = {"prompt": "a fox", "steps": 1, "guidance": 0, **options}
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_mask_of_another_shape(pipeline):
+    taps, _ = pipeline.text_encoder.encode(["a fox"])
+    with pytest.raises(ValueError, match="The mask has shape"):
+        pipeline(prompt_embeds=taps, prompt_embeds_mask=torch.ones(1, 2), **SIZE)
+
+
+def test_parts_that_do_not_belong_together(pipeline):
+    from dataclasses import replace
+
+    from krea2_model import Krea2Transformer
+
+    wider = Krea2Transformer(replace(pipeline.transformer.config, text_hidden_dim=128))
+    with pytest.raises(ValueError, match="12 layers of width 64.*needs 12 of width 128"):
+        Krea2Pipeline(wider, pipeline.text_encoder, pipeline.vae)
