@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# A picture from a prompt, by the example workflow in a headless ComfyUI:
+#
+#   bash scripts/demo.sh "a fox in the snow" [--models FOLDER] [--output fox.png] ...
+#
+# Needs Linux or macOS and Python 3.11 or later. Everything it makes is under .local/; --help tells
+# the options. PYTHON and COMFYUI_PATH are explained in setup.sh.
+set -euo pipefail
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+TINY=$LOCAL/tiny-models
+
+# Random checkpoints, made again when the code that defines their layout has changed.
+make_tiny_checkpoints() {
+  if [[ -f $TINY/made && -z $(find "$ROOT/scripts/tiny_checkpoints.py" "$ROOT/krea2_model" \
+    -name '*.py' -newer "$TINY/made") ]]; then return; fi
+  rm -rf "$TINY"
+  step "Making small random checkpoints" "$VENV_PYTHON" "$ROOT/scripts/tiny_checkpoints.py" "$TINY"
+  touch "$TINY/made"
+}
+
+has_accelerator() {
+  "$VENV_PYTHON" -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())' 2>/dev/null
+}
+
+python=$(choose_python)
+for argument in "$@"; do
+  if [[ $argument == -h || $argument == --help ]]; then
+    exec "$python" "$ROOT/scripts/headless.py" --help
+  fi
+done
+# A mistyped option should show now, not after the set-up.
+"$python" "$ROOT/scripts/headless.py" --check "$@"
+
+set_up run
+make_tiny_checkpoints
+device=()
+has_accelerator || device=(--cpu)
+# exec: signals go straight to the process that has to stop the server.
+exec "$VENV_PYTHON" "$ROOT/scripts/headless.py" --tiny "$TINY" ${device[@]+"${device[@]}"} "$@"

@@ -1,0 +1,466 @@
+"""A headless ComfyUI and a small client for it: start a server, post API graphs, follow them.
+
+    with ComfyServer("ComfyUI", "base", packs={"comfyui-krea2-kit": ROOT}) as server:
+        outputs = server.wait(server.post(graph), on_progress=print)
+        [png] = server.images(outputs)
+
+On the command line it makes a picture from a prompt, with the text-to-image workflow of the tests;
+`demo.sh` calls it. Needs the standard library, and aiohttp, which ComfyUI brings, for progress.
+Imports neither torch nor the pack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOW = ROOT / "tests" / "workflows" / "krea2_turbo_text_to_image.json"
+FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
+MODEL_FOLDERS = {
+    "diffusion_models": ("diffusion_models", "unet"),
+    "text_encoders": ("text_encoders", "clip"),
+    "vae": ("vae",),
+    "loras": ("loras",),
+    "checkpoints": ("checkpoints",),
+    "diffusers": ("diffusers",),
+}
+# Called with a node's id, how far it is, and its total; 0 of 0 when it begins. ComfyUI leaves out
+# steps that follow each other faster than about ten a second, but never the first and the last.
+OnProgress = Callable[[str, int, int], None]
+
+
+class ServerError(RuntimeError):
+    """ComfyUI did not start, or ended; the message has the end of its log."""
+
+
+class JobError(RuntimeError):
+    """A graph was refused, failed or was cancelled; `messages` has a line for each reason."""
+
+    def __init__(self, messages: list[str]):
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
+class ComfyServer:
+    """A ComfyUI process of its own on a free port; a context manager.
+
+    comfyui: ComfyUI's folder, which is only read. base: where it keeps models, outputs and
+    settings, made if missing. packs: custom nodes to link into it, by folder name. extra_args: for
+    ComfyUI's command line, such as "--cpu". log: what ComfyUI prints, by default in `base`.
+    """
+
+    def __init__(
+        self,
+        comfyui: str | Path,
+        base: str | Path,
+        *,
+        python: str = sys.executable,
+        packs: Mapping[str, Path] | None = None,
+        extra_args: Iterable[str] = (),
+        log: Path | None = None,
+        start_seconds: float = 300,
+    ):
+        self.comfyui = Path(comfyui).resolve()
+        self.base = Path(base).resolve()
+        self.python = python
+        self.packs = dict(packs or {})
+        self.extra_args = list(extra_args)
+        self.log = log or self.base / "comfyui.log"
+        self.start_seconds = start_seconds
+        self.client_id = uuid.uuid4().hex
+        self.address = ""
+        self._process: subprocess.Popen | None = None
+        # A proxy of the environment must not come between us and this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def __enter__(self) -> ComfyServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process and wait until it answers. Raises ServerError."""
+        self._make_base()
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        command = [self.python, str(self.comfyui / "main.py")]
+        command += ["--listen", "127.0.0.1", "--port", str(port)]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--disable-api-nodes", "--disable-auto-launch", *self.extra_args]
+        try:
+            with self.log.open("wb") as log:
+                # A session of its own: Ctrl-C in the terminal reaches us, and we stop it in order.
+                self._process = subprocess.Popen(
+                    command,
+                    cwd=self.base,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the process and its children, by force if need be."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(10)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def post(self, graph: dict) -> str:
+        """Queue an API graph; its prompt id. Raises JobError with every node's complaint."""
+        status, reply = self._send("/prompt", {"prompt": graph, "client_id": self.client_id})
+        # With several outputs, ComfyUI refuses one and runs the others: here that is an error too.
+        if status == 200 and reply.get("node_errors"):
+            self.cancel(reply["prompt_id"])
+        if status != 200 or reply.get("node_errors"):
+            raise JobError(refusal_messages(reply))
+        return reply["prompt_id"]
+
+    def wait(
+        self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float | None = None
+    ) -> dict:
+        """The outputs by node id, when the job is done. Raises JobError, or TimeoutError after
+        `timeout` seconds (the job goes on)."""
+        follow = self._follow(prompt_id, on_progress or (lambda *_: None))
+        asyncio.run(asyncio.wait_for(follow, timeout))
+        entry = self.history(prompt_id)
+        messages = failure_messages(entry)
+        if messages:
+            raise JobError(messages)
+        return entry["outputs"]
+
+    def images(self, outputs: dict) -> list[bytes]:
+        """The image files that `wait` returned, in order."""
+        found = [image for output in outputs.values() for image in output.get("images", ())]
+        return [self.request("/view?" + urllib.parse.urlencode(image)) for image in found]
+
+    def history(self, prompt_id: str) -> dict:
+        """What ComfyUI remembers of a finished job; empty where there is none."""
+        return self.request(f"/history/{prompt_id}").get(prompt_id, {})
+
+    def interrupt(self) -> None:
+        """Stop the running job."""
+        self.request("/interrupt", {})
+
+    def cancel(self, prompt_id: str) -> bool:
+        """Stop or unqueue a job; whether there was one."""
+        return self.request(f"/api/jobs/{prompt_id}/cancel", {})["cancelled"]
+
+    def object_info(self, node: str) -> dict:
+        """A node's description; empty where ComfyUI does not know it."""
+        return self.request(f"/object_info/{urllib.parse.quote(node)}").get(node, {})
+
+    def options(self, node: str, name: str) -> list[str]:
+        """What a combo input offers."""
+        inputs = self.object_info(node)["input"]
+        kind, *settings = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
+        return kind if isinstance(kind, list) else settings[0]["options"]
+
+    def request(self, path: str, body: dict | None = None) -> Any:
+        """GET, or POST where there is a body: decoded JSON, or bytes where it is none. Raises
+        RuntimeError for a status other than 200."""
+        status, reply = self._send(path, body)
+        if status != 200:
+            raise RuntimeError(f"{path} answered {status}: {reply!r}")
+        return reply
+
+    def log_tail(self, lines: int = 15) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _send(self, path: str, body: dict | None = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{self.address}{path}", data)
+        request.add_header("Content-Type", "application/json")
+        try:
+            response = self._opener.open(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            response = error
+        except OSError:
+            self._check_alive()
+            raise
+        with response:
+            content = response.read()
+            if response.headers.get_content_type() == "application/json":
+                content = json.loads(content)
+            return response.status, content
+
+    def _check_alive(self) -> None:
+        """Raises ServerError if the process has ended, or does within half a second."""
+        code: int | str = "no process"
+        if self._process:
+            try:
+                # A connection breaks a little before the process is gone.
+                code = self._process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                return
+        raise ServerError(f"ComfyUI ended ({code}). Its log ends:\n{self.log_tail()}")
+
+    def _make_base(self) -> None:
+        for name in FOLDERS:
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        for name, pack in self.packs.items():
+            link = self.base / "custom_nodes" / name
+            if link.resolve() != Path(pack).resolve():
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path(pack).resolve(), target_is_directory=True)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.start_seconds
+        while time.monotonic() < deadline:
+            # Each try takes half a second where nothing answers yet.
+            with suppress(OSError):
+                self._send("/system_stats")
+                return
+        raise ServerError(
+            f"ComfyUI does not answer after {self.start_seconds:g} s. Its log ends:\n"
+            + self.log_tail()
+        )
+
+    async def _follow(self, prompt_id: str, on_progress: OnProgress) -> None:
+        """Report progress until the job is over."""
+        import aiohttp
+
+        if not self._is_pending(prompt_id):
+            return
+        url = f"http://{self.address}/ws?clientId={self.client_id}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(url, max_msg_size=0) as connection,
+        ):
+            over = False
+            while not over:
+                message = None
+                with suppress(TimeoutError):
+                    message = await connection.receive(timeout=1)
+                if message is not None and message.type == aiohttp.WSMsgType.TEXT:
+                    over = report(json.loads(message.data), prompt_id, on_progress)
+                elif message is None or connection.closed:
+                    # What was said before this connection, or after, has to be asked for.
+                    over = not self._is_pending(prompt_id)
+
+    def _is_pending(self, prompt_id: str) -> bool:
+        status, job = self._send(f"/api/jobs/{prompt_id}")
+        if status == 404:
+            raise JobError([f"Job {prompt_id} is not known: it was cancelled before it began."])
+        return job["status"] in ("pending", "in_progress")
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def report(message: dict, prompt_id: str, on_progress: OnProgress) -> bool:
+    """Pass a message of the websocket on; whether it says that the job is over."""
+    data = message.get("data", {})
+    # A client that connects late is told the running node without the job's id.
+    if data.get("prompt_id", prompt_id) != prompt_id:
+        return False
+    if message["type"] == "executing":
+        if data["node"] is None:
+            return True
+        on_progress(data["node"], 0, 0)
+    elif message["type"] == "progress":
+        on_progress(data["node"], int(data["value"]), int(data["max"]))
+    return False
+
+
+def refusal_messages(reply: dict) -> list[str]:
+    """Why a graph was not queued, a line for each reason."""
+    messages = []
+    for node, problem in dict(reply.get("node_errors") or {}).items():
+        for error in problem["errors"]:
+            reason = ": ".join(filter(None, (error["message"], error["details"])))
+            if error["type"] == "custom_validation_failed":
+                # Said once for each input that the node's check looks at.
+                reason = error["details"].partition(" - ")[2]
+            messages.append(f"{problem['class_type']} (node {node}): {reason}")
+    messages = list(dict.fromkeys(messages))
+    if not messages:
+        error = reply.get("error", reply)
+        messages = [error["message"] if isinstance(error, dict) else str(error)]
+    return messages
+
+
+def failure_messages(entry: dict) -> list[str]:
+    """What stopped a finished job; empty where nothing did."""
+    messages = []
+    for kind, data in entry.get("status", {}).get("messages", ()):
+        if kind == "execution_error":
+            reason = data["exception_message"].strip()
+            messages.append(f"{data['node_type']} (node {data['node_id']}): {reason}")
+        elif kind == "execution_interrupted":
+            messages.append(f"{data['node_type']} (node {data['node_id']}): interrupted")
+    return messages
+
+
+def models_config(folder: Path, file: Path) -> Path:
+    """Write the extra_model_paths file that adds a folder in the layout of ComfyUI's models."""
+    paths = {
+        key: "\n".join(str(folder / name) for name in names) for key, names in MODEL_FOLDERS.items()
+    }
+    # JSON is YAML, with the quoting that any path survives.
+    file.write_text(json.dumps({"krea2_kit": paths}, ensure_ascii=False), encoding="utf-8")
+    return file
+
+
+def text_to_image(graph: dict, options: argparse.Namespace, model: str, size: int) -> dict:
+    """The workflow with the model and the command line's choices put in."""
+    nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
+    nodes["K2Loader"].update(model=model, text_encoder="auto", vae="auto")
+    nodes["K2TextEncode"]["prompt"] = options.prompt
+    nodes["K2EmptyLatent"].update(
+        aspect="custom", width=options.width or size, height=options.height or size
+    )
+    nodes["K2Sampler"]["seed"] = options.seed
+    if options.steps is not None:
+        guidance = 0.0 if "turbo" in model.lower() else 4.5
+        nodes["K2Sampler"].update(preset="custom", steps=options.steps, guidance=guidance)
+    return graph
+
+
+def pick_model(offered: list[str]) -> str:
+    """The first Turbo file, else the first."""
+    if not offered:
+        raise JobError(
+            ["No Krea 2 transformer in diffusion_models, checkpoints or diffusers of --models."]
+        )
+    return next((name for name in offered if "turbo" in name.lower()), offered[0])
+
+
+def next_output() -> Path:
+    """The first free number in .local/output."""
+    folder = ROOT / ".local" / "output"
+    names = (folder / f"krea2_{number}.png" for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress_printer(graph: dict) -> OnProgress:
+    """Prints a line for each node and each step."""
+
+    def show(node: str, step: int, total: int) -> None:
+        name = graph.get(node, {}).get("class_type", node)
+        say(f"  {name}: {step} of {total}" if total else f"  {name}")
+
+    return show
+
+
+def generate(options: argparse.Namespace) -> Path:
+    """Make the picture that the command line asks for; its file."""
+    started = time.monotonic()
+    models = (options.models or options.tiny).resolve()
+    if not options.models:
+        say(
+            "No trained weights were named (--models), so small random ones are used: the picture "
+            "shows that everything works, but it is noise."
+        )
+    options.base.mkdir(parents=True, exist_ok=True)
+    config = models_config(models, options.base / "extra_model_paths.yaml")
+    extra_args = ["--extra-model-paths-config", str(config.resolve())]
+    if options.cpu:
+        extra_args.append("--cpu")
+    packs = {"comfyui-krea2-kit": ROOT}
+    say("Starting ComfyUI ...")
+    with ComfyServer(options.comfyui, options.base, packs=packs, extra_args=extra_args) as server:
+        if not server.object_info("K2Loader"):
+            raise ServerError(f"ComfyUI did not load the pack. Its log:\n{server.log_tail(60)}")
+        say(f"  ready after {time.monotonic() - started:.0f} s")
+        offered = server.options("K2Loader", "model")
+        model = options.model or pick_model(offered)
+        say(f'{model}: "{options.prompt}"')
+        graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+        graph = text_to_image(graph, options, model, 1024 if options.models else 256)
+        outputs = server.wait(server.post(graph), progress_printer(graph))
+        picture = (options.output or next_output()).resolve()
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(server.images(outputs)[0])
+    say(f"Done in {time.monotonic() - started:.0f} s.")
+    return picture
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="demo.sh",
+        description="Makes a picture from a prompt with Krea 2 in a headless ComfyUI, and prints "
+        "the path of the PNG. Without --models it uses small random weights, and the picture is "
+        "noise.",
+        epilog="environment: COMFYUI_PATH names a ComfyUI to use (nothing is written there; by "
+        "default 0.30.0 is fetched), PYTHON the Python (3.11 or later) to set up with.",
+    )
+    option = parser.add_argument
+    option("prompt", nargs="?", default="a fox in the snow", help="what to show")
+    option("--models", type=Path, help="a folder of trained weights, laid out as ComfyUI's models")
+    option("--model", help="the transformer, as Load Krea 2 lists it (default: the first Turbo)")
+    option("--output", type=Path, help="the PNG (default: the next .local/output/krea2_<n>.png)")
+    option("--width", type=int, help="pixels (default: 1024, or 256 without --models)")
+    option("--height", type=int, help="pixels, likewise")
+    option("--steps", type=int, help="steps (default: what the checkpoint was made for)")
+    option("--seed", type=int, default=0, help="the noise to start from")
+    option("--cpu", action="store_true", help="use the CPU even beside a GPU")
+    # What demo.sh adds.
+    hidden = argparse.SUPPRESS
+    option("--check", action="store_true", help=hidden)
+    option("--tiny", type=Path, default=ROOT / ".local" / "tiny-models", help=hidden)
+    option("--base", type=Path, default=ROOT / ".local" / "base", help=hidden)
+    option("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help=hidden)
+    options = parser.parse_args()
+    if options.models and not options.models.is_dir():
+        parser.error(f"--models {options.models}: there is no such folder")
+    if options.output and options.output.suffix.lower() != ".png":
+        parser.error(f"--output {options.output}: expected a name that ends in .png")
+    if not options.check and not options.comfyui:
+        parser.error("COMFYUI_PATH is not set; demo.sh finds one")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.check:
+        return
+    # Set even where they are ignored, as for a background job: the server has to be stopped.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        print(generate(options))
+    except (JobError, ServerError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# All checks: ruff, mypy, and the tests in their two processes.
+#
+#   bash scripts/test.sh [pytest arguments]      for example -k lora; they go to both runs
+#
+# PYTHON and COMFYUI_PATH are explained in setup.sh.
+# shellcheck disable=SC2329 # check calls functions by name
+set -euo pipefail
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+results=()
+failed=0
+
+# check NAME COMMAND...: runs it, and keeps whether it passed for the summary.
+check() {
+  local name=$1 status=0 start=$SECONDS
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || status=$?
+  if ((status)); then failed=1; fi
+  results+=("$( ((status)) && echo FAILED || echo passed)  $name ($((SECONDS - start)) s)")
+}
+
+# run_pytest NAME ARGUMENTS...: its closing line is kept for the summary too.
+run_pytest() {
+  local name=$1 status=0 log=$LOCAL/pytest-$1.log
+  shift
+  "$VENV_PYTHON" -P -m pytest "$@" 2>&1 | tee "$log" || status=$?
+  # 5: no test fits the arguments, which may all be meant for the other run.
+  if ((status == 5 && given_arguments)); then status=0; fi
+  closing+=("$name: $(tail -n 1 "$log")")
+  return "$status"
+}
+
+unit_tests() { run_pytest unit tests/unit "$@"; }
+
+# In a process of its own, where `nodes` is ComfyUI's module and not the pack's folder.
+comfy_tests() {
+  PYTHONPATH=$COMFYUI_PATH run_pytest comfy -c tests/comfy/pytest.ini tests/comfy "$@"
+}
+
+set_up test
+cd -- "$ROOT"
+unset PYTHONPATH
+export HF_HUB_OFFLINE=1
+given_arguments=$#
+closing=()
+
+check "ruff check" "$VENV_PYTHON" -m ruff check --extend-exclude .local .
+check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
+check "mypy" "$VENV_PYTHON" -m mypy
+check "tests/unit" unit_tests "$@"
+check "tests/comfy" comfy_tests "$@"
+
+printf '\n== summary\n'
+printf '%s\n' "${results[@]}" "${closing[@]}"
+exit "$failed"

@@ -1,0 +1,68 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import tiny_checkpoints
+from krea2_model.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_checkpoints.write_models(folder)
+    return [
+        *("--transformer", str(folder / "diffusion_models/krea2_tiny_turbo.safetensors")),
+        *("--text-encoder", str(folder / "text_encoders/qwen3vl_tiny.safetensors")),
+        *("--vae", str(folder / "vae/qwen_image_vae_tiny.safetensors")),
+        *("--dtype", "fp32", "--width", "64", "--height", "48"),
+    ]
+
+
+def test_a_prompt_gives_a_picture_with_a_progress_bar(weights, tmp_path):
+    output = tmp_path / "new folder" / "fox.png"
+    command = [sys.executable, "-m", "krea2_model", "a fox", "--output", str(output), *weights]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(output)
+    assert "8/8" in done.stderr
+    assert Image.open(output).size == (64, 48)
+
+
+def test_generate_is_the_default_and_several_images_are_numbered(weights, tmp_path, capsys):
+    options = ["--images", "2", "--steps", "1", "--output", str(tmp_path / "fox.png")]
+    assert main(["generate", "a fox", *options, *weights]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "fox.png"),
+        str(tmp_path / "fox-2.png"),
+    ]
+    assert Image.open(tmp_path / "fox-2.png").size == (64, 48)
+
+
+def test_a_diffusers_folder(diffusers_folder, tmp_path):
+    options = ["--width", "32", "--height", "32", "--steps", "1"]
+    output = str(tmp_path / "fox.png")
+    assert main(["a fox", "--model", str(diffusers_folder), "--output", output, *options]) == 0
+    assert Image.open(output).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "Name the weights"),
+        (["--model", "nowhere"], "There is no file or folder nowhere"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, message):
+    assert main(["a fox", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_bad_values_are_one_line(weights, tmp_path, capsys):
+    output = tmp_path / "fox.png"
+    assert main(["a fox", *weights, "--steps", "0", "--output", str(output)]) == 2
+    assert "steps is 0; expected" in capsys.readouterr().err
+    assert not output.exists()
