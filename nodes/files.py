@@ -94,7 +94,11 @@ def find_fitting(part: str, model: Path) -> Path:
         return model
     width = _text_width(model) if part == TEXT_ENCODER else None
     for name in list_models(part):
-        path = find_model(part, name)
+        try:
+            path = find_model(part, name)
+        except CheckpointError:
+            # Lists show broken files too, for their owners to choose and learn why.
+            continue
         if width is None or path.is_dir() or _encoder_width(path) == width:
             return path
     wanted = f"{part} of width {width}" if width else part

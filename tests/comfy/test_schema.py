@@ -1,0 +1,53 @@
+"""What users and shared workflows rely on: ids, order of inputs, and words on everything."""
+
+import pytest
+from conftest import NODES
+
+# For ever: new inputs are appended, nothing is renamed or moved.
+INPUTS = {
+    "K2Loader": ["model", "text_encoder", "vae", "dtype"],
+    "K2ModelLoader": ["file", "dtype"],
+    "K2TextEncoderLoader": ["file", "dtype"],
+    "K2VAELoader": ["file", "dtype"],
+    "K2TextEncode": ["clip", "prompt", "negative", "official_length"],
+    "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch"],
+    "K2Sampler": [
+        *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
+        *("denoise", "sampler", "shift", "mu"),
+    ],
+    "K2Sigmas": ["model", "latent", "preset", "steps", "denoise", "shift", "mu"],
+    "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
+    "K2VAEDecode": ["samples", "vae"],
+    "K2VAEEncode": ["pixels", "vae"],
+}
+OUTPUTS = {
+    "K2Loader": ["MODEL", "CLIP", "VAE"],
+    "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
+    "K2EmptyLatent": ["LATENT", "INT", "INT"],
+    "K2Sampler": ["LATENT"],
+    "K2Sigmas": ["SIGMAS"],
+    "K2ModelSampling": ["MODEL"],
+    "K2VAEDecode": ["IMAGE"],
+    "K2VAEEncode": ["LATENT"],
+}
+
+
+def test_no_node_is_missing():
+    assert list(NODES) == list(INPUTS)
+
+
+@pytest.mark.parametrize("node_id", INPUTS)
+def test_inputs_keep_their_order(node_id):
+    schema = NODES[node_id].GET_SCHEMA()
+    assert [entry.id for entry in schema.inputs] == INPUTS[node_id]
+    if node_id in OUTPUTS:
+        assert [entry.get_io_type() for entry in schema.outputs] == OUTPUTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", INPUTS)
+def test_everything_has_words(node_id):
+    schema = NODES[node_id].GET_SCHEMA()
+    assert schema.category == "Krea 2" and schema.display_name and schema.description
+    assert {"krea2", "k2"} <= set(schema.search_aliases)
+    for entry in (*schema.inputs, *schema.outputs):
+        assert entry.tooltip, f"{node_id}.{entry.id}"
