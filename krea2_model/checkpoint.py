@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,7 +272,7 @@ def open_checkpoint(
         )
     folder = path / component if (path / component).is_dir() else path
     checkpoint = Checkpoint(folder, {})
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         read_header(file)
         tensors, metadata = read_file(file)
         checkpoint.tensors.update(tensors)
@@ -346,7 +347,8 @@ def check_tensors(
             _refuse_parts(path, what, f"{name} holds NaN or infinity")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one part of a diffusers folder: its shards, or its only file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         shards = sorted(set((_read_json(indexes[0]).get("weight_map") or {}).values()))
@@ -401,8 +403,9 @@ def _variant(checkpoint: Checkpoint) -> str | None:
         return "turbo" if checkpoint.model_index["is_distilled"] else "raw"
     if checkpoint.metadata.get(VARIANT_KEY) in PRESETS:
         return checkpoint.metadata[VARIANT_KEY]
-    name = checkpoint.path.name.lower()
-    return next((variant for variant in ("turbo", "raw") if variant in name), None)
+    # As words of their own: a "drawing" is not "raw".
+    words = re.split(r"[^a-z]+", checkpoint.path.name.lower())
+    return next((variant for variant in ("turbo", "raw") if variant in words), None)
 
 
 def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
@@ -443,6 +446,6 @@ def _refuse(checkpoint: Checkpoint, expected: str) -> NoReturn:
 
 def _refuse_parts(path: Path, what: str, problem: str) -> NoReturn:
     raise CheckpointError(
-        f"{path.name} is not a complete {what.split(' ', 1)[1]}: {problem}. "
+        f"{path.name} cannot be used as {what}: {problem.rstrip('.')}. "
         f"Download it again, for example {WHERE[what]}."
     )

@@ -129,7 +129,8 @@ def _not(test):
 
 
 _is_adapter = _has(".lora_", "lora_unet_", ".lokr_", ".hada_", ".dora_scale", "lycoris_")
-_is_wan_vae = _has("decoder.middle.0.residual.")
+_is_wan_2_2_vae = _has("decoder.upsamples.0.upsamples.")
+_is_wan_vae = _all(_has("decoder.middle.0.residual."), _not(_is_wan_2_2_vae))
 _is_language = _ends("embed_tokens.weight", "layers.0.input_layernorm.weight")
 _has_qk_norm = _ends("layers.0.self_attn.q_norm.weight")
 
@@ -141,6 +142,7 @@ _KINDS = (
     ("a T5 text encoder", _ends("encoder.block.0.layer.0.SelfAttention.q.weight")),
     ("a CLIP text encoder", _has("text_model.encoder.layers.0.")),
     (VAE, _is_wan_vae),
+    ("a Wan 2.2 VAE", _is_wan_2_2_vae),
     (VAE, _has("decoder.mid_block.resnets.0.norm1.gamma")),
     ("a Stable Diffusion or Flux VAE", _has("decoder.up.0.block.0.", "decoder.conv_norm_out.")),
     ("a Flux transformer", _all(_has("double_blocks.0."), _not(_is_adapter))),

@@ -19,6 +19,9 @@ from .transformer import Krea2Transformer
 _MU_TOKENS = (256, 6400)
 _MU_VALUES = (0.5, 1.15)
 
+# Far beyond any use, and what floating point still takes.
+MAX_STEPS, MAX_MU = 10_000, 100
+
 FusedText = Tensor | tuple[Tensor, Tensor | None]
 
 
@@ -44,10 +47,12 @@ def sigma_schedule(steps: int, mu: float, denoise: float = 1.0) -> list[float]:
     denoise: the time to start from; below 1 the run begins at an image with noise added instead
         of at pure noise, and still takes `steps` steps.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; expected a whole number of at least 1.")
-    if not math.isfinite(mu):
-        raise ValueError(f"mu is {mu!r}; expected a finite number (Turbo uses 1.15).")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps!r}; expected a whole number from 1 to {MAX_STEPS}.")
+    if not abs(mu) <= MAX_MU:
+        raise ValueError(
+            f"mu is {mu!r}; expected a number from -{MAX_MU} to {MAX_MU} (Turbo uses 1.15)."
+        )
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise!r}; expected more than 0 and at most 1.")
     return [shift_time(denoise * (1 - i / steps), mu) for i in range(steps + 1)]

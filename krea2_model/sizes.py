@@ -14,16 +14,21 @@ MAX_SIZE = 16384
 ASPECTS = ("1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21")
 
 
-def round_size(name: str, pixels: int) -> int:
-    """A side in pixels, rounded up to a multiple of 16, with a warning where that changes it.
-
-    Raises ValueError for anything but a whole number from 1 to 16384.
-    """
+def check_size(name: str, pixels: int) -> None:
+    """Raise ValueError for anything but a whole number of pixels from 1 to 16384."""
     if isinstance(pixels, bool) or not isinstance(pixels, int) or not 1 <= pixels <= MAX_SIZE:
         raise ValueError(
             f"{name} is {pixels!r}; expected a whole number of pixels from 1 to {MAX_SIZE}. "
             "Raw is good to 1024, Turbo to 2048."
         )
+
+
+def round_size(name: str, pixels: int) -> int:
+    """A side in pixels, rounded up to a multiple of 16, with a warning where that changes it.
+
+    Raises ValueError as `check_size` does.
+    """
+    check_size(name, pixels)
     rounded = -(-pixels // MULTIPLE) * MULTIPLE
     if rounded != pixels:
         logger.warning(
@@ -39,6 +44,8 @@ def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
     """
     if not math.isfinite(megapixels) or megapixels <= 0:
         raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}.")
     across, down = (int(part) for part in aspect.split(":"))
     unit = math.sqrt(megapixels * 1024 * 1024 / (across * down))
     sides = (max(1, round(side * unit / MULTIPLE)) * MULTIPLE for side in (across, down))

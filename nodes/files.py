@@ -1,10 +1,12 @@
 """Model files in ComfyUI's folders: what the loaders list, and where a name leads."""
 
+import json
 import os
 from pathlib import Path
 
 import folder_paths
 
+from ..krea2_model.checkpoint import weight_files
 from ..krea2_model.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -24,6 +26,7 @@ _FOLDERS = {
     VAE: ("vae", "checkpoints"),
 }
 _COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "vae"}
+_SUFFIXES = (".safetensors", ".sft")
 
 # Kinds by (path, size, time of change): a folder is listed often, its headers are read once.
 _kinds: dict[tuple[str, int, int], str] = {}
@@ -41,7 +44,8 @@ def list_models(part: str) -> list[str]:
             path = folder_paths.get_full_path(key, name)
             if path and name not in names and _may_hold(Path(path), part):
                 names.append(name)
-    return names + [name for name in _diffusers_folders() if name not in names]
+    folders = _diffusers_folders()
+    return names + [n for n in folders if n not in names and holds(folders[n], part)]
 
 
 def find_model(part: str, name: str) -> Path:
@@ -53,11 +57,10 @@ def find_model(part: str, name: str) -> Path:
         for key in _FOLDERS[part]:
             path = folder_paths.get_full_path(key, spelled)
             if path:
-                check_kind(Path(path), part)
-                return Path(path)
+                return _checked(Path(path), part)
         folder = _diffusers_folders().get(spelled.replace(os.sep, "/"))
         if folder:
-            return folder
+            return _checked(folder, part)
     folders = " or ".join(f"models/{key}" for key in (*_FOLDERS[part], "diffusers"))
     raise CheckpointError(
         f"There is no {name!r} in {folders}. Expected {part}, for example {WHERE[part]}; put the "
@@ -65,53 +68,30 @@ def find_model(part: str, name: str) -> Path:
     )
 
 
-def check_kind(path: Path, part: str) -> None:
-    """Raise CheckpointError where a file's header says that it does not hold `part`."""
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        raise CheckpointError(
-            f"{path.name} is a {path.suffix or 'nameless'} file; expected {part} as .safetensors, "
-            f"for example {WHERE[part]}."
-        )
-    kind = identify(read_header(path).tensors)
-    if part not in kind:
-        raise CheckpointError(f"{path.name} is {kind}; expected {part}, for example {WHERE[part]}.")
-
-
-def holds_every_part(path: Path) -> bool:
-    """Whether text encoder and VAE come with a transformer: a diffusers folder or all-in-one."""
-    if path.is_dir():
-        return all((path / component).is_dir() for component in _COMPONENTS.values())
-    kind = identify(read_header(path).tensors)
-    return all(part in kind for part in _COMPONENTS)
-
-
 def find_fitting(part: str, model: Path) -> Path:
-    """The file of `part` that belongs to the transformer `model`, for the choice "auto".
+    """The `part` that belongs to the transformer `model`, for the choice "auto".
 
-    Raises CheckpointError where none does.
+    It is in the same file or folder, or else the first of the list whose sizes fit. Raises
+    CheckpointError where none does.
     """
-    if holds_every_part(model):
+    if holds(model, part):
         return model
-    width = _text_width(model) if part == TEXT_ENCODER else None
     for name in list_models(part):
         try:
             path = find_model(part, name)
-        except CheckpointError:
+            if _fits(path, part, model):
+                return path
+        except (CheckpointError, OSError):
             # Lists show broken files too, for their owners to choose and learn why.
             continue
-        if width is None or path.is_dir() or _encoder_width(path) == width:
-            return path
-    wanted = f"{part} of width {width}" if width else part
     raise CheckpointError(
-        f"No {wanted} was found for {model.name}. Download {WHERE[part]}, or choose the file "
-        'instead of "auto".'
+        f"Nothing that fits {model.name} was found for {_COMPONENTS[part]}. Download "
+        f'{WHERE[part]}, or choose a file instead of "auto".'
     )
 
 
 def check_pair(model: Path, encoder: Path) -> None:
     """Raise CheckpointError where a text encoder's width is not what the transformer needs."""
-    if model.is_dir() or encoder.is_dir():
-        return
     wanted, found = _text_width(model), _encoder_width(encoder)
     if None not in (wanted, found) and wanted != found:
         raise CheckpointError(
@@ -120,8 +100,28 @@ def check_pair(model: Path, encoder: Path) -> None:
         )
 
 
+def holds(path: Path, part: str) -> bool:
+    """Whether a file or a diffusers folder holds `part`, as far as headers tell."""
+    try:
+        return part in identify(_shapes(path, part))
+    except (CheckpointError, OSError):
+        return False
+
+
+def _checked(path: Path, part: str) -> Path:
+    if path.is_file() and path.suffix.lower() not in _SUFFIXES:
+        raise CheckpointError(
+            f"{path.name} is a {path.suffix or 'nameless'} file; expected {part} as .safetensors, "
+            f"for example {WHERE[part]}."
+        )
+    kind = identify(_shapes(path, part))
+    if part not in kind:
+        raise CheckpointError(f"{path.name} is {kind}; expected {part}, for example {WHERE[part]}.")
+    return path
+
+
 def _may_hold(path: Path, part: str) -> bool:
-    if path.suffix.lower() not in (".safetensors", ".sft"):
+    if path.suffix.lower() not in _SUFFIXES:
         return False
     if "-of-0" in path.name and any(path.parent.glob("*.safetensors.index.json")):
         return False
@@ -136,27 +136,57 @@ def _may_hold(path: Path, part: str) -> bool:
 
 
 def _diffusers_folders() -> dict[str, Path]:
-    """Krea 2 folders of models/diffusers by relative name."""
+    """Krea 2's diffusers folders by relative name."""
     folders = {}
     for root in folder_paths.get_folder_paths("diffusers"):
         for found, children, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
-                children.clear()
-                if (Path(found) / "transformer").is_dir():
-                    folders[Path(found).relative_to(root).as_posix()] = Path(found)
+            if "model_index.json" not in files:
+                continue
+            children.clear()
+            folder = Path(found)
+            try:
+                index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            # Written by diffusers itself; an index without it is judged by its weights.
+            if "Krea2" in index.get("_class_name", "Krea2"):
+                folders[folder.relative_to(root).as_posix()] = folder
     return dict(sorted(folders.items()))
 
 
-def _text_width(transformer: Path) -> int | None:
-    for name, shape in read_header(transformer).shapes.items():
-        if name.endswith(("txtfusion.layerwise_blocks.0.prenorm.scale",
-                          "text_fusion.layerwise_blocks.0.norm1.weight")):  # fmt: skip
-            return shape[0]
-    return None
+def _shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a file, or of `part` of a diffusers folder."""
+    files = [path] if path.is_file() else weight_files(path / _COMPONENTS[part])
+    shapes = {}
+    for file in files:
+        shapes |= read_header(file).shapes
+    return shapes
 
 
-def _encoder_width(path: Path) -> int | None:
-    for name, shape in read_header(path).shapes.items():
-        if name.endswith("layers.0.input_layernorm.weight"):
-            return shape[0]
+def _fits(path: Path, part: str, model: Path) -> bool:
+    if part == TEXT_ENCODER:
+        return _encoder_width(path) == _text_width(model)
+    # Relatives of this VAE differ in the channels of images or latents.
+    first = _size(_shapes(path, part), "encoder.conv1.weight", "encoder.conv_in.weight", axis=1)
+    last = _size(_shapes(path, part), "conv2.weight", "post_quant_conv.weight", axis=0)
+    return (first, last) == (3, 16)
+
+
+def _text_width(model: Path) -> int | None:
+    names = (
+        "txtfusion.layerwise_blocks.0.prenorm.scale",
+        "text_fusion.layerwise_blocks.0.norm1.weight",
+    )
+    return _size(_shapes(model, TRANSFORMER), *names)
+
+
+def _encoder_width(encoder: Path) -> int | None:
+    return _size(_shapes(encoder, TEXT_ENCODER), "layers.0.input_layernorm.weight")
+
+
+def _size(shapes, *endings: str, axis: int = 0) -> int | None:
+    """One size of the first tensor whose name, after any prefix, is one of `endings`."""
+    for name, shape in shapes.items():
+        if any(name == end or name.endswith(f".{end}") for end in endings):
+            return shape[axis]
     return None

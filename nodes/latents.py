@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.sizes import ASPECTS, MAX_SIZE, MULTIPLE, round_size, size_for
+from ..krea2_model.sizes import ASPECTS, MAX_SIZE, MULTIPLE, check_size, round_size, size_for
 
 CUSTOM = "custom"
 
@@ -62,10 +62,10 @@ class K2EmptyLatent(io.ComfyNode):
                     f"aspect is {aspect!r}; expected one of {', '.join((*ASPECTS, CUSTOM))}."
                 )
             if megapixels is not None:
-                size_for("1:1", megapixels)
+                size_for(aspect if aspect in ASPECTS else ASPECTS[0], megapixels)
             for name, pixels in (("width", width), ("height", height)):
                 if pixels is not None:
-                    round_size(name, pixels)
+                    check_size(name, pixels)
         except ValueError as error:
             return str(error)
         return True
@@ -112,7 +112,7 @@ class K2VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae):
-        images = vae.decode(samples["samples"])
+        images = _given(vae).decode(samples["samples"])
         # Core's own VAE object for this file keeps a frame axis.
         return io.NodeOutput(images.flatten(0, 1) if images.ndim == 5 else images)
 
@@ -124,10 +124,12 @@ class K2VAEEncode(io.ComfyNode):
             node_id="K2VAEEncode",
             display_name="Encode with the Krea 2 VAE",
             category="Krea 2",
-            description="Images to latents, one latent an image.",
+            description="Images to latents; with the Krea 2 VAE, one latent an image.",
             search_aliases=["krea", "krea2", "k2", "vae encode", "image to latent"],
             inputs=[
-                io.Image.Input("pixels", tooltip="The images; sides are cropped to whole cells."),
+                io.Image.Input(
+                    "pixels", tooltip="The images; sides are cropped to multiples of 8."
+                ),
                 io.Vae.Input("vae", tooltip="The VAE."),
             ],
             outputs=[io.Latent.Output(tooltip="Latents for the sampler.")],
@@ -135,4 +137,11 @@ class K2VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae):
-        return io.NodeOutput({"samples": vae.encode(pixels)})
+        return io.NodeOutput({"samples": _given(vae).encode(pixels)})
+
+
+def _given(vae):
+    """The VAE, or what is wrong where a checkpoint loader found none."""
+    if vae is None:
+        raise ValueError("vae is empty: this checkpoint holds no VAE. Connect Load Krea 2 VAE.")
+    return vae

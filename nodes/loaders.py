@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..krea2_model.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from . import files
 
-DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8_e4m3fn")
+DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 _MODEL_TIP = (
     "A Krea 2 transformer (models/diffusion_models), an all-in-one file (models/checkpoints) or a "
@@ -16,27 +16,37 @@ _VAE_TIP = "The Qwen-Image VAE (models/vae), for example qwen_image_vae."
 _AUTO_TIP = ' "auto" takes it from the model where it holds one, else the first that fits.'
 
 
+_MODEL_DTYPE = io.Combo.Input(
+    "dtype",
+    options=[*DTYPES, "fp8_e4m3fn"],
+    default="auto",
+    advanced=True,
+    tooltip=(
+        "How the transformer's matrices are kept in memory. auto follows the file and ComfyUI's "
+        "flags; norms and modulation tables stay float32. Quantised files stay as they are."
+    ),
+)
+
+
 def _dtype_input(tooltip: str):
     return io.Combo.Input(
         "dtype", options=list(DTYPES), default="auto", tooltip=tooltip, advanced=True
     )
 
 
-_MODEL_DTYPE = _dtype_input(
-    "How the transformer's matrices are kept in memory. auto follows the file and ComfyUI's flags; "
-    "norms and modulation tables always stay float32."
-)
-
-
 def _dtype(name: str):
     import torch
 
-    return {
+    dtypes = {
+        "auto": None,
         "bf16": torch.bfloat16,
         "fp16": torch.float16,
         "fp32": torch.float32,
         "fp8_e4m3fn": torch.float8_e4m3fn,
-    }.get(name)
+    }
+    if name not in dtypes:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(dtypes)}.")
+    return dtypes[name]
 
 
 def _check(part: str, name: str | None):
@@ -45,7 +55,7 @@ def _check(part: str, name: str | None):
         return True
     try:
         files.find_model(part, name)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
     return True
 
@@ -176,13 +186,7 @@ class K2VAELoader(io.ComfyNode):
             search_aliases=["krea", "krea2", "k2", "qwen", "wan"],
             inputs=[
                 io.Combo.Input("file", options=files.list_models(VAE), tooltip=_VAE_TIP),
-                io.Combo.Input(
-                    "dtype",
-                    options=["auto", "bf16", "fp16", "fp32"],
-                    default="auto",
-                    tooltip="What the VAE runs in. auto follows the device and ComfyUI's flags.",
-                    advanced=True,
-                ),
+                _dtype_input("What the VAE runs in. auto follows the device and ComfyUI's flags."),
             ],
             outputs=[io.Vae.Output(tooltip="The VAE.")],
         )

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule
-from ..krea2_model.sizes import MAX_SIZE, image_tokens, round_size
+from ..krea2_model.sizes import MAX_SIZE, check_size, image_tokens, round_size
 
 AUTO, CUSTOM = "auto", "custom"
 BY_SIZE, FIXED = "by size", "fixed"
@@ -39,8 +39,8 @@ def _shift_input(advanced: bool = True):
         default=AUTO,
         advanced=advanced,
         tooltip=(
-            "The time shift: auto is Turbo's fixed 1.15 or Raw's by size, as Krea trained them; "
-            "fixed takes mu from below."
+            "The time shift: auto is the preset's, fixed 1.15 for Turbo and by size for Raw, as "
+            "Krea trained them; fixed takes mu from below."
         ),
     )
 
@@ -73,12 +73,15 @@ def _preset(model, name: str, steps: int | None = None, guidance: float = 0.0) -
     if name == CUSTOM:
         mu = known.mu if known is not None else None
         return Preset(CUSTOM, steps if steps is not None else 28, guidance, mu)
-    if name != AUTO:
+    if name in PRESETS:
         return PRESETS[name]
+    if name != AUTO:
+        raise ValueError(f"preset is {name!r}; expected {AUTO}, {', '.join(PRESETS)} or {CUSTOM}.")
     if known is None:
         raise ValueError(
-            "preset is auto, but this checkpoint does not say whether it is Raw or Turbo. Choose "
-            'raw or turbo, or name the file so that it contains "raw" or "turbo".'
+            "This checkpoint does not say whether it is Raw or Turbo, which auto needs. Choose raw "
+            "or turbo (in Krea 2 Shift for Stock Samplers: by size or fixed), or put the word raw "
+            "or turbo into the name of the file."
         )
     return known
 
@@ -87,9 +90,24 @@ def _mu(preset: Preset, shift: str, mu: float, tokens: int) -> float:
     """The exponent of the time shift for an image of so many tokens."""
     if shift == FIXED:
         return mu
+    if shift not in (AUTO, BY_SIZE):
+        raise ValueError(f"shift is {shift!r}; expected {AUTO}, {BY_SIZE} or {FIXED}.")
     if shift == AUTO and preset.mu is not None:
         return preset.mu
     return shift_mu(tokens)
+
+
+def _sigmas(settings: Preset, mu: float, denoise: float, sampler: str | None = None):
+    """The schedule as a tensor, with the step that some of ComfyUI's samplers need left out."""
+    import comfy.samplers
+    import torch
+
+    if sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS:
+        sigmas = sigma_schedule(settings.steps + 1, mu, denoise)
+        del sigmas[-2]
+    else:
+        sigmas = sigma_schedule(settings.steps, mu, denoise)
+    return torch.tensor(sigmas)
 
 
 def _latent_tokens(samples) -> int:
@@ -226,7 +244,7 @@ class K2Sampler(io.ComfyNode):
             )
         start = _start(model, latent)
         exponent = _mu(settings, shift, mu, _latent_tokens(start))
-        sigmas = torch.tensor(sigma_schedule(settings.steps, exponent, denoise))
+        sigmas = _sigmas(settings, exponent, denoise, sampler)
         noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
 
         model = _shifted(model, exponent)
@@ -292,12 +310,10 @@ class K2Sigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, preset=AUTO, steps=28, denoise=1.0, shift=AUTO, mu=TURBO_MU):
-        import torch
-
         _check_model(model)
         settings = _preset(model, preset, steps)
-        exponent = _mu(settings, shift, mu, _latent_tokens(latent["samples"]))
-        return io.NodeOutput(torch.tensor(sigma_schedule(settings.steps, exponent, denoise)))
+        exponent = _mu(settings, shift, mu, _latent_tokens(_start(model, latent)))
+        return io.NodeOutput(_sigmas(settings, exponent, denoise))
 
 
 class K2ModelSampling(io.ComfyNode):
@@ -331,7 +347,7 @@ class K2ModelSampling(io.ComfyNode):
         try:
             for name, pixels in (("width", width), ("height", height)):
                 if pixels is not None:
-                    round_size(name, pixels)
+                    check_size(name, pixels)
         except ValueError as error:
             return str(error)
         return _check_settings(None, None, None, mu)
@@ -339,7 +355,8 @@ class K2ModelSampling(io.ComfyNode):
     @classmethod
     def execute(cls, model, width=1024, height=1024, shift=AUTO, mu=TURBO_MU):
         _check_model(model)
-        settings = Preset(CUSTOM, 1, 0.0, None) if shift == FIXED else _preset(model, AUTO)
+        # Without a known variant this has no mu; only shift auto asks for it.
+        settings = _preset(model, CUSTOM if shift != AUTO else AUTO)
         tokens = image_tokens(round_size("width", width), round_size("height", height))
         return io.NodeOutput(_shifted(model, _mu(settings, shift, mu, tokens)))
 

@@ -10,13 +10,13 @@ import comfy.text_encoders
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import check_tensors, open_checkpoint, read_text_encoder
+from ...krea2_model.checkpoint import read_text_encoder
 from ...krea2_model.identify import TEXT_ENCODER
 from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from ...krea2_model.tokenizer import Krea2Tokenizer
 from .hooks import PatchHooks
 from .layers import comfy_layers
-from .model import read_with_comfy
+from .weights import check_weights, open_part
 
 # The key under which core's Krea 2 encoder keeps its tokens, weights and LoRA aliases.
 NAME = "qwen3vl_4b"
@@ -152,17 +152,18 @@ def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyn
     dtype: of the stored weights; None keeps the file's. Activations are float32.
     Raises CheckpointError that says what the file is and what was expected.
     """
-    checkpoint = open_checkpoint(path, "text_encoder", read_with_comfy)
+    checkpoint = open_part(path, "text_encoder")
     state = read_text_encoder(checkpoint)
-    wanted = Qwen3VLTextEncoder(state.config, device="meta").state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    check_tensors(shapes, state.tensors, checkpoint.path, TEXT_ENCODER)
+    bare = Qwen3VLTextEncoder(state.config, device="meta")
+    quantisation = check_weights(bare, state.tensors, checkpoint.path, TEXT_ENCODER)
     options = {"dtype": dtype or state.tensors["embed_tokens.weight"].dtype}
+    if quantisation is not None:
+        options["quantization_metadata"] = quantisation
     target = comfy.supported_models_base.ClipTarget(Krea2ClipTokenizer, Krea2TextModel)
     target.params["config"] = state.config
     clip = comfy.sd.CLIP(
         target,
-        parameters=sum(tensor.numel() for tensor in wanted.values()),
+        parameters=sum(weight.numel() for weight in bare.parameters()),
         state_dict=[state.tensors],
         model_options=options,
         disable_dynamic=disable_dynamic,

@@ -13,16 +13,14 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import check_tensors, open_checkpoint, read_transformer
+from ...krea2_model.checkpoint import is_norm_or_table, read_transformer
 from ...krea2_model.config import Preset
 from ...krea2_model.identify import TRANSFORMER
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
 from .hooks import PatchHooks
 from .layers import comfy_layers
-
-# What quantised files carry beside the weights themselves.
-_QUANT_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
+from .weights import check_weights, open_part
 
 
 class Krea2DiffusionModel(Krea2Transformer):
@@ -206,33 +204,20 @@ def _patcher_class(load_device, disable_dynamic: bool):
     return type("Krea2ModelPatcher", (_OfficialNames, base), {})
 
 
-def read_with_comfy(path: Path):
-    """Read a safetensors file the way ComfyUI is set up to (mapped or not)."""
-    return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-
-
 def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
     """Load a transformer file or diffusers folder as a MODEL.
 
     dtype: of the stored matrices; None follows the file and ComfyUI's flags.
     Raises CheckpointError that says what the file is and what was expected.
     """
-    checkpoint = open_checkpoint(path, "transformer", read_with_comfy)
-    # Before any name changes: quantisation markers are written with the file's own names.
-    checkpoint.tensors, metadata = comfy.utils.convert_old_quants(
-        checkpoint.tensors, "", metadata=checkpoint.metadata
-    )
-    checkpoint.metadata = metadata or {}
+    checkpoint = open_part(path, "transformer")
     state = read_transformer(checkpoint)
-    quantisation = comfy.utils.detect_layer_quantization(state.tensors, "")
-    with torch.device("meta"):
-        wanted = Krea2Transformer(state.config).state_dict()
-    plain = {n: t for n, t in state.tensors.items() if not n.endswith(_QUANT_SUFFIXES)}
-    shapes = {n: tuple(t.shape) for n, t in wanted.items()}
-    if quantisation is not None:
-        # Packed formats hold several values a byte: their layers check their own shapes.
-        shapes |= {n: tuple(t.shape) for n, t in plain.items() if n in shapes and t.ndim == 2}
-    check_tensors(shapes, plain, checkpoint.path, TRANSFORMER)
+    bare = Krea2Transformer(state.config, device="meta")
+    quantisation = check_weights(bare, state.tensors, checkpoint.path, TRANSFORMER)
+    tensors = {
+        name: tensor.float() if is_norm_or_table(name) else tensor
+        for name, tensor in state.tensors.items()
+    }
 
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -242,9 +227,9 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     model_config = Krea2ModelConfig(unet_config)
     model_config.quant_config = quantisation
     supported = model_config.supported_inference_dtypes
-    weight_dtype = None if quantisation else state.tensors["first.weight"].dtype
+    weight_dtype = None if quantisation else tensors["first.weight"].dtype
     if dtype is None:
-        parameters = sum(tensor.numel() for tensor in wanted.values())
+        parameters = sum(weight.numel() for weight in bare.parameters())
         dtype = management.unet_dtype(
             model_params=parameters, supported_dtypes=supported, weight_dtype=weight_dtype
         )
@@ -253,14 +238,14 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     )
     model_config.set_inference_dtype(dtype, manual_cast, device=load_device)
 
-    model = model_config.get_model(state.tensors, "")
+    model = model_config.get_model(tensors, "")
     model.preset = state.preset
     patcher = _patcher_class(load_device, disable_dynamic)(
         model, load_device=load_device, offload_device=offload_device
     )
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(dict(state.tensors), "", assign=patcher.is_dynamic())
+    model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype))
     return patcher
 

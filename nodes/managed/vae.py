@@ -10,11 +10,11 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import check_tensors, open_checkpoint, read_vae
+from ...krea2_model.checkpoint import read_vae
 from ...krea2_model.identify import VAE
 from ...krea2_model.vae import QwenImageVAE
 from .layers import comfy_layers
-from .model import read_with_comfy
+from .weights import check_weights, open_part
 
 # Tile sides in pixels that are tried in turn when memory runs out: the larger, the closer to the
 # whole image, since each tile loses the attention over all of it.
@@ -117,9 +117,12 @@ class Krea2VAE(comfy.sd.VAE):
 
     def _with_fallback(self, source, whole, tiled, finish):
         """Convert a batch one item at a time: whole, or in smaller and smaller tiles."""
+        # Images and latents alike by their sides in pixels.
+        pixels = max(source.shape[-2:]) * (self.upscale_ratio if finish == self._to_images else 1)
         attempts = [whole]
         for tile in FALLBACK_TILES:
-            attempts.append(lambda item, tile=tile: tiled(item, tile, tile // 8))
+            if tile < pixels:
+                attempts.append(lambda item, tile=tile: tiled(item, tile, tile // 8))
         results = []
         with comfy.model_management.cuda_device_context(self.device):
             for item in source.split(1):
@@ -196,11 +199,10 @@ def load_vae(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyna
 
     Raises CheckpointError that says what the file is and what was expected.
     """
-    checkpoint = open_checkpoint(path, "vae", read_with_comfy)
+    checkpoint = open_part(path, "vae")
     state = read_vae(checkpoint)
-    wanted = QwenImageVAE(state.config, device="meta").state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    check_tensors(shapes, state.tensors, checkpoint.path, VAE)
+    bare = QwenImageVAE(state.config, device="meta")
+    check_weights(bare, state.tensors, checkpoint.path, VAE)
     vae = Krea2VAE(state, dtype, disable_dynamic=disable_dynamic)
     vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     return vae

@@ -4,7 +4,9 @@ Needs ComfyUI on PYTHONPATH and the repository root off it (see scripts/test.sh)
 """
 
 import asyncio
+import atexit
 import importlib.util
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(tempfile.mkdtemp(prefix="krea2-comfy-"))
+atexit.register(shutil.rmtree, BASE, ignore_errors=True)
 sys.path += [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 for folder in ("models", "custom_nodes", "user", "output", "input", "temp"):

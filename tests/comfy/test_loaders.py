@@ -143,3 +143,65 @@ def test_factories_make_fresh_copies(run, models, pack):
         first, second = patcher.model.state_dict(), copy.model.state_dict()
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
+    """An all-in-one file without a text encoder still brings its VAE."""
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    tensors = load_file(models / "checkpoints" / all_in_one)
+    partial = models / "checkpoints" / "with_vae_only.safetensors"
+    save_file({k: v for k, v in tensors.items() if not k.startswith("text_encoders.")}, partial)
+    assert files.find_fitting(kinds.VAE, partial) == partial
+    assert files.find_fitting(kinds.TEXT_ENCODER, partial).name == os.path.basename(ENCODER)
+
+
+def test_auto_with_a_folder_that_lacks_the_encoder(pack, models, folder_model, tmp_path):
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    for part in ("transformer", "vae"):
+        (tmp_path / part).symlink_to(models / "diffusers" / folder_model / part)
+    assert files.find_fitting(kinds.VAE, tmp_path) == tmp_path
+    assert files.find_fitting(kinds.TEXT_ENCODER, tmp_path).name == os.path.basename(ENCODER)
+
+
+def test_auto_passes_over_relatives_of_other_sizes(pack, models):
+    """A VAE for images with transparency, and an encoder of another width, come first by name."""
+    from dataclasses import replace
+
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    layered = tiny_checkpoints.vae_tensors(replace(tiny_checkpoints.VAE, image_channels=4))
+    save_file(layered, models / "vae" / "a_layered_vae.safetensors")
+    wide = replace(tiny_checkpoints.TEXT_ENCODER, hidden_size=80, vocab_size=100)
+    encoder = tiny_checkpoints.text_encoder_tensors(wide)
+    save_file(encoder, models / "text_encoders" / "a_narrow_encoder.safetensors")
+    model = models / TURBO
+    assert files.find_fitting(kinds.VAE, model).name == os.path.basename(VAE)
+    assert files.find_fitting(kinds.TEXT_ENCODER, model).name == os.path.basename(ENCODER)
+
+
+def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    foreign = models / "diffusers" / "Flux"
+    (foreign / "transformer").mkdir(parents=True)
+    tensors = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}
+    save_file(tensors, foreign / "transformer" / "model.safetensors")
+    (foreign / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert "Flux" not in files.list_models(kinds.TRANSFORMER)
+    assert folder_model in files.list_models(kinds.TRANSFORMER)
+    with pytest.raises(ValueError, match="There is no 'Flux'"):
+        files.find_model(kinds.TRANSFORMER, "Flux")
+
+
+def test_nothing_that_fits_says_what_to_get(pack, monkeypatch, models):
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    monkeypatch.setattr(files, "list_models", lambda part: [])
+    with pytest.raises(ValueError, match="Nothing that fits .*qwen3vl_4b_bf16.safetensors"):
+        files.find_fitting(kinds.TEXT_ENCODER, models / TURBO)
+
+
+def test_norms_stay_float32_in_files_of_bfloat16(run, models):
+    tensors = {k: v.bfloat16() for k, v in load_file(models / TURBO).items()}
+    save_file(tensors, models / "diffusion_models" / "all_bf16_turbo.safetensors")
+    model = run("K2ModelLoader", file="all_bf16_turbo.safetensors", dtype="bf16")[0]
+    weights = model.model.diffusion_model.state_dict()
+    assert weights["blocks.0.prenorm.scale.weight"].dtype == torch.float32
+    assert weights["first.weight"].dtype == torch.bfloat16

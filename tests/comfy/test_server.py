@@ -191,10 +191,12 @@ VALUE_REFUSALS = [
     ("K2EmptyLatent", "height", -16, "height is -16; expected"),
     ("K2EmptyLatent", "width", 100_000, "width is 100000; expected"),
     ("K2EmptyLatent", "aspect", "7:5", "aspect is '7:5'; expected one of 1:1"),
-    ("K2Sampler", "steps", 0, "steps is 0; expected a whole number of at least 1"),
+    ("K2Sampler", "steps", 0, "steps is 0; expected a whole number from 1 to 10000"),
     ("K2Sampler", "guidance", float("nan"), "guidance is nan; expected 0 (off) or more"),
     ("K2Sampler", "denoise", 0.0, "denoise is 0.0; expected more than 0"),
-    ("K2Sampler", "mu", float("inf"), "mu is inf; expected a finite number"),
+    ("K2Sampler", "mu", 800.0, "mu is 800.0; expected a number from -100 to 100"),
+    ("K2Sampler", "mu", float("nan"), "mu is nan; expected a number"),
+    ("K2Sampler", "steps", 10**9, "steps is 1000000000; expected"),
 ]
 
 

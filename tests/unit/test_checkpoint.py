@@ -142,6 +142,7 @@ def test_diffusers_to_one_file_and_back(diffusers_folder, tmp_path):
         ("krea2_raw_fp8.safetensors", {}, "raw"),
         ("Krea2-TURBO.safetensors", {}, "turbo"),
         ("model.safetensors", {}, None),
+        ("drawing_merge.safetensors", {}, None),
         ("turbo_based.safetensors", {"krea2.variant": "raw"}, "raw"),
     ],
 )
