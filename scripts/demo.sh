@@ -28,15 +28,15 @@ has_accelerator() {
 python=$(choose_python)
 for argument in "$@"; do
   if [[ $argument == -h || $argument == --help ]]; then
-    exec "$python" "$ROOT/scripts/headless.py" --help
+    exec "$python" "$ROOT/scripts/demo.py" --help
   fi
 done
 # A mistyped option should show now, not after the set-up.
-"$python" "$ROOT/scripts/headless.py" --check "$@"
+"$python" "$ROOT/scripts/demo.py" --check "$@"
 
 set_up run
 make_tiny_checkpoints
 device=()
 has_accelerator || device=(--cpu)
 # exec: signals go straight to the process that has to stop the server.
-exec "$VENV_PYTHON" "$ROOT/scripts/headless.py" --tiny "$TINY" ${device[@]+"${device[@]}"} "$@"
+exec "$VENV_PYTHON" "$ROOT/scripts/demo.py" --tiny "$TINY" ${device[@]+"${device[@]}"} "$@"
