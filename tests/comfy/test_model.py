@@ -82,6 +82,35 @@ def test_stock_lora_by_matrices_and_every_prefix(run, base, turbo, conditioning)
         assert_close(patched.model.state_dict()[key], original + up @ down, 1e-5, name)
 
 
+def test_a_lora_hook_on_conditioning_equals_the_lora(run, base, turbo, conditioning, latent):
+    """Hooks patch weights in the middle of sampling, norm scales and tables too."""
+    import comfy.hooks
+    import comfy_extras.nodes_hooks
+
+    _, lora = full_difference(turbo)
+    name = save_lora(base, "hook.safetensors", lora)
+    text = conditioning(6, 1)
+    options = {"latent": latent, "seed": 2}
+    patched = run("LoraLoaderModelOnly", model=turbo, lora_name=name, strength_model=0.5)[0]
+    expected = run("K2Sampler", model=patched, positive=text, **options)[0]["samples"]
+    create = comfy_extras.nodes_hooks.CreateHookLora()
+    hooks = create.create_hook(name, strength_model=0.5, strength_clip=0.0)[0]
+    hooked = comfy.hooks.set_hooks_for_conditioning(text, hooks)
+    value = run("K2Sampler", model=turbo, positive=hooked, **options)[0]["samples"]
+    assert_close(value, expected, 1e-5, "LoRA by hook against the LoRA")
+
+
+def test_inpainting_keeps_what_is_masked(run, turbo, conditioning):
+    image = torch.randn(1, 16, 1, 8, 8)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1.0
+    latent = {"samples": image, "noise_mask": mask}
+    result = run("K2Sampler", model=turbo, positive=conditioning(4, 1), latent=latent)[0]
+    assert_close(result["samples"][..., 5:], image[..., 5:], 1e-4, "what the mask protects")
+    assert relative_error(result["samples"][..., :4], image[..., :4]) > 0.1
+    assert "noise_mask" in result
+
+
 def test_dynamic_vram_patches_every_weight(run, base, turbo, monkeypatch):
     """The load path of NVIDIA's default patcher, which ignores bare parameters."""
 
