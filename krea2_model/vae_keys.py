@@ -109,6 +109,48 @@ def slice_temporal(state_dict: Mapping[str, Tensor], config: VAEConfig) -> dict[
     return sliced
 
 
+def temporal_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a whole checkpoint, by original name, with its time axes."""
+    module = QwenImageVAE(config, device="meta").state_dict()
+    flat = {name: tuple(tensor.shape) for name, tensor in module.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in vae_key_map(config):
+        layer, _, leaf = name.rpartition(".")
+        if layer.endswith(".time_conv"):
+            channels = flat[layer.removesuffix("time_conv") + "resample.1.weight"][1]
+            # A decoder's time convolution makes two frames of one.
+            out = channels * (2 if name.startswith("decoder.") else 1)
+            shapes[name] = (out, channels, 3, 1, 1) if leaf == "weight" else (out,)
+        elif leaf == "gamma":
+            shapes[name] = (*flat[name], 1, 1) if ".middle.1." in name else (*flat[name], 1, 1, 1)
+        elif leaf == "weight" and ".middle.1." not in name and ".resample.1." not in name:
+            out, channels, kernel, _ = flat[name]
+            shapes[name] = (out, channels, kernel, kernel, kernel)
+        else:
+            shapes[name] = flat[name]
+    return shapes
+
+
+def restore_temporal(state_dict: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+    """The inverse of `slice_temporal`, for saving: kernels get their time axes back, empty.
+
+    Exact for single images, where only the last slice meets data. What the VAE knew of film was
+    never loaded and is zero.
+    """
+    sample = next(iter(state_dict.values()))
+    restored = {}
+    for name, shape in temporal_shapes(config).items():
+        tensor = state_dict.get(name)
+        if tensor is None:
+            restored[name] = torch.zeros(shape, dtype=sample.dtype)
+        elif len(shape) == 5:
+            restored[name] = tensor.new_zeros(shape)
+            restored[name][:, :, -1] = tensor
+        else:
+            restored[name] = tensor.reshape(shape).contiguous()
+    return restored
+
+
 def infer_vae_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     """Sizes of a VAE from its tensors' shapes by name, in original or diffusers names, 3D or 2D.
 

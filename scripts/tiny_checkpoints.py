@@ -22,8 +22,7 @@ from krea2_model.config import TextEncoderConfig, TransformerConfig, VAEConfig  
 from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
 from krea2_model.transformer import Krea2Transformer  # noqa: E402
 from krea2_model.transformer_keys import module_to_official  # noqa: E402
-from krea2_model.vae import QwenImageVAE  # noqa: E402
-from krea2_model.vae_keys import vae_key_map  # noqa: E402
+from krea2_model.vae_keys import temporal_shapes  # noqa: E402
 
 # Sizes that ComfyUI's own Krea 2 detects too: it fixes the head at 128 and 20 text heads, and
 # derives the MLP widths from the others.
@@ -78,23 +77,8 @@ def text_encoder_tensors(config=TEXT_ENCODER, seed=1, dtype=torch.bfloat16) -> d
 def vae_tensors(config=VAE, seed=2, dtype=torch.float32) -> dict:
     """A VAE by original names, with three-dimensional kernels and time convolutions."""
     generator = torch.Generator().manual_seed(seed)
-    flat = QwenImageVAE(config, device="meta").state_dict()
     tensors = {}
-    for name in vae_key_map(config):
-        if ".time_conv." in name:
-            channels = flat[name.replace("time_conv", "resample.1").rpartition(".")[0] + ".weight"]
-            channels = channels.shape[1]
-            # A decoder's time convolution makes two frames of one.
-            out = channels * (2 if name.startswith("decoder") else 1)
-            shape = (out, channels, 3, 1, 1) if name.endswith("weight") else (out,)
-        elif name.endswith(".gamma"):
-            trailing = (1, 1) if ".middle.1." in name else (1, 1, 1)
-            shape = (*flat[name].shape, *trailing)
-        elif flat[name].ndim == 4 and not (".middle.1." in name or ".resample.1." in name):
-            size = flat[name].shape
-            shape = (*size[:2], size[2], *size[2:])
-        else:
-            shape = tuple(flat[name].shape)
+    for name, shape in temporal_shapes(config).items():
         if name.endswith(".gamma"):
             tensors[name] = (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
         else:

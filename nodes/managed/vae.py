@@ -13,6 +13,7 @@ import torch
 from ...krea2_model.checkpoint import read_vae
 from ...krea2_model.identify import VAE
 from ...krea2_model.vae import QwenImageVAE
+from ...krea2_model.vae_keys import restore_temporal
 from .layers import comfy_layers
 from .weights import check_weights, open_part
 
@@ -102,6 +103,11 @@ class Krea2VAE(comfy.sd.VAE):
         tile, overlap = self._tiling(tile_x, tile_y, overlap, 1)
         self._load(self.memory_used_encode((1, 3, tile, tile), self.vae_dtype))
         return self._to_latents(self._encode_tiles(images.to(self.device), tile, overlap))
+
+    def get_sd(self):
+        """The weights as VAE files have them, for saving; exact for single images only."""
+        model = self.first_stage_model
+        return restore_temporal(model.state_dict(), model.config)
 
     def spacial_compression_decode(self):
         return self.upscale_ratio

@@ -3,6 +3,7 @@
 import comfy.model_management
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from parity import assert_close
 
@@ -66,6 +67,24 @@ def test_stock_tiled_nodes(run, vae):
     assert tiles.shape == whole.shape and not torch.equal(tiles, whole)
     encoded = run("VAEEncodeTiled", pixels=whole, vae=vae, tile_size=64, overlap=16)[0]["samples"]
     assert encoded.shape == latent["samples"].shape
+
+
+def test_saved_vae_loads_in_core_and_here(run, base, models, vae):
+    """In the layout of VAE files, with time axes, which core's loader needs."""
+    latent = torch.randn(1, 16, 1, 8, 8)
+    expected, image = vae.decode(latent), torch.rand(1, 32, 32, 3)
+    run("VAESave", vae=vae, filename_prefix="saved_vae/vae")
+    (saved,) = (base / "output" / "saved_vae").glob("*.safetensors")
+    original = load_file(models / "vae" / "qwen_image_vae_tiny.safetensors")
+    assert {k: v.shape for k, v in load_file(saved).items()} == {
+        k: v.shape for k, v in original.items()
+    }
+    saved.rename(models / "vae" / "resaved.safetensors")
+    for node, name in (("VAELoader", "vae_name"), ("K2VAELoader", "file")):
+        again = run(node, **{name: "resaved.safetensors"})[0]
+        decoded = run("K2VAEDecode", samples={"samples": latent}, vae=again)[0]
+        assert_close(decoded, expected, 1e-5, f"saved VAE through {node}")
+        assert_close(again.encode(image), vae.encode(image), 1e-5, f"encoding through {node}")
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])

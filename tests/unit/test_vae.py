@@ -7,11 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
 
 from krea2_model import vae as vae_module
 from krea2_model.config import VAEConfig
 from krea2_model.vae import QwenImageVAE, attend_in_chunks, feather_weights, plan_tiles
-from krea2_model.vae_keys import infer_vae_config, slice_temporal, vae_key_map
+from krea2_model.vae_keys import (
+    infer_vae_config,
+    restore_temporal,
+    slice_temporal,
+    temporal_shapes,
+    vae_key_map,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -364,6 +371,24 @@ def test_key_map_covers_diffusers_and_our_module(config):
     assert len(set(keys.values())) == len(keys)
     ours = {name for name in keys if ".time_conv." not in name}
     assert ours == set(QwenImageVAE(config, device="meta").state_dict())
+
+
+@pytest.mark.parametrize("config", [SMALL, VAEConfig()])
+def test_shapes_with_time_axes_are_those_of_diffusers(config):
+    with torch.device("meta"):
+        theirs = AutoencoderKLQwenImage(base_dim=config.base_dim).state_dict()
+    keys = vae_key_map(config)
+    ours = {keys[name]: shape for name, shape in temporal_shapes(config).items()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
+def test_restoring_time_axes_is_the_inverse_of_slicing(vae):
+    state = vae.state_dict()
+    whole = restore_temporal(state, vae.config)
+    assert {name: tuple(t.shape) for name, t in whole.items()} == temporal_shapes(vae.config)
+    again = slice_temporal(whole, vae.config)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_the_released_vae_has_194_keys():
