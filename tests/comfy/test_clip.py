@@ -187,6 +187,16 @@ def test_stored_dtypes_keep_float32_activations(run, models, clip, dtype):
     assert not torch.allclose(ours, full)
 
 
+def test_saved_encoder_loads_again(run, base, models, clip):
+    """CLIPSave writes what text needs; the layers beyond the last tap were never loaded."""
+    expected = clip.encode_from_tokens(clip.tokenize("a fox"))
+    run("CLIPSave", clip=clip, filename_prefix="saved_clip/encoder")
+    (saved,) = (base / "output" / "saved_clip").rglob("*.safetensors")
+    saved.rename(models / "text_encoders" / "resaved_encoder.safetensors")
+    again = run("K2TextEncoderLoader", file="resaved_encoder.safetensors")[0]
+    assert torch.equal(again.encode_from_tokens(again.tokenize("a fox")), expected)
+
+
 def test_stock_lora_patches_the_encoder(clip):
     key = "qwen3vl_4b.transformer.model.layers.3.mlp.up_proj.weight"
     import comfy.lora

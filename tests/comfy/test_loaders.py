@@ -145,6 +145,18 @@ def test_factories_make_fresh_copies(run, models, pack):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_saved_checkpoint_holds_all_parts(run, base, models, expected):
+    """CheckpointSave writes an all-in-one file that every loader here takes again."""
+    model, clip, vae = run("K2Loader", model=os.path.basename(TURBO))
+    run("CheckpointSave", model=model, clip=clip, vae=vae, filename_prefix="saved_all/krea2_turbo")
+    (saved,) = (base / "output" / "saved_all").glob("*.safetensors")
+    (models / "checkpoints").mkdir(exist_ok=True)
+    saved.rename(models / "checkpoints" / "krea2_turbo_saved.safetensors")
+    parts = run("K2Loader", model="krea2_turbo_saved.safetensors")
+    image = picture(run, parts, {"samples": torch.zeros(1, 16, 1, 8, 8)})
+    assert_close(image, expected, 1e-6, "CheckpointSave and back")
+
+
 def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
     """An all-in-one file without a text encoder still brings its VAE."""
     files, kinds = pack("nodes.files"), pack("krea2_model.identify")
