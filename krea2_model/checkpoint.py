@@ -80,6 +80,11 @@ class TransformerState(NamedTuple):
     variant: str | None
     preset: Preset | None
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the blocks' matrices; some files keep the few outside them in float32."""
+        return self.tensors["blocks.0.attn.wq.weight"].dtype
+
 
 class TextEncoderState(NamedTuple):
     """A text encoder's weights by module name, without what text conditioning does not need."""
@@ -108,7 +113,7 @@ def load_transformer(
     checkpoint = open_checkpoint(path, "transformer")
     state = read_transformer(checkpoint)
     refuse_quantised(checkpoint)
-    dtype = dtype or state.tensors["first.weight"].dtype
+    dtype = dtype or state.weight_dtype
     tensors = {
         name: tensor if is_norm_or_table(name) else tensor.to(dtype)
         for name, tensor in state.tensors.items()

@@ -84,7 +84,7 @@ class Krea2Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int = DEFAULT_SIZE,
         width: int = DEFAULT_SIZE,
         steps: int | None = None,
@@ -104,7 +104,8 @@ class Krea2Pipeline:
         """Make images.
 
         prompt: one or several; each gives `num_images` images, in order.
-        negative_prompt: what guidance leads away from, one for all or one a prompt.
+        negative_prompt: what guidance leads away from, one for all or one a prompt; None is the
+            empty prompt.
         height, width: pixels, rounded up to multiples of 16.
         steps, guidance: None takes the checkpoint's preset. guidance is in Krea's convention,
             `v = cond + guidance * (cond - uncond)`; ComfyUI's cfg is guidance + 1.
@@ -241,6 +242,7 @@ def _negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | N
                 f"negative_prompt_embeds has {len(embeds)} entries; expected 1 or {count}."
             )
         return None
+    negative = "" if negative is None else negative
     negatives = [negative] * count if isinstance(negative, str) else list(negative)
     if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
         raise ValueError(

@@ -265,7 +265,7 @@ class Krea2Transformer(nn.Module):
             SingleStreamBlock(config, layers, **factory) for _ in range(config.num_layers)
         )
         self.last = FinalLayer(config, layers, **factory)
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: list[tuple[Tensor, Tensor]] = []
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -356,15 +356,21 @@ class Krea2Transformer(nn.Module):
         return time, self.tproj(time)
 
     def _rope_for(self, positions: Tensor, device: torch.device) -> Tensor:
-        """The rotary table of a sequence; kept for the next step, which needs the same one."""
+        """The rotary table of a sequence; those of the last two are kept.
+
+        The next step needs the same ones: one for the positive and one for the negative text.
+        """
         positions = positions.to("cpu", torch.float32)
-        if self._rope is not None:
-            known, table = self._rope
+        for known, table in self._rope:
             if table.device == device and torch.equal(known, positions):
                 return table
-        table = rope_table(positions, self.config.axes_dims_rope, self.config.rope_theta)
-        self._rope = (positions, table.to(device))
-        return self._rope[1]
+        # A table outlives this call, and one made in inference mode could not be trained with.
+        with torch.inference_mode(False):
+            positions = positions.clone()
+            table = rope_table(positions, self.config.axes_dims_rope, self.config.rope_theta)
+            table = table.to(device)
+        self._rope = [*self._rope[-1:], (positions, table)]
+        return table
 
     def _pad(self, latents: Tensor) -> Tensor:
         patch = self.config.patch_size

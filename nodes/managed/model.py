@@ -227,7 +227,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     model_config = Krea2ModelConfig(unet_config)
     model_config.quant_config = quantisation
     supported = model_config.supported_inference_dtypes
-    weight_dtype = None if quantisation else tensors["first.weight"].dtype
+    weight_dtype = None if quantisation else state.weight_dtype
     if dtype is None:
         parameters = sum(weight.numel() for weight in bare.parameters())
         dtype = management.unet_dtype(

@@ -77,6 +77,13 @@ def test_dtype_is_of_matrices_alone(turbo):
     assert half.last.norm.scale.weight.dtype == torch.float32
 
 
+def test_a_few_float32_matrices_do_not_widen_the_rest(turbo, tmp_path):
+    tensors = load_file(turbo)
+    tensors["first.weight"] = tensors["first.weight"].float()
+    model = load_transformer(saved(tmp_path / "mixed.safetensors", tensors))
+    assert model.first.weight.dtype == model.blocks[0].mlp.up.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("layout", ["prefixed", "diffusers file", "all-in-one"])
 def test_other_layouts_of_one_file(models, turbo, tmp_path, layout):
     tensors = load_file(turbo)

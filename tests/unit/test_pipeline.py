@@ -83,6 +83,12 @@ def test_given_embeddings_equal_the_prompt(pipeline):
     assert_close(given, expected, 1e-5, "given embeddings against prompts")
 
 
+def test_no_negative_is_the_empty_prompt(pipeline):
+    options = {"latents": start(), "guidance": 2.0, "steps": 1, "output_type": "latent", **SIZE}
+    expected = pipeline("a fox", "", **options)
+    assert torch.equal(pipeline("a fox", None, **options), expected)
+
+
 def test_several_images_a_prompt(pipeline):
     options = {"steps": 2, "guidance": 0, "output_type": "latent", **SIZE}
     images = pipeline(["a fox", "a badger"], num_images=2, seed=5, **options)

@@ -171,6 +171,32 @@ def test_gradients_reach_every_weight(reference):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_training_works_after_inference_mode(reference):
+    """What a run leaves behind must not be an inference tensor."""
+    model = Krea2Transformer(TINY)
+    load_from(model, reference)
+    latents, taps = torch.randn(1, 16, 4, 4), torch.randn(1, 3, 12, 80)
+    with torch.inference_mode():
+        model(latents, torch.tensor([0.4]), model.fuse_text(taps))
+    text = model.fuse_text(taps)
+    model(latents, torch.tensor([0.4]), text).square().mean().backward()
+    assert model.blocks[0].attn.wq.weight.grad is not None
+
+
+@torch.no_grad()
+def test_rotary_tables_are_made_once_a_text_length(transformer, monkeypatch):
+    import krea2_model.transformer as module
+
+    made, rope_table = [], module.rope_table
+    monkeypatch.setattr(module, "rope_table", lambda *a: made.append(1) or rope_table(*a))
+    latents, timestep = torch.randn(1, 16, 4, 10), torch.tensor([0.4])
+    texts = [transformer.fuse_text(torch.randn(1, length, 12, 80)) for length in (5, 2)]
+    for _ in range(3):
+        for text in texts:
+            transformer(latents, timestep, text)
+    assert len(made) == 2
+
+
 def test_full_size_keys_translate_both_ways():
     with torch.device("meta"):
         theirs = Krea2Transformer2DModel().state_dict()
