@@ -35,9 +35,11 @@ def attend(
         query, key = rotate(query, rope), rotate(key, rope)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    # Not every GPU has a fused kernel for grouped heads, and without one the scores of the whole
+    # image are held in memory.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 

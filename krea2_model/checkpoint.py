@@ -82,8 +82,11 @@ class TransformerState(NamedTuple):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the blocks' matrices; some files keep the few outside them in float32."""
-        return self.tensors["blocks.0.attn.wq.weight"].dtype
+        """The dtype of most weights; some files keep a few matrices in another."""
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 class TextEncoderState(NamedTuple):
@@ -409,7 +412,11 @@ def _variant(checkpoint: Checkpoint) -> str | None:
     if checkpoint.metadata.get(VARIANT_KEY) in PRESETS:
         return checkpoint.metadata[VARIANT_KEY]
     # As words of their own: a "drawing" is not "raw".
-    words = re.split(r"[^a-z]+", checkpoint.path.name.lower())
+    names = [checkpoint.path.name]
+    if checkpoint.path.is_dir():
+        # A part of a diffusers folder; it is the folder that has a name.
+        names.append(checkpoint.path.parent.name)
+    words = re.split(r"[^a-z]+", " ".join(names).lower())
     return next((variant for variant in ("turbo", "raw") if variant in words), None)
 
 

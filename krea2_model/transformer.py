@@ -290,7 +290,7 @@ class Krea2Transformer(nn.Module):
                 f"text encoder of width {expected[1]}. Use the text encoder that belongs to it "
                 "(Qwen3-VL-4B for the released Krea 2)."
             )
-        return self.txtmlp(self.txtfusion(taps.to(self.compute_dtype), mask, hooks.attend))
+        return self._fuse(taps.to(self.compute_dtype), mask, hooks)
 
     def forward(
         self,
@@ -348,6 +348,9 @@ class Krea2Transformer(nn.Module):
         patches = self.last(hidden[:, text_tokens : text_tokens + image_tokens], time)
         velocity = unpatchify(patches, *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
+
+    def _fuse(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
+        return self.txtmlp(self.txtfusion(taps, mask, hooks.attend))
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The time embedding (B, 1, D) and the blocks' shared vector (B, 1, 6 D)."""

@@ -38,22 +38,26 @@ class Krea2ClipTokenizer:
         max_sequence_length=None,
         always_wrap=False,
         image=None,
-        images=(),
+        images=None,
+        llama_template=None,
         **kwargs,
     ):
         """One text, or a list of texts for the images of a batch.
 
         A text that begins with `<|im_start|>` is a chat of its own and is passed as it is, as
-        core does, unless `always_wrap` is set. `max_sequence_length` 512 is the official cut.
+        core does, unless `always_wrap` is set; `llama_template` replaces Krea's template.
+        `max_sequence_length` 512 is the official cut.
         """
-        if image is not None or len(images):
+        if image is not None or images:
             raise ValueError(
                 "This text encoder takes text alone; images in prompts are not supported yet. "
                 "Disconnect the image."
             )
         rows = []
         for prompt in [text] if isinstance(text, str) else text:
-            if prompt.startswith("<|im_start|>") and not always_wrap:
+            if llama_template is not None:
+                tokens = self.tokenizer.tokenize_raw(llama_template.format(prompt))
+            elif prompt.startswith("<|im_start|>") and not always_wrap:
                 tokens = self.tokenizer.tokenize_raw(prompt)
             else:
                 tokens = self.tokenizer.tokenize(prompt, max_sequence_length)
@@ -156,7 +160,8 @@ def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyn
     state = read_text_encoder(checkpoint)
     bare = Qwen3VLTextEncoder(state.config, device="meta")
     quantisation = check_weights(bare, state.tensors, checkpoint.path, TEXT_ENCODER)
-    options = {"dtype": dtype or state.tensors["embed_tokens.weight"].dtype}
+    # Of a norm: embeddings and matrices may be in 8 bits, which is no dtype for the rest.
+    options = {"dtype": dtype or state.tensors["layers.0.input_layernorm.weight"].dtype}
     if quantisation is not None:
         options["quantization_metadata"] = quantisation
     target = comfy.supported_models_base.ClipTarget(Krea2ClipTokenizer, Krea2TextModel)

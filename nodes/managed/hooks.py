@@ -39,6 +39,10 @@ class PatchHooks(Hooks):
             # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
             hidden = torch.zeros_like(mask, dtype=query.dtype)
             mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
+        # As core does: not every GPU has a fused kernel for grouped heads, and without one the
+        # scores of the whole image are held in memory.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
         # Looked up at call time: command line flags and other packs choose the function.
         out = comfy.ldm.modules.attention.optimized_attention(
             query,
@@ -47,7 +51,6 @@ class PatchHooks(Hooks):
             query.shape[1],
             mask=mask,
             skip_reshape=True,
-            enable_gqa=query.shape[1] != key.shape[1],
             transformer_options=self.options,
         )
         if in_block:

@@ -26,9 +26,6 @@ from .weights import check_weights, open_part
 class Krea2DiffusionModel(Krea2Transformer):
     """The transformer behind ComfyUI's calling convention (that of core's own Krea 2)."""
 
-    # The dtype activations run in; set by Krea2Model, which knows about casting.
-    compute_dtype = None
-
     def __init__(self, config, dtype=None, device=None, operations=None, **unet_config):
         super().__init__(config, comfy_layers(operations), device=device, dtype=dtype)
         self.dtype = dtype
@@ -63,7 +60,8 @@ class Krea2DiffusionModel(Krea2Transformer):
         latents = _single_frame(x)
         mask = None if attention_mask is None else attention_mask > 0.5
         hooks = PatchHooks(transformer_options)
-        text = self.fuse_text(self._taps(context), mask, hooks)
+        # The latents come in the dtype that ComfyUI chose for this run.
+        text = self._fuse(self._taps(context).to(latents.dtype), mask, hooks)
         # As in core's Krea 2, reference latents count only where a method is named.
         method, references = kwargs.get("ref_latents_method"), None
         if method is not None and ref_latents:
@@ -111,7 +109,6 @@ class Krea2Model(comfy.model_base.Krea2):
             unet_model=Krea2DiffusionModel,
         )
         self.memory_usage_factor_conds = ("c_crossattn", "ref_latents")
-        self.diffusion_model.compute_dtype = self.get_dtype_inference()
         self.preset: Preset | None = None
 
     def extra_conds(self, **kwargs):

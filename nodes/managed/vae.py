@@ -85,7 +85,8 @@ class Krea2VAE(comfy.sd.VAE):
         self._load(
             self.memory_used_decode((*latents.shape[:2], tile // 8, tile // 8), self.vae_dtype)
         )
-        return self._to_images(self._decode_tiles(latents.to(self.device), tile, overlap))
+        with comfy.model_management.cuda_device_context(self.device):
+            return self._to_images(self._decode_tiles(latents.to(self.device), tile, overlap))
 
     def encode(self, pixel_samples):
         """Images (B, H, W, C) in [0, 1] to latents (B, 16, 1, h, w)."""
@@ -102,7 +103,8 @@ class Krea2VAE(comfy.sd.VAE):
         images = self._images(pixel_samples)
         tile, overlap = self._tiling(tile_x, tile_y, overlap, 1)
         self._load(self.memory_used_encode((1, 3, tile, tile), self.vae_dtype))
-        return self._to_latents(self._encode_tiles(images.to(self.device), tile, overlap))
+        with comfy.model_management.cuda_device_context(self.device):
+            return self._to_latents(self._encode_tiles(images.to(self.device), tile, overlap))
 
     def get_sd(self):
         """The weights as VAE files have them, for saving; exact for single images only."""

@@ -187,6 +187,14 @@ def test_stored_dtypes_keep_float32_activations(run, models, clip, dtype):
     assert not torch.allclose(ours, full)
 
 
+def test_a_template_of_another_node_replaces_ours(clip, core_clip):
+    template = "<|im_start|>user\n{}<|im_end|>\n"
+    ours, core = (
+        c.tokenize("a fox", llama_template=template, images=[]) for c in (clip, core_clip)
+    )
+    assert ours == core
+
+
 def test_saved_encoder_loads_again(run, base, models, clip):
     """CLIPSave writes what text needs; the layers beyond the last tap were never loaded."""
     expected = clip.encode_from_tokens(clip.tokenize("a fox"))

@@ -319,6 +319,17 @@ def test_torch_compile(run, turbo, conditioning, latent):
     assert_close(value["samples"], expected["samples"], 1e-4, "torch.compile")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_follow_the_dtype_of_the_run(run, models, conditioning, dtype):
+    """ComfyUI may change it after loading, by a node or a device that cannot do otherwise."""
+    stored = run("K2ModelLoader", file="krea2_tiny_turbo.safetensors", dtype="fp16")[0]
+    model, seen = stored.model.diffusion_model, []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    context = conditioning(4, 1)[0][0].to(dtype)
+    velocity = model(torch.randn(1, 16, 1, 8, 8, dtype=dtype), SIGMA, context)
+    assert seen == [dtype] and velocity.dtype == dtype
+
+
 def test_memory_estimate_grows_with_tokens(turbo):
     small = turbo.model.memory_required([1, 16, 1, 64, 64])
     large = turbo.model.memory_required([1, 16, 1, 128, 128], {"c_crossattn": [(1, 64, 1920)]})
