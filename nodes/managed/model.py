@@ -176,6 +176,17 @@ class _OfficialNames:
             logging.warning("Krea 2: nothing to patch at %s; that part was left out.", key)
         return added
 
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        renamed = {_to_module_key(key): patch for key, patch in patches.items()}
+        return super().add_hook_patches(hook, renamed, strength_patch, strength_model)
+
+    def clone(self, *args, **kwargs):
+        clone = super().clone(*args, **kwargs)
+        if not isinstance(clone, _OfficialNames):
+            # Core names its plain class where a clone must not be dynamic.
+            clone.__class__ = type("Krea2ModelPatcher", (_OfficialNames, type(clone)), {})
+        return clone
+
     def get_key_patches(self, filter_prefix=None):
         patches = super().get_key_patches(filter_prefix)
         for key in list(patches):

@@ -163,6 +163,17 @@ def test_merge_with_a_model_of_core(
     assert_close(velocity(merged, conditioning), expected, 1e-5, "merge with a model of core")
 
 
+def test_clones_keep_both_names(turbo, monkeypatch):
+    """Also the clone that core makes of its plain class where a model must not be dynamic."""
+    official, key = "diffusion_model.blocks.0.mod.lin", "diffusion_model.blocks.0.mod.lin.weight"
+    patch = ("diff", (torch.ones(6 * 256),))
+    assert turbo.clone().add_patches({official: patch}) == [key]
+    monkeypatch.setattr(type(turbo), "is_dynamic", lambda self: True)
+    plain = turbo.clone(disable_dynamic=True)
+    assert plain.model is not turbo.model and not isinstance(plain, type(turbo))
+    assert plain.add_patches({official: patch}) == [key]
+
+
 def test_unknown_patch_keys_are_logged(turbo, caplog):
     turbo.clone().add_patches({"diffusion_model.blocks.99.mod.lin": ("diff", (torch.ones(1),))})
     assert "nothing to patch at diffusion_model.blocks.99.mod.lin" in caplog.text
