@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,6 @@ from krea2_model.vae_keys import (
     temporal_shapes,
     vae_key_map,
 )
-
-diffusers = pytest.importorskip("diffusers")
 
 SMALL = VAEConfig(base_dim=16)
 # Fewer levels, one block a level, other multiples: nothing of the layout is a constant.
