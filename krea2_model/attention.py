@@ -35,12 +35,21 @@ def attend(
         query, key = rotate(query, rope), rotate(key, rope)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype)
-    # Not every GPU has a fused kernel for grouped heads, and without one the scores of the whole
-    # image are held in memory.
-    groups = query.shape[1] // key.shape[1]
-    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    key, value = repeat_heads(query, key, value)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, KV, L, D) repeated to the heads of the query: (B, H, L, D).
+
+    Not every GPU has a fused kernel for grouped heads, and without one the scores of the whole
+    image are held in memory.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def rope_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:

@@ -4,6 +4,7 @@ import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import torch
 
+from ...krea2_model.attention import repeat_heads
 from ...krea2_model.transformer import Hooks
 
 try:
@@ -39,10 +40,7 @@ class PatchHooks(Hooks):
             # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
             hidden = torch.zeros_like(mask, dtype=query.dtype)
             mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
-        # As core does: not every GPU has a fused kernel for grouped heads, and without one the
-        # scores of the whole image are held in memory.
-        groups = query.shape[1] // key.shape[1]
-        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+        key, value = repeat_heads(query, key, value)
         # Looked up at call time: command line flags and other packs choose the function.
         out = comfy.ldm.modules.attention.optimized_attention(
             query,

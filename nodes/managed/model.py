@@ -184,7 +184,7 @@ class _OfficialNames:
         clone = super().clone(*args, **kwargs)
         if not isinstance(clone, _OfficialNames):
             # Core names its plain class where a clone must not be dynamic.
-            clone.__class__ = type("Krea2ModelPatcher", (_OfficialNames, type(clone)), {})
+            clone.__class__ = _with_official_names(type(clone))
         return clone
 
     def get_key_patches(self, filter_prefix=None):
@@ -209,6 +209,10 @@ def _patcher_class(load_device, disable_dynamic: bool):
     base = comfy.model_patcher.CoreModelPatcher
     if disable_dynamic or comfy.model_management.is_device_cpu(load_device):
         base = comfy.model_patcher.ModelPatcher
+    return _with_official_names(base)
+
+
+def _with_official_names(base):
     return type("Krea2ModelPatcher", (_OfficialNames, base), {})
 
 
