@@ -10,8 +10,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import nano
 from .pipeline import Krea2Pipeline
 
+# What --model may say instead of a path; a folder of that name is ./nano.
+NANO = {
+    "nano": (nano.TRANSFORMERS["raw"], nano.TEXT_ENCODER, nano.VAE),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -24,15 +29,18 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make images from a prompt")
     generate.add_argument("prompt")
     files = generate.add_argument_group("model files")
-    files.add_argument("--model", type=Path, help="a diffusers folder or an all-in-one file")
+    files.add_argument(
+        "--model",
+        help="a diffusers folder or an all-in-one file; nano is the built-in small one",
+    )
     files.add_argument("--transformer", type=Path, help="a transformer file or folder")
     files.add_argument("--text-encoder", type=Path, help="a Qwen3-VL file or folder")
     files.add_argument("--vae", type=Path, help="a Qwen-Image VAE file or folder")
     files.add_argument("--tokenizer", type=Path, help="a folder with the Qwen tokenizer")
     image = generate.add_argument_group("image")
     image.add_argument("--output", type=Path, default=Path("krea2.png"), help="a PNG file")
-    image.add_argument("--width", type=int, default=1024)
-    image.add_argument("--height", type=int, default=1024)
+    image.add_argument("--width", type=int, help="default: the checkpoint's, 1024 (nano 128)")
+    image.add_argument("--height", type=int, help="likewise")
     image.add_argument("--negative", default="", help="what guidance leads away from")
     image.add_argument("--steps", type=int, help="default: the checkpoint's")
     image.add_argument("--guidance", type=float, help="Krea's convention; ComfyUI's cfg - 1")
@@ -41,24 +49,33 @@ def build_parser() -> argparse.ArgumentParser:
     image.add_argument("--max-sequence-length", type=int, help="cut the prompt; 512 is official")
     machine = generate.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    machine.add_argument("--dtype", choices=DTYPES, help="default: the files'")
+    machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
     return parser
 
 
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make the images that `args` ask for; returns the files written."""
+    whole = NANO.get(args.model, (args.model,) * 3)
     transformer, text_encoder, vae = (
-        part or args.model for part in (args.transformer, args.text_encoder, args.vae)
+        part or default
+        for part, default in zip(
+            (args.transformer, args.text_encoder, args.vae), whole, strict=True
+        )
     )
     if None in (transformer, text_encoder, vae):
-        raise ValueError("Name the weights: --model, or --transformer, --text-encoder and --vae.")
+        raise ValueError(
+            "Name the weights: --model (nano is the built-in small one), or --transformer, "
+            "--text-encoder and --vae."
+        )
+    # The small model costs nothing in full precision, and looks the same everywhere.
+    default_dtype = torch.float32 if args.model in NANO else None
     pipeline = Krea2Pipeline.from_files(
         transformer,
         text_encoder,
         vae,
         args.tokenizer,
         device=args.device,
-        dtype=DTYPES.get(args.dtype),
+        dtype=DTYPES.get(args.dtype, default_dtype),
     )
     steps = pipeline.preset.steps if args.steps is None else args.steps
     with tqdm(total=steps, unit="step", desc=args.output.name) as bar:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import nano
 from .config import PRESETS, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
 from .identify import (
     TEXT_ENCODER,
@@ -47,8 +48,8 @@ from .vae import QwenImageVAE
 from .vae_keys import infer_vae_config, slice_temporal, vae_key_map
 
 # Metadata keys of a safetensors file that says more about itself than its tensors do.
-VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY = (
-    "krea2.variant", "krea2.steps", "krea2.guidance", "krea2.mu",
+VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY, SIZE_KEY = (
+    "krea2.variant", "krea2.steps", "krea2.guidance", "krea2.mu", "krea2.size",
 )  # fmt: skip
 
 _VAE_MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
@@ -182,6 +183,7 @@ def save_transformer(transformer: Krea2Transformer, path: str | Path) -> None:
         preset = transformer.preset
         metadata |= {STEPS_KEY: str(preset.steps), GUIDANCE_KEY: str(preset.guidance)}
         metadata |= {} if preset.mu is None else {MU_KEY: str(preset.mu)}
+        metadata |= {SIZE_KEY: str(preset.size)}
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata)
@@ -270,6 +272,8 @@ def open_checkpoint(
     """
     path = Path(path)
     read_file = read_file or read_safetensors
+    if path == nano.TEXT_ENCODER:
+        return Checkpoint(path, nano.text_encoder_tensors())
     if path.is_file():
         read_header(path)
         tensors, metadata = read_file(path)
@@ -428,7 +432,8 @@ def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
     try:
         mu = float(metadata[MU_KEY]) if MU_KEY in metadata else None
         guidance = float(metadata.get(GUIDANCE_KEY, 0))
-        return Preset(variant or "custom", int(metadata[STEPS_KEY]), guidance, mu)
+        size = int(metadata.get(SIZE_KEY, Preset.size))
+        return Preset(variant or "custom", int(metadata[STEPS_KEY]), guidance, mu, size)
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.path.name} carries unreadable sampling defaults ({error})."

@@ -105,12 +105,14 @@ class Preset:
 
     `guidance` is in Krea's convention, `v = cond + guidance * (cond - uncond)`, off at 0.
     `mu` is the exponent of the time shift; None derives it from the image size.
+    `size` is the side in pixels of the square images that the checkpoint is made for.
     """
 
     name: str
     steps: int
     guidance: float
     mu: float | None
+    size: int = 1024
 
 
 # Defaults of the official inference code and of diffusers. Krea's model card also names

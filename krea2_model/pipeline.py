@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from . import nano
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
@@ -22,7 +23,6 @@ from .vae import QwenImageVAE
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-DEFAULT_SIZE = 1024
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -75,6 +75,17 @@ class Krea2Pipeline:
             load_vae(vae, **options),
         )
 
+    @classmethod
+    def nano(
+        cls, variant: str = "raw", *, device="cpu", dtype: torch.dtype | None = torch.float32
+    ) -> Krea2Pipeline:
+        """The built-in krea2-nano; see `krea2_model.nano`."""
+        if variant not in nano.VARIANTS:
+            raise ValueError(f"variant is {variant!r}; expected one of {nano.VARIANTS}.")
+        return cls.from_files(
+            nano.TRANSFORMERS[variant], nano.TEXT_ENCODER, nano.VAE, device=device, dtype=dtype
+        )
+
     @property
     def preset(self) -> Preset:
         """Sampling defaults of the loaded checkpoint; Raw's where it does not say what it is."""
@@ -85,8 +96,8 @@ class Krea2Pipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = "",
-        height: int = DEFAULT_SIZE,
-        width: int = DEFAULT_SIZE,
+        height: int | None = None,
+        width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         num_images: int = 1,
@@ -106,7 +117,8 @@ class Krea2Pipeline:
         prompt: one or several; each gives `num_images` images, in order.
         negative_prompt: what guidance leads away from, one for all or one a prompt; None is the
             empty prompt.
-        height, width: pixels, rounded up to multiples of 16.
+        height, width: pixels, rounded up to multiples of 16; None is the size the checkpoint is
+            made for, 1024.
         steps, guidance: None takes the checkpoint's preset. guidance is in Krea's convention,
             `v = cond + guidance * (cond - uncond)`; ComfyUI's cfg is guidance + 1.
         seed: an int (image i uses seed + i) or one a image.
@@ -202,9 +214,12 @@ class Krea2Pipeline:
         text = text.repeat_interleave(repeats, dim=0)
         return text, None if mask is None else mask.repeat_interleave(repeats, dim=0)
 
-    def _noise(self, latents, batch: int, height: int, width: int, seed) -> Tensor:
+    def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
         """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
-        size = tuple(round_size(name, v) for name, v in (("height", height), ("width", width)))
+        size = tuple(
+            round_size(name, self.preset.size if side is None else side)
+            for name, side in (("height", height), ("width", width))
+        )
         channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
         shape = (batch, channels, size[0] // downscale, size[1] // downscale)
         if latents is None:
@@ -214,7 +229,7 @@ class Krea2Pipeline:
             ]
             latents = torch.stack(noise)
         else:
-            free = height == width == DEFAULT_SIZE and latents.ndim == 4
+            free = height is None and width is None and latents.ndim == 4
             expected = shape[:2] if free else shape
             if tuple(latents.shape[: len(expected)]) != expected or latents.ndim != 4:
                 raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..krea2_model import nano
 from ..krea2_model.checkpoint import weight_files
 from ..krea2_model.identify import (
     TEXT_ENCODER,
@@ -18,6 +19,14 @@ from ..krea2_model.identify import (
 )
 
 AUTO = "auto"
+
+# What the pack brings along.
+NANO = "krea2-nano (built in)"
+_BUILT_IN = {
+    TRANSFORMER: {NANO: nano.TRANSFORMERS["raw"]},
+    TEXT_ENCODER: {NANO: nano.TEXT_ENCODER},
+    VAE: {NANO: nano.VAE},
+}
 
 # Folder keys of ComfyUI that may hold each part; all-in-one files are checkpoints.
 _FOLDERS = {
@@ -33,6 +42,11 @@ _kinds: dict[tuple[str, int, int], str] = {}
 
 
 def list_models(part: str) -> list[str]:
+    """Names for `part`: the user's files and folders, then what is built in."""
+    return [*_list_own(part), *_BUILT_IN[part]]
+
+
+def _list_own(part: str) -> list[str]:
     """Names of the files and diffusers folders that may hold `part`.
 
     Pickles, shards, and files whose header says that they are something else are left out. A file
@@ -53,6 +67,8 @@ def find_model(part: str, name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
+    if name in _BUILT_IN[part]:
+        return _BUILT_IN[part][name]
     for spelled in dict.fromkeys((name, name.replace("\\", os.sep), name.replace("/", os.sep))):
         for key in _FOLDERS[part]:
             path = folder_paths.get_full_path(key, spelled)
@@ -71,12 +87,14 @@ def find_model(part: str, name: str) -> Path:
 def find_fitting(part: str, model: Path) -> Path:
     """The `part` that belongs to the transformer `model`, for the choice "auto".
 
-    It is in the same file or folder, or else the first of the list whose sizes fit. Raises
-    CheckpointError where none does.
+    It is in the same file or folder, or else the first of the user's whose sizes fit; the built-in
+    model has its own. Raises CheckpointError where none does.
     """
+    if model in _BUILT_IN[TRANSFORMER].values():
+        return _BUILT_IN[part][NANO]
     if holds(model, part):
         return model
-    for name in list_models(part):
+    for name in _list_own(part):
         try:
             path = find_model(part, name)
             if _fits(path, part, model):
@@ -181,6 +199,8 @@ def _text_width(model: Path) -> int | None:
 
 
 def _encoder_width(encoder: Path) -> int | None:
+    if encoder == nano.TEXT_ENCODER:
+        return nano.TEXT_ENCODER_CONFIG.hidden_size
     return _size(_shapes(encoder, TEXT_ENCODER), "layers.0.input_layernorm.weight")
 
 

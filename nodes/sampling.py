@@ -1,10 +1,14 @@
 """Sampling: Krea 2's schedule and guidance on ComfyUI's samplers."""
 
+import logging
+
 from comfy_api.latest import io
 
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule
 from ..krea2_model.sizes import MAX_SIZE, check_size, image_tokens, round_size
+
+logger = logging.getLogger(__name__)
 
 AUTO, CUSTOM = "auto", "custom"
 BY_SIZE, FIXED = "by size", "fixed"
@@ -95,6 +99,18 @@ def _mu(preset: Preset, shift: str, mu: float, tokens: int) -> float:
     if shift == AUTO and preset.mu is not None:
         return preset.mu
     return shift_mu(tokens)
+
+
+def _warn_of_size(model, samples) -> None:
+    """Say where an image has over four times the area the checkpoint is made for."""
+    known = getattr(model.model, "preset", None)
+    height, width = (8 * side for side in samples.shape[-2:])
+    if known is not None and width * height > 4 * known.size**2:
+        logger.warning(
+            "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
+            "or broken shapes.",
+            width, height, known.size, known.size,
+        )  # fmt: skip
 
 
 def _sigmas(settings: Preset, mu: float, denoise: float, sampler: str | None = None):
@@ -243,6 +259,7 @@ class K2Sampler(io.ComfyNode):
                 "text is fine), or choose guidance 0."
             )
         start = _start(model, latent)
+        _warn_of_size(model, start)
         exponent = _mu(settings, shift, mu, _latent_tokens(start))
         sigmas = _sigmas(settings, exponent, denoise, sampler)
         noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))

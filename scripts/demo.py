@@ -16,7 +16,9 @@ from pathlib import Path
 
 from headless import ROOT, ComfyServer, JobError, OnProgress, ServerError
 
-WORKFLOW = ROOT / "tests" / "workflows" / "krea2_turbo_text_to_image.json"
+WORKFLOWS = ROOT / "tests" / "workflows"
+NANO = "krea2-nano (built in)"
+PROMPT = "a red circle left of a blue square on a yellow background"
 MODEL_FOLDERS = {
     "diffusion_models": ("diffusion_models", "unet"),
     "text_encoders": ("text_encoders", "clip"),
@@ -37,28 +39,33 @@ def models_config(folder: Path, file: Path) -> Path:
     return file
 
 
-def text_to_image(graph: dict, options: argparse.Namespace, model: str, size: int) -> dict:
-    """The workflow with the model and the command line's choices put in."""
+def text_to_image(options: argparse.Namespace, model: str) -> dict:
+    """The example workflow with the model and the command line's choices put in."""
+    nano = "nano" in model
+    name = "krea2_nano_first_image" if nano else "krea2_turbo_text_to_image"
+    graph = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
     nodes["K2Loader"].update(model=model, text_encoder="auto", vae="auto")
     nodes["K2TextEncode"]["prompt"] = options.prompt
+    size = 128 if nano else 1024
     nodes["K2EmptyLatent"].update(
         aspect="custom", width=options.width or size, height=options.height or size
     )
     nodes["K2Sampler"]["seed"] = options.seed
     if options.steps is not None:
-        guidance = 0.0 if "turbo" in model.lower() else 4.5
+        guidance = 0.0 if "turbo" in model.lower() else 3.5 if nano else 4.5
         nodes["K2Sampler"].update(preset="custom", steps=options.steps, guidance=guidance)
     return graph
 
 
 def pick_model(offered: list[str]) -> str:
-    """The first Turbo file, else the first."""
-    if not offered:
+    """The first Turbo file, else the first that is not built in."""
+    own = [name for name in offered if "built in" not in name]
+    if not own:
         raise JobError(
             ["No Krea 2 transformer in diffusion_models, checkpoints or diffusers of --models."]
         )
-    return next((name for name in offered if "turbo" in name.lower()), offered[0])
+    return next((name for name in own if "turbo" in name.lower()), own[0])
 
 
 def next_output() -> Path:
@@ -85,15 +92,16 @@ def progress_printer(graph: dict) -> OnProgress:
 def generate(options: argparse.Namespace) -> Path:
     """Make the picture that the command line asks for; its file."""
     started = time.monotonic()
-    models = (options.models or options.tiny).resolve()
-    if not options.models:
-        say(
-            "No trained weights were named (--models), so small random ones are used: the picture "
-            "shows that everything works, but it is noise."
-        )
     options.base.mkdir(parents=True, exist_ok=True)
-    config = models_config(models, options.base / "extra_model_paths.yaml")
-    extra_args = ["--extra-model-paths-config", str(config.resolve())]
+    extra_args = []
+    if options.models:
+        config = models_config(options.models.resolve(), options.base / "extra_model_paths.yaml")
+        extra_args += ["--extra-model-paths-config", str(config.resolve())]
+    else:
+        say(
+            "No weights were named (--models), so the built-in krea2-nano paints. It knows flat "
+            'shapes in colours, such as "a small yellow star above a purple ring".'
+        )
     if options.cpu:
         extra_args.append("--cpu")
     packs = {"comfyui-krea2-kit": ROOT}
@@ -103,10 +111,9 @@ def generate(options: argparse.Namespace) -> Path:
             raise ServerError(f"ComfyUI did not load the pack. Its log:\n{server.log_tail(60)}")
         say(f"  ready after {time.monotonic() - started:.0f} s")
         offered = server.options("K2Loader", "model")
-        model = options.model or pick_model(offered)
+        model = options.model or (pick_model(offered) if options.models else NANO)
         say(f'{model}: "{options.prompt}"')
-        graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-        graph = text_to_image(graph, options, model, 1024 if options.models else 256)
+        graph = text_to_image(options, model)
         outputs = server.wait(server.post(graph), progress_printer(graph))
         picture = (options.output or next_output()).resolve()
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -119,17 +126,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="demo.sh",
         description="Makes a picture from a prompt with Krea 2 in a headless ComfyUI, and prints "
-        "the path of the PNG. Without --models it uses small random weights, and the picture is "
-        "noise.",
+        "the path of the PNG. Without --models the built-in krea2-nano paints: flat shapes in "
+        "colours, 128 px.",
         epilog="environment: COMFYUI_PATH names a ComfyUI to use (nothing is written there; by "
         "default 0.30.0 is fetched), PYTHON the Python (3.11 or later) to set up with.",
     )
     option = parser.add_argument
-    option("prompt", nargs="?", default="a fox in the snow", help="what to show")
+    option("prompt", nargs="?", default=PROMPT, help="what to show")
     option("--models", type=Path, help="a folder of trained weights, laid out as ComfyUI's models")
     option("--model", help="the transformer, as Load Krea 2 lists it (default: the first Turbo)")
     option("--output", type=Path, help="the PNG (default: the next .local/output/krea2_<n>.png)")
-    option("--width", type=int, help="pixels (default: 1024, or 256 without --models)")
+    option("--width", type=int, help="pixels (default: 1024, or 128 without --models)")
     option("--height", type=int, help="pixels, likewise")
     option("--steps", type=int, help="steps (default: what the checkpoint was made for)")
     option("--seed", type=int, default=0, help="the noise to start from")
@@ -137,7 +144,6 @@ def parse_arguments() -> argparse.Namespace:
     # What demo.sh adds.
     hidden = argparse.SUPPRESS
     option("--check", action="store_true", help=hidden)
-    option("--tiny", type=Path, default=ROOT / ".local" / "tiny-models", help=hidden)
     option("--base", type=Path, default=ROOT / ".local" / "base", help=hidden)
     option("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help=hidden)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A picture from a prompt, by the example workflow in a headless ComfyUI:
 #
-#   bash scripts/demo.sh "a fox in the snow" [--models FOLDER] [--output fox.png] ...
+#   bash scripts/demo.sh "a red circle left of a blue square" [--models FOLDER] [--output P.png] ...
 #
 # Needs Linux or macOS and Python 3.11 or later. Everything it makes is under .local/; --help tells
 # the options. PYTHON and COMFYUI_PATH are explained in setup.sh.
@@ -9,17 +9,6 @@ set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-
-TINY=$LOCAL/tiny-models
-
-# Random checkpoints, made again when the code that defines their layout has changed.
-make_tiny_checkpoints() {
-  if [[ -f $TINY/made && -z $(find "$ROOT/scripts/tiny_checkpoints.py" "$ROOT/krea2_model" \
-    -name '*.py' -newer "$TINY/made") ]]; then return; fi
-  rm -rf "$TINY"
-  step "Making small random checkpoints" "$VENV_PYTHON" "$ROOT/scripts/tiny_checkpoints.py" "$TINY"
-  touch "$TINY/made"
-}
 
 has_accelerator() {
   "$VENV_PYTHON" -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())' 2>/dev/null
@@ -35,8 +24,7 @@ done
 "$python" "$ROOT/scripts/demo.py" --check "$@"
 
 set_up run
-make_tiny_checkpoints
 device=()
 has_accelerator || device=(--cpu)
 # exec: signals go straight to the process that has to stop the server.
-exec "$VENV_PYTHON" "$ROOT/scripts/demo.py" --tiny "$TINY" ${device[@]+"${device[@]}"} "$@"
+exec "$VENV_PYTHON" "$ROOT/scripts/demo.py" ${device[@]+"${device[@]}"} "$@"

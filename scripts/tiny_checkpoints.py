@@ -1,4 +1,4 @@
-"""Small random checkpoints in the real layouts, for the demo and the tests.
+"""Small random checkpoints in the real layouts, for the tests.
 
 Every tensor a real file has is there, in its real name and number of dimensions; only the sizes
 are small. Weights are random, so pictures made with them are noise.

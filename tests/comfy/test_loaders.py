@@ -205,7 +205,7 @@ def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
 
 def test_nothing_that_fits_says_what_to_get(pack, monkeypatch, models):
     files, kinds = pack("nodes.files"), pack("krea2_model.identify")
-    monkeypatch.setattr(files, "list_models", lambda part: [])
+    monkeypatch.setattr(files, "_list_own", lambda part: [])
     with pytest.raises(ValueError, match="Nothing that fits .*qwen3vl_4b_bf16.safetensors"):
         files.find_fitting(kinds.TEXT_ENCODER, models / TURBO)
 

@@ -1,0 +1,95 @@
+"""krea2-nano: a complete small Krea 2 that comes with the package.
+
+The same architecture, file layouts and sampling as the released model, at a width of 256, trained
+on flat-colour scenes of 128 px: one or two shapes, their colours, sizes and places, and a
+background. It is there to show that everything works, on any machine within seconds, and to be
+tested against. It knows nothing else. `scripts/train_nano.py` is how it was made.
+
+The trained files lie in this folder. The text encoder was drawn at random (encoder.py), so it is
+made on first use and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import uuid
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .encoder import CONFIG as TEXT_ENCODER_CONFIG
+from .encoder import checksum, encoder_tensors
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+TRANSFORMERS = {"raw": FOLDER / "krea2_nano_raw.safetensors"}
+VARIANTS = tuple(TRANSFORMERS)
+VAE = FOLDER / "krea2_nano_vae.safetensors"
+
+# Stands for the text encoder where a path is asked for; no file has to be there.
+TEXT_ENCODER = FOLDER / "krea2_nano_text_encoder.safetensors"
+TEXT_ENCODER_CHECKSUM = "c0179045d12550c559f3b5b49b0910dd0482a051ffebd431ff059466407bbcca"
+
+__all__ = [
+    "TEXT_ENCODER",
+    "TEXT_ENCODER_CONFIG",
+    "TRANSFORMERS",
+    "VAE",
+    "VARIANTS",
+    "text_encoder_tensors",
+]
+
+
+def text_encoder_tensors() -> dict[str, Tensor]:
+    """The text encoder's tensors by file names, from the cache folder or made anew (seconds).
+
+    What is returned has been compared with the checksum. Where nothing can be written, the tensors
+    are made again in the next process. Raises RuntimeError where this machine makes others.
+    """
+    file = cache_folder() / f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
+    try:
+        tensors = load_file(file)
+        if checksum(tensors) == TEXT_ENCODER_CHECKSUM:
+            return tensors
+    except (OSError, SafetensorError):
+        pass
+    logger.info("Making the text encoder of krea2-nano, once; it is kept as %s.", file)
+    tensors = encoder_tensors()
+    if (found := checksum(tensors)) != TEXT_ENCODER_CHECKSUM:
+        raise RuntimeError(
+            f"The text encoder of krea2-nano came out with checksum {found}; expected "
+            f"{TEXT_ENCODER_CHECKSUM}. Please report this with your versions of Python, NumPy "
+            "and torch."
+        )
+    _keep(tensors, file)
+    return tensors
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it made: a folder in the user's cache, by the system's rule."""
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "krea2-kit"
+
+
+def _keep(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write the file whole or not at all; other processes may be doing the same."""
+    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"format": "pt"})
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        logger.info("It cannot be kept there (%s) and stays in memory.", error)
+        with contextlib.suppress(OSError):
+            partial.unlink()

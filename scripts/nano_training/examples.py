@@ -1,0 +1,136 @@
+"""Training examples of the transformer: latents of scenes beside the encoded captions."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krea2_model.text_encoder import Qwen3VLTextEncoder
+from krea2_model.vae import QwenImageVAE
+
+from .loop import DEVICE, autocast
+from .scenes import PICTURE_SIZES, caption, draw, random_scene
+from .train_vae import to_tensor
+
+logger = logging.getLogger(__name__)
+
+SHARD = 2000
+LENGTH_STEP = 6  # captions of a batch differ by fewer tokens than this
+
+
+Example = tuple[Tensor, Tensor, Tensor]  # latents, where things are, taps
+
+
+@dataclass
+class Batch:
+    """latents (B, 16, h, w), where things are (B, 1, h, w), taps (B, L, 12, D), mask (B, L)."""
+
+    latents: Tensor
+    things: Tensor
+    taps: Tensor
+    mask: Tensor
+
+
+class Examples:
+    """Scenes encoded once, in shards that are kept on disk; more of them as training goes on."""
+
+    def __init__(
+        self, folder: Path, encoder: Qwen3VLTextEncoder, vae: QwenImageVAE, notebook: bool = False
+    ):
+        self.folder = folder
+        self.encoder, self.vae = encoder.to(DEVICE), vae.to(DEVICE)
+        self.notebook = notebook
+        self.shards = 0
+        self.groups: dict[tuple, list[Example]] = defaultdict(list)
+        self.empty = encoder.encode([""])[0][0].bfloat16().cpu()
+
+    def grow(self, shards: int) -> None:
+        """Have at least so many shards at hand."""
+        while self.shards < shards:
+            for example in self._shard(self.shards):
+                latents, _, taps = example
+                length = -(-len(taps) // LENGTH_STEP)
+                self.groups[latents.shape[-2:], length].append(example)
+            self.shards += 1
+            logger.info("%d scenes", self.shards * SHARD)
+
+    def batch(self, size: int, random: Random, empty: float = 0.1) -> Batch:
+        """`size` examples of one picture size and of similar length, some without their caption."""
+        groups = list(self.groups.values())
+        group = random.choices(groups, weights=[len(group) for group in groups])[0]
+        chosen = random.choices(group, k=size)
+        taps = [self.empty if random.random() < empty else taps for *_, taps in chosen]
+        longest = max(len(states) for states in taps)
+        mask = torch.tensor([[True] * len(s) + [False] * (longest - len(s)) for s in taps])
+        padded = [F.pad(states, (0, 0, 0, 0, 0, longest - len(states))) for states in taps]
+        latents = torch.stack([latents for latents, *_ in chosen]).float()
+        things = torch.stack([things for _, things, _ in chosen]).float()
+        return Batch(
+            latents.to(DEVICE),
+            things.to(DEVICE),
+            torch.stack(padded).float().to(DEVICE),
+            mask.to(DEVICE),
+        )
+
+    def _shard(self, index: int) -> list[Example]:
+        path = self.folder / f"{'notebook' if self.notebook else 'scenes'}_{index}.pt"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            torch.save(list(self._encode(Random(f"{path.stem}"))), partial)
+            os.replace(partial, path)
+        return torch.load(path, weights_only=True)
+
+    @torch.no_grad()
+    def _encode(self, random: Random) -> Iterator[Example]:
+        scenes = [random_scene(random) for _ in range(SHARD)]
+        captions = [caption(scene, random) for scene in scenes]
+        sizes = random.choices(list(PICTURE_SIZES), weights=PICTURE_SIZES.values(), k=SHARD)
+        pictures = [
+            draw(scene, *size, random, self.notebook)
+            for scene, size in zip(scenes, sizes, strict=True)
+        ]
+        # Captions of one length and pictures of one size go through together.
+        lengths = [len(self.encoder.tokenizer.tokenize(text)) for text in captions]
+        taps: dict[int, Tensor] = {}
+        for part in _parts(lengths, 64):
+            encoded, _ = self.encoder.encode([captions[i] for i in part])
+            taps.update(zip(part, encoded.bfloat16().cpu(), strict=True))
+        latents: dict[int, Tensor] = {}
+        with autocast():
+            for part in _parts(sizes, 16):
+                images = to_tensor([pictures[i] for i in part])
+                images = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
+                moments = self.vae.conv1(self.vae.encoder(images)).float()
+                normalised = self.vae.normalise(moments[:, : self.vae.config.z_dim])
+                latents.update(zip(part, normalised.half().cpu(), strict=True))
+        for index in range(SHARD):
+            yield latents[index].clone(), where_things_are(pictures[index]), taps[index].clone()
+
+
+def where_things_are(picture: np.ndarray) -> Tensor:
+    """Latent cells (1, h, w) bool of those tokens (16 px a side) that show more than background."""
+    contrast = np.abs(picture - picture[0, 0]).max(axis=2) > 0.1
+    rows, columns = contrast.shape[0] // 16, contrast.shape[1] // 16
+    tokens = contrast.reshape(rows, 16, columns, 16).any(axis=(1, 3))
+    return torch.from_numpy(tokens.repeat(2, axis=0).repeat(2, axis=1))[None]
+
+
+def _parts(keys: list, most: int) -> Iterator[list[int]]:
+    """Indices with equal keys together, at most so many at a time."""
+    groups = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    for group in groups.values():
+        for start in range(0, len(group), most):
+            yield group[start : start + most]

@@ -1,0 +1,123 @@
+"""Reads a picture back: which shape, in which colour, where, on which background.
+
+Plain image analysis with the vocabulary of scenes.py, so that a score does not depend on another
+model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from .scenes import COLOURS, PLACES, SHAPES, Scene, signed_distance
+
+_PALETTE = np.array(list(COLOURS.values()), dtype=np.float32) / 255
+_CANVAS = 32
+_SMALLEST = 40  # pixels
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found of one thing; `area` in pixels, `centre` as fractions of the sides."""
+
+    shape: str
+    colour: str
+    centre: tuple[float, float]
+    area: int
+
+    @property
+    def place(self) -> str:
+        column, row = self.centre
+        return min(
+            PLACES, key=lambda name: np.hypot(PLACES[name][0] - column, PLACES[name][1] - row)
+        )
+
+
+def colour_name(colour: np.ndarray) -> str:
+    """The nearest name for a colour (3,) in [0, 1]."""
+    return list(COLOURS)[int(np.square(_PALETTE - colour).sum(axis=1).argmin())]
+
+
+def background_colour(picture: np.ndarray) -> np.ndarray:
+    """The median of a picture's border, (3,) in [0, 1]."""
+    border = (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:])
+    return np.median(np.concatenate([side.reshape(-1, 3) for side in border]), axis=0)
+
+
+def read_thing(picture: np.ndarray, background: np.ndarray | None = None) -> Reading | None:
+    """The thing in a picture (H, W, 3) in [0, 1], or None where there is next to nothing."""
+    background = background_colour(picture) if background is None else background
+    contrast = np.abs(picture - background).max(axis=2)
+    mask = contrast > 0.15
+    if mask.sum() < _SMALLEST:
+        return None
+    strong = contrast >= 0.8 * np.quantile(contrast[mask], 0.9)
+    colour = colour_name(np.median(picture[strong], axis=0))
+    mask = contrast > 0.5 * np.quantile(contrast[mask], 0.9)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    height, width = mask.shape
+    centre = ((left + right) / 2 / width, (top + bottom) / 2 / height)
+    shape = _nearest_shape(mask[top:bottom, left:right])
+    return Reading(shape, colour, centre, int(mask.sum()))
+
+
+def read_two(picture: np.ndarray, side_by_side: bool) -> tuple[Reading | None, Reading | None]:
+    """The things in the left and right half of a picture, or in the upper and lower one."""
+    background = background_colour(picture)
+    first, second = np.array_split(picture, 2, axis=1 if side_by_side else 0)
+    return read_thing(first, background), read_thing(second, background)
+
+
+def judge(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
+    """Which parts of a scene a picture gets right.
+
+    One thing: background, colour, shape, place. Two: background, colours (both, each on its own
+    side) and shapes (likewise).
+    """
+    result = {"background": colour_name(background_colour(picture)) == scene.background}
+    if len(scene.things) == 1:
+        thing, found = scene.things[0], read_thing(picture)
+        result["colour"] = found is not None and found.colour == thing.colour
+        result["shape"] = found is not None and found.shape == thing.shape
+        result["place"] = found is not None and found.place == thing.place
+        return result
+    readings = read_two(picture, scene.things[0].place == "left")
+    pairs = list(zip(readings, scene.things, strict=True))
+    result["two colours"] = all(f is not None and f.colour == t.colour for f, t in pairs)
+    result["two shapes"] = all(f is not None and f.shape == t.shape for f, t in pairs)
+    return result
+
+
+def _nearest_shape(mask: np.ndarray) -> str:
+    """The shape whose drawing overlaps best, both stretched to the same square."""
+    rows = np.linspace(0, mask.shape[0] - 1, _CANVAS).round().astype(int)
+    columns = np.linspace(0, mask.shape[1] - 1, _CANVAS).round().astype(int)
+    mask = mask[np.ix_(rows, columns)]
+    overlaps = {
+        name: max((mask & template).sum() / (mask | template).sum() for template in templates)
+        for name, templates in _templates().items()
+    }
+    return max(overlaps, key=lambda name: overlaps[name])
+
+
+@cache
+def _templates() -> dict[str, list[np.ndarray]]:
+    """Masks of each shape, filled and as outlines of several weights, cut to their extent."""
+    templates = {}
+    for shape in SHAPES:
+        distance = signed_distance(shape, 256, 256, 128, 128, 90)
+        masks = [distance < 0]
+        if shape != "ring":
+            masks += [np.abs(distance + s / 2) < s / 2 for s in (14, 20, 30)]
+        templates[shape] = [_stretch(mask) for mask in masks]
+    return templates
+
+
+def _stretch(mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    rows = np.linspace(rows[0], rows[-1], _CANVAS).round().astype(int)
+    columns = np.linspace(columns[0], columns[-1], _CANVAS).round().astype(int)
+    return mask[np.ix_(rows, columns)]

@@ -1,0 +1,115 @@
+"""nano Raw: the transformer, trained from nothing with the rectified-flow loss."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from krea2_model.config import Preset, TransformerConfig
+from krea2_model.sampling import shift_mu
+from krea2_model.transformer import Krea2Transformer, grid_size
+
+from .examples import Examples
+from .loop import Run, Schedule, autocast
+
+# ComfyUI's own Krea 2 detects these sizes: it fixes the head at 128 and 20 text heads, and derives
+# the MLP widths from the others.
+CONFIG = TransformerConfig(
+    num_layers=6,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=768,
+    text_hidden_dim=160,
+    text_intermediate_size=512,
+)
+PRESET = Preset("raw", steps=28, guidance=3.5, mu=None, size=128)
+STEPS = 4800
+CAPTIONS, DRAWS = 28, 2  # a batch; each caption is fused once and serves several draws of noise
+THINGS = 2.5  # how much more than background they weigh, until the learning rate falls
+MOST_SHARDS, STEPS_A_SHARD = 6, 250
+
+
+def new_transformer() -> Krea2Transformer:
+    """A transformer whose blocks change nothing yet: what they add to the residual stream is 0."""
+    model = Krea2Transformer(CONFIG)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and not name.endswith("lin.weight"):
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        else:
+            nn.init.zeros_(parameter)
+        if name.endswith(("wo.weight", "down.weight")) or name.startswith(("tproj", "last.linear")):
+            nn.init.zeros_(parameter)
+    nn.init.constant_(model.txtfusion.projector.weight, 1 / CONFIG.num_text_layers)
+    for block in model.blocks:
+        # Scale, shift and gate before attention, the same before the MLP: open gates.
+        table = block.mod.lin.weight.data.view(6, -1)
+        table[2] = table[5] = 1.0
+    return model
+
+
+def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan and others, 2024) for the matrices inside blocks, AdamW for what is left."""
+    inside, outside = [], []
+    for name, parameter in model.named_parameters():
+        in_block = "blocks." in name and parameter.ndim == 2
+        (inside if in_block else outside).append(parameter)
+    return [
+        torch.optim.Muon(inside, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outside, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def flow_batch(latents: Tensor, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, their times and the velocity to predict, `noise - image`.
+
+    Times are spread evenly over the batch, then shifted as the official schedule does.
+    """
+    generator = torch.Generator().manual_seed(random.getrandbits(62))
+    batch = len(latents)
+    order = torch.randperm(batch, generator=generator)
+    time = (order + torch.rand(batch, generator=generator)) / batch
+    mu = shift_mu(math.prod(grid_size(latents, CONFIG.patch_size)))
+    time = math.exp(mu) / (math.exp(mu) + 1 / time - 1)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    time = time.to(latents.device)
+    return torch.lerp(latents, noise, time[:, None, None, None]), time, noise - latents
+
+
+def train_raw(
+    folder: Path,
+    examples: Examples,
+    steps: int = STEPS,
+    start: Krea2Transformer | None = None,
+) -> Krea2Transformer:
+    """Train, or go on training; returns the transformer with averaged weights.
+
+    start: weights to begin with instead of new ones.
+    """
+    torch.manual_seed(1)
+    model = new_transformer()
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    run = Run("raw", folder, model, optimisers(model), Schedule(steps, cooldown=0.2))
+
+    def loss_of_step(step: int) -> Tensor:
+        random = Random(f"raw {step}")
+        examples.grow(min(MOST_SHARDS, 2 + step // STEPS_A_SHARD))
+        batch = examples.batch(CAPTIONS, random)
+        noisy, time, velocity = flow_batch(batch.latents.repeat_interleave(DRAWS, 0), random)
+        with autocast():
+            text = model.fuse_text(batch.taps, batch.mask)
+            text = text.repeat_interleave(DRAWS, 0)
+            predicted = model(noisy, time, text, batch.mask.repeat_interleave(DRAWS, 0))
+        # A thing covers a tenth of its picture, and would be learned ten times as late.
+        weight = 1 + (THINGS - 1) * run.schedule.factor(step) * batch.things
+        weight = weight.repeat_interleave(DRAWS, 0) / weight.mean()
+        return (weight * (predicted.float() - velocity).square()).mean()
+
+    run.train(loss_of_step)
+    model.load_state_dict(run.averaged_state())
+    model.variant, model.preset = PRESET.name, PRESET
+    return model.requires_grad_(False).eval()

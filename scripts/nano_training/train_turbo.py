@@ -1,0 +1,111 @@
+"""nano Turbo: nano Raw distilled to eight steps without guidance, along Turbo's own path.
+
+The student walks its schedule from noise to picture. At each of its eight states the teacher, Raw
+with guidance, solves the same stretch in smaller steps, and the student learns the one velocity
+that leads where the teacher arrived. Since the states are the student's own, it learns to mend
+what its earlier steps left behind (on-policy trajectory distillation; DAgger, Ross and others,
+2011, is the general idea).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from krea2_model.config import TURBO
+from krea2_model.sampling import shift_time
+from krea2_model.transformer import Krea2Transformer
+
+from .examples import Examples
+from .loop import DEVICE, Run, Schedule, autocast
+from .train_raw import PRESET as RAW_PRESET
+from .train_raw import new_transformer, optimisers
+
+PRESET = replace(TURBO, size=128)
+STEPS = 500
+CAPTIONS, DRAWS = 12, 2
+TEACHER_STEPS = 2  # of the teacher for one of the student
+
+
+def train_turbo(
+    folder: Path,
+    examples: Examples,
+    raw: Krea2Transformer,
+    steps: int = STEPS,
+    start: Krea2Transformer | None = None,
+) -> Krea2Transformer:
+    """Distil, or go on distilling; returns the transformer with averaged weights.
+
+    start: the student's first weights; None is the teacher's.
+    """
+    torch.manual_seed(2)
+    model = new_transformer()
+    model.load_state_dict((start or raw).state_dict())
+    raw.to(DEVICE)
+    parts = optimisers(model)
+    for group in itertools.chain.from_iterable(o.param_groups for o in parts):
+        group["lr"] *= 0.25
+    run = Run("turbo", folder, model, parts, Schedule(steps, warmup=20, cooldown=0.5), decay=0.98)
+    empty = examples.empty[None].float().to(DEVICE)
+
+    def loss_of_step(step: int) -> Tensor:
+        random = Random(f"turbo {step}")
+        examples.grow(2)
+        batch = examples.batch(CAPTIONS, random, empty=0.03)
+        generator = torch.Generator().manual_seed(random.getrandbits(62))
+        shape = (CAPTIONS * DRAWS, *batch.latents.shape[1:])
+        latents = torch.randn(shape, generator=generator).to(DEVICE)
+        mask = batch.mask.repeat_interleave(DRAWS, 0)
+        with torch.no_grad(), autocast():
+            cond = raw.fuse_text(batch.taps, batch.mask).repeat_interleave(DRAWS, 0)
+            uncond = raw.fuse_text(empty).expand(len(cond), -1, -1)
+        total = 0.0
+        for index in range(PRESET.steps):
+            times = [
+                shift_time(1 - (index + part / TEACHER_STEPS) / PRESET.steps, PRESET.mu)
+                for part in range(TEACHER_STEPS + 1)
+            ]
+            target = teacher_velocity(raw, latents, times, (cond, mask), uncond)
+            with autocast():
+                text = model.fuse_text(batch.taps, batch.mask)
+                text = text.repeat_interleave(DRAWS, 0)
+                now = torch.full((len(latents),), times[0], device=DEVICE)
+                velocity = model(latents, now, text, mask).float()
+            loss = (velocity - target).square().mean() / PRESET.steps
+            total += loss.item()
+            if index < PRESET.steps - 1:
+                loss.backward()  # Here, so that one state's activations are held at a time.
+            latents = latents + (times[-1] - times[0]) * velocity.detach()
+        # The last part's graph is what the caller goes back through; the value is that of all.
+        return loss + (total - loss.item())
+
+    run.train(loss_of_step)
+    model.load_state_dict(run.averaged_state())
+    model.variant, model.preset = PRESET.name, PRESET
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def teacher_velocity(
+    raw: Krea2Transformer,
+    latents: Tensor,
+    times: list[float],
+    positive: tuple[Tensor, Tensor],
+    uncond: Tensor,
+    guidance: float = RAW_PRESET.guidance,
+) -> Tensor:
+    """The constant velocity that ends where guided Euler steps through `times` end."""
+    start = latents
+    for now, then in itertools.pairwise(times):
+        time = torch.full((len(latents),), now, device=latents.device)
+        with autocast():
+            conditional = raw(latents, time, *positive).float()
+            unconditional = raw(latents, time, uncond).float()
+        velocity = conditional + guidance * (conditional - unconditional)
+        latents = latents + (then - now) * velocity
+    return (latents - start) / (times[-1] - times[0])

@@ -1,0 +1,223 @@
+"""krea2-nano paints what the prompt says: tests that ask for meaning, without ComfyUI.
+
+Pictures are read back by plain image analysis (scripts/nano_training/judge.py). Shares asked for
+here are lower than what benchmarks/nano_accuracy.py measures on 120 prompts, since few prompts
+scatter more; each is still far above chance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from krea2_model import Krea2Pipeline, nano, sampling
+from nano_training.judge import background_colour, colour_name, judge, read_thing, read_two
+from nano_training.scenes import COLOURS, Scene, Thing, draw, held_out_prompts
+
+# The weights that are shipped now know colours and places, and not yet shapes and two things.
+still_training = pytest.mark.xfail(reason="krea2-nano is half trained", strict=False)
+
+
+@pytest.fixture(scope="module")
+def raw(tokenizer_folder) -> Krea2Pipeline:
+    return Krea2Pipeline.nano()
+
+
+def paint(pipeline, *prompts, **options) -> np.ndarray:
+    """Pictures (N, H, W, 3) in [0, 1]."""
+    return pipeline(list(prompts), **{"output_type": "np", "seed": 1} | options)
+
+
+def share_right(pictures, scenes) -> dict[str, float]:
+    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    parts = {part for verdict in verdicts for part in verdict}
+    return {part: float(np.mean([v[part] for v in verdicts if part in v])) for part in parts}
+
+
+@pytest.fixture(scope="module")
+def exam():
+    """Eight held-out prompts about one thing, four about two."""
+    return held_out_prompts()[:8] + held_out_prompts()[-4:]
+
+
+def test_exam_is_made_of_what_training_never_shows(exam):
+    assert all(scene.is_held_out for _, scene in held_out_prompts())
+    assert len(held_out_prompts()) == 120
+
+
+@pytest.mark.parametrize("scene", [
+    Scene((Thing("star", "pink", "top right", "small"),), "black"),
+    Scene((Thing("ring", "cyan"),), "white"),
+    Scene((Thing("triangle", "yellow", "bottom", outlined=True),), "purple"),
+    Scene((Thing("circle", "red", "left"), Thing("square", "blue", "right")), "yellow"),
+    Scene((Thing("square", "green", "top"), Thing("star", "white", "bottom")), "red"),
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(128, 128), (160, 96), (96, 160)])
+def test_judge_reads_what_is_drawn_and_nothing_else(scene, size):
+    assert all(judge(draw(scene, *size), scene).values())
+    other = Scene((Thing("circle", "orange", "bottom left"),) * len(scene.things), "green")
+    assert not any(judge(draw(scene, *size), other).values())
+
+
+@still_training
+def test_paints_combinations_it_never_saw(raw, exam):
+    prompts, scenes = zip(*exam, strict=True)
+    shares = share_right(paint(raw, *prompts), scenes)
+    assert shares["background"] >= 0.75
+    assert shares["colour"] >= 0.75
+    assert shares["shape"] >= 0.6
+    assert shares["place"] >= 0.75
+
+
+def test_settings_travel_in_the_file(raw):
+    assert (raw.preset.name, raw.preset.steps, raw.preset.guidance) == ("raw", 28, 3.5)
+    assert raw.preset.mu is None
+    assert raw.preset.size == 128
+
+
+@still_training
+def test_order_of_two_things(raw):
+    one, other = paint(
+        raw, "a red circle left of a blue square", "a blue square left of a red circle"
+    )
+    assert [thing.colour for thing in read_two(one, side_by_side=True)] == ["red", "blue"]
+    assert [thing.colour for thing in read_two(other, side_by_side=True)] == ["blue", "red"]
+
+
+@still_training
+def test_guidance_strengthens_the_prompt(raw, exam):
+    """The sign matters: guidance leads towards the prompt, not away from it."""
+    prompts, scenes = zip(*exam, strict=True)
+    weak = share_right(paint(raw, *prompts, guidance=0), scenes)
+    strong = share_right(paint(raw, *prompts, guidance=3.5), scenes)
+    assert sum(strong.values()) > sum(weak.values())
+
+
+def blue_share(pictures: np.ndarray) -> float:
+    """Share of pixels that are blue."""
+    palette = np.array(list(COLOURS.values()), dtype=np.float32) / 255
+    distance = np.square(pictures[..., None, :] - palette).sum(axis=-1)
+    return float((distance.argmin(axis=-1) == list(COLOURS).index("blue")).mean())
+
+
+def test_negative_prompt_removes_what_it_names(raw):
+    prompts = ["blue"] * 8
+    seeds = list(range(8))
+    without = paint(raw, *prompts, seed=seeds, guidance=0)
+    against = paint(raw, *[""] * 8, negative_prompt="blue", seed=seeds, guidance=3.5)
+    assert blue_share(without) > 0.1
+    assert blue_share(against) < 0.25 * blue_share(without)
+
+
+@still_training
+def test_a_seed_is_a_picture(raw):
+    first = paint(raw, "a green star", seed=5)
+    assert np.array_equal(first, paint(raw, "a green star", seed=5))
+    other = paint(raw, "a green star", seed=6)
+    assert not np.allclose(first, other, atol=0.05)
+    assert read_thing(first[0]).colour == read_thing(other[0]).colour == "green"
+
+
+def test_batch_keeps_prompts_apart(raw):
+    prompts = ["a red circle", "a small blue square in the top left corner on a yellow background"]
+    together = paint(raw, *prompts, seed=[3, 4])
+    alone = [paint(raw, prompt, seed=seed)[0] for prompt, seed in zip(prompts, (3, 4), strict=True)]
+    for batched, single in zip(together, alone, strict=True):
+        assert np.abs(batched - single).max() < 0.01
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 96), (96, 160)])
+def test_other_aspect_ratios(raw, width, height):
+    (picture,) = paint(raw, "a red circle on a white background", width=width, height=height)
+    assert picture.shape == (height, width, 3)
+    found = read_thing(picture)
+    assert (found.colour, found.shape, found.place) == ("red", "circle", "centre")
+
+
+@still_training
+def test_raw_needs_its_own_schedule(raw, exam):
+    """Eight steps without guidance are Turbo's: Raw has not learned them."""
+    prompts, scenes = zip(*exam, strict=True)
+    own = share_right(paint(raw, *prompts), scenes)
+    sigmas = sampling.sigma_schedule(8, 1.15)
+    borrowed = share_right(paint(raw, *prompts, sigmas=sigmas, guidance=0), scenes)
+    assert sum(own.values()) > sum(borrowed.values())
+
+
+@still_training
+def test_long_and_short_wordings_agree(raw):
+    short, long = paint(
+        raw,
+        "a yellow star on black",
+        "A simple flat picture with clean edges that shows a big star that is yellow in the "
+        "middle, the background is black, and nothing else.",
+    )
+    for picture in (short, long):
+        found = read_thing(picture)
+        assert (found.colour, found.shape) == ("yellow", "star")
+        assert colour_name(background_colour(picture)) == "black"
+
+
+def test_colours_survive_the_vae(raw):
+    errors = []
+    for name, colour in COLOURS.items():
+        background = "black" if name != "black" else "white"
+        picture = draw(Scene((Thing("square", name),), background))
+        images = torch.from_numpy(picture).permute(2, 0, 1)[None] * 2 - 1
+        decoded = raw.vae.decode(raw.vae.encode(images)) / 2 + 0.5
+        inside = decoded[0, :, 50:78, 50:78] * 255
+        errors.append(float((inside - torch.tensor(colour)[:, None, None]).abs().mean()))
+    assert np.mean(errors) < 4 and max(errors) < 8, errors
+
+
+def test_predictions_sharpen_towards_the_picture(raw):
+    """What the model sees at each step comes closer to what it ends with."""
+    seen = []
+    final = raw(
+        "a blue ring", output_type="latent",
+        callback=lambda step, latents, predicted: seen.append(predicted),
+    )  # fmt: skip
+    distances = [float((predicted - final).square().mean()) for predicted in seen]
+    assert distances[-1] == pytest.approx(0, abs=1e-8)
+    assert distances[0] > distances[9] > distances[18]
+
+
+def test_text_encoder_is_the_same_everywhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(nano, "cache_folder", lambda: tmp_path / "cache")
+    made = nano.text_encoder_tensors()
+    (file,) = (tmp_path / "cache").iterdir()
+    read = nano.text_encoder_tensors()
+    assert made.keys() == read.keys()
+    assert all(torch.equal(made[name], read[name]) for name in made)
+    # A damaged file is replaced, not believed.
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert torch.equal(nano.text_encoder_tensors()["model.norm.weight"], made["model.norm.weight"])
+    assert bytes(content) != file.read_bytes()
+
+
+def test_text_encoder_needs_no_place_to_be_kept(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setattr(nano, "cache_folder", lambda: blocked / "cache")
+    tensors = nano.text_encoder_tensors()
+    assert len(tensors["model.embed_tokens.weight"]) == 151936
+
+
+def test_another_encoder_than_the_trained_one_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(nano, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(nano, "encoder_tensors", lambda: {"a": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="checksum"):
+        nano.text_encoder_tensors()
+
+
+def test_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="'medium'; expected one of"):
+        Krea2Pipeline.nano("medium")
+
+
+def test_files_are_small():
+    files = [*nano.TRANSFORMERS.values(), nano.VAE]
+    assert sum(file.stat().st_size for file in files) < 40e6
