@@ -1,6 +1,6 @@
 """Does krea2-nano paint what the prompt says? Pictures of held-out prompts, read back and counted.
 
-    python benchmarks/nano_accuracy.py [--variants raw turbo] [--guidance 0 3.5]
+    python benchmarks/nano_accuracy.py [--variants raw] [--guidance 0 3.5]
     python benchmarks/nano_accuracy.py --sheet nano.png     # only the 5 x 5 contact sheet
 
 Prompts name combinations of colour and shape (and background) that training never showed.
@@ -24,7 +24,6 @@ from krea2_model import Krea2Pipeline, nano  # noqa: E402
 from nano_training.judge import judge  # noqa: E402
 from nano_training.scenes import Scene, held_out_prompts  # noqa: E402
 
-SIZE = 128
 BATCH = 20
 
 
@@ -34,8 +33,7 @@ def paint(pipeline: Krea2Pipeline, prompts: list[str], **options) -> np.ndarray:
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         seeds = list(range(start, start + len(part)))
-        options = {"height": SIZE, "width": SIZE, "output_type": "np"} | options
-        pictures.append(pipeline(part, seed=seeds, **options))
+        pictures.append(pipeline(part, seed=seeds, output_type="np", **options))
     return np.concatenate(pictures)
 
 
@@ -66,7 +64,6 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(nano.VARIANTS), choices=nano.VARIANTS)
     parser.add_argument("--guidance", nargs="+", type=float, help="of Raw (default: 0 and 3.5)")
     parser.add_argument("--sheet", type=Path, help="write the contact sheet here, and stop")
-    parser.add_argument("--folder", type=Path, help="weights to use instead of the built-in ones")
     options = parser.parse_args()
     exam = held_out_prompts()
     prompts, scenes = [prompt for prompt, _ in exam], [scene for _, scene in exam]

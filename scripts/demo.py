@@ -41,7 +41,7 @@ def models_config(folder: Path, file: Path) -> Path:
 
 def text_to_image(options: argparse.Namespace, model: str) -> dict:
     """The example workflow with the model and the command line's choices put in."""
-    nano = "nano" in model
+    nano = model == NANO
     name = "krea2_nano_first_image" if nano else "krea2_turbo_text_to_image"
     graph = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     nodes = {node["class_type"]: node["inputs"] for node in graph.values()}

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 # At the end: in a process with ComfyUI, `nodes` has to stay ComfyUI's.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from krea2_model.config import TextEncoderConfig, TransformerConfig, VAEConfig  # noqa: E402
+from krea2_model import nano  # noqa: E402
+from krea2_model.config import TransformerConfig, VAEConfig  # noqa: E402
 from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
 from krea2_model.transformer import Krea2Transformer  # noqa: E402
 from krea2_model.transformer_keys import module_to_official  # noqa: E402
@@ -34,13 +35,7 @@ TRANSFORMER = TransformerConfig(
     text_hidden_dim=160,
     text_intermediate_size=512,
 )
-TEXT_ENCODER = TextEncoderConfig(
-    hidden_size=160,
-    intermediate_size=320,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=40,
-)
+TEXT_ENCODER = nano.TEXT_ENCODER_CONFIG
 VAE = VAEConfig(base_dim=16)
 
 

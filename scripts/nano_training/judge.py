@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from .scenes import COLOURS, PLACES, SHAPES, Scene, signed_distance
+from .scenes import COLOURS, PLACES, SHAPES, Scene, outline, signed_distance
 
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32) / 255
 _CANVAS = 32
@@ -93,9 +93,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
 
 def _nearest_shape(mask: np.ndarray) -> str:
     """The shape whose drawing overlaps best, both stretched to the same square."""
-    rows = np.linspace(0, mask.shape[0] - 1, _CANVAS).round().astype(int)
-    columns = np.linspace(0, mask.shape[1] - 1, _CANVAS).round().astype(int)
-    mask = mask[np.ix_(rows, columns)]
+    mask = _stretch(mask)
     overlaps = {
         name: max((mask & template).sum() / (mask | template).sum() for template in templates)
         for name, templates in _templates().items()
@@ -111,7 +109,7 @@ def _templates() -> dict[str, list[np.ndarray]]:
         distance = signed_distance(shape, 256, 256, 128, 128, 90)
         masks = [distance < 0]
         if shape != "ring":
-            masks += [np.abs(distance + s / 2) < s / 2 for s in (14, 20, 30)]
+            masks += [outline(distance, s) < 0 for s in (14, 20, 30)]
         templates[shape] = [_stretch(mask) for mask in masks]
     return templates
 

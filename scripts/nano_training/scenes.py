@@ -281,7 +281,7 @@ def draw(
         distance = signed_distance(thing.shape, width, height, column * width, row * height, radius)
         if thing.outlined or (notebook and thing.shape != "ring"):
             stroke = 0.04 * min(width, height)
-            distance = np.abs(distance + stroke / 2) - stroke / 2
+            distance = outline(distance, stroke)
         paint(picture, distance, np.array(COLOURS[thing.colour], dtype=np.float32) / 255)
     return picture
 
@@ -300,6 +300,11 @@ def paint(picture: np.ndarray, distance: np.ndarray, colour: Sequence[float] | n
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     picture *= 1 - cover
     picture += cover * np.asarray(colour, dtype=np.float32)
+
+
+def outline(distance: np.ndarray, stroke: float) -> np.ndarray:
+    """The distance to a shape's outline of `stroke` pixels, which lies inside its edge."""
+    return np.abs(distance + stroke / 2) - stroke / 2
 
 
 def signed_distance(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from krea2_model.transformer import Krea2Transformer
 
 from .examples import Examples
-from .loop import Run, Schedule, autocast
-from .train_raw import CAPTIONS, DRAWS, flow_batch
+from .loop import Run, Schedule
+from .train_raw import CAPTIONS, flow_error
 
 RANK = 8
 STEPS = 500
@@ -74,13 +74,7 @@ def train_lora(
     def loss_of_step(step: int) -> Tensor:
         random = Random(f"lora {step}")
         examples.grow(SHARDS)
-        batch = examples.batch(CAPTIONS, random)
-        noisy, time, velocity = flow_batch(batch.latents.repeat_interleave(DRAWS, 0), random)
-        with autocast():
-            text = model.fuse_text(batch.taps, batch.mask)
-            text = text.repeat_interleave(DRAWS, 0)
-            predicted = model(noisy, time, text, batch.mask.repeat_interleave(DRAWS, 0))
-        return (predicted.float() - velocity).square().mean()
+        return flow_error(model, examples.batch(CAPTIONS, random), random).mean()
 
     run.train(loss_of_step)
     return lora_tensors(run.averaged_state())

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from krea2_model.config import Preset, TransformerConfig
-from krea2_model.sampling import shift_mu
+from krea2_model.sampling import shift_mu, shift_time
 from krea2_model.transformer import Krea2Transformer, grid_size
 
-from .examples import Examples
+from .examples import Batch, Examples
 from .loop import Run, Schedule, autocast
 
 # ComfyUI's own Krea 2 detects these sizes: it fixes the head at 128 and 20 text heads, and derives
@@ -73,10 +73,19 @@ def flow_batch(latents: Tensor, random: Random) -> tuple[Tensor, Tensor, Tensor]
     order = torch.randperm(batch, generator=generator)
     time = (order + torch.rand(batch, generator=generator)) / batch
     mu = shift_mu(math.prod(grid_size(latents, CONFIG.patch_size)))
-    time = math.exp(mu) / (math.exp(mu) + 1 / time - 1)
+    time = torch.tensor([shift_time(value, mu) for value in time.tolist()])
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     time = time.to(latents.device)
     return torch.lerp(latents, noise, time[:, None, None, None]), time, noise - latents
+
+
+def flow_error(model: Krea2Transformer, batch: Batch, random: Random) -> Tensor:
+    """Squared errors (captions * DRAWS, 16, h, w) of the velocity at random times."""
+    noisy, time, velocity = flow_batch(batch.latents.repeat_interleave(DRAWS, 0), random)
+    with autocast():
+        text = model.fuse_text(batch.taps, batch.mask).repeat_interleave(DRAWS, 0)
+        predicted = model(noisy, time, text, batch.mask.repeat_interleave(DRAWS, 0))
+    return (predicted.float() - velocity).square()
 
 
 def train_raw(
@@ -99,15 +108,11 @@ def train_raw(
         random = Random(f"raw {step}")
         examples.grow(min(MOST_SHARDS, 2 + step // STEPS_A_SHARD))
         batch = examples.batch(CAPTIONS, random)
-        noisy, time, velocity = flow_batch(batch.latents.repeat_interleave(DRAWS, 0), random)
-        with autocast():
-            text = model.fuse_text(batch.taps, batch.mask)
-            text = text.repeat_interleave(DRAWS, 0)
-            predicted = model(noisy, time, text, batch.mask.repeat_interleave(DRAWS, 0))
+        error = flow_error(model, batch, random)
         # A thing covers a tenth of its picture, and would be learned ten times as late.
         weight = 1 + (THINGS - 1) * run.schedule.factor(step) * batch.things
         weight = weight.repeat_interleave(DRAWS, 0) / weight.mean()
-        return (weight * (predicted.float() - velocity).square()).mean()
+        return (weight * error).mean()
 
     run.train(loss_of_step)
     model.load_state_dict(run.averaged_state())

@@ -14,7 +14,7 @@ from krea2_model.config import VAEConfig
 from krea2_model.vae import QwenImageVAE
 
 from .loop import DEVICE, Run, Schedule, autocast
-from .scenes import COLOURS, SHAPES, paint, ruled_paper, signed_distance
+from .scenes import COLOURS, SHAPES, outline, paint, ruled_paper, signed_distance
 
 CONFIG = VAEConfig(base_dim=16)
 STEPS = 8000
@@ -78,7 +78,7 @@ def practice_picture(random: Random, size: int) -> np.ndarray:
         )  # fmt: skip
         if random.random() < outlined:
             stroke = random.uniform(3, 6)
-            distance = np.abs(distance + stroke / 2) - stroke / 2
+            distance = outline(distance, stroke)
         paint(picture, distance, practice_colour(random))
     return picture
 
