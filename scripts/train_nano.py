@@ -39,7 +39,6 @@ from nano_training.train_turbo import train_turbo  # noqa: E402
 from nano_training.train_vae import train_vae  # noqa: E402
 
 STAGES = ("vae", "raw", "turbo", "lora")
-LORA = nano.FOLDER / "krea2_nano_notebook_lora.safetensors"
 
 
 def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None:
@@ -50,21 +49,16 @@ def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None
         tensors = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, nano.VAE, {"format": "pt"})
     elif stage == "raw":
-        start = load_transformer(transformer_file("raw")) if onward else None
+        start = load_transformer(nano.TRANSFORMERS["raw"]) if onward else None
         save(train_raw(folder, examples(folder), start=start, **options))
     elif stage == "turbo":
-        raw = load_transformer(transformer_file("raw"), dtype=torch.float32)
-        start = load_transformer(transformer_file("turbo")) if onward else None
+        raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
+        start = load_transformer(nano.TRANSFORMERS["turbo"]) if onward else None
         save(train_turbo(folder, examples(folder), raw, start=start, **options))
     else:
-        raw = load_transformer(transformer_file("raw"), dtype=torch.float32)
+        raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         tensors = train_lora(folder, examples(folder, notebook=True), raw, **options)
-        save_file({n: t.bfloat16() for n, t in tensors.items()}, LORA, {"format": "pt"})
-
-
-def transformer_file(variant: str) -> Path:
-    """Where a variant is shipped, which may not be there yet."""
-    return nano.FOLDER / f"krea2_nano_{variant}.safetensors"
+        save_file({n: t.bfloat16() for n, t in tensors.items()}, nano.LORA, {"format": "pt"})
 
 
 def examples(folder: Path, notebook: bool = False) -> Examples:
@@ -79,7 +73,7 @@ def save(transformer: Krea2Transformer) -> None:
     for name, parameter in transformer.named_parameters():
         if not is_norm_or_table(name):
             parameter.data = parameter.data.bfloat16()
-    save_transformer(transformer.cpu(), transformer_file(transformer.variant))
+    save_transformer(transformer.cpu(), nano.TRANSFORMERS[transformer.variant])
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ PLACES = {
 # Radius as a fraction of the picture's shorter side.
 SIZES = {"large": 0.21, "small": 0.125}
 
-BRIEF = 0.06  # share of captions that are a word or two
+BRIEF = 0.1  # share of captions that are a word or two
 
 # Width and height in pixels, and how often each is drawn for training.
 PICTURE_SIZES = {(128, 128): 0.7, (160, 96): 0.15, (96, 160): 0.15}
@@ -95,7 +95,7 @@ def held_out_prompts(one: int = 80, two: int = 40) -> list[tuple[str, Scene]]:
 
 
 def _random_scene(random: Random, count: int) -> Scene:
-    plain = random.random() < 0.2
+    plain = random.random() < 0.3
     background = "white" if plain else random.choice(list(COLOURS))
     colours = random.sample([name for name in COLOURS if name != background], count)
     if count == 1:
@@ -120,7 +120,7 @@ def caption(scene: Scene, random: Random, brief: float = BRIEF) -> str:
         text = _two_things(scene, random)
     else:
         text = _one_thing(scene.things[0], random)
-    if scene.background != "white" or random.random() < 0.5:
+    if scene.background != "white" or random.random() < 0.25:
         text = _with_background(text, _word(scene.background, random), random)
     # A text that begins with its place or background takes no opening.
     frame = random.random() if text.startswith(("a ", "an ", "the ")) else 1.0
@@ -236,6 +236,8 @@ def _with_background(text: str, colour: str, random: Random) -> str:
         "{0} on {2} background",
         "{0} against {2} background",
         "{0} on plain {1}",
+        "{0} on {1}",
+        "{0} on {1}",
         "{0}, {1} background",
         "{0}, the background is {1}",
         "{0} in front of {2} wall",

@@ -15,7 +15,7 @@ from .loop import Run, Schedule
 from .train_raw import CAPTIONS, flow_error
 
 RANK = 8
-STEPS = 500
+STEPS = 220
 SHARDS = 1
 
 

@@ -27,7 +27,8 @@ from .train_raw import PRESET as RAW_PRESET
 from .train_raw import new_transformer, optimisers
 
 PRESET = replace(TURBO, size=128)
-STEPS = 500
+STEPS = 90
+RATE = 0.25  # of the learning rates that a new model takes
 CAPTIONS, DRAWS = 12, 2
 TEACHER_STEPS = 2  # of the teacher for one of the student
 
@@ -47,10 +48,9 @@ def train_turbo(
     model = new_transformer()
     model.load_state_dict((start or raw).state_dict())
     raw.to(DEVICE)
-    parts = optimisers(model)
-    for group in itertools.chain.from_iterable(o.param_groups for o in parts):
-        group["lr"] *= 0.25
-    run = Run("turbo", folder, model, parts, Schedule(steps, warmup=20, cooldown=0.5), decay=0.98)
+    name = "turbo" if start is None else "turbo_onward"
+    schedule = Schedule(steps, warmup=20, cooldown=0.5)
+    run = Run(name, folder, model, optimisers(model, RATE), schedule, decay=0.98)
     empty = examples.empty[None].float().to(DEVICE)
 
     def loss_of_step(step: int) -> Tensor:
@@ -64,6 +64,10 @@ def train_turbo(
         with torch.no_grad(), autocast():
             cond = raw.fuse_text(batch.taps, batch.mask).repeat_interleave(DRAWS, 0)
             uncond = raw.fuse_text(empty).expand(len(cond), -1, -1)
+        with autocast():
+            text = model.fuse_text(batch.taps, batch.mask)
+        # The fusion is gone back through once, with what all eight states ask of it.
+        held = text.detach().requires_grad_()
         total = 0.0
         for index in range(PRESET.steps):
             times = [
@@ -72,17 +76,15 @@ def train_turbo(
             ]
             target = teacher_velocity(raw, latents, times, (cond, mask), uncond)
             with autocast():
-                text = model.fuse_text(batch.taps, batch.mask)
-                text = text.repeat_interleave(DRAWS, 0)
                 now = torch.full((len(latents),), times[0], device=DEVICE)
-                velocity = model(latents, now, text, mask).float()
+                velocity = model(latents, now, held.repeat_interleave(DRAWS, 0), mask).float()
             loss = (velocity - target).square().mean() / PRESET.steps
+            loss.backward()  # Here, so that one state's activations are held at a time.
             total += loss.item()
-            if index < PRESET.steps - 1:
-                loss.backward()  # Here, so that one state's activations are held at a time.
             latents = latents + (times[-1] - times[0]) * velocity.detach()
-        # The last part's graph is what the caller goes back through; the value is that of all.
-        return loss + (total - loss.item())
+        # The value is the sum of the losses, the gradient what is left of theirs.
+        rest = (text * held.grad).sum()
+        return rest - rest.detach() + total
 
     run.train(loss_of_step)
     model.load_state_dict(run.averaged_state())
