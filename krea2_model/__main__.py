@@ -15,7 +15,8 @@ from .pipeline import Krea2Pipeline
 
 # What --model may say instead of a path; a folder of that name is ./nano.
 NANO = {
-    "nano": (nano.TRANSFORMERS["raw"], nano.TEXT_ENCODER, nano.VAE),
+    "nano": (nano.TRANSFORMERS["turbo"], nano.TEXT_ENCODER, nano.VAE),
+    "nano-raw": (nano.TRANSFORMERS["raw"], nano.TEXT_ENCODER, nano.VAE),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = generate.add_argument_group("model files")
     files.add_argument(
         "--model",
-        help="a diffusers folder or an all-in-one file; nano is the built-in small one",
+        help="a diffusers folder or an all-in-one file; or nano or nano-raw, small and built in",
     )
     files.add_argument("--transformer", type=Path, help="a transformer file or folder")
     files.add_argument("--text-encoder", type=Path, help="a Qwen3-VL file or folder")
@@ -64,7 +65,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     )
     if None in (transformer, text_encoder, vae):
         raise ValueError(
-            "Name the weights: --model (nano is the built-in small one), or --transformer, "
+            "Name the weights: --model (nano is small and built in), or --transformer, "
             "--text-encoder and --vae."
         )
     # The small model costs nothing in full precision, and looks the same everywhere.

@@ -77,9 +77,9 @@ class Krea2Pipeline:
 
     @classmethod
     def nano(
-        cls, variant: str = "raw", *, device="cpu", dtype: torch.dtype | None = torch.float32
+        cls, variant: str = "turbo", *, device="cpu", dtype: torch.dtype | None = torch.float32
     ) -> Krea2Pipeline:
-        """The built-in krea2-nano; see `krea2_model.nano`."""
+        """The built-in krea2-nano, "turbo" or "raw"; see `krea2_model.nano`."""
         if variant not in nano.VARIANTS:
             raise ValueError(f"variant is {variant!r}; expected one of {nano.VARIANTS}.")
         return cls.from_files(

@@ -22,8 +22,9 @@ AUTO = "auto"
 
 # What the pack brings along.
 NANO = "krea2-nano (built in)"
+NANO_RAW = "krea2-nano Raw (built in)"
 _BUILT_IN = {
-    TRANSFORMER: {NANO: nano.TRANSFORMERS["raw"]},
+    TRANSFORMER: {NANO: nano.TRANSFORMERS["turbo"], NANO_RAW: nano.TRANSFORMERS["raw"]},
     TEXT_ENCODER: {NANO: nano.TEXT_ENCODER},
     VAE: {NANO: nano.VAE},
 }

@@ -41,7 +41,7 @@ def models_config(folder: Path, file: Path) -> Path:
 
 def text_to_image(options: argparse.Namespace, model: str) -> dict:
     """The example workflow with the model and the command line's choices put in."""
-    nano = model == NANO
+    nano = "built in" in model
     name = "krea2_nano_first_image" if nano else "krea2_turbo_text_to_image"
     graph = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
@@ -53,7 +53,9 @@ def text_to_image(options: argparse.Namespace, model: str) -> dict:
     )
     nodes["K2Sampler"]["seed"] = options.seed
     if options.steps is not None:
-        guidance = 0.0 if "turbo" in model.lower() else 3.5 if nano else 4.5
+        # Preset custom takes guidance from the node; Turbo has none.
+        distilled = model == NANO or "turbo" in model.lower()
+        guidance = 0.0 if distilled else 3.5 if nano else 4.5
         nodes["K2Sampler"].update(preset="custom", steps=options.steps, guidance=guidance)
     return graph
 

@@ -28,15 +28,18 @@ from .encoder import checksum, encoder_tensors
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-TRANSFORMERS = {"raw": FOLDER / "krea2_nano_raw.safetensors"}
-VARIANTS = tuple(TRANSFORMERS)
+VARIANTS = ("turbo", "raw")
+TRANSFORMERS = {variant: FOLDER / f"krea2_nano_{variant}.safetensors" for variant in VARIANTS}
 VAE = FOLDER / "krea2_nano_vae.safetensors"
+# A style, outlines on ruled paper: a LoRA trained on Raw that Turbo takes as well.
+LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 
 # Stands for the text encoder where a path is asked for; no file has to be there.
 TEXT_ENCODER = FOLDER / "krea2_nano_text_encoder.safetensors"
 TEXT_ENCODER_CHECKSUM = "c0179045d12550c559f3b5b49b0910dd0482a051ffebd431ff059466407bbcca"
 
 __all__ = [
+    "LORA",
     "TEXT_ENCODER",
     "TEXT_ENCODER_CONFIG",
     "TRANSFORMERS",

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import tiny_checkpoints
 from krea2_model.__main__ import main
+from nano_training.judge import read_thing
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,15 @@ def test_a_diffusers_folder(diffusers_folder, tmp_path):
     output = str(tmp_path / "fox.png")
     assert main(["a fox", "--model", str(diffusers_folder), "--output", output, *options]) == 0
     assert Image.open(output).size == (32, 32)
+
+
+@pytest.mark.parametrize("model, steps", [("nano", 8), ("nano-raw", 28)])
+def test_the_built_in_models(tokenizer_folder, tmp_path, capfd, model, steps):
+    output = tmp_path / "star.png"
+    assert main(["a green star", "--model", model, "--output", str(output)]) == 0
+    assert f"{steps}/{steps}" in capfd.readouterr().err
+    found = read_thing(np.asarray(Image.open(output), dtype=np.float32) / 255)
+    assert (found.shape, found.colour, found.place) == ("star", "green", "centre")
 
 
 @pytest.mark.parametrize(
