@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import nano
 from .config import PRESETS, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .gguf import GGUFTensor, is_gguf, read_gguf
 from .identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -33,7 +34,13 @@ from .identify import (
     read_header,
 )
 from .layers import TorchLayers
-from .text_encoder import Qwen3VLTextEncoder, infer_text_encoder_config, text_encoder_keys
+from .quantised import dequantise, spell_out
+from .text_encoder import (
+    Qwen3VLTextEncoder,
+    infer_text_encoder_config,
+    llama_cpp_to_hugging_face,
+    text_encoder_keys,
+)
 from .tokenizer import Krea2Tokenizer, find_tokenizer_folder
 from .transformer import Krea2Transformer
 from .transformer_keys import (
@@ -52,6 +59,9 @@ VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY, SIZE_KEY = (
     "krea2.variant", "krea2.steps", "krea2.guidance", "krea2.mu", "krea2.size",
 )  # fmt: skip
 
+# Left over from training in some files, and used by no one.
+STRAYS = frozenset(("last.down.weight", "last.up.weight"))
+
 _VAE_MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
 
 ReadFile = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str] | None]]
@@ -63,7 +73,7 @@ class Checkpoint:
     """Tensors by the names their file uses, and what else the file or its folder says."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     model_index: dict[str, Any] = field(default_factory=dict)
@@ -77,17 +87,14 @@ class TransformerState(NamedTuple):
     """A transformer's weights by module name, with its sizes and sampling defaults."""
 
     config: TransformerConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     variant: str | None
     preset: Preset | None
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of most weights; some files keep a few matrices in another."""
-        sizes: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return _most_common_dtype(self.tensors)
 
 
 class TextEncoderState(NamedTuple):
@@ -116,11 +123,11 @@ def load_transformer(
     """
     checkpoint = open_checkpoint(path, "transformer")
     state = read_transformer(checkpoint)
-    refuse_quantised(checkpoint)
-    dtype = dtype or state.weight_dtype
+    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
+    dtype = dtype or _most_common_dtype(tensors)
     tensors = {
-        name: tensor if is_norm_or_table(name) else tensor.to(dtype)
-        for name, tensor in state.tensors.items()
+        name: _wide(tensor) if is_norm_or_table(name) else tensor.to(dtype)
+        for name, tensor in tensors.items()
     }
     transformer = Krea2Transformer(state.config, layers or TorchLayers, device="meta")
     transformer.variant, transformer.preset = state.variant, state.preset
@@ -143,9 +150,9 @@ def load_text_encoder(
     """
     checkpoint = open_checkpoint(path, "text_encoder")
     state = read_text_encoder(checkpoint)
-    refuse_quantised(checkpoint)
-    dtype = dtype or state.tensors["embed_tokens.weight"].dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in state.tensors.items()}
+    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
+    dtype = dtype or tensors["embed_tokens.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
     encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
     encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
@@ -176,18 +183,21 @@ def save_transformer(transformer: Krea2Transformer, path: str | Path) -> None:
         module_to_official(name): tensor.detach().contiguous()
         for name, tensor in transformer.state_dict().items()
     }
-    metadata = {"format": "pt"}
-    if transformer.variant:
-        metadata[VARIANT_KEY] = transformer.variant
-    if transformer.preset and transformer.preset != PRESETS.get(transformer.variant or ""):
-        preset = transformer.preset
-        metadata |= {STEPS_KEY: str(preset.steps), GUIDANCE_KEY: str(preset.guidance)}
-        metadata |= {} if preset.mu is None else {MU_KEY: str(preset.mu)}
-        metadata |= {SIZE_KEY: str(preset.size)}
+    metadata = {"format": "pt", **preset_metadata(transformer.variant, transformer.preset)}
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata)
     os.replace(partial, path)
+
+
+def preset_metadata(variant: str | None, preset: Preset | None) -> dict[str, str]:
+    """What a file has to carry for its variant and sampling defaults to be known again."""
+    metadata = {VARIANT_KEY: variant} if variant else {}
+    if preset and preset != PRESETS.get(variant or ""):
+        metadata |= {STEPS_KEY: str(preset.steps), GUIDANCE_KEY: str(preset.guidance)}
+        metadata |= {} if preset.mu is None else {MU_KEY: str(preset.mu)}
+        metadata |= {SIZE_KEY: str(preset.size)}
+    return metadata
 
 
 def read_transformer(checkpoint: Checkpoint) -> TransformerState:
@@ -208,6 +218,8 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
     fixed = {name: checkpoint.config[name] for name in fields if name in checkpoint.config}
     if "axes_dims_rope" in fixed:
         fixed["axes_dims_rope"] = tuple(fixed["axes_dims_rope"])
+    for stray in STRAYS & found.keys():
+        del found[stray]
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     try:
         config = infer_transformer_config(shapes, **fixed)
@@ -216,9 +228,9 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
     tensors = {
         # diffusers stores a block's table as (6, F), the official files as (6 F).
         official_to_module(name): tensor.flatten() if name.endswith(".mod.lin") else tensor
-        for name, tensor in found.items()
+        for name, tensor in _plain_norms_and_tables(found).items()
     }
-    variant = _variant(checkpoint)
+    variant, _ = variant_of(checkpoint)
     return TransformerState(config, tensors, variant, _preset(checkpoint, variant))
 
 
@@ -262,6 +274,17 @@ def read_vae(checkpoint: Checkpoint) -> VAEState:
         _refuse_parts(checkpoint.path, VAE, str(error))
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file's tensors by the names that `open_checkpoint` gives them, from its header.
+
+    Raises CheckpointError where the file is broken or of another format.
+    """
+    if path.is_file() and is_gguf(path):
+        tensors, _ = read_gguf(path)
+        return {llama_cpp_to_hugging_face(n): tuple(t.shape) for n, t in tensors.items()}
+    return read_header(path).shapes
+
+
 def open_checkpoint(
     path: str | Path, component: str, read_file: ReadFile | None = None
 ) -> Checkpoint:
@@ -274,10 +297,14 @@ def open_checkpoint(
     read_file = read_file or read_safetensors
     if path == nano.TEXT_ENCODER:
         return Checkpoint(path, nano.text_encoder_tensors())
+    if path.is_file() and is_gguf(path):
+        stored, texts = read_gguf(path)
+        return Checkpoint(path, {llama_cpp_to_hugging_face(n): t for n, t in stored.items()}, texts)
     if path.is_file():
         read_header(path)
         tensors, metadata = read_file(path)
-        return Checkpoint(path, dict(tensors), dict(metadata or {}))
+        metadata = dict(metadata or {})
+        return Checkpoint(path, spell_out(tensors, metadata, path.name), metadata)
     if not path.is_dir():
         raise CheckpointNotFoundError(
             f"There is no file or folder {path}. Check the name and the folder."
@@ -287,7 +314,7 @@ def open_checkpoint(
     for file in weight_files(folder):
         read_header(file)
         tensors, metadata = read_file(file)
-        checkpoint.tensors.update(tensors)
+        checkpoint.tensors.update(spell_out(tensors, metadata or {}, file.name))
         checkpoint.metadata.update(metadata or {})
     checkpoint.config = _read_json(folder / "config.json")
     for parent in (path, path.parent):
@@ -306,19 +333,33 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def _most_common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+    """By numbers held; blocks of a GGUF file hold none that could be calculated with."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if isinstance(tensor, Tensor):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _plain_norms_and_tables(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """With norm scales and tables as numbers; some GGUF files quantise the last table."""
+    return {
+        name: tensor.dequantise()
+        if isinstance(tensor, GGUFTensor) and is_norm_or_table(name)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A norm scale or table as it is stored, but in 16 bits at least."""
+    return tensor.float() if tensor.element_size() < 2 else tensor
+
+
 def is_norm_or_table(name: str) -> bool:
     """Whether a transformer's tensor (by module or official name) is a norm scale or a table."""
     return module_to_official(name).endswith((".scale", ".lin"))
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for weights of 8 bits or fewer, which need dequantising layers."""
-    for name, tensor in checkpoint.tensors.items():
-        if name.endswith("weight") and (tensor.element_size() < 2):
-            raise CheckpointError(
-                f"{checkpoint.path.name} is quantised ({name} is {tensor.dtype}); without ComfyUI "
-                "only bf16, fp16 and fp32 files load. Use the bf16 file of the same model."
-            )
 
 
 def assign(
@@ -409,19 +450,21 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
 
 
-def _variant(checkpoint: Checkpoint) -> str | None:
-    """Raw or Turbo: from the folder's index, the file's metadata, else its name."""
+def variant_of(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    """Raw or Turbo, or None, and how it is known: the folder's index, metadata, or the name."""
     if "is_distilled" in checkpoint.model_index:
-        return "turbo" if checkpoint.model_index["is_distilled"] else "raw"
+        variant = "turbo" if checkpoint.model_index["is_distilled"] else "raw"
+        return variant, "is_distilled in model_index.json"
     if checkpoint.metadata.get(VARIANT_KEY) in PRESETS:
-        return checkpoint.metadata[VARIANT_KEY]
+        return checkpoint.metadata[VARIANT_KEY], f"{VARIANT_KEY} in the file's metadata"
     # As words of their own: a "drawing" is not "raw".
     names = [checkpoint.path.name]
     if checkpoint.path.is_dir():
         # A part of a diffusers folder; it is the folder that has a name.
         names.append(checkpoint.path.parent.name)
     words = re.split(r"[^a-z]+", " ".join(names).lower())
-    return next((variant for variant in ("turbo", "raw") if variant in words), None)
+    named = next((name for name in ("turbo", "raw") if name in words), None)
+    return named, "its name" if named else "nothing says so"
 
 
 def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:

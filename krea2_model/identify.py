@@ -16,6 +16,8 @@ from .transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
 TRANSFORMER = "a Krea 2 transformer"
 TEXT_ENCODER = "a Qwen3-VL text encoder"
 VAE = "a Qwen-Image VAE"
+LORA = "a LoRA"
+CONTROL_LORA = "a control LoRA"
 
 # Where the right file is found, for error messages.
 WHERE = {
@@ -124,18 +126,27 @@ def _all(*tests):
     return lambda names: all(test(names) for test in tests)
 
 
+def _any(*tests):
+    return lambda names: any(test(names) for test in tests)
+
+
 def _not(test):
     return lambda names: not test(names)
 
 
-_is_adapter = _has(".lora_", "lora_unet_", ".lokr_", ".hada_", ".dora_scale", "lycoris_")
+_is_control_lora = _all(_ends("blocks.0.attn.wq.A"), _ends("blocks.0.attn.wq.B"))
+_is_adapter = _any(
+    _has(".lora_", ".lora.", "lora_unet_", "lora_transformer_", ".lokr_", ".hada_", "lycoris_"),
+    _ends(".dora_scale", ".diff", ".diff_b", ".set_weight"),
+)
 _is_wan_2_2_vae = _has("decoder.upsamples.0.upsamples.")
 _is_wan_vae = _all(_has("decoder.middle.0.residual."), _not(_is_wan_2_2_vae))
 _is_language = _ends("embed_tokens.weight", "layers.0.input_layernorm.weight")
 _has_qk_norm = _ends("layers.0.self_attn.q_norm.weight")
 
 _KINDS = (
-    ("a LoRA", _is_adapter),
+    (CONTROL_LORA, _is_control_lora),
+    (LORA, _is_adapter),
     (TRANSFORMER, _all(_ends(OFFICIAL_MARKER, DIFFUSERS_MARKER), _not(_is_adapter))),
     (TEXT_ENCODER, _all(_is_language, _has_qk_norm)),
     ("a Qwen2.5-VL or Llama text encoder (no q/k norm)", _all(_is_language, _not(_has_qk_norm))),

@@ -230,6 +230,31 @@ def causal_mask(length: int, mask: Tensor | None, device: torch.device) -> Tenso
     return ((causal & mask.bool()[:, None, :]) | itself)[:, None]
 
 
+_LLAMA_CPP = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def llama_cpp_to_hugging_face(name: str) -> str:
+    """`blk.0.attn_q.weight`, as GGUF files call it, to `model.layers.0.self_attn.q_proj.weight`."""
+    part = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
+    if part and part[2] in _LLAMA_CPP:
+        return f"model.layers.{part[1]}.{_LLAMA_CPP[part[2]]}.{part[3]}"
+    outside = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    layer, _, ending = name.rpartition(".")
+    return f"{outside[layer]}.{ending}" if layer in outside else name
+
+
 def text_encoder_keys(
     names: Iterable[str], num_layers: int = RELEASED.num_tapped_layers
 ) -> dict[str, str]:

@@ -11,9 +11,11 @@ import comfy.utils
 import torch
 
 from ...krea2_model.checkpoint import read_text_encoder
+from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
 from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from ...krea2_model.tokenizer import Krea2Tokenizer
+from .gguf import GGUFOperations, KeepsBlocks, is_blocks, wrap
 from .hooks import PatchHooks
 from .layers import comfy_layers
 from .weights import check_weights, open_part
@@ -139,9 +141,9 @@ class Krea2TextModel(torch.nn.Module):
         )
 
     def load_sd(self, sd):
-        return self.encoder.load_state_dict(
-            sd, strict=False, assign=getattr(self, "can_assign_sd", False)
-        )
+        # Blocks of a GGUF file cannot be copied into a weight of numbers, only take its place.
+        assign = getattr(self, "can_assign_sd", False) or any(map(is_blocks, sd.values()))
+        return self.encoder.load_state_dict(sd, strict=False, assign=assign)
 
     def memory_estimation_function(self, token_weight_pairs, device=None):
         """Bytes of activations: the taps and a layer's MLP, in float32."""
@@ -164,15 +166,20 @@ def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyn
     options = {"dtype": dtype or state.tensors["layers.0.input_layernorm.weight"].dtype}
     if quantisation is not None:
         options["quantization_metadata"] = quantisation
+    blocks = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
+    if blocks:
+        options["custom_operations"] = GGUFOperations
     target = comfy.supported_models_base.ClipTarget(Krea2ClipTokenizer, Krea2TextModel)
     target.params["config"] = state.config
     clip = comfy.sd.CLIP(
         target,
         parameters=sum(weight.numel() for weight in bare.parameters()),
-        state_dict=[state.tensors],
+        state_dict=[{name: wrap(t, torch.float32) for name, t in state.tensors.items()}],
         model_options=options,
-        disable_dynamic=disable_dynamic,
+        disable_dynamic=disable_dynamic or blocks,
     )
+    if blocks:
+        clip.patcher.__class__ = type("BlockPatcher", (KeepsBlocks, type(clip.patcher)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     return clip
 

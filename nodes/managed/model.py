@@ -15,9 +15,11 @@ import torch
 
 from ...krea2_model.checkpoint import is_norm_or_table, read_transformer
 from ...krea2_model.config import Preset
+from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TRANSFORMER
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
+from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import PatchHooks
 from .layers import comfy_layers
 from .weights import check_weights, open_part
@@ -150,7 +152,7 @@ class Krea2ModelConfig(comfy.supported_models_base.BASE):
         return {official_to_module(name): tensor for name, tensor in state_dict.items()}
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        official = {module_to_official(name): tensor for name, tensor in state_dict.items()}
+        official = {module_to_official(name): plain(t) for name, t in state_dict.items()}
         return super().process_unet_state_dict_for_saving(official)
 
 
@@ -203,12 +205,15 @@ def _to_module_key(key):
     return (official_to_module(key[0]), *key[1:])
 
 
-def _patcher_class(load_device, disable_dynamic: bool):
+def _patcher_class(load_device, disable_dynamic: bool, blocks: bool):
     # ComfyUI rebinds CoreModelPatcher at start-up, and its dynamic patcher turns into the plain
     # class on a CPU, so the base is looked up here.
     base = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic or comfy.model_management.is_device_cpu(load_device):
+    if disable_dynamic or blocks or comfy.model_management.is_device_cpu(load_device):
+        # The dynamic patcher bakes patches into weights, which blocks do not allow.
         base = comfy.model_patcher.ModelPatcher
+    if blocks:
+        base = type("BlockPatcher", (KeepsBlocks, base), {})
     return _with_official_names(base)
 
 
@@ -226,10 +231,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     state = read_transformer(checkpoint)
     bare = Krea2Transformer(state.config, device="meta")
     quantisation = check_weights(bare, state.tensors, checkpoint.path, TRANSFORMER)
-    tensors = {
-        name: tensor.float() if is_norm_or_table(name) else tensor
-        for name, tensor in state.tensors.items()
-    }
+    blocks = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
 
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -239,7 +241,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     model_config = Krea2ModelConfig(unet_config)
     model_config.quant_config = quantisation
     supported = model_config.supported_inference_dtypes
-    weight_dtype = None if quantisation else state.weight_dtype
+    weight_dtype = None if quantisation or blocks else state.weight_dtype
     if dtype is None:
         parameters = sum(weight.numel() for weight in bare.parameters())
         dtype = management.unet_dtype(
@@ -249,15 +251,21 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
         None if quantisation else dtype, load_device, supported
     )
     model_config.set_inference_dtype(dtype, manual_cast, device=load_device)
+    if blocks:
+        model_config.custom_operations = GGUFOperations
+    tensors = {
+        name: tensor.float() if is_norm_or_table(name) else wrap(tensor, manual_cast or dtype)
+        for name, tensor in state.tensors.items()
+    }
 
     model = model_config.get_model(tensors, "")
     model.preset = state.preset
-    patcher = _patcher_class(load_device, disable_dynamic)(
+    patcher = _patcher_class(load_device, disable_dynamic, blocks)(
         model, load_device=load_device, offload_device=offload_device
     )
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+    model.load_model_weights(tensors, "", assign=blocks or patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype))
     return patcher
 

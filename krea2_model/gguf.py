@@ -1,0 +1,237 @@
+"""GGUF files: tensors as they are stored, and their values.
+
+The `gguf` package of llama.cpp parses the file; here blocks are turned into values in torch, on the
+device of the blocks. A block packs 32 values (256 in the K formats) with their scales; the layouts
+are those of ggml's `ggml-common.h`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .identify import CheckpointError, CheckpointNotFoundError
+
+MAGIC = b"GGUF"
+INSTALL = "pip install gguf"
+
+Shape = tuple[int, ...]
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A block format: values and bytes a block, and how blocks (N, bytes) become (N, values)."""
+
+    values: int
+    size: int
+    dequantise: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor: raw bytes (rows, n), the name of their format, and the shape of their values."""
+
+    data: Tensor
+    format: str
+    shape: Shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dequantise(self.data, self.format, self.shape).to(dtype)
+
+
+def dequantise(data: Tensor, name: str, shape: Shape) -> Tensor:
+    """Values (float32) of raw bytes in the format `name`, one of `FORMATS`, on their device."""
+    form = FORMATS[name]
+    blocks = data.reshape(-1, form.size)
+    return form.dequantise(blocks).reshape(shape)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_gguf(path: str | Path) -> tuple[dict[str, Tensor | GGUFTensor], dict[str, str]]:
+    """Tensors by name, mapped from the file, and the metadata that is text.
+
+    Matrices in blocks are GGUFTensors; what is stored as numbers, and vectors, are plain tensors.
+    Raises CheckpointError for a broken file, an unknown format, and where the `gguf` package is
+    missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"There is no file {path}. Check the name and the folder.")
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path.name} is a GGUF file, which the gguf package reads, and it is not installed. "
+            f"Install it into ComfyUI's Python with `{INSTALL}`, and restart."
+        ) from error
+    try:
+        # Copy on write: torch wants memory that it may write to.
+        reader = gguf.GGUFReader(path, "c")
+        tensors: dict[str, Tensor | GGUFTensor] = {}
+        for tensor in reader.tensors:
+            shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
+            name = tensor.tensor_type.name
+            if name not in FORMATS and name not in _PLAIN:
+                raise CheckpointError(
+                    f"{path.name} stores {tensor.name} as {name}; expected one of "
+                    f"{', '.join((*_PLAIN, *FORMATS))}. Use another quantisation of the model."
+                )
+            data = torch.from_numpy(tensor.data.view("uint8"))
+            stored: Tensor | GGUFTensor = GGUFTensor(data, name, shape)
+            if name in _PLAIN:
+                stored = data.reshape(-1).view(_PLAIN[name]).reshape(shape)
+            elif len(shape) < 2:
+                stored = dequantise(data, name, shape)
+            tensors[tensor.name] = stored
+        metadata = {
+            key: str(field.contents())
+            for key, field in reader.fields.items()
+            if field.types
+            and field.types[-1] == gguf.GGUFValueType.STRING
+            and len(field.types) == 1
+        }
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # The reader follows counts and offsets of the file, so a broken one may fail anywhere.
+        raise CheckpointError(
+            f"{path.name} is a broken GGUF file ({type(error).__name__}: {error}). Download it "
+            "again."
+        ) from error
+    return tensors, metadata
+
+
+def _half(data: Tensor) -> Tensor:
+    """Bytes (N, 2) as float16 -> (N, 1) float32."""
+    return data.contiguous().view(torch.float16).float()
+
+
+def _nibbles(data: Tensor) -> Tensor:
+    """Bytes (N, B) -> (N, 2, B): the low halves, then the high halves."""
+    return torch.stack((data & 0x0F, data >> 4), dim=1)
+
+
+def _shifted(data: Tensor, shifts: range, mask: int) -> Tensor:
+    """Bytes (N, B) -> (N, len(shifts), B): the bits from each shift on."""
+    by = torch.tensor(list(shifts), dtype=torch.uint8, device=data.device)
+    return (data[:, None] >> by[:, None]) & mask
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    scale, values = blocks.split((2, 32), dim=1)
+    return _half(scale) * values.contiguous().view(torch.int8)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    scale, packed = blocks.split((2, 16), dim=1)
+    return _half(scale) * (_nibbles(packed).flatten(1).to(torch.int8) - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    scale, least, packed = blocks.split((2, 2, 16), dim=1)
+    return _half(scale) * _nibbles(packed).flatten(1) + _half(least)
+
+
+def _fifth_bits(data: Tensor) -> Tensor:
+    """Bytes (N, 4) -> (N, 32): one bit a value, where a fifth bit belongs."""
+    return _shifted(data, range(8), 1).transpose(1, 2).flatten(1) << 4
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    scale, high, packed = blocks.split((2, 4, 16), dim=1)
+    values = _nibbles(packed).flatten(1) | _fifth_bits(high)
+    return _half(scale) * (values.to(torch.int8) - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    scale, least, high, packed = blocks.split((2, 2, 4, 16), dim=1)
+    values = _nibbles(packed).flatten(1) | _fifth_bits(high)
+    return _half(scale) * values + _half(least)
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    scales, packed, scale, least = blocks.split((16, 64, 2, 2), dim=1)
+    # Two halves of 128 values; in each, four runs of 32 share the same bytes.
+    values = _shifted(packed.reshape(-1, 32), range(0, 8, 2), 3).reshape(-1, 16, 16)
+    steps = _half(scale) * (scales & 0x0F)
+    offsets = _half(least) * (scales >> 4)
+    return (steps[..., None] * values - offsets[..., None]).flatten(1)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    high, packed, scales, scale = blocks.split((32, 64, 12, 2), dim=1)
+    values = _shifted(packed.reshape(-1, 32), range(0, 8, 2), 3).reshape(-1, 16, 16)
+    # Where the high bit is missing, 4 is taken away.
+    missing = 1 - _shifted(high, range(8), 1).reshape(-1, 16, 16)
+    values = values.to(torch.int8) - (missing << 2).to(torch.int8)
+    low, top = scales.split((8, 4), dim=1)
+    six = _nibbles(low).flatten(1) | (_shifted(top, range(0, 8, 2), 3).flatten(1) << 4)
+    steps = _half(scale) * (six.to(torch.int8) - 32)
+    return (steps[..., None] * values).flatten(1)
+
+
+def _scales_and_offsets(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes (N, 12) -> eight scales and eight offsets of six bits each."""
+    first, second, rest = packed.split((4, 4, 4), dim=1)
+    scales = torch.cat((first & 0x3F, (rest & 0x0F) | ((first >> 2) & 0x30)), dim=1)
+    offsets = torch.cat((second & 0x3F, (rest >> 4) | ((second >> 2) & 0x30)), dim=1)
+    return scales, offsets
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    scale, least, packed_scales, packed = blocks.split((2, 2, 12, 128), dim=1)
+    scales, offsets = _scales_and_offsets(packed_scales)
+    values = _nibbles(packed.reshape(-1, 32)).reshape(-1, 8, 32)
+    steps, offsets = _half(scale) * scales, _half(least) * offsets
+    return (steps[..., None] * values - offsets[..., None]).flatten(1)
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    scale, least, packed_scales, high, packed = blocks.split((2, 2, 12, 32, 128), dim=1)
+    scales, offsets = _scales_and_offsets(packed_scales)
+    values = _nibbles(packed.reshape(-1, 32)).reshape(-1, 8, 32)
+    values = values | (_shifted(high, range(8), 1) << 4)
+    steps, offsets = _half(scale) * scales, _half(least) * offsets
+    return (steps[..., None] * values - offsets[..., None]).flatten(1)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    low, high, scales, scale = blocks.split((128, 64, 16, 2), dim=1)
+    low = _nibbles(low.reshape(-1, 64)).reshape(-1, 8, 32)
+    high = _shifted(high.reshape(-1, 32), range(0, 8, 2), 3).reshape(-1, 8, 32)
+    values = ((low | (high << 4)).to(torch.int8) - 32).reshape(-1, 16, 16)
+    steps = _half(scale) * scales.contiguous().view(torch.int8)
+    return (steps[..., None] * values).flatten(1)
+
+
+FORMATS = {
+    "Q8_0": Format(32, 34, _q8_0),
+    "Q4_0": Format(32, 18, _q4_0),
+    "Q4_1": Format(32, 20, _q4_1),
+    "Q5_0": Format(32, 22, _q5_0),
+    "Q5_1": Format(32, 24, _q5_1),
+    "Q2_K": Format(256, 84, _q2_k),
+    "Q3_K": Format(256, 110, _q3_k),
+    "Q4_K": Format(256, 144, _q4_k),
+    "Q5_K": Format(256, 176, _q5_k),
+    "Q6_K": Format(256, 210, _q6_k),
+}

@@ -1,0 +1,128 @@
+"""GGUF weights under ComfyUI's management: blocks in memory and on the device, numbers on use.
+
+A weight is one of ComfyUI's quantised tensors with a layout of our own, so offloading, pinning and
+moving treat it like any other. Blocks cannot be made anew from changed numbers, so patches (LoRA,
+merges) are never baked in: they are added each time a layer is used.
+"""
+
+from dataclasses import dataclass
+
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.model_patcher import LowVramPatch
+from comfy.quant_ops import QuantizedLayout, QuantizedTensor
+from comfy_kitchen.tensor.base import BaseLayoutParams, register_layout_class
+
+from ...krea2_model.gguf import GGUFTensor, dequantise
+
+LAYOUT = "Krea2GGUFLayout"
+
+
+class GGUFLayout(QuantizedLayout):
+    @dataclass(frozen=True)
+    class Params(BaseLayoutParams):
+        format: str = ""
+
+        def _tensor_fields(self):
+            return []
+
+    @classmethod
+    def quantize(cls, tensor, **kwargs):
+        raise NotImplementedError("Blocks of a GGUF file are read, never written.")
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        values = dequantise(qdata, params.format, params.orig_shape)
+        return values.to(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor):
+        return (qtensor._qdata,)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        # Saved as numbers: other programs read those.
+        return {"": cls.dequantize(qdata, params)}
+
+
+register_layout_class(LAYOUT, GGUFLayout)
+
+
+def wrap(tensor, dtype: torch.dtype):
+    """A GGUFTensor as ComfyUI's quantised tensor, which gives numbers in `dtype`; others as is."""
+    if not isinstance(tensor, GGUFTensor):
+        return tensor
+    params = GGUFLayout.Params(None, dtype, tensor.shape, tensor.format)
+    return QuantizedTensor(tensor.data, LAYOUT, params)
+
+
+def is_blocks(weight) -> bool:
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
+
+
+class GGUFOperations(comfy.ops.manual_cast):
+    """Layers whose weights may be blocks; those of plain numbers behave as usual."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def forward_comfy_cast_weights(self, input):
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.dequantize()
+            result = torch.nn.functional.linear(input, weight, bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return result
+
+        def convert_weight(self, weight, inplace=False, **kwargs):
+            return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    class Embedding(comfy.ops.manual_cast.Embedding):
+        def forward(self, tokens, out_dtype=None):
+            if not is_blocks(self.weight):
+                return super().forward(tokens, out_dtype=out_dtype)
+            # Only the rows that are looked up.
+            params = self.weight._params
+            rows = self.weight._qdata[tokens.to(self.weight.device).flatten()]
+            shape = (*tokens.shape, params.orig_shape[1])
+            values = dequantise(rows, params.format, shape).to(tokens.device)
+            return values.to(out_dtype or params.orig_dtype)
+
+
+class KeepsBlocks:
+    """A patcher that adds patches to a block weight on use, also where it is loaded whole."""
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        # Afterwards, since loading takes away the patches of layers that were there already.
+        for key in self.patches:
+            layer = self._block_layer(key)
+            if layer is not None and not any(is_patch(f) for f in layer.weight_function):
+                layer.weight_function = [LowVramPatch(key, self.patches), *layer.weight_function]
+
+    def patch_weight_to_device(self, key, device_to=None, *args, return_weight=False, **kwargs):
+        if return_weight or key not in self.patches or self._block_layer(key) is None:
+            return super().patch_weight_to_device(
+                key, device_to, *args, return_weight=return_weight, **kwargs
+            )
+        return None
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for layer in self.model.modules():
+                if is_blocks(getattr(layer, "weight", None)):
+                    layer.weight_function = []
+
+    def _block_layer(self, key):
+        name, _, parameter = key.rpartition(".")
+        layer = comfy.utils.get_attr(self.model, name)
+        return layer if parameter == "weight" and is_blocks(layer.weight) else None
+
+
+def is_patch(function) -> bool:
+    return isinstance(function, LowVramPatch)
+
+
+def plain(tensor):
+    """Blocks as numbers, for saving; others as they are."""
+    return tensor.dequantize() if is_blocks(tensor) else tensor

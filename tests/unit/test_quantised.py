@@ -1,0 +1,204 @@
+"""Quantised files without ComfyUI: their numbers, and what cannot be read."""
+
+import json
+import shutil
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import formats
+import tiny_checkpoints as tiny
+from krea2_model import CheckpointError, load_text_encoder, load_transformer
+from krea2_model.checkpoint import is_norm_or_table
+from krea2_model.transformer_keys import module_to_official
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return tiny.transformer_tensors()
+
+
+def saved(path, stored, metadata=None):
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path, metadata)
+    return path
+
+
+def assert_holds(model, values, dtype=torch.float32):
+    for name, weight in model.state_dict().items():
+        expected = values[module_to_official(name)]
+        expected = expected if is_norm_or_table(name) else expected.to(dtype)
+        assert torch.equal(weight, expected.to(weight.dtype)), name
+
+
+QUANTISED = {
+    "fp8 with settings as tensors": lambda t: formats.float8(t, "tensors"),
+    "fp8 with settings in the header": lambda t: formats.float8(t, "header"),
+    "fp8 with the old marker": lambda t: formats.float8(t, "marker"),
+    "fp8 with the old marker, full": lambda t: formats.float8(t, "marker, full"),
+    "plain fp8": lambda t: formats.float8(t, "plain"),
+    "int8, a scale a row": lambda t: formats.int8(t),
+    "int8, one scale": lambda t: formats.int8(t, rows=False),
+    "int8 convrot": lambda t: formats.int8(t, group=256),
+    "int8 convrot, small groups": lambda t: formats.int8(t, group=16),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_files_are_read(tensors, tmp_path, name, prefix):
+    stored, values, metadata = QUANTISED[name](tensors)
+    path = saved(tmp_path / "f.safetensors", {prefix + n: t for n, t in stored.items()}, metadata)
+    model = load_transformer(path, dtype=torch.float32)
+    if "convrot" in name:
+        for key, weight in model.state_dict().items():
+            torch.testing.assert_close(weight, values[module_to_official(key)].float(),
+                                       atol=1e-6, rtol=1e-5)  # fmt: skip
+    else:
+        assert_holds(model, values)
+    # Without a wish, what was quantised comes in bfloat16.
+    assert load_transformer(path).blocks[0].attn.wq.weight.dtype == torch.bfloat16
+
+
+FORMS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+         "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gguf_files_are_read(tensors, tmp_path, form):
+    path = tmp_path / "krea2_turbo.gguf"
+    strays = ("last.down.weight", "last.up.weight")
+    values = formats.gguf_file(tensors, path, form, strays=strays)
+    model = load_transformer(path, dtype=torch.float32)
+    assert_holds(model, values)
+    assert model.variant == "turbo"
+
+
+def test_gguf_by_content_and_not_by_name(tensors, tmp_path):
+    values = formats.gguf_file(tensors, tmp_path / "a.gguf", "Q8_0")
+    shutil.move(tmp_path / "a.gguf", tmp_path / "misnamed.safetensors")
+    assert_holds(load_transformer(tmp_path / "misnamed.safetensors", dtype=torch.float32), values)
+
+
+@pytest.mark.parametrize("names", ["Hugging Face", "llama.cpp"])
+def test_gguf_text_encoders(tmp_path, names):
+    tensors = tiny.text_encoder_tensors()
+    renamed = dict(tensors)
+    if names == "llama.cpp":
+        parts = {
+            "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+            "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+            "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+            "self_attn.q_norm": "attn_q_norm",
+            "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd",
+            "model.norm": "output_norm", "model.layers": "blk",
+        }  # fmt: skip
+        renamed = {}
+        for name, tensor in tensors.items():
+            for theirs, short in parts.items():
+                name = name.replace(theirs, short)
+            if "visual" not in name:
+                renamed[name] = tensor
+    path = tmp_path / "qwen3vl.gguf"
+    part = "blk." if names == "llama.cpp" else "model.layers."
+    formats.gguf_file(renamed, path, "Q8_0", part=part, architecture="qwen3vl")
+    plain = tmp_path / "plain.safetensors"
+    save_file(tensors, plain)
+    found = load_text_encoder(path, dtype=torch.float32).state_dict()
+    expected = load_text_encoder(plain, dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        scale = weight.abs().max()
+        assert (found[name] - weight).abs().max() <= 0.01 * scale, name
+
+
+def test_other_formats_name_themselves(tensors, tmp_path):
+    stored, _, _ = formats.float8(tensors)
+    settings = formats.settings_tensor({"format": "nvfp4"})
+    for name in [name for name in stored if name.endswith(".comfy_quant")]:
+        stored[name] = settings.clone()
+    path = saved(tmp_path / "nvfp4.safetensors", stored)
+    with pytest.raises(CheckpointError, match="nvfp4, which only ComfyUI's layers read"):
+        load_transformer(path)
+
+
+def test_a_list_of_layers_that_are_not_there_is_refused(tensors, tmp_path):
+    stored, _, _ = formats.float8(tensors)
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"blocks.9.x": {}}})}
+    with pytest.raises(CheckpointError, match="lists 'blocks.9.x' among its quantised layers"):
+        load_transformer(saved(tmp_path / "f.safetensors", stored, metadata))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"layers": 5}'])
+def test_unreadable_settings_are_refused(tensors, tmp_path, text):
+    stored, _, _ = formats.float8(tensors, "header")
+    with pytest.raises(CheckpointError, match="unreadable list of quantised layers"):
+        load_transformer(
+            saved(tmp_path / "f.safetensors", stored, {"_quantization_metadata": text})
+        )
+    layer = next(name for name in stored if name.endswith(".weight_scale"))
+    name = layer.replace(".weight_scale", ".comfy_quant")
+    stored[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    if text != '{"layers": 5}':
+        with pytest.raises(CheckpointError, match="no readable settings"):
+            load_transformer(saved(tmp_path / "f.safetensors", stored))
+
+
+def broken_gguf(path, tensors, how):
+    formats.gguf_file(tensors, path, "Q8_0")
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "header only":
+        content = content[:12]
+    elif how == "type id":
+        name = b"blocks.0.attn.wq.weight"
+        place = content.index(name) + len(name) + 4 + 16
+        content[place : place + 4] = (250).to_bytes(4, "little")
+    elif how == "counts":
+        content[8:24] = b"\xff" * 7 + b"\x0f" + b"\xff" * 7 + b"\x0f"
+    elif how == "shape":
+        name = b"blocks.0.attn.wq.weight"
+        place = content.index(name) + len(name) + 4
+        content[place : place + 8] = (1 << 60).to_bytes(8, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("how", ["truncated", "header only", "type id", "counts", "shape"])
+def test_broken_gguf_files_are_refused(tensors, tmp_path, how):
+    path = broken_gguf(tmp_path / "broken.gguf", tensors, how)
+    with pytest.raises(CheckpointError, match="broken.gguf"):
+        load_transformer(path)
+
+
+def test_an_unknown_gguf_format_is_named(tensors, tmp_path):
+    path = tmp_path / "new.gguf"
+    writer = gguf.GGUFWriter(path, "krea2")
+    kind = gguf.GGMLQuantizationType.IQ4_NL
+    data = torch.zeros(256, 256 // 32 * 18, dtype=torch.uint8).numpy()
+    writer.add_tensor("blocks.0.attn.wq.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="as IQ4_NL; expected one of F32, F16, BF16, Q8_0"):
+        load_transformer(path)
+
+
+def test_without_the_gguf_package_the_error_says_how_to_install_it(tensors, tmp_path, monkeypatch):
+    formats.gguf_file(tensors, tmp_path / "model.gguf", "Q8_0")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="pip install gguf"):
+        load_transformer(tmp_path / "model.gguf")
+
+
+def test_old_names_load_file_untouched(tensors, tmp_path):
+    """Reading renames in memory alone."""
+    stored, _, metadata = formats.float8(tensors, "marker")
+    path = saved(tmp_path / "f.safetensors", stored, metadata)
+    before = path.read_bytes()
+    load_transformer(path)
+    assert path.read_bytes() == before and load_file(path).keys() == stored.keys()
