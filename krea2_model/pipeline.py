@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import nano
-from .checkpoint import load_text_encoder, load_transformer, load_vae
+from .checkpoint import load_text_encoder, load_transformer, load_vae, read_safetensors
 from .config import RAW, Preset
+from .identify import read_header
+from .lora import LoraReport, LoraStack, read_lora
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
 from .sizes import round_size
 from .text_encoder import Qwen3VLTextEncoder
@@ -48,6 +50,7 @@ class Krea2Pipeline:
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
+        self._loras = LoraStack(transformer), LoraStack(text_encoder)
 
     @classmethod
     def from_folder(
@@ -85,6 +88,31 @@ class Krea2Pipeline:
         return cls.from_files(
             nano.TRANSFORMERS[variant], nano.TEXT_ENCODER, nano.VAE, device=device, dtype=dtype
         )
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> LoraReport:
+        """Merge a LoRA file of any trainer into the weights, on top of those loaded before.
+
+        scale: how much of it; may be negative. Returns what matched. Raises CheckpointError where
+        the file is not a LoRA or fits nothing.
+        """
+        path = Path(path)
+        read_header(path)
+        tensors, _ = read_safetensors(path)
+        shapes, text_shapes = (
+            {name: tuple(weight.shape) for name, weight in stack.weights.items()}
+            for stack in self._loras
+        )
+        updates, text_updates, report = read_lora(tensors, shapes, path.name, text_shapes)
+        self._loras[0].add(updates, scale)
+        self._loras[1].add(text_updates, scale)
+        if report.unmatched:
+            logger.warning("%s", report)
+        return report
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""
+        for stack in self._loras:
+            stack.clear()
 
     @property
     def preset(self) -> Preset:

@@ -2,8 +2,10 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
+from .loras import K2LoraLoader
 from .prompts import K2TextEncode
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 
@@ -12,6 +14,7 @@ NODES = [
     K2ModelLoader,
     K2TextEncoderLoader,
     K2VAELoader,
+    K2LoraLoader,
     K2TextEncode,
     K2EmptyLatent,
     K2Sampler,
@@ -19,6 +22,7 @@ NODES = [
     K2ModelSampling,
     K2VAEDecode,
     K2VAEEncode,
+    K2Inspect,
 ]
 
 

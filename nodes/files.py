@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
 
 from ..krea2_model import nano
-from ..krea2_model.checkpoint import weight_files
+from ..krea2_model.checkpoint import read_shapes, weight_files
 from ..krea2_model.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -37,6 +38,7 @@ _FOLDERS = {
 }
 _COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "vae"}
 _SUFFIXES = (".safetensors", ".sft")
+_GGUF = ".gguf"
 
 # Kinds by (path, size, time of change): a folder is listed often, its headers are read once.
 _kinds: dict[tuple[str, int, int], str] = {}
@@ -53,9 +55,9 @@ def _list_own(part: str) -> list[str]:
     Pickles, shards, and files whose header says that they are something else are left out. A file
     that cannot be read stays in the list, since choosing it is how its owner learns why.
     """
-    names = []
+    names: list[str] = []
     for key in _FOLDERS[part]:
-        for name in folder_paths.get_filename_list(key):
+        for name in (*folder_paths.get_filename_list(key), *_gguf_files(key)):
             path = folder_paths.get_full_path(key, name)
             if path and name not in names and _may_hold(Path(path), part):
                 names.append(name)
@@ -70,7 +72,7 @@ def find_model(part: str, name: str) -> Path:
     """
     if name in _BUILT_IN[part]:
         return _BUILT_IN[part][name]
-    for spelled in dict.fromkeys((name, name.replace("\\", os.sep), name.replace("/", os.sep))):
+    for spelled in _spellings(name):
         for key in _FOLDERS[part]:
             path = folder_paths.get_full_path(key, spelled)
             if path:
@@ -82,6 +84,52 @@ def find_model(part: str, name: str) -> Path:
     raise CheckpointError(
         f"There is no {name!r} in {folders}. Expected {part}, for example {WHERE[part]}; put the "
         "file there and refresh, or choose one of the list."
+    )
+
+
+def list_loras() -> list[str]:
+    """Names of the files of models/loras, whatever model they are for; pickles are left out."""
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+
+
+def find_lora(name: str) -> Path:
+    """The file of a name from `list_loras`, with either kind of slash.
+
+    Raises CheckpointError where there is none, or where it is something else.
+    """
+    for spelled in _spellings(name):
+        if path := folder_paths.get_full_path("loras", spelled):
+            return _checked_lora(Path(path))
+    raise CheckpointError(
+        f"There is no {name!r} in models/loras. Put the file there and refresh, or choose one of "
+        "the list."
+    )
+
+
+def list_everything() -> list[str]:
+    """Model files and diffusers folders of every kind, each after the name of its folder."""
+    keys = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
+    names = [
+        f"{key}/{name}"
+        for key in keys
+        for name in (*folder_paths.get_filename_list(key), *_gguf_files(key))
+    ]
+    return names + [f"diffusers/{name}" for name in _diffusers_folders()]
+
+
+def find_anything(name: str) -> Path:
+    """The file or folder of a name from `list_everything`. Raises CheckpointError for another."""
+    key, _, rest = name.replace("\\", "/").partition("/")
+    if key == "diffusers" and rest in _diffusers_folders():
+        return _diffusers_folders()[rest]
+    if key in folder_paths.folder_names_and_paths and rest:
+        for spelled in _spellings(rest):
+            if path := folder_paths.get_full_path(key, spelled):
+                return Path(path)
+    raise CheckpointError(
+        f"There is no {name!r}. Put the file into one of ComfyUI's models folders and refresh, or "
+        "choose one of the list."
     )
 
 
@@ -128,10 +176,10 @@ def holds(path: Path, part: str) -> bool:
 
 
 def _checked(path: Path, part: str) -> Path:
-    if path.is_file() and path.suffix.lower() not in _SUFFIXES:
+    if path.is_file() and path.suffix.lower() not in (*_SUFFIXES, _GGUF):
         raise CheckpointError(
-            f"{path.name} is a {path.suffix or 'nameless'} file; expected {part} as .safetensors, "
-            f"for example {WHERE[part]}."
+            f"{path.name} is a {path.suffix or 'nameless'} file; expected {part} as .safetensors "
+            f"or .gguf, for example {WHERE[part]}."
         )
     kind = identify(_shapes(path, part))
     if part not in kind:
@@ -139,8 +187,22 @@ def _checked(path: Path, part: str) -> Path:
     return path
 
 
-def _may_hold(path: Path, part: str) -> bool:
+def _checked_lora(path: Path) -> Path:
     if path.suffix.lower() not in _SUFFIXES:
+        raise CheckpointError(
+            f"{path.name} is a {path.suffix or 'nameless'} file; expected a LoRA as .safetensors."
+        )
+    read_header(path)
+    return path
+
+
+def _spellings(name: str) -> Iterable[str]:
+    """A name with the system's slashes, whichever machine its workflow was made on."""
+    return dict.fromkeys((name, name.replace("\\", os.sep), name.replace("/", os.sep)))
+
+
+def _may_hold(path: Path, part: str) -> bool:
+    if path.suffix.lower() not in (*_SUFFIXES, _GGUF):
         return False
     if "-of-0" in path.name and any(path.parent.glob("*.safetensors.index.json")):
         return False
@@ -148,10 +210,20 @@ def _may_hold(path: Path, part: str) -> bool:
         stat = path.stat()
         signature = (str(path), stat.st_size, stat.st_mtime_ns)
         if signature not in _kinds:
-            _kinds[signature] = identify(read_header(path).tensors)
+            _kinds[signature] = identify(read_shapes(path))
     except (OSError, CheckpointError):
         return True
     return part in _kinds[signature]
+
+
+def _gguf_files(key: str) -> list[str]:
+    """GGUF files of a folder key by relative name; ComfyUI's own lists leave them out."""
+    names = set()
+    for root in folder_paths.get_folder_paths(key):
+        for found, _, files in os.walk(root, followlinks=True):
+            relative = Path(found).relative_to(root)
+            names |= {str(relative / file) for file in files if file.lower().endswith(_GGUF)}
+    return sorted(names)
 
 
 def _diffusers_folders() -> dict[str, Path]:
@@ -178,7 +250,7 @@ def _shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
     files = [path] if path.is_file() else weight_files(path / _COMPONENTS[part])
     shapes = {}
     for file in files:
-        shapes |= read_header(file).shapes
+        shapes |= read_shapes(file)
     return shapes
 
 

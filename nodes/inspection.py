@@ -1,0 +1,51 @@
+"""What is this file? The answer of krea2_model, as a node."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.inspect import describe
+from . import files
+
+
+class K2Inspect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Inspect",
+            display_name="Inspect a Krea 2 File",
+            category="Krea 2",
+            description=(
+                "Says what a model file is: kind, variant, layout, quantisation, and what is "
+                "missing or too much."
+            ),
+            search_aliases=["krea", "krea2", "k2", "inspect", "what is this file", "metadata"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=files.list_everything(),
+                    tooltip="Any file or diffusers folder of ComfyUI's models folders.",
+                ),
+            ],
+            outputs=[io.String.Output("text", display_name="text", tooltip="What it is.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        if file is None:
+            return True
+        try:
+            files.find_anything(file)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None):
+        # A file may be replaced under its name.
+        stat = files.find_anything(file).stat()
+        return (stat.st_size, stat.st_mtime_ns)
+
+    @classmethod
+    def execute(cls, file):
+        text = describe(files.find_anything(file))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

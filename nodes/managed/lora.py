@@ -1,0 +1,129 @@
+"""LoRA: updates of krea2_model as patches of ComfyUI's, for any base and any way of loading."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_base
+import comfy.utils
+import comfy.weight_adapter
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ...krea2_model.checkpoint import read_safetensors
+from ...krea2_model.identify import read_header
+from ...krea2_model.lora import Update, read_lora
+from ...krea2_model.transformer import Krea2Transformer
+from ...krea2_model.transformer_keys import official_to_module
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What an update is beside its tensors, which ComfyUI moves between devices."""
+
+    update: Update
+    names: tuple[str, ...]
+
+
+class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
+    """One `Update`. ComfyUI builds others like it from `loaded_keys` and moved `weights`."""
+
+    name = "krea2"
+
+    def __init__(self, loaded_keys, weights):
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def of(cls, update: Update, fused_norm: torch.Tensor | None = None):
+        names = tuple(update.parts)
+        form = _Form(update, names)
+        return cls(set(), (form, fused_norm, *(update.parts[name] for name in names)))
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        form, fused_norm, *tensors = self.weights
+        parts = dict(zip(form.names, tensors, strict=True))
+        update = form.update.with_parts(parts)
+        if fused_norm is not None:
+            fused_norm = fused_norm.to(weight.device)
+        changed = update.apply(weight, strength, fused_norm)
+        # In float32 throughout, and rounded once, to what the caller holds.
+        weight.copy_(function(changed))
+        return weight
+
+
+def apply_lora(model, clip, path: Path, strength: float, clip_strength: float):
+    """Patch clones of a MODEL and, where it is not None, a CLIP with a LoRA file.
+
+    Returns the clones and the LoraReport. Raises CheckpointError where the file is not a LoRA or
+    fits nothing, and ValueError where MODEL is not a Krea 2.
+    """
+    names = _weight_names(model)
+    text_names = {} if clip is None else _text_weight_names(clip)
+    read_header(path)
+    tensors, _ = read_safetensors(path)
+    updates, text_updates, report = read_lora(
+        tensors,
+        {name: shape for name, (_, shape) in names.items()},
+        path.name,
+        {name: shape for name, (_, shape) in text_names.items()},
+    )
+    model = model.clone()
+    _add(model, updates, names, strength)
+    if clip is not None:
+        clip = clip.clone()
+        _add(clip.patcher, text_updates, text_names, clip_strength)
+    return model, clip, report
+
+
+def _add(patcher, updates: dict[str, list[Update]], names, strength: float) -> None:
+    for update in (one for several in updates.values() for one in several):
+        norm = None
+        if update.needs_fused_weights:
+            norm = update.fused_norm(
+                {weight: _weight(patcher, names[weight][0]) for weight in update.fused}
+            )
+        key = names[update.weight][0]
+        patcher.add_patches({key: LoraPatch.of(update, norm)}, strength)
+
+
+def _weight(patcher, key: str) -> torch.Tensor:
+    weight = comfy.utils.get_attr(patcher.model, key)
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
+def _weight_names(model) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our name of each weight of a Krea 2: the patcher's key, and the shape."""
+    if not isinstance(model.model, comfy.model_base.Krea2):
+        raise ValueError(
+            f"model is a {type(model.model).__name__}; expected a Krea 2 MODEL, from Load Krea 2 "
+            "or ComfyUI's Load Diffusion Model. Other models take ComfyUI's own LoRA nodes."
+        )
+    transformer = model.model.diffusion_model
+    if isinstance(transformer, Krea2Transformer):
+        bare = Krea2Transformer(transformer.config, device="meta")
+        shapes = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
+        return {name: (f"diffusion_model.{name}", shape) for name, shape in shapes.items()}
+    # Core's own: official names, norm scales and tables as bare parameters.
+    return {
+        official_to_module(name): (f"diffusion_model.{name}", tuple(parameter.shape))
+        for name, parameter in transformer.named_parameters()
+    }
+
+
+def _text_weight_names(clip) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The name of each weight of the language tower: the patcher's key, and the shape."""
+    names = {}
+    for key, parameter in clip.patcher.model.named_parameters():
+        _, found, name = key.partition(".transformer.model.")
+        if found:
+            names[name.removeprefix("language_model.")] = (key, tuple(parameter.shape))
+    return names
