@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import nano
+from .convert import PARTS, QUANTISATIONS, convert
+from .inspect import describe
 from .pipeline import Krea2Pipeline
 
 # What --model may say instead of a path; a folder of that name is ./nano.
@@ -38,6 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--text-encoder", type=Path, help="a Qwen3-VL file or folder")
     files.add_argument("--vae", type=Path, help="a Qwen-Image VAE file or folder")
     files.add_argument("--tokenizer", type=Path, help="a folder with the Qwen tokenizer")
+    files.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA of any trainer, several by repeating",
+    )
     image = generate.add_argument_group("image")
     image.add_argument("--output", type=Path, default=Path("krea2.png"), help="a PNG file")
     image.add_argument("--width", type=int, help="default: the checkpoint's, 1024 (nano 128)")
@@ -51,6 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     machine = generate.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
+    inspect = commands.add_parser("inspect", help="say what a file or folder is")
+    inspect.add_argument("files", nargs="+", type=Path)
+    convert = commands.add_parser("convert", help="make one file of a folder, or the other way")
+    convert.add_argument("source", type=Path, help="a model file or a diffusers folder")
+    convert.add_argument("target", type=Path, help="a .safetensors file, or a folder to make")
+    convert.add_argument("--part", choices=PARTS, help="only this part (default: all there are)")
+    convert.add_argument(
+        "--quantise", choices=QUANTISATIONS, help="the transformer's blocks in 8 bits"
+    )
     return parser
 
 
@@ -78,6 +97,9 @@ def generate(args: argparse.Namespace) -> list[Path]:
         device=args.device,
         dtype=DTYPES.get(args.dtype, default_dtype),
     )
+    for lora in args.lora:
+        name, scale = _lora_and_scale(lora)
+        print(pipeline.load_lora(name, scale), file=sys.stderr)
     steps = pipeline.preset.steps if args.steps is None else args.steps
     with tqdm(total=steps, unit="step", desc=args.output.name) as bar:
         images = pipeline(
@@ -100,16 +122,32 @@ def generate(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def _lora_and_scale(text: str) -> tuple[Path, float]:
+    """`style.safetensors:0.8`; what follows the last colon counts where it is a number."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        return (Path(name), float(scale)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[object]]] = {
+    "generate": generate,
+    "inspect": lambda args: (describe(path) for path in args.files),
+    "convert": lambda args: convert(args.source, args.target, args.quantise, args.part),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
-    if arguments and arguments[0] not in ("generate", "-h", "--help"):
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
         arguments = ["generate", *arguments]
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     try:
-        for path in generate(args):
-            print(path)
+        for line in COMMANDS[args.command](args):
+            print(line)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ INPUTS = {
     "K2ModelLoader": ["file", "dtype"],
     "K2TextEncoderLoader": ["file", "dtype"],
     "K2VAELoader": ["file", "dtype"],
+    "K2LoraLoader": ["model", "clip", "lora", "strength", "clip_strength"],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length"],
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch"],
     "K2Sampler": [
@@ -19,9 +20,11 @@ INPUTS = {
     "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
     "K2VAEDecode": ["samples", "vae"],
     "K2VAEEncode": ["pixels", "vae"],
+    "K2Inspect": ["file"],
 }
 OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
+    "K2LoraLoader": ["MODEL", "CLIP", "STRING"],
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
@@ -29,6 +32,7 @@ OUTPUTS = {
     "K2ModelSampling": ["MODEL"],
     "K2VAEDecode": ["IMAGE"],
     "K2VAEEncode": ["LATENT"],
+    "K2Inspect": ["STRING"],
 }
 
 

@@ -1,0 +1,244 @@
+"""Files of every quantisation through our loaders: kept small, right, patchable, beside core."""
+
+import comfy.model_management
+import gguf
+import pytest
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from safetensors.torch import load_file, save_file
+
+import formats
+from parity import assert_close, relative_error
+
+
+def by_comfyui(form, **settings):
+    """A writer that quantises with ComfyUI's own layouts."""
+
+    def write(tensors):
+        stored, values = {}, dict(tensors)
+        for name, tensor in tensors.items():
+            # Four bits go in groups of 64.
+            if not formats.is_block_matrix(name, tensor) or tensor.shape[1] % 64:
+                stored[name] = tensor
+                continue
+            layer = name.removesuffix(".weight")
+            layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+            weight = QuantizedTensor.from_float(tensor.to(torch.bfloat16), layout, **settings)
+            values[name] = weight.dequantize().float()
+            parts = weight.state_dict(f"{layer}.weight")
+            stored |= {key: part.contiguous() for key, part in parts.items()}
+            stored[f"{layer}.comfy_quant"] = formats.settings_tensor({"format": form, **settings})
+        return stored, values, {}
+
+    return write
+
+
+# Writer, whether core reads the file too, the dtype in memory, and how far an image's velocity may
+# be from that of the numbers in the file (activations are quantised in some formats).
+FORMATS = {
+    "fp8, settings as tensors": (lambda t: formats.float8(t, "tensors"), True,
+                                 torch.float8_e4m3fn, 0.1),
+    "fp8, settings in the header": (lambda t: formats.float8(t, "header"), True,
+                                    torch.float8_e4m3fn, 0.1),
+    "fp8, old marker": (lambda t: formats.float8(t, "marker"), True, torch.float8_e4m3fn, 0.1),
+    "fp8, old marker, full": (lambda t: formats.float8(t, "marker, full"), True,
+                              torch.float8_e4m3fn, 1e-2),
+    "int8, a scale a row": (lambda t: formats.int8(t), True, torch.int8, 0.1),
+    "int8, one scale": (lambda t: formats.int8(t, rows=False), True, torch.int8, 0.1),
+    "int8 convrot": (lambda t: formats.int8(t, group=256), True, torch.int8, 0.1),
+    "nvfp4": (by_comfyui("nvfp4"), True, torch.uint8, 0.5),
+    "mxfp8": (by_comfyui("mxfp8"), True, torch.float8_e4m3fn, 0.2),
+    "convrot_w4a4": (by_comfyui("convrot_w4a4", convrot_groupsize=16), True, torch.int8, 1.0),
+}  # fmt: skip
+GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+@pytest.fixture(scope="module")
+def tensors(models):
+    return load_file(models / "diffusion_models" / "krea2_tiny_turbo.safetensors")
+
+
+@pytest.fixture
+def velocity(conditioning):
+    """The transformer's answer to a fixed input, in float32."""
+
+    def call(patcher, **load):
+        comfy.model_management.load_models_gpu([patcher], force_full_load=not load, **load)
+        x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+        x = x.to(patcher.model.get_dtype_inference())
+        context = conditioning(6, 1)[0][0].to(x.dtype)
+        return patcher.model.diffusion_model(x, torch.tensor([0.6]), context).float()
+
+    return call
+
+
+@pytest.fixture
+def write(models):
+    """Write a file into models/diffusion_models; the numbers in it beside its name."""
+    written = []
+
+    def call(tensors, name):
+        file = f"krea2_turbo_{name.replace(' ', '_').replace(',', '')}"
+        folder = models / "diffusion_models"
+        if name in GGUF:
+            path = folder / f"{file}.gguf"
+            values = formats.gguf_file(tensors, path, name)
+        else:
+            path = folder / f"{file}.safetensors"
+            stored, values, metadata = FORMATS[name][0](tensors)
+            save_file(stored, path, metadata)
+        plain = folder / f"{file}_values.safetensors"
+        save_file({n: t.float().contiguous() for n, t in values.items()}, plain)
+        written.extend((path, plain))
+        return path.name, plain.name
+
+    yield call
+    for path in written:
+        path.unlink()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_files(run, tensors, velocity, write, name, prefix):
+    _, core_reads, dtype, limit = FORMATS[name]
+    file, plain = write({prefix + n: t for n, t in tensors.items()}, name)
+    ours = run("K2ModelLoader", file=file)[0]
+    weight = ours.model.diffusion_model.blocks[0].attn.wq.weight
+    assert weight._qdata.dtype == dtype, "kept as it is stored"
+    found = velocity(ours)
+    expected = velocity(run("K2ModelLoader", file=plain)[0])
+    assert relative_error(found, expected) < limit
+    if core_reads and not prefix:
+        core = run("UNETLoader", unet_name=file, weight_dtype="default")[0]
+        # Where activations are rounded to 8 bits after a rotation, a last digit flips a step.
+        close = 1e-2 if "convrot" in name else 1e-5
+        assert_close(found, velocity(core), close, f"{name} against core")
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_files(run, tensors, velocity, write, name):
+    file, plain = write(tensors, name)
+    ours = run("K2ModelLoader", file=file)[0]
+    weight = ours.model.diffusion_model.blocks[0].attn.wq.weight
+    assert weight._qdata.dtype == torch.uint8 and weight.shape == (256, 256)
+    expected = velocity(run("K2ModelLoader", file=plain)[0])
+    assert_close(velocity(ours), expected, 1e-5, name)
+    held = sum(w._qdata.nbytes for w in ours.model.diffusion_model.parameters()
+               if isinstance(w, QuantizedTensor))  # fmt: skip
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    count = sum(w.numel() for w in ours.model.diffusion_model.parameters()
+                if isinstance(w, QuantizedTensor))  # fmt: skip
+    assert held == count // block * size
+
+
+@pytest.fixture
+def lora(models):
+    """A LoRA on a block's query and its table, in a file; the changes to the weights beside it."""
+    generator = torch.Generator().manual_seed(5)
+    down = torch.randn(4, 256, generator=generator) * 0.2
+    up = torch.randn(256, 4, generator=generator)
+    table = torch.randn(6 * 256, generator=generator) * 0.1
+    tensors = {
+        "diffusion_model.blocks.0.attn.wq.lora_A.weight": down,
+        "diffusion_model.blocks.0.attn.wq.lora_B.weight": up,
+        "diffusion_model.blocks.0.mod.lin.diff": table,
+    }
+    folder = models / "loras"
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "format_test.safetensors")
+    return "format_test.safetensors", {
+        "blocks.0.attn.wq.weight": up @ down,
+        "blocks.0.mod.lin": table,
+    }
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["whole", "offloaded"])
+@pytest.mark.parametrize("name", [*FORMATS, *GGUF])
+def test_lora_on_every_quantisation(run, models, tensors, velocity, write, lora, name, partial):
+    """Loaded whole and in parts, the LoRA is there, and away again without it."""
+    file, plain = write(tensors, name)
+    lora_name, changes = lora
+    numbers = load_file(models / "diffusion_models" / plain)
+    changed = {n: t + 0.8 * changes[n] if n in changes else t for n, t in numbers.items()}
+    save_file(changed, models / "diffusion_models" / "changed.safetensors")
+    expected = velocity(run("K2ModelLoader", file="changed.safetensors")[0])
+    ours = run("K2ModelLoader", file=file)[0]
+    before = velocity(ours)
+    patched = run("K2LoraLoader", model=ours, lora=lora_name, strength=0.8)[0]
+    if partial:
+        comfy.model_management.unload_all_models()
+        size = patched.model_size()
+        patched.load(torch.device("cpu"), lowvram_model_memory=size // 2)
+        assert patched.model.model_lowvram
+        found = velocity(patched, minimum_memory_required=0)
+    else:
+        found = velocity(patched)
+    limit = 1e-5 if name in GGUF else FORMATS[name][3]
+    assert relative_error(found, expected) < limit
+    # What the LoRA changes is what it changes in the numbers; four-bit activations add noise.
+    effect = expected - velocity(run("K2ModelLoader", file=plain)[0])
+    likeness = torch.cosine_similarity((found - before).flatten(), effect.flatten(), dim=0)
+    assert likeness > (0.3 if "w4a4" in name else 0.9)
+    patched.detach()
+    assert torch.equal(velocity(ours), before)
+
+
+@pytest.mark.parametrize("style", ["header", "tensors"])
+def test_fp8_scaled_text_encoders(run, models, style):
+    folder = models / "text_encoders"
+    tensors = load_file(folder / "qwen3vl_tiny.safetensors")
+    stored, values, metadata = formats.float8(tensors, style, part="model.layers.")
+    save_file(stored, folder / f"scaled_{style}.safetensors", metadata)
+    numbers = {name: value.float().contiguous() for name, value in values.items()}
+    save_file(numbers, folder / f"rounded_{style}.safetensors")
+    full, scaled, expected = (
+        run("K2TextEncoderLoader", file=f"{file}.safetensors")[0]
+        for file in ("qwen3vl_tiny", f"scaled_{style}", f"rounded_{style}")
+    )
+    weight = scaled.cond_stage_model.encoder.layers[3].mlp.up_proj.weight
+    assert weight._qdata.dtype == torch.float8_e4m3fn, "kept in 8 bits"
+    ours, reference, plain = (
+        c.encode_from_tokens(c.tokenize("a fox")) for c in (scaled, expected, full)
+    )
+    assert_close(ours, reference, 1e-4, f"fp8_scaled encoder ({style}) against its numbers")
+    assert not torch.allclose(ours, plain)
+    for file in (f"scaled_{style}", f"rounded_{style}"):
+        (folder / f"{file}.safetensors").unlink()
+
+
+def test_gguf_text_encoders(run, models):
+    folder = models / "text_encoders"
+    tensors = load_file(folder / "qwen3vl_tiny.safetensors")
+    values = formats.gguf_file(tensors, folder / "tiny.gguf", "Q8_0", part="model.")
+    save_file({n: v.float().contiguous() for n, v in values.items()}, folder / "gguf.safetensors")
+    ours, reference = (
+        run("K2TextEncoderLoader", file=file)[0] for file in ("tiny.gguf", "gguf.safetensors")
+    )
+    encoder = ours.cond_stage_model.encoder
+    assert encoder.embed_tokens.weight._qdata.dtype == torch.uint8, "kept in blocks"
+    assert encoder.layers[3].mlp.up_proj.weight._qdata.dtype == torch.uint8
+    found, expected = (c.encode_from_tokens(c.tokenize("a fox")) for c in (ours, reference))
+    assert_close(found, expected, 1e-5, "GGUF encoder against its numbers")
+    for file in ("tiny.gguf", "gguf.safetensors"):
+        (folder / file).unlink()  # or "auto" would find it for other models
+
+
+def test_a_saved_model_has_official_names_that_core_reads(run, models, tensors, velocity, write):
+    """ModelSave of a GGUF file gives numbers; of an 8-bit one, what it was."""
+    import folder_paths
+
+    for name in ("Q4_K", "fp8, settings as tensors", "int8 convrot"):
+        file, _ = write(tensors, name)
+        ours = run("K2ModelLoader", file=file)[0]
+        expected = velocity(ours)
+        import comfy_extras.nodes_model_merging as merging
+
+        merging.save_checkpoint(ours, filename_prefix="saved", output_dir=str(models / "x"))
+        (saved,) = (models / "x").glob("saved*.safetensors")
+        target = models / "diffusion_models" / "saved.safetensors"
+        saved.replace(target)
+        folder_paths.filename_list_cache.clear()
+        core = run("UNETLoader", unet_name="saved.safetensors", weight_dtype="default")[0]
+        limit = 1e-5 if name.startswith("fp8") else 1e-2
+        assert_close(velocity(core), expected, limit, f"{name} saved, by core")
+        target.unlink()
