@@ -207,7 +207,7 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
         (OFFICIAL_MARKER, lambda name: name),
         (DIFFUSERS_MARKER, diffusers_to_official),
     ):
-        prefix = _prefix_of(checkpoint, (marker,))
+        prefix = prefix_of(checkpoint, (marker,))
         if prefix is not None:
             found = {translate(n): t for n, t in _under(checkpoint.tensors, prefix).items()}
             break
@@ -260,7 +260,7 @@ def read_text_encoder(checkpoint: Checkpoint) -> TextEncoderState:
 
 def read_vae(checkpoint: Checkpoint) -> VAEState:
     """Translate a VAE's tensors to module names, slice its kernels and read off its sizes."""
-    prefix = _prefix_of(checkpoint, _VAE_MARKERS)
+    prefix = prefix_of(checkpoint, _VAE_MARKERS)
     if prefix is None:
         _refuse(checkpoint, VAE)
     tensors = _under(checkpoint.tensors, prefix)
@@ -437,8 +437,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _prefix_of(checkpoint: Checkpoint, markers: tuple[str, ...]) -> str | None:
-    """What stands before a marker tensor's name, or None where no marker is there."""
+def prefix_of(checkpoint: Checkpoint, markers: tuple[str, ...]) -> str | None:
+    """What stands before the name of a part's marker tensor, or None where none is there."""
     for name in checkpoint.tensors:
         for marker in markers:
             if name == marker or name.endswith(f".{marker}"):

@@ -6,6 +6,7 @@ Everything goes through a tensor at a time, so memory holds the largest tensor a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -60,10 +61,7 @@ class Entry:
 
     @property
     def size(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from .checkpoint import (
     STRAYS,
     Checkpoint,
     open_checkpoint,
+    prefix_of,
     read_text_encoder,
     read_transformer,
     read_vae,
@@ -33,7 +34,7 @@ from .lora import read_lora
 from .quantised import SUFFIXES, layer_settings
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer
-from .transformer_keys import DIFFUSERS_MARKER
+from .transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
 from .vae import QwenImageVAE
 
 _PARTS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
@@ -52,12 +53,8 @@ def describe(path: str | Path) -> str:
     lines = [f"{path.name}: {kind}, {_bytes(path.stat().st_size)}"]
     if kind == CONTROL_LORA or LORA in kind:
         lines += _lora_lines(checkpoint, kind)
-    readers = {TRANSFORMER: _transformer_lines, TEXT_ENCODER: _encoder_lines, VAE: _vae_lines}
-    for part, reader in readers.items():
-        if part in kind and LORA not in kind:
-            lines += reader(checkpoint)
-    if len(lines) == 1:
-        lines += _unknown_lines(checkpoint)
+    else:
+        lines += _part_lines(checkpoint, kind)
     return "\n".join(lines)
 
 
@@ -78,17 +75,18 @@ def _describe_folder(path: Path) -> str:
 
 
 def _part_lines(checkpoint: Checkpoint, kind: str) -> list[str]:
+    """Lines on each part of Krea 2 that a kind names; on the tensors where it names none."""
     readers = {TRANSFORMER: _transformer_lines, TEXT_ENCODER: _encoder_lines, VAE: _vae_lines}
-    for part, reader in readers.items():
-        if part in kind:
-            return reader(checkpoint)
-    return _unknown_lines(checkpoint)
+    lines = [reader(checkpoint) for part, reader in readers.items() if part in kind]
+    return sum(lines, []) or _unknown_lines(checkpoint)
 
 
 def _transformer_lines(checkpoint: Checkpoint) -> list[str]:
     lines = [f"  {TRANSFORMER}"]
-    layout = "diffusers names" if _holds(checkpoint, DIFFUSERS_MARKER) else "official names"
-    lines.append(f"    layout: {layout}{_prefix_note(checkpoint, 'txtfusion.', 'text_fusion.')}")
+    official = prefix_of(checkpoint, (OFFICIAL_MARKER,))
+    prefix = prefix_of(checkpoint, (OFFICIAL_MARKER, DIFFUSERS_MARKER))
+    layout = "diffusers names" if official is None else "official names"
+    lines.append(f"    layout: {layout}" + (f', prefix "{prefix}"' if prefix else ""))
     variant, how = variant_of(checkpoint)
     lines.append(f"    variant: {variant or 'unknown'} ({how})")
     try:
@@ -192,19 +190,6 @@ def _form(name: str, tensor, settings: Mapping[str, Mapping]) -> str:
     if isinstance(tensor, GGUFTensor):
         return f"GGUF {tensor.format}"
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _holds(checkpoint: Checkpoint, marker: str) -> bool:
-    return any(name == marker or name.endswith(f".{marker}") for name in checkpoint.tensors)
-
-
-def _prefix_note(checkpoint: Checkpoint, *markers: str) -> str:
-    for name in checkpoint.tensors:
-        for marker in markers:
-            before, found, _ = name.partition(marker)
-            if found:
-                return f', prefix "{before}"' if before else ""
-    return ""
 
 
 def _bytes(size: int) -> str:

@@ -8,15 +8,18 @@ names, and a `LoraReport` of the rest. The formulas are those of the trainers: L
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .identify import CheckpointError
+from .checkpoint import read_safetensors
+from .identify import CheckpointError, read_header
 from .transformer_keys import module_to_official, official_to_diffusers
 
 Shape = tuple[int, ...]
@@ -85,6 +88,14 @@ _COMPLETE = {
     frozenset(("diff",)): "diff",
     frozenset(("set",)): "set",
 }
+# Parts that are multiplied: the columns of the first are the rows of the second.
+_FACTORS = (
+    ("up", "down"),
+    ("w1_a", "w1_b"),
+    ("w2_a", "w2_b"),
+    ("hada_w1_a", "hada_w1_b"),
+    ("hada_w2_a", "hada_w2_b"),
+)
 _KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "diff": "full differences",
           "set": "full weights"}  # fmt: skip
 
@@ -309,13 +320,13 @@ class LoraReport:
     ranks: tuple[int, ...] = ()
     matched: int = 0
     text_matched: int = 0
-    modules: int = 0
     unmatched: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rank = {0: "", 1: f", rank {self.ranks[0]}" if self.ranks else ""}.get(
-            len(self.ranks), f", ranks {min(self.ranks, default=0)} to {max(self.ranks, default=0)}"
-        )
+        rank = ""
+        if self.ranks:
+            least, most = min(self.ranks), max(self.ranks)
+            rank = f", rank {least}" if least == most else f", ranks {least} to {most}"
         lines = [
             f"{self.name}: {' and '.join(self.kinds) or 'nothing'} of {self.family}{rank}",
             f"{self.matched} weights of the transformer matched"
@@ -368,6 +379,12 @@ def _key(name: str) -> str:
     return name.replace(".", "_")
 
 
+def read_lora_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a LoRA file. Raises CheckpointError where it is broken or something else."""
+    read_header(path)
+    return read_safetensors(path)[0]
+
+
 def read_lora(
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, Shape],
@@ -408,7 +425,6 @@ def read_lora(
             report.unmatched |= dict.fromkeys(keys, reason)
             continue
         families.append(family)
-        report.modules += 1
         for update in updates:
             found[text].setdefault(update.weight, []).append(update)
             kinds.add(_KINDS[update.kind] + (" with DoRA" if update.magnitude is not None else ""))
@@ -428,7 +444,7 @@ def read_lora(
     return found[0], found[1], report
 
 
-class TextTargets:
+class TextTargets(Targets):
     """The names that LoRA files may use for the weights of the text encoder."""
 
     def __init__(self, shapes: Mapping[str, Shape]):
@@ -438,9 +454,6 @@ class TextTargets:
             bare = weight.removesuffix(".weight")
             for before in ("", "model.", "model.language_model.", "language_model."):
                 self._targets[_key(before + bare)] = (Target(weight),)
-
-    def find(self, name: str) -> tuple[Target, ...]:
-        return self._targets.get(_key(name), ())
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -478,7 +491,7 @@ def _strip(base: str, targets: Targets) -> tuple[str, str]:
     return bare, family or "bare names"
 
 
-def _why_not(bare: str, text: bool, targets: Targets | TextTargets) -> str:
+def _why_not(bare: str, text: bool, targets: Targets) -> str:
     if text and not targets.shapes:
         return "a layer of the text encoder, and none is connected"
     if text:
@@ -527,21 +540,15 @@ def _misfit(updates: list[Update], shapes: Mapping[str, Shape]) -> str:
         found = updates[0].shape()
     except (ValueError, IndexError):
         return "its matrices do not fit together"
-    inner = {"lora": (("up", 1, "down", 0),), "lokr": (), "loha": ()}.get(updates[0].kind, ())
     parts = updates[0].parts
-    for first, column, second, row in inner:
-        if parts[first].shape[column] != parts[second].shape[row]:
+    for first, second in _FACTORS:
+        if {first, second} <= parts.keys() and parts[first].shape[1] != parts[second].shape[0]:
             return "its matrices do not fit together"
     wanted = [shapes[update.weight] for update in updates]
     rows = sum(shape[0] for shape in wanted)
     whole = (rows, *wanted[0][1:])
-    size, expected = 1, 1
-    for side in found:
-        size *= side
-    for side in whole:
-        expected *= side
     # A table may be stored as (6, F) or (6 F); matrices have to agree in both sides.
-    if size != expected or (len(whole) > 1 and found[0] != whole[0]):
+    if math.prod(found) != math.prod(whole) or (len(whole) > 1 and found[0] != whole[0]):
         return f"made for {_times(found)}, the layer is {_times(whole)}"
     return ""
 

@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import nano
-from .checkpoint import load_text_encoder, load_transformer, load_vae, read_safetensors
+from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
-from .identify import read_header
-from .lora import LoraReport, LoraStack, read_lora
+from .lora import LoraReport, LoraStack, read_lora, read_lora_file
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
 from .sizes import round_size
 from .text_encoder import Qwen3VLTextEncoder
@@ -96,13 +95,13 @@ class Krea2Pipeline:
         the file is not a LoRA or fits nothing.
         """
         path = Path(path)
-        read_header(path)
-        tensors, _ = read_safetensors(path)
         shapes, text_shapes = (
             {name: tuple(weight.shape) for name, weight in stack.weights.items()}
             for stack in self._loras
         )
-        updates, text_updates, report = read_lora(tensors, shapes, path.name, text_shapes)
+        updates, text_updates, report = read_lora(
+            read_lora_file(path), shapes, path.name, text_shapes
+        )
         self._loras[0].add(updates, scale)
         self._loras[1].add(text_updates, scale)
         if report.unmatched:

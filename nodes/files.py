@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import folder_paths
@@ -85,6 +85,15 @@ def find_model(part: str, name: str) -> Path:
         f"There is no {name!r} in {folders}. Expected {part}, for example {WHERE[part]}; put the "
         "file there and refresh, or choose one of the list."
     )
+
+
+def problem(find: Callable[..., Path], *arguments: str) -> bool | str:
+    """What `find(*arguments)` has against a name, for a node's validation; True where nothing."""
+    try:
+        find(*arguments)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return True
 
 
 def list_loras() -> list[str]:

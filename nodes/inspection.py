@@ -31,13 +31,7 @@ class K2Inspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None):
-        if file is None:
-            return True
-        try:
-            files.find_anything(file)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return True
+        return file is None or files.problem(files.find_anything, file)
 
     @classmethod
     def fingerprint_inputs(cls, file=None):

@@ -51,13 +51,7 @@ def _dtype(name: str):
 
 def _check(part: str, name: str | None):
     """True, or what is wrong with a chosen name; a linked one is not known yet."""
-    if name is None or name == files.AUTO:
-        return True
-    try:
-        files.find_model(part, name)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return True
+    return name in (None, files.AUTO) or files.problem(files.find_model, part, name)
 
 
 class K2Loader(io.ComfyNode):

@@ -56,13 +56,7 @@ class K2LoraLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora=None):
-        if lora is None:
-            return True
-        try:
-            files.find_lora(lora)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return True
+        return lora is None or files.problem(files.find_lora, lora)
 
     @classmethod
     def execute(cls, model, lora, strength=1.0, clip=None, clip_strength=1.0):

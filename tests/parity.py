@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger("parity")
@@ -19,3 +20,9 @@ def assert_close(value: Tensor, expected: Tensor, limit: float, what: str) -> No
     error = relative_error(value, expected)
     logger.info("%s: relative error %.1e (limit %.0e)", what, error, limit)
     assert error < limit, f"{what}: relative error {error:.2e}, limit {limit:.0e}"
+
+
+def same_weights(first, second) -> bool:
+    """Whether two modules hold the same names with the same numbers."""
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)

@@ -1,6 +1,5 @@
 """LoRA: updates of krea2_model as patches of ComfyUI's, for any base and any way of loading."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_base
@@ -9,23 +8,16 @@ import comfy.weight_adapter
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...krea2_model.checkpoint import read_safetensors
-from ...krea2_model.identify import read_header
-from ...krea2_model.lora import Update, read_lora
+from ...krea2_model.lora import Update, read_lora, read_lora_file
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import official_to_module
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What an update is beside its tensors, which ComfyUI moves between devices."""
-
-    update: Update
-    names: tuple[str, ...]
-
-
 class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
-    """One `Update`. ComfyUI builds others like it from `loaded_keys` and moved `weights`."""
+    """One `Update`. ComfyUI builds others like it from `loaded_keys` and moved `weights`.
+
+    `weights` are the update, the norm it may need, and its matrices once more, wherever they are.
+    """
 
     name = "krea2"
 
@@ -34,9 +26,7 @@ class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
 
     @classmethod
     def of(cls, update: Update, fused_norm: torch.Tensor | None = None):
-        names = tuple(update.parts)
-        form = _Form(update, names)
-        return cls(set(), (form, fused_norm, *(update.parts[name] for name in names)))
+        return cls(set(), (update, fused_norm, *update.parts.values()))
 
     def calculate_weight(
         self,
@@ -49,9 +39,8 @@ class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        form, fused_norm, *tensors = self.weights
-        parts = dict(zip(form.names, tensors, strict=True))
-        update = form.update.with_parts(parts)
+        update, fused_norm, *tensors = self.weights
+        update = update.with_parts(dict(zip(update.parts, tensors, strict=True)))
         if fused_norm is not None:
             fused_norm = fused_norm.to(weight.device)
         changed = update.apply(weight, strength, fused_norm)
@@ -68,10 +57,8 @@ def apply_lora(model, clip, path: Path, strength: float, clip_strength: float):
     """
     names = _weight_names(model)
     text_names = {} if clip is None else _text_weight_names(clip)
-    read_header(path)
-    tensors, _ = read_safetensors(path)
     updates, text_updates, report = read_lora(
-        tensors,
+        read_lora_file(path),
         {name: shape for name, (_, shape) in names.items()},
         path.name,
         {name: shape for name, (_, shape) in text_names.items()},

@@ -18,6 +18,21 @@ def tokenizer_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A models folder with small random checkpoints."""
+    import tiny_checkpoints
+
+    folder = tmp_path_factory.mktemp("models")
+    tiny_checkpoints.write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def turbo(models) -> Path:
+    return models / "diffusion_models" / "krea2_tiny_turbo.safetensors"
+
+
+@pytest.fixture(scope="session")
 def diffusers_pipeline(tokenizer_folder):
     """diffusers' own Krea2Pipeline with small random parts, in float32."""
     import torch

@@ -25,23 +25,7 @@ from krea2_model import (
 from krea2_model.identify import identify, read_header
 from krea2_model.transformer_keys import official_to_diffusers
 from krea2_model.vae_keys import vae_key_map
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def turbo(models):
-    return models / "diffusion_models" / "krea2_tiny_turbo.safetensors"
-
-
-def same_weights(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+from parity import same_weights
 
 
 def saved(path, tensors, **metadata):

@@ -13,26 +13,9 @@ import tiny_checkpoints as tiny
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, load_vae
 from krea2_model.__main__ import main
 from krea2_model.identify import read_header
-from parity import assert_close, relative_error
+from parity import assert_close, relative_error, same_weights
 
 SIZE = {"height": 32, "width": 48, "steps": 2, "guidance": 1.0, "output_type": "latent"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def turbo(models):
-    return models / "diffusion_models" / "krea2_tiny_turbo.safetensors"
-
-
-def same_weights(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def convert(*arguments):
