@@ -31,7 +31,7 @@ from .identify import (
     identify,
 )
 from .lora import read_lora
-from .quantised import SUFFIXES, layer_settings
+from .quantised import BRANCH, SUFFIXES, layer_settings
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer
 from .transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
@@ -160,7 +160,8 @@ def _unknown_lines(checkpoint: Checkpoint) -> list[str]:
 
 def _weights_lines(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Parameters, storage by group of layers, and what is missing or too much."""
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(SUFFIXES)}
+    beside = (*SUFFIXES, *BRANCH)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(beside)}
     count = sum(tensor.numel() for tensor in wanted.values())
     lines = [f"    parameters: {count:,}"]
     settings = layer_settings(tensors)
@@ -172,6 +173,9 @@ def _weights_lines(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     for group, forms in groups.items():
         text = ", ".join(f"{number} x {form}" for form, number in forms.most_common())
         lines.append(f"    {group}: {text}")
+    if ranks := sorted({tensor.shape[0] for n, tensor in tensors.items() if n.endswith(BRANCH[1])}):
+        text = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
+        lines.append(f"    low-rank branches: rank {text}")
     for word, names in (
         ("missing", sorted(wanted.keys() - weights.keys())),
         ("surplus", sorted(weights.keys() - wanted.keys())),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import nano
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
-from .lora import LoraReport, LoraStack, read_lora, read_lora_file
+from .lora import LoraReport, read_lora, read_lora_file
+from .lora_updates import LoraStack
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
 from .sizes import round_size
 from .text_encoder import Qwen3VLTextEncoder

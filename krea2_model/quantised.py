@@ -22,6 +22,8 @@ SETTINGS = ".comfy_quant"
 HEADER = "_quantization_metadata"
 # What stands beside a quantised weight.
 SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale", SETTINGS)
+# A low-rank branch beside a quantised layer: its up and down matrices.
+BRANCH = (".svdq_l1", ".svdq_l2")
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
@@ -89,7 +91,7 @@ def dequantise(
     settings = layer_settings(tensors)
     result = {}
     for key, tensor in tensors.items():
-        if key.endswith(SUFFIXES):
+        if key.endswith((*SUFFIXES, *BRANCH)):
             continue
         if isinstance(tensor, GGUFTensor):
             result[key] = tensor.dequantise(dtype)
@@ -98,6 +100,9 @@ def dequantise(
             result[key] = _values(tensor, scale, settings[layer], f"{name}: {key}").to(dtype)
             if f"{layer}.pre_quant_scale" in tensors:
                 result[key] = result[key] * tensors[f"{layer}.pre_quant_scale"].to(dtype)
+            up, down = (tensors.get(layer + end) for end in BRANCH)
+            if up is not None and down is not None:
+                result[key] = (result[key].float() + up.float() @ down.float()).to(dtype)
         elif tensor.dtype in FLOAT8.values():
             result[key] = tensor.to(dtype)
         else:

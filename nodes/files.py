@@ -40,8 +40,9 @@ _COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "v
 _SUFFIXES = (".safetensors", ".sft")
 _GGUF = ".gguf"
 
-# Kinds by (path, size, time of change): a folder is listed often, its headers are read once.
-_kinds: dict[tuple[str, int, int], str] = {}
+# Shapes by (path, size, time of change): folders are listed often, and a header may hold a
+# vocabulary. Each is read once.
+_headers: dict[tuple[str, int, int], dict[str, tuple[int, ...]]] = {}
 
 
 def list_models(part: str) -> list[str]:
@@ -216,13 +217,9 @@ def _may_hold(path: Path, part: str) -> bool:
     if "-of-0" in path.name and any(path.parent.glob("*.safetensors.index.json")):
         return False
     try:
-        stat = path.stat()
-        signature = (str(path), stat.st_size, stat.st_mtime_ns)
-        if signature not in _kinds:
-            _kinds[signature] = identify(read_shapes(path))
+        return part in identify(_file_shapes(path))
     except (OSError, CheckpointError):
         return True
-    return part in _kinds[signature]
 
 
 def _gguf_files(key: str) -> list[str]:
@@ -259,8 +256,16 @@ def _shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
     files = [path] if path.is_file() else weight_files(path / _COMPONENTS[part])
     shapes = {}
     for file in files:
-        shapes |= read_shapes(file)
+        shapes |= _file_shapes(file)
     return shapes
+
+
+def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    stat = path.stat()
+    signature = (str(path), stat.st_size, stat.st_mtime_ns)
+    if signature not in _headers:
+        _headers[signature] = read_shapes(path)
+    return _headers[signature]
 
 
 def _fits(path: Path, part: str, model: Path) -> bool:

@@ -8,7 +8,8 @@ import comfy.weight_adapter
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...krea2_model.lora import Update, read_lora, read_lora_file
+from ...krea2_model.lora import read_lora, read_lora_file
+from ...krea2_model.lora_updates import Update
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import official_to_module
 

@@ -19,6 +19,7 @@ from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TRANSFORMER
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
+from .branches import add_branches, file_name, take_branches
 from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import PatchHooks
 from .layers import comfy_layers
@@ -152,7 +153,7 @@ class Krea2ModelConfig(comfy.supported_models_base.BASE):
         return {official_to_module(name): tensor for name, tensor in state_dict.items()}
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        official = {module_to_official(name): plain(t) for name, t in state_dict.items()}
+        official = {module_to_official(file_name(name)): plain(t) for name, t in state_dict.items()}
         return super().process_unet_state_dict_for_saving(official)
 
 
@@ -230,8 +231,9 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     checkpoint = open_part(path, "transformer")
     state = read_transformer(checkpoint)
     bare = Krea2Transformer(state.config, device="meta")
-    quantisation = check_weights(bare, state.tensors, checkpoint.path, TRANSFORMER)
-    blocks = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
+    tensors, branches = take_branches(state.tensors, checkpoint.path.name)
+    quantisation = check_weights(bare, tensors, checkpoint.path, TRANSFORMER)
+    blocks = any(isinstance(tensor, GGUFTensor) for tensor in tensors.values())
 
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -255,10 +257,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
         model_config.custom_operations = GGUFOperations
     tensors = {
         name: tensor.float() if is_norm_or_table(name) else wrap(tensor, manual_cast or dtype)
-        for name, tensor in state.tensors.items()
+        for name, tensor in tensors.items()
     }
 
     model = model_config.get_model(tensors, "")
+    tensors |= add_branches(model.diffusion_model, branches, checkpoint.path.name)
     model.preset = state.preset
     patcher = _patcher_class(load_device, disable_dynamic, blocks)(
         model, load_device=load_device, offload_device=offload_device

@@ -141,3 +141,37 @@ def conditioning():
 @pytest.fixture
 def latent():
     return {"samples": torch.zeros(1, 16, 1, 16, 24)}
+
+
+@pytest.fixture
+def dynamic_patcher(monkeypatch):
+    """NVIDIA's default patcher around a model, on the CPU, with stand-ins for pinned memory."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    class HostBuffer:
+        def __init__(self, *sizes):
+            pass
+
+    dynamic = comfy.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(dynamic, "__new__", lambda cls, *args, **kwargs: object.__new__(cls))
+    monkeypatch.setattr(comfy.model_patcher.comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
+    monkeypatch.setattr(dynamic, "partially_unload_ram", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(comfy.model_management, "pinned_hostbuf_size", lambda size: size)
+    cpu = torch.device("cpu")
+    return lambda model: dynamic(model, cpu, cpu)
+
+
+@pytest.fixture
+def velocity():
+    """The transformer's answer to a fixed input, in float32: `velocity(patcher)`."""
+    import comfy.model_management
+
+    def call(patcher, **load):
+        comfy.model_management.load_models_gpu([patcher], force_full_load=not load, **load)
+        x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+        x = x.to(patcher.model.get_dtype_inference())
+        context = random_conditioning(6, 1)[0][0].to(x.dtype)
+        return patcher.model.diffusion_model(x, torch.tensor([0.6]), context).float()
+
+    return call

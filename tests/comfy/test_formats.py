@@ -33,6 +33,26 @@ def by_comfyui(form, **settings):
     return write
 
 
+def with_branches(write, rank=32):
+    """The strongest directions of each matrix apart in 16 bits, the rest as `write` stores it."""
+
+    def branched(tensors):
+        rest, low = dict(tensors), {}
+        for name, tensor in tensors.items():
+            if formats.is_block_matrix(name, tensor) and not tensor.shape[1] % 64:
+                u, s, v = torch.linalg.svd(tensor.float(), full_matrices=False)
+                up, down = ((u * s)[:, :rank].bfloat16(), v[:rank].bfloat16())
+                low[name.removesuffix(".weight")] = (up.contiguous(), down.contiguous())
+                rest[name] = tensor - up.float() @ down.float()
+        stored, values, metadata = write(rest)
+        for layer, (up, down) in low.items():
+            stored |= {f"{layer}.svdq_l1": up, f"{layer}.svdq_l2": down}
+            values[f"{layer}.weight"] = values[f"{layer}.weight"] + up.float() @ down.float()
+        return stored, values, metadata | {"krea2_svdquant_rank": str(rank)}
+
+    return branched
+
+
 # Writer, whether core reads the file too, the dtype in memory, and how far an image's velocity may
 # be from that of the numbers in the file (activations are quantised in some formats).
 FORMATS = {
@@ -49,6 +69,8 @@ FORMATS = {
     "nvfp4": (by_comfyui("nvfp4"), True, torch.uint8, 0.5),
     "mxfp8": (by_comfyui("mxfp8"), True, torch.float8_e4m3fn, 0.2),
     "convrot_w4a4": (by_comfyui("convrot_w4a4", convrot_groupsize=16), True, torch.int8, 1.0),
+    "convrot_w4a4, branches": (with_branches(by_comfyui("convrot_w4a4", convrot_groupsize=16)),
+                               False, torch.int8, 0.5),
 }  # fmt: skip
 GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -56,20 +78,6 @@ GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", 
 @pytest.fixture(scope="module")
 def tensors(models):
     return load_file(models / "diffusion_models" / "krea2_tiny_turbo.safetensors")
-
-
-@pytest.fixture
-def velocity(conditioning):
-    """The transformer's answer to a fixed input, in float32."""
-
-    def call(patcher, **load):
-        comfy.model_management.load_models_gpu([patcher], force_full_load=not load, **load)
-        x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
-        x = x.to(patcher.model.get_dtype_inference())
-        context = conditioning(6, 1)[0][0].to(x.dtype)
-        return patcher.model.diffusion_model(x, torch.tensor([0.6]), context).float()
-
-    return call
 
 
 @pytest.fixture
@@ -129,6 +137,53 @@ def test_gguf_files(run, tensors, velocity, write, name):
     count = sum(w.numel() for w in ours.model.diffusion_model.parameters()
                 if isinstance(w, QuantizedTensor))  # fmt: skip
     assert held == count // block * size
+
+
+def test_low_rank_branches(run, models, tensors, write, velocity):
+    """A layer's answer is its quantised weight's plus the branch's; saving keeps both."""
+    import folder_paths
+    from comfy_extras.nodes_model_merging import save_checkpoint
+
+    file, _ = write(tensors, "convrot_w4a4, branches")
+    stored = load_file(models / "diffusion_models" / file)
+    patcher = run("K2ModelLoader", file=file)[0]
+    expected = velocity(patcher)
+    layer = patcher.model.diffusion_model.blocks[0].mlp.down
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+    up, down = (stored[f"blocks.0.mlp.down.svdq_l{n}"].float() for n in (1, 2))
+    without = torch.nn.functional.linear(x, layer.weight)
+    assert_close(layer(x), without + x @ down.T @ up.T, 1e-6, "a layer with its branch")
+    keys = {key for *_, key, _, _ in patcher._load_list()}
+    assert "diffusion_model.blocks.0.mlp.down" in keys, "still a leaf that ComfyUI offloads"
+
+    save_checkpoint(patcher, filename_prefix="saved", output_dir=str(models / "x"))
+    (saved,) = (models / "x").glob("saved*.safetensors")
+    target = models / "diffusion_models" / "saved.safetensors"
+    saved.replace(target)
+    folder_paths.filename_list_cache.clear()
+    again = run("K2ModelLoader", file="saved.safetensors")[0]
+    kept = {n.removeprefix("model.diffusion_model."): t for n, t in load_file(target).items()}
+    assert kept.keys() == stored.keys()
+    assert all(torch.equal(kept[name], stored[name]) for name in stored)
+    assert_close(velocity(again), expected, 1e-5, "saved and loaded")
+    target.unlink()
+
+
+@pytest.mark.parametrize("damage", ["no up", "no weight", "narrow"])
+def test_broken_branches_are_refused(run, models, tensors, write, damage):
+    file, _ = write(tensors, "convrot_w4a4, branches")
+    path = models / "diffusion_models" / file
+    stored = load_file(path)
+    if damage == "no up":
+        del stored["blocks.0.attn.wq.svdq_l1"]
+    elif damage == "no weight":
+        stored["blocks.0.attn.other.svdq_l1"] = stored["blocks.0.attn.wq.svdq_l1"].clone()
+    else:
+        narrow = stored["blocks.0.attn.wq.svdq_l2"][:, :-1]
+        stored["blocks.0.attn.wq.svdq_l2"] = narrow.contiguous()
+    save_file(stored, path)
+    with pytest.raises(ValueError, match=r"low-rank branch .*blocks\.0\.attn"):
+        run("K2ModelLoader", file=file)
 
 
 @pytest.fixture

@@ -111,20 +111,10 @@ def test_inpainting_keeps_what_is_masked(run, turbo, conditioning):
     assert "noise_mask" in result
 
 
-def test_dynamic_vram_patches_every_weight(run, base, turbo, monkeypatch):
+def test_dynamic_vram_patches_every_weight(turbo, dynamic_patcher):
     """The load path of NVIDIA's default patcher, which ignores bare parameters."""
-
-    class HostBuffer:
-        def __init__(self, *sizes):
-            pass
-
-    dynamic = comfy.model_patcher.ModelPatcherDynamic
-    monkeypatch.setattr(dynamic, "__new__", lambda cls, *args, **kwargs: object.__new__(cls))
-    monkeypatch.setattr(comfy.model_patcher.comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
-    monkeypatch.setattr(dynamic, "partially_unload_ram", lambda *args, **kwargs: 0)
-    monkeypatch.setattr(comfy.model_management, "pinned_hostbuf_size", lambda size: size)
     cpu = torch.device("cpu")
-    patcher = dynamic(turbo.model, cpu, cpu)
+    patcher = dynamic_patcher(turbo.model)
     differences, _ = full_difference(patcher)
     original = {k: v.clone() for k, v in turbo.model.state_dict().items()}
     added = patcher.add_patches({k: ("diff", (d,)) for k, d in differences.items()}, 1.0)
