@@ -26,8 +26,8 @@ WHERE = {
     VAE: "qwen_image_vae.safetensors (models/vae)",
 }
 
-# The longest header a safetensors file may have, by the format's own reader.
-_MAX_HEADER = 100_000_000
+# The longest header that is read: many times any model's, and little enough to be refused quickly.
+_MAX_HEADER = 25_000_000
 
 
 class CheckpointError(ValueError):

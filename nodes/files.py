@@ -30,6 +30,8 @@ _BUILT_IN = {
     VAE: {NANO: nano.VAE},
 }
 
+_BUILT_IN_LORAS = {"krea2-nano notebook (built in)": nano.LORA}
+
 # Folder keys of ComfyUI that may hold each part; all-in-one files are checkpoints.
 _FOLDERS = {
     TRANSFORMER: ("diffusion_models", "checkpoints"),
@@ -98,9 +100,13 @@ def problem(find: Callable[..., Path], *arguments: str) -> bool | str:
 
 
 def list_loras() -> list[str]:
-    """Names of the files of models/loras, whatever model they are for; pickles are left out."""
+    """Names of the files of models/loras, whatever model they are for, then what is built in.
+
+    Pickles are left out.
+    """
     names = folder_paths.get_filename_list("loras")
-    return [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    names = [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    return [*names, *_BUILT_IN_LORAS]
 
 
 def find_lora(name: str) -> Path:
@@ -108,6 +114,8 @@ def find_lora(name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
+    if name in _BUILT_IN_LORAS:
+        return _BUILT_IN_LORAS[name]
     for spelled in _spellings(name):
         if path := folder_paths.get_full_path("loras", spelled):
             return _checked_lora(Path(path))

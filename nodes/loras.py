@@ -27,7 +27,9 @@ class K2LoraLoader(io.ComfyNode):
                     tooltip="The text encoder, for LoRAs that change it too (few do).",
                 ),
                 io.Combo.Input(
-                    "lora", options=files.list_loras(), tooltip="A file of models/loras."
+                    "lora",
+                    options=files.list_loras(),
+                    tooltip="A file of models/loras, or the one that krea2-nano brings.",
                 ),
                 io.Float.Input(
                     "strength",

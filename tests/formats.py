@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import gguf
+import k_blocks
 import numpy as np
 import torch
 
@@ -89,11 +90,52 @@ def int8(tensors, rows=True, group=None):
     return stored, values, {}
 
 
-def gguf_file(tensors, path: Path, form: str, part="blocks.", architecture="krea2", strays=()):
-    """Write a GGUF file with `form` in its matrices; returns the numbers that stand in it.
+def by_comfyui(form, **settings):
+    """A writer that quantises with ComfyUI's own layouts, which have to be importable."""
 
-    The gguf package cannot make K blocks: those are random, with scales that suit a weight.
-    """
+    def write(tensors):
+        from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+        stored, values = {}, dict(tensors)
+        for name, tensor in tensors.items():
+            # Four bits go in groups of 64.
+            if not is_block_matrix(name, tensor) or tensor.shape[1] % 64:
+                stored[name] = tensor
+                continue
+            layer = name.removesuffix(".weight")
+            layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+            weight = QuantizedTensor.from_float(tensor.to(torch.bfloat16), layout, **settings)
+            values[name] = weight.dequantize().float()
+            parts = weight.state_dict(f"{layer}.weight")
+            stored |= {key: part.contiguous() for key, part in parts.items()}
+            stored[f"{layer}.comfy_quant"] = settings_tensor({"format": form, **settings})
+        return stored, values, {}
+
+    return write
+
+
+def with_branches(write, rank=32):
+    """The strongest directions of each matrix apart in 16 bits, the rest as `write` stores it."""
+
+    def branched(tensors):
+        rest, low = dict(tensors), {}
+        for name, tensor in tensors.items():
+            if is_block_matrix(name, tensor) and not tensor.shape[1] % 64:
+                u, s, v = torch.linalg.svd(tensor.float(), full_matrices=False)
+                up, down = ((u * s)[:, :rank].bfloat16(), v[:rank].bfloat16())
+                low[name.removesuffix(".weight")] = (up.contiguous(), down.contiguous())
+                rest[name] = tensor - up.float() @ down.float()
+        stored, values, metadata = write(rest)
+        for layer, (up, down) in low.items():
+            stored |= {f"{layer}.svdq_l1": up, f"{layer}.svdq_l2": down}
+            values[f"{layer}.weight"] = values[f"{layer}.weight"] + up.float() @ down.float()
+        return stored, values, metadata | {"krea2_svdquant_rank": str(rank)}
+
+    return branched
+
+
+def gguf_file(tensors, path: Path, form: str, part="blocks.", architecture="krea2", strays=()):
+    """Write a GGUF file with `form` in its matrices; returns the numbers that stand in it."""
     kind = gguf.GGMLQuantizationType[form]
     writer = gguf.GGUFWriter(path, architecture)
     values = {}
@@ -104,7 +146,8 @@ def gguf_file(tensors, path: Path, form: str, part="blocks.", architecture="krea
             writer.add_tensor(name, array)
             values[name] = tensor
             continue
-        data = random_blocks(array, kind) if form.endswith("_K") else gguf.quantize(array, kind)
+        k_form = form.endswith("_K")
+        data = k_blocks.quantise(array, form) if k_form else gguf.quantize(array, kind)
         values[name] = torch.from_numpy(gguf.dequantize(data, kind).reshape(array.shape).copy())
         writer.add_tensor(name, data, raw_dtype=kind)
     for name in strays:
@@ -116,17 +159,17 @@ def gguf_file(tensors, path: Path, form: str, part="blocks.", architecture="krea
     return values
 
 
-# Where the halves (float16) of a K block lie: the scale, then the offset's where there is one.
-_HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-
-
-def random_blocks(array, kind):
-    values, size = gguf.GGML_QUANT_SIZES[kind]
-    count = array.size // values
-    random = np.random.default_rng(array.size)
-    blocks = random.integers(0, 256, size=(count, size), dtype=np.uint8)
-    # Six-bit scales times values of up to six bits, about as wide as the weights.
-    half = np.float16(array.std() / (32 * 16)).tobytes()
-    for place in _HALVES[kind.name]:
-        blocks[:, place : place + 2] = np.frombuffer(half, dtype=np.uint8)
-    return blocks.reshape(array.shape[0], -1)
+# Safetensors layouts by name, each a writer of a transformer's tensors.
+WRITERS = {
+    "fp8, settings as tensors": lambda tensors: float8(tensors, "tensors"),
+    "fp8, settings in the header": lambda tensors: float8(tensors, "header"),
+    "fp8, old marker": lambda tensors: float8(tensors, "marker"),
+    "fp8, old marker, full": lambda tensors: float8(tensors, "marker, full"),
+    "int8, a scale a row": int8,
+    "int8, one scale": lambda tensors: int8(tensors, rows=False),
+    "int8 convrot": lambda tensors: int8(tensors, group=256),
+    "nvfp4": by_comfyui("nvfp4"),
+    "mxfp8": by_comfyui("mxfp8"),
+    "convrot_w4a4": by_comfyui("convrot_w4a4", convrot_groupsize=16),
+    "convrot_w4a4, branches": with_branches(by_comfyui("convrot_w4a4", convrot_groupsize=16)),
+}

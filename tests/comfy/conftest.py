@@ -3,9 +3,7 @@
 Needs ComfyUI on PYTHONPATH and the repository root off it (see scripts/test.sh).
 """
 
-import asyncio
 import atexit
-import importlib.util
 import shutil
 import sys
 import tempfile
@@ -19,36 +17,9 @@ BASE = Path(tempfile.mkdtemp(prefix="krea2-comfy-"))
 atexit.register(shutil.rmtree, BASE, ignore_errors=True)
 sys.path += [str(ROOT / "tests"), str(ROOT / "scripts")]
 
-for folder in ("models", "custom_nodes", "user", "output", "input", "temp"):
-    (BASE / folder).mkdir()
-sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE), "--disable-api-nodes"]
+import in_process  # noqa: E402
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-
-import folder_paths  # noqa: E402
-
-import nodes  # noqa: E402 - ComfyUI's; imported before anything can shadow it
-
-PACK = "krea2_kit"
-
-
-def load_pack():
-    """Import the pack as ComfyUI does: a package under a name of its own."""
-    spec = importlib.util.spec_from_file_location(
-        PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-# main.py is what sets this from the flag.
-folder_paths.set_output_directory(str(BASE / "output"))
-extension = asyncio.run(load_pack().comfy_entrypoint())
-NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+in_process.start(BASE)
 
 
 @pytest.fixture(scope="session")
@@ -75,36 +46,13 @@ def _inference_mode():
 @pytest.fixture(scope="session")
 def run():
     """Call one of our nodes, or one of core's, as the executor would: `run("K2Sampler", ...)`."""
-
-    def call(node_id, **inputs):
-        if node_id in NODES:
-            return NODES[node_id].execute(**inputs).result
-        node = nodes.NODE_CLASS_MAPPINGS.get(node_id) or core_node(node_id)
-        if hasattr(node, "define_schema"):
-            return node.execute(**inputs).result
-        return getattr(node(), node.FUNCTION)(**inputs)
-
-    return call
-
-
-def core_node(node_id):
-    """A node of comfy_extras, which only a starting server imports."""
-    import comfy_extras.nodes_custom_sampler as custom
-    import comfy_extras.nodes_model_merging as merging
-    import comfy_extras.nodes_torch_compile as compiling
-
-    for module in (custom, merging, compiling):
-        if node_id in getattr(module, "NODE_CLASS_MAPPINGS", {}):
-            return module.NODE_CLASS_MAPPINGS[node_id]
-        if hasattr(module, node_id):
-            return getattr(module, node_id)
-    raise KeyError(node_id)
+    return in_process.run_node
 
 
 @pytest.fixture(scope="session")
 def pack():
     """The pack's modules by path: `pack("nodes.managed.model")`."""
-    return lambda name: importlib.import_module(f"{PACK}.{name}")
+    return in_process.pack_module
 
 
 @pytest.fixture

@@ -131,6 +131,43 @@ def test_a_size_is_rounded_up_and_says_so(server, graph):
     assert texts == ["32 x 48 (rounded up from 17 x 33)"]
 
 
+def test_a_lora_reports_and_changes_the_picture(server):
+    whole = json.loads((ROOT / "tests/workflows/krea2_nano_first_image.json").read_text())
+    plain = picture(server, whole)
+    whole["lora"] = {
+        "class_type": "K2LoraLoader",
+        "inputs": {"model": ["1", 0], "lora": "krea2-nano notebook (built in)", "strength": 1.0,
+                   "clip_strength": 1.0},
+    }  # fmt: skip
+    (sampler,) = [node for node in whole.values() if node["class_type"] == "K2Sampler"]
+    sampler["inputs"]["model"] = ["lora", 0]
+    outputs = server.wait(server.post(whole), timeout=120)
+    (png,) = server.images(outputs)
+    assert np.abs(np.asarray(Image.open(io.BytesIO(png))).astype(int) - plain).mean() > 5
+    (report,) = outputs["lora"]["text"]
+    assert report.startswith("krea2_nano_notebook_lora.safetensors: LoRA of ")
+    assert "48 weights of the transformer matched" in report and "left out" not in report
+
+    whole["lora"]["inputs"]["lora"] = "../vae/qwen_image_vae.safetensors"
+    with pytest.raises(JobError, match="There is no '../vae/qwen_image_vae.safetensors'"):
+        server.post(whole)
+
+
+def test_inspect_describes_files(server):
+    (server.base / "models" / "loras").mkdir(exist_ok=True)
+    for file, words in (
+        ("diffusion_models/krea2_turbo_bf16.safetensors", ("a Krea 2 transformer", "turbo")),
+        ("text_encoders/few_layers.safetensors", ("broken",)),
+        ("vae/qwen_image_vae.safetensors", ("a Qwen-Image VAE",)),
+    ):
+        graph = {"1": {"class_type": "K2Inspect", "inputs": {"file": file}}}
+        (text,) = server.wait(server.post(graph), timeout=60)["1"]["text"]
+        assert all(word in text for word in words), text
+    graph["1"]["inputs"]["file"] = "diffusion_models/../../../etc/passwd"
+    with pytest.raises(JobError, match="There is no"):
+        server.post(graph)
+
+
 LOADER_REFUSALS = {
     "missing": (
         "model",

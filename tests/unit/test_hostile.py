@@ -107,6 +107,10 @@ def test_headers_that_lie(files, tmp_path, change):
 CLAIMS = {
     "header of 10 GB": struct.pack("<Q", 10_000_000_000) + b"{" + b" " * 1000,
     "header of 90 MB in a small file": struct.pack("<Q", 90_000_000) + b"{}",
+    "header of 90 MB of numbers": struct.pack("<Q", 90_000_000)
+    + b'{"a":['
+    + b"1," * 44_999_996
+    + b"1]}",
     "GGUF with 10^15 tensors": b"GGUF" + struct.pack("<IQQ", 3, 10**15, 0),
     "GGUF with a key of 10^15 bytes": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 10**15),
     "GGUF with 10^15 keys": b"GGUF" + struct.pack("<IQQ", 3, 0, 10**15),

@@ -1,0 +1,60 @@
+// Shows on our nodes what they report as text after a run: a LoRA's report, what a file is.
+
+import { app } from "../../../scripts/app.js";
+import { ComfyWidgets } from "../../../scripts/widgets.js";
+
+const NAME = "report";
+
+const isOurs = (node) => node?.comfyClass?.startsWith("K2");
+
+function show(node, text) {
+  let widget = node.widgets?.find((each) => each.name === NAME);
+  if (!widget) {
+    const spec = ["STRING", { multiline: true }];
+    widget = ComfyWidgets.STRING(node, NAME, spec, app).widget;
+    // Seen on the page only: neither in the saved workflow nor in the request.
+    widget.serialize = false;
+    widget.options.serialize = false;
+    widget.options.read_only = true;
+    if (widget.element) {
+      widget.element.readOnly = true;
+      widget.element.style.opacity = 0.75;
+    }
+  }
+  widget.value = text;
+  const lines = text.split("\n");
+  const rows = lines.reduce((sum, line) => sum + 1 + Math.floor(line.length / 60), 0);
+  const [width, height] = node.computeSize();
+  const readable = lines.some((line) => line.length > 40) ? 420 : 0;
+  node.setSize([
+    Math.max(node.size[0], width, readable),
+    Math.max(node.size[1], height + 14 * (rows - 1)),
+  ]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+function update(node, output) {
+  if (isOurs(node) && output?.text?.length) {
+    show(node, [output.text].flat().join("\n"));
+  }
+}
+
+app.registerExtension({
+  name: "krea2.nodeText",
+
+  nodeCreated(node) {
+    if (!isOurs(node)) return;
+    const before = node.onExecuted;
+    node.onExecuted = function (output) {
+      before?.apply(this, arguments);
+      update(this, output);
+    };
+  },
+
+  // Outputs that come back without a run: another tab's, or a workflow opened again.
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      update(app.rootGraph?.getNodeById?.(id), output);
+    }
+  },
+});
