@@ -27,7 +27,8 @@ def write_files(folder: Path) -> dict[str, Path]:
     import torch
 
     from krea2_model.config import TransformerConfig
-    from krea2_model.convert import Entry, convert, write_safetensors
+    from krea2_model.convert import convert
+    from krea2_model.storage import Entry, read_safetensors, write_safetensors
     from krea2_model.transformer import Krea2Transformer
     from krea2_model.transformer_keys import module_to_official
 
@@ -54,8 +55,6 @@ def write_files(folder: Path) -> dict[str, Path]:
     for form in FORMATS[1:3]:
         files[form] = folder / f"krea2_turbo_{form}.safetensors"
         convert(sources[40], files[form], quantise=form)
-    from krea2_model.checkpoint import read_safetensors
-
     files["Q8_0"] = folder / "krea2_turbo_q8.gguf"
     writer = gguf.GGUFWriter(files["Q8_0"], "krea2")
     for name, tensor in read_safetensors(sources[40])[0].items():

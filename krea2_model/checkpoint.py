@@ -7,8 +7,6 @@ the module's weights without a copy; modules are built on the meta device and lo
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +32,7 @@ from .identify import (
 )
 from .layers import TorchLayers
 from .quantised import dequantise, spell_out
+from .storage import read_json, read_safetensors, replacing, weight_files
 from .text_encoder import (
     Qwen3VLTextEncoder,
     infer_text_encoder_config,
@@ -184,10 +182,8 @@ def save_transformer(transformer: Krea2Transformer, path: str | Path) -> None:
         for name, tensor in transformer.state_dict().items()
     }
     metadata = {"format": "pt", **preset_metadata(transformer.variant, transformer.preset)}
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    with replacing(Path(path)) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def preset_metadata(variant: str | None, preset: Preset | None) -> dict[str, str]:
@@ -316,21 +312,10 @@ def open_checkpoint(
         tensors, metadata = read_file(file)
         checkpoint.tensors.update(spell_out(tensors, metadata or {}, file.name))
         checkpoint.metadata.update(metadata or {})
-    checkpoint.config = _read_json(folder / "config.json")
+    checkpoint.config = read_json(folder / "config.json")
     for parent in (path, path.parent):
-        checkpoint.model_index = checkpoint.model_index or _read_json(parent / "model_index.json")
+        checkpoint.model_index = checkpoint.model_index or read_json(parent / "model_index.json")
     return checkpoint
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file: tensors on the CPU that are read from disk when they are used."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read ({error}). Download it again."
-        ) from error
 
 
 def _most_common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
@@ -398,43 +383,6 @@ def check_tensors(
         vector = tensor.ndim == 1 and tensor.is_floating_point() and tensor.element_size() > 1
         if vector and not torch.isfinite(tensor).all():
             _refuse_parts(path, what, f"{name} holds NaN or infinity")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one part of a diffusers folder: its shards, or its only file."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        shards = sorted(set((_read_json(indexes[0]).get("weight_map") or {}).values()))
-        for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise CheckpointError(
-                    f"{indexes[0].name} in {folder} names the shard {shard!r}, which is not in "
-                    "that folder. Download the whole folder again."
-                )
-        return [folder / shard for shard in shards]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} holds no .safetensors file. Name a model file, a diffusers folder (with "
-            "model_index.json) or one of its parts."
-        )
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{folder} holds {len(files)} .safetensors files and no index. Name one of them."
-        )
-    return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object.")
-    return value
 
 
 def prefix_of(checkpoint: Checkpoint, markers: tuple[str, ...]) -> str | None:

@@ -6,11 +6,9 @@ Everything goes through a tensor at a time, so memory holds the largest tensor a
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,6 +27,7 @@ from .config import TransformerConfig, VAEConfig
 from .gguf import GGUFTensor
 from .identify import CheckpointError
 from .quantised import SETTINGS, is_quantised, rotate
+from .storage import Entry, write_safetensors
 from .tokenizer import find_tokenizer_folder
 from .transformer_keys import module_to_official, official_to_diffusers
 from .vae_keys import vae_key_map
@@ -41,61 +40,6 @@ PREFIXES = {
     "vae": "vae.",
 }
 QUANTISATIONS = ("fp8", "int8", "int8_convrot")
-
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: what the header says, and how it is made when its turn comes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, holding one tensor at a time.
-
-    An existing file is replaced only once the new one is whole.
-    """
-    entries = list(entries)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, start + entry.size],
-        }
-        start += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for entry in entries:
-                tensor = entry.make()
-                if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
-                    raise RuntimeError(f"{entry.name} came out as {tensor.dtype} {tensor.shape}.")
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                data.numpy().tofile(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def convert(

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import read_safetensors
 from .identify import LORA, CheckpointError, identify, read_header
 from .lora_updates import Update
+from .storage import read_safetensors
 from .transformer_keys import Shape, module_to_official, official_to_diffusers
 
 # Endings of names and the part of an update they hold. Longer endings come first.

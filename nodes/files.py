@@ -8,7 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ..krea2_model import nano
-from ..krea2_model.checkpoint import read_shapes, weight_files
+from ..krea2_model.checkpoint import read_shapes
 from ..krea2_model.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -18,6 +18,7 @@ from ..krea2_model.identify import (
     identify,
     read_header,
 )
+from ..krea2_model.storage import weight_files
 
 AUTO = "auto"
 

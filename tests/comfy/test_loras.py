@@ -210,9 +210,36 @@ def test_dynamic_vram(run, turbo, shapes, save, dynamic_patcher):
             start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
             assert all(start <= tensor.data_ptr() < end for tensor in kept)
             weight = attached(original[name].clone())
+            buffer.zero_()
+            assert torch.equal(attached(original[name].clone()), original[name]), "uses the buffer"
             attached.clear_prepared()
         assert_close(weight, original[name] + 0.4 * change, 1e-6, name)
     patcher.restore_loaded_backups()
+
+
+@pytest.mark.parametrize("kind", ["full_diff", "standard"])
+def test_raw_to_turbo(run, models, raw, turbo, velocity, kind):
+    """The difference of two checkpoints as core's extraction writes it turns Raw into Turbo."""
+    from comfy_extras.nodes_lora_extract import LoraSave
+
+    expected, before = velocity(turbo), velocity(raw)
+    difference = run("ModelMergeSubtract", model1=turbo, model2=raw, multiplier=1.0)[0]
+    LoraSave.execute(f"{kind}/lora", rank=256, lora_type=kind, bias_diff=True,
+                     model_diff=difference)  # fmt: skip
+    (file,) = (models.parent / "output" / kind).glob("lora*.safetensors")
+    difference.detach()
+    file = file.rename(models / "loras" / f"raw_to_turbo_{kind}.safetensors")
+    patched, _, report = run("K2LoraLoader", model=raw, lora=file.name, strength=1.0)
+    assert "left out" not in report
+    found = velocity(patched)
+    patched.detach()
+    stock = run("LoraLoaderModelOnly", model=raw, lora_name=file.name, strength_model=1.0)[0]
+    assert_close(found, velocity(stock), 1e-5, f"{kind} by core")
+    stock.detach()
+    assert relative_error(before, found) > 0.3
+    if kind == "full_diff":  # of low ranks core clips the largest numbers, and keeps 16 bits
+        assert relative_error(found, expected) < 5e-3
+    file.unlink()
 
 
 def test_a_file_for_another_model_is_an_error(run, turbo, save):

@@ -1,0 +1,127 @@
+"""Files and folders of tensors, whatever the tensors are: reading, finding shards, writing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .identify import CheckpointError
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map a safetensors file: tensors on the CPU that are read from disk when they are used."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read ({error}). Download it again."
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one part of a diffusers folder: its shards, or its only file."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        shards = sorted(set((read_json(indexes[0]).get("weight_map") or {}).values()))
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise CheckpointError(
+                    f"{indexes[0].name} in {folder} names the shard {shard!r}, which is not in "
+                    "that folder. Download the whole folder again."
+                )
+        return [folder / shard for shard in shards]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file. Name a model file, a diffusers folder (with "
+            "model_index.json) or one of its parts."
+        )
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} .safetensors files and no index. Name one of them."
+        )
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object.")
+    return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` at the end and only if all went well."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: what the header says, and how it is made when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, holding one tensor at a time.
+
+    An existing file is replaced only once the new one is whole.
+    """
+    entries = list(entries)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, start + entry.size],
+        }
+        start += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in entries:
+            tensor = entry.make()
+            if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
+                raise RuntimeError(f"{entry.name} came out as {tensor.dtype} {tensor.shape}.")
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            data.numpy().tofile(file)
