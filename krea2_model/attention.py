@@ -1,7 +1,7 @@
 """Rotary positions and the one attention function.
 
-`attend` is the seam through which every attention of this package passes. A host hands in its own
-callable with the same signature to choose a backend or to let others patch queries and keys.
+Every attention of this package passes through `attend`; a host brings its own where it chooses the
+backend or lets others patch queries and keys (`Hooks` in transformer.py).
 """
 
 from __future__ import annotations
@@ -11,41 +11,47 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_flash_attention,
+)
 
-# (query, key, value, rope, mask) -> (B, L, H * D); see `attend`.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+# (query, key, value, mask) -> (B, L, H * D); see `attend`.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rope: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Rotate queries and keys, then scaled dot-product attention with grouped key/value heads.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention with grouped key/value heads.
 
     query: (B, H, L, D); key and value: (B, KV, L, D) where KV divides H.
-    rope: rotations from `rope_table`, or None for no positions.
     mask: None, a boolean mask (True takes part) or an additive float mask, broadcastable to
         (B, H, L, L): (B, 1, 1, L) hides padding keys.
     Returns (B, L, H * D).
     """
-    if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype)
-    key, value = repeat_heads(query, key, value)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    grouped = mask is None and takes_grouped_heads(query)
+    if not grouped:
+        key, value = repeat_heads(query, key, value)
+    out = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
 
 
-def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, KV, L, D) repeated to the heads of the query: (B, H, L, D).
+def takes_grouped_heads(query: Tensor) -> bool:
+    """Whether torch has a fused kernel for fewer keys than queries, without a mask.
 
-    Not every GPU has a fused kernel for grouped heads, and without one the scores of the whole
-    image are held in memory.
+    Elsewhere the scores of the whole image would be held in memory.
     """
+    if query.device.type == "cuda" and torch.version.cuda:
+        key = query[:, :1]
+        parameters = SDPAParams(query, key, key, None, 0.0, False, True)
+        return can_use_flash_attention(parameters) or can_use_cudnn_attention(parameters)
+    return query.device.type == "cpu"
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, KV, L, D) repeated to the heads of the query: (B, H, L, D)."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
         return key, value
@@ -70,10 +76,3 @@ def rope_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> T
     cos, sin = angle.cos(), angle.sin()
     table = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
     return table.float()[:, None]
-
-
-def rotate(heads: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved channel pairs: (B, H, L, D) by a `rope_table`, in float32."""
-    pairs = heads.float().unflatten(-1, (-1, 1, 2))
-    rotated = rope[..., 0] * pairs[..., 0] + rope[..., 1] * pairs[..., 1]
-    return rotated.flatten(-2).to(heads.dtype)

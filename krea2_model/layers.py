@@ -9,21 +9,33 @@ norm scales and the modulation tables of Krea 2 are bare parameters in the offic
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Result = TypeVar("Result")
+
 
 class NormScale(nn.Module):
-    """A zero-centred norm scale: stored around 0, applied as `1 + weight` in float32."""
+    """A zero-centred norm scale: stored around 0, applied as `1 + weight` in float32.
+
+    `read(device, use)` gives `use(weight)` for the weight in float32 on a device; a host may hold
+    it elsewhere, so nothing but the result outlives the call.
+    """
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
+    def read(self, device: torch.device, use: Callable[[Tensor], Result]) -> Result:
+        return use(self.weight.to(device=device, dtype=torch.float32))
+
     def forward(self, device: torch.device) -> Tensor:
         """The multiplier (D,) in float32 on `device`."""
-        return self.weight.to(device=device, dtype=torch.float32) + 1.0
+        return self.read(device, lambda weight: weight + 1.0)
 
 
 class ModulationTable(nn.Module):
@@ -34,9 +46,21 @@ class ModulationTable(nn.Module):
         self.weight = nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
 
     def forward(self, vector: Tensor) -> Tensor:
-        """`vector + weight`, added in float32, in the dtype of `vector`."""
-        table = self.weight.to(device=vector.device, dtype=torch.float32)
-        return (vector.float() + table).to(vector.dtype)
+        """`vector + weight` in float32."""
+        return vector.float() + self.weight.to(device=vector.device, dtype=torch.float32)
+
+
+def read_scales(
+    scales: Sequence[NormScale], device: torch.device, use: Callable[..., Result]
+) -> Result:
+    """`use(*weights)` with the weights of several norm scales, as `NormScale.read` gives one."""
+    if not scales:
+        return use()
+    first, *rest = scales
+    return first.read(
+        device,
+        lambda weight: read_scales(rest, device, lambda *others: use(weight, *others)),
+    )
 
 
 class TorchLayers:

@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         key = self.k_norm(self._heads(self.k_proj(hidden))).transpose(1, 2)
         value = self._heads(self.v_proj(hidden)).transpose(1, 2)
         query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
-        return self.o_proj(self.attend(query, key, value, None, mask))
+        return self.o_proj(self.attend(query, key, value, mask))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim))  # (B, L, H, D)

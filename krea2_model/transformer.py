@@ -20,9 +20,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import Attend, attend, rope_table
+from .attention import attend, rope_table
 from .config import Preset, TransformerConfig
-from .layers import TorchLayers, ZeroCentredRMSNorm
+from .kernels import (
+    HeadNorm,
+    gated_residual,
+    modulated_norm,
+    norm_and_rotate,
+    sigmoid_gated,
+    silu_gated,
+)
+from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales
 
 REFERENCE_METHODS = ("index_timestep_zero", "index")
 
@@ -37,7 +45,7 @@ class SwiGLU(nn.Module):
         self.down = layers.Linear(hidden_dim, dim, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+        return self.down(silu_gated(self.gate(hidden), self.up(hidden)))
 
 
 class QKNorm(nn.Module):
@@ -45,8 +53,17 @@ class QKNorm(nn.Module):
 
     def __init__(self, head_dim: int, eps: float, layers, **factory):
         super().__init__()
+        self.eps = eps
         self.qnorm = ZeroCentredRMSNorm(head_dim, eps, layers, **factory)
         self.knorm = ZeroCentredRMSNorm(head_dim, eps, layers, **factory)
+
+    def forward(self, device: torch.device) -> HeadNorm:
+        query, key = read_scales(
+            (self.qnorm.scale, self.knorm.scale),
+            device,
+            lambda *weights: torch._foreach_add(weights, 1.0),
+        )
+        return HeadNorm(query, key, self.eps)
 
 
 class GatedAttention(nn.Module):
@@ -66,15 +83,18 @@ class GatedAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rope: Tensor | None = None,
-        mask: Tensor | None = None,
-        attend: Attend = attend,
+        rope: Tensor | None,
+        mask: Tensor | None,
+        hooks: Hooks,
+        kept: slice | None = None,
     ) -> Tensor:
-        query = self.qknorm.qnorm(self._split_heads(self.wq(hidden)))
-        key = self.qknorm.knorm(self._split_heads(self.wk(hidden)))
+        """kept: the tokens that ask, None for all; all are asked."""
+        asking = hidden if kept is None else hidden[:, kept]
+        query = self._split_heads(self.wq(asking))
+        key = self._split_heads(self.wk(hidden))
         value = self._split_heads(self.wv(hidden))
-        out = attend(query, key, value, rope, mask)
-        return self.wo(out * torch.sigmoid(self.gate(hidden)))
+        out = hooks.attend(query, key, value, self.qknorm(hidden.device), rope, mask, kept)
+        return self.wo(sigmoid_gated(out, self.gate(asking)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
         """(B, L, H * D) -> (B, H, L, D)."""
@@ -94,8 +114,8 @@ class TextFusionBlock(nn.Module):
         self.attn = GatedAttention(dim, heads, kv_heads, eps, layers, **factory)
         self.mlp = SwiGLU(dim, config.text_intermediate_size, layers, **factory)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
-        hidden = hidden + self.attn(self.prenorm(hidden), None, mask, attend)
+    def forward(self, hidden: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
+        hidden = hidden + self.attn(self.prenorm(hidden), None, mask, hooks)
         return hidden + self.mlp(self.postnorm(hidden))
 
 
@@ -114,29 +134,29 @@ class TextFusion(nn.Module):
             for _ in range(config.num_refiner_text_blocks)
         )
 
-    def forward(self, taps: Tensor, mask: Tensor | None, attend: Attend = attend) -> Tensor:
+    def forward(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
         """taps (B, L, T, D), mask (B, L) bool or None -> (B, L, D)."""
         batch = taps.shape[0]
         hidden = taps.flatten(0, 1)
         for block in self.layerwise_blocks:
-            hidden = block(hidden, None, attend)
+            hidden = block(hidden, None, hooks)
         hidden = self.projector(hidden.transpose(1, 2)).squeeze(-1)
         hidden = hidden.unflatten(0, (batch, -1))
         keys = None if mask is None else mask[:, None, None, :]
         for block in self.refiner_blocks:
-            hidden = block(hidden, keys, attend)
+            hidden = block(hidden, keys, hooks)
         return hidden
 
 
 class BlockModulation(nn.Module):
-    """Adds a block's table to the shared time vector: (B, S, 6 D) -> six of (B, S, D)."""
+    """Adds a block's table to the shared time vector: (B, S, 6 D) to (B, S, 6, D) in float32."""
 
     def __init__(self, dim: int, layers, **factory):
         super().__init__()
         self.lin = layers.ModulationTable(6 * dim, **factory)
 
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(vector).chunk(6, dim=-1)
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.lin(vector).unflatten(-1, (6, -1))
 
 
 class SingleStreamBlock(nn.Module):
@@ -165,15 +185,48 @@ class SingleStreamBlock(nn.Module):
         rope: Tensor,
         mask: Tensor | None = None,
         split: int | None = None,
-        attend: Attend = attend,
+        hooks: Hooks | None = None,
+        kept: slice | None = None,
     ) -> Tensor:
-        prescale, preshift, pregate, postscale, postshift, postgate = self.mod(vector)
-        update = self.attn(
-            modulate(self.prenorm(hidden), prescale, preshift, split), rope, mask, attend
-        )
-        hidden = gated_residual(hidden, pregate, update, split)
-        update = self.mlp(modulate(self.postnorm(hidden), postscale, postshift, split))
-        return gated_residual(hidden, postgate, update, split)
+        """The next hidden state, where gradients are off in the place of `hidden`.
+
+        kept: the tokens whose state is wanted, before `split`; None for all.
+        """
+        hooks = hooks or NO_HOOKS
+        rows = self._modulation(vector).to(hidden.dtype).unbind(-2)
+        prescale, preshift, pregate, postscale, postshift, postgate = rows
+        normed = self._norm(hidden, prescale, preshift, split, hooks)
+        update = self.attn(normed, rope, mask, hooks, kept)
+        del normed  # nothing of attention is held while the MLP, the widest part, runs
+        if kept is not None:
+            hidden, split = hidden[:, kept], None
+            pregate, postgate = pregate[:, :1], postgate[:, :1]
+            postscale, postshift = postscale[:, :1], postshift[:, :1]
+        hidden = _residual(hidden, pregate, update, split)
+        del update
+        update = self.mlp(self._norm(hidden, postscale, postshift, split, hooks))
+        return _residual(hidden, postgate, update, split)
+
+    def _modulation(self, vector: Tensor) -> Tensor:
+        """Scale, shift and gate of both halves, (B, S, 6, D), the norms' weights in the scales.
+
+        A zero-centred norm weight w and a scale s multiply by (1 + w)(1 + s), so the scale of both
+        is s + w (1 + s).
+        """
+        rows = self.mod(vector)
+        scales = [rows[..., 0, :], rows[..., 3, :]]
+        multipliers = (rows[..., ::3, :] + 1).unbind(-2)
+
+        def fold(*weights: Tensor) -> None:
+            torch._foreach_addcmul_(scales, weights, multipliers)
+
+        read_scales((self.prenorm.scale, self.postnorm.scale), vector.device, fold)
+        return rows
+
+    def _norm(self, hidden, scale, shift, split, hooks: Hooks) -> Tensor:
+        sides = zip(_sides(hidden, split), scale.split(1, 1), shift.split(1, 1), strict=True)
+        normed = [hooks.modulated_norm(*side, self.prenorm.eps) for side in sides]
+        return normed[0] if split is None else torch.cat(normed, dim=1)
 
 
 class FinalModulation(nn.Module):
@@ -199,16 +252,37 @@ class FinalLayer(nn.Module):
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.modulation(time)
-        return self.linear(modulate(self.norm(hidden), scale, shift))
+        normed = torch.addcmul(shift, self.norm(hidden), 1 + scale)
+        return self.linear(normed.to(hidden.dtype))
 
 
 class Hooks:
-    """What a host may do inside a forward pass; this one, the default, does nothing.
+    """What a host may do inside a forward pass; this one, the default, does the plain thing.
 
-    Hosts that let others patch the model (ComfyUI does) hand a subclass to `Krea2Transformer`.
+    Hosts that let others patch the model (ComfyUI does), or that have kernels of their own, hand a
+    subclass to `Krea2Transformer`.
     """
 
-    attend: Attend = staticmethod(attend)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        norm: HeadNorm,
+        rope: Tensor | None,
+        mask: Tensor | None,
+        kept: slice | None = None,
+    ) -> Tensor:
+        """Attention over heads as projected, (B, H, L, D), to be normed and rotated here.
+
+        kept: the tokens that the queries are of, None for all.
+        Returns (B, L, H * D), which the caller may overwrite.
+        """
+        return attend(*norm_and_rotate(query, key, norm, rope, kept), value, mask)
+
+    def modulated_norm(self, hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        """`rms_norm(hidden) * (1 + scale) + shift`, a new tensor."""
+        return modulated_norm(hidden, scale, shift, eps)
 
     def tokens(
         self, text: Tensor, image: Tensor, text_positions: Tensor, image_positions: Tensor
@@ -216,11 +290,14 @@ class Hooks:
         """Called once with the embedded tokens (B, L, D) and their positions (1, L, 3)."""
         return text, image, text_positions, image_positions
 
-    def blocks(self, blocks: nn.ModuleList, hidden: Tensor, *conditions) -> Tensor:
-        """Run the blocks in order; `conditions` are the block's own arguments after `hidden`."""
-        for block in blocks:
-            hidden = block(hidden, *conditions, self.attend)
-        return hidden
+    def blocks(self, blocks: nn.ModuleList, hidden: Tensor, kept: slice, *conditions) -> Tensor:
+        """Run the blocks in order; `conditions` are the block's own arguments after `hidden`.
+
+        Returns the `kept` tokens, the only ones that the last block has to compute.
+        """
+        for block in blocks[:-1]:
+            hidden = block(hidden, *conditions, self)
+        return blocks[-1](hidden, *conditions, self, kept)
 
 
 NO_HOOKS = Hooks()
@@ -344,19 +421,20 @@ class Krea2Transformer(nn.Module):
         if text_mask is not None:
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
-        hidden = hooks.blocks(self.blocks, hidden, vector, rope, mask, split)
-        patches = self.last(hidden[:, text_tokens : text_tokens + image_tokens], time)
+        kept = slice(text_tokens, text_tokens + image_tokens)
+        hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split)
+        patches = self.last(hidden, time)
         velocity = unpatchify(patches, *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
 
     def _fuse(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
-        return self.txtmlp(self.txtfusion(taps, mask, hooks.attend))
+        return self.txtmlp(self.txtfusion(taps, mask, hooks))
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The time embedding (B, 1, D) and the blocks' shared vector (B, 1, 6 D)."""
+        """The time embedding (B, 1, D) and the blocks' shared vector (B, 1, 6 D), float32."""
         embedding = timestep_embedding(timestep, self.config.timestep_embed_dim)
         time = self.tmlp(embedding.to(dtype)[:, None])
-        return time, self.tproj(time)
+        return time, self.tproj(time).float()
 
     def _rope_for(self, positions: Tensor, device: torch.device) -> Tensor:
         """The rotary table of a sequence; those of the last two are kept.
@@ -391,24 +469,17 @@ class Krea2Transformer(nn.Module):
             )
 
 
-def modulate(hidden: Tensor, scale: Tensor, shift: Tensor, split: int | None = None) -> Tensor:
-    """`(1 + scale) * hidden + shift`: hidden (B, L, D), scale and shift (B, S, D)."""
-    if split is None:
-        return torch.addcmul(shift, hidden, 1 + scale)
-    sides = hidden.tensor_split([split], dim=1)
-    parts = zip(sides, scale.split(1, 1), shift.split(1, 1), strict=True)
-    return torch.cat([modulate(*part) for part in parts], dim=1)
+def _sides(hidden: Tensor, split: int | None) -> list[Tensor]:
+    """The tokens of each time vector."""
+    return [hidden] if split is None else list(hidden.tensor_split([split], dim=1))
 
 
-def gated_residual(
-    hidden: Tensor, gate: Tensor, update: Tensor, split: int | None = None
-) -> Tensor:
-    """`hidden + gate * update`: hidden and update (B, L, D), gate (B, S, D)."""
+def _residual(hidden: Tensor, gate: Tensor, update: Tensor, split: int | None) -> Tensor:
+    sides = zip(_sides(hidden, split), gate.split(1, 1), _sides(update, split), strict=True)
+    done = [gated_residual(*side) for side in sides]
     if split is None:
-        return torch.addcmul(hidden, gate, update)
-    sides, updates = hidden.tensor_split([split], dim=1), update.tensor_split([split], dim=1)
-    parts = zip(sides, gate.split(1, 1), updates, strict=True)
-    return torch.cat([gated_residual(*part) for part in parts], dim=1)
+        return done[0]
+    return torch.cat(done, dim=1) if torch.is_grad_enabled() else hidden
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

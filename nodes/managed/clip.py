@@ -94,7 +94,7 @@ class Krea2TextModel(torch.nn.Module):
         # Nested as core nests it, so that LoRA keys and saved files use the same names.
         transformer = torch.nn.Module()
         transformer.model = Qwen3VLTextEncoder(
-            config, layers, device=device, dtype=dtype, attend=PatchHooks({}).attend
+            config, layers, device=device, dtype=dtype, attend=PatchHooks({}).attention
         )
         section = torch.nn.Module()
         section.transformer = transformer

@@ -1,10 +1,13 @@
 """ComfyUI's attention selection and transformer patches, around our transformer."""
 
-import comfy.ldm.flux.math
+import inspect
+
 import comfy.ldm.modules.attention
+import comfy.quant_ops
 import torch
 
-from ...krea2_model.attention import repeat_heads
+from ...krea2_model.attention import repeat_heads, takes_grouped_heads
+from ...krea2_model.kernels import modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.transformer import Hooks
 
 try:
@@ -14,7 +17,7 @@ except ImportError:  # an older ComfyUI streams weights without looking ahead
 
 
 class PatchHooks(Hooks):
-    """Applies a run's `transformer_options`.
+    """Applies a run's `transformer_options`, with ComfyUI's kernels and choice of attention.
 
     Honoured are the attention override, `post_input`, `attn1_patch` (queries and keys normed, not
     yet rotated), `attn1_output_patch` and `patches_replace["dit"][("single_block", i)]`.
@@ -25,36 +28,51 @@ class PatchHooks(Hooks):
         self.patches = self.options.get("patches", {})
         self.replacements = self.options.get("patches_replace", {}).get("dit", {})
 
-    def attend(self, query, key, value, rope=None, mask=None):
+    def attend(self, query, key, value, norm, rope, mask, kept=None):
         in_block = "block_index" in self.options
-        if in_block:
-            for patch in self.patches.get("attn1_patch", ()):
+        patches = self.patches.get("attn1_patch", ()) if in_block else ()
+        if patches:
+            query, key = norm_and_rotate(query, key, norm)
+            for patch in patches:
                 out = patch(
                     query, key, value, pe=rope, attn_mask=mask, extra_options=self.options.copy()
                 )
                 query, key, value = out.get("q", query), out.get("k", key), out.get("v", value)
                 rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
-        if rope is not None:
-            query, key = comfy.ldm.flux.math.apply_rope(query, key, rope)
-        if mask is not None and mask.dtype == torch.bool:
-            # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
-            hidden = torch.zeros_like(mask, dtype=query.dtype)
-            mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
-        key, value = repeat_heads(query, key, value)
-        # Looked up at call time: command line flags and other packs choose the function.
-        out = comfy.ldm.modules.attention.optimized_attention(
-            query,
-            key,
-            value,
-            query.shape[1],
-            mask=mask,
-            skip_reshape=True,
-            transformer_options=self.options,
-        )
+            if rope is not None:
+                query, key = rotate(query, rope), rotate(key, rope)
+        elif rope is not None and kept is None and _has_kernels(query):
+            kernels = comfy.quant_ops.ck
+            query, key = kernels.rms_rope_(query, key, rope, norm.query, norm.key, norm.eps)
+        else:
+            query, key = norm_and_rotate(query, key, norm, rope, kept)
+        out = self.attention(query, key, value, mask)
         if in_block:
             for patch in self.patches.get("attn1_output_patch", ()):
                 out = patch(out, self.options.copy())
         return out
+
+    def attention(self, query, key, value, mask=None):
+        """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
+        if mask is not None and mask.dtype == torch.bool:
+            # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
+            hidden = torch.zeros_like(mask, dtype=query.dtype)
+            mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
+        options = {"mask": mask, "skip_reshape": True, "transformer_options": self.options}
+        if query.shape[1] != key.shape[1]:
+            grouped = mask is None and takes_grouped_heads(query) and _knows_grouped_heads()
+            if grouped and "optimized_attention_override" not in self.options:
+                options["enable_gqa"] = True
+            else:
+                key, value = repeat_heads(query, key, value)
+        # Looked up at call time: command line flags and other packs choose the function.
+        attend = comfy.ldm.modules.attention.optimized_attention
+        return attend(query, key, value, query.shape[1], **options)
+
+    def modulated_norm(self, hidden, scale, shift, eps):
+        if _has_kernels(hidden):
+            return comfy.quant_ops.ck.rms_adaln(hidden, scale, shift, eps)
+        return modulated_norm(hidden, scale, shift, eps)
 
     def tokens(self, text, image, text_positions, image_positions):
         for patch in self.patches.get("post_input", ()):
@@ -73,31 +91,57 @@ class PatchHooks(Hooks):
         self.options["img_slice"] = [text.shape[1], text.shape[1] + image.shape[1]]
         return text, image, text_positions, image_positions
 
-    def blocks(self, blocks, hidden, vector, rope, mask, split):
+    def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
         self.options["total_blocks"] = len(blocks)
         self.options["block_type"] = "single"
         device, queue = hidden.device, None
         if model_prefetch is not None:
             queue = model_prefetch.make_prefetch_queue(list(blocks), device, self.options)
+        last = len(blocks) - 1
+        # Patches of attention expect a query for every key.
+        whole = self.patches.get("attn1_patch") or self.patches.get("attn1_output_patch")
         for index, block in enumerate(blocks):
             self.options["block_index"] = index
             if queue is not None:
                 model_prefetch.prefetch_queue_pop(queue, device, block)
-            hidden = self._block(index, block, hidden, vector, rope, mask, split)
+            conditions = (vector, rope, mask, split)
+            replacement = self.replacements.get(("single_block", index))
+            if replacement is not None:
+                hidden = self._replaced(replacement, block, hidden, *conditions)
+            elif index == last and not whole:
+                hidden = block(hidden, *conditions, self, kept)
+                kept = slice(None)
+            else:
+                hidden = block(hidden, *conditions, self)
         if queue is not None:
             model_prefetch.prefetch_queue_pop(queue, device, None)
         del self.options["block_index"]
-        return hidden
+        return hidden[:, kept]
 
-    def _block(self, index, block, hidden, vector, rope, mask, split):
-        replacement = self.replacements.get(("single_block", index))
-        if replacement is None:
-            return block(hidden, vector, rope, mask, split, self.attend)
-
+    def _replaced(self, replacement, block, hidden, vector, rope, mask, split):
         def original(args):
+            # A copy: blocks work in place, and a patch may use what it passes once more.
             conditions = (args["vec"], args["pe"], args.get("attn_mask"), split)
-            return {"img": block(args["img"], *conditions, self.attend)}
+            return {"img": block(args["img"].clone(), *conditions, self)}
 
         args = {"img": hidden, "vec": vector, "pe": rope, "attn_mask": mask}
         args["transformer_options"] = self.options
         return replacement(args, {"original_block": original})["img"]
+
+
+def _has_kernels(tensor) -> bool:
+    """Whether ComfyUI brings fused kernels, which have no gradients, for a tensor's device."""
+    kernels = getattr(comfy.quant_ops, "ck", None)
+    return (
+        tensor.device.type == "cuda"
+        and not torch.is_grad_enabled()
+        and hasattr(kernels, "rms_rope_")
+        and hasattr(kernels, "rms_adaln")
+        and any(kernels.registry.is_available(name) for name in ("cuda", "hip"))
+    )
+
+
+def _knows_grouped_heads() -> bool:
+    """Whether ComfyUI's attention functions take fewer keys than queries; older ones do not."""
+    reshape = getattr(comfy.ldm.modules.attention, "_reshape_qkv_to_heads", None)
+    return reshape is not None and "enable_gqa" in inspect.signature(reshape).parameters

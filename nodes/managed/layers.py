@@ -29,8 +29,8 @@ class CastNormScale(_Cast, NormScale):
         super().__init__(dim, device=device, dtype=torch.float32)
         self.register_parameter("bias", None)
 
-    def forward(self, device):
-        return self._read(device, lambda weight: weight + 1.0)
+    def read(self, device, use):
+        return self._read(device, use)
 
 
 class CastModulationTable(_Cast, ModulationTable):
@@ -39,7 +39,7 @@ class CastModulationTable(_Cast, ModulationTable):
         self.register_parameter("bias", None)
 
     def forward(self, vector):
-        return self._read(vector.device, lambda weight: (vector.float() + weight).to(vector.dtype))
+        return self._read(vector.device, lambda weight: vector.float() + weight)
 
 
 def comfy_layers(operations):

@@ -27,7 +27,7 @@ def test_masks_on_every_attention_function(pack, monkeypatch, function, mask):
         "causal": torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(),
         "float": torch.randn(2, 1, 1, 40),
     }
-    ours = hooks.attend(query, key, value, None, masks[mask])
+    ours = hooks.attention(query, key, value, masks[mask])
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=masks[mask], enable_gqa=True
     )

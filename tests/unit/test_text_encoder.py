@@ -151,7 +151,7 @@ def test_padding_changes_no_real_token(reference, encoder, where):
 def test_padding_on_the_left_makes_no_nan(reference):
     """torch's own attention gives zeros where a query sees nothing; a plain softmax gives NaN."""
 
-    def plain(query, key, value, rope, mask):
+    def plain(query, key, value, mask):
         key, value = (heads.repeat_interleave(2, dim=1) for heads in (key, value))
         scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
         return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
@@ -239,14 +239,14 @@ def test_gradients_reach_the_embeddings(encoder):
 def test_attention_passes_the_seam(reference):
     calls = []
 
-    def recording(query, key, value, rope, mask):
-        calls.append((query.shape, key.shape, rope, mask.dtype))
-        return attend(query, key, value, rope, mask)
+    def recording(query, key, value, mask):
+        calls.append((query.shape, key.shape, mask.dtype))
+        return attend(query, key, value, mask)
 
     encoder = Qwen3VLTextEncoder(replace(TINY, vocab_size=1), attend=recording)
     with torch.no_grad():
         encoder(torch.zeros(1, 7, dtype=torch.long))
-    assert calls == [((1, 4, 7, 16), (1, 2, 7, 16), None, torch.bool)] * 35
+    assert calls == [((1, 4, 7, 16), (1, 2, 7, 16), torch.bool)] * 35
 
 
 def test_taps_follow_the_config(encoder):
