@@ -64,7 +64,9 @@ class Krea2DiffusionModel(Krea2Transformer):
         mask = None if attention_mask is None else attention_mask > 0.5
         hooks = PatchHooks(transformer_options)
         # The latents come in the dtype that ComfyUI chose for this run.
-        text = self._fuse(self._taps(context).to(latents.dtype), mask, hooks)
+        text = context
+        if not self.is_fused(context):
+            text = self.fuse_context(context.to(latents.dtype), mask, hooks)
         # As in core's Krea 2, reference latents count only where a method is named.
         method, references = kwargs.get("ref_latents_method"), None
         if method is not None and ref_latents:
@@ -83,8 +85,12 @@ class Krea2DiffusionModel(Krea2Transformer):
         )
         return velocity.reshape(x.shape)
 
-    def _taps(self, context):
-        """Conditioning (B, L, T * D) with the tap axis outermost -> (B, L, T, D)."""
+    def is_fused(self, context) -> bool:
+        """Whether a context holds text tokens of the transformer's width, made before the run."""
+        return context is not None and context.shape[-1] == self.config.hidden_size
+
+    def fuse_context(self, context, mask, hooks):
+        """Conditioning (B, L, T * D), the tap axis outermost, to text tokens (B, L, width)."""
         taps, width = self.config.num_text_layers, self.config.text_hidden_dim
         if context is None or context.shape[-1] != taps * width:
             found = "nothing" if context is None else f"{context.shape[-1]} features a token"
@@ -93,7 +99,7 @@ class Krea2DiffusionModel(Krea2Transformer):
                 f"{taps * width}. Encode the prompt with the Qwen3-VL text encoder that belongs "
                 "to it, through Load Krea 2 Text Encoder (or CLIPLoader of type krea2)."
             )
-        return context.unflatten(-1, (taps, width))
+        return self._fuse(context.unflatten(-1, (taps, width)), mask, hooks)
 
 
 class Krea2Model(comfy.model_base.Krea2):
@@ -119,7 +125,45 @@ class Krea2Model(comfy.model_base.Krea2):
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool((mask > 0.5).all()):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
+        else:
+            mask = None
+        if "c_crossattn" in out and self._may_fuse_now(kwargs):
+            out["c_crossattn"] = comfy.conds.CONDRegular(
+                self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
+            )
         return out
+
+    def _may_fuse_now(self, conditioning) -> bool:
+        """Whether text can be fused once, here, for a whole run instead of at each step.
+
+        ComfyUI calls this once a run, the model loaded and patched. Not where weights change with
+        the step (hooks), where gradients are wanted, or where others may want to see or change the
+        encoder's states at each step (wrappers that are not ComfyUI's own, ControlNets).
+        """
+        if self.current_patcher is None:
+            return False
+        patcher, options = self.current_patcher, self.current_patcher.model_options
+        wrappers = []
+        for kind in ("diffusion_model", "apply_model", "calc_cond_batch"):
+            wrappers += patcher.get_all_wrappers(kind)
+            wrappers += comfy.patcher_extension.get_all_wrappers(kind, options, True)
+        if "model_function_wrapper" in options:
+            wrappers.append(options["model_function_wrapper"])
+        return (
+            conditioning.get("device") is not None
+            and not {"hooks", "control"} & conditioning.keys()
+            and not torch.is_grad_enabled()
+            and all(_is_comfyui_s(function) for function in wrappers)
+        )
+
+    def _fuse_now(self, context, mask, device):
+        transformer = self.diffusion_model
+        if transformer.is_fused(context):
+            return context
+        hooks = PatchHooks(self.current_patcher.model_options.get("transformer_options", {}))
+        context = context.to(device, self.get_dtype_inference())
+        mask = None if mask is None else mask.to(device) > 0.5
+        return transformer.fuse_context(context, mask, hooks)
 
     def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
         """Bytes of activations: three MLP and two hidden tensors a token, and the workspace."""
@@ -271,6 +315,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     model.load_model_weights(tensors, "", assign=blocks or patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype))
     return patcher
+
+
+def _is_comfyui_s(function) -> bool:
+    return getattr(function, "__module__", "").partition(".")[0] in ("comfy", "comfy_extras")
 
 
 def _single_frame(latents):

@@ -254,3 +254,72 @@ def test_a_mask_gives_each_image_of_a_batch_its_own_text(run, turbo, conditionin
             "samples"
         ]
         assert_close(both[index], alone[index], 1e-5, f"image {index} of a masked batch")
+
+
+def count_fusions(monkeypatch, model):
+    """Calls of text fusion from here on."""
+    calls, fusion = [], model.model.diffusion_model.txtfusion
+    forward = fusion.forward
+    monkeypatch.setattr(fusion, "forward", lambda *args: calls.append(1) or forward(*args))
+    return calls
+
+
+def per_step(executor, *args, **kwargs):
+    """A wrapper of somebody else's, which may look at the encoder's states at each step."""
+    return executor(*args, **kwargs)
+
+
+def test_text_is_fused_once_a_conditioning_and_run(run, raw, conditioning, latent, monkeypatch):
+    """And at every step where somebody may change states or weights between steps: the same."""
+    inputs = {"positive": conditioning(6, 1), "negative": conditioning(4, 2), "latent": latent,
+              "preset": "custom", "steps": 3, "guidance": 2.0, "seed": 5}  # fmt: skip
+    calls = count_fusions(monkeypatch, raw)
+    once = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+    assert len(calls) == 2
+    run("K2Sampler", model=raw, **inputs)
+    assert len(calls) == 4, "anew in the next run, whose LoRAs may be others"
+    wrapped = raw.clone()
+    wrapped.add_wrapper("diffusion_model", per_step)
+    calls.clear()
+    each = run("K2Sampler", model=wrapped, **inputs)[0]["samples"]
+    assert len(calls) == 6
+    assert_close(once, each, 1e-5, "text fused once and at each step")
+
+
+def test_fused_text_follows_the_weights(run, raw, conditioning, latent):
+    """A patch on the fusion changes the next run, and is gone with it."""
+    inputs = {"positive": conditioning(6, 1), "latent": latent, "preset": "custom", "steps": 2,
+              "guidance": 0.0}  # fmt: skip
+
+    def sample(model):
+        return run("K2Sampler", model=model, **inputs)[0]["samples"]
+
+    before = sample(raw)
+    key = "diffusion_model.txtfusion.projector.weight"
+    patched = raw.clone()
+    patched.add_patches({key: ("diff", (torch.full((1, 12), 0.5),))})
+    wrapped = patched.clone()
+    wrapped.add_wrapper("diffusion_model", per_step)
+    after = sample(patched)
+    assert not torch.allclose(after, before)
+    assert_close(after, sample(wrapped), 1e-5, "patched fusion, once and at each step")
+    assert torch.equal(sample(raw), before)
+
+
+def test_hooks_of_a_conditioning_change_its_fusion(run, raw, conditioning, latent, monkeypatch):
+    """Weights that a hook changes are those its text is fused with."""
+    import comfy.hooks
+
+    key = "diffusion_model.txtfusion.projector.weight"
+    hooks = comfy.hooks.HookGroup()
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hooks.add(hook)
+    hook.weights = {key: ("diff", (torch.full((1, 12), 0.5),))}
+    hook.need_weight_init = False
+    inputs = {"latent": latent, "preset": "custom", "steps": 2, "guidance": 0.0}
+    hooked = [[cond, {**extra, "hooks": hooks}] for cond, extra in conditioning(6, 1)]
+    found = run("K2Sampler", model=raw, positive=hooked, **inputs)[0]["samples"]
+    patched = raw.clone()
+    patched.add_patches({key: ("diff", (torch.full((1, 12), 0.5),))})
+    expected = run("K2Sampler", model=patched, positive=conditioning(6, 1), **inputs)[0]["samples"]
+    assert_close(found, expected, 1e-5, "a hook on the fusion")
