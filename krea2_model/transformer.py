@@ -12,6 +12,7 @@ Krea2Transformer2DModel and ComfyUI's own Krea 2.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -342,7 +343,7 @@ class Krea2Transformer(nn.Module):
             SingleStreamBlock(config, layers, **factory) for _ in range(config.num_layers)
         )
         self.last = FinalLayer(config, layers, **factory)
-        self._rope: list[tuple[Tensor, Tensor]] = []
+        self._rope: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -400,14 +401,11 @@ class Krea2Transformer(nn.Module):
         images, patch = [latents, *(references or ())], self.config.patch_size
         tokens = [self.first(patchify(self._pad(image).to(text.dtype), patch)) for image in images]
         image_tokens = tokens[0].shape[1]
-        text, image, text_positions, image_positions = hooks.tokens(
-            text,
-            torch.cat(tokens, dim=1),
-            torch.zeros(1, text.shape[1], 3),
-            grid_positions([grid_size(image, patch) for image in images])[None],
-        )
+        grids = tuple(grid_size(image, patch) for image in images)
+        positions = _positions(text.shape[1], grids)
+        text, image, *patched = hooks.tokens(text, torch.cat(tokens, dim=1), *positions)
         text_tokens = text.shape[1]
-        rope = self._rope_for(torch.cat((text_positions, image_positions), dim=1), text.device)
+        rope = self._rope_for(tuple(patched), text.device)
 
         time, vector = self._embed_time(timestep, text.dtype)
         split = None
@@ -436,21 +434,23 @@ class Krea2Transformer(nn.Module):
         time = self.tmlp(embedding.to(dtype)[:, None])
         return time, self.tproj(time).float()
 
-    def _rope_for(self, positions: Tensor, device: torch.device) -> Tensor:
-        """The rotary table of a sequence; those of the last two are kept.
+    @torch.compiler.disable
+    def _rope_for(self, positions: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
+        """The rotary table of text and image positions, (1, L, 3) each; the last four are kept.
 
-        The next step needs the same ones: one for the positive and one for the negative text.
+        The next step needs the same ones: for the positive, the negative and regional texts.
         """
-        positions = positions.to("cpu", torch.float32)
-        for known, table in self._rope:
-            if table.device == device and torch.equal(known, positions):
+        for index, (known, table) in enumerate(self._rope):
+            if table.device == device and all(map(_same, known, positions)):
+                self._rope.append(self._rope.pop(index))
                 return table
         # A table outlives this call, and one made in inference mode could not be trained with.
         with torch.inference_mode(False):
-            positions = positions.clone()
-            table = rope_table(positions, self.config.axes_dims_rope, self.config.rope_theta)
+            whole = torch.cat([part.to("cpu", torch.float32) for part in positions], dim=1)
+            table = rope_table(whole, self.config.axes_dims_rope, self.config.rope_theta)
             table = table.to(device)
-        self._rope = [*self._rope[-1:], (positions, table)]
+        # Positions that come from the cache are recognised without a look at their numbers.
+        self._rope = [*self._rope[-3:], (positions, table)]
         return table
 
     def _pad(self, latents: Tensor) -> Tensor:
@@ -506,6 +506,17 @@ def unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
     return rearrange(
         patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch
     )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
+
+
+@functools.lru_cache(maxsize=16)
+def _positions(text_tokens: int, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """Rotary positions (1, L, 3) of text, all zero, and of images by (rows, columns)."""
+    with torch.inference_mode(False):
+        return torch.zeros(1, text_tokens, 3), grid_positions(grids)[None]
 
 
 def grid_positions(grids: Sequence[tuple[int, int]]) -> Tensor:

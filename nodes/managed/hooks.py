@@ -81,8 +81,8 @@ class PatchHooks(Hooks):
                 {
                     "img": image,
                     "txt": text,
-                    "img_ids": image_positions.expand(batch, -1, -1).to(image.device),
-                    "txt_ids": text_positions.expand(batch, -1, -1).to(image.device),
+                    "img_ids": image_positions.repeat(batch, 1, 1).to(image.device),
+                    "txt_ids": text_positions.repeat(batch, 1, 1).to(image.device),
                     "transformer_options": self.options,
                 }
             )
