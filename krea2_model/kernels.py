@@ -24,7 +24,7 @@ class HeadNorm(NamedTuple):
 
 def modulated_norm(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """`rms_norm(hidden) * (1 + scale) + shift`: hidden (B, L, D), the others (B, 1, D)."""
-    normed = hidden * _inverse_rms(hidden, eps)
+    normed = hidden * inverse_rms(hidden, eps)
     out = None if torch.is_grad_enabled() else normed
     return torch.addcmul(shift.float(), normed, 1 + scale.float(), out=out).to(hidden.dtype)
 
@@ -83,7 +83,7 @@ def _rotations(rope: Tensor) -> Tensor:
 
 
 def _norm_and_rotate(heads: Tensor, multiplier: Tensor, eps: float, rotations) -> Tensor:
-    inverse = _inverse_rms(heads, eps)
+    inverse = inverse_rms(heads, eps)
     if torch.is_grad_enabled():
         scaled = heads * multiplier * inverse
         if rotations is not None:
@@ -99,7 +99,7 @@ def _norm_and_rotate(heads: Tensor, multiplier: Tensor, eps: float, rotations) -
     return scaled.to(heads.dtype)
 
 
-def _inverse_rms(values: Tensor, eps: float) -> Tensor:
+def inverse_rms(values: Tensor, eps: float) -> Tensor:
     """`1 / sqrt(mean(values ** 2) + eps)` over the last axis, (..., 1) in float32."""
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
     return torch.rsqrt(norm.square() / values.shape[-1] + eps)

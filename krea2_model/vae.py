@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from .config import VAEConfig
+from .kernels import inverse_rms
 from .layers import TorchLayers
 
 # Called with (tiles done, tiles in all).
@@ -75,7 +76,7 @@ class PixelNorm(nn.Module):
     """L2 normalisation over the channels of each pixel, times sqrt(C) and a learned gain.
 
     That is an RMS norm. `F.rms_norm` computes half precision in float32, rounds once and, where
-    its kernel is fused, makes no float32 copy of a full-size activation.
+    its kernel is fused (on GPUs), makes no float32 copy of a full-size activation.
     """
 
     def __init__(self, channels: int, device=None, dtype=None):
@@ -84,9 +85,19 @@ class PixelNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
-        pixels = hidden.movedim(1, -1)
-        normed = F.rms_norm(pixels, pixels.shape[-1:], self.gamma.to(hidden), NORM_EPS)
+        pixels, gamma = hidden.movedim(1, -1), self.gamma.to(hidden)
+        if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+            normed = (pixels * inverse_rms(pixels, NORM_EPS)).mul_(gamma).to(hidden.dtype)
+        else:
+            normed = F.rms_norm(pixels, pixels.shape[-1:], gamma, NORM_EPS)
         return normed.movedim(-1, 1)
+
+
+class Activation(nn.Module):
+    """SiLU, where gradients are off in the place of its input, which nobody else holds."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.silu(hidden, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -96,10 +107,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = nn.Sequential(
             PixelNorm(in_channels, **factory),
-            nn.SiLU(),
+            Activation(),
             layers.Conv2d(in_channels, out_channels, 3, padding=1, **factory),
             PixelNorm(out_channels, **factory),
-            nn.SiLU(),
+            Activation(),
             nn.Identity(),  # the place of the original's dropout, which keeps the numbering
             layers.Conv2d(out_channels, out_channels, 3, padding=1, **factory),
         )
@@ -110,7 +121,10 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.residual(hidden) + self.shortcut(hidden)
+        update = self.residual(hidden)
+        if torch.is_grad_enabled():
+            return update + self.shortcut(hidden)
+        return update.add_(self.shortcut(hidden))
 
 
 class Resample(nn.Module):
@@ -203,7 +217,7 @@ def middle_blocks(channels: int, layers, **factory) -> nn.Sequential:
 
 def head_blocks(in_channels: int, out_channels: int, layers, **factory) -> nn.Sequential:
     conv = layers.Conv2d(in_channels, out_channels, 3, padding=1, **factory)
-    return nn.Sequential(PixelNorm(in_channels, **factory), nn.SiLU(), conv)
+    return nn.Sequential(PixelNorm(in_channels, **factory), Activation(), conv)
 
 
 class Encoder(nn.Module):
