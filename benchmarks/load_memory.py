@@ -1,13 +1,15 @@
 """Memory at its peak while a transformer file of about 2 GB loads, anonymous and mapped apart.
 
-    PYTHONPATH=ComfyUI python -P benchmarks/load_memory.py     # prints a table in Markdown
+    PYTHONPATH=ComfyUI python -P benchmarks/load_memory.py     # prints JSON
 
 Files of random numbers are written into a temporary folder (8 GB); each loads in a process of its
-own, through Load Krea 2 Model and through krea2_model, then runs once at 256 px.
+own, through Load Krea 2 Model, through ComfyUI's own loader and through krea2_model, then runs once
+at 256 px. null stands where a loader does not take a file.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -16,8 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 1024**3
 FORMATS = ("bf16", "fp8", "int8_convrot", "Q8_0")
+HOW = ("ours", "core", "krea2_model")
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -32,6 +34,7 @@ def write_files(folder: Path) -> dict[str, Path]:
     from krea2_model.transformer import Krea2Transformer
     from krea2_model.transformer_keys import module_to_official
 
+    folder.mkdir(parents=True)
     sources = {}
     for layers in (20, 40):
         config = TransformerConfig(
@@ -99,60 +102,61 @@ class Peak:
 
 
 def measure(how: str, path: Path) -> None:
-    """Load and run in this process; print the peaks of both."""
-    if how == "ComfyUI":
+    """Load and run in this process; print the peaks of both as JSON."""
+    import torch
+
+    if how == "krea2_model":
+        sys.path.insert(0, str(ROOT))
+        from krea2_model.checkpoint import load_transformer as load
+    else:
         sys.path.append(str(ROOT / "scripts"))
         import in_process
 
         in_process.start(Path(tempfile.mkdtemp()))
         import comfy.model_management
-        import torch
+        import comfy.sd
 
-        load = in_process.pack_module("nodes.managed.model").load_model
-    else:
-        sys.path.insert(0, str(ROOT))
-        import torch
-
-        from krea2_model.checkpoint import load_transformer
+        ours = in_process.pack_module("nodes.managed.model")
+        options = {"dtype": torch.bfloat16}
+        load = {
+            "ours": lambda path: ours.load_model(path, torch.bfloat16),
+            "core": lambda path: comfy.sd.load_diffusion_model(str(path), model_options=options),
+        }[how]
 
     with torch.inference_mode():
         with Peak() as loading:
             started = time.monotonic()
-            model = load(path, torch.bfloat16) if how == "ComfyUI" else load_transformer(path)
+            model = load(path)
             seconds = time.monotonic() - started
         taps, latents = torch.randn(1, 12, 12, 2560), torch.randn(1, 16, 32, 32)
         with Peak() as running:
-            if how == "ComfyUI":
+            if how == "krea2_model":
+                dtype = torch.bfloat16
+                model(latents.to(dtype), torch.ones(1), model.fuse_text(taps.to(dtype)))
+            else:
                 comfy.model_management.load_models_gpu([model])
                 inner, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
                 inner(latents[:, :, None].to(dtype), torch.ones(1), taps.flatten(2).to(dtype))
-            else:
-                inner, dtype = model, torch.bfloat16
-                inner(latents.to(dtype), torch.ones(1), inner.fuse_text(taps.to(dtype)))
-    size = path.stat().st_size
-    numbers = [*loading.most, *running.most]
-    cells = [f"{number / GIB:.2f} GiB" for number in numbers]
-    print(
-        f"| {size / GIB:.2f} GiB | {cells[0]} ({numbers[0] / size:.2f}) | {cells[1]} "
-        f"| {seconds:.1f} s | {cells[2]} | {cells[3]} |"
-    )
+    print(json.dumps({
+        "file": path.stat().st_size, "seconds": seconds,
+        "loading": dict(zip(("anonymous", "mapped"), loading.most, strict=True)),
+        "running": dict(zip(("anonymous", "mapped"), running.most, strict=True)),
+    }))  # fmt: skip
 
 
 def main() -> None:
     if len(sys.argv) == 3:
         measure(sys.argv[1], Path(sys.argv[2]))
         return
+    results: dict = {}
     with tempfile.TemporaryDirectory(prefix="krea2-memory-") as folder:
-        files = write_files(Path(folder))
-        print("| file | through | size | loading: anonymous (of file) | mapped | time "
-              "| first run: anonymous | mapped |")  # fmt: skip
-        print("|---|---|---|---|---|---|---|---|")
-        for form, path in files.items():
-            for how in ("ComfyUI", "krea2_model"):
+        for form, path in write_files(Path(folder) / "models" / "diffusion_models").items():
+            for how in HOW:
                 command = [sys.executable, "-P", __file__, how, str(path)]
                 done = subprocess.run(command, capture_output=True, text=True)
-                line = done.stdout.strip() or f"| failed: {done.stderr[-300:]} |"
-                print(f"| {form} | {how} {line}", flush=True)
+                lines = done.stdout.strip().splitlines()
+                results.setdefault(form, {})[how] = json.loads(lines[-1]) if lines else None
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ class PatchHooks(Hooks):
         self.options = transformer_options.copy()
         self.patches = self.options.get("patches", {})
         self.replacements = self.options.get("patches_replace", {}).get("dit", {})
+        # How many tokens at the front of each sequence are there for others' sake alone.
+        self.padding: list[int] | None = None
 
     def attend(self, query, key, value, norm, rope, mask, kept=None):
         in_block = "block_index" in self.options
@@ -46,6 +48,8 @@ class PatchHooks(Hooks):
             query, key = kernels.rms_rope_(query, key, rope, norm.query, norm.key, norm.eps)
         else:
             query, key = norm_and_rotate(query, key, norm, rope, kept)
+        if self.padding is not None and in_block:
+            return self._attention_past_padding(query, key, value, kept)
         out = self.attention(query, key, value, mask)
         if in_block:
             for patch in self.patches.get("attn1_output_patch", ()):
@@ -68,6 +72,17 @@ class PatchHooks(Hooks):
         # Looked up at call time: command line flags and other packs choose the function.
         attend = comfy.ldm.modules.attention.optimized_attention
         return attend(query, key, value, query.shape[1], **options)
+
+    def _attention_past_padding(self, query, key, value, kept):
+        """Each sequence alone and without its padding, so exact and without a mask."""
+        batch, heads, tokens, dim = query.shape
+        out = query.new_zeros(batch, tokens, heads * dim)
+        for index, padded in enumerate(self.padding):
+            one, first = slice(index, index + 1), padded if kept is None else 0
+            out[one, first:] = self.attention(
+                query[one, :, first:], key[one, :, padded:], value[one, :, padded:]
+            )
+        return out
 
     def modulated_norm(self, hidden, scale, shift, eps):
         if _has_kernels(hidden):

@@ -23,6 +23,7 @@ from .branches import add_branches, file_name, take_branches
 from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import PatchHooks
 from .layers import comfy_layers
+from .texts import SMALL_IMAGE, FusedText, TextLengths
 from .weights import check_weights, open_part
 
 
@@ -64,7 +65,9 @@ class Krea2DiffusionModel(Krea2Transformer):
         mask = None if attention_mask is None else attention_mask > 0.5
         hooks = PatchHooks(transformer_options)
         # The latents come in the dtype that ComfyUI chose for this run.
-        text = context
+        text, lengths = context, kwargs.get("text_lengths")
+        if lengths is not None and min(lengths) < context.shape[1]:
+            hooks.padding = [context.shape[1] - length for length in lengths]
         if not self.is_fused(context):
             text = self.fuse_context(context.to(latents.dtype), mask, hooks)
         # As in core's Krea 2, reference latents count only where a method is named.
@@ -128,9 +131,11 @@ class Krea2Model(comfy.model_base.Krea2):
         else:
             mask = None
         if "c_crossattn" in out and self._may_fuse_now(kwargs):
-            out["c_crossattn"] = comfy.conds.CONDRegular(
-                self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
-            )
+            text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
+            shared = mask is None and self._may_share_calls(kwargs["noise"])
+            out["c_crossattn"] = FusedText(text, shared)
+            if mask is None:
+                out["text_lengths"] = TextLengths((text.shape[1],) * len(text))
         return out
 
     def _may_fuse_now(self, conditioning) -> bool:
@@ -155,6 +160,22 @@ class Krea2Model(comfy.model_base.Krea2):
             and not torch.is_grad_enabled()
             and all(_is_comfyui_s(function) for function in wrappers)
         )
+
+    def _may_share_calls(self, noise) -> bool:
+        """Whether texts of different length should share a call, see `managed.texts`.
+
+        Where weights stream to the device they then stream once a step, and a small image takes
+        no longer to read them for than to calculate with them. Patches see plain calls.
+        """
+        patcher = self.current_patcher
+        options = patcher.model_options.get("transformer_options", {})
+        if any(options.get(k) for k in ("patches", "patches_replace")):
+            return False
+        if "optimized_attention_override" in options:
+            return False
+        rows, columns = (-(-side // 2) for side in noise.shape[-2:])
+        streams = patcher.loaded_size() < patcher.model_size()
+        return streams or noise.shape[0] * rows * columns <= SMALL_IMAGE
 
     def _fuse_now(self, context, mask, device):
         transformer = self.diffusion_model

@@ -323,3 +323,46 @@ def test_hooks_of_a_conditioning_change_its_fusion(run, raw, conditioning, laten
     patched.add_patches({key: ("diff", (torch.full((1, 12), 0.5),))})
     expected = run("K2Sampler", model=patched, positive=conditioning(6, 1), **inputs)[0]["samples"]
     assert_close(found, expected, 1e-5, "a hook on the fusion")
+
+
+def count_calls(monkeypatch, model):
+    calls, block = [], model.model.diffusion_model.blocks[0]
+    forward = block.forward
+    monkeypatch.setattr(
+        block, "forward", lambda hidden, *args: calls.append(len(hidden)) or forward(hidden, *args)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_texts_of_different_length_share_a_call(run, raw, conditioning, monkeypatch, pack, batch):
+    """Small images: weights are read once a step, and the image is what two calls give."""
+    latent = {"samples": torch.zeros(batch, 16, 1, 16, 24)}
+    inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
+              "preset": "custom", "steps": 3, "guidance": 2.0, "seed": 5}  # fmt: skip
+    calls = count_calls(monkeypatch, raw)
+    shared = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+    assert calls == [2 * batch] * 3
+    calls.clear()
+    monkeypatch.setattr(pack("nodes.managed.model"), "SMALL_IMAGE", 0)
+    apart = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+    assert calls == [batch] * 6
+    assert_close(shared, apart, 1e-5, "texts in one call and in two")
+
+
+def test_calls_are_shared_where_weights_stream(run, raw, conditioning, monkeypatch, pack, latent):
+    """And not where patches look at attention."""
+    monkeypatch.setattr(pack("nodes.managed.model"), "SMALL_IMAGE", 0)
+    inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
+              "preset": "custom", "steps": 2, "guidance": 2.0, "seed": 5}  # fmt: skip
+    apart = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+    calls = count_calls(monkeypatch, raw)
+    monkeypatch.setattr(type(raw), "loaded_size", lambda self: self.model_size() // 2)
+    shared = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+    assert calls == [2, 2]
+    assert_close(shared, apart, 1e-5, "weights that stream")
+    calls.clear()
+    patched = raw.clone()
+    patched.set_model_attn1_output_patch(lambda out, extra_options: out)
+    run("K2Sampler", model=patched, **inputs)
+    assert calls == [1] * 4

@@ -1,0 +1,196 @@
+"""Everything that README says about speed and memory, measured and written to RESULTS.md.
+
+    python -m benchmarks [--only block vae ...]
+
+Each part runs in a process of its own with ComfyUI (COMFYUI_PATH, or the one that the scripts set
+up in .local). Its numbers are kept in results.json, so that parts measured on other machines stay
+beside them with their own date and machine; RESULTS.md is written from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+KEPT, REPORT = HERE / "results.json", HERE / "RESULTS.md"
+GB = 1e9
+
+
+def ratio(found: dict[str, list[float]], peer: str) -> str:
+    """The peer's time over ours, by turns: median (least to most)."""
+    pairs = [theirs / ours for theirs, ours in zip(found[peer], found["ours"], strict=True)]
+    return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def block_report(found: dict[str, Any]) -> str:
+    rows = []
+    for dtype, runs in found.items():
+        times = {name: run["milliseconds"] for name, run in runs.items()}
+        for name, run in runs.items():
+            rows.append(
+                [dtype, name, f"{run['median']:.0f} ms", "1" if name == "ours" else
+                 ratio(times, name), str(run["operators"]), f"{run['gigabytes']:.2f} GB"]
+            )  # fmt: skip
+    return (
+        "One full-width block at 4160 tokens without matrix products and attention. Time on this "
+        "machine; operators and bytes moved on the path a GPU takes.\n\n"
+        + table(["dtype", "", "time", "ours is faster by", "operators", "traffic"], rows)
+    )
+
+
+def vae_report(found: dict[str, Any]) -> str:
+    rows = []
+    for what, runs in found.items():
+        times = {name: run["seconds"] for name, run in runs.items()}
+        for name, run in runs.items():
+            rows.append(
+                [what, name, f"{statistics.median(run['seconds']):.1f} s",
+                 "1" if name == "ours" else ratio(times, name), f"{run['peak'] / GB:.2f} GB"]
+            )  # fmt: skip
+    return "At full width, 512 x 512 px, float32.\n\n" + table(
+        ["", "", "time", "ours is faster by", "peak memory"], rows
+    )
+
+
+def text_report(found: dict[str, Any]) -> str:
+    rows = []
+    for name, seconds in found["seconds"].items():
+        rows.append(
+            [name, f"{statistics.median(seconds):.1f} s",
+             "1" if name == "ours" else ratio(found["seconds"], name),
+             f"{found['bytes'][name] / GB:.2f} GB"]
+        )  # fmt: skip
+    return "One prompt, full size, bf16 weights.\n\n" + table(
+        ["", "time", "ours is faster by", "weights held"], rows
+    )
+
+
+def counts_report(found: dict[str, Any]) -> str:
+    rows = [[name, str(run["calls"]), str(run["tokens"]), str(run["fusions"])]
+            for name, run in found.items()]  # fmt: skip
+    return "krea2-nano Raw at 128 px, 28 steps with guidance, a prompt of ten words.\n\n" + table(
+        ["", "calls of the model", "tokens a call", "calls of text fusion"], rows
+    )
+
+
+def memory_report(found: dict[str, Any]) -> str:
+    rows = []
+    for form, loaders in found.items():
+        for how, run in loaders.items():
+            if run is None:
+                rows.append([form, how, "not read", "", "", ""])
+                continue
+            held = run["loading"]["anonymous"]
+            rows.append(
+                [form, how, f"{run['file'] / GB:.2f} GB", f"{run['seconds']:.1f} s",
+                 f"{held / GB:.2f} GB ({held / run['file']:.2f} of the file)",
+                 f"{run['loading']['mapped'] / GB:.2f} GB"]
+            )  # fmt: skip
+    return (
+        "Peak while a transformer loads, kept as bf16 or as stored (krea2_model makes bf16 of "
+        "8-bit files).\n\n" + table(["file", "", "size", "time", "anonymous", "mapped"], rows)
+    )
+
+
+# A part's script, and how its numbers are shown.
+PARTS: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "block": ("A block's element-wise work", block_report),
+    "counts": ("What a run does", counts_report),
+    "vae": ("VAE", vae_report),
+    "text_encoder": ("Text encoder", text_report),
+    "load_memory": ("Loading", memory_report),
+}
+NOT_MEASURED = (
+    "On a GPU: step time and whole images, resident and offloaded, peak VRAM, fused kernels, "
+    "compilation, and the distance to the machine's roofline. No GPU was at hand."
+)
+
+
+def comfyui() -> Path:
+    if path := os.environ.get("COMFYUI_PATH"):
+        return Path(path).resolve()
+    found = sorted((ROOT / ".local").glob("ComfyUI-*"))
+    if not found:
+        sys.exit("There is no ComfyUI. Run `bash scripts/setup.sh test`, or set COMFYUI_PATH.")
+    return found[-1]
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
+
+
+def versions(folder: Path) -> str:
+    packages = ("torch", "comfy-kitchen", "diffusers", "transformers")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    text = (folder / "comfyui_version.py").read_text() if folder.is_dir() else ""
+    number = text.rpartition('__version__ = "')[2].partition('"')[0]
+    return ", ".join([f"ComfyUI {number}", *found, f"Python {platform.python_version()}"])
+
+
+def measure(part: str, folder: Path) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", str(HERE / f"{part}.py")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"benchmarks/{part}.py failed.")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(folder),
+        "numbers": json.loads(done.stdout.strip().splitlines()[-1]),
+    }
+
+
+def report(kept: dict[str, Any]) -> str:
+    sections = [
+        "# Results\n\nWritten by `python -m benchmarks`. Ratios are of runs in turns: the median "
+        "(least to most), above 1 where ours is faster. core is ComfyUI's own Krea 2."
+    ]
+    for part, (title, show) in PARTS.items():
+        if part in kept:
+            run = kept[part]
+            where = f"{run['date']}, {run['machine']}. {run['versions']}."
+            sections.append(f"## {title}\n\n{show(run['numbers'])}\n\n{where}")
+    return "\n\n".join([*sections, f"## Not measured\n\n{NOT_MEASURED}"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--report", action="store_true", help="write RESULTS.md again, measure none"
+    )
+    options = parser.parse_args()
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    for part in () if options.report else options.only:
+        print(f"{part} ...", flush=True)
+        kept[part] = measure(part, comfyui())
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    REPORT.write_text(report(kept))
+    print(f"Written: {REPORT}")
+
+
+if __name__ == "__main__":
+    main()
