@@ -90,6 +90,18 @@ def counts_report(found: dict[str, Any]) -> str:
     )
 
 
+def sharing_report(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for run in found:
+        pairs = [two / one for one, two in zip(run["seconds"]["one"], run["seconds"]["two"],
+                                               strict=True)]  # fmt: skip
+        rows.append([str(run["tokens"]), f"{statistics.median(pairs):.2f}"])
+    return (
+        "krea2-nano Raw with guidance, texts of different length: up to 1024 image tokens they "
+        "share a call.\n\n" + table(["image tokens", "one call is faster than two by"], rows)
+    )
+
+
 def memory_report(found: dict[str, Any]) -> str:
     rows = []
     for form, loaders in found.items():
@@ -110,16 +122,18 @@ def memory_report(found: dict[str, Any]) -> str:
 
 
 # A part's script, and how its numbers are shown.
-PARTS: dict[str, tuple[str, Callable[[dict], str]]] = {
+PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "block": ("A block's element-wise work", block_report),
     "counts": ("What a run does", counts_report),
     "vae": ("VAE", vae_report),
     "text_encoder": ("Text encoder", text_report),
+    "sharing": ("One call for two texts", sharing_report),
     "load_memory": ("Loading", memory_report),
 }
 NOT_MEASURED = (
-    "On a GPU: step time and whole images, resident and offloaded, peak VRAM, fused kernels, "
-    "compilation, and the distance to the machine's roofline. No GPU was at hand."
+    "On a GPU (no GPU was at hand): step time resident and offloaded, peak VRAM, ComfyUI's fused "
+    "kernels and the distance to the roofline, which benchmarks/gpu.py measures; whole images, "
+    "and compilation."
 )
 
 

@@ -1,5 +1,6 @@
 """CLIP: our Qwen3-VL text encoder under ComfyUI's model management."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import comfy.model_management
@@ -24,6 +25,9 @@ from .weights import check_weights, open_part
 NAME = "qwen3vl_4b"
 
 _IM_START, _USER = 151644, 872
+
+# About 12 MB a hundred tokens, in main memory.
+KEPT_ENCODINGS = 8
 
 
 class Krea2ClipTokenizer:
@@ -101,6 +105,7 @@ class Krea2TextModel(torch.nn.Module):
         self.add_module(NAME, section)
         self.requires_grad_(False).eval()
         self.config, self.dtypes, self.execution_device = config, {dtype}, None
+        self.encodings: OrderedDict = OrderedDict()
 
     @property
     def encoder(self) -> Qwen3VLTextEncoder:
@@ -152,6 +157,46 @@ class Krea2TextModel(torch.nn.Module):
         return length * (width + 3 * self.config.intermediate_size) * 4
 
 
+class Krea2CLIP(comfy.sd.CLIP):
+    """A CLIP that remembers its last encodings, by tokens and patches.
+
+    The negative of a prompt that is being worked on is asked for again and again, and without the
+    encoder there is nothing to load for it.
+    """
+
+    def clone(self, *args, **kwargs):
+        clone = super().clone(*args, **kwargs)
+        clone.__class__ = Krea2CLIP
+        return clone
+
+    def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
+        key = self._key(tokens)
+        if key is None:
+            return super().encode_from_tokens(tokens, return_pooled, return_dict)
+        encodings = self.cond_stage_model.encodings
+        if key not in encodings:
+            encodings[key] = super().encode_from_tokens(tokens, return_pooled, return_dict=True)
+        encodings.move_to_end(key)
+        while len(encodings) > KEPT_ENCODINGS:
+            encodings.popitem(last=False)
+        result = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in encodings[key].items()
+        }
+        if return_dict:
+            return result
+        return (result["cond"], result["pooled_output"]) if return_pooled else result["cond"]
+
+    def _key(self, tokens):
+        """What an encoding depends on; None where it may change with time (hooks)."""
+        if self.patcher.forced_hooks is not None or self.apply_hooks_to_conds is not None:
+            return None
+        rows = tuple(tuple(pair[0] for pair in row) for row in tokens.get(NAME, ()))
+        if not all(isinstance(token, int) for row in rows for token in row):
+            return None
+        return self.patcher.patches_uuid, rows
+
+
 def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
     """Load a Qwen3-VL text encoder file or folder as a CLIP.
 
@@ -171,7 +216,7 @@ def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyn
         options["custom_operations"] = GGUFOperations
     target = comfy.supported_models_base.ClipTarget(Krea2ClipTokenizer, Krea2TextModel)
     target.params["config"] = state.config
-    clip = comfy.sd.CLIP(
+    clip = Krea2CLIP(
         target,
         parameters=sum(weight.numel() for weight in bare.parameters()),
         state_dict=[{name: wrap(t, torch.float32) for name, t in state.tensors.items()}],

@@ -10,8 +10,9 @@ import comfy.conds
 import torch
 import torch.nn.functional as F
 
-# Up to so many tokens a call is bound by reading weights, and sharing it is faster.
-SMALL_IMAGE = 512
+# Up to so many image tokens a call is faster shared (benchmarks/sharing.py): reading weights and
+# starting kernels weigh more than what the second text adds.
+SMALL_IMAGE = 1024
 
 
 class FusedText(comfy.conds.CONDRegular):

@@ -218,3 +218,29 @@ def test_stock_lora_patches_the_encoder(clip):
     before = clip.encode_from_tokens(tokens)
     assert not torch.allclose(patched.encode_from_tokens(tokens), before)
     assert torch.equal(clip.encode_from_tokens(tokens), before)
+
+
+def test_encodings_are_kept_by_content(clip, monkeypatch):
+    """The same tokens and patches: no second run of the encoder, and a result of one's own."""
+    encoder, calls = clip.cond_stage_model.encoder, []
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda tokens: calls.append(1) or forward(tokens))
+
+    def encode(text, who=clip):
+        return who.encode_from_tokens(who.tokenize(text))
+
+    first = encode("a heron at dawn")
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(encode("a heron at dawn", clip.clone()), before) and len(calls) == 1
+    encode("a heron at dusk")
+    assert len(calls) == 2
+    key = "qwen3vl_4b.transformer.model.layers.3.mlp.up_proj.weight"
+    patched = clip.clone()
+    shape = encoder.layers[3].mlp.up_proj.weight.shape
+    assert patched.add_patches({key: ("diff", (torch.full(shape, 0.1),))}, 1.0) == [key]
+    assert not torch.allclose(encode("a heron at dawn", patched), before)
+    assert len(calls) == 3
+    for number in range(20):
+        encode(f"heron number {number}")
+    assert len(clip.cond_stage_model.encodings) == 8
