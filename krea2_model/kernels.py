@@ -41,10 +41,10 @@ def norm_and_rotate(
     rope: a `rope_table` of the keys, or None for no positions.
     kept: the tokens that the queries are of, None for all.
     """
-    of_keys = of_queries = None
-    if rope is not None:
-        of_keys = _rotations(rope)
-        of_queries = of_keys if kept is None else of_keys[:, :, kept]
+    of_keys = None if rope is None else _rotations(rope)
+    of_queries = of_keys
+    if of_keys is not None and kept is not None:
+        of_queries = of_keys[:, :, kept]
     return (
         _norm_and_rotate(query, norm.query, norm.eps, of_queries),
         _norm_and_rotate(key, norm.key, norm.eps, of_keys),
@@ -53,8 +53,7 @@ def norm_and_rotate(
 
 def rotate(heads: Tensor, rope: Tensor) -> Tensor:
     """Rotate interleaved channel pairs: (B, H, L, D) by a `rope_table`, in float32."""
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * _rotations(rope)).flatten(-2).to(heads.dtype)
+    return _turned(heads.float(), _rotations(rope)).to(heads.dtype)
 
 
 def gated_residual(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -77,25 +76,42 @@ def silu_gated(gate: Tensor, values: Tensor) -> Tensor:
     return F.silu(gate, inplace=True).mul_(values)
 
 
+def _has_complex_numbers(device: torch.device) -> bool:
+    """Not every device multiplies complex numbers, or quickly."""
+    return device.type in ("cpu", "cuda", "xpu", "meta")
+
+
 def _rotations(rope: Tensor) -> Tensor:
-    """A `rope_table` as complex numbers (B, 1, L, D/2)."""
+    """A `rope_table` as complex numbers (B, 1, L, D/2), or as it is where there are none."""
+    if not _has_complex_numbers(rope.device):
+        return rope
     return torch.complex(rope[..., 0, 0], rope[..., 1, 0])
+
+
+def _turned(values: Tensor, rotations: Tensor) -> Tensor:
+    """Pairs of channels of float32 values, turned: a new tensor."""
+    pairs = values.unflatten(-1, (-1, 2))
+    if rotations.is_complex():
+        turned = torch.view_as_complex(pairs.contiguous()) * rotations
+        return torch.view_as_real(turned).flatten(-2)
+    turned = rotations[..., 0] * pairs[..., :1] + rotations[..., 1] * pairs[..., 1:]
+    return turned.flatten(-2)
 
 
 def _norm_and_rotate(heads: Tensor, multiplier: Tensor, eps: float, rotations) -> Tensor:
     inverse = inverse_rms(heads, eps)
     if torch.is_grad_enabled():
         scaled = heads * multiplier * inverse
-        if rotations is not None:
-            pairs = torch.view_as_complex(scaled.unflatten(-1, (-1, 2)).contiguous())
-            scaled = torch.view_as_real(pairs * rotations).flatten(-2)
-        return scaled.to(heads.dtype)
+        return (scaled if rotations is None else _turned(scaled, rotations)).to(heads.dtype)
     # In 16 bits a float32 copy, in float32 the projection's own result.
     scaled = heads.float().mul_(multiplier)
-    if rotations is None:
-        return scaled.mul_(inverse).to(heads.dtype)
-    pairs = torch.view_as_complex(scaled.unflatten(-1, (-1, 2)))
-    pairs.mul_(rotations).mul_(inverse)
+    if rotations is not None and rotations.is_complex():
+        pairs = torch.view_as_complex(scaled.unflatten(-1, (-1, 2)))
+        pairs.mul_(rotations).mul_(inverse)
+    else:
+        scaled.mul_(inverse)
+        if rotations is not None:
+            scaled = _turned(scaled, rotations)
     return scaled.to(heads.dtype)
 
 

@@ -51,7 +51,10 @@ def test_modulated_norm(dtype, limit):
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("kept", [None, slice(2, 5)])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_norm_and_rotate(dtype, limit, kept, rotated):
+@pytest.mark.parametrize("numbers", ["complex", "real"])
+def test_norm_and_rotate(dtype, limit, kept, rotated, numbers, monkeypatch):
+    """With complex numbers and, as on devices without them, with real ones."""
+    monkeypatch.setattr(kernels, "_has_complex_numbers", lambda device: numbers == "complex")
     heads, tokens, dim = 6, 12, 16
     table = rope_table(grid_positions([(3, 4)])[None], (4, 6, 6), 1000.0) if rotated else None
     asked = tokens if kept is None else 3
