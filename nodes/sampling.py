@@ -60,7 +60,7 @@ _MU_INPUT = io.Float.Input(
 )
 
 
-def _check_model(model) -> None:
+def check_model(model) -> None:
     import comfy.model_base
 
     family = type(model.model)
@@ -250,7 +250,7 @@ class K2Sampler(io.ComfyNode):
         import latent_preview
         import torch
 
-        _check_model(model)
+        check_model(model)
         settings = _preset(model, preset, steps, guidance)
         if settings.guidance > 0 and negative is None:
             raise ValueError(
@@ -327,7 +327,7 @@ class K2Sigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, preset=AUTO, steps=28, denoise=1.0, shift=AUTO, mu=TURBO_MU):
-        _check_model(model)
+        check_model(model)
         settings = _preset(model, preset, steps)
         exponent = _mu(settings, shift, mu, _latent_tokens(_start(model, latent)))
         return io.NodeOutput(_sigmas(settings, exponent, denoise))
@@ -371,7 +371,7 @@ class K2ModelSampling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, width=1024, height=1024, shift=AUTO, mu=TURBO_MU):
-        _check_model(model)
+        check_model(model)
         # Without a known variant this has no mu; only shift auto asks for it.
         settings = _preset(model, CUSTOM if shift != AUTO else AUTO)
         tokens = image_tokens(round_size("width", width), round_size("height", height))

@@ -339,7 +339,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
 
 
 def _is_comfyui_s(function) -> bool:
-    return getattr(function, "__module__", "").partition(".")[0] in ("comfy", "comfy_extras")
+    return getattr(function, "__module__", "").partition(".")[0] in (
+        "comfy",
+        "comfy_api",
+        "comfy_extras",
+    )
 
 
 def _single_frame(latents):

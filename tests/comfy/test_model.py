@@ -321,6 +321,49 @@ def test_torch_compile(run, turbo, conditioning, latent):
     assert_close(value["samples"], expected["samples"], 1e-4, "torch.compile")
 
 
+def test_compile_by_block(run, raw, conditioning, monkeypatch):
+    """One compilation for all blocks, sizes and lengths of text, and the same image."""
+    import comfy_api.torch_helpers as helpers
+    from torch._dynamo.utils import counters
+
+    wrap = helpers.set_torch_compile_wrapper
+
+    def traced(model, backend, options=None, **others):
+        assert backend == "inductor" and options
+        # The same tracing without a C++ compiler, which not every machine has.
+        wrap(model, backend="aot_eager", **others)
+
+    monkeypatch.setattr(helpers, "set_torch_compile_wrapper", traced)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = run("K2Compile", model=raw)[0]
+    graphs = []
+    for height, width, tokens in ((8, 12, 5), (16, 10, 9), (12, 12, 17), (8, 12, 3)):
+        inputs = {"positive": conditioning(tokens, 1), "negative": conditioning(tokens + 2, 2),
+                  "latent": {"samples": torch.zeros(1, 16, 1, height, width)},
+                  "preset": "custom", "steps": 2, "guidance": 2.0}  # fmt: skip
+        found = run("K2Sampler", model=compiled, **inputs)[0]["samples"]
+        expected = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+        assert_close(found, expected, 1e-4, "compiled by block")
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1:] == graphs[:1] * 3, graphs
+
+
+def test_easycache_of_comfyui(run, raw, conditioning, latent):
+    """Core's feature caching takes our model; at a threshold of 0 it changes nothing."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    inputs = {"positive": conditioning(5, 1), "negative": conditioning(3, 2), "latent": latent,
+              "preset": "custom", "steps": 6, "guidance": 2.0}  # fmt: skip
+    expected = run("K2Sampler", model=raw, **inputs)[0]["samples"]
+    for threshold, limit in ((0.0, 1e-4), (3.0, 2.0)):
+        cached = EasyCacheNode.execute(raw, threshold, 0.15, 0.95, False).result[0]
+        found = run("K2Sampler", model=cached, **inputs)[0]["samples"]
+        error = relative_error(found, expected)
+        assert torch.isfinite(found).all() and error < limit
+    assert error > 1e-4, "steps were skipped"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_follow_the_dtype_of_the_run(run, models, conditioning, dtype):
     """ComfyUI may change it after loading, by a node or a device that cannot do otherwise."""

@@ -20,6 +20,7 @@ INPUTS = {
     "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
     "K2VAEDecode": ["samples", "vae"],
     "K2VAEEncode": ["pixels", "vae"],
+    "K2Compile": ["model"],
     "K2Inspect": ["file"],
 }
 OUTPUTS = {
@@ -32,6 +33,7 @@ OUTPUTS = {
     "K2ModelSampling": ["MODEL"],
     "K2VAEDecode": ["IMAGE"],
     "K2VAEEncode": ["LATENT"],
+    "K2Compile": ["MODEL"],
     "K2Inspect": ["STRING"],
 }
 
