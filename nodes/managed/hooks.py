@@ -15,6 +15,8 @@ try:
 except ImportError:  # an older ComfyUI streams weights without looking ahead
     model_prefetch = None
 
+_OVERRIDE = "optimized_attention_override"
+
 
 class PatchHooks(Hooks):
     """Applies a run's `transformer_options`, with ComfyUI's kernels and choice of attention.
@@ -51,10 +53,11 @@ class PatchHooks(Hooks):
         if self.padding is not None and in_block:
             return self._attention_past_padding(query, key, value, kept)
         out = self.attention(query, key, value, mask)
-        if in_block:
-            for patch in self.patches.get("attn1_output_patch", ()):
-                out = patch(out, self.options.copy())
-        return out
+        patches = self.patches.get("attn1_output_patch", ()) if in_block else ()
+        for patch in patches:
+            out = patch(out, self.options.copy())
+        # The caller overwrites it, and what others have seen they may have kept.
+        return out.clone() if patches or _OVERRIDE in self.options else out
 
     def attention(self, query, key, value, mask=None):
         """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
@@ -65,7 +68,7 @@ class PatchHooks(Hooks):
         options = {"mask": mask, "skip_reshape": True, "transformer_options": self.options}
         if query.shape[1] != key.shape[1]:
             grouped = mask is None and takes_grouped_heads(query) and _knows_grouped_heads()
-            if grouped and "optimized_attention_override" not in self.options:
+            if grouped and _OVERRIDE not in self.options:
                 options["enable_gqa"] = True
             else:
                 key, value = repeat_heads(query, key, value)
@@ -113,8 +116,10 @@ class PatchHooks(Hooks):
         if model_prefetch is not None:
             queue = model_prefetch.make_prefetch_queue(list(blocks), device, self.options)
         last = len(blocks) - 1
-        # Patches of attention expect a query for every key.
-        whole = self.patches.get("attn1_patch") or self.patches.get("attn1_output_patch")
+        # Others' attention may expect a query for every key.
+        whole = _OVERRIDE in self.options or any(
+            self.patches.get(kind) for kind in ("attn1_patch", "attn1_output_patch")
+        )
         for index, block in enumerate(blocks):
             self.options["block_index"] = index
             if queue is not None:
@@ -141,7 +146,8 @@ class PatchHooks(Hooks):
 
         args = {"img": hidden, "vec": vector, "pe": rope, "attn_mask": mask}
         args["transformer_options"] = self.options
-        return replacement(args, {"original_block": original})["img"]
+        # The next block overwrites it, and the patch may have kept it.
+        return replacement(args, {"original_block": original})["img"].clone()
 
 
 def _has_kernels(tensor) -> bool:

@@ -174,7 +174,11 @@ class Krea2Model(comfy.model_base.Krea2):
         if "optimized_attention_override" in options:
             return False
         rows, columns = (-(-side // 2) for side in noise.shape[-2:])
-        streams = patcher.loaded_size() < patcher.model_size()
+        held = patcher.loaded_size()
+        if getattr(patcher, "is_dynamic", bool)():
+            # Dynamic VRAM takes weights up as they are used; what will fit counts.
+            held = 0.9 * comfy.model_management.get_total_memory(patcher.load_device)
+        streams = held < patcher.model_size()
         return streams or noise.shape[0] * rows * columns <= SMALL_IMAGE
 
     def _fuse_now(self, context, mask, device):

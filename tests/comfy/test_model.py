@@ -392,6 +392,31 @@ def test_kernels_of_comfyui_give_the_same_image(turbo, conditioning, pack, monke
     assert len(calls) >= 4
 
 
+def test_patches_may_keep_what_they_saw(turbo, conditioning):
+    """Caches of blocks and of attention rely on it: nothing they hold changes afterwards."""
+    kept = []
+
+    def keep(tensor):
+        kept.append((tensor, tensor.clone()))
+        return tensor
+
+    def block(args, extra):
+        keep(args["img"])
+        return {"img": keep(extra["original_block"](args)["img"])}
+
+    def override(attention, *args, **kwargs):
+        return keep(attention(*args, **kwargs))
+
+    model = turbo.clone()
+    expected = velocity(turbo, conditioning)
+    model.set_model_patch_replace(block, "dit", "single_block", 0)
+    model.set_model_attn1_output_patch(lambda out, options: keep(out))
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert_close(velocity(model, conditioning), expected, 1e-6, "patches that keep tensors")
+    assert len(kept) >= 6
+    assert all(torch.equal(tensor, copy) for tensor, copy in kept)
+
+
 def test_a_replaced_block_may_run_twice(turbo, conditioning):
     """Blocks work in place; what a patch passes on stays as it is."""
     expected = velocity(turbo, conditioning)

@@ -351,7 +351,6 @@ def test_texts_of_different_length_share_a_call(run, raw, conditioning, monkeypa
 
 
 def test_calls_are_shared_where_weights_stream(run, raw, conditioning, monkeypatch, pack, latent):
-    """And not where patches look at attention."""
     monkeypatch.setattr(pack("nodes.managed.model"), "SMALL_IMAGE", 0)
     inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
               "preset": "custom", "steps": 2, "guidance": 2.0, "seed": 5}  # fmt: skip
@@ -361,7 +360,30 @@ def test_calls_are_shared_where_weights_stream(run, raw, conditioning, monkeypat
     shared = run("K2Sampler", model=raw, **inputs)[0]["samples"]
     assert calls == [2, 2]
     assert_close(shared, apart, 1e-5, "weights that stream")
-    calls.clear()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("gigabytes, shared", [(1000, False), (0, True)])
+def test_dynamic_vram_streams_what_does_not_fit(raw, monkeypatch, pack, latent, gigabytes, shared):
+    """It says that nothing is loaded before weights are used."""
+    import comfy.model_management
+
+    model = pack("nodes.managed.model")
+    monkeypatch.setattr(model, "SMALL_IMAGE", 0)
+    monkeypatch.setattr(type(raw), "loaded_size", lambda self: 0)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda _: gigabytes * 10**9)
+    inner = raw.model
+    monkeypatch.setattr(inner, "current_patcher", raw)
+    assert inner._may_share_calls(latent["samples"]), "the plain patcher streams"
+    monkeypatch.setattr(type(raw), "is_dynamic", lambda self: True)
+    assert inner._may_share_calls(latent["samples"]) == shared
+
+
+def test_calls_are_not_shared_where_patches_look_at_attention(run, raw, conditioning, monkeypatch,
+                                                              latent):  # fmt: skip
+    inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
+              "preset": "custom", "steps": 2, "guidance": 2.0, "seed": 5}  # fmt: skip
+    calls = count_calls(monkeypatch, raw)
     patched = raw.clone()
     patched.set_model_attn1_output_patch(lambda out, extra_options: out)
     run("K2Sampler", model=patched, **inputs)
