@@ -338,15 +338,15 @@ def test_compile_by_block(run, raw, conditioning, monkeypatch):
     counters.clear()
     compiled = run("K2Compile", model=raw)[0]
     graphs = []
-    for height, width, tokens in ((8, 12, 5), (16, 10, 9), (12, 12, 17), (8, 12, 3)):
+    for height, width, tokens in ((8, 12, 5), (16, 10, 9), (12, 12, 17)):
         inputs = {"positive": conditioning(tokens, 1), "negative": conditioning(tokens + 2, 2),
                   "latent": {"samples": torch.zeros(1, 16, 1, height, width)},
-                  "preset": "custom", "steps": 2, "guidance": 2.0}  # fmt: skip
+                  "preset": "custom", "steps": 1, "guidance": 2.0}  # fmt: skip
         found = run("K2Sampler", model=compiled, **inputs)[0]["samples"]
         expected = run("K2Sampler", model=raw, **inputs)[0]["samples"]
         assert_close(found, expected, 1e-4, "compiled by block")
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0 and graphs[1:] == graphs[:1] * 3, graphs
+    assert graphs[0] > 0 and graphs[1:] == graphs[:1] * 2, graphs
 
 
 def test_easycache_of_comfyui(run, raw, conditioning, latent):
