@@ -6,16 +6,13 @@ backend or lets others patch queries and keys (`Hooks` in transformer.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import (
-    SDPAParams,
-    can_use_cudnn_attention,
-    can_use_flash_attention,
-)
+from torch.backends import cuda as cuda_backend
 
 # (query, key, value, mask) -> (B, L, H * D); see `attend`.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -34,7 +31,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     grouped = mask is None and takes_grouped_heads(query)
     if not grouped:
         key, value = repeat_heads(query, key, value)
-    out = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+    options = {"enable_gqa": True} if grouped else {}
+    out = F.scaled_dot_product_attention(query, key, value, mask, **options)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -43,11 +41,22 @@ def takes_grouped_heads(query: Tensor) -> bool:
 
     Elsewhere the scores of the whole image would be held in memory.
     """
-    if query.device.type == "cuda" and torch.version.cuda:
-        key = query[:, :1]
-        parameters = SDPAParams(query, key, key, None, 0.0, False, True)
-        return can_use_flash_attention(parameters) or can_use_cudnn_attention(parameters)
-    return query.device.type == "cpu"
+    return _has_grouped_kernel(query.device, query.dtype, query.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_grouped_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    if not hasattr(cuda_backend, "can_use_cudnn_attention"):
+        return False  # torch learned of grouped heads in the release that brought this
+    if device.type != "cuda" or not torch.version.cuda:
+        return device.type == "cpu"
+    query = torch.empty(1, 4, 64, dim, device=device, dtype=dtype)
+    key = query[:, :1]
+    parameters = cuda_backend.SDPAParams(query, key, key, None, 0.0, False, True)
+    return cuda_backend.can_use_flash_attention(parameters) or cuda_backend.can_use_cudnn_attention(
+        parameters
+    )
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
