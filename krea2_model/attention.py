@@ -6,7 +6,6 @@ backend or lets others patch queries and keys (`Hooks` in transformer.py).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -41,21 +40,16 @@ def takes_grouped_heads(query: Tensor) -> bool:
 
     Elsewhere the scores of the whole image would be held in memory.
     """
-    return _has_grouped_kernel(query.device, query.dtype, query.shape[-1])
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _has_grouped_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    if not hasattr(cuda_backend, "can_use_cudnn_attention"):
+    available = getattr(cuda_backend, "is_flash_attention_available", None)
+    if available is None:
         return False  # torch learned of grouped heads in the release that brought this
-    if device.type != "cuda" or not torch.version.cuda:
-        return device.type == "cpu"
-    query = torch.empty(1, 4, 64, dim, device=device, dtype=dtype)
-    key = query[:, :1]
-    parameters = cuda_backend.SDPAParams(query, key, key, None, 0.0, False, True)
-    return cuda_backend.can_use_flash_attention(parameters) or cuda_backend.can_use_cudnn_attention(
-        parameters
+    if query.device.type != "cuda" or not torch.version.cuda:
+        return query.device.type == "cpu"
+    return (
+        available()
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
     )
 
 

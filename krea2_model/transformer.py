@@ -512,6 +512,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
+@torch.compiler.disable
 @functools.lru_cache(maxsize=16)
 def _positions(text_tokens: int, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
     """Rotary positions (1, L, 3) of text, all zero, and of images by (rows, columns)."""
