@@ -25,7 +25,7 @@ class HeadNorm(NamedTuple):
 def modulated_norm(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """`rms_norm(hidden) * (1 + scale) + shift`: hidden (B, L, D), the others (B, 1, D)."""
     normed = hidden * inverse_rms(hidden, eps)
-    out = normed if _may_overwrite() else None
+    out = normed if may_overwrite() else None
     return torch.addcmul(shift.float(), normed, 1 + scale.float(), out=out).to(hidden.dtype)
 
 
@@ -58,27 +58,27 @@ def rotate(heads: Tensor, rope: Tensor) -> Tensor:
 
 def gated_residual(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """`hidden + gate * update`, in the place of `hidden`: (B, L, D), gate (B, 1, D)."""
-    if _may_overwrite():
+    if may_overwrite():
         return hidden.addcmul_(gate, update)
     return torch.addcmul(hidden, gate, update)
 
 
 def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
     """`values * sigmoid(gate)`, in the place of both."""
-    if _may_overwrite():
+    if may_overwrite():
         return values.mul_(gate.sigmoid_())
     return values * torch.sigmoid(gate)
 
 
 def silu_gated(gate: Tensor, values: Tensor) -> Tensor:
     """`silu(gate) * values`, in the place of `gate`."""
-    if _may_overwrite():
+    if may_overwrite():
         return F.silu(gate, inplace=True).mul_(values)
     return F.silu(gate) * values
 
 
-def _may_overwrite() -> bool:
-    """A compiler decides for itself what takes whose place."""
+def may_overwrite() -> bool:
+    """Whether results take the place of inputs; a compiler decides that for itself."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
@@ -106,7 +106,7 @@ def _turned(values: Tensor, rotations: Tensor) -> Tensor:
 
 def _norm_and_rotate(heads: Tensor, multiplier: Tensor, eps: float, rotations) -> Tensor:
     inverse = inverse_rms(heads, eps)
-    if not _may_overwrite():
+    if not may_overwrite():
         scaled = heads * multiplier * inverse
         return (scaled if rotations is None else _turned(scaled, rotations)).to(heads.dtype)
     # In 16 bits a float32 copy, in float32 the projection's own result.

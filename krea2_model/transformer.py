@@ -26,6 +26,7 @@ from .config import Preset, TransformerConfig
 from .kernels import (
     HeadNorm,
     gated_residual,
+    may_overwrite,
     modulated_norm,
     norm_and_rotate,
     sigmoid_gated,
@@ -479,7 +480,7 @@ def _residual(hidden: Tensor, gate: Tensor, update: Tensor, split: int | None) -
     done = [gated_residual(*side) for side in sides]
     if split is None:
         return done[0]
-    return torch.cat(done, dim=1) if torch.is_grad_enabled() else hidden
+    return hidden if may_overwrite() else torch.cat(done, dim=1)
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

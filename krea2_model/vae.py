@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from .config import VAEConfig
-from .kernels import inverse_rms
+from .kernels import inverse_rms, may_overwrite
 from .layers import TorchLayers
 
 # Called with (tiles done, tiles in all).
@@ -86,7 +86,7 @@ class PixelNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         pixels, gamma = hidden.movedim(1, -1), self.gamma.to(hidden)
-        if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+        if hidden.device.type == "cpu" and may_overwrite():
             normed = (pixels * inverse_rms(pixels, NORM_EPS)).mul_(gamma).to(hidden.dtype)
         else:
             normed = F.rms_norm(pixels, pixels.shape[-1:], gamma, NORM_EPS)
@@ -97,7 +97,7 @@ class Activation(nn.Module):
     """SiLU, where gradients are off in the place of its input, which nobody else holds."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.silu(hidden, inplace=not torch.is_grad_enabled())
+        return F.silu(hidden, inplace=may_overwrite())
 
 
 class ResidualBlock(nn.Module):
@@ -122,9 +122,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         update = self.residual(hidden)
-        if torch.is_grad_enabled():
-            return update + self.shortcut(hidden)
-        return update.add_(self.shortcut(hidden))
+        if may_overwrite():
+            return update.add_(self.shortcut(hidden))
+        return update + self.shortcut(hidden)
 
 
 class Resample(nn.Module):

@@ -121,7 +121,7 @@ def block():
 
 @pytest.mark.parametrize("split", [None, 20])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_block_in_place_and_of_some_tokens(block, split, batch):
+def test_a_block_in_place_and_of_some_tokens(block, split, batch, monkeypatch):
     """What the last block computes are the rows of the whole; gradients on or off, the same."""
     dim = TINY.hidden_size
     hidden = random(batch, 26, dim)
@@ -133,6 +133,11 @@ def test_a_block_in_place_and_of_some_tokens(block, split, batch):
     with torch.no_grad():
         whole = block(hidden.clone(), vector, rope, None, split)
         part = block(hidden.clone(), vector, rope, None, split, None, slice(6, 20))
+    # What a compiler traces, which works in place nowhere.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        traced = block(hidden.clone(), vector, rope, None, split)
+    assert_close(traced, expected, 1e-5, "as a compiler sees it")
     assert_close(whole, expected, 1e-5, "without gradients")
     assert_close(part, expected[:, 6:20], 1e-5, "tokens 6 to 19")
 
