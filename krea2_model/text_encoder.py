@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attend, attend
 from .config import TextEncoderConfig
+from .kernels import silu_gated
 from .layers import TorchLayers
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 
@@ -68,7 +68,7 @@ class GatedMLP(nn.Module):
         self.down_proj = layers.Linear(inner, dim, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(silu_gated(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class DecoderLayer(nn.Module):
