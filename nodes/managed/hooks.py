@@ -15,7 +15,14 @@ try:
 except ImportError:  # an older ComfyUI streams weights without looking ahead
     model_prefetch = None
 
-_OVERRIDE = "optimized_attention_override"
+# Where transformer_options holds an attention function of somebody else's.
+OVERRIDE = "optimized_attention_override"
+
+# Whether ComfyUI's attention functions take fewer keys than queries; older ones do not.
+_RESHAPE = getattr(comfy.ldm.modules.attention, "_reshape_qkv_to_heads", None)
+_KNOWS_GROUPED_HEADS = (
+    _RESHAPE is not None and "enable_gqa" in inspect.signature(_RESHAPE).parameters
+)
 
 
 class PatchHooks(Hooks):
@@ -57,7 +64,7 @@ class PatchHooks(Hooks):
         for patch in patches:
             out = patch(out, self.options.copy())
         # The caller overwrites it, and what others have seen they may have kept.
-        return out.clone() if patches or _OVERRIDE in self.options else out
+        return out.clone() if patches or OVERRIDE in self.options else out
 
     def attention(self, query, key, value, mask=None):
         """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
@@ -67,8 +74,8 @@ class PatchHooks(Hooks):
             mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
         options = {"mask": mask, "skip_reshape": True, "transformer_options": self.options}
         if query.shape[1] != key.shape[1]:
-            grouped = mask is None and takes_grouped_heads(query) and _knows_grouped_heads()
-            if grouped and _OVERRIDE not in self.options:
+            grouped = mask is None and takes_grouped_heads(query) and _KNOWS_GROUPED_HEADS
+            if grouped and OVERRIDE not in self.options:
                 options["enable_gqa"] = True
             else:
                 key, value = repeat_heads(query, key, value)
@@ -117,7 +124,7 @@ class PatchHooks(Hooks):
             queue = model_prefetch.make_prefetch_queue(list(blocks), device, self.options)
         last = len(blocks) - 1
         # Others' attention may expect a query for every key.
-        whole = _OVERRIDE in self.options or any(
+        whole = OVERRIDE in self.options or any(
             self.patches.get(kind) for kind in ("attn1_patch", "attn1_output_patch")
         )
         for index, block in enumerate(blocks):
@@ -160,9 +167,3 @@ def _has_kernels(tensor) -> bool:
         and hasattr(kernels, "rms_adaln")
         and any(kernels.registry.is_available(name) for name in ("cuda", "hip"))
     )
-
-
-def _knows_grouped_heads() -> bool:
-    """Whether ComfyUI's attention functions take fewer keys than queries; older ones do not."""
-    reshape = getattr(comfy.ldm.modules.attention, "_reshape_qkv_to_heads", None)
-    return reshape is not None and "enable_gqa" in inspect.signature(reshape).parameters

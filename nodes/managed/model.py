@@ -21,7 +21,7 @@ from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
 from .branches import add_branches, file_name, take_branches
 from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
-from .hooks import PatchHooks
+from .hooks import OVERRIDE, PatchHooks
 from .layers import comfy_layers
 from .texts import SMALL_IMAGE, FusedText, TextLengths
 from .weights import check_weights, open_part
@@ -169,9 +169,7 @@ class Krea2Model(comfy.model_base.Krea2):
         """
         patcher = self.current_patcher
         options = patcher.model_options.get("transformer_options", {})
-        if any(options.get(k) for k in ("patches", "patches_replace")):
-            return False
-        if "optimized_attention_override" in options:
+        if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE)):
             return False
         rows, columns = (-(-side // 2) for side in noise.shape[-2:])
         held = patcher.loaded_size()
