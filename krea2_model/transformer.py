@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -286,6 +286,12 @@ class Hooks:
         """`rms_norm(hidden) * (1 + scale) + shift`, a new tensor."""
         return modulated_norm(hidden, scale, shift, eps)
 
+    def embed_time(
+        self, embed: Callable[[Tensor], tuple[Tensor, Tensor]], timestep: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The time embedding (B, 1, D) and the blocks' vector (B, 1, 6 D) of times (B,)."""
+        return embed(timestep)
+
     def tokens(
         self, text: Tensor, image: Tensor, text_positions: Tensor, image_positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -408,10 +414,11 @@ class Krea2Transformer(nn.Module):
         text_tokens = text.shape[1]
         rope = self._rope_for(tuple(patched), text.device)
 
-        time, vector = self._embed_time(timestep, text.dtype)
+        embed = functools.partial(self._embed_time, dtype=text.dtype)
+        time, vector = hooks.embed_time(embed, timestep)
         split = None
         if references and reference_method == "index_timestep_zero":
-            _, vector_at_zero = self._embed_time(torch.zeros_like(timestep), text.dtype)
+            _, vector_at_zero = hooks.embed_time(embed, torch.zeros_like(timestep))
             vector = torch.cat((vector, vector_at_zero), dim=1)
             split = text_tokens + image_tokens
 

@@ -9,6 +9,7 @@ import torch
 from ...krea2_model.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.kernels import modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.transformer import Hooks
+from .once import ScheduleTimes
 
 try:
     import comfy.model_prefetch as model_prefetch
@@ -38,6 +39,8 @@ class PatchHooks(Hooks):
         self.replacements = self.options.get("patches_replace", {}).get("dit", {})
         # How many tokens at the front of each sequence are there for others' sake alone.
         self.padding: list[int] | None = None
+        # Where time embeddings of the run's whole schedule are kept.
+        self.times: ScheduleTimes | None = None
 
     def attend(self, query, key, value, norm, rope, mask, kept=None):
         in_block = "block_index" in self.options
@@ -98,6 +101,12 @@ class PatchHooks(Hooks):
         if _has_kernels(hidden):
             return comfy.quant_ops.ck.rms_adaln(hidden, scale, shift, eps)
         return modulated_norm(hidden, scale, shift, eps)
+
+    def embed_time(self, embed, timestep):
+        sigmas = self.options.get("sample_sigmas")
+        if self.times is None or sigmas is None:
+            return embed(timestep)
+        return self.times.embed(embed, timestep, sigmas)
 
     def tokens(self, text, image, text_positions, image_positions):
         for patch in self.patches.get("post_input", ()):

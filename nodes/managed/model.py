@@ -23,6 +23,7 @@ from .branches import add_branches, file_name, take_branches
 from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
 from .layers import comfy_layers
+from .once import LoadsThemLast, ScheduleTimes
 from .texts import SMALL_IMAGE, FusedText, TextLengths
 from .weights import check_weights, open_part
 
@@ -33,6 +34,8 @@ class Krea2DiffusionModel(Krea2Transformer):
     def __init__(self, config, dtype=None, device=None, operations=None, **unet_config):
         super().__init__(config, comfy_layers(operations), device=device, dtype=dtype)
         self.dtype = dtype
+        # Set for runs in which weights stream to the device.
+        self.times: ScheduleTimes | None = None
 
     def forward(
         self,
@@ -68,7 +71,9 @@ class Krea2DiffusionModel(Krea2Transformer):
         text, lengths = context, kwargs.get("text_lengths")
         if lengths is not None and min(lengths) < context.shape[1]:
             hooks.padding = [context.shape[1] - length for length in lengths]
-        if not self.is_fused(context):
+        if self.is_fused(context):
+            hooks.times = self.times
+        else:
             text = self.fuse_context(context.to(latents.dtype), mask, hooks)
         # As in core's Krea 2, reference latents count only where a method is named.
         method, references = kwargs.get("ref_latents_method"), None
@@ -130,6 +135,7 @@ class Krea2Model(comfy.model_base.Krea2):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         else:
             mask = None
+        self.diffusion_model.times = ScheduleTimes() if self._streams() else None
         if "c_crossattn" in out and self._may_fuse_now(kwargs):
             text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
             shared = mask is None and self._may_share_calls(kwargs["noise"])
@@ -172,12 +178,18 @@ class Krea2Model(comfy.model_base.Krea2):
         if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE)):
             return False
         rows, columns = (-(-side // 2) for side in noise.shape[-2:])
+        return self._streams() or noise.shape[0] * rows * columns <= SMALL_IMAGE
+
+    def _streams(self) -> bool:
+        """Whether the device cannot hold all weights, so that some come anew at each step."""
+        patcher = self.current_patcher
+        if patcher is None:
+            return False
         held = patcher.loaded_size()
         if getattr(patcher, "is_dynamic", bool)():
             # Dynamic VRAM takes weights up as they are used; what will fit counts.
             held = 0.9 * comfy.model_management.get_total_memory(patcher.load_device)
-        streams = held < patcher.model_size()
-        return streams or noise.shape[0] * rows * columns <= SMALL_IMAGE
+        return held < patcher.model_size()
 
     def _fuse_now(self, context, mask, device):
         transformer = self.diffusion_model
@@ -254,7 +266,7 @@ class _OfficialNames:
         clone = super().clone(*args, **kwargs)
         if not isinstance(clone, _OfficialNames):
             # Core names its plain class where a clone must not be dynamic.
-            clone.__class__ = _with_official_names(type(clone))
+            clone.__class__ = _krea2_patcher(type(clone))
         return clone
 
     def get_key_patches(self, filter_prefix=None):
@@ -282,11 +294,11 @@ def _patcher_class(load_device, disable_dynamic: bool, blocks: bool):
         base = comfy.model_patcher.ModelPatcher
     if blocks:
         base = type("BlockPatcher", (KeepsBlocks, base), {})
-    return _with_official_names(base)
+    return _krea2_patcher(base)
 
 
-def _with_official_names(base):
-    return type("Krea2ModelPatcher", (_OfficialNames, base), {})
+def _krea2_patcher(base):
+    return type("Krea2ModelPatcher", (_OfficialNames, LoadsThemLast, base), {})
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):

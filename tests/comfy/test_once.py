@@ -1,0 +1,133 @@
+"""Weights that a run reads once: last to the device, first from it, and read once indeed."""
+
+import comfy.hooks
+import comfy.samplers
+import pytest
+import torch
+
+from parity import assert_close
+
+ONCE = ("txtfusion", "txtmlp", "tmlp", "tproj")
+CPU = torch.device("cpu")
+
+
+def is_once(name):
+    return name.removeprefix("diffusion_model.").startswith(ONCE)
+
+
+def layers(patcher):
+    """Modules with weights by name, and whether ComfyUI has them on the device."""
+    return {
+        name: getattr(module, "comfy_patched_weights", False)
+        for name, module in patcher.model.named_modules()
+        if getattr(module, "weight", None) is not None
+    }
+
+
+def test_blocks_come_before_them(raw):
+    """Whatever their size: the largest layer of all is the time projection."""
+    patcher = raw.clone()
+    sizes = {name: weight.nbytes for name, weight in patcher.model.state_dict().items()}
+    blocks = sum(size for name, size in sizes.items() if not is_once(name))
+    # ComfyUI keeps room for the largest layer that stays outside.
+    patcher.load(CPU, lowvram_model_memory=blocks + 2 * max(sizes.values()))
+    assert patcher.model.model_lowvram
+    outside = [name for name, there in layers(patcher).items() if not there]
+    assert outside and all(is_once(name) for name in outside), outside
+    patcher.detach()
+
+
+def test_they_go_first(raw):
+    patcher = raw.clone()
+    patcher.load(CPU, full_load=True)
+    freed = patcher.partially_unload(CPU, 1000)
+    loaded = layers(patcher)
+    gone = [name for name, there in loaded.items() if not there]
+    assert freed > 1000 and gone
+    assert all(is_once(name) for name in gone), gone
+    patcher.detach()
+
+
+def test_dynamic_vram_gives_them_the_last_priority(raw):
+    entries = raw._load_list(for_dynamic=True)
+    entries.sort()
+    once = [is_once(entry[-3]) for entry in entries]
+    assert once == sorted(once) and True in once and False in once
+
+
+@pytest.fixture
+def streaming(raw, monkeypatch):
+    """A Raw whose weights do not fit, and the list of its calls of the time projection."""
+    calls, tproj = [], raw.model.diffusion_model.tproj
+    forward = tproj.forward
+    monkeypatch.setattr(tproj, "forward", lambda x: calls.append(len(x)) or forward(x))
+    monkeypatch.setattr(type(raw), "loaded_size", lambda self: self.model_size() // 2)
+    return raw, calls
+
+
+def sample(run, model, conditioning, latent, sampler="euler", **extra):
+    guider = comfy.samplers.CFGGuider(model)
+    positive = [[cond, {**known, **extra}] for cond, known in conditioning(6, 1)]
+    guider.set_conds(positive, conditioning(4, 2))
+    guider.set_cfg(3.0)
+    sigmas = run("K2Sigmas", model=model, latent=latent, preset="custom", steps=4)[0]
+    noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    sampler = comfy.samplers.sampler_object(sampler)
+    return guider.sample(noise, latent["samples"], sampler, sigmas, seed=0)
+
+
+def test_a_schedule_is_embedded_in_one_batch_where_weights_stream(
+    run, streaming, conditioning, latent, monkeypatch
+):
+    model, calls = streaming
+    together = sample(run, model, conditioning, latent)
+    assert calls == [5], "four sigmas and 0"
+    sample(run, model, conditioning, latent)
+    assert calls == [5, 5], "anew in the next run, whose LoRAs may be others"
+    calls.clear()
+    monkeypatch.setattr(type(model), "loaded_size", lambda self: self.model_size())
+    apart = sample(run, model, conditioning, latent)
+    assert len(calls) >= 4 and set(calls) <= {1, 2}
+    assert_close(together, apart, 1e-5, "time embeddings together and each alone")
+
+
+def test_times_between_those_of_the_schedule(run, streaming, conditioning, latent, monkeypatch):
+    model, calls = streaming
+    found = sample(run, model, conditioning, latent, "dpm_2")
+    assert calls[0] == 5 and len(calls) > 1
+    monkeypatch.setattr(type(model), "loaded_size", lambda self: self.model_size())
+    expected = sample(run, model, conditioning, latent, "dpm_2")
+    assert_close(found, expected, 1e-5, "a sampler with steps in between")
+
+
+def test_reference_latents_use_time_zero_of_the_table(
+    run, streaming, conditioning, latent, monkeypatch
+):
+    model, calls = streaming
+    extra = {
+        "reference_latents": [torch.ones(1, 16, 1, 8, 8)],
+        "reference_latents_method": "index_timestep_zero",
+    }
+    found = sample(run, model, conditioning, latent, **extra)
+    assert calls == [5]
+    monkeypatch.setattr(type(model), "loaded_size", lambda self: self.model_size())
+    expected = sample(run, model, conditioning, latent, **extra)
+    assert_close(found, expected, 1e-5, "references at time 0")
+
+
+def test_a_hook_on_the_time_projection_counts_for_its_conditioning(
+    run, streaming, conditioning, latent, monkeypatch
+):
+    """Weights change from call to call within a step there."""
+    model, calls = streaming
+    weight = model.model.diffusion_model.tproj[1].weight
+    hooks = comfy.hooks.HookGroup()
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hooks.add(hook)
+    hook.weights = {"diffusion_model.tproj.1.weight": ("diff", (torch.full(weight.shape, 0.02),))}
+    hook.need_weight_init = False
+    found = sample(run, model, conditioning, latent, hooks=hooks)
+    monkeypatch.setattr(type(model), "loaded_size", lambda self: self.model_size())
+    expected = sample(run, model, conditioning, latent, hooks=hooks)
+    assert_close(found, expected, 1e-5, "a hook where weights stream and where not")
+    assert not torch.allclose(expected, sample(run, model, conditioning, latent), atol=1e-3)
