@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     image.add_argument("--images", type=int, default=1, help="how many")
     image.add_argument("--seed", type=int, default=0, help="of the first image")
     image.add_argument("--max-sequence-length", type=int, help="cut the prompt; 512 is official")
+    image.add_argument(
+        "--evaluate-every", type=int, default=1, help="2: later steps in turns without the model"
+    )
     machine = generate.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
@@ -112,6 +115,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
             num_images=args.images,
             seed=args.seed,
             max_sequence_length=args.max_sequence_length,
+            evaluate_every=args.evaluate_every,
             callback=lambda step, latents, predicted: bar.update(),
         )
     paths = [args.output]

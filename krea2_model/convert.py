@@ -112,13 +112,34 @@ def _write_file(found: Mapping[str, Checkpoint], target: Path, quantise: str | N
     return target
 
 
+def quantise_blocks(
+    tensors: Mapping[str, Tensor], quantise: str, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A transformer's tensors with the matrices of its blocks in 8 bits, settings beside them.
+
+    quantise: one of `QUANTISATIONS`. device: where to calculate; the result is on the CPU.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if _is_block_matrix(name, tensor):
+            for entry in _quantised_entries(name, tensor.to(device), quantise):
+                result[entry.name] = entry.make().cpu()
+        else:
+            result[name] = tensor
+    return result
+
+
+def _is_block_matrix(name: str, tensor) -> bool:
+    matrix = name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2
+    return matrix and not is_norm_or_table(name)
+
+
 def _transformer_entries(
     tensors: Mapping[str, Tensor], prefix: str, quantise: str | None
 ) -> Iterator[Entry]:
     for name, tensor in tensors.items():
         official = prefix + module_to_official(name)
-        matrix = name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2
-        if quantise and matrix and not is_norm_or_table(name):
+        if quantise and _is_block_matrix(name, tensor):
             if is_quantised(tensor) and not isinstance(tensor, GGUFTensor):
                 raise CheckpointError(
                     f"{name} is stored as {tensor.dtype} already; quantise from the bf16 file."

@@ -139,6 +139,7 @@ class Krea2Pipeline:
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         callback: Callback | None = None,
+        evaluate_every: int = 1,
     ):
         """Make images.
 
@@ -159,6 +160,7 @@ class Krea2Pipeline:
         output_type: "pil": a list of images; "np": (B, H, W, 3) float32 in [0, 1]; "pt":
             (B, 3, H, W) in [0, 1]; "latent": (B, 16, h, w), normalised.
         callback: called as `callback(step, latents, predicted)` after each step.
+        evaluate_every: 2 or more leaves the model out of later steps: faster and not exact.
 
         Raises ValueError that names the argument, what was expected and the remedy.
         """
@@ -196,7 +198,13 @@ class Krea2Pipeline:
             )
         result = noise
         for step, current, predicted in denoise(
-            self.transformer, noise, positive, negative, sigmas=sigmas, guidance=guidance
+            self.transformer,
+            noise,
+            positive,
+            negative,
+            sigmas=sigmas,
+            guidance=guidance,
+            evaluate_every=evaluate_every,
         ):
             result = current
             if callback is not None:

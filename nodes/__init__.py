@@ -8,7 +8,7 @@ from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
 from .prompts import K2TextEncode
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
-from .speed import K2Compile
+from .speed import K2Approximate, K2Compile
 
 NODES = [
     K2Loader,
@@ -24,6 +24,7 @@ NODES = [
     K2VAEDecode,
     K2VAEEncode,
     K2Compile,
+    K2Approximate,
     K2Inspect,
 ]
 

@@ -2,10 +2,13 @@
 
 from comfy_api.latest import io
 
+from ..krea2_model.convert import QUANTISATIONS
 from ..krea2_model.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from . import files
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
+# Choices of dtype that quantise, by the name their files have.
+QUANTISED = {"fp8_scaled" if name == "fp8" else name: name for name in QUANTISATIONS}
 
 _MODEL_TIP = (
     "A Krea 2 transformer (models/diffusion_models), an all-in-one file (models/checkpoints) or a "
@@ -18,12 +21,14 @@ _AUTO_TIP = ' "auto" takes it from the model where it holds one, else the first 
 
 _MODEL_DTYPE = io.Combo.Input(
     "dtype",
-    options=[*DTYPES, "fp8_e4m3fn"],
+    options=[*DTYPES, "fp8_e4m3fn", *QUANTISED],
     default="auto",
     advanced=True,
     tooltip=(
         "How the transformer's matrices are kept in memory. auto follows the file and ComfyUI's "
-        "flags; norms and modulation tables stay float32. Quantised files stay as they are."
+        "flags. fp8_scaled, int8 and int8_convrot make half of a 16-bit file's size as it loads "
+        "and calculate in 8 bits where the card can; not exact. Norms and modulation tables stay "
+        "float32, quantised files as they are."
     ),
 )
 
@@ -34,7 +39,15 @@ def _dtype_input(tooltip: str):
     )
 
 
-def _dtype(name: str):
+def _load_transformer(path, dtype: str):
+    from .managed.model import load_model
+
+    if dtype in QUANTISED:
+        return load_model(path, quantise=QUANTISED[dtype])
+    return load_model(path, _dtype(dtype, *QUANTISED))
+
+
+def _dtype(name: str, *others: str):
     import torch
 
     dtypes = {
@@ -45,7 +58,7 @@ def _dtype(name: str):
         "fp8_e4m3fn": torch.float8_e4m3fn,
     }
     if name not in dtypes:
-        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(dtypes)}.")
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join([*dtypes, *others])}.")
     return dtypes[name]
 
 
@@ -97,7 +110,6 @@ class K2Loader(io.ComfyNode):
     @classmethod
     def execute(cls, model, text_encoder=files.AUTO, vae=files.AUTO, dtype="auto"):
         from .managed.clip import load_clip
-        from .managed.model import load_model
         from .managed.vae import load_vae
 
         model_path = files.find_model(TRANSFORMER, model)
@@ -109,7 +121,7 @@ class K2Loader(io.ComfyNode):
         ]
         files.check_pair(model_path, paths[0])
         return io.NodeOutput(
-            load_model(model_path, _dtype(dtype)), load_clip(paths[0]), load_vae(paths[1])
+            _load_transformer(model_path, dtype), load_clip(paths[0]), load_vae(paths[1])
         )
 
 
@@ -135,9 +147,7 @@ class K2ModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, dtype="auto"):
-        from .managed.model import load_model
-
-        return io.NodeOutput(load_model(files.find_model(TRANSFORMER, file), _dtype(dtype)))
+        return io.NodeOutput(_load_transformer(files.find_model(TRANSFORMER, file), dtype))
 
 
 class K2TextEncoderLoader(io.ComfyNode):

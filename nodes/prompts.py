@@ -2,7 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..krea2_model.tokenizer import OFFICIAL_LENGTH
+from ..krea2_model.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
+
+# What a prompt may be cut to; nobody writes longer ones.
+MAX_TOKENS = 100_000
 
 
 class K2TextEncode(io.ComfyNode):
@@ -41,6 +44,17 @@ class K2TextEncode(io.ComfyNode):
                         "ones are used whole, with a warning in the log."
                     ),
                 ),
+                io.Int.Input(
+                    "max_tokens",
+                    default=0,
+                    min=0,
+                    max=MAX_TOKENS,
+                    advanced=True,
+                    tooltip=(
+                        "Cut prompts after so many tokens, 0 for never: steps get faster and what "
+                        "stands behind the cut is lost."
+                    ),
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt, encoded."),
@@ -49,13 +63,18 @@ class K2TextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompt, negative="", official_length=False):
+    def execute(cls, clip, prompt, negative="", official_length=False, max_tokens=0):
         if clip is None:
             raise ValueError(
                 "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
                 "Encoder."
             )
-        options = {"max_sequence_length": OFFICIAL_LENGTH} if official_length else {}
+        if not 0 <= max_tokens <= MAX_TOKENS:
+            raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
+        limits = [OFFICIAL_LENGTH] if official_length else []
+        if max_tokens:
+            limits.append(max_tokens + SUFFIX_TOKENS)
+        options = {"max_sequence_length": min(limits)} if limits else {}
         encoded = [
             clip.encode_from_tokens_scheduled(clip.tokenize(text, always_wrap=True, **options))
             for text in (prompt, negative)

@@ -15,8 +15,10 @@ import torch
 
 from ...krea2_model.checkpoint import is_norm_or_table, read_transformer
 from ...krea2_model.config import Preset
+from ...krea2_model.convert import quantise_blocks
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TRANSFORMER
+from ...krea2_model.quantised import is_quantised
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
 from .branches import add_branches, file_name, take_branches
@@ -301,16 +303,25 @@ def _krea2_patcher(base):
     return type("Krea2ModelPatcher", (_OfficialNames, LoadsThemLast, base), {})
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    quantise: str | None = None,
+    *,
+    disable_dynamic=False,
+):
     """Load a transformer file or diffusers folder as a MODEL.
 
     dtype: of the stored matrices; None follows the file and ComfyUI's flags.
+    quantise: one of `convert.QUANTISATIONS` for the blocks of a file that is not quantised yet.
     Raises CheckpointError that says what the file is and what was expected.
     """
     checkpoint = open_part(path, "transformer")
     state = read_transformer(checkpoint)
     bare = Krea2Transformer(state.config, device="meta")
     tensors, branches = take_branches(state.tensors, checkpoint.path.name)
+    if quantise and not any(map(is_quantised, tensors.values())):
+        tensors = quantise_blocks(tensors, quantise, comfy.model_management.get_torch_device())
     quantisation = check_weights(bare, tensors, checkpoint.path, TRANSFORMER)
     blocks = any(isinstance(tensor, GGUFTensor) for tensor in tensors.values())
 
@@ -348,7 +359,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, *, disable_dy
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, "", assign=blocks or patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path, dtype))
+    patcher.cached_patcher_init = (load_model, (path, dtype, quantise))
     return patcher
 
 

@@ -10,7 +10,7 @@ INPUTS = {
     "K2TextEncoderLoader": ["file", "dtype"],
     "K2VAELoader": ["file", "dtype"],
     "K2LoraLoader": ["model", "clip", "lora", "strength", "clip_strength"],
-    "K2TextEncode": ["clip", "prompt", "negative", "official_length"],
+    "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens"],
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch"],
     "K2Sampler": [
         *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
@@ -21,6 +21,7 @@ INPUTS = {
     "K2VAEDecode": ["samples", "vae"],
     "K2VAEEncode": ["pixels", "vae"],
     "K2Compile": ["model"],
+    "K2Approximate": ["model", "evaluate", "attention"],
     "K2Inspect": ["file"],
 }
 OUTPUTS = {
@@ -34,6 +35,7 @@ OUTPUTS = {
     "K2VAEDecode": ["IMAGE"],
     "K2VAEEncode": ["LATENT"],
     "K2Compile": ["MODEL"],
+    "K2Approximate": ["MODEL"],
     "K2Inspect": ["STRING"],
 }
 
