@@ -5,6 +5,7 @@ Runs without ComfyUI and never imports it.
 
 from .checkpoint import load_text_encoder, load_transformer, load_vae, save_transformer
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .guidance import GuidanceSchedule
 from .identify import CheckpointError
 from .pipeline import Krea2Pipeline
 from .sampling import denoise, shift_mu, sigma_schedule
@@ -18,6 +19,7 @@ __all__ = [
     "RAW",
     "TURBO",
     "CheckpointError",
+    "GuidanceSchedule",
     "Krea2Pipeline",
     "Krea2Tokenizer",
     "Krea2Transformer",

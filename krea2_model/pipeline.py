@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import nano
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
+from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
@@ -140,6 +141,7 @@ class Krea2Pipeline:
         output_type: str = "pil",
         callback: Callback | None = None,
         evaluate_every: int = 1,
+        guidance_schedule: GuidanceSchedule = ALWAYS,
     ):
         """Make images.
 
@@ -161,6 +163,7 @@ class Krea2Pipeline:
             (B, 3, H, W) in [0, 1]; "latent": (B, 16, h, w), normalised.
         callback: called as `callback(step, latents, predicted)` after each step.
         evaluate_every: 2 or more leaves the model out of later steps: faster and not exact.
+        guidance_schedule: at which sigmas guidance counts, and how much.
 
         Raises ValueError that names the argument, what was expected and the remedy.
         """
@@ -205,6 +208,7 @@ class Krea2Pipeline:
             sigmas=sigmas,
             guidance=guidance,
             evaluate_every=evaluate_every,
+            guidance_schedule=guidance_schedule,
         ):
             result = current
             if callback is not None:

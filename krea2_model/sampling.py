@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .forecast import Forecast
+from .guidance import ALWAYS, GuidanceSchedule, rescaled
 from .transformer import Krea2Transformer
 
 # The exponent of the shift is linear in image tokens through these two points.
@@ -91,6 +92,7 @@ def denoise(
     sigmas: Sequence[float],
     guidance: float,
     evaluate_every: int = 1,
+    guidance_schedule: GuidanceSchedule = ALWAYS,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
@@ -102,6 +104,7 @@ def denoise(
         unless the user asks for another).
     evaluate_every: 2 or more leaves the model out of later steps, which is faster and not exact,
         see `forecast`.
+    guidance_schedule: at which sigmas guidance counts, and how much; all of it everywhere.
 
     Yields `(step, latents, predicted)` after each step, counted from 1; `predicted` is the image
     the model sees at that step (x0). Stop iterating to cancel.
@@ -115,18 +118,73 @@ def denoise(
             "as negative, or guidance=0."
         )
     forecast = Forecast(len(sigmas) - 1, evaluate_every)
-    return _euler(transformer, noise.float(), positive, negative, sigmas, guidance, forecast)
+    texts = (positive, negative)
+    return _euler(transformer, noise.float(), texts, sigmas, guidance, guidance_schedule, forecast)
 
 
-def _euler(transformer, latents, positive, negative, sigmas, guidance, forecast):
+def denoise_two_stage(
+    raw: Krea2Transformer,
+    turbo: Krea2Transformer,
+    noise: Tensor,
+    raw_texts: tuple[FusedText, FusedText | None],
+    turbo_text: FusedText,
+    *,
+    sigmas: tuple[Sequence[float], Sequence[float]],
+    guidance: float,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Euler steps of Raw with guidance, then of Turbo without; else as `denoise`.
+
+    raw_texts: positive and negative, fused by `raw`; turbo_text: the positive, fused by `turbo`.
+    sigmas: of both, see `two_stage_sigmas`; the second begins where the first ends.
+    """
+    first, second = sigmas
+    guidance = check_guidance(guidance)
+    if first[-1] != second[0]:
+        raise ValueError(f"Raw ends at sigma {first[-1]} and Turbo begins at {second[0]}.")
+    check_sigmas([*first, *second[1:]])
+    if guidance > 0 and raw_texts[1] is None:
+        raise ValueError(f"guidance is {guidance} but raw_texts has no negative.")
+
+    def stages() -> Iterator[tuple[int, Tensor, Tensor]]:
+        latents = noise.float()
+        plain = Forecast(len(first), 1)
+        for step, current, predicted in _euler(
+            raw, latents, raw_texts, first, guidance, ALWAYS, plain
+        ):
+            latents = current
+            yield step, current, predicted
+        texts = (turbo_text, None)
+        for step, *state in _euler(turbo, latents, texts, second, 0.0, ALWAYS, plain):
+            yield len(first) - 1 + step, *state
+
+    return stages()
+
+
+def two_stage_sigmas(
+    raw_steps: int, raw_mu: float, turbo_steps: int, turbo_mu: float, turbo_last: int
+) -> tuple[list[float], list[float]]:
+    """Sigmas of Raw down to a sigma of Turbo's grid, and of Turbo's last steps from there to 0.
+
+    raw_steps, raw_mu: of a whole run of Raw, which is left where Turbo takes over.
+    turbo_last: how many of `turbo_steps` are Turbo's.
+    """
+    if not 1 <= turbo_last < turbo_steps:
+        raise ValueError(
+            f"turbo_last is {turbo_last}; expected 1 to {turbo_steps - 1}, fewer than Turbo's "
+            f"{turbo_steps} steps."
+        )
+    second = sigma_schedule(turbo_steps, turbo_mu)[-turbo_last - 1 :]
+    first = [sigma for sigma in sigma_schedule(raw_steps, raw_mu) if sigma > second[0]]
+    return [*first, second[0]], second
+
+
+def _euler(transformer, latents, texts, sigmas, guidance, schedule, forecast):
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
         with torch.no_grad():
             if forecast.leaves_out(step - 1):
                 velocity = forecast.velocity(sigma)
             else:
-                velocity = _guided_velocity(
-                    transformer, latents, sigma, positive, negative, guidance
-                )
+                velocity = _velocity(transformer, latents, sigma, texts, guidance, schedule)
                 forecast.note(sigma, velocity)
             if not torch.isfinite(velocity).all():
                 raise ValueError(
@@ -138,15 +196,18 @@ def _euler(transformer, latents, positive, negative, sigmas, guidance, forecast)
         yield step, latents, predicted
 
 
-def _guided_velocity(transformer, latents, sigma, positive, negative, guidance) -> Tensor:
-    """`cond + guidance * (cond - uncond)` in float32."""
+def _velocity(transformer, latents, sigma, texts, guidance, schedule) -> Tensor:
+    """`cond + guidance * (cond - uncond)` in float32, as far as the schedule lets it count."""
     timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
 
     def velocity(text: FusedText) -> Tensor:
         states, mask = text if isinstance(text, tuple) else (text, None)
         return transformer(latents, timestep, states, mask).float()
 
+    positive, negative = texts
     conditional = velocity(positive)
+    guidance = guidance * schedule.factor(sigma)
     if guidance == 0:
         return conditional
-    return conditional + guidance * (conditional - velocity(negative))
+    guided = conditional + guidance * (conditional - velocity(negative))
+    return rescaled(guided, conditional, schedule.rescale)

@@ -2,12 +2,14 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .batches import K2ContactSheet, K2PromptBatch
 from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
 from .prompts import K2TextEncode
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
+from .schedules import K2GuidanceSchedule, K2TwoStage
 from .speed import K2Approximate, K2Compile
 
 NODES = [
@@ -26,6 +28,10 @@ NODES = [
     K2Compile,
     K2Approximate,
     K2Inspect,
+    K2GuidanceSchedule,
+    K2TwoStage,
+    K2PromptBatch,
+    K2ContactSheet,
 ]
 
 

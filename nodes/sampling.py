@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 AUTO, CUSTOM = "auto", "custom"
 BY_SIZE, FIXED = "by size", "fixed"
+ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
 TURBO_MU = PRESETS["turbo"].mu
 
 _PRESET_INPUT = io.Combo.Input(
@@ -71,7 +72,7 @@ def check_model(model) -> None:
         )
 
 
-def _preset(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
+def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
     """The sampling settings of a choice in the preset input."""
     known = getattr(model.model, "preset", None)
     if name == CUSTOM:
@@ -126,7 +127,7 @@ def _sigmas(settings: Preset, mu: float, denoise: float, sampler: str | None = N
     return torch.tensor(sigmas)
 
 
-def _latent_tokens(samples) -> int:
+def latent_tokens(samples) -> int:
     """Tokens of latents (..., h, w), two cells a side, the last ones padded."""
     height, width = samples.shape[-2:]
     return -(-height // 2) * -(-width // 2)
@@ -146,7 +147,7 @@ def _shifted(model, mu: float):
     return clone
 
 
-def _start(model, latent):
+def start_of(model, latent):
     """The latent image as the sampler takes it: (B, 16, 1, h, w)."""
     import comfy.sample
 
@@ -162,6 +163,27 @@ def _start(model, latent):
             "height / 8, width / 8). Use Krea 2 Size, or encode the image with the Krea 2 VAE."
         )
     return samples
+
+
+def noise_for(start, seed: int, latent, seeds: str = ONE_STREAM):
+    """Noise for a batch (B, 16, 1, h, w), on the CPU and in float32."""
+    import comfy.sample
+    import torch
+
+    numbers = latent.get("batch_index")
+    if seeds == ONE_STREAM:
+        return comfy.sample.prepare_noise(start, seed, numbers)
+    if seeds != ONE_EACH:
+        raise ValueError(f"seeds is {seeds!r}; expected {ONE_STREAM} or {ONE_EACH}.")
+    numbers = range(len(start)) if numbers is None else numbers
+    # ComfyUI's seeds are 64 bits wide.
+    return torch.cat([comfy.sample.prepare_noise(start[:1], (seed + n) % 2**64) for n in numbers])
+
+
+def with_samples(latent, samples):
+    """A latent with other samples, of which its hints for empty ones are no longer true."""
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
+    return {**kept, "samples": samples}
 
 
 class K2Sampler(io.ComfyNode):
@@ -219,6 +241,16 @@ class K2Sampler(io.ComfyNode):
                 ),
                 _shift_input(),
                 _MU_INPUT,
+                io.Combo.Input(
+                    "seeds",
+                    options=[ONE_STREAM, ONE_EACH],
+                    default=ONE_STREAM,
+                    advanced=True,
+                    tooltip=(
+                        "For batches: the whole batch from one seed, as ComfyUI does, or image i "
+                        "from seed + i, which is the image that this seed makes alone."
+                    ),
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
         )
@@ -242,62 +274,95 @@ class K2Sampler(io.ComfyNode):
         sampler="euler",
         shift=AUTO,
         mu=TURBO_MU,
+        seeds=ONE_STREAM,
     ):
-        import comfy.model_management
-        import comfy.sample
-        import comfy.samplers
-        import comfy.utils
-        import latent_preview
-        import torch
-
         check_model(model)
-        settings = _preset(model, preset, steps, guidance)
+        settings = preset_of(model, preset, steps, guidance)
         if settings.guidance > 0 and negative is None:
             raise ValueError(
                 f"Guidance is {settings.guidance} (preset {settings.name}) but nothing is "
                 "connected to negative. Connect the negative output of Krea 2 Prompt (an empty "
                 "text is fine), or choose guidance 0."
             )
-        start = _start(model, latent)
+        start = start_of(model, latent)
         _warn_of_size(model, start)
-        exponent = _mu(settings, shift, mu, _latent_tokens(start))
+        exponent = _mu(settings, shift, mu, latent_tokens(start))
         sigmas = _sigmas(settings, exponent, denoise, sampler)
-        noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
-
-        model = _shifted(model, exponent)
-        guider = comfy.samplers.CFGGuider(model)
-        conditions = {"positive": positive}
-        if settings.guidance > 0:
-            conditions["negative"] = negative
-        guider.inner_set_conds(conditions)
-        guider.set_cfg(check_guidance(settings.guidance) + 1.0)
-
-        preview = latent_preview.prepare_callback(model, settings.steps)
-
-        def callback(step, predicted, current, total):
-            if not torch.isfinite(predicted).all():
-                raise ValueError(
-                    f"The latents turned NaN or infinite at step {step + 1} of {total} "
-                    f"({model.model.get_dtype_inference()}). Load the model as bf16 or fp32, or "
-                    "remove the last LoRA or patch."
-                )
-            preview(step, predicted, current, total)
-
-        samples = guider.sample(
-            noise,
+        noise = noise_for(start, seed, latent, seeds)
+        samples = sample(
+            model,
+            positive,
+            negative,
             start,
-            comfy.samplers.sampler_object(sampler),
+            noise,
             sigmas,
-            denoise_mask=latent.get("noise_mask"),
-            callback=callback,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            settings.guidance,
+            exponent,
+            latent=latent,
             seed=seed,
+            sampler=sampler,
+            total=settings.steps,
         )
-        result = {
-            key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")
-        }
-        result["samples"] = samples.to(comfy.model_management.intermediate_device())
-        return io.NodeOutput(result)
+        return io.NodeOutput(with_samples(latent, samples))
+
+
+def sample(
+    model,
+    positive,
+    negative,
+    start,
+    noise,
+    sigmas,
+    guidance: float,
+    mu: float,
+    *,
+    latent,
+    seed: int,
+    total: int,
+    before: int = 0,
+    sampler: str = "euler",
+):
+    """Latents (B, 16, 1, h, w) at the last of `sigmas`, from an image and noise at the first.
+
+    guidance is in Krea's convention and needs a negative above 0; mu is the shift that other nodes
+    see. `total` steps are shown, `before` of which were done by others.
+    """
+    import comfy.model_management
+    import comfy.samplers
+    import comfy.utils
+    import latent_preview
+    import torch
+
+    model = _shifted(model, mu)
+    guider = comfy.samplers.CFGGuider(model)
+    conditions = {"positive": positive}
+    if guidance > 0:
+        conditions["negative"] = negative
+    guider.inner_set_conds(conditions)
+    guider.set_cfg(check_guidance(guidance) + 1.0)
+
+    preview = latent_preview.prepare_callback(model, total)
+
+    def callback(step, predicted, current, _):
+        if not torch.isfinite(predicted).all():
+            raise ValueError(
+                f"The latents turned NaN or infinite at step {before + step + 1} of {total} "
+                f"({model.model.get_dtype_inference()}). Load the model as bf16 or fp32, or "
+                "remove the last LoRA or patch."
+            )
+        preview(before + step, predicted, current, total)
+
+    samples = guider.sample(
+        noise,
+        start,
+        comfy.samplers.sampler_object(sampler),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return samples.to(comfy.model_management.intermediate_device())
 
 
 class K2Sigmas(io.ComfyNode):
@@ -328,8 +393,8 @@ class K2Sigmas(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, preset=AUTO, steps=28, denoise=1.0, shift=AUTO, mu=TURBO_MU):
         check_model(model)
-        settings = _preset(model, preset, steps)
-        exponent = _mu(settings, shift, mu, _latent_tokens(_start(model, latent)))
+        settings = preset_of(model, preset, steps)
+        exponent = _mu(settings, shift, mu, latent_tokens(start_of(model, latent)))
         return io.NodeOutput(_sigmas(settings, exponent, denoise))
 
 
@@ -373,7 +438,7 @@ class K2ModelSampling(io.ComfyNode):
     def execute(cls, model, width=1024, height=1024, shift=AUTO, mu=TURBO_MU):
         check_model(model)
         # Without a known variant this has no mu; only shift auto asks for it.
-        settings = _preset(model, CUSTOM if shift != AUTO else AUTO)
+        settings = preset_of(model, CUSTOM if shift != AUTO else AUTO)
         tokens = image_tokens(round_size("width", width), round_size("height", height))
         return io.NodeOutput(_shifted(model, _mu(settings, shift, mu, tokens)))
 

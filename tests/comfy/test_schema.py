@@ -14,7 +14,7 @@ INPUTS = {
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch"],
     "K2Sampler": [
         *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
-        *("denoise", "sampler", "shift", "mu"),
+        *("denoise", "sampler", "shift", "mu", "seeds"),
     ],
     "K2Sigmas": ["model", "latent", "preset", "steps", "denoise", "shift", "mu"],
     "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
@@ -23,6 +23,13 @@ INPUTS = {
     "K2Compile": ["model"],
     "K2Approximate": ["model", "evaluate", "attention"],
     "K2Inspect": ["file"],
+    "K2GuidanceSchedule": ["model", "start", "end", "ramp", "rescale"],
+    "K2TwoStage": [
+        *("raw", "turbo", "positive", "negative", "latent", "turbo_last", "seed", "raw_steps"),
+        "guidance",
+    ],
+    "K2PromptBatch": ["clip", "prompts", "negative", "images_per_prompt", "wildcard_seed"],
+    "K2ContactSheet": ["images", "captions", "columns", "cell", "text_size"],
 }
 OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
@@ -37,6 +44,10 @@ OUTPUTS = {
     "K2Compile": ["MODEL"],
     "K2Approximate": ["MODEL"],
     "K2Inspect": ["STRING"],
+    "K2GuidanceSchedule": ["MODEL"],
+    "K2TwoStage": ["LATENT"],
+    "K2PromptBatch": ["CONDITIONING", "CONDITIONING", "INT", "STRING"],
+    "K2ContactSheet": ["IMAGE"],
 }
 
 

@@ -1,0 +1,137 @@
+"""Many at once: a prompt an image in one batch, and the pictures side by side."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.wildcards import fill_in
+
+MAX_IMAGES = 4096
+
+
+class K2PromptBatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2PromptBatch",
+            display_name="Krea 2 Prompt Batch",
+            category="Krea 2",
+            description=(
+                "Encodes many prompts, one a line, as one batch in which each image has its own. "
+                "Wildcards such as {red|blue} are drawn anew for each image."
+            ),
+            search_aliases=["krea", "krea2", "k2", "prompts", "wildcard", "list", "xy plot"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    tooltip="A prompt a line. {red|blue} draws one of its words; \\{ is a brace.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default="",
+                    tooltip="What guidance leads away from, for all; no effect at guidance 0.",
+                ),
+                io.Int.Input(
+                    "images_per_prompt",
+                    default=1,
+                    min=1,
+                    max=MAX_IMAGES,
+                    tooltip="How many images each line gets, one after the other.",
+                ),
+                io.Int.Input(
+                    "wildcard_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="What wildcards are drawn with: image i of the batch by seed + i.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompts, a batch."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative, for all."),
+                io.Int.Output(
+                    display_name="count", tooltip="How many images: for batch in Krea 2 Size."
+                ),
+                io.String.Output(
+                    display_name="prompts",
+                    tooltip="Each image's prompt on a line, for Krea 2 Contact Sheet.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, prompts, negative="", images_per_prompt=1, wildcard_seed=0):
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("prompts is empty; expected at least one line with a prompt.")
+        count = len(lines) * images_per_prompt
+        if not 1 <= count <= MAX_IMAGES:
+            raise ValueError(
+                f"{len(lines)} prompts with {images_per_prompt} images each are {count}; expected "
+                f"1 to {MAX_IMAGES} images."
+            )
+        repeated = [line for line in lines for _ in range(images_per_prompt)]
+        filled = [fill_in(line, wildcard_seed + index) for index, line in enumerate(repeated)]
+        positive, away = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text, always_wrap=True))
+            for text in (filled, negative)
+        )
+        return io.NodeOutput(positive, away, count, "\n".join(filled))
+
+
+class K2ContactSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2ContactSheet",
+            display_name="Krea 2 Contact Sheet",
+            category="Krea 2",
+            description="Puts the images of a batch, or of several, on one sheet with captions.",
+            search_aliases=["krea", "krea2", "k2", "grid", "contact sheet", "captions", "xy plot"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="A batch, or a list of batches of any size."),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="",
+                    tooltip="A caption a line, in the order of the images.",
+                ),
+                io.Int.Input(
+                    "columns",
+                    default=0,
+                    min=0,
+                    max=MAX_IMAGES,
+                    tooltip="Images in a row; 0 makes the sheet about square.",
+                ),
+                io.Int.Input(
+                    "cell",
+                    default=512,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="The longest side of an image on the sheet; none is enlarged.",
+                ),
+                io.Int.Input(
+                    "text_size", default=16, min=4, max=256, tooltip="Height of captions, in px."
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The sheet.")],
+        )
+
+    @classmethod
+    def execute(cls, images, captions=("",), columns=(0,), cell=(512,), text_size=(16,)):
+        import torch
+
+        from ..krea2_model.contact_sheet import contact_sheet
+
+        sheet = contact_sheet(
+            [image.cpu().numpy() for batch in images for image in batch],
+            [line for text in captions for line in text.splitlines()],
+            columns=columns[0],
+            cell=cell[0],
+            text_size=text_size[0],
+        )
+        return io.NodeOutput(torch.from_numpy(sheet)[None])

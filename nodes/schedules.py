@@ -1,0 +1,229 @@
+"""What changes along a run: how much guidance counts, and which checkpoint is at work."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.config import PRESETS
+from ..krea2_model.guidance import RAMPS, GuidanceSchedule, rescaled
+from ..krea2_model.sampling import shift_mu, two_stage_sigmas
+from .sampling import check_model, latent_tokens, noise_for, sample, start_of, with_samples
+
+TURBO = PRESETS["turbo"]
+
+
+class K2GuidanceSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2GuidanceSchedule",
+            display_name="Krea 2 Guidance Schedule",
+            category="Krea 2",
+            description=(
+                "Guidance only in a part of the run, with a ramp, or rescaled. Steps outside the "
+                "part do without the negative, which is half of their work."
+            ),
+            search_aliases=["krea", "krea2", "k2", "cfg", "interval", "rescale", "ramp"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2 Raw, or Turbo where guidance is on."),
+                io.Float.Input(
+                    "start",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Sigma from which guidance counts: 1 is pure noise.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Sigma down to which it counts: 0 is the image.",
+                ),
+                io.Combo.Input(
+                    "ramp",
+                    options=list(RAMPS),
+                    default="constant",
+                    tooltip=(
+                        "Over the interval: all of it, from none to all, from all to none, or "
+                        "most in the middle."
+                    ),
+                ),
+                io.Float.Input(
+                    "rescale",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Takes back contrast that strong guidance adds: 0 is off, 0.7 much.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model, for any sampler with guidance.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, start=None, end=None, rescale=None):
+        known = {"start": start, "end": end, "rescale": rescale}
+        try:
+            GuidanceSchedule(**{name: value for name, value in known.items() if value is not None})
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model, start=1.0, end=0.0, ramp="constant", rescale=0.0):
+        import comfy.patcher_extension
+
+        check_model(model)
+        schedule = GuidanceSchedule(start, end, ramp, rescale)
+        model = model.clone()
+
+        def predict(executor, x, timestep, model_options, seed):
+            guider = executor.class_obj
+            whole = guider.cfg
+            # At cfg 1 ComfyUI does without the negative.
+            factor = schedule.factor(timestep.flatten()[0].item())
+            guider.cfg = 1.0 + (whole - 1.0) * factor
+            try:
+                return executor(x, timestep, model_options, seed)
+            finally:
+                guider.cfg = whole
+
+        def rescale_velocity(args):
+            x, sigma = args["input"], args["sigma"].flatten()[0]
+            guided, conditional = (
+                (x - args[name]) / sigma for name in ("denoised", "cond_denoised")
+            )
+            return x - sigma * rescaled(guided, conditional, schedule.rescale)
+
+        if schedule != GuidanceSchedule(rescale=rescale):
+            kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+            model.add_wrapper_with_key(kind, "krea2_guidance", predict)
+        if rescale:
+            model.set_model_sampler_post_cfg_function(rescale_velocity)
+        return io.NodeOutput(model)
+
+
+class K2TwoStage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2TwoStage",
+            display_name="Krea 2 Raw, then Turbo",
+            category="Krea 2",
+            description=(
+                "Begins an image with Raw and guidance and finishes it with Turbo: Raw's variety "
+                "between seeds, its negative prompt, and Turbo's finish."
+            ),
+            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "two stage", "variety"],
+            inputs=[
+                io.Model.Input("raw", tooltip="Krea 2 Raw, which begins."),
+                io.Model.Input("turbo", tooltip="Krea 2 Turbo, which finishes."),
+                io.Conditioning.Input("positive", tooltip="What the image shows."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What Raw's guidance leads away from; may be empty text."
+                ),
+                io.Latent.Input("latent", tooltip="An empty latent."),
+                io.Int.Input(
+                    "turbo_last",
+                    default=5,
+                    min=1,
+                    max=TURBO.steps - 1,
+                    tooltip=(
+                        f"How many of Turbo's {TURBO.steps} steps finish the image. More leave "
+                        "less to Raw; at 5 it goes down to sigma 0.84."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise to start from.",
+                ),
+                io.Int.Input(
+                    "raw_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip="Of a whole run of Raw, which ends early here; 0 takes its preset.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=-1.0,
+                    min=-1.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "Of Raw, in Krea's convention: ComfyUI cfg = guidance + 1. 0 is off, -1 "
+                        "takes its preset."
+                    ),
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        raw,
+        turbo,
+        positive,
+        negative,
+        latent,
+        turbo_last=5,
+        seed=0,
+        raw_steps=0,
+        guidance=-1.0,
+    ):
+        import torch
+
+        first, second = _known(raw, "raw"), _known(turbo, "turbo")
+        if "noise_mask" in latent:
+            raise ValueError(
+                "The latent has a mask, which two stages cannot keep. Connect an empty latent, or "
+                "inpaint with Krea 2 Sampler."
+            )
+        start = start_of(raw, latent)
+        tokens = latent_tokens(start)
+        mus = [shift_mu(tokens) if known.mu is None else known.mu for known in (first, second)]
+        begun, finished = two_stage_sigmas(
+            raw_steps or first.steps, mus[0], second.steps, mus[1], turbo_last
+        )
+        total = len(begun) + len(finished) - 2
+        guidance = first.guidance if guidance < 0 else guidance
+        noise = noise_for(start, seed, latent)
+        common = {"latent": latent, "seed": seed, "total": total}
+        middle = sample(
+            raw, positive, negative, start, noise, torch.tensor(begun), guidance, mus[0], **common
+        )
+        # No new noise: what Raw left in the latents is what Turbo takes out.
+        done = sample(
+            turbo,
+            positive,
+            None,
+            middle,
+            torch.zeros_like(noise),
+            torch.tensor(finished),
+            0.0,
+            mus[1],
+            before=len(begun) - 1,
+            **common,
+        )
+        return io.NodeOutput(with_samples(latent, done))
+
+
+def _known(model, name: str):
+    """The settings of a checkpoint that has to be `name`, or does not say what it is."""
+    check_model(model)
+    preset = getattr(model.model, "preset", None) or PRESETS[name]
+    if preset.name != name:
+        raise ValueError(
+            f"{name} is a {preset.name.capitalize()} checkpoint; expected {name.capitalize()}. "
+            "Raw begins with guidance and Turbo finishes: connect each to its input."
+        )
+    return preset

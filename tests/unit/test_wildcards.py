@@ -1,0 +1,35 @@
+"""Wildcards: what may stand there, what is drawn, and what is refused."""
+
+import pytest
+
+from krea2_model.wildcards import fill_in
+
+
+def drawn(prompt, seeds=64):
+    return {fill_in(prompt, seed) for seed in range(seeds)}
+
+
+def test_every_choice_is_drawn_and_a_seed_draws_the_same():
+    assert drawn("a {red|dark blue|green} ball") == {
+        "a red ball", "a dark blue ball", "a green ball"
+    }  # fmt: skip
+    assert fill_in("{a|b|c|d}{a|b|c|d}", 7) == fill_in("{a|b|c|d}{a|b|c|d}", 7)
+
+
+def test_wildcards_nest_and_may_be_empty():
+    assert drawn("{{a|b} {c|d}|e}") == {"a c", "a d", "b c", "b d", "e"}
+    assert drawn("x{|y}") == {"x", "xy"}
+    assert drawn("{one}") == {"one"}
+
+
+def test_what_is_no_wildcard_stays():
+    for text in ("", "a fox", "this|that", "(red:1.3)", 'a sign "50% off\\"', "\\(", "狐と{山}"):
+        assert drawn(text) == {text.replace("{山}", "山")}
+    assert drawn("\\{a\\|b\\}") == {"{a|b}"}
+
+
+@pytest.mark.parametrize("prompt, position", [("a {red", 2), ("red} a", 3), ("{a|{b}", 0),
+                                              ("{a}}", 3), ("{\\}", 0)])  # fmt: skip
+def test_braces_without_partners_are_named(prompt, position):
+    with pytest.raises(ValueError, match=f"brace at position {position} .*no partner"):
+        fill_in(prompt, 0)
