@@ -72,6 +72,32 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the Qwen3-VL vision tower; the fields are those of its `vision_config`.
+
+    `out_hidden_size` is the width of the language tower. `deepstack_visual_indexes` are the blocks
+    whose states the first language layers are given too.
+    """
+
+    depth: int = 24
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    out_hidden_size: int = 2560
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: tuple[int, ...] = (5, 11, 17)
+
+    @property
+    def token_side(self) -> int:
+        """Pixels that a token covers along one side."""
+        return self.patch_size * self.spatial_merge_size
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """Sizes of the Qwen-Image VAE and the fixed statistics that normalise its latents.
 

@@ -69,6 +69,7 @@ class TorchLayers:
     Linear = nn.Linear
     Conv2d = nn.Conv2d
     Embedding = nn.Embedding
+    LayerNorm = nn.LayerNorm
     RMSNorm = nn.RMSNorm
     NormScale = NormScale
     ModulationTable = ModulationTable

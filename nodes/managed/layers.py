@@ -49,6 +49,7 @@ def comfy_layers(operations):
         Linear = operations.Linear
         Conv2d = operations.Conv2d
         Embedding = operations.Embedding
+        LayerNorm = operations.LayerNorm
         RMSNorm = operations.RMSNorm
         NormScale = CastNormScale
         ModulationTable = CastModulationTable
