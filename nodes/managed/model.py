@@ -131,7 +131,7 @@ class Krea2Model(comfy.model_base.Krea2):
         self.preset: Preset | None = None
 
     def extra_conds(self, **kwargs):
-        out = super().extra_conds(**kwargs)
+        out = super().extra_conds(**kwargs) | self._references(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool((mask > 0.5).all()):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
@@ -145,6 +145,25 @@ class Krea2Model(comfy.model_base.Krea2):
             if mask is None:
                 out["text_lengths"] = TextLengths((text.shape[1],) * len(text))
         return out
+
+    def extra_conds_shapes(self, **kwargs):
+        """Sizes of the reference latents, for `memory_required`, as core gives them."""
+        references = kwargs.get("reference_latents")
+        if references is None:
+            return {}
+        return {"ref_latents": [1, 16, sum(latent.numel() for latent in references) // 16]}
+
+    def _references(self, conditioning) -> dict:
+        """Reference latents for `forward`; the Krea 2 of older ComfyUIs passes none on."""
+        references = conditioning.get("reference_latents")
+        if references is None:
+            return {}
+        latents = [self.process_latent_in(latent) for latent in references]
+        conditions = {"ref_latents": comfy.conds.CONDList(latents)}
+        method = conditioning.get("reference_latents_method")
+        if method is not None:
+            conditions["ref_latents_method"] = comfy.conds.CONDConstant(method)
+        return conditions
 
     def _may_fuse_now(self, conditioning) -> bool:
         """Whether text can be fused once, here, for a whole run instead of at each step.
@@ -342,7 +361,7 @@ def load_model(
     manual_cast = management.unet_manual_cast(
         None if quantisation else dtype, load_device, supported
     )
-    model_config.set_inference_dtype(dtype, manual_cast, device=load_device)
+    model_config.set_inference_dtype(dtype, manual_cast)
     if blocks:
         model_config.custom_operations = GGUFOperations
     tensors = {

@@ -1,7 +1,10 @@
 """MODEL under ComfyUI's management: patches on every weight, merges, saving, offload, compile."""
 
+from types import SimpleNamespace
+
 import comfy.model_management
 import comfy.model_patcher
+import comfy.quant_ops
 import comfy.utils
 import pytest
 import torch
@@ -382,6 +385,10 @@ def test_memory_estimate_grows_with_tokens(turbo):
     assert large - small == pytest.approx((3 * 1024 + 64) * per_token)
 
 
+@pytest.mark.skipif(
+    not hasattr(comfy.quant_ops.ck, "rms_adaln"),
+    reason="nothing to run: the comfy-kitchen of this ComfyUI has no fused norm (rms_adaln)",
+)
 def test_kernels_of_comfyui_give_the_same_image(turbo, conditioning, pack, monkeypatch):
     """The path of a GPU with ComfyUI's fused kernels, run by their plain forms."""
     hooks = pack("nodes.managed.hooks")
@@ -390,6 +397,19 @@ def test_kernels_of_comfyui_give_the_same_image(turbo, conditioning, pack, monke
     monkeypatch.setattr(hooks, "_has_kernels", lambda tensor: calls.append(tensor) or True)
     assert_close(velocity(turbo, conditioning), expected, 1e-5, "fused kernels")
     assert len(calls) >= 4
+
+
+@pytest.mark.parametrize("missing", ["rms_adaln", "rms_rope_"])
+def test_kernels_that_an_older_comfyui_lacks_are_not_called(pack, monkeypatch, missing):
+    """On a GPU, where some of them are there, our own take their place."""
+    hooks, kernels = pack("nodes.managed.hooks"), comfy.quant_ops.ck
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(kernels.registry, "is_available", lambda name: True)
+    for name in ("rms_adaln", "rms_rope_"):
+        monkeypatch.setattr(kernels, name, lambda *args: None, raising=False)
+    assert hooks._has_kernels(on_gpu)
+    monkeypatch.delattr(kernels, missing)
+    assert not hooks._has_kernels(on_gpu)
 
 
 def test_patches_may_keep_what_they_saw(turbo, conditioning):

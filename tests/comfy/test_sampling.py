@@ -1,5 +1,8 @@
 """Our MODEL and samplers beside core's, in float32 on small random checkpoints."""
 
+import inspect
+
+import comfy.ldm.krea2.model
 import comfy.samplers
 import pytest
 import torch
@@ -7,6 +10,9 @@ import torch
 from parity import assert_close, relative_error
 
 KSAMPLER = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+CORE_TAKES_REFERENCES = (
+    "ref_latents" in inspect.signature(comfy.ldm.krea2.model.SingleStreamDiT.forward).parameters
+)
 
 
 def stock_sample(run, model, latent, positive, negative, cfg, steps=8, seed=5, **options):
@@ -45,6 +51,10 @@ def test_our_model_equals_core_in_one_step(turbo, core_turbo, conditioning):
     assert_close(*outputs, 1e-5, "transformer against core's Krea 2")
 
 
+@pytest.mark.skipif(
+    not CORE_TAKES_REFERENCES,
+    reason="nothing to compare with: core's Krea 2 takes no reference latents in this ComfyUI",
+)
 @pytest.mark.parametrize("method", ["index_timestep_zero", "index"])
 def test_reference_latents_equal_core(turbo, core_turbo, conditioning, method):
     x, sigma = torch.randn(1, 16, 1, 8, 12), torch.tensor([0.6])
@@ -57,6 +67,36 @@ def test_reference_latents_equal_core(turbo, core_turbo, conditioning, method):
         for patcher in (turbo, core_turbo)
     )
     assert_close(ours, core, 1e-5, f"reference latents by {method} against core's")
+
+
+@pytest.mark.parametrize("method", ["index_timestep_zero", "index", None])
+def test_reference_latents_of_the_conditioning(run, pack, turbo, conditioning, latent, method):
+    """Whatever core's own Krea 2 makes of them. As in core, they need a method to count."""
+    samples = latent["samples"]
+    references = [
+        torch.randn(1, 16, 1, side, 8, generator=torch.Generator().manual_seed(side))
+        for side in (6, 10)
+    ]
+    options = {"reference_latents": references}
+    if method is not None:
+        options["reference_latents_method"] = method
+    text = conditioning(9, 1, **options)
+    one_step = {"preset": "custom", "steps": 1, "guidance": 0.0, "seed": 5}
+    found = run("K2Sampler", model=turbo, positive=text, latent=latent, **one_step)[0]["samples"]
+
+    model = turbo.model
+    transformer = model.diffusion_model
+    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(5))
+    velocity = pack("krea2_model").Krea2Transformer.forward(
+        transformer,
+        noise[:, :, 0],
+        torch.ones(1),
+        transformer.fuse_text(text[0][0].unflatten(-1, (12, 160))),
+        references=[model.process_latent_in(r)[:, :, 0] for r in references] if method else None,
+        reference_method=method or "index",
+    )
+    expected = model.process_latent_out(noise - velocity.unsqueeze(2))
+    assert_close(found, expected, 1e-5, f"a step with reference latents by {method}")
 
 
 def test_our_sampler_on_turbo_equals_stock_simple(run, turbo, conditioning, latent):
