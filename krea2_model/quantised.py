@@ -20,8 +20,10 @@ from .identify import CheckpointError
 
 SETTINGS = ".comfy_quant"
 HEADER = "_quantization_metadata"
+# Multipliers of a layer's input, by column of its weight.
+SMOOTHING = ".pre_quant_scale"
 # What stands beside a quantised weight.
-SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale", SETTINGS)
+SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING, SETTINGS)
 # A low-rank branch beside a quantised layer: its up and down matrices.
 BRANCH = (".svdq_l1", ".svdq_l2")
 
@@ -98,8 +100,8 @@ def dequantise(
         elif key.endswith(".weight") and (layer := key.removesuffix(".weight")) in settings:
             scale = tensors.get(f"{layer}.weight_scale")
             result[key] = _values(tensor, scale, settings[layer], f"{name}: {key}").to(dtype)
-            if f"{layer}.pre_quant_scale" in tensors:
-                result[key] = result[key] * tensors[f"{layer}.pre_quant_scale"].to(dtype)
+            if f"{layer}{SMOOTHING}" in tensors:
+                result[key] = result[key] * tensors[f"{layer}{SMOOTHING}"].to(dtype)
             up, down = (tensors.get(layer + end) for end in BRANCH)
             if up is not None and down is not None:
                 result[key] = (result[key].float() + up.float() @ down.float()).to(dtype)

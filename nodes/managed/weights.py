@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import comfy.utils
+import torch
+from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 
 from ...krea2_model.checkpoint import Checkpoint, check_tensors, open_checkpoint
-from ...krea2_model.quantised import SUFFIXES, layer_settings
+from ...krea2_model.identify import CheckpointError
+from ...krea2_model.quantised import FLOAT8, SMOOTHING, SUFFIXES, layer_settings
 
 # Formats that pack several values into a byte, and those that pad sides to whole tiles.
 _VALUES_A_BYTE = {"nvfp4": 2, "convrot_w4a4": 2}
@@ -21,19 +24,52 @@ def check_weights(module, tensors: dict, path: Path, what: str):
     """Check that `tensors` are the weights of `module`, which may be on meta.
 
     Returns ComfyUI's description of their quantisation, or None where they are not quantised.
-    Raises CheckpointError that names what is missing, surplus, misshapen or not finite.
+    Raises CheckpointError that names what is missing, surplus, misshapen or not finite, or what
+    this ComfyUI has no layers for.
     """
     quantisation = comfy.utils.detect_layer_quantization(tensors, "")
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights = tensors
     if quantisation is not None:
         weights = {n: t for n, t in tensors.items() if not n.endswith(SUFFIXES)}
-        for layer, settings in layer_settings(tensors).items():
+        settings_of = layer_settings(tensors)
+        _check_formats(module, settings_of, tensors, path)
+        for layer, settings in settings_of.items():
             name = f"{layer}.weight"
             if name in wanted and name in weights:
                 wanted[name] = _stored_shape(wanted[name], weights[name], settings.get("format"))
     check_tensors(wanted, weights, path, what)
     return quantisation
+
+
+def _check_formats(module, settings_of: dict[str, dict], tensors: dict, path: Path) -> None:
+    """Refuse what this ComfyUI has no layers for: older ones have fewer (0.26 none for int8).
+
+    Of embeddings and smoothing ComfyUI would not complain, and the layer give other numbers.
+    """
+    embeddings = {n for n, part in module.named_modules() if isinstance(part, torch.nn.Embedding)}
+    for layer, settings in settings_of.items():
+        form = str(settings.get("format"))
+        if form not in QUANT_ALGOS:
+            lacking = f"a layer in {form} ({layer})"
+        elif layer in embeddings and not _is_read_by_rows(form):
+            lacking = f"an embedding in {form} ({layer})"
+        elif (
+            f"{layer}{SMOOTHING}" in tensors
+            and SMOOTHING[1:] not in QUANT_ALGOS[form]["parameters"]
+        ):
+            lacking = f"a {SMOOTHING[1:]} beside a layer in {form} ({layer})"
+        else:
+            continue
+        raise CheckpointError(
+            f"{path.name} has {lacking}, which this ComfyUI cannot read. Update ComfyUI, or use a "
+            "bf16, fp8_scaled or GGUF file of the same model."
+        )
+
+
+def _is_read_by_rows(form: str) -> bool:
+    layout = get_layout_class(QUANT_ALGOS[form]["comfy_tensor_layout"])
+    return form in FLOAT8 or hasattr(layout, "dequantize_embedding")
 
 
 def _stored_shape(shape: tuple[int, int], stored, form: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import comfy.model_management
 import gguf
 import pytest
 import torch
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from safetensors.torch import load_file, save_file
 
 import formats
@@ -25,6 +25,21 @@ FORMATS = {
     "convrot_w4a4": (torch.int8, 1.0),
     "convrot_w4a4, branches": (torch.int8, 0.5),
 }
+
+
+def algorithm(name):
+    """What ComfyUI calls a format."""
+    if name.startswith("fp8"):
+        return "float8_e4m3fn"
+    return "int8_tensorwise" if name.startswith("int8") else name.partition(",")[0]
+
+
+# What this ComfyUI has no layers for is refused, which a test of its own shows.
+FORMATS = {name: found for name, found in FORMATS.items() if algorithm(name) in QUANT_ALGOS}
+needs_branches = pytest.mark.skipif(
+    "convrot_w4a4, branches" not in FORMATS,
+    reason="nothing to load: this ComfyUI has no layers for convrot_w4a4, so it is refused",
+)
 GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -76,6 +91,73 @@ def test_quantised_files(run, tensors, velocity, write, name, prefix):
         assert_close(found, velocity(core), close, f"{name} against core")
 
 
+@pytest.mark.parametrize("form", ["int8_tensorwise", "convrot_w4a4", "mxfp8", "tomorrow's"])
+def test_formats_that_this_comfyui_lacks_are_refused(run, tensors, write, monkeypatch, form):
+    """As 0.26 lacks int8; a newer one is made to."""
+    monkeypatch.delitem(QUANT_ALGOS, form, raising=False)
+
+    def claiming(tensors):
+        stored, values, _ = formats.int8(tensors)
+        settings = formats.settings_tensor({"format": form})
+        stored |= {n: settings.clone() for n in stored if n.endswith(".comfy_quant")}
+        return stored, values, {}
+
+    monkeypatch.setitem(formats.WRITERS, "lacking", claiming)
+    file, _ = write(tensors, "lacking")
+    with pytest.raises(ValueError, match=rf"{file} has a layer in {form} \(blocks\.0.*Update"):
+        run("K2ModelLoader", file=file)
+
+
+def test_smoothing_that_this_comfyui_leaves_out_is_refused(run, tensors, write, monkeypatch):
+    """pre_quant_scale: without it the layer would run and paint something else."""
+    known = QUANT_ALGOS["nvfp4"]["parameters"] - {"pre_quant_scale"}
+    monkeypatch.setitem(QUANT_ALGOS, "nvfp4", QUANT_ALGOS["nvfp4"] | {"parameters": known})
+
+    def smoothed(tensors):
+        stored, values, metadata = formats.by_comfyui("nvfp4")(tensors)
+        stored["blocks.0.attn.wq.pre_quant_scale"] = torch.ones(256)
+        return stored, values, metadata
+
+    monkeypatch.setitem(formats.WRITERS, "smoothed", smoothed)
+    file, _ = write(tensors, "smoothed")
+    with pytest.raises(
+        ValueError, match=r"a pre_quant_scale beside .* nvfp4 \(blocks\.0\.attn\.wq"
+    ):
+        run("K2ModelLoader", file=file)
+
+
+def test_embeddings_that_this_comfyui_does_not_look_up_are_refused(run, models):
+    """In four bits no ComfyUI does, in int8 older ones do not; they would load, and be noise."""
+    folder = models / "text_encoders"
+    tensors = load_file(folder / "qwen3vl_tiny.safetensors")
+    embedding = "model.embed_tokens.weight"
+    stored, values, _ = formats.int8({f"blocks.{embedding}": tensors[embedding]})
+    path, plain = folder / "int8.safetensors", folder / "int8_values.safetensors"
+    save_file({**tensors, embedding: values[f"blocks.{embedding}"]}, plain)
+    tensors |= {name.removeprefix("blocks."): tensor for name, tensor in stored.items()}
+    save_file(tensors, path)
+    int8 = QUANT_ALGOS.get("int8_tensorwise", {}).get("comfy_tensor_layout")
+    try:
+        if int8 and hasattr(get_layout_class(int8), "dequantize_embedding"):
+            found, expected = (
+                clip.encode_from_tokens(clip.tokenize("a fox"))
+                for clip in (
+                    run("K2TextEncoderLoader", file=file.name)[0] for file in (path, plain)
+                )
+            )
+            assert_close(found, expected, 1e-4, "an embedding in int8 against its numbers")
+        else:
+            with pytest.raises(ValueError, match=r"in int8_tensorwise \(embed_tokens\).*Update"):
+                run("K2TextEncoderLoader", file=path.name)
+        tensors["model.embed_tokens.comfy_quant"] = formats.settings_tensor({"format": "nvfp4"})
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=r"embedding in nvfp4 \(embed_tokens\).*Update"):
+            run("K2TextEncoderLoader", file=path.name)
+    finally:
+        path.unlink()
+        plain.unlink()
+
+
 @pytest.mark.parametrize("name", GGUF)
 def test_gguf_files(run, tensors, velocity, write, name):
     file, plain = write(tensors, name)
@@ -92,6 +174,7 @@ def test_gguf_files(run, tensors, velocity, write, name):
     assert held == count // block * size
 
 
+@needs_branches
 def test_low_rank_branches(run, models, tensors, write, velocity):
     """A layer's answer is its quantised weight's plus the branch's; saving keeps both."""
     import folder_paths
@@ -122,6 +205,7 @@ def test_low_rank_branches(run, models, tensors, write, velocity):
     target.unlink()
 
 
+@needs_branches
 @pytest.mark.parametrize("damage", ["no up", "no weight", "narrow"])
 def test_broken_branches_are_refused(run, models, tensors, write, damage):
     file, _ = write(tensors, "convrot_w4a4, branches")
@@ -235,7 +319,8 @@ def test_a_saved_model_has_official_names_that_core_reads(run, models, tensors, 
     """ModelSave of a GGUF file gives numbers; of an 8-bit one, what it was."""
     import folder_paths
 
-    for name in ("Q4_K", "fp8, settings as tensors", "int8 convrot"):
+    names = ("Q4_K", "fp8, settings as tensors", "int8 convrot")
+    for name in (name for name in names if name in GGUF or name in FORMATS):
         file, _ = write(tensors, name)
         ours = run("K2ModelLoader", file=file)[0]
         expected = velocity(ours)
