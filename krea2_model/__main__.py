@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--evaluate-every", type=int, default=1, help="2: later steps in turns without the model"
     )
     machine = generate.add_argument_group("machine")
-    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine.add_argument("--device", default=_default_device(), help="default: %(default)s")
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
     inspect = commands.add_parser("inspect", help="say what a file or folder is")
     inspect.add_argument("files", nargs="+", type=Path)
@@ -74,6 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--quantise", choices=QUANTISATIONS, help="the transformer's blocks in 8 bits"
     )
     return parser
+
+
+def _default_device() -> str:
+    """The machine's accelerator, whoever made it, or else the CPU."""
+    accelerator = getattr(torch, "accelerator", None)  # torch has it since 2.6
+    if accelerator is not None and accelerator.is_available():
+        return accelerator.current_accelerator().type
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def generate(args: argparse.Namespace) -> list[Path]:

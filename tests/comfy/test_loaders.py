@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_shared_workflows_may_spell_paths_with_either_slash(run, pack, folder_mo
     for name in (all_in_one, folder_model):
         found = files.find_model(kinds.TRANSFORMER, name)
         assert files.find_model(kinds.TRANSFORMER, name.replace("/", "\\")) == found
+
+
+@pytest.mark.parametrize("name", ["krea2/v1/a.safetensors", "krea2\\v1/a.safetensors"])
+def test_windows_opens_workflows_of_linux(pack, monkeypatch, models, name):
+    """As ComfyUI names files there: by backslashes, in its lists and where it looks them up."""
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    known = {"krea2\\v1\\a.safetensors": str(models / TURBO)}
+    monkeypatch.setattr(files, "os", SimpleNamespace(sep="\\", walk=os.walk))
+    monkeypatch.setattr(files.folder_paths, "get_full_path", lambda key, name: known.get(name))
+    assert files.problem(files.find_model, kinds.TRANSFORMER, name) is True
+    assert files.find_model(kinds.TRANSFORMER, name) == models / TURBO
+    assert files.find_lora(name) == models / TURBO
+    assert files.find_anything(f"loras/{name}") == models / TURBO
 
 
 def test_factories_make_fresh_copies(run, models, pack):

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -234,6 +235,72 @@ def test_files_of_another_kind_are_hidden_and_refused(server, node, file, source
     }
     with pytest.raises(JobError, match=f"{misplaced.name} .*{message}.*for example"):
         server.post(graph)
+
+
+@pytest.fixture
+def subfolders(server):
+    """Model files, a LoRA and a diffusers folder, all one and two folders down."""
+    models, made = server.base / "models", []
+    for name, target in (
+        ("diffusion_models/krea2/v1/turbo.safetensors", "diffusion_models/krea2_turbo_bf16"),
+        ("text_encoders/krea2/qwen.safetensors", "text_encoders/qwen3vl_4b_bf16"),
+        ("vae/krea2/vae.safetensors", "vae/qwen_image_vae"),
+    ):
+        path = models / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(models / f"{target}.safetensors")
+        made.append(path)
+    lora = models / "loras" / "krea2" / "styles" / "notebook.safetensors"
+    lora.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "krea2_model" / "nano" / "krea2_nano_notebook_lora.safetensors", lora)
+    folder = models / "diffusers" / "krea2" / "turbo"
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text('{"_class_name": "Krea2Pipeline"}')
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.symlink_to(models / "diffusion_models" / "krea2_turbo_bf16.safetensors")
+    yield
+    for path in (*made, lora, folder / "model_index.json", weights):
+        path.unlink()
+
+
+@pytest.mark.parametrize("slash", ["/", "\\"], ids=["of Linux", "of Windows"])
+def test_shared_workflows_name_files_with_either_slash(server, subfolders, graph, slash):
+    """What a page on another system saved passes ComfyUI's validation, and runs."""
+    expected = picture(server, graph["graph"])
+    names = {
+        "model": "krea2/v1/turbo.safetensors",
+        "text_encoder": "krea2/qwen.safetensors",
+        "vae": "krea2/vae.safetensors",
+    }
+    graph["K2Loader"].update({key: name.replace("/", slash) for key, name in names.items()})
+    assert np.array_equal(picture(server, graph["graph"]), expected)
+    one_by_one = {
+        "K2ModelLoader": names["model"],
+        "K2TextEncoderLoader": names["text_encoder"],
+        "K2VAELoader": names["vae"],
+        "K2Inspect": "loras/krea2/styles/notebook.safetensors",
+    }
+    nodes = {
+        node: {"class_type": node, "inputs": {"file": name.replace("/", slash), "dtype": "auto"}}
+        for node, name in one_by_one.items()
+    }
+    del nodes["K2Inspect"]["inputs"]["dtype"]
+    nodes["folder"] = copy.deepcopy(nodes["K2ModelLoader"])
+    nodes["folder"]["inputs"]["file"] = f"krea2{slash}turbo"
+    nodes["K2LoraLoader"] = {
+        "class_type": "K2LoraLoader",
+        "inputs": {"model": ["built in", 0], "strength": 1.0, "clip_strength": 1.0,
+                   "lora": f"krea2{slash}styles{slash}notebook.safetensors"},
+    }  # fmt: skip
+    nodes["built in"] = {
+        "class_type": "K2ModelLoader",
+        "inputs": {"file": "krea2-nano (built in)", "dtype": "auto"},
+    }
+    for node in ("K2ModelLoader", "K2TextEncoderLoader", "K2VAELoader", "folder", "K2LoraLoader"):
+        nodes[f"show {node}"] = {"class_type": "PreviewAny", "inputs": {"source": [node, 0]}}
+    outputs = server.wait(server.post(nodes), timeout=120)
+    assert "a LoRA" in outputs["K2Inspect"]["text"][0]
+    assert len([name for name in outputs if name.startswith("show ")]) == 5
 
 
 VALUE_REFUSALS = [

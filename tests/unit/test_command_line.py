@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny_checkpoints
-from krea2_model.__main__ import main
+from krea2_model.__main__ import build_parser, main
 from nano_training.judge import read_thing
 
 
@@ -77,3 +78,11 @@ def test_bad_values_are_one_line(weights, tmp_path, capsys):
     assert main(["a fox", *weights, "--steps", "0", "--output", str(output)]) == 2
     assert "steps is 0; expected" in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize("there, device", [("xpu", "xpu"), ("cuda", "cuda"), (None, "cpu")])
+def test_the_default_device_is_the_accelerator_there_is(monkeypatch, there, device):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build_parser().parse_args(["generate", "a fox"]).device == device
