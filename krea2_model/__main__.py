@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import nano
+from .check import check
 from .convert import PARTS, QUANTISATIONS, convert
 from .inspect import describe
 from .pipeline import Krea2Pipeline
@@ -66,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
     inspect = commands.add_parser("inspect", help="say what a file or folder is")
     inspect.add_argument("files", nargs="+", type=Path)
+    checking = commands.add_parser(
+        "check", help="say what this machine has and what is wrong, for a bug report"
+    )
+    checking.add_argument(
+        "models", nargs="?", type=Path, help="ComfyUI's models folder, to look through its files"
+    )
     convert = commands.add_parser("convert", help="make one file of a folder, or the other way")
     convert.add_argument("source", type=Path, help="a model file or a diffusers folder")
     convert.add_argument("target", type=Path, help="a .safetensors file, or a folder to make")
@@ -146,6 +153,7 @@ def _lora_and_scale(text: str) -> tuple[Path, float]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[object]]] = {
     "generate": generate,
     "inspect": lambda args: (describe(path) for path in args.files),
+    "check": lambda args: [check(args.models)],
     "convert": lambda args: convert(args.source, args.target, args.quantise, args.part),
 }
 

@@ -37,7 +37,7 @@ from .transformer import Krea2Transformer
 from .transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
 from .vae import QwenImageVAE
 
-_PARTS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
+PARTS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
 
 
 def describe(path: str | Path) -> str:
@@ -50,7 +50,7 @@ def describe(path: str | Path) -> str:
         return _describe_folder(path)
     checkpoint = open_checkpoint(path, "transformer")
     kind = identify(checkpoint.tensors)
-    lines = [f"{path.name}: {kind}, {_bytes(path.stat().st_size)}"]
+    lines = [f"{path.name}: {kind}, {size_text(path.stat().st_size)}"]
     if kind == CONTROL_LORA or LORA in kind:
         lines += _lora_lines(checkpoint, kind)
     else:
@@ -59,18 +59,18 @@ def describe(path: str | Path) -> str:
 
 
 def _describe_folder(path: Path) -> str:
-    parts = [name for name in _PARTS if (path / name).is_dir()]
+    parts = [name for name in PARTS if (path / name).is_dir()]
     if not parts:
         checkpoint = open_checkpoint(path, "transformer")
         kind = identify(checkpoint.tensors)
         lines = [f"{path.name}: a folder with {kind}"]
         return "\n".join(lines + _part_lines(checkpoint, kind))
     lines = [f"{path.name}: a diffusers folder with {', '.join(parts)}"]
-    missing = [name for name in _PARTS if name not in parts]
+    missing = [name for name in PARTS if name not in parts]
     if missing:
         lines.append(f"  missing: {', '.join(missing)}")
     for name in parts:
-        lines += _part_lines(open_checkpoint(path, name), _PARTS[name])
+        lines += _part_lines(open_checkpoint(path, name), PARTS[name])
     return "\n".join(lines)
 
 
@@ -196,7 +196,7 @@ def _form(name: str, tensor, settings: Mapping[str, Mapping]) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _bytes(size: int) -> str:
+def size_text(size: int) -> str:
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= power:
             return f"{size / power:.1f} {unit}"
