@@ -10,6 +10,7 @@ from .loras import K2LoraLoader
 from .prompts import K2TextEncode
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
+from .self_check import K2SelfCheck
 from .speed import K2Approximate, K2Compile
 
 NODES = [
@@ -32,6 +33,7 @@ NODES = [
     K2TwoStage,
     K2PromptBatch,
     K2ContactSheet,
+    K2SelfCheck,
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ..krea2_model import nano
+from ..krea2_model.check import ModelFile
 from ..krea2_model.checkpoint import read_shapes
 from ..krea2_model.identify import (
     TEXT_ENCODER,
@@ -135,6 +136,19 @@ def list_everything() -> list[str]:
         for name in (*folder_paths.get_filename_list(key), *_gguf_files(key))
     ]
     return names + [f"diffusers/{name}" for name in _diffusers_folders()]
+
+
+def own_files() -> list[ModelFile]:
+    """What `list_everything` names, with its places."""
+    found = []
+    for listed in list_everything():
+        key, _, name = listed.partition("/")
+        try:
+            path = find_anything(listed)
+        except CheckpointError:
+            path = Path(listed)  # a link that leads nowhere: reading it tells
+        found.append(ModelFile(key, name, path))
+    return found
 
 
 def find_anything(name: str) -> Path:

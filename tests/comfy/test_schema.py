@@ -30,6 +30,7 @@ INPUTS = {
     ],
     "K2PromptBatch": ["clip", "prompts", "negative", "images_per_prompt", "wildcard_seed"],
     "K2ContactSheet": ["images", "captions", "columns", "cell", "text_size"],
+    "K2SelfCheck": ["model", "clip"],
 }
 OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
@@ -48,6 +49,7 @@ OUTPUTS = {
     "K2TwoStage": ["LATENT"],
     "K2PromptBatch": ["CONDITIONING", "CONDITIONING", "INT", "STRING"],
     "K2ContactSheet": ["IMAGE"],
+    "K2SelfCheck": ["STRING"],
 }
 
 

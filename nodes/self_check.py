@@ -1,0 +1,68 @@
+"""What is wrong here? The self-check of krea2_model with what ComfyUI knows, as a node."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.check import Report, survey
+from ..krea2_model.check import versions as python_versions
+from . import files
+
+
+class K2SelfCheck(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2SelfCheck",
+            display_name="Krea 2 Self-Check",
+            category="Krea 2",
+            description=(
+                "Says what is wrong and how to put it right, with versions, devices, files and "
+                "patches, as text for a bug report."
+            ),
+            search_aliases=["krea", "krea2", "k2", "diagnose", "debug", "bug report", "versions"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="A transformer, to tell its quantisation, its LoRAs and its patches.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="A text encoder, to tell its quantisation and its LoRAs.",
+                ),
+            ],
+            outputs=[io.String.Output("text", display_name="text", tooltip="What was found.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        # Files and memory change without an input's doing; this is unlike anything before it.
+        return float("nan")
+
+    @classmethod
+    def execute(cls, model=None, clip=None):
+        text = str(self_check(model, clip))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def self_check(model=None, clip=None) -> Report:
+    """Check this ComfyUI and, where they are given, a MODEL and a CLIP."""
+    import comfy.model_management as management
+
+    from .managed import state
+
+    report = Report()
+    report.add("Versions", lambda: [*python_versions(), *state.versions()])
+    report.add("Devices", lambda: state.devices(report))
+    report.add("Acceleration", lambda: state.accelerations(report))
+    report.add("What this ComfyUI knows", lambda: state.capabilities(report))
+    report.add("Replaced by custom nodes", state.replaced)
+    device = management.get_torch_device()
+    memory = 0 if management.is_device_cpu(device) else management.get_total_memory(device)
+    report.add("Model files", lambda: survey(files.own_files(), report, memory))
+    if model is not None:
+        report.add("MODEL", lambda: state.model(model))
+    if clip is not None:
+        report.add("CLIP", lambda: state.clip(clip))
+    return report
