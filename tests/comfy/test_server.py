@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
+from archive import copy_archive
 from headless import ROOT, ComfyServer, JobError
 
 WORKFLOWS = sorted((ROOT / "tests" / "workflows").glob("*.json"))
@@ -110,16 +111,20 @@ def test_the_same_picture_without_comfyui(server, graph, pack):
 
 
 def test_nano_paints_the_same_everywhere(server, pack, tmp_path):
-    """Its first workflow: the same pixels in Python, and in a server started anew."""
+    """Its first workflow: the same pixels in Python, and in a server with the published files."""
     whole = json.loads((ROOT / "tests/workflows/krea2_nano_first_image.json").read_text())
     nodes = {node["class_type"]: node["inputs"] for node in whole.values()}
     nodes["K2Sampler"]["seed"] = 12
     first = picture(server, whole)
     (native,) = pack("krea2_model").Krea2Pipeline.nano()(nodes["K2TextEncode"]["prompt"], seed=12)
     assert np.abs(first.astype(int) - np.asarray(native).astype(int)).max() <= 1
-    packs = {"comfyui-krea2-kit": ROOT}
+    # As installed from the registry, whose archive has less than the repository.
+    packs = {"comfyui-krea2-kit": copy_archive(tmp_path / "archive")}
     with ComfyServer(server.comfyui, tmp_path, packs=packs, extra_args=["--cpu"]) as another:
         assert np.array_equal(picture(another, whole), first)
+        words = another.request("/i18n")
+        assert {"en", "es", "ja", "zh"} <= words.keys()
+        assert words["zh"]["nodeDefs"]["K2Sampler"]["inputs"]["steps"]["name"] == "步数"
 
 
 def test_a_size_is_rounded_up_and_says_so(server, graph):

@@ -1,0 +1,27 @@
+"""The archive that the registry hands out: tracked files without those of .comfyignore."""
+
+import shutil
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def archive_files() -> list[str]:
+    """Names relative to the root, with `/`, sorted."""
+    ignored = GitIgnoreSpec.from_lines([".git", *_lines(".gitignore"), *_lines(".comfyignore")])
+    return sorted(ignored.match_tree_files(ROOT, negate=True))
+
+
+def copy_archive(target: Path) -> Path:
+    """Lay the archive's files out in a folder, as an installation would."""
+    for name in archive_files():
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, file)
+    return target
+
+
+def _lines(name: str) -> list[str]:
+    return (ROOT / name).read_text(encoding="utf-8").splitlines()

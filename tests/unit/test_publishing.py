@@ -1,0 +1,91 @@
+"""What ComfyUI's registry asks of the pack, and what its archive holds."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from PIL import Image
+
+from archive import ROOT, archive_files, copy_archive
+
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, COMFY = SETTINGS["project"], SETTINGS["tool"]["comfy"]
+FILES = archive_files()
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_name_and_version():
+    assert re.fullmatch(r"[a-z][a-z0-9-]{0,99}", PROJECT["name"])
+    assert "comfyui" not in PROJECT["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
+    newest = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1]
+    assert newest == PROJECT["version"]
+
+
+def test_what_the_registry_shows():
+    assert PROJECT["description"] and COMFY["DisplayName"] == "Krea 2 Kit"
+    assert (ROOT / PROJECT["license"]["file"]).is_file() and (ROOT / PROJECT["readme"]).is_file()
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", COMFY["requires-comfyui"])
+    # Beside WEB_DIRECTORY the page would load its scripts twice.
+    assert "web" not in COMFY
+
+
+def test_requirements_are_told_once_the_same():
+    lines = read("requirements.txt").splitlines()
+    assert PROJECT["dependencies"] == [line for line in lines if not line.startswith("#")]
+
+
+def test_the_owner_s_fields_are_filled_in_together():
+    """The icon's address needs the repository's, and without a publisher neither is used."""
+    fields = (PROJECT["urls"]["Repository"], COMFY["PublisherId"], COMFY["Icon"])
+    assert all(fields) or not any(fields)
+    guide = read("CONTRIBUTING.md").partition("## Publishing")[2]
+    for name in ("Repository", "PublisherId", "Icon", "docs/icon.png", "REGISTRY_ACCESS_TOKEN"):
+        assert f"`{name}`" in guide
+    assert COMFY["Icon"].startswith("https://") or not COMFY["Icon"]
+
+
+def test_the_icon():
+    icon = Image.open(ROOT / "docs" / "icon.png")
+    assert icon.format == "PNG" and icon.width == icon.height <= 400
+    assert len(set(icon.convert("RGB").resize((16, 16)).get_flattened_data())) > 4
+
+
+def test_the_archive_has_nothing_that_only_this_repository_needs():
+    folders = {name.partition("/")[0] for name in FILES if "/" in name}
+    wanted = {"docs", "example_workflows", "krea2_model", "locales", "nodes", "web"}
+    assert folders - {"subgraphs"} == wanted
+    assert not [
+        name for name in FILES if re.search(r"\.pyc$|^\.|requirements-test|(^|/)test_", name)
+    ]
+
+
+@pytest.mark.parametrize("folder", ["example_workflows", "krea2_model", "locales", "nodes", "web"])
+def test_the_archive_has_everything_of(folder):
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")}
+    here = {name for name in here if "__pycache__" not in name}
+    assert here and here <= set(FILES)
+
+
+def test_the_archive_runs_without_the_repository(tmp_path):
+    """The package imports and describes a file, with nothing else of the repository in reach."""
+    pack = copy_archive(tmp_path / "krea2-kit")
+    code = (
+        "from krea2_model import nano; from krea2_model.inspect import describe;"
+        "print(describe(nano.TRANSFORMERS['raw']))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=pack, capture_output=True, text=True, check=True)
+    assert "variant: raw" in done.stdout
+
+
+def test_workflow_files_use_what_there_is():
+    tests, publish = (read(f".github/workflows/{name}.yml") for name in ("test", "publish"))
+    assert "run: bash scripts/test.sh" in tests and (ROOT / "scripts" / "test.sh").is_file()
+    assert "uses: ./.github/workflows/test.yml" in publish and "workflow_call" in tests
+    assert "secrets.REGISTRY_ACCESS_TOKEN" in publish and "pyproject.toml" in publish
