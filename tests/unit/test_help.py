@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "web/docs").glob("*.md")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 class Node(NamedTuple):
@@ -125,7 +126,7 @@ NODES = read_nodes()
 PATTERNS = message_patterns()
 QUOTES = [
     (name, quote)
-    for name, page in sorted(PAGES.items())
+    for name, page in [*sorted(PAGES.items()), ("README", README)]
     for quote in re.findall(r"^ *> (.+)$", page, re.MULTILINE)
 ]
 
