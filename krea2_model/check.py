@@ -85,7 +85,7 @@ def check(models: Path | None = None) -> Report:
                 f"There is no folder {models}. Name ComfyUI's models folder, which holds "
                 "diffusion_models, text_encoders and vae."
             )
-        memory = sum(torch.cuda.mem_get_info(index)[1] for index in range(_cuda_devices()))
+        memory = sum(size for _, _, size in _accelerators())
         report.add("Model files", lambda: survey(_files_in(models), report, memory))
     return report
 
@@ -111,8 +111,9 @@ def package_version(name: str) -> str:
 
 def kernel_note(device: torch.device, dtype: torch.dtype) -> str | None:
     """What to know where torch lacks the fused attention that Krea 2's grouped heads want."""
-    head = torch.empty(1, 1, 1, 128, device=device, dtype=dtype)
-    if device.type != "cuda" or not torch.version.cuda or takes_grouped_heads(head):
+    if device.type != "cuda" or not torch.version.cuda:
+        return None
+    if takes_grouped_heads(torch.empty(1, 1, 1, 128, device=device, dtype=dtype)):
         return None
     return (
         f"torch {torch.__version__} has no flash attention for {dtype} on this GPU: keys and "
@@ -165,19 +166,25 @@ def _pack_version() -> str:
     return tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"]
 
 
-def _cuda_devices() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _accelerators() -> list[tuple[torch.device, str, int]]:
+    """Each accelerator with memory of its own: device, name, bytes."""
+    found = []
+    for kind in ("cuda", "xpu"):
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available():
+            for index in range(backend.device_count()):
+                memory = backend.get_device_properties(index).total_memory
+                found.append((torch.device(kind, index), backend.get_device_name(index), memory))
+    return found
 
 
 def _devices(report: Report) -> Iterable[str]:
-    for index in range(_cuda_devices()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        yield f"cuda:{index} {name}: {size_text(total)}, {size_text(free)} of it free"
-        if note := kernel_note(torch.device("cuda", index), torch.bfloat16):
+    for device, name, memory in _accelerators():
+        yield f"{device} {name}: {size_text(memory)}"
+        if note := kernel_note(device, torch.bfloat16):
             report.notes.append(note)
     if torch.backends.mps.is_available():
-        yield "mps (memory shared with the processor)"
+        yield "mps, which shares the processor's memory"
     yield f"cpu: {os.cpu_count()} cores, {main_memory_text()}"
 
 

@@ -59,7 +59,9 @@ def self_check(model=None, clip=None) -> Report:
     report.add("What this ComfyUI knows", lambda: state.capabilities(report))
     report.add("Replaced by custom nodes", state.replaced)
     device = management.get_torch_device()
-    memory = 0 if management.is_device_cpu(device) else management.get_total_memory(device)
+    # An Apple GPU's memory is the processor's.
+    own = not (management.is_device_cpu(device) or management.is_device_mps(device))
+    memory = management.get_total_memory(device) if own else 0
     report.add("Model files", lambda: survey(files.own_files(), report, memory))
     if model is not None:
         report.add("MODEL", lambda: state.model(model))

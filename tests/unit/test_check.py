@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -137,6 +138,24 @@ def test_gguf_without_its_package_is_wrong(models, monkeypatch):
 def test_more_weights_than_memory_is_wrong(models, monkeypatch):
     monkeypatch.setattr(checking, "main_memory", lambda: 1000)
     assert any("in 8 or 4 bits" in text for text in check(models).wrong)
+
+
+def test_an_accelerator_and_its_attention_are_told(models, monkeypatch):
+    class Backend:
+        is_available = staticmethod(lambda: True)
+        device_count = staticmethod(lambda: 1)
+        get_device_name = staticmethod(lambda index: "RTX 2080")
+        get_device_properties = staticmethod(lambda index: SimpleNamespace(total_memory=8_000_000))
+
+    monkeypatch.setattr(checking.torch, "cuda", Backend)
+    monkeypatch.setattr(checking.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(checking.torch, "empty", lambda *shape, device, dtype: device)
+    monkeypatch.setattr(checking, "takes_grouped_heads", lambda device: False)
+    monkeypatch.setattr(checking, "main_memory", lambda: 1000)
+    report = check(models)
+    assert lines_of(report, "Devices")[0] == "cuda:0 RTX 2080: 8.0 MB"
+    assert any("flash attention" in note for note in report.notes)
+    assert report.wrong == []  # its memory counts
 
 
 def test_a_diffusers_folder(diffusers_folder, tmp_path):
