@@ -7,7 +7,6 @@ the home directory is "~". What only ComfyUI knows, the node K2SelfCheck adds.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import tomllib
@@ -189,14 +188,12 @@ def _devices(report: Report) -> Iterable[str]:
 
 
 def main_memory() -> int:
-    """Bytes of main memory; 0 where neither psutil, which ComfyUI brings, nor the system tells."""
-    if importlib.util.find_spec("psutil") is not None:
+    """Bytes of main memory; 0 where psutil, which ComfyUI brings, is not there to tell."""
+    try:
         import psutil
-
-        return psutil.virtual_memory().total
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    except ImportError:
+        return 0
+    return psutil.virtual_memory().total
 
 
 def main_memory_text() -> str:

@@ -158,6 +158,13 @@ def test_an_accelerator_and_its_attention_are_told(models, monkeypatch):
     assert report.wrong == []  # its memory counts
 
 
+def test_without_psutil_memory_is_unknown_and_nothing_is_too_large(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    report = check(models)
+    assert report.wrong == []
+    assert lines_of(report, "Devices")[-1].endswith("memory unknown")
+
+
 def test_a_diffusers_folder(diffusers_folder, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(diffusers_folder, models / "diffusers" / "Krea-2-Tiny")
