@@ -16,7 +16,7 @@ class K2PromptBatch(io.ComfyNode):
             category="Krea 2",
             description=(
                 "Encodes many prompts, one a line, as one batch in which each image has its own. "
-                "Wildcards such as {red|blue} are drawn anew for each image."
+                "Wildcards are drawn anew for each image."
             ),
             search_aliases=["krea", "krea2", "k2", "prompts", "wildcard", "list", "xy plot"],
             inputs=[
@@ -24,7 +24,7 @@ class K2PromptBatch(io.ComfyNode):
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="A prompt a line. {red|blue} draws one of its words; \\{ is a brace.",
+                    tooltip="A prompt a line. Of words in braces with bars between, one is drawn.",
                 ),
                 io.String.Input(
                     "negative",

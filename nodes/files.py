@@ -171,19 +171,28 @@ def find_fitting(part: str, model: Path) -> Path:
 
     It is in the same file or folder, or else the first of the user's whose sizes fit; the built-in
     model has its own. Raises CheckpointError where none does.
+
+    Text encoders with a vision tower come first: without it Qwen3-VL-4B cannot be told from the
+    Qwen3-4B that other models use, whose states mean nothing to Krea 2.
     """
     if model in _BUILT_IN[TRANSFORMER].values():
         return _BUILT_IN[part][NANO]
     if holds(model, part):
         return model
+    second_best = None
     for name in _list_own(part):
         try:
             path = find_model(part, name)
-            if _fits(path, part, model):
+            if not _fits(path, part, model):
+                continue
+            if part != TEXT_ENCODER or _has_vision_tower(path):
                 return path
+            second_best = second_best or path
         except (CheckpointError, OSError):
             # Lists show broken files too, for their owners to choose and learn why.
             continue
+    if second_best is not None:
+        return second_best
     raise CheckpointError(
         f"Nothing that fits {model.name} was found for {_COMPONENTS[part]}. Download "
         f'{WHERE[part]}, or choose a file instead of "auto".'
@@ -298,6 +307,10 @@ def _fits(path: Path, part: str, model: Path) -> bool:
     first = _size(_shapes(path, part), "encoder.conv1.weight", "encoder.conv_in.weight", axis=1)
     last = _size(_shapes(path, part), "conv2.weight", "post_quant_conv.weight", axis=0)
     return (first, last) == (3, 16)
+
+
+def _has_vision_tower(encoder: Path) -> bool:
+    return any("visual." in name for name in _shapes(encoder, TEXT_ENCODER))
 
 
 def _text_width(model: Path) -> int | None:

@@ -181,6 +181,22 @@ def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
     assert files.find_fitting(kinds.TEXT_ENCODER, partial).name == os.path.basename(ENCODER)
 
 
+def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeypatch):
+    """A vision tower tells it from Qwen3-4B, which comes first in this list."""
+    files, kinds = pack("nodes.files"), pack("krea2_model.identify")
+    bare, seeing = (
+        (models / ENCODER).with_name(f"{name}.safetensors") for name in ("bare", "seeing")
+    )
+    tensors = {n: t for n, t in load_file(models / ENCODER).items() if "visual." not in n}
+    save_file(tensors, bare)
+    save_file({**tensors, "model.visual.patch_embed.proj.weight": torch.zeros(2)}, seeing)
+    for listed, expected in (([bare, seeing], seeing), ([bare], bare)):
+        monkeypatch.setattr(files, "_list_own", lambda part, x=listed: [path.name for path in x])
+        assert files.find_fitting(kinds.TEXT_ENCODER, models / TURBO) == expected
+    bare.unlink()
+    seeing.unlink()
+
+
 def test_auto_with_a_folder_that_lacks_the_encoder(pack, models, folder_model, tmp_path):
     files, kinds = pack("nodes.files"), pack("krea2_model.identify")
     for part in ("transformer", "vae"):
