@@ -18,7 +18,10 @@ class K2EmptyLatent(io.ComfyNode):
                 "An empty latent by aspect ratio and area, or by width and height. Raw is good "
                 "to about 1 megapixel, Turbo to 4 (2048 x 2048)."
             ),
-            search_aliases=["krea", "krea2", "k2", "empty latent", "resolution", "aspect ratio"],
+            search_aliases=[
+                *("krea", "krea2", "k2", "turbo", "raw"),
+                *("empty latent", "resolution", "aspect ratio", "megapixels", "portrait"),
+            ],
             inputs=[
                 io.Combo.Input(
                     "aspect",
@@ -32,7 +35,10 @@ class K2EmptyLatent(io.ComfyNode):
                     min=0.05,
                     max=16.0,
                     step=0.05,
-                    tooltip="Area, in units of 1024 x 1024 pixels. Without effect on custom sizes.",
+                    tooltip=(
+                        "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
+                        "Without effect on custom sizes."
+                    ),
                 ),
                 *(
                     io.Int.Input(
@@ -46,6 +52,11 @@ class K2EmptyLatent(io.ComfyNode):
                     for side in ("width", "height")
                 ),
                 io.Int.Input("batch", default=1, min=1, max=64, tooltip="How many images."),
+                io.Boolean.Input(
+                    "swap",
+                    default=False,
+                    tooltip="Width for height: landscape becomes portrait, and back.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Empty latents for the sampler."),
@@ -71,15 +82,16 @@ class K2EmptyLatent(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, aspect="1:1", megapixels=1.0, width=1024, height=1024, batch=1):
+    def execute(cls, aspect="1:1", megapixels=1.0, width=1024, height=1024, batch=1, swap=False):
         import comfy.model_management
         import torch
 
+        if aspect != CUSTOM:
+            width, height = size_for(aspect, megapixels)
+        if swap:
+            width, height = height, width
         asked = (width, height)
-        if aspect == CUSTOM:
-            width, height = round_size("width", width), round_size("height", height)
-        else:
-            asked = width, height = size_for(aspect, megapixels)
+        width, height = round_size("width", width), round_size("height", height)
         latent = torch.zeros(
             batch,
             16,
@@ -88,7 +100,7 @@ class K2EmptyLatent(io.ComfyNode):
             width // 8,
             device=comfy.model_management.intermediate_device(),
         )
-        note = f"{width} x {height}"
+        note = f"{width} x {height} px, {width * height / 1024**2:.2f} megapixels"
         if asked != (width, height):
             note += f" (rounded up from {asked[0]} x {asked[1]})"
         return io.NodeOutput({"samples": latent}, width, height, ui=ui.PreviewText(note))
@@ -102,7 +114,7 @@ class K2VAEDecode(io.ComfyNode):
             display_name="Decode with the Krea 2 VAE",
             category="Krea 2",
             description="Latents to images; in tiles of its own accord where memory runs out.",
-            search_aliases=["krea", "krea2", "k2", "vae decode", "latent to image"],
+            search_aliases=["krea", "krea2", "k2", "qwen", "vae decode", "latent to image"],
             inputs=[
                 io.Latent.Input("samples", tooltip="What the sampler gives."),
                 io.Vae.Input("vae", tooltip="The VAE."),
@@ -125,7 +137,7 @@ class K2VAEEncode(io.ComfyNode):
             display_name="Encode with the Krea 2 VAE",
             category="Krea 2",
             description="Images to latents; with the Krea 2 VAE, one latent an image.",
-            search_aliases=["krea", "krea2", "k2", "vae encode", "image to latent"],
+            search_aliases=["krea", "krea2", "k2", "qwen", "vae encode", "image to latent"],
             inputs=[
                 io.Image.Input(
                     "pixels", tooltip="The images; sides are cropped to multiples of 8."

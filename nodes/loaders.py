@@ -75,7 +75,7 @@ class K2Loader(io.ComfyNode):
             display_name="Load Krea 2",
             category="Krea 2",
             description="Loads all of Krea 2: transformer, text encoder and VAE.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "turbo", "checkpoint"],
+            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "qwen", "checkpoint"],
             inputs=[
                 io.Combo.Input("model", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
                 io.Combo.Input(
@@ -133,7 +133,7 @@ class K2ModelLoader(io.ComfyNode):
             display_name="Load Krea 2 Model",
             category="Krea 2",
             description="Loads a Krea 2 transformer, Raw or Turbo.",
-            search_aliases=["krea", "krea2", "k2", "turbo", "unet", "diffusion model"],
+            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "unet", "diffusion model"],
             inputs=[
                 io.Combo.Input("file", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
                 _MODEL_DTYPE,

@@ -1,8 +1,9 @@
 """Prompts to conditioning."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..krea2_model.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
+from .reports import prompt_report
 
 # What a prompt may be cut to; nobody writes longer ones.
 MAX_TOKENS = 100_000
@@ -16,7 +17,7 @@ class K2TextEncode(io.ComfyNode):
             display_name="Krea 2 Prompt",
             category="Krea 2",
             description=(
-                "Encodes a prompt and a negative prompt with Krea 2's chat template. The negative "
+                "Encodes a prompt and a negative prompt in Krea 2's chat template. The negative "
                 "counts only where guidance is above 0 (Raw); left empty it is the empty prompt."
             ),
             search_aliases=["krea", "krea2", "k2", "prompt", "text encode", "qwen"],
@@ -79,4 +80,6 @@ class K2TextEncode(io.ComfyNode):
             clip.encode_from_tokens_scheduled(clip.tokenize(text, always_wrap=True, **options))
             for text in (prompt, negative)
         ]
-        return io.NodeOutput(*encoded)
+        names = ("prompt", "negative") if negative else ("prompt",)
+        counts = [prompt_report(name, result) for name, result in zip(names, encoded, strict=False)]
+        return io.NodeOutput(*encoded, ui=ui.PreviewText("\n".join(counts)))

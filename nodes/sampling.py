@@ -2,11 +2,12 @@
 
 import logging
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule
 from ..krea2_model.sizes import MAX_SIZE, check_size, image_tokens, round_size
+from .reports import sampling_report, shift_report, size_report, unused_report
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,11 @@ _PRESET_INPUT = io.Combo.Input(
     default=AUTO,
     tooltip=(
         "Steps and guidance: auto takes what the checkpoint was made for, raw is 28 steps at "
-        "guidance 4.5, turbo 8 steps at 0, custom the values below."
+        "guidance 4.5, turbo 8 steps at 0, custom the values below. The node shows what was taken."
     ),
 )
 _STEPS_INPUT = io.Int.Input(
-    "steps", default=28, min=1, max=1000, tooltip="Steps, for preset custom."
+    "steps", default=28, min=1, max=1000, tooltip="Steps; used with preset custom only."
 )
 _DENOISE_INPUT = io.Float.Input(
     "denoise",
@@ -33,7 +34,10 @@ _DENOISE_INPUT = io.Float.Input(
     min=0.01,
     max=1.0,
     step=0.01,
-    tooltip="Where to start: 1 from pure noise; below, the latent image keeps part of itself.",
+    tooltip=(
+        "Where to start: 1 from pure noise; below, the latent image keeps part of itself. For "
+        "image to image 0.5 to 0.8."
+    ),
 )
 
 
@@ -133,6 +137,11 @@ def latent_tokens(samples) -> int:
     return -(-height // 2) * -(-width // 2)
 
 
+def _size_report(samples) -> str:
+    height, width = (8 * side for side in samples.shape[-2:])
+    return size_report(width, height, latent_tokens(samples), len(samples))
+
+
 def _shifted(model, mu: float):
     """A clone of the model whose own schedule has this shift: percentages and samplers use it."""
     import comfy.model_sampling
@@ -199,7 +208,7 @@ class K2Sampler(io.ComfyNode):
                 "Samples with the schedule and the guidance Krea 2 was trained with, chosen by "
                 "the checkpoint and the size."
             ),
-            search_aliases=["krea", "krea2", "k2", "ksampler", "turbo"],
+            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "ksampler", "image to image"],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2, Raw or Turbo."),
                 io.Conditioning.Input("positive", tooltip="What the image shows."),
@@ -227,7 +236,7 @@ class K2Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     tooltip=(
-                        "For preset custom, in Krea's convention: 0 is off. "
+                        "Used with preset custom only; in Krea's convention: 0 is off. "
                         "ComfyUI cfg = guidance + 1."
                     ),
                 ),
@@ -303,7 +312,11 @@ class K2Sampler(io.ComfyNode):
             sampler=sampler,
             total=settings.steps,
         )
-        return io.NodeOutput(with_samples(latent, samples))
+        report = [sampling_report(preset, settings, exponent, sigmas), _size_report(start)]
+        if settings.name != CUSTOM:
+            given = Preset(CUSTOM, steps, guidance, None)
+            report += filter(None, [unused_report(settings, given, PRESETS["raw"])])
+        return io.NodeOutput(with_samples(latent, samples), ui=ui.PreviewText("\n".join(report)))
 
 
 def sample(
@@ -372,8 +385,11 @@ class K2Sigmas(io.ComfyNode):
             node_id="K2Sigmas",
             display_name="Krea 2 Schedule",
             category="Krea 2",
-            description="Krea 2's sigmas, for SamplerCustomAdvanced and its like.",
-            search_aliases=["krea", "krea2", "k2", "scheduler", "sigmas"],
+            description=(
+                "Krea 2's sigmas, for SamplerCustomAdvanced and its like. Krea 2 Sampler makes "
+                "them by itself."
+            ),
+            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "scheduler", "sigmas"],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2, for what the checkpoint was made for."),
                 io.Latent.Input("latent", tooltip="For its size."),
@@ -394,8 +410,11 @@ class K2Sigmas(io.ComfyNode):
     def execute(cls, model, latent, preset=AUTO, steps=28, denoise=1.0, shift=AUTO, mu=TURBO_MU):
         check_model(model)
         settings = preset_of(model, preset, steps)
-        exponent = _mu(settings, shift, mu, latent_tokens(start_of(model, latent)))
-        return io.NodeOutput(_sigmas(settings, exponent, denoise))
+        start = start_of(model, latent)
+        exponent = _mu(settings, shift, mu, latent_tokens(start))
+        sigmas = _sigmas(settings, exponent, denoise)
+        report = sampling_report(preset, settings, exponent, sigmas, guided=False)
+        return io.NodeOutput(sigmas, ui=ui.PreviewText(f"{report}\n{_size_report(start)}"))
 
 
 class K2ModelSampling(io.ComfyNode):
@@ -409,12 +428,17 @@ class K2ModelSampling(io.ComfyNode):
                 "Gives the model Krea 2's time shift for a size, so that KSampler with scheduler "
                 "simple follows the right schedule. Krea 2 Sampler does this by itself."
             ),
-            search_aliases=["krea", "krea2", "k2", "model sampling", "shift", "mu"],
+            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "model sampling", "mu"],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2, Raw or Turbo."),
                 *(
                     io.Int.Input(
-                        side, default=1024, min=16, max=MAX_SIZE, step=16, tooltip="Pixels."
+                        side,
+                        default=1024,
+                        min=16,
+                        max=MAX_SIZE,
+                        step=16,
+                        tooltip=f"The image's {side} in pixels, for example from Krea 2 Size.",
                     )
                     for side in ("width", "height")
                 ),
@@ -439,8 +463,11 @@ class K2ModelSampling(io.ComfyNode):
         check_model(model)
         # Without a known variant this has no mu; only shift auto asks for it.
         settings = preset_of(model, CUSTOM if shift != AUTO else AUTO)
-        tokens = image_tokens(round_size("width", width), round_size("height", height))
-        return io.NodeOutput(_shifted(model, _mu(settings, shift, mu, tokens)))
+        width, height = round_size("width", width), round_size("height", height)
+        tokens = image_tokens(width, height)
+        exponent = _mu(settings, shift, mu, tokens)
+        report = f"{shift_report(exponent)}\n{size_report(width, height, tokens)}"
+        return io.NodeOutput(_shifted(model, exponent), ui=ui.PreviewText(report))
 
 
 def _check_settings(steps, guidance, denoise, mu):

@@ -5,6 +5,7 @@ import dataclasses
 import comfy.text_encoders.qwen3vl as core_qwen
 import pytest
 import torch
+from in_process import NODES
 from safetensors.torch import load_file, save_file
 
 from parity import assert_close
@@ -55,6 +56,12 @@ def test_clip_text_encode_equals_core(run, clip, core_clip, prompt):
     assert clip.tokenize(prompt) == core_clip.tokenize(prompt)
     assert_close(ours, core, 1e-5, f"CLIPTextEncode of {prompt[:12]!r} against core")
     assert "attention_mask" not in extra and "attention_mask" not in core_extra
+
+
+def test_prompt_counts_the_tokens_of_either_clip(clip, core_clip):
+    for each in (clip, core_clip):
+        report = NODES["K2TextEncode"].execute(clip=each, prompt="a fox", negative="fox").ui
+        assert report.as_dict()["text"] == ("prompt: 2 tokens of 507\nnegative: 1 token of 507",)
 
 
 def test_backslashes_reach_the_tokenizer(clip, core_clip):

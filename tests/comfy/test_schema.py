@@ -11,7 +11,7 @@ INPUTS = {
     "K2VAELoader": ["file", "dtype"],
     "K2LoraLoader": ["model", "clip", "lora", "strength", "clip_strength"],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens"],
-    "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch"],
+    "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch", "swap"],
     "K2Sampler": [
         *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
         *("denoise", "sampler", "shift", "mu", "seeds"),
@@ -69,6 +69,6 @@ def test_inputs_keep_their_order(node_id):
 def test_everything_has_words(node_id):
     schema = NODES[node_id].GET_SCHEMA()
     assert schema.category == "Krea 2" and schema.display_name and schema.description
-    assert {"krea2", "k2"} <= set(schema.search_aliases)
+    assert {"krea", "krea2", "k2"} <= set(schema.search_aliases)
     for entry in (*schema.inputs, *schema.outputs):
         assert entry.tooltip, f"{node_id}.{entry.id}"

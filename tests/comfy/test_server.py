@@ -134,7 +134,7 @@ def test_a_size_is_rounded_up_and_says_so(server, graph):
     (image,) = server.images(outputs)
     assert Image.open(io.BytesIO(image)).size == (32, 48)
     texts = [text for output in outputs.values() for text in output.get("text", ())]
-    assert texts == ["32 x 48 (rounded up from 17 x 33)"]
+    assert "32 x 48 px, 0.00 megapixels (rounded up from 17 x 33)" in texts
 
 
 def test_a_lora_reports_and_changes_the_picture(server):

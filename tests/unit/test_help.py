@@ -134,7 +134,7 @@ QUOTES = [
 def test_nodes_are_read_whole():
     """What the reader finds for the two nodes that use every way of making inputs."""
     assert list(NODES["K2EmptyLatent"].inputs) == [
-        "aspect", "megapixels", "width", "height", "batch",
+        "aspect", "megapixels", "width", "height", "batch", "swap",
     ]  # fmt: skip
     assert NODES["K2EmptyLatent"].outputs == ["LATENT", "width", "height"]
     assert list(NODES["K2Sigmas"].inputs) == [

@@ -1,0 +1,38 @@
+"""What the nodes show after a run: tokens of a prompt, and the settings that were taken."""
+
+from ..krea2_model.config import Preset
+from ..krea2_model.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
+
+
+def prompt_report(name: str, conditioning) -> str:
+    """How many tokens of a text were encoded, counted on the result of whichever CLIP it was."""
+    tokens = max(0, conditioning[0][0].shape[1] - SUFFIX_TOKENS)
+    count = f"{name}: {tokens} token{'' if tokens == 1 else 's'} of {PROMPT_BUDGET}"
+    return count if tokens <= PROMPT_BUDGET else f"{count}, more than the model was trained on"
+
+
+def sampling_report(choice: str, settings: Preset, mu: float, sigmas, guided: bool = True) -> str:
+    """Preset, steps, guidance and shift, in one line; `choice` is what the preset input says."""
+    name = settings.name if choice == settings.name else f"{choice}: {settings.name}"
+    guidance = f", guidance {settings.guidance:g} (cfg {settings.guidance + 1:g})" if guided else ""
+    start = f", from sigma {sigmas[0]:.3f}" if sigmas[0] < 1 else ""
+    return f"{name}, {settings.steps} steps{guidance}, {shift_report(mu)}{start}"
+
+
+def shift_report(mu: float) -> str:
+    return f"mu {mu:.4g}"
+
+
+def size_report(width: int, height: int, tokens: int, images: int = 1) -> str:
+    batch = f"{images} images, each " if images > 1 else ""
+    return f"{batch}{width} x {height} px, {tokens} tokens"
+
+
+def unused_report(settings: Preset, given: Preset, default: Preset) -> str:
+    """Which values of the node had no effect, though somebody set them; empty where none."""
+    values = [
+        f"{field} {getattr(given, field):g}"
+        for field in ("steps", "guidance")
+        if getattr(given, field) not in (getattr(settings, field), getattr(default, field))
+    ]
+    return f"Not used: {', '.join(values)}. Choose preset custom for that." if values else ""
