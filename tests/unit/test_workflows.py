@@ -1,10 +1,9 @@
-"""The example workflows, read without the page: wires, values, files, layout.
+"""The example workflows, read without the page: wires, values, files. Layout: test_layout.py.
 
 Each has a twin of the same name in tests/workflows, written in the API's format. The twin's inputs
 stand in the order of the node's schema, which is the order of a workflow's positional values.
 """
 
-import itertools
 import json
 import tomllib
 from pathlib import Path
@@ -15,8 +14,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 PACK = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
-# The page draws a node's title above its position.
-TITLE_HEIGHT = 30
 # Shown on the page alone, never part of a prompt.
 NOTES = {"Note", "MarkdownNote"}
 SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
@@ -38,9 +35,15 @@ def twin(example) -> dict:
 
 
 def test_there_are_examples():
+    twins = (ROOT / "tests" / "workflows").glob("*.json")
+    assert {path.stem for path in EXAMPLES} == {path.stem for path in twins}
     assert {path.stem for path in EXAMPLES} >= {
+        "krea2_image_to_image",
+        "krea2_lora",
         "krea2_nano_first_image",
+        "krea2_prompt_batch",
         "krea2_raw_text_to_image",
+        "krea2_stock_nodes",
         "krea2_turbo_text_to_image",
     }
 
@@ -127,24 +130,6 @@ def test_nodes_name_their_pack(workflow):
         assert properties["ver"]
 
 
-def test_nodes_do_not_overlap_and_lie_in_a_titled_group(workflow):
-    for one, other in itertools.combinations(workflow["nodes"], 2):
-        (left, top, right, bottom), (x, y, x_end, y_end) = _box(one), _box(other)
-        apart = right <= x or x_end <= left or bottom <= y or y_end <= top
-        assert apart, f"{one['type']} overlaps {other['type']}"
-    for node in workflow["nodes"]:
-        left, top, right, bottom = _box(node)
-        assert any(
-            group["title"]
-            and x <= left
-            and y <= top
-            and right <= x + width
-            and bottom <= y + height
-            for group in workflow["groups"]
-            for x, y, width, height in [group["bounding"]]
-        ), f"{node['type']} lies in no group"
-
-
 def _linked(node: dict, links: list) -> dict:
     """A node's linked inputs as the API writes them."""
     origins = {link[0]: [str(link[1]), link[2]] for link in links}
@@ -152,20 +137,20 @@ def _linked(node: dict, links: list) -> dict:
 
 
 def _by_position(node: dict, inputs: dict) -> dict:
-    """A node's widget values, named by the unlinked inputs of its API twin."""
-    names = [name for name, value in inputs.items() if not isinstance(value, list)]
-    assert names == [i["name"] for i in node["inputs"] if "widget" in i]
+    """A node's widget values by name, without those that a wire or a button stands for."""
+    widgets = [i for i in node["inputs"] if "widget" in i]
+    names = [i["name"] for i in widgets]
     values = list(node.get("widgets_values", ()))
     if "seed" in names:
         assert values.pop(names.index("seed") + 1) in SEED_CONTROLS
-    return dict(zip(names, values, strict=True))
+    given = dict(zip(names, values, strict=True))
+    for unused in widgets:
+        if unused["link"] is not None or unused["type"] == "IMAGEUPLOAD":
+            del given[unused["name"]]
+    assert list(given) == [name for name, value in inputs.items() if not isinstance(value, list)]
+    return given
 
 
 def _files(node: dict) -> list[str]:
     values = () if node["type"] in NOTES else node.get("widgets_values", ())
     return [v for v in values if isinstance(v, str) and v.endswith((".safetensors", ".sft"))]
-
-
-def _box(node: dict) -> tuple[float, float, float, float]:
-    (x, y), (width, height) = node["pos"], node["size"]
-    return x, y - TITLE_HEIGHT, x + width, y + height
