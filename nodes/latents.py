@@ -102,7 +102,7 @@ class K2EmptyLatent(io.ComfyNode):
         )
         note = f"{width} x {height} px, {width * height / 1024**2:.2f} megapixels"
         if asked != (width, height):
-            note += f" (rounded up from {asked[0]} x {asked[1]})"
+            note += f",\nrounded up from {asked[0]} x {asked[1]}"
         return io.NodeOutput({"samples": latent}, width, height, ui=ui.PreviewText(note))
 
 

@@ -1,4 +1,7 @@
-"""What the nodes show after a run: tokens of a prompt, and the settings that were taken."""
+"""What the nodes show after a run: tokens of a prompt, and the settings that were taken.
+
+Lines stay under 40 characters, for which web/js/node_text.js need not widen a node.
+"""
 
 from ..krea2_model.config import Preset
 from ..krea2_model.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
@@ -8,15 +11,18 @@ def prompt_report(name: str, conditioning) -> str:
     """How many tokens of a text were encoded, counted on the result of whichever CLIP it was."""
     tokens = max(0, conditioning[0][0].shape[1] - SUFFIX_TOKENS)
     count = f"{name}: {tokens} token{'' if tokens == 1 else 's'} of {PROMPT_BUDGET}"
-    return count if tokens <= PROMPT_BUDGET else f"{count}, more than the model was trained on"
+    return count if tokens <= PROMPT_BUDGET else f"{count},\nmore than the model was trained on"
 
 
 def sampling_report(choice: str, settings: Preset, mu: float, sigmas, guided: bool = True) -> str:
-    """Preset, steps, guidance and shift, in one line; `choice` is what the preset input says."""
+    """Preset, steps, shift, guidance and start; `choice` is what the preset input says."""
     name = settings.name if choice == settings.name else f"{choice}: {settings.name}"
-    guidance = f", guidance {settings.guidance:g} (cfg {settings.guidance + 1:g})" if guided else ""
-    start = f", from sigma {sigmas[0]:.3f}" if sigmas[0] < 1 else ""
-    return f"{name}, {settings.steps} steps{guidance}, {shift_report(mu)}{start}"
+    lines = [f"{name}, {settings.steps} steps, {shift_report(mu)}"]
+    if guided:
+        lines.append(f"guidance {settings.guidance:g} (cfg {settings.guidance + 1:g})")
+    if sigmas[0] < 1:
+        lines.append(f"starts at sigma {sigmas[0]:.3f}")
+    return "\n".join(lines)
 
 
 def shift_report(mu: float) -> str:
@@ -35,4 +41,4 @@ def unused_report(settings: Preset, given: Preset, default: Preset) -> str:
         for field in ("steps", "guidance")
         if getattr(given, field) not in (getattr(settings, field), getattr(default, field))
     ]
-    return f"Not used: {', '.join(values)}. Choose preset custom for that." if values else ""
+    return f"not used: {', '.join(values)}\n(preset custom would)" if values else ""

@@ -142,7 +142,7 @@ def test_a_size_is_rounded_up_and_says_so(server, graph):
     (image,) = server.images(outputs)
     assert Image.open(io.BytesIO(image)).size == (32, 48)
     texts = [text for output in outputs.values() for text in output.get("text", ())]
-    assert "32 x 48 px, 0.00 megapixels (rounded up from 17 x 33)" in texts
+    assert "32 x 48 px, 0.00 megapixels,\nrounded up from 17 x 33" in texts
 
 
 def test_a_lora_reports_and_changes_the_picture(server):

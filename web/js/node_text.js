@@ -1,9 +1,12 @@
-// Shows on our nodes what they report as text after a run: a LoRA's report, what a file is.
+// Shows on our nodes what they report as text after a run: a LoRA's report, tokens, settings.
 
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const NAME = "report";
+// Pixels of a line of text in a node, and of what is around the text.
+const ROW = 14;
+const PADDING = 20;
 
 const isOurs = (node) => node?.comfyClass?.startsWith("K2");
 
@@ -24,18 +27,18 @@ function show(node, text) {
   widget.value = text;
   const lines = text.split("\n");
   const rows = lines.reduce((sum, line) => sum + 1 + Math.floor(line.length / 60), 0);
+  // Else it shares what is left with a prompt above it, or a preview below.
+  widget.options.getMinHeight = () => ROW * rows + PADDING;
   const [width, height] = node.computeSize();
   const readable = lines.some((line) => line.length > 40) ? 420 : 0;
-  node.setSize([
-    Math.max(node.size[0], width, readable),
-    Math.max(node.size[1], height + 14 * (rows - 1)),
-  ]);
+  node.setSize([Math.max(node.size[0], width, readable), Math.max(node.size[1], height)]);
   node.setDirtyCanvas?.(true, true);
 }
 
 function update(node, output) {
   if (isOurs(node) && output?.text?.length) {
-    show(node, [output.text].flat().join("\n"));
+    // A list of prompts reports for each; what is the same is said once.
+    show(node, [...new Set([output.text].flat())].join("\n"));
   }
 }
 
