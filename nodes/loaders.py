@@ -101,10 +101,14 @@ class K2Loader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None, text_encoder=None, vae=None):
-        for part, name in ((TRANSFORMER, model), (TEXT_ENCODER, text_encoder), (VAE, vae)):
+        given = {"model": model, "text_encoder": text_encoder, "vae": vae}
+        for part, (field, name) in zip(
+            (TRANSFORMER, TEXT_ENCODER, VAE), given.items(), strict=True
+        ):
             message = _check(part, name)
             if message is not True:
-                return message
+                # ComfyUI repeats the message for each of the three.
+                return f"{field}: {message}"
         return True
 
     @classmethod

@@ -35,8 +35,8 @@ _DENOISE_INPUT = io.Float.Input(
     max=1.0,
     step=0.01,
     tooltip=(
-        "Where to start: 1 from pure noise; below, the latent image keeps part of itself. For "
-        "image to image 0.5 to 0.8."
+        "Where to start: 1 from pure noise; below, the latent image keeps part of itself, the more "
+        "the lower."
     ),
 )
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "web/docs").glob("*.md")}
+DOCS = ROOT / "web/docs"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in DOCS.glob("*.md")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -164,6 +165,15 @@ def test_page_gives_the_defaults_of_the_schema(name):
     for field, default in NODES[name].inputs.items():
         if default is not None:
             assert table[f"`{field}`"][-1] == f"`{default}`", f"{name}: default of {field}"
+
+
+def test_every_page_has_a_small_picture_and_every_picture_a_page():
+    """Addresses are relative to web/docs, from where the page fetches them."""
+    shown = {name: re.findall(r"!\[.+\]\((.+)\)", page) for name, page in PAGES.items()}
+    assert all(shown.values())
+    pictures = {str(path.relative_to(DOCS)) for path in (DOCS / "pictures").iterdir()}
+    assert {address for addresses in shown.values() for address in addresses} == pictures
+    assert all((DOCS / address).stat().st_size < 60_000 for address in pictures)
 
 
 def test_pages_quote_messages():

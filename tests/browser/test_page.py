@@ -1,0 +1,227 @@
+"""What a person meets in the page: templates, search, Run, errors, help, the blueprint."""
+
+import urllib.request
+
+import pytest
+from playwright.sync_api import expect
+
+from conftest import PACK_FOLDER, ROOT, read_json
+
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+HELP_PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
+
+# What the page shows of a node that it does not know, by node: its type, or odd widgets.
+MISSING = """() => app.rootGraph.nodes.flatMap(node => [
+    ...(LiteGraph.registered_node_types[node.type] ? [] : [node.type]),
+    ...(node.widgets ?? []).filter(w => w.name === 'UNKNOWN').map(w => `${node.type}.${w.name}`),
+])"""
+API_FORM = "async () => (await app.graphToPrompt()).output"
+# The text that a node shows after a run.
+REPORT = """type => app.rootGraph.nodes.find(node => node.type === type)
+    .widgets.find(widget => widget.name === 'report')?.value"""
+SEARCHES = {
+    "krea": {"Load Krea 2", "Krea 2 Prompt", "Krea 2 Size", "Krea 2 Sampler", "Load Krea 2 LoRA"},
+    "k2": {"Load Krea 2", "Krea 2 Prompt", "Krea 2 Size", "Krea 2 Sampler", "Load Krea 2 LoRA"},
+    "qwen": {"Load Krea 2", "Load Krea 2 Text Encoder", "Krea 2 Prompt", "Load Krea 2 VAE"},
+    "turbo": {"Load Krea 2", "Load Krea 2 Model", "Krea 2 Sampler", "Krea 2 Size"},
+    "raw": {"Load Krea 2", "Load Krea 2 Model", "Krea 2 Sampler", "Krea 2 Size"},
+}
+BLUEPRINT = "Krea 2 text to image"
+
+
+def api_form(page) -> dict:
+    """The graph as Run would send it, as the twins in tests/workflows spell it."""
+    return {
+        number: {"class_type": node["class_type"], "inputs": node["inputs"]}
+        for number, node in page.evaluate(API_FORM).items()
+    }
+
+
+def set_widgets(page, node_type: str, **values):
+    page.evaluate(
+        """([type, values]) => {
+            const node = app.rootGraph.nodes.find(node => node.type === type);
+            for (const [name, value] of Object.entries(values))
+                node.widgets.find(widget => widget.name === name).value = value;
+        }""",
+        [node_type, values],
+    )
+
+
+def run(page):
+    page.get_by_test_id("queue-button").click()
+
+
+def outputs_of_run(page, server, node_type: str) -> dict:
+    """The newest job's outputs, once a node of this type shows a picture."""
+    page.wait_for_function(
+        """type => app.rootGraph.nodes.some(node => node.type === type
+            && app.nodeOutputs[node.id]?.images?.length)""",
+        arg=node_type,
+    )
+    page.wait_for_function("() => !app.runningNodeId")
+    (entry,) = server.request("/history?max_items=1").values()
+    return entry["outputs"]
+
+
+def search(page, words: str):
+    """The results of the node search, as locators."""
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.get_by_role("combobox", name="Add a node").fill(words)
+    return page.get_by_test_id("result-item")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_opens_whole_and_equals_its_twin(open_template, server, name):
+    page = open_template(name)
+    assert page.evaluate(MISSING) == []
+    assert api_form(page) == read_json(ROOT / "tests" / "workflows" / f"{name}.json")
+    workflow = read_json(ROOT / "example_workflows" / f"{name}.json")
+    assert page.evaluate("() => app.rootGraph.links.size") == len(workflow["links"])
+    thumbnail = f"http://{server.address}/api/workflow_templates/{PACK_FOLDER}/{name}.jpg"
+    with urllib.request.urlopen(thumbnail) as answer:
+        assert answer.headers.get_content_type() == "image/jpeg"
+
+
+def test_templates_are_offered(server):
+    offered = server.request("/api/workflow_templates")
+    assert sorted(offered[PACK_FOLDER]) == TEMPLATES
+
+
+def test_run_previews_reports_and_saves_what_reopens(open_template, open_page, server, tmp_path):
+    page = open_template("krea2_nano_first_image")
+    set_widgets(page, "K2TextEncode", prompt="a large green star on a white background")
+    set_widgets(page, "K2Sampler", preset="custom", steps=60, guidance=0)
+    run(page)
+    # While it samples.
+    page.wait_for_function("() => Object.keys(app.nodePreviewImages).length > 0")
+    outputs = outputs_of_run(page, server, "SaveImage")
+    (saved,) = [output["images"] for output in outputs.values() if output.get("images")]
+    assert page.evaluate(REPORT, "K2TextEncode") == "prompt: 8 tokens of 507"
+    assert page.evaluate(REPORT, "K2EmptyLatent") == "128 x 128 px, 0.02 megapixels"
+    assert page.evaluate(REPORT, "K2Sampler").splitlines() == [
+        "custom, 60 steps, mu 1.15",
+        "guidance 0 (cfg 1)",
+        "128 x 128 px, 64 tokens",
+    ]
+    # Nothing of the report is saved, or sent.
+    assert "report" not in str(api_form(page))
+
+    png = tmp_path / "saved.png"
+    (image,) = server.images(outputs)
+    png.write_bytes(image)
+    assert saved[0]["filename"].startswith("krea2_nano_")
+    again = open_page()
+    again.locator("#comfy-file-input").set_input_files(png)
+    again.wait_for_function("() => app.rootGraph.nodes.some(node => node.type === 'K2Sampler')")
+    again.wait_for_function("() => !app.extensionManager.workflow.isBusy")
+    assert again.evaluate(MISSING) == []
+    form = api_form(again)
+    assert form["2"]["inputs"]["prompt"] == "a large green star on a white background"
+    assert form["4"]["inputs"]["steps"] == 60
+    assert set(form) == set(read_json(ROOT / "tests/workflows/krea2_nano_first_image.json"))
+
+
+@pytest.mark.parametrize(
+    "node_type, values, message",
+    [
+        ("K2Loader", {"model": "nowhere.safetensors"}, "There is no 'nowhere.safetensors' in"),
+        ("K2EmptyLatent", {"width": 100_000}, "width is 100000; expected a whole number"),
+    ],
+)
+def test_a_refused_input_is_shown_on_its_node(open_template, node_type, values, message):
+    page = open_template("krea2_nano_first_image")
+    set_widgets(page, node_type, **values)
+    run(page)
+    expect(page.get_by_test_id("error-overlay")).to_be_visible()
+    marked = "() => app.rootGraph.nodes.filter(node => node.has_errors).map(node => node.type)"
+    assert page.evaluate(marked) == [node_type]
+    (errors,) = page.evaluate("() => Object.values(app.lastNodeErrors)")
+    assert errors["class_type"] == node_type
+    assert message in errors["errors"][0]["details"]
+
+
+def test_an_error_of_a_run_is_shown_on_its_node(open_template):
+    page = open_template("krea2_nano_first_image")
+    set_widgets(page, "K2Loader", model="krea2-nano Raw (built in)")
+    page.evaluate(
+        """() => {
+            const node = app.rootGraph.nodes.find(node => node.type === 'K2Sampler');
+            node.disconnectInput(node.inputs.findIndex(input => input.name === 'negative'));
+        }"""
+    )
+    run(page)
+    overlay = page.get_by_test_id("error-overlay")
+    expect(overlay).to_contain_text("Krea 2 Sampler")
+    overlay.get_by_role("button", name="View details").click()
+    message = "Connect the negative output of Krea 2 Prompt (an empty text is fine)"
+    expect(page.get_by_text(message).first).to_be_visible()
+    assert page.evaluate("() => app.lastExecutionError.node_type") == "K2Sampler"
+
+
+def test_help_shows_for_each_node(open_page):
+    page = open_page()
+    content = page.locator(".node-help-content")
+    for help_page in HELP_PAGES:
+        text = help_page.read_text(encoding="utf-8")
+        page.evaluate(
+            """type => {
+                app.rootGraph.clear();
+                const node = LiteGraph.createNode(type);
+                node.pos = [300, 200];
+                app.rootGraph.add(node);
+                app.canvas.selectItems([node]);
+            }""",
+            help_page.stem,
+        )
+        if content.count() == 0:
+            page.get_by_test_id("info-button").click()
+        expect(content.locator("h1")).to_have_text(text.splitlines()[0].removeprefix("# "))
+        expect(content.locator("table").first).to_be_visible()
+        pictures = content.locator("img")
+        expect(pictures).to_have_count(text.count("!["))
+        for picture in pictures.all():
+            page.wait_for_function("it => it.complete", arg=picture.element_handle())
+            assert picture.evaluate("it => it.naturalWidth") > 0, f"{help_page.name}: no picture"
+
+
+def test_search_finds_the_nodes(open_page):
+    page = open_page()
+    for words, wanted in SEARCHES.items():
+        results = search(page, words)
+        for name in wanted:
+            expect(results.filter(has_text=name).first).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("combobox", name="Add a node")).to_have_count(0)
+
+
+def test_blueprint_is_offered_and_runs(open_page, server):
+    page = open_page()
+    page.evaluate("() => app.rootGraph.clear()")
+    offered = search(page, BLUEPRINT).filter(has_text=BLUEPRINT).first
+    expect(offered).to_contain_text("Blueprint")
+    offered.click()
+    page.locator("#graph-canvas").click(position={"x": 600, "y": 300})
+    page.wait_for_function("() => app.rootGraph.nodes[0]?.subgraph")
+    page.evaluate(
+        """() => {
+            const [node] = app.rootGraph.nodes;
+            const values = {
+                prompt: 'a blue ring on a pink background', megapixels: 0.05,
+                model: 'krea2-nano (built in)',
+            };
+            for (const [name, value] of Object.entries(values))
+                node.widgets.find(widget => widget.name === name).value = value;
+            const preview = LiteGraph.createNode('PreviewImage');
+            app.rootGraph.add(preview);
+            node.connect(0, preview, 0);
+        }"""
+    )
+    inputs = {n["class_type"]: n["inputs"] for n in api_form(page).values()}
+    assert inputs["K2TextEncode"]["prompt"] == "a blue ring on a pink background"
+    assert inputs["K2Loader"] == {
+        "model": "krea2-nano (built in)", "text_encoder": "auto", "vae": "auto", "dtype": "auto"
+    }  # fmt: skip
+    run(page)
+    outputs = outputs_of_run(page, server, "PreviewImage")
+    assert len(server.images(outputs)) == 1
