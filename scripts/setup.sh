@@ -9,6 +9,7 @@
 # With a VERSION of ComfyUI it is that one in an environment of its own (.local/venv-VERSION),
 # whatever COMFYUI_PATH named.
 # PYTHON names the Python to use; else it is the newest of the usual names.
+# CHROMIUM names the browser of tests/browser; else it is looked for.
 set -euo pipefail
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -147,6 +148,22 @@ install() {
     echo "uv could not; trying pip."
   fi
   "$VENV_PYTHON" -m pip install "$@"
+}
+
+# Sets CHROMIUM for tests/browser: the one it names or the system's, else Debian's package where we
+# may install it. Fails where there is none.
+find_chromium() {
+  local name
+  for name in "${CHROMIUM:-}" chromium chromium-browser google-chrome; do
+    if [[ $name ]] && CHROMIUM=$(command -v "$name"); then
+      export CHROMIUM
+      return
+    fi
+  done
+  [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return
+  say "Installing Chromium ..."
+  { apt-get update && apt-get install -y chromium; } >>"$SETUP_LOG" 2>&1 || return
+  CHROMIUM=$(command -v chromium) && export CHROMIUM
 }
 
 # set_up run|test [VERSION]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, and the tests in their two processes.
+# All checks: ruff, mypy, and the tests in their processes, the page's where there is a Chromium.
 #
-#   bash scripts/test.sh [pytest arguments]      for example -k lora; they go to both runs
+#   bash scripts/test.sh [pytest arguments]      for example -k lora; they go to every run
 #   bash scripts/test.sh --matrix [pytest arguments]
 #
 # --matrix runs the tests that need ComfyUI, and only those, on each version that the pack supports,
-# in environments of their own. PYTHON and COMFYUI_PATH are explained in setup.sh.
+# in environments of their own. PYTHON, COMFYUI_PATH and CHROMIUM are explained in setup.sh.
 # shellcheck disable=SC2329 # check calls functions by name
 set -euo pipefail
 
@@ -43,6 +43,9 @@ comfy_tests() {
   PYTHONPATH=$COMFYUI_PATH run_pytest "$1" -c tests/comfy/pytest.ini tests/comfy "${@:2}"
 }
 
+# The page itself, in a browser on a real server.
+browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "$@"; }
+
 matrix=
 if [[ ${1:-} == --matrix ]]; then
   matrix=1
@@ -70,6 +73,11 @@ else
   check "mypy" "$VENV_PYTHON" -m mypy
   check "tests/unit" unit_tests "$@"
   check "tests/comfy" comfy_tests comfy "$@"
+  if find_chromium; then
+    check "tests/browser" browser_tests "$@"
+  else
+    results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
+  fi
 fi
 
 printf '\n== summary\n'

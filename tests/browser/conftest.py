@@ -34,6 +34,10 @@ def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
     (base / "input").mkdir()
     Image.linear_gradient("L").save(base / "input" / "example.png")
+    # Else a newcomer is met by the template browser, over everything.
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
     flags = ["--cpu", "--preview-method", "latent2rgb"]
     packs = {PACK_FOLDER: ROOT}
     comfyui = os.environ["COMFYUI_PATH"]

@@ -201,8 +201,9 @@ def test_blueprint_is_offered_and_runs(open_page, server):
     offered = search(page, BLUEPRINT).filter(has_text=BLUEPRINT).first
     expect(offered).to_contain_text("Blueprint")
     offered.click()
-    page.locator("#graph-canvas").click(position={"x": 600, "y": 300})
+    # It hangs on the pointer until it is put down.
     page.wait_for_function("() => app.rootGraph.nodes[0]?.subgraph")
+    page.mouse.click(600, 200)
     page.evaluate(
         """() => {
             const [node] = app.rootGraph.nodes;
