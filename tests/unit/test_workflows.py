@@ -13,9 +13,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 PACK = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
 # Shown on the page alone, never part of a prompt.
 NOTES = {"Note", "MarkdownNote"}
+# What stands for a subgraph's outputs, inside it.
+OUTPUT_NODE = -20
 SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 
 
@@ -46,6 +49,10 @@ def test_there_are_examples():
         "krea2_stock_nodes",
         "krea2_turbo_text_to_image",
     }
+
+
+def test_there_is_a_blueprint():
+    assert "Krea 2 text to image" in {path.stem for path in BLUEPRINTS}
 
 
 def test_links_join_sockets_of_their_type(workflow):
@@ -128,6 +135,28 @@ def test_nodes_name_their_pack(workflow):
         assert properties["Node name for S&R"] == node["type"]
         assert properties["cnr_id"] == (PACK if node["type"].startswith("K2") else "comfy-core")
         assert properties["ver"]
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_blueprint_is_one_node_whose_inputs_lead_inside(file):
+    """The page lists a blueprint by the name of its file."""
+    blueprint = json.loads(file.read_text(encoding="utf-8"))
+    (node,), (inside,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert node["type"] == inside["id"]
+    assert node["title"] == inside["name"] == file.stem
+    assert inside["category"] and inside["description"]
+    assert [i["name"] for i in node["inputs"]] == [i["name"] for i in inside["inputs"]]
+    nodes = {each["id"]: each for each in inside["nodes"]}
+    links = {link["id"]: link for link in inside["links"]}
+    widgets = []
+    for given in inside["inputs"]:
+        (link,) = (links[number] for number in given["linkIds"])
+        socket = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+        assert socket["link"] == link["id"] and socket["type"] == given["type"]
+        widgets.append([str(link["target_id"]), socket["widget"]["name"]])
+    assert node["properties"]["proxyWidgets"] == widgets
+    (output,) = inside["outputs"]
+    assert [links[number]["target_id"] for number in output["linkIds"]] == [OUTPUT_NODE]
 
 
 def _linked(node: dict, links: list) -> dict:
