@@ -1,5 +1,6 @@
 """The archive that the registry hands out: tracked files without those of .comfyignore."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def archive_files() -> list[str]:
     """Names relative to the root, with `/`, sorted."""
     ignored = GitIgnoreSpec.from_lines([".git", *_lines(".gitignore"), *_lines(".comfyignore")])
-    return sorted(ignored.match_tree_files(ROOT, negate=True))
+    names = []
+    for folder, folders, files in os.walk(ROOT):
+        inside = Path(folder).relative_to(ROOT)
+        # Not looked into: .local has an environment, and a link back to here.
+        folders[:] = [f for f in folders if not ignored.match_file(f"{(inside / f).as_posix()}/")]
+        names += [(inside / file).as_posix() for file in files]
+    return sorted(name for name in names if not ignored.match_file(name))
 
 
 def copy_archive(target: Path) -> Path:
