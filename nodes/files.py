@@ -44,9 +44,12 @@ _COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "v
 _SUFFIXES = (".safetensors", ".sft")
 _GGUF = ".gguf"
 
-# Shapes by (path, size, time of change): folders are listed often, and a header may hold a
-# vocabulary. Each is read once.
-_headers: dict[tuple[str, int, int], dict[str, tuple[int, ...]]] = {}
+# What Inspect lists one by one; diffusers folders come beside them.
+_FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
+
+# Shapes by path, with the stamp of the file they were read from: folders are listed often, and a
+# header may hold a vocabulary. Each is read once.
+_headers: dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]] = {}
 
 
 def list_models(part: str) -> list[str]:
@@ -75,6 +78,7 @@ def find_model(part: str, name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
+    _check_text(name)
     if name in _BUILT_IN[part]:
         return _BUILT_IN[part][name]
     for spelled in _spellings(name):
@@ -116,6 +120,7 @@ def find_lora(name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
+    _check_text(name)
     if name in _BUILT_IN_LORAS:
         return _BUILT_IN_LORAS[name]
     for spelled in _spellings(name):
@@ -129,10 +134,9 @@ def find_lora(name: str) -> Path:
 
 def list_everything() -> list[str]:
     """Model files and diffusers folders of every kind, each after the name of its folder."""
-    keys = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
     names = [
         f"{key}/{name}"
-        for key in keys
+        for key in _FILE_KEYS
         for name in (*folder_paths.get_filename_list(key), *_gguf_files(key))
     ]
     return names + [f"diffusers/{name}" for name in _diffusers_folders()]
@@ -153,10 +157,12 @@ def own_files() -> list[ModelFile]:
 
 def find_anything(name: str) -> Path:
     """The file or folder of a name from `list_everything`. Raises CheckpointError for another."""
+    _check_text(name)
     key, _, rest = name.replace("\\", "/").partition("/")
     if key == "diffusers" and rest in _diffusers_folders():
         return _diffusers_folders()[rest]
-    if key in folder_paths.folder_names_and_paths and rest:
+    # ComfyUI has keys for folders of other things too, such as custom_nodes.
+    if key in _FILE_KEYS and rest:
         for spelled in _spellings(rest):
             if path := folder_paths.get_full_path(key, spelled):
                 return Path(path)
@@ -199,6 +205,14 @@ def find_fitting(part: str, model: Path) -> Path:
     )
 
 
+def fingerprint(*paths: Path) -> tuple:
+    """Another value where a file, or one in a folder, was replaced under its name.
+
+    ComfyUI keeps what a loader gave for as long as this stays the same.
+    """
+    return tuple((str(path), *map(_stamp, _files_of(path))) for path in paths)
+
+
 def check_pair(model: Path, encoder: Path) -> None:
     """Raise CheckpointError where a text encoder's width is not what the transformer needs."""
     wanted, found = _text_width(model), _encoder_width(encoder)
@@ -236,6 +250,12 @@ def _checked_lora(path: Path) -> Path:
         )
     read_header(path)
     return path
+
+
+def _check_text(name: object) -> None:
+    """A program may post anything for a name."""
+    if not isinstance(name, str):
+        raise CheckpointError(f"The file is {name!r}; expected a name from the list.")
 
 
 def _spellings(name: str) -> Iterable[str]:
@@ -293,11 +313,27 @@ def _shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
 
 
 def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    stamp = _stamp(path)
+    known = _headers.get(str(path))
+    if known is None or known[0] != stamp:
+        known = _headers[str(path)] = (stamp, read_shapes(path))
+    return known[1]
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content. A copy may have the size and the time of the original,
+    but not the time at which it came to this place."""
     stat = path.stat()
-    signature = (str(path), stat.st_size, stat.st_mtime_ns)
-    if signature not in _headers:
-        _headers[signature] = read_shapes(path)
-    return _headers[signature]
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file itself, or all files of a folder."""
+    if path.is_file():
+        return [path]
+    walk = os.walk(path, followlinks=True)
+    found = (Path(folder, name) for folder, _, names in walk for name in names)
+    return sorted(file for file in found if file.exists())
 
 
 def _fits(path: Path, part: str, model: Path) -> bool:

@@ -35,9 +35,7 @@ class K2Inspect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file=None):
-        # A file may be replaced under its name.
-        stat = files.find_anything(file).stat()
-        return (stat.st_size, stat.st_mtime_ns)
+        return None if file is None else files.fingerprint(files.find_anything(file))
 
     @classmethod
     def execute(cls, file):

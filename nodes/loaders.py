@@ -1,5 +1,7 @@
 """Loaders: files and folders to MODEL, CLIP and VAE."""
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..krea2_model.convert import QUANTISATIONS
@@ -67,6 +69,11 @@ def _check(part: str, name: str | None):
     return name in (None, files.AUTO) or files.problem(files.find_model, part, name)
 
 
+def _fingerprint(part: str, name: str | None):
+    """Of the file behind a chosen name; a linked one changes with what it is linked to."""
+    return None if name is None else files.fingerprint(files.find_model(part, name))
+
+
 class K2Loader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -112,21 +119,33 @@ class K2Loader(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, model=None, text_encoder=None, vae=None, **others):
+        if None in (model, text_encoder, vae):
+            return None
+        return files.fingerprint(*_find_parts(model, text_encoder, vae))
+
+    @classmethod
     def execute(cls, model, text_encoder=files.AUTO, vae=files.AUTO, dtype="auto"):
         from .managed.clip import load_clip
         from .managed.vae import load_vae
 
-        model_path = files.find_model(TRANSFORMER, model)
-        paths = [
-            files.find_fitting(part, model_path)
-            if name == files.AUTO
-            else files.find_model(part, name)
-            for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
-        ]
-        files.check_pair(model_path, paths[0])
+        transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
+        files.check_pair(transformer, encoder)
         return io.NodeOutput(
-            _load_transformer(model_path, dtype), load_clip(paths[0]), load_vae(paths[1])
+            _load_transformer(transformer, dtype), load_clip(encoder), load_vae(decoder)
         )
+
+
+def _find_parts(model: str, text_encoder: str, vae: str) -> list[Path]:
+    """Where transformer, text encoder and VAE are, the last two by choice or by what fits."""
+    transformer = files.find_model(TRANSFORMER, model)
+    others = (
+        files.find_fitting(part, transformer)
+        if name == files.AUTO
+        else files.find_model(part, name)
+        for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
+    )
+    return [transformer, *others]
 
 
 class K2ModelLoader(io.ComfyNode):
@@ -148,6 +167,10 @@ class K2ModelLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file=None):
         return _check(TRANSFORMER, file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others):
+        return _fingerprint(TRANSFORMER, file)
 
     @classmethod
     def execute(cls, file, dtype="auto"):
@@ -177,6 +200,10 @@ class K2TextEncoderLoader(io.ComfyNode):
         return _check(TEXT_ENCODER, file)
 
     @classmethod
+    def fingerprint_inputs(cls, file=None, **others):
+        return _fingerprint(TEXT_ENCODER, file)
+
+    @classmethod
     def execute(cls, file, dtype="auto"):
         from .managed.clip import load_clip
 
@@ -202,6 +229,10 @@ class K2VAELoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file=None):
         return _check(VAE, file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others):
+        return _fingerprint(VAE, file)
 
     @classmethod
     def execute(cls, file, dtype="auto"):

@@ -61,6 +61,10 @@ class K2LoraLoader(io.ComfyNode):
         return lora is None or files.problem(files.find_lora, lora)
 
     @classmethod
+    def fingerprint_inputs(cls, lora=None, **others):
+        return None if lora is None else files.fingerprint(files.find_lora(lora))
+
+    @classmethod
     def execute(cls, model, lora, strength=1.0, clip=None, clip_strength=1.0):
         from .managed.lora import apply_lora
 

@@ -247,3 +247,31 @@ def test_norms_stay_float32_in_files_of_bfloat16(run, models):
     weights = model.model.diffusion_model.state_dict()
     assert weights["blocks.0.prenorm.scale.weight"].dtype == torch.float32
     assert weights["first.weight"].dtype == torch.bfloat16
+
+
+def test_fingerprints_change_with_the_files(pack, models, folder_model):
+    """ComfyUI gives every input by name, linked ones as None."""
+    loaders, loras = pack("nodes.loaders"), pack("nodes.loras")
+    tiny = TURBO.split("/")[1]
+    whole = {"model": folder_model, "text_encoder": "auto", "vae": "auto", "dtype": "auto"}
+    shard = next((models / "diffusers" / folder_model / "transformer").glob("*-00002-*"))
+    replaced = {
+        models / TURBO: lambda: loaders.K2ModelLoader.fingerprint_inputs(file=tiny, dtype="auto"),
+        shard: lambda: loaders.K2Loader.fingerprint_inputs(**whole),
+    }
+    for file, fingerprint in replaced.items():
+        before = fingerprint()
+        assert fingerprint() == before
+        copy, times = file.with_suffix(".part"), file.stat()
+        copy.write_bytes(file.read_bytes())
+        os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.replace(copy, file)
+        assert fingerprint() != before, file
+    lora = {"model": None, "lora": "krea2-nano notebook (built in)", "strength": 1.0, "clip": None}
+    assert loras.K2LoraLoader.fingerprint_inputs(**lora)
+    for linked in (
+        loaders.K2Loader.fingerprint_inputs(**whole | {"model": None}),
+        loaders.K2VAELoader.fingerprint_inputs(file=None, dtype="auto"),
+        loras.K2LoraLoader.fingerprint_inputs(**lora | {"lora": None}),
+    ):
+        assert linked is None
