@@ -81,4 +81,9 @@ def _stored_shape(shape: tuple[int, int], stored, form: str) -> tuple[int, int]:
 
 
 def _read_file(path: Path):
+    # ComfyUI's reader goes by the name, and takes what it does not know for a pickle.
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        raise CheckpointError(
+            f"{path.name} holds safetensors under another name. Rename it to end in .safetensors."
+        )
     return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
