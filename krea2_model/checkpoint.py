@@ -209,16 +209,11 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
             break
     else:
         _refuse(checkpoint, TRANSFORMER)
-    # What tensors cannot tell, a diffusers folder's configuration does.
-    fields = ("rope_theta", "norm_eps", "axes_dims_rope")
-    fixed = {name: checkpoint.config[name] for name in fields if name in checkpoint.config}
-    if "axes_dims_rope" in fixed:
-        fixed["axes_dims_rope"] = tuple(fixed["axes_dims_rope"])
     for stray in STRAYS & found.keys():
         del found[stray]
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     try:
-        config = infer_transformer_config(shapes, **fixed)
+        config = infer_transformer_config(shapes, **_transformer_settings(checkpoint.config))
     except ValueError as error:
         _refuse_parts(checkpoint.path, TRANSFORMER, str(error))
     tensors = {
@@ -232,26 +227,60 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
 
 def read_text_encoder(checkpoint: Checkpoint) -> TextEncoderState:
     """Translate a text encoder's tensors to module names and read off its sizes."""
-    taps = tuple(
-        checkpoint.model_index.get("text_encoder_select_layers") or TextEncoderConfig.tap_layers
-    )
-    names = text_encoder_keys(checkpoint.tensors, num_layers=max(taps))
-    if not names:
-        _refuse(checkpoint, TEXT_ENCODER)
-    shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
-    options: dict[str, Any] = {"tap_layers": taps}
-    text_config = checkpoint.config.get("text_config", checkpoint.config)
-    rope = text_config.get("rope_parameters") or {}
-    if theta := text_config.get("rope_theta", rope.get("rope_theta")):
-        options["rope_theta"] = float(theta)
-    if "rms_norm_eps" in text_config:
-        options["rms_norm_eps"] = text_config["rms_norm_eps"]
     try:
-        config = infer_text_encoder_config(shapes, **options)
+        settings = _text_encoder_settings(checkpoint)
+        names = text_encoder_keys(checkpoint.tensors, num_layers=max(settings["tap_layers"]))
+        if not names:
+            _refuse(checkpoint, TEXT_ENCODER)
+        shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
+        config = infer_text_encoder_config(shapes, **settings)
+    except CheckpointError:
+        raise
     except ValueError as error:
         _refuse_parts(checkpoint.path, TEXT_ENCODER, str(error))
     tensors = {module: checkpoint.tensors[name] for name, module in names.items()}
     return TextEncoderState(config, tensors)
+
+
+def _transformer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tensors cannot tell and a diffusers folder's configuration does.
+
+    Raises ValueError for a value of another type.
+    """
+    readers: dict[str, Callable[[Any], Any]] = {
+        "rope_theta": float, "norm_eps": float, "axes_dims_rope": _whole_numbers,
+    }  # fmt: skip
+    return {
+        name: _setting(name, config[name], read) for name, read in readers.items() if name in config
+    }
+
+
+def _text_encoder_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As `_transformer_settings`, for a text encoder; the taps are always among them."""
+    taps = checkpoint.model_index.get("text_encoder_select_layers") or TextEncoderConfig.tap_layers
+    settings = {"tap_layers": _setting("text_encoder_select_layers", taps, _whole_numbers)}
+    config = _setting("text_config", checkpoint.config.get("text_config", checkpoint.config), dict)
+    rope = _setting("rope_parameters", config.get("rope_parameters") or {}, dict)
+    if theta := config.get("rope_theta", rope.get("rope_theta")):
+        settings["rope_theta"] = _setting("rope_theta", theta, float)
+    if "rms_norm_eps" in config:
+        settings["rms_norm_eps"] = _setting("rms_norm_eps", config["rms_norm_eps"], float)
+    return settings
+
+
+def _setting(name: str, value: Any, read: Callable[[Any], Any]) -> Any:
+    """`read(value)`. Raises ValueError where it is of another type."""
+    try:
+        return read(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {value!r} in its configuration") from error
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    numbers = tuple(map(int, values))
+    if not numbers or min(numbers) < 1:
+        raise ValueError("expected whole numbers above 0")
+    return numbers
 
 
 def read_vae(checkpoint: Checkpoint) -> VAEState:

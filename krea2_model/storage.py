@@ -40,7 +40,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one part of a diffusers folder: its shards, or its only file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        shards = sorted(set((read_json(indexes[0]).get("weight_map") or {}).values()))
+        names = read_json(indexes[0]).get("weight_map")
+        shards = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+        if not shards:
+            raise CheckpointError(f"{indexes[0]} names no files. Download the whole folder again.")
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise CheckpointError(
@@ -84,6 +87,17 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing, a full disk's for example, which do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor to be written: what the header says, and how it is made when its turn comes."""
@@ -116,7 +130,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
+    with _named(path), replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in entries:
@@ -124,4 +138,4 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
             if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
                 raise RuntimeError(f"{entry.name} came out as {tensor.dtype} {tensor.shape}.")
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            data.numpy().tofile(file)
+            file.write(data.numpy().data)

@@ -235,3 +235,20 @@ def test_a_lora_from_the_command_line_and_back_out(models, turbo, tmp_path, caps
     pipeline.unload_lora()
     assert torch.equal(weight, before)
     assert torch.equal(pipeline("a fox", **SIZE), plain)
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(turbo, tmp_path):
+    target = tmp_path / "target.safetensors"
+    target.write_bytes(b"old")
+    script = (
+        "import resource, sys; from krea2_model.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(main(['convert', *sys.argv[1:], '--quantise', 'fp8']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(turbo), str(target)], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert f"File too large: '{target}'" in done.stderr, done.stderr
+    assert target.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == [target.name]
