@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..krea2_model.wildcards import fill_in
+from .prompts import encode
 
 MAX_IMAGES = 4096
 
@@ -74,10 +75,7 @@ class K2PromptBatch(io.ComfyNode):
             )
         repeated = [line for line in lines for _ in range(images_per_prompt)]
         filled = [fill_in(line, wildcard_seed + index) for index, line in enumerate(repeated)]
-        positive, away = (
-            clip.encode_from_tokens_scheduled(clip.tokenize(text, always_wrap=True))
-            for text in (filled, negative)
-        )
+        positive, away = encode(clip, filled), encode(clip, negative)
         return io.NodeOutput(positive, away, count, "\n".join(filled))
 
 

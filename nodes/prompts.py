@@ -8,6 +8,11 @@ from .reports import prompt_report
 # What a prompt may be cut to; nobody writes longer ones.
 MAX_TOKENS = 100_000
 
+_REMEDY = (
+    "Shorten the prompt, load a smaller file of the text encoder (fp8_scaled), or close what else "
+    "uses the device."
+)
+
 
 class K2TextEncode(io.ComfyNode):
     @classmethod
@@ -65,21 +70,26 @@ class K2TextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, prompt, negative="", official_length=False, max_tokens=0):
-        if clip is None:
-            raise ValueError(
-                "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
-                "Encoder."
-            )
         if not 0 <= max_tokens <= MAX_TOKENS:
             raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
         limits = [OFFICIAL_LENGTH] if official_length else []
         if max_tokens:
             limits.append(max_tokens + SUFFIX_TOKENS)
         options = {"max_sequence_length": min(limits)} if limits else {}
-        encoded = [
-            clip.encode_from_tokens_scheduled(clip.tokenize(text, always_wrap=True, **options))
-            for text in (prompt, negative)
-        ]
+        encoded = [encode(clip, text, **options) for text in (prompt, negative)]
         names = ("prompt", "negative") if negative else ("prompt",)
         counts = [prompt_report(name, result) for name, result in zip(names, encoded, strict=False)]
         return io.NodeOutput(*encoded, ui=ui.PreviewText("\n".join(counts)))
+
+
+def encode(clip, text: str | list[str], **options):
+    """Conditioning of a prompt, or of one a image, in Krea 2's template; options go to the CLIP."""
+    from .managed.memory import advise
+
+    if clip is None:
+        raise ValueError(
+            "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text Encoder."
+        )
+    with advise("The text encoder", _REMEDY):
+        tokens = clip.tokenize(text, always_wrap=True, **options)
+        return clip.encode_from_tokens_scheduled(tokens)

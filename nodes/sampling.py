@@ -16,6 +16,11 @@ BY_SIZE, FIXED = "by size", "fixed"
 ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
 TURBO_MU = PRESETS["turbo"].mu
 
+_MEMORY_REMEDY = (
+    "Make fewer or smaller images at once, load a smaller file (fp8_scaled, GGUF), or close what "
+    "else uses the device."
+)
+
 _PRESET_INPUT = io.Combo.Input(
     "preset",
     options=[AUTO, *PRESETS, CUSTOM],
@@ -116,6 +121,12 @@ def _warn_of_size(model, samples) -> None:
             "or broken shapes.",
             width, height, known.size, known.size,
         )  # fmt: skip
+
+
+def _measures(samples) -> str:
+    """What a run makes, in words: "2 images of 1024 x 768 px"."""
+    images, (rows, columns) = samples.shape[0], samples.shape[-2:]
+    return f"{images} image{'s' * (images > 1)} of {8 * columns} x {8 * rows} px"
 
 
 def _sigmas(settings: Preset, mu: float, denoise: float, sampler: str | None = None):
@@ -346,6 +357,8 @@ def sample(
     import latent_preview
     import torch
 
+    from .managed.memory import advise
+
     model = _shifted(model, mu)
     guider = comfy.samplers.CFGGuider(model)
     conditions = {"positive": positive}
@@ -365,16 +378,17 @@ def sample(
             )
         preview(before + step, predicted, current, total)
 
-    samples = guider.sample(
-        noise,
-        start,
-        comfy.samplers.sampler_object(sampler),
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    with advise(f"The transformer, at {_measures(start)},", _MEMORY_REMEDY):
+        samples = guider.sample(
+            noise,
+            start,
+            comfy.samplers.sampler_object(sampler),
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
     return samples.to(comfy.model_management.intermediate_device())
 
 

@@ -15,11 +15,16 @@ from ...krea2_model.identify import VAE
 from ...krea2_model.vae import QwenImageVAE
 from ...krea2_model.vae_keys import restore_temporal
 from .layers import comfy_layers
+from .memory import advise
 from .weights import check_weights, open_part
 
 # Tile sides in pixels that are tried in turn when memory runs out: the larger, the closer to the
 # whole image, since each tile loses the attention over all of it.
 FALLBACK_TILES = (1024, 512, 256)
+_REMEDY = (
+    "There are no tiles below 256 px to go on with: close what else uses the device, or start "
+    "ComfyUI with --cpu-vae."
+)
 
 
 class Krea2VAE(comfy.sd.VAE):
@@ -144,13 +149,17 @@ class Krea2VAE(comfy.sd.VAE):
         return torch.cat(results)
 
     def _attempt(self, convert, item, last):
-        """`convert(item)`, or None where memory ran out and there is something left to try."""
+        """`convert(item)`, or None where memory ran out and there is something left to try.
+
+        Raises ComfyUI's out-of-memory error where it was the last attempt.
+        """
+        if last:
+            with advise("The VAE", _REMEDY):
+                return convert(item.to(self.device))
         try:
             return convert(item.to(self.device))
         except Exception as error:
             comfy.model_management.raise_non_oom(error)
-            if last:
-                raise
             logging.warning("The VAE ran out of memory; trying again in smaller tiles.")
         # Outside the handler, where the exception no longer holds on to tensors.
         comfy.model_management.soft_empty_cache()
