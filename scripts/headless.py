@@ -1,8 +1,11 @@
-"""A headless ComfyUI and a small client for it: start a server, post API graphs, follow them.
+"""A small client for ComfyUI's API, and a headless ComfyUI of one's own.
+
+    client = ComfyClient("127.0.0.1:8188")
+    outputs = client.wait(client.post(graph), on_progress=print)
+    [png] = client.images(outputs)
 
     with ComfyServer("ComfyUI", "base", packs={"comfyui-krea2-kit": ROOT}) as server:
-        outputs = server.wait(server.post(graph), on_progress=print)
-        [png] = server.images(outputs)
+        server.post(graph)  # and all else that a client does
 
 Needs the standard library, and aiohttp, which ComfyUI brings, for progress. Imports neither torch
 nor the pack.
@@ -46,7 +49,145 @@ class JobError(RuntimeError):
         self.messages = messages
 
 
-class ComfyServer:
+class ComfyClient:
+    """Talks to a ComfyUI that runs at `address`, "127.0.0.1:8188" for example."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.client_id = uuid.uuid4().hex
+        # A proxy of the environment must not come between us and this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def post(self, graph: dict, workflow: dict | None = None) -> str:
+        """Queue an API graph; its prompt id. Raises JobError with every node's complaint.
+
+        workflow: the page's form of the graph, for the PNG to carry beside it.
+        """
+        body: dict = {"prompt": graph, "client_id": self.client_id}
+        if workflow is not None:
+            body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
+        status, reply = self._send("/prompt", body)
+        # With several outputs, ComfyUI refuses one and runs the others: here that is an error too.
+        if status == 200 and reply.get("node_errors"):
+            self.cancel(reply["prompt_id"])
+        if status != 200 or reply.get("node_errors"):
+            raise JobError(refusal_messages(reply))
+        return reply["prompt_id"]
+
+    def wait(
+        self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float | None = None
+    ) -> dict:
+        """The outputs by node id, when the job is done. Raises JobError, or TimeoutError after
+        `timeout` seconds (the job goes on)."""
+        follow = self._follow(prompt_id, on_progress or (lambda *_: None))
+        asyncio.run(asyncio.wait_for(follow, timeout))
+        entry = self.history(prompt_id)
+        messages = failure_messages(entry)
+        if messages:
+            raise JobError(messages)
+        return entry["outputs"]
+
+    def images(self, outputs: dict) -> list[bytes]:
+        """The image files that `wait` returned, in order."""
+        found = [image for output in outputs.values() for image in output.get("images", ())]
+        return [self.request("/view?" + urllib.parse.urlencode(image)) for image in found]
+
+    def upload(self, name: str, content: bytes) -> str:
+        """Put an image file into ComfyUI's input folder; the name that Load Image takes.
+
+        Not `name` where another image has that already.
+        """
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"'
+        body = f"{head}\r\n\r\n".encode() + content + f"\r\n--{boundary}--\r\n".encode()
+        status, reply = self._send(
+            "/upload/image", body, f"multipart/form-data; boundary={boundary}"
+        )
+        if status != 200:
+            raise RuntimeError(f"The upload of {name} was answered {status}: {reply!r}")
+        return reply["name"]
+
+    def history(self, prompt_id: str) -> dict:
+        """What ComfyUI remembers of a finished job; empty where there is none."""
+        return self.request(f"/history/{prompt_id}").get(prompt_id, {})
+
+    def job(self, prompt_id: str) -> dict:
+        """How a job stands, "status" above all; empty for one that was cancelled while waiting."""
+        status, job = self._send(f"/api/jobs/{prompt_id}")
+        return {} if status == 404 else job
+
+    def interrupt(self) -> None:
+        """Stop the running job."""
+        self.request("/interrupt", {})
+
+    def cancel(self, prompt_id: str) -> bool:
+        """Stop or unqueue a job; whether there was one."""
+        return self.request(f"/api/jobs/{prompt_id}/cancel", {})["cancelled"]
+
+    def object_info(self, node: str) -> dict:
+        """A node's description; empty where ComfyUI does not know it."""
+        return self.request(f"/object_info/{urllib.parse.quote(node)}").get(node, {})
+
+    def options(self, node: str, name: str) -> list[str]:
+        """What a combo input offers."""
+        inputs = self.object_info(node)["input"]
+        kind, *settings = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
+        return kind if isinstance(kind, list) else settings[0]["options"]
+
+    def request(self, path: str, body: dict | None = None) -> Any:
+        """GET, or POST where there is a body: decoded JSON, or bytes where it is none. Raises
+        RuntimeError for a status other than 200."""
+        status, reply = self._send(path, body)
+        if status != 200:
+            raise RuntimeError(f"{path} answered {status}: {reply!r}")
+        return reply
+
+    def _send(
+        self, path: str, body: dict | bytes | None = None, content_type: str = "application/json"
+    ) -> tuple[int, Any]:
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        request = urllib.request.Request(f"http://{self.address}{path}", data)
+        request.add_header("Content-Type", content_type)
+        try:
+            response = self._opener.open(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            content = response.read()
+            if response.headers.get_content_type() == "application/json":
+                content = json.loads(content)
+            return response.status, content
+
+    async def _follow(self, prompt_id: str, on_progress: OnProgress) -> None:
+        """Report progress until the job is over."""
+        import aiohttp
+
+        if not self._is_pending(prompt_id):
+            return
+        url = f"http://{self.address}/ws?clientId={self.client_id}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(url, max_msg_size=0) as connection,
+        ):
+            over = False
+            while not over:
+                message = None
+                with suppress(TimeoutError):
+                    message = await connection.receive(timeout=1)
+                if message is not None and message.type == aiohttp.WSMsgType.TEXT:
+                    over = report(json.loads(message.data), prompt_id, on_progress)
+                elif message is None or connection.closed:
+                    # What was said before this connection, or after, has to be asked for.
+                    over = not self._is_pending(prompt_id)
+
+    def _is_pending(self, prompt_id: str) -> bool:
+        job = self.job(prompt_id)
+        if not job:
+            raise JobError([f"Job {prompt_id} is not known: it was cancelled before it began."])
+        return job["status"] in ("pending", "in_progress")
+
+
+class ComfyServer(ComfyClient):
     """A ComfyUI process of its own on a free port; a context manager.
 
     comfyui: ComfyUI's folder, which is only read. base: where it keeps models, outputs and
@@ -65,6 +206,7 @@ class ComfyServer:
         log: Path | None = None,
         start_seconds: float = 300,
     ):
+        super().__init__("")  # The port is chosen at the start.
         self.comfyui = Path(comfyui).resolve()
         self.base = Path(base).resolve()
         self.python = python
@@ -72,11 +214,7 @@ class ComfyServer:
         self.extra_args = list(extra_args)
         self.log = log or self.base / "comfyui.log"
         self.start_seconds = start_seconds
-        self.client_id = uuid.uuid4().hex
-        self.address = ""
         self._process: subprocess.Popen | None = None
-        # A proxy of the environment must not come between us and this machine.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def __enter__(self) -> ComfyServer:
         self.start()
@@ -124,83 +262,27 @@ class ComfyServer:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def post(self, graph: dict) -> str:
-        """Queue an API graph; its prompt id. Raises JobError with every node's complaint."""
-        status, reply = self._send("/prompt", {"prompt": graph, "client_id": self.client_id})
-        # With several outputs, ComfyUI refuses one and runs the others: here that is an error too.
-        if status == 200 and reply.get("node_errors"):
-            self.cancel(reply["prompt_id"])
-        if status != 200 or reply.get("node_errors"):
-            raise JobError(refusal_messages(reply))
-        return reply["prompt_id"]
+    @property
+    def pid(self) -> int:
+        """The running process."""
+        if self._process is None:
+            raise ServerError("ComfyUI is not running.")
+        return self._process.pid
 
-    def wait(
-        self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float | None = None
-    ) -> dict:
-        """The outputs by node id, when the job is done. Raises JobError, or TimeoutError after
-        `timeout` seconds (the job goes on)."""
-        follow = self._follow(prompt_id, on_progress or (lambda *_: None))
-        asyncio.run(asyncio.wait_for(follow, timeout))
-        entry = self.history(prompt_id)
-        messages = failure_messages(entry)
-        if messages:
-            raise JobError(messages)
-        return entry["outputs"]
-
-    def images(self, outputs: dict) -> list[bytes]:
-        """The image files that `wait` returned, in order."""
-        found = [image for output in outputs.values() for image in output.get("images", ())]
-        return [self.request("/view?" + urllib.parse.urlencode(image)) for image in found]
-
-    def history(self, prompt_id: str) -> dict:
-        """What ComfyUI remembers of a finished job; empty where there is none."""
-        return self.request(f"/history/{prompt_id}").get(prompt_id, {})
-
-    def interrupt(self) -> None:
-        """Stop the running job."""
-        self.request("/interrupt", {})
-
-    def cancel(self, prompt_id: str) -> bool:
-        """Stop or unqueue a job; whether there was one."""
-        return self.request(f"/api/jobs/{prompt_id}/cancel", {})["cancelled"]
-
-    def object_info(self, node: str) -> dict:
-        """A node's description; empty where ComfyUI does not know it."""
-        return self.request(f"/object_info/{urllib.parse.quote(node)}").get(node, {})
-
-    def options(self, node: str, name: str) -> list[str]:
-        """What a combo input offers."""
-        inputs = self.object_info(node)["input"]
-        kind, *settings = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
-        return kind if isinstance(kind, list) else settings[0]["options"]
-
-    def request(self, path: str, body: dict | None = None) -> Any:
-        """GET, or POST where there is a body: decoded JSON, or bytes where it is none. Raises
-        RuntimeError for a status other than 200."""
-        status, reply = self._send(path, body)
-        if status != 200:
-            raise RuntimeError(f"{path} answered {status}: {reply!r}")
-        return reply
+    def kill(self) -> None:
+        """End the process without a warning, as a power cut would."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.stop()
 
     def log_tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def _send(self, path: str, body: dict | None = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://{self.address}{path}", data)
-        request.add_header("Content-Type", "application/json")
+    def _send(self, path: str, *arguments, **options) -> tuple[int, Any]:
         try:
-            response = self._opener.open(request, timeout=60)
-        except urllib.error.HTTPError as error:
-            response = error
+            return super()._send(path, *arguments, **options)
         except OSError:
             self._check_alive()
             raise
-        with response:
-            content = response.read()
-            if response.headers.get_content_type() == "application/json":
-                content = json.loads(content)
-            return response.status, content
 
     def _check_alive(self) -> None:
         """Raises ServerError if the process has ended, or does within half a second."""
@@ -233,34 +315,6 @@ class ComfyServer:
             f"ComfyUI does not answer after {self.start_seconds:g} s. Its log ends:\n"
             + self.log_tail()
         )
-
-    async def _follow(self, prompt_id: str, on_progress: OnProgress) -> None:
-        """Report progress until the job is over."""
-        import aiohttp
-
-        if not self._is_pending(prompt_id):
-            return
-        url = f"http://{self.address}/ws?clientId={self.client_id}"
-        async with (
-            aiohttp.ClientSession() as session,
-            session.ws_connect(url, max_msg_size=0) as connection,
-        ):
-            over = False
-            while not over:
-                message = None
-                with suppress(TimeoutError):
-                    message = await connection.receive(timeout=1)
-                if message is not None and message.type == aiohttp.WSMsgType.TEXT:
-                    over = report(json.loads(message.data), prompt_id, on_progress)
-                elif message is None or connection.closed:
-                    # What was said before this connection, or after, has to be asked for.
-                    over = not self._is_pending(prompt_id)
-
-    def _is_pending(self, prompt_id: str) -> bool:
-        status, job = self._send(f"/api/jobs/{prompt_id}")
-        if status == 404:
-            raise JobError([f"Job {prompt_id} is not known: it was cancelled before it began."])
-        return job["status"] in ("pending", "in_progress")
 
 
 def free_port() -> int:
