@@ -88,7 +88,8 @@ def encode(clip, text: str | list[str], **options):
 
     if clip is None:
         raise ValueError(
-            "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text Encoder."
+            "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
+            "Encoder."
         )
     with advise("The text encoder", _REMEDY):
         tokens = clip.tokenize(text, always_wrap=True, **options)

@@ -1,0 +1,1 @@
+"""What measure_reliability.py and the tests ask of a server: jobs of every kind, and faults."""
