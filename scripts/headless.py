@@ -1,7 +1,7 @@
 """A small client for ComfyUI's API, and a headless ComfyUI of one's own.
 
     client = ComfyClient("127.0.0.1:8188")
-    outputs = client.wait(client.post(graph), on_progress=print)
+    outputs = client.run(graph, on_progress=print)
     [png] = client.images(outputs)
 
     with ComfyServer("ComfyUI", "base", packs={"comfyui-krea2-kit": ROOT}) as server:
@@ -74,13 +74,32 @@ class ComfyClient:
             raise JobError(refusal_messages(reply))
         return reply["prompt_id"]
 
+    def run(
+        self,
+        graph: dict,
+        on_progress: OnProgress | None = None,
+        timeout: float | None = None,
+        workflow: dict | None = None,
+    ) -> dict:
+        """`post` and `wait` in one, which hears of a short job's progress too."""
+        return self._outputs(lambda: self.post(graph, workflow), on_progress, timeout)
+
     def wait(
         self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float | None = None
     ) -> dict:
         """The outputs by node id, when the job is done. Raises JobError, or TimeoutError after
         `timeout` seconds (the job goes on)."""
-        follow = self._follow(prompt_id, on_progress or (lambda *_: None))
-        asyncio.run(asyncio.wait_for(follow, timeout))
+        if not self._is_pending(prompt_id):
+            return self._finished(prompt_id)
+        return self._outputs(lambda: prompt_id, on_progress, timeout)
+
+    def _outputs(
+        self, begin: Callable[[], str], on_progress: OnProgress | None, timeout: float | None
+    ) -> dict:
+        follow = self._follow(begin, on_progress or (lambda *_: None))
+        return self._finished(asyncio.run(asyncio.wait_for(follow, timeout)))
+
+    def _finished(self, prompt_id: str) -> dict:
         entry = self.history(prompt_id)
         messages = failure_messages(entry)
         if messages:
@@ -158,18 +177,19 @@ class ComfyClient:
                 content = json.loads(content)
             return response.status, content
 
-    async def _follow(self, prompt_id: str, on_progress: OnProgress) -> None:
-        """Report progress until the job is over."""
+    async def _follow(self, begin: Callable[[], str], on_progress: OnProgress) -> str:
+        """Report progress until the job that `begin` names is over; its prompt id.
+
+        ComfyUI keeps no messages for who is not there: the connection comes first.
+        """
         import aiohttp
 
-        if not self._is_pending(prompt_id):
-            return
         url = f"http://{self.address}/ws?clientId={self.client_id}"
         async with (
             aiohttp.ClientSession() as session,
             session.ws_connect(url, max_msg_size=0) as connection,
         ):
-            over = False
+            prompt_id, over = begin(), False
             while not over:
                 message = None
                 with suppress(TimeoutError):
@@ -179,6 +199,7 @@ class ComfyClient:
                 elif message is None or connection.closed:
                     # What was said before this connection, or after, has to be asked for.
                     over = not self._is_pending(prompt_id)
+        return prompt_id
 
     def _is_pending(self, prompt_id: str) -> bool:
         job = self.job(prompt_id)

@@ -13,6 +13,7 @@ import datetime
 import os
 import platform
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +31,18 @@ COMFYUI_PATH=ComfyUI python scripts/measure_reliability.py
 
 which stops at the first thing that goes wrong. It starts a real headless ComfyUI with the built-in
 krea2-nano, posts jobs to its API and injects faults. The quick ones are also tests
-(`tests/comfy/test_reliability.py`), with a queue of 40 jobs. Weights of full size were not run.
+(`tests/comfy/test_reliability.py`), with a queue of 40 jobs. No weights of full size were run.
 """
+
+
+def wrapped(text: str) -> str:
+    """Lines of at most 100 columns; those of a list are set in."""
+    lines = []
+    for line in text.splitlines():
+        indent = "  " if line.startswith("- ") else ""
+        lines.append(textwrap.fill(line, 100, subsequent_indent=indent, break_on_hyphens=False))
+    # A list begins after an empty line.
+    return "\n".join(lines).replace("\n- ", "\n\n- ", 1)
 
 
 def parse_arguments(names: list[str]) -> argparse.Namespace:
@@ -68,7 +79,7 @@ def main() -> None:
                 print(f"{title} ...", flush=True)
                 figures = measure(server)
                 print(f"  {figures}", flush=True)
-                page.append(f"## {title}\n\n{figures}\n")
+                page.append(f"## {title}\n\n{wrapped(figures)}\n")
     page.append(
         f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.system()}, ComfyUI {version} "
         "on the CPU.\n"

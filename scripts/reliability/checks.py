@@ -103,9 +103,8 @@ def clients(server: ComfyServer, count: int, each: int) -> str:
         client, found = ComfyClient(server.address), {}
         for job in range(each):
             steps: list[tuple[int, int]] = []
-            graph = graphs[number, job]
-            outputs = client.wait(
-                client.post(graph),
+            outputs = client.run(
+                graphs[number, job],
                 lambda node, step, total, steps=steps: steps.append((step, total)),
                 timeout=300,
             )
@@ -122,7 +121,7 @@ def clients(server: ComfyServer, count: int, each: int) -> str:
     for key in [(client, client % each) for client in range(count)]:
         # A server that has the job in its cache would only name the file it has.
         graphs[key]["6"]["inputs"]["filename_prefix"] = "alone"
-        (png,) = server.images(server.wait(server.post(graphs[key]), timeout=300))
+        (png,) = server.images(server.run(graphs[key], timeout=300))
         check(_same(png, found[key][0]), f"The picture of client and job {key} is not its own.")
     return (
         f"{count} clients, {each} jobs each, in {seconds:.0f} s: everyone heard of the steps of "
@@ -248,7 +247,7 @@ def out_of_memory(server: ComfyServer) -> str:
         # A prompt of its own, since the encoder keeps the last ones.
         message = _message(server, armed(nano_graph(f"a ring, {part}", seed=51), part))
         check(words in message, message)
-        lines.append(f'{part}: "{message.partition(" (Allocation")[0]}"')
+        lines.append(f'- {part}: "{message.partition(" (Allocation")[0]}"')
         (found,) = pictures(server, nano_graph("a pink ring on black", seed=51))
         check(np.array_equal(found, expected), f"After the {part}'s error a picture is another.")
     large = {"width": 384, "height": 384, "preset": "custom", "steps": 1, "guidance": 0.0}
@@ -257,10 +256,10 @@ def out_of_memory(server: ComfyServer) -> str:
     difference = float(np.abs(whole - tiled).mean())
     check(0 < difference < 16, f"The tiled picture is {difference:.1f} of 255 away.")
     lines.append(
-        f"VAE, where there are tiles to go on with: they are taken, and the picture is "
+        "- VAE decoder at 384 x 384 px: it goes on in tiles, without an error; the picture is "
         f"{difference:.2f} of 255 away on average"
     )
-    return "; ".join(lines) + ". After each, the next job gives its picture as ever."
+    return "\n".join(["The first call of each fails; the next job gives its picture.", *lines])
 
 
 def _message(server: ComfyServer, graph: dict) -> str:

@@ -22,7 +22,7 @@ LORA = "krea2-nano notebook (built in)"
 TRUNCATED = "truncated.safetensors"
 
 PICTURE, WAITING, RUNNING, REFUSED, FAILING = (
-    "picture", "cancelled while waiting", "cancelled while running", "refused", "failing",
+    "pictures", "cancelled while waiting", "cancelled while running", "refused", "failing",
 )  # fmt: skip
 _SHARES = {PICTURE: 0.8, WAITING: 0.05, RUNNING: 0.05, REFUSED: 0.05, FAILING: 0.05}
 _SECONDS = 120  # for one job, far more than it takes
@@ -145,7 +145,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 def pictures(client: ComfyClient, graph: dict) -> list[np.ndarray]:
     """The pictures of a graph that runs alone. Raises JobError."""
-    outputs = client.wait(client.post(graph), timeout=_SECONDS)
+    outputs = client.run(graph, timeout=_SECONDS)
     return [pixels(png) for png in client.images(outputs)]
 
 
