@@ -12,6 +12,8 @@ import argparse
 import datetime
 import os
 import platform
+import signal
+import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
@@ -31,7 +33,7 @@ COMFYUI_PATH=ComfyUI python scripts/measure_reliability.py
 
 which stops at the first thing that goes wrong. It starts a real headless ComfyUI with the built-in
 krea2-nano, posts jobs to its API and injects faults. The quick ones are also tests
-(`tests/comfy/test_reliability.py`), with a queue of 40 jobs. No weights of full size were run.
+(`tests/comfy/test_reliability.py`), with a queue of 20 jobs. No weights of full size were run.
 """
 
 
@@ -66,6 +68,8 @@ def main() -> None:
         "memory": ("Out of memory", checks.out_of_memory),
     }
     options = parse_arguments(list(sections))
+    # Stopped from outside, the server has to be stopped too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     page = [HEAD]
     with tempfile.TemporaryDirectory(prefix="krea2-reliability-") as folder:
         checks.prepare(Path(folder))
