@@ -324,9 +324,10 @@ class K2Sampler(io.ComfyNode):
             total=settings.steps,
         )
         report = [sampling_report(preset, settings, exponent, sigmas), _size_report(start)]
-        if settings.name != CUSTOM:
-            given = Preset(CUSTOM, steps, guidance, None)
-            report += filter(None, [unused_report(settings, given, PRESETS["raw"])])
+        given = Preset(CUSTOM, steps, guidance, None)
+        # The defaults of the inputs are Raw's.
+        if settings.name != CUSTOM and (unused := unused_report(settings, given, PRESETS["raw"])):
+            report.append(unused)
         return io.NodeOutput(with_samples(latent, samples), ui=ui.PreviewText("\n".join(report)))
 
 

@@ -37,8 +37,10 @@ function show(node, text) {
 
 function update(node, output) {
   if (isOurs(node) && output?.text?.length) {
-    // A list of prompts reports for each; what is the same is said once.
-    show(node, [...new Set([output.text].flat())].join("\n"));
+    // A list of prompts reports for each: once where all say the same.
+    const texts = [output.text].flat();
+    const same = texts.every((text) => text === texts[0]);
+    show(node, same ? texts[0] : texts.join("\n"));
   }
 }
 
