@@ -9,6 +9,7 @@ from .guidance import GuidanceSchedule
 from .identify import CheckpointError
 from .pipeline import Krea2Pipeline
 from .sampling import denoise, shift_mu, sigma_schedule
+from .text_attention import NegativeGuidance
 from .text_encoder import Qwen3VLTextEncoder
 from .tokenizer import Krea2Tokenizer
 from .transformer import Krea2Transformer
@@ -23,6 +24,7 @@ __all__ = [
     "Krea2Pipeline",
     "Krea2Tokenizer",
     "Krea2Transformer",
+    "NegativeGuidance",
     "Preset",
     "Qwen3VLTextEncoder",
     "QwenImageVAE",

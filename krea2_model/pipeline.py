@@ -17,8 +17,10 @@ from .config import RAW, Preset
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
+from .prompt_weights import parse_weights, token_weights
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
 from .sizes import round_size
+from .text_attention import NegativeGuidance, TextStates
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer, grid_size
 from .vae import QwenImageVAE
@@ -142,6 +144,8 @@ class Krea2Pipeline:
         callback: Callback | None = None,
         evaluate_every: int = 1,
         guidance_schedule: GuidanceSchedule = ALWAYS,
+        prompt_weights: bool = False,
+        negative_guidance: NegativeGuidance | None = None,
     ):
         """Make images.
 
@@ -164,6 +168,10 @@ class Krea2Pipeline:
         callback: called as `callback(step, latents, predicted)` after each step.
         evaluate_every: 2 or more leaves the model out of later steps: faster and not exact.
         guidance_schedule: at which sigmas guidance counts, and how much.
+        prompt_weights: read `(word:1.3)` in prompts as weights, see `prompt_weights`; off, prompts
+            reach the model as they are written.
+        negative_guidance: leads away from the negative prompt also at guidance 0 (Turbo), by
+            normalised attention guidance.
 
         Raises ValueError that names the argument, what was expected and the remedy.
         """
@@ -185,19 +193,15 @@ class Krea2Pipeline:
         else:
             sigmas = check_sigmas(sigmas)
 
-        positive = self._text(
-            prompts, prompt_embeds, prompt_embeds_mask, max_sequence_length, num_images
-        )
+        if negative_guidance is not None and negative_guidance.is_off:
+            negative_guidance = None
+        reading = (max_sequence_length, prompt_weights, num_images)
+        positive = self._text(prompts, prompt_embeds, prompt_embeds_mask, *reading)
         negative = None
-        if guidance > 0:
+        if guidance > 0 or negative_guidance is not None:
             negatives = _negative_list(negative_prompt, negative_prompt_embeds, count)
             negative = self._text(
-                negatives,
-                negative_prompt_embeds,
-                negative_prompt_embeds_mask,
-                max_sequence_length,
-                num_images,
-                batch,
+                negatives, negative_prompt_embeds, negative_prompt_embeds_mask, *reading, batch
             )
         result = noise
         for step, current, predicted in denoise(
@@ -209,6 +213,7 @@ class Krea2Pipeline:
             guidance=guidance,
             evaluate_every=evaluate_every,
             guidance_schedule=guidance_schedule,
+            negative_guidance=negative_guidance,
         ):
             result = current
             if callback is not None:
@@ -232,14 +237,22 @@ class Krea2Pipeline:
         embeds: Tensor | None,
         mask: Tensor | None,
         max_sequence_length: int | None,
+        weighted: bool,
         num_images: int,
         batch: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Fused text, and its mask, repeated for the images of each prompt."""
+    ) -> TextStates:
+        """Fused text, its mask and weights, repeated for the images of each prompt."""
+        weights = None
         if embeds is None:
+            prompts = prompts or [""]
+            marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
             embeds, mask = self.text_encoder.encode(
-                prompts or [""], max_sequence_length=max_sequence_length
+                [prompt.text for prompt in marked] or prompts,
+                max_sequence_length=max_sequence_length,
             )
+            if any(prompt.is_weighted for prompt in marked):
+                assert self.text_encoder.tokenizer is not None  # or encode had raised
+                weights = token_weights(marked, self.text_encoder.tokenizer, max_sequence_length)
         elif mask is not None and mask.shape != embeds.shape[:2]:
             raise ValueError(
                 f"The mask has shape {tuple(mask.shape)}; expected {tuple(embeds.shape[:2])}, the "
@@ -251,8 +264,13 @@ class Krea2Pipeline:
             mask = None
         text = self.transformer.fuse_text(embeds.to(device), mask)
         repeats = num_images if batch is None else batch // len(text)
-        text = text.repeat_interleave(repeats, dim=0)
-        return text, None if mask is None else mask.repeat_interleave(repeats, dim=0)
+        weights = None if weights is None else weights.to(device)
+
+        def repeated(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.repeat_interleave(repeats, dim=0)
+
+        states = text.repeat_interleave(repeats, dim=0)
+        return TextStates(states, repeated(mask), repeated(weights))
 
     def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
         """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""

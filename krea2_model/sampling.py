@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .forecast import Forecast
 from .guidance import ALWAYS, GuidanceSchedule, rescaled
-from .transformer import Krea2Transformer
+from .text_attention import NegativeGuidance, TextAttention, TextStates
+from .transformer import Krea2Transformer, TextHooks
 
 # The exponent of the shift is linear in image tokens through these two points.
 _MU_TOKENS = (256, 6400)
@@ -24,7 +25,7 @@ _MU_VALUES = (0.5, 1.15)
 # Far beyond any use, and what floating point still takes.
 MAX_STEPS, MAX_MU = 10_000, 100
 
-FusedText = Tensor | tuple[Tensor, Tensor | None]
+FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
 
 
 def shift_mu(image_tokens: int) -> float:
@@ -93,18 +94,21 @@ def denoise(
     guidance: float,
     evaluate_every: int = 1,
     guidance_schedule: GuidanceSchedule = ALWAYS,
+    negative_guidance: NegativeGuidance | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
     noise: (B, 16, h, w), the latents at `sigmas[0]`. They stay in float32 between steps, whatever
         the dtype of the model: rounding them to bfloat16 costs more accuracy than the steps do.
-    positive, negative: text from `fuse_text`, (B, L, width), or `(text, mask)`.
+    positive, negative: text from `fuse_text`, (B, L, width), or `(text, mask)`, or `TextStates`,
+        which may have weights.
     sigmas: final values, see `sigma_schedule`.
     guidance: 0 runs the positive text alone; above 0 needs a negative (the encoded empty prompt,
         unless the user asks for another).
     evaluate_every: 2 or more leaves the model out of later steps, which is faster and not exact,
         see `forecast`.
     guidance_schedule: at which sigmas guidance counts, and how much; all of it everywhere.
+    negative_guidance: leads away from the negative inside attention, also at guidance 0.
 
     Yields `(step, latents, predicted)` after each step, counted from 1; `predicted` is the image
     the model sees at that step (x0). Stop iterating to cancel.
@@ -117,9 +121,23 @@ def denoise(
             f"guidance is {guidance} but there is no negative text. Pass the fused empty prompt "
             "as negative, or guidance=0."
         )
+    if negative_guidance is not None and negative is None:
+        raise ValueError(
+            "There is negative_guidance but no negative text. Pass the fused text that is to be "
+            "led away from as negative."
+        )
     forecast = Forecast(len(sigmas) - 1, evaluate_every)
-    texts = (positive, negative)
-    return _euler(transformer, noise.float(), texts, sigmas, guidance, guidance_schedule, forecast)
+    texts = _text_states(positive), _text_states(negative)
+    return _euler(
+        transformer,
+        noise.float(),
+        texts,
+        sigmas,
+        guidance,
+        forecast,
+        guidance_schedule,
+        negative_guidance,
+    )
 
 
 def denoise_two_stage(
@@ -147,15 +165,14 @@ def denoise_two_stage(
 
     def stages() -> Iterator[tuple[int, Tensor, Tensor]]:
         latents = noise.float()
-        plain = Forecast(len(first), 1)
-        for step, current, predicted in _euler(
-            raw, latents, raw_texts, first, guidance, ALWAYS, plain
-        ):
+        every_step = Forecast(len(first), 1)
+        texts = tuple(map(_text_states, raw_texts))
+        for step, current, predicted in _euler(raw, latents, texts, first, guidance, every_step):
             latents = current
             yield step, current, predicted
-        texts = (turbo_text, None)
-        for step, *state in _euler(turbo, latents, texts, second, 0.0, ALWAYS, plain):
-            yield len(first) - 1 + step, *state
+        texts = (_text_states(turbo_text), None)
+        for step, current, predicted in _euler(turbo, latents, texts, second, 0.0, every_step):
+            yield len(first) - 1 + step, current, predicted
 
     return stages()
 
@@ -178,13 +195,26 @@ def two_stage_sigmas(
     return [*first, second[0]], second
 
 
-def _euler(transformer, latents, texts, sigmas, guidance, schedule, forecast):
+def _euler(
+    transformer,
+    latents,
+    texts,
+    sigmas,
+    guidance,
+    forecast,
+    schedule=ALWAYS,
+    negative_guidance=None,
+):
+    steps = len(sigmas) - 1
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
         with torch.no_grad():
             if forecast.leaves_out(step - 1):
                 velocity = forecast.velocity(sigma)
             else:
-                velocity = _velocity(transformer, latents, sigma, texts, guidance, schedule)
+                inside = negative_guidance
+                if inside is not None and not inside.works_at(1 - (step - 1) / steps):
+                    inside = None
+                velocity = _velocity(transformer, latents, sigma, texts, guidance, schedule, inside)
                 forecast.note(sigma, velocity)
             if not torch.isfinite(velocity).all():
                 raise ValueError(
@@ -196,18 +226,31 @@ def _euler(transformer, latents, texts, sigmas, guidance, schedule, forecast):
         yield step, latents, predicted
 
 
-def _velocity(transformer, latents, sigma, texts, guidance, schedule) -> Tensor:
-    """`cond + guidance * (cond - uncond)` in float32, as far as the schedule lets it count."""
+def _velocity(transformer, latents, sigma, texts, guidance, schedule, inside) -> Tensor:
+    """`cond + guidance * (cond - uncond)` in float32, as far as the schedule lets it count.
+
+    `inside` guides the attention of cond.
+    """
     timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
 
-    def velocity(text: FusedText) -> Tensor:
-        states, mask = text if isinstance(text, tuple) else (text, None)
-        return transformer(latents, timestep, states, mask).float()
+    def velocity(text: TextStates, against: TextStates | None = None) -> Tensor:
+        hooks = {}
+        if text.weights is not None or against is not None:
+            settings = None if against is None else inside
+            attention = TextAttention(text.weights, text.mask, against, settings)
+            hooks = {"hooks": TextHooks(attention)}
+        return transformer(latents, timestep, text.states, text.mask, **hooks).float()
 
     positive, negative = texts
-    conditional = velocity(positive)
+    conditional = velocity(positive, None if inside is None else negative)
     guidance = guidance * schedule.factor(sigma)
     if guidance == 0:
         return conditional
     guided = conditional + guidance * (conditional - velocity(negative))
     return rescaled(guided, conditional, schedule.rescale)
+
+
+def _text_states(text: FusedText | None) -> TextStates | None:
+    if text is None or isinstance(text, TextStates):
+        return text
+    return TextStates(*text) if isinstance(text, tuple) else TextStates(text)

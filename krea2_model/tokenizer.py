@@ -141,6 +141,25 @@ class Krea2Tokenizer:
             )  # fmt: skip
         return ids + self._suffix
 
+    def spans(self, prompt: str, max_sequence_length: int | None = None) -> list[tuple[int, int]]:
+        """The characters `prompt[first:end]` that each kept token stands for.
+
+        One a token that `tokenize` gives behind the prefix; (0, 0) for those of the suffix. The
+        tokens of a character that takes several all stand for it.
+        """
+        _check_length(max_sequence_length)
+        encoding = self._tokenizer(
+            TEMPLATE_PREFIX + prompt, return_offsets_mapping=True, verbose=False
+        )
+        before = len(TEMPLATE_PREFIX)
+        spans = [
+            (max(0, first - before), end - before)
+            for first, end in encoding["offset_mapping"][PREFIX_TOKENS:]
+        ]
+        if max_sequence_length is not None:
+            spans = spans[: max_sequence_length - SUFFIX_TOKENS]
+        return spans + [(0, 0)] * SUFFIX_TOKENS
+
     def count(self, prompt: str) -> int:
         """Tokens of the prompt itself, to compare with `PROMPT_BUDGET`."""
         return len(self._with_prefix(prompt)) - PREFIX_TOKENS

@@ -33,6 +33,7 @@ from .kernels import (
     silu_gated,
 )
 from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales
+from .text_attention import TextAttention
 
 REFERENCE_METHODS = ("index_timestep_zero", "index")
 
@@ -309,6 +310,21 @@ class Hooks:
 
 
 NO_HOOKS = Hooks()
+
+
+class TextHooks(Hooks):
+    """One call in which text has weights, or a negative beside it."""
+
+    def __init__(self, text: TextAttention):
+        self.text = text
+
+    def attend(self, query, key, value, norm, rope, mask, kept=None):
+        query, key = norm_and_rotate(query, key, norm, rope, kept)
+        return self.text.attend(attend, query, key, value, mask, kept)
+
+    def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
+        hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
+        return super().blocks(blocks, hidden, kept, vector, rope, mask, split)
 
 
 class Krea2Transformer(nn.Module):

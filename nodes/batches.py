@@ -75,7 +75,7 @@ class K2PromptBatch(io.ComfyNode):
             )
         repeated = [line for line in lines for _ in range(images_per_prompt)]
         filled = [fill_in(line, wildcard_seed + index) for index, line in enumerate(repeated)]
-        positive, away = encode(clip, filled), encode(clip, negative)
+        positive, away = encode(clip, filled), encode(clip, [negative])
         return io.NodeOutput(positive, away, count, "\n".join(filled))
 
 

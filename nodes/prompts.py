@@ -61,6 +61,15 @@ class K2TextEncode(io.ComfyNode):
                         "stands behind the cut is lost."
                     ),
                 ),
+                io.Boolean.Input(
+                    "weights",
+                    default=True,
+                    advanced=True,
+                    tooltip=(
+                        "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, "
+                        "at 0 not at all, below 0 the picture avoids them. Off, brackets are text."
+                    ),
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt, encoded."),
@@ -69,21 +78,25 @@ class K2TextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompt, negative="", official_length=False, max_tokens=0):
+    def execute(cls, clip, prompt, negative="", official_length=False, max_tokens=0, weights=True):
         if not 0 <= max_tokens <= MAX_TOKENS:
             raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
         limits = [OFFICIAL_LENGTH] if official_length else []
         if max_tokens:
             limits.append(max_tokens + SUFFIX_TOKENS)
         options = {"max_sequence_length": min(limits)} if limits else {}
-        encoded = [encode(clip, text, **options) for text in (prompt, negative)]
+        encoded = [encode(clip, [text], weights, **options) for text in (prompt, negative)]
         names = ("prompt", "negative") if negative else ("prompt",)
         counts = [prompt_report(name, result) for name, result in zip(names, encoded, strict=False)]
         return io.NodeOutput(*encoded, ui=ui.PreviewText("\n".join(counts)))
 
 
-def encode(clip, text: str | list[str], **options):
-    """Conditioning of a prompt, or of one a image, in Krea 2's template; options go to the CLIP."""
+def encode(clip, prompts: list[str], weights: bool = True, **options):
+    """Conditioning of a prompt, or of one an image, in Krea 2's template.
+
+    weights: read `(word:1.3)` as weights. options go to the CLIP's tokenizer.
+    """
+    from .managed.clip import encode_prompts
     from .managed.memory import advise
 
     if clip is None:
@@ -92,5 +105,4 @@ def encode(clip, text: str | list[str], **options):
             "Encoder."
         )
     with advise("The text encoder", _REMEDY):
-        tokens = clip.tokenize(text, always_wrap=True, **options)
-        return clip.encode_from_tokens_scheduled(tokens)
+        return encode_prompts(clip, prompts, weighted=weights, **options)

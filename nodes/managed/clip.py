@@ -14,11 +14,13 @@ import torch
 from ...krea2_model.checkpoint import read_text_encoder
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
+from ...krea2_model.prompt_weights import parse_weights, token_weights
 from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from ...krea2_model.tokenizer import Krea2Tokenizer
 from .gguf import GGUFOperations, KeepsBlocks, is_blocks, wrap
 from .hooks import PatchHooks
 from .layers import comfy_layers
+from .texts import TOKEN_WEIGHTS
 from .weights import check_weights, open_part
 
 # The key under which core's Krea 2 encoder keeps its tokens, weights and LoRA aliases.
@@ -195,6 +197,26 @@ class Krea2CLIP(comfy.sd.CLIP):
         if not all(isinstance(token, int) for row in rows for token in row):
             return None
         return self.patcher.patches_uuid, rows
+
+
+def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
+    """Prompts to CONDITIONING, one for each image of a batch, by our CLIP or core's.
+
+    weighted: read `(word:1.3)`; the sentence is encoded without the marks, once, and the weights of
+    its tokens travel beside it. options: `max_sequence_length`, for our CLIP.
+    """
+    marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
+    texts = [prompt.text for prompt in marked] or list(prompts)
+    tokens = clip.tokenize(texts[0] if len(texts) == 1 else texts, always_wrap=True, **options)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    if not any(prompt.is_weighted for prompt in marked):
+        return conditioning
+    ours = clip.tokenizer if isinstance(clip.tokenizer, Krea2ClipTokenizer) else None
+    limit = options.get("max_sequence_length") if ours is not None else None
+    weights = token_weights(marked, (ours or Krea2ClipTokenizer()).tokenizer, limit)
+    if weights is None:  # what has a weight was cut
+        return conditioning
+    return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]
 
 
 def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):

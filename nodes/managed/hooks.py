@@ -8,6 +8,7 @@ import torch
 
 from ...krea2_model.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.kernels import modulated_norm, norm_and_rotate, rotate
+from ...krea2_model.text_attention import TextAttention
 from ...krea2_model.transformer import Hooks
 from .once import ScheduleTimes
 
@@ -41,6 +42,8 @@ class PatchHooks(Hooks):
         self.padding: list[int] | None = None
         # Where time embeddings of the run's whole schedule are kept.
         self.times: ScheduleTimes | None = None
+        # What the blocks do with text beyond attending to it.
+        self.text: TextAttention | None = None
 
     def attend(self, query, key, value, norm, rope, mask, kept=None):
         in_block = "block_index" in self.options
@@ -62,7 +65,10 @@ class PatchHooks(Hooks):
             query, key = norm_and_rotate(query, key, norm, rope, kept)
         if self.padding is not None and in_block:
             return self._attention_past_padding(query, key, value, kept)
-        out = self.attention(query, key, value, mask)
+        if self.text is not None and in_block:
+            out = self.text.attend(self.attention, query, key, value, mask, kept)
+        else:
+            out = self.attention(query, key, value, mask)
         patches = self.patches.get("attn1_output_patch", ()) if in_block else ()
         for patch in patches:
             out = patch(out, self.options.copy())
@@ -126,6 +132,9 @@ class PatchHooks(Hooks):
         return text, image, text_positions, image_positions
 
     def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
+        if self.text is not None:
+            hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
+            self.options["img_slice"] = [self.text.front + at for at in self.options["img_slice"]]
         self.options["total_blocks"] = len(blocks)
         self.options["block_type"] = "single"
         device, queue = hidden.device, None

@@ -19,6 +19,7 @@ from ...krea2_model.convert import quantise_blocks
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TRANSFORMER
 from ...krea2_model.quantised import is_quantised
+from ...krea2_model.text_attention import TextAttention, TextStates
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
 from .branches import add_branches, file_name, take_branches
@@ -26,7 +27,14 @@ from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
 from .layers import comfy_layers
 from .once import LoadsThemLast, ScheduleTimes
-from .texts import SMALL_IMAGE, FusedText, TextLengths
+from .texts import (
+    NEGATIVE_GUIDANCE,
+    SMALL_IMAGE,
+    FusedText,
+    NegativeWindow,
+    TextLengths,
+    weights_of,
+)
 from .weights import check_weights, open_part
 
 
@@ -73,6 +81,7 @@ class Krea2DiffusionModel(Krea2Transformer):
         text, lengths = context, kwargs.get("text_lengths")
         if lengths is not None and min(lengths) < context.shape[1]:
             hooks.padding = [context.shape[1] - length for length in lengths]
+        hooks.text = self._text_attention(timesteps, mask, hooks, kwargs)
         if self.is_fused(context):
             hooks.times = self.times
         else:
@@ -94,6 +103,19 @@ class Krea2DiffusionModel(Krea2Transformer):
             hooks=hooks,
         )
         return velocity.reshape(x.shape)
+
+    def _text_attention(self, timesteps, mask, hooks, conditions) -> TextAttention | None:
+        """What the call's conditions ask of the blocks beyond attending to text, if anything."""
+        weights, negative = conditions.get("token_weights"), conditions.get("negative_text")
+        window = conditions.get("negative_window")
+        if negative is None or not window.holds(timesteps[0].item()):
+            return None if weights is None else TextAttention(weights, mask)
+        own = conditions.get("negative_mask")
+        own = None if own is None else own > 0.5
+        if not self.is_fused(negative):
+            negative = self.fuse_context(negative, own, hooks)
+        states = TextStates(negative, own, conditions.get("negative_weights"))
+        return TextAttention(weights, mask, states, window.settings)
 
     def is_fused(self, context) -> bool:
         """Whether a context holds text tokens of the transformer's width, made before the run."""
@@ -138,10 +160,17 @@ class Krea2Model(comfy.model_base.Krea2):
         else:
             mask = None
         self.diffusion_model.times = ScheduleTimes() if self._streams() else None
-        if "c_crossattn" in out and self._may_fuse_now(kwargs):
+        if "c_crossattn" not in out:
+            return out
+        weights = weights_of(kwargs, out["c_crossattn"].cond)
+        if weights is not None:
+            out["token_weights"] = comfy.conds.CONDRegular(weights)
+        against = self._against(kwargs)
+        out.update(against)
+        if self._may_fuse_now(kwargs):
             text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
-            shared = mask is None and self._may_share_calls(kwargs["noise"])
-            out["c_crossattn"] = FusedText(text, shared)
+            plain = mask is None and weights is None and not against
+            out["c_crossattn"] = FusedText(text, plain and self._may_share_calls(kwargs["noise"]))
             if mask is None:
                 out["text_lengths"] = TextLengths((text.shape[1],) * len(text))
         return out
@@ -164,6 +193,29 @@ class Krea2Model(comfy.model_base.Krea2):
         if method is not None:
             conditions["ref_latents_method"] = comfy.conds.CONDConstant(method)
         return conditions
+
+    def _against(self, conditioning) -> dict:
+        """The conditions of Krea 2 Negative without Guidance, for what is not a negative itself."""
+        options = getattr(self.current_patcher, "model_options", {})
+        chosen = options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
+        if chosen is None or conditioning.get("prompt_type") == "negative":
+            return {}
+        settings, context, extra = chosen
+        regular, out = comfy.conds.CONDRegular, {}
+        mask, weights = extra.get("attention_mask"), weights_of(extra, context)
+        if mask is not None and not bool((mask > 0.5).all()):
+            out["negative_mask"] = regular(mask)
+        else:
+            mask = None
+        if weights is not None:
+            out["negative_weights"] = regular(weights)
+        if self._may_fuse_now(conditioning):
+            context = self._fuse_now(context, mask, conditioning["device"])
+        out["negative_text"] = regular(context)
+        sigma_of = self.model_sampling.percent_to_sigma
+        first, last = (float(sigma_of(part)) for part in (settings.start, settings.end))
+        out["negative_window"] = comfy.conds.CONDConstant(NegativeWindow(settings, first, last))
+        return out
 
     def _may_fuse_now(self, conditioning) -> bool:
         """Whether text can be fused once, here, for a whole run instead of at each step.
@@ -226,8 +278,8 @@ class Krea2Model(comfy.model_base.Krea2):
         config = self.diffusion_model.config
         rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
         tokens = rows * columns
-        for shape in cond_shapes.get("c_crossattn", ()):
-            tokens += shape[1]
+        for kind in ("c_crossattn", "negative_text"):
+            tokens += sum(shape[1] for shape in cond_shapes.get(kind, ()))
         for shape in cond_shapes.get("ref_latents", ()):
             tokens += shape[-1] // config.patch_size**2
         elements = input_shape[0] * tokens * (2 * config.hidden_size + 3 * config.intermediate_size)

@@ -1,4 +1,4 @@
-"""Text of different length in one call of the model.
+"""What of text travels to the model: fused tokens, their weights, a negative to lead away from.
 
 ComfyUI calls a model once for the positive and once for the negative conditioning unless both have
 one shape, and so reads every weight twice a step. Texts that were fused before the run may share a
@@ -6,9 +6,19 @@ call: the shorter ones are padded in front, and attention leaves the padding out
 what it would be alone.
 """
 
+from typing import NamedTuple
+
 import comfy.conds
 import torch
 import torch.nn.functional as F
+
+from ...krea2_model.text_attention import NegativeGuidance
+
+# Where CONDITIONING holds the weights (B, L) of its tokens.
+TOKEN_WEIGHTS = "krea2_token_weights"
+
+# Where a MODEL's transformer_options hold (settings, conditioning, what comes with it).
+NEGATIVE_GUIDANCE = "krea2_negative_guidance"
 
 # Up to so many image tokens a call is faster shared (benchmarks/sharing.py): reading weights and
 # starting kernels weigh more than what the second text adds.
@@ -55,3 +65,26 @@ class TextLengths(comfy.conds.CONDRegular):
 
     def size(self):
         return [len(self.cond)]
+
+
+class NegativeWindow(NamedTuple):
+    """Settings of a negative, and the sigmas at the ends of the steps in which it works."""
+
+    settings: NegativeGuidance
+    first: float
+    last: float
+
+    def holds(self, sigma: float) -> bool:
+        return self.settings.works_at(sigma, self.first, self.last)
+
+
+def weights_of(extra: dict, context: torch.Tensor) -> torch.Tensor | None:
+    """The weights that come with a conditioning, (B, L) as it has tokens, or None.
+
+    Nodes that join texts keep what came with the first: tokens behind it have no weight.
+    """
+    weights = extra.get(TOKEN_WEIGHTS)
+    if weights is None:
+        return None
+    tokens = context.shape[1]
+    return F.pad(weights, (0, max(0, tokens - weights.shape[1])), value=1.0)[:, :tokens]

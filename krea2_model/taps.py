@@ -1,0 +1,36 @@
+"""The mix of the encoder layers that a prompt is made of.
+
+Krea 2 reads twelve layers of its text encoder a token. Scaling some of them shifts what the text
+fusion hears most of; a token that grew as a whole would only leave the range that the model was
+trained on (artifacts, then black images), so each token keeps its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def weigh_taps(taps: Tensor, weights: Sequence[float]) -> Tensor:
+    """Taps (B, L, T, D) times a weight a tap, every token brought back to the RMS it had.
+
+    Equal weights change nothing, and `taps` itself comes back.
+    Raises ValueError unless there are T finite weights, not all of them 0.
+    """
+    values = [float(weight) for weight in weights]
+    if len(values) != taps.shape[2] or not all(map(math.isfinite, values)) or not any(values):
+        raise ValueError(
+            f"The weights of the taps are {values}; expected {taps.shape[2]} numbers, not all of "
+            "them 0."
+        )
+    if len(set(values)) == 1 and values[0] > 0:
+        return taps
+    before = taps.float()
+    mixed = before * torch.tensor(values, device=taps.device)[:, None]
+    old, new = (states.square().mean(dim=(2, 3), keepdim=True) for states in (before, mixed))
+    # Padding is 0 and stays so.
+    scale = (old / torch.where(new > 0, new, 1.0)).sqrt()
+    return (mixed * scale).to(taps.dtype)

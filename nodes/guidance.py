@@ -1,0 +1,89 @@
+"""Guidance beyond that of the sampler."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.text_attention import NegativeGuidance
+from .sampling import check_model
+
+
+class K2NegativeGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2NegativeGuidance",
+            display_name="Krea 2 Negative without Guidance",
+            category="Krea 2",
+            description=(
+                "A negative prompt that works at guidance 0 (Turbo), inside attention and without "
+                "a second pass of the image."
+            ),
+            search_aliases=["krea", "krea2", "k2", "nag", "negative", "turbo",
+                            "normalized attention guidance"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2; Turbo has no other negative."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What to lead away from, of Krea 2 Prompt."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=4.0,
+                    min=0.0,
+                    max=50.0,
+                    step=0.5,
+                    tooltip="How far to lead away from the negative; 0 is off.",
+                ),
+                io.Float.Input(
+                    "blend",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="The share of the result that the image gets; raise it where strength "
+                    "no longer does more.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the steps after which it begins.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the steps after which it ends; later steps cost nothing "
+                    "more. What is in the picture is settled early.",
+                ),
+                io.Float.Input(
+                    "limit",
+                    default=2.5,
+                    min=1.0,
+                    max=20.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="How many times as large as without it attention may become.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model, with the negative.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.5, limit=2.5):
+        from .managed.texts import NEGATIVE_GUIDANCE
+
+        check_model(model)
+        settings = NegativeGuidance(strength, limit, blend, start, end)
+        if len(negative) != 1:
+            raise ValueError(
+                f"negative has {len(negative)} parts; expected one. Write all of it in one Krea 2 "
+                "Prompt instead of combining several."
+            )
+        model = model.clone()
+        if not settings.is_off:
+            options = model.model_options["transformer_options"]
+            options[NEGATIVE_GUIDANCE] = (settings, *negative[0])
+        return io.NodeOutput(model)

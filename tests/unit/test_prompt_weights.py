@@ -1,0 +1,117 @@
+r"""Weights in prompts: what counts as a mark, and which tokens it reaches."""
+
+import unicodedata
+
+import pytest
+
+from krea2_model.prompt_weights import parse_weights, token_weights
+from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+
+
+def marked(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """The sentence, and its runs of characters whose weight is not 1."""
+    parsed = parse_weights(prompt)
+    assert len(parsed.text) == len(parsed.weights)
+    runs: list[tuple[str, float]] = []
+    before = 1.0
+    for character, weight in zip(parsed.text, parsed.weights, strict=True):
+        if weight != 1 and weight == before:
+            runs[-1] = (runs[-1][0] + character, weight)
+        elif weight != 1:
+            runs.append((character, weight))
+        before = weight
+    return parsed.text, runs
+
+
+@pytest.mark.parametrize("prompt, text, runs", [
+    ("a (red:1.3) circle", "a red circle", [("red", 1.3)]),
+    ("(two words:0.7), (word:-1)", "two words, word", [("two words", 0.7), ("word", -1.0)]),
+    ("(a (big:2) dog:1.5)", "a big dog", [("a ", 1.5), ("big", 3.0), (" dog", 1.5)]),
+    ("(a:.5) (b : +2 ) (c:1)", "a b c", [("a", 0.5), ("b", 2.0)]),
+    ("(\u72d0\u72f8:1.2)\U0001f98a", "\u72d0\u72f8\U0001f98a", [("\u72d0\u72f8", 1.2)]),
+    (r"(say \(hi\):1.2)", "say (hi)", [("say (hi)", 1.2)]),
+    ("(line\nbreak:0.5)", "line\nbreak", [("line\nbreak", 0.5)]),
+])  # fmt: skip
+def test_marks(prompt, text, runs):
+    assert marked(prompt) == (text, runs)
+
+
+@pytest.mark.parametrize("prompt", [
+    "", "a red circle", "a man (about forty)", "((double))", "(open:1.3", "closed:1.3)", ")(",
+    "(word:much)", "(:1.3)", "( :2)", "a wide film (16:9)", "(at 10:30)", "a: b", "(1.2)",
+    "back\\slash", "[fox:1.2]", "(a:1.2.3)", "(word:)",
+])  # fmt: skip
+def test_all_else_stays_as_it_is_written(prompt):
+    assert marked(prompt) == (prompt, [])
+
+
+def test_an_escaped_bracket_is_one_of_the_text():
+    assert marked(r"\(word:1.3\)") == ("(word:1.3)", [])
+    assert marked(r"a \(very\) red fox") == ("a (very) red fox", [])
+
+
+def test_numbers_of_a_ratio_may_weigh_where_they_have_a_point():
+    assert marked("(in 1999:1.5)") == ("in 1999", [("in 1999", 1.5)])
+
+
+@pytest.mark.parametrize("number", ["11", "-10.5"])
+def test_weights_out_of_range_are_named(number):
+    with pytest.raises(ValueError, match=rf"weight {number} in '\(fox:{number}\)'.*-10 to 10"):
+        parse_weights(f"a (fox:{number})")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return Krea2Tokenizer(tokenizer_folder)
+
+
+PROMPTS = [
+    "a (red:1.5) circle",
+    "(\u72d0\u72f8:1.5) in snow",
+    "a fox \U0001f98a and (\U0001f468\u200d\U0001f469\u200d\U0001f467:1.5)",
+    "th\u00e9 (cafe\u0301:1.5), na\u00efve",
+    "\n\n(\u0634\u0645\u0633:1.5) \u0642\u0645\u0631",
+    "unbe(liev:1.5)able",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_weights_reach_the_tokens_of_their_words(tokenizer, prompt):
+    """The words' tokens as the tokenizer itself decodes them."""
+    parsed = parse_weights(prompt)
+    ids = tokenizer.tokenize(parsed.text)[PREFIX_TOKENS:]
+    (weights,) = token_weights([parsed], tokenizer).tolist()
+    assert len(ids) == len(weights)
+    inside = [i for i, w in enumerate(parsed.weights) if w != 1]
+    words = parsed.text[inside[0] : inside[-1] + 1]
+    heavy = tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w != 1])
+    light = tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w == 1])
+    words, light = (unicodedata.normalize("NFC", text) for text in (words, light))
+    assert words in heavy or prompt.startswith("unbe")
+    assert words not in light
+    assert weights[-5:] == [1.0] * 5, "the template's own tokens"
+
+
+def test_a_token_of_two_weights_takes_the_mean(tokenizer):
+    parsed = parse_weights("(unb:2)elievable")
+    (weights,) = token_weights([parsed], tokenizer).tolist()
+    ids = tokenizer.tokenize(parsed.text)[PREFIX_TOKENS:]
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert pieces[:2] == ["un", "belie"]
+    assert weights[:3] == pytest.approx([2.0, 1.2, 1.0])
+
+
+def test_cut_prompts_keep_weights_and_tokens_together(tokenizer):
+    parsed = parse_weights("a (red:1.5) fox in (deep:0.5) snow")
+    whole = token_weights([parsed], tokenizer)[0].tolist()
+    cut = token_weights([parsed], tokenizer, 8)[0].tolist()
+    assert len(cut) == len(tokenizer.tokenize(parsed.text, 8)) - PREFIX_TOKENS == 8
+    assert cut == whole[:3] + [1.0] * 5
+
+
+def test_a_batch_is_padded_with_1_and_none_where_nothing_weighs(tokenizer):
+    long, short = parse_weights("a fox in the snow"), parse_weights("a (fox:0)")
+    weights = token_weights([long, short], tokenizer)
+    assert weights.shape == (2, 10) and weights[0].eq(1).all()
+    assert weights[1].tolist() == [1.0, 0.0] + [1.0] * 8
+    assert token_weights([long, parse_weights("a (fox:1)")], tokenizer) is None
