@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
+from .guidance import K2NegativeGuidance
 from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
@@ -26,6 +27,7 @@ NODES = [
     K2ModelSampling,
     K2VAEDecode,
     K2VAEEncode,
+    K2NegativeGuidance,
     K2Compile,
     K2Approximate,
     K2Inspect,

@@ -152,7 +152,7 @@ def test_the_official_length_cuts(pipeline):
 def test_presets_fill_in_steps_guidance_and_shift(pipeline, monkeypatch):
     seen = {}
 
-    def spy(transformer, noise, positive, negative=None, *, sigmas, guidance):
+    def spy(transformer, noise, positive, negative=None, *, sigmas, guidance, **options):
         seen.update(sigmas=sigmas, guidance=guidance, negative=negative)
         return iter([(1, noise, noise)])
 
