@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from . import nano
 from .check import check
+from .checkpoint import load_text_encoder
 from .convert import PARTS, QUANTISATIONS, convert
+from .expander import LENGTHS, PromptExpander
 from .inspect import describe
 from .pipeline import Krea2Pipeline
 
@@ -62,9 +64,23 @@ def build_parser() -> argparse.ArgumentParser:
     image.add_argument(
         "--evaluate-every", type=int, default=1, help="2: later steps in turns without the model"
     )
-    machine = generate.add_argument_group("machine")
-    machine.add_argument("--device", default=_default_device(), help="default: %(default)s")
-    machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
+    _add_machine(generate)
+    expand = commands.add_parser("expand", help="make a dense caption of a short prompt")
+    expand.add_argument("prompt")
+    files = expand.add_argument_group("model files")
+    files.add_argument("--model", help="a diffusers folder or an all-in-one file")
+    files.add_argument("--text-encoder", type=Path, help="a Qwen3-VL file or folder")
+    files.add_argument("--tokenizer", type=Path, help="a folder with the Qwen tokenizer")
+    caption = expand.add_argument_group("caption")
+    caption.add_argument(
+        "--creativity", type=float, default=0.5, help="0 (the most likely words) to 1; default 0.5"
+    )
+    caption.add_argument("--length", choices=LENGTHS, default="medium", help="default: medium")
+    caption.add_argument("--seed", type=int, default=0, help="of the first variant")
+    caption.add_argument("--variants", type=int, default=1, help="how many, a line each")
+    caption.add_argument("--style", default="", help="words for the look")
+    caption.add_argument("--language", default="", help="default: the prompt's")
+    _add_machine(expand)
     inspect = commands.add_parser("inspect", help="say what a file or folder is")
     inspect.add_argument("files", nargs="+", type=Path)
     checking = commands.add_parser(
@@ -89,6 +105,12 @@ def _default_device() -> str:
     if accelerator is not None and accelerator.is_available():
         return accelerator.current_accelerator().type
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
 
 
 def generate(args: argparse.Namespace) -> list[Path]:
@@ -141,6 +163,32 @@ def generate(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def expand(args: argparse.Namespace) -> Iterable[str]:
+    """Captions for a prompt, a line each; what one lacks is said on stderr."""
+    path = args.text_encoder or (nano.TEXT_ENCODER if args.model in NANO else args.model)
+    if path is None:
+        raise ValueError("Name the weights: --model or --text-encoder.")
+    encoder = load_text_encoder(
+        path, device=args.device, dtype=DTYPES.get(args.dtype), tokenizer=args.tokenizer
+    )
+    expander = PromptExpander(encoder)
+    with tqdm(unit="token", desc="writing") as bar:
+        expansions = expander(
+            args.prompt,
+            lambda text: bar.update(),
+            creativity=args.creativity,
+            length=args.length,
+            seed=args.seed,
+            variants=args.variants,
+            style=args.style,
+            language=args.language,
+        )
+    for expansion in expansions:
+        if expansion.missing:
+            print(expansion.note(), file=sys.stderr)
+    return [expansion.text for expansion in expansions]
+
+
 def _lora_and_scale(text: str) -> tuple[Path, float]:
     """`style.safetensors:0.8`; what follows the last colon counts where it is a number."""
     name, colon, scale = text.rpartition(":")
@@ -152,6 +200,7 @@ def _lora_and_scale(text: str) -> tuple[Path, float]:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterable[object]]] = {
     "generate": generate,
+    "expand": expand,
     "inspect": lambda args: (describe(path) for path in args.files),
     "check": lambda args: [check(args.models)],
     "convert": lambda args: convert(args.source, args.target, args.quantise, args.part),

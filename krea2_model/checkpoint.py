@@ -154,6 +154,7 @@ def load_text_encoder(
     encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
     encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
     encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
+    encoder.path = checkpoint.path
     return encoder
 
 

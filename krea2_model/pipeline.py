@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import nano
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
+from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
@@ -54,6 +55,7 @@ class Krea2Pipeline:
         self.text_encoder = text_encoder
         self.vae = vae
         self._loras = LoraStack(transformer), LoraStack(text_encoder)
+        self._expander: PromptExpander | None = None
 
     @classmethod
     def from_folder(
@@ -116,6 +118,22 @@ class Krea2Pipeline:
         """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""
         for stack in self._loras:
             stack.clear()
+
+    def expand(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:
+        """Write dense captions for a short prompt with the text encoder's language model.
+
+        on_text: called after each token with the text so far.
+        options: creativity, length, seed, variants, style, language; see `expander.expand`.
+
+        The layer that only writing needs is read from the encoder's file on the first call. Raises
+        ValueError where the encoder cannot write, as krea2-nano's.
+        """
+        self._expander = self._expander or PromptExpander(self.text_encoder)
+        expansions = self._expander(prompt, on_text, **options)
+        for expansion in expansions:
+            if expansion.missing:
+                logger.warning("%s", expansion.note())
+        return expansions
 
     @property
     def preset(self) -> Preset:

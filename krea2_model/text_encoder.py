@@ -12,8 +12,9 @@ the result is that of ordinary one-dimensional rotary positions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 RELEASED = TextEncoderConfig()
 _EMBEDDING = "embed_tokens.weight"
 _FIRST_NORM = "layers.0.input_layernorm.weight"
+
+# New keys and values (B, KV, L, D) of a layer to those of all tokens so far.
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class SelfAttention(nn.Module):
@@ -46,11 +50,19 @@ class SelfAttention(nn.Module):
         self.q_norm = layers.RMSNorm(head_dim, eps=eps, **factory)
         self.k_norm = layers.RMSNorm(head_dim, eps=eps, **factory)
 
-    def forward(self, hidden: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        remember: Remember | None = None,
+    ) -> Tensor:
         query = self.q_norm(self._heads(self.q_proj(hidden))).transpose(1, 2)
         key = self.k_norm(self._heads(self.k_proj(hidden))).transpose(1, 2)
         value = self._heads(self.v_proj(hidden)).transpose(1, 2)
         query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
+        if remember is not None:
+            key, value = remember(key, value)
         return self.o_proj(self.attend(query, key, value, mask))
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -82,9 +94,18 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = layers.RMSNorm(dim, eps=eps, **factory)
         self.mlp = GatedMLP(config, layers, **factory)
 
-    def forward(self, hidden: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
-        """hidden: (B, L, D); rotation from `rotation_table`; mask (B or 1, 1, L, L), boolean."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask)
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        remember: Remember | None = None,
+    ) -> Tensor:
+        """hidden: (B, L, D); rotation from `rotation_table`; mask (B or 1, 1, L, keys), boolean.
+
+        remember: keeps keys and values where text is written a token at a time.
+        """
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, remember)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -93,10 +114,12 @@ class Qwen3VLTextEncoder(nn.Module):
 
     layers: namespace of the layer classes, see `krea2_model.layers`.
     attend: the attention function, see `krea2_model.attention`; it is given a boolean mask.
-    `tokenizer` is what `encode` uses; None until someone sets it.
+    `tokenizer` is what `encode` uses; None until someone sets it. `path` is the file or folder that
+    the weights came from, where the rest of the language model is found (language.py), or None.
     """
 
     tokenizer: Krea2Tokenizer | None
+    path: Path | None
 
     def __init__(
         self,
@@ -109,7 +132,7 @@ class Qwen3VLTextEncoder(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.config = config
-        self.tokenizer = None
+        self.tokenizer = self.path = None
         self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layers, attend, **factory) for _ in range(config.num_tapped_layers)
@@ -194,15 +217,17 @@ class Qwen3VLTextEncoder(nn.Module):
         return taps, torch.arange(max(lengths), device=device) < counts[:, None]
 
 
-def rotation_table(length: int, config: TextEncoderConfig, device: torch.device) -> Tensor:
-    """Cosines and sines of the positions 0 to length - 1, (2, L, D/2) in float32.
+def rotation_table(
+    length: int, config: TextEncoderConfig, device: torch.device, start: int = 0
+) -> Tensor:
+    """Cosines and sines of the positions start to length - 1, (2, L, D/2) in float32.
 
     Angles are rounded to float32 at each step as in transformers (`Qwen3VLTextRotaryEmbedding`),
     where the model was trained, and on the CPU, so that devices agree.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(start, length, dtype=torch.float32)[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin())).to(device)
 
 
@@ -266,15 +291,9 @@ def text_encoder_keys(
     decoder layers.
     """
     names = list(names)
-    prefixes = {
-        name.removesuffix(_EMBEDDING)
-        for name in names
-        if name == _EMBEDDING or name.endswith("." + _EMBEDDING)
-    }
-    prefixes = {prefix for prefix in prefixes if prefix + _FIRST_NORM in names}
-    if len(prefixes) != 1:
+    prefix = language_prefix(names)
+    if prefix is None:
         return {}
-    prefix = prefixes.pop()
     keys = {}
     for name in names:
         if not name.startswith(prefix):
@@ -284,6 +303,18 @@ def text_encoder_keys(
         if ours.startswith("embed_tokens.") or (layer and int(layer[1]) < num_layers):
             keys[name] = ours
     return keys
+
+
+def language_prefix(names: Iterable[str]) -> str | None:
+    """What precedes the names of a checkpoint's language model; None unless there is just one."""
+    names = set(names)
+    prefixes = {
+        name.removesuffix(_EMBEDDING)
+        for name in names
+        if name == _EMBEDDING or name.endswith("." + _EMBEDDING)
+    }
+    prefixes = {prefix for prefix in prefixes if prefix + _FIRST_NORM in names}
+    return prefixes.pop() if len(prefixes) == 1 else None
 
 
 def infer_text_encoder_config(

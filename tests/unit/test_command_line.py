@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import tiny_checkpoints
+from krea2_model import expander
 from krea2_model.__main__ import build_parser, main
 from nano_training.judge import read_thing
 
@@ -86,3 +87,25 @@ def test_the_default_device_is_the_accelerator_there_is(monkeypatch, there, devi
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert build_parser().parse_args(["generate", "a fox"]).device == device
+
+
+def test_expand_is_a_command(tokenizer_folder, tmp_path, capsys, monkeypatch):
+    """Random weights write nonsense; what is said of it is that it lacks the lettering."""
+    monkeypatch.setitem(expander.LENGTHS, "short", expander.Length(words=5, tokens=15))
+    tiny_checkpoints.write_models(tmp_path)
+    encoder = str(tmp_path / "text_encoders/qwen3vl_tiny.safetensors")
+    options = ["--text-encoder", encoder, "--dtype", "fp32", "--length", "short", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        assert main(["expand", 'a sign "OPEN"', *options]) == 0
+        out, error = capsys.readouterr()
+        assert 'The expansion lacks "OPEN" of the prompt' in error and "token" in error
+        texts.append(out)
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 1 and len(texts[0]) > 20
+
+
+def test_expand_refuses_nano(tokenizer_folder, capsys):
+    assert main(["expand", "a fox", "--model", "nano"]) == 2
+    assert "krea2-nano's text encoder is random and cannot write" in capsys.readouterr().err
+    assert main(["expand", "a fox"]) == 2
+    assert "Name the weights: --model or --text-encoder." in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""The rest of the language tower, so that it can write: last layer, final norm, head, cache.
+
+Krea 2 reads no further than layer 34, so that is where `Qwen3VLTextEncoder` ends. Writing text
+takes what comes after it as well: `LanguageTail`, a small part of its own that is loaded from the
+same file when it is first needed. The encoder's layers are shared, never held twice. The head of
+Qwen3-VL-4B is its embedding table; a file with a head of its own has that one used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attend, attend
+from .checkpoint import Checkpoint, assign, open_checkpoint, read_text_encoder
+from .config import TextEncoderConfig
+from .gguf import GGUFTensor
+from .identify import TEXT_ENCODER, CheckpointError
+from .layers import TorchLayers
+from .quantised import dequantise
+from .text_encoder import (
+    DecoderLayer,
+    Qwen3VLTextEncoder,
+    causal_mask,
+    language_prefix,
+    rotation_table,
+)
+
+# (embedding, hidden (B, 1, D)) to logits (B, 1, V) by the embedding's table.
+Head = Callable[[nn.Embedding, Tensor], Tensor]
+
+# Tokens by which a cache grows.
+_GROWTH = 256
+
+
+class LanguageTail(nn.Module):
+    """The decoder layers after the encoder's, the final norm, and a head where a file has one.
+
+    indices: numbers of those layers in the whole model; names of weights are the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        indices: range,
+        has_head: bool = False,
+        layers=TorchLayers,
+        device=None,
+        dtype: torch.dtype | None = None,
+        attend: Attend = attend,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.layers = nn.ModuleDict(
+            {str(index): DecoderLayer(config, layers, attend, **factory) for index in indices}
+        )
+        self.norm = layers.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        self.lm_head = None
+        if has_head:
+            self.lm_head = layers.Linear(
+                config.hidden_size, config.vocab_size, bias=False, **factory
+            )
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, a pair a layer."""
+
+    def __init__(self):
+        self.length = 0
+        self._layers: dict[int, Tensor] = {}  # (2, B, KV, capacity, D)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new ones (B, KV, L, D) behind the others of a layer; all of them.
+
+        `length` counts once every layer has them, so that belongs to the caller.
+        """
+        end = self.length + key.shape[2]
+        kept = self._layers.get(layer)
+        if kept is None or kept.shape[3] < end:
+            capacity = -(-end // _GROWTH) * _GROWTH
+            grown = key.new_empty(2, *key.shape[:2], capacity, key.shape[3])
+            if kept is not None:
+                grown[..., : self.length, :] = kept[..., : self.length, :]
+            self._layers[layer] = kept = grown
+        kept[0, :, :, self.length : end] = key
+        kept[1, :, :, self.length : end] = value
+        return kept[0, :, :, :end], kept[1, :, :, :end]
+
+
+def tied_head(embedding: nn.Embedding, hidden: Tensor) -> Tensor:
+    """Logits of hidden states by the table that tokens are looked up in."""
+    return F.linear(hidden, embedding.weight)
+
+
+class LanguageModel:
+    """The whole language tower, put together from an encoder and its tail.
+
+    head: how logits are made from the embedding; a host brings its own for weights it manages.
+    device: where to calculate; None is where the embedding is.
+    dtype: of hidden states; None is what the embedding gives.
+    """
+
+    def __init__(
+        self,
+        encoder: Qwen3VLTextEncoder,
+        tail: LanguageTail,
+        *,
+        head: Head = tied_head,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.config = encoder.config
+        self.device = device or encoder.embed_tokens.weight.device
+        self._embedding, self._tail, self._head, self._dtype = (
+            encoder.embed_tokens, tail, head, dtype,
+        )  # fmt: skip
+        self._layers: list[nn.Module] = [*encoder.layers, *tail.layers.values()]
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int], cache: KeyValueCache) -> Tensor:
+        """Logits (V,) in float32 for what follows `tokens`, which follow those of the cache."""
+        start, end = cache.length, cache.length + len(tokens)
+        hidden = self._embedding(torch.tensor([tokens], device=self.device))
+        if self._dtype is not None:
+            hidden = hidden.to(self._dtype)
+        rotation = rotation_table(end, self.config, self.device, start)[:, None, None]
+        # One token sees all that is kept, and needs no mask.
+        mask = None if len(tokens) == 1 else causal_mask(end, None, self.device)[:, :, start:]
+        for index, layer in enumerate(self._layers):
+            hidden = layer(hidden, rotation, mask, partial(cache.extend, index))
+        cache.length = end
+        hidden = self._tail.norm(hidden[:, -1:])
+        if self._tail.lm_head is not None:
+            return self._tail.lm_head(hidden)[0, -1].float()
+        return self._head(self._embedding, hidden)[0, -1].float()
+
+
+class TailState(NamedTuple):
+    """A tail's weights by module name, with what its module is built from."""
+
+    config: TextEncoderConfig
+    indices: range
+    tensors: dict[str, Tensor]
+
+    def build(self, **options) -> LanguageTail:
+        return LanguageTail(self.config, self.indices, "lm_head.weight" in self.tensors, **options)
+
+
+def read_language_tail(checkpoint: Checkpoint) -> TailState:
+    """Translate what comes after the encoder's layers to module names.
+
+    Raises CheckpointError where the file is no language model or ends with the encoder.
+    """
+    config = read_text_encoder(checkpoint).config
+    first = config.num_tapped_layers
+    prefix = language_prefix(checkpoint.tensors)
+    assert prefix is not None, "read_text_encoder refuses these"
+    tensors, indices = {}, set()
+    for name, tensor in checkpoint.tensors.items():
+        ours = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        layer = re.match(r"layers\.(\d+)\.", ours)
+        if layer and int(layer[1]) >= first:
+            indices.add(int(layer[1]))
+            tensors[ours] = tensor
+        elif ours.startswith("norm."):
+            tensors[ours] = tensor
+        elif _is_head(name, prefix) and not _is_tied(tensor, checkpoint, prefix):
+            tensors["lm_head." + name.rpartition(".")[2]] = tensor
+    last = max(indices, default=first - 1) + 1
+    missing = [f"layer {index}" for index in range(first, max(last, first + 1))
+               if index not in indices]  # fmt: skip
+    if "norm.weight" not in tensors:
+        missing.append("the final norm")
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path.name} cannot write text: it lacks {' and '.join(missing)}, which "
+            "images do not need and some programs leave out. Choose a whole file, for example "
+            "qwen3vl_4b_bf16.safetensors."
+        )
+    return TailState(config, range(first, last), tensors)
+
+
+def _is_head(name: str, prefix: str) -> bool:
+    """Beside the language model, or beside what holds it: `lm_head.weight`, `model.norm.weight`."""
+    before, head, _ = name.partition("lm_head.")
+    return bool(head) and prefix.startswith(before)
+
+
+def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
+    """Whether a head is a copy of the embedding, which need not be held a second time."""
+    embedding = checkpoint.tensors[f"{prefix}embed_tokens.weight"]
+    if isinstance(tensor, GGUFTensor) and isinstance(embedding, GGUFTensor):
+        return tensor.format == embedding.format and torch.equal(tensor.data, embedding.data)
+    if not isinstance(tensor, Tensor) or not isinstance(embedding, Tensor):
+        return False
+    return tensor.dtype == embedding.dtype and torch.equal(tensor, embedding)
+
+
+def load_language_tail(
+    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+) -> LanguageTail:
+    """Load what `load_text_encoder` left of the same file or folder.
+
+    Raises CheckpointError as `read_language_tail` does.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder")
+    state = read_language_tail(checkpoint)
+    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
+    dtype = dtype or tensors["norm.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)
