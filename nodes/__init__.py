@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
+from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
 from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
@@ -20,6 +21,7 @@ NODES = [
     K2TextEncoderLoader,
     K2VAELoader,
     K2LoraLoader,
+    K2PromptExpander,
     K2TextEncode,
     K2EmptyLatent,
     K2Sampler,

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 
 from ...krea2_model.checkpoint import read_text_encoder
+from ...krea2_model.generation import Sampling, generate
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
 from ...krea2_model.prompt_weights import parse_weights, token_weights
@@ -19,6 +20,7 @@ from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from ...krea2_model.tokenizer import Krea2Tokenizer
 from .gguf import GGUFOperations, KeepsBlocks, is_blocks, wrap
 from .hooks import PatchHooks
+from .language import LazyTail, language_model
 from .layers import comfy_layers
 from .texts import TOKEN_WEIGHTS
 from .weights import check_weights, open_part
@@ -48,27 +50,32 @@ class Krea2ClipTokenizer:
         image=None,
         images=None,
         llama_template=None,
+        skip_template=False,
+        thinking=True,
         **kwargs,
     ):
         """One text, or a list of texts for the images of a batch.
 
         A text that begins with `<|im_start|>` is a chat of its own and is passed as it is, as
-        core does, unless `always_wrap` is set; `llama_template` replaces Krea's template.
-        `max_sequence_length` 512 is the official cut.
+        core does, unless `always_wrap` is set; `llama_template` replaces Krea's template, and
+        `skip_template` does without. `max_sequence_length` 512 is the official cut. Without
+        `thinking` an empty thought follows the template, so that a text written on has none.
         """
         if image is not None or images:
             raise ValueError(
                 "This text encoder takes text alone; images in prompts are not supported yet. "
                 "Disconnect the image."
             )
-        rows = []
+        rows, no_thought = [], "" if thinking else "<think>\n\n</think>\n\n"
         for prompt in [text] if isinstance(text, str) else text:
             if llama_template is not None:
-                tokens = self.tokenizer.tokenize_raw(llama_template.format(prompt))
-            elif prompt.startswith("<|im_start|>") and not always_wrap:
+                tokens = self.tokenizer.tokenize_raw(llama_template.format(prompt) + no_thought)
+            elif skip_template or (prompt.startswith("<|im_start|>") and not always_wrap):
                 tokens = self.tokenizer.tokenize_raw(prompt)
             else:
                 tokens = self.tokenizer.tokenize(prompt, max_sequence_length)
+                if no_thought:
+                    tokens += self.tokenizer.tokenize_raw(no_thought)
             row = [(token, 1.0) for token in tokens]
             if return_word_ids:
                 row = [(*pair, index) for index, pair in enumerate(row, start=1)]
@@ -90,13 +97,7 @@ class Krea2TextModel(torch.nn.Module):
 
     def __init__(self, config, device="cpu", dtype=None, model_options=None):
         super().__init__()
-        options = model_options or {}
-        operations = options.get("custom_operations")
-        if operations is None and options.get("quantization_metadata") is not None:
-            operations = comfy.ops.mixed_precision_ops(
-                options["quantization_metadata"], dtype, full_precision_mm=True
-            )
-        layers = _float32_layers(operations or comfy.ops.manual_cast)
+        layers = encoder_layers(model_options or {}, dtype)
         # Nested as core nests it, so that LoRA keys and saved files use the same names.
         transformer = torch.nn.Module()
         transformer.model = Qwen3VLTextEncoder(
@@ -108,6 +109,9 @@ class Krea2TextModel(torch.nn.Module):
         self.requires_grad_(False).eval()
         self.config, self.dtypes, self.execution_device = config, {dtype}, None
         self.encodings: OrderedDict = OrderedDict()
+        # Texts that the prompt expander wrote, by all they depend on.
+        self.texts: OrderedDict = OrderedDict()
+        self.tail: LazyTail | None = None
 
     @property
     def encoder(self) -> Qwen3VLTextEncoder:
@@ -141,11 +145,11 @@ class Krea2TextModel(torch.nn.Module):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return conditioning, None, {"attention_mask": mask.long().to(conditioning.device)}
 
-    def generate(self, tokens, **options):
-        raise RuntimeError(
-            "Text generation is not available with this text encoder yet. Load the same file with "
-            "CLIPLoader, type krea2, for Generate Text."
-        )
+    def write(self, tokens: list[int], sampling: Sampling, max_tokens: int, seed: int):
+        """Yield the tokens that follow; encoder and tail have to be loaded (`Krea2CLIP.write`)."""
+        device = self.execution_device or self.encoder.embed_tokens.weight.device
+        model = language_model(self.encoder, self.tail.patcher.model, device)
+        yield from generate(model, tokens, sampling, max_tokens=max_tokens, seed=seed)
 
     def load_sd(self, sd):
         # Blocks of a GGUF file cannot be copied into a weight of numbers, only take its place.
@@ -157,6 +161,13 @@ class Krea2TextModel(torch.nn.Module):
         length = max((len(row) for row in token_weight_pairs.get(NAME, ())), default=0)
         width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
         return length * (width + 3 * self.config.intermediate_size) * 4
+
+    def writing_memory(self, tokens: int) -> int:
+        """Bytes that writing takes: keys and values of so many tokens, and the head as numbers."""
+        config = self.config
+        layers = config.num_tapped_layers + 1
+        kept = tokens * layers * 2 * config.num_key_value_heads * config.head_dim
+        return 4 * (kept + config.vocab_size * config.hidden_size)
 
 
 class Krea2CLIP(comfy.sd.CLIP):
@@ -188,6 +199,75 @@ class Krea2CLIP(comfy.sd.CLIP):
         if return_dict:
             return result
         return (result["cond"], result["pooled_output"]) if return_pooled else result["cond"]
+
+    def write(self, tokens, sampling: Sampling, max_tokens: int, seed: int = 0):
+        """Yield the token ids that follow a text's; the cue for progress is each of them.
+
+        Raises CheckpointError where the file lacks what only writing needs, and ComfyUI's
+        exception where the run was interrupted.
+        """
+        rows = tokens.get(NAME, ())
+        if len(rows) != 1:
+            raise ValueError(f"There are {len(rows)} texts to write on from; expected one.")
+        row = [pair[0] for pair in rows[0]]
+        model, device = self.cond_stage_model, self.patcher.load_device
+        tail = model.tail.load(self.patcher)
+        # Together: what is loaded alone may push out the other.
+        needed = model.memory_estimation_function(tokens, device)
+        needed += model.writing_memory(len(row) + min(max_tokens, 1024))
+        comfy.model_management.load_models_gpu([self.patcher, tail], memory_required=needed)
+        model.reset_clip_options()
+        model.set_clip_options({"execution_device": device})
+        written = model.write(row, sampling, max_tokens, seed)
+        while True:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            with comfy.model_management.cuda_device_context(device):
+                token = next(written, None)
+            if token is None:
+                return
+            yield token
+
+    def generate(
+        self,
+        tokens,
+        do_sample=True,
+        max_length=256,
+        temperature=1.0,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        seed=None,
+        presence_penalty=0.0,
+    ):
+        """Core's entry point for writing text (Generate Text), with its arguments and defaults."""
+        sampling = Sampling()
+        if do_sample:
+            sampling = Sampling(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty or 0.0,
+            )
+        progress, written = comfy.utils.ProgressBar(max_length), []
+        for token in self.write(tokens, sampling, max_length, seed or 0):
+            written.append(token)
+            progress.update(1)
+        return written
+
+    def state_dict_for_saving(self):
+        """With what only writing needs where the file has it, so that what is saved is whole."""
+        state = super().state_dict_for_saving()
+        try:
+            tail = self.cond_stage_model.tail.load(self.patcher)
+        except (ValueError, OSError):
+            return state
+        prefix = f"{NAME}.transformer.model."
+        return state | {
+            prefix + name: tensor for name, tensor in tail.model_state_dict_for_saving().items()
+        }
 
     def _key(self, tokens):
         """What an encoding depends on; None where it may change with time (hooks)."""
@@ -248,6 +328,7 @@ def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyn
     if blocks:
         clip.patcher.__class__ = type("BlockPatcher", (KeepsBlocks, type(clip.patcher)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
+    clip.cond_stage_model.tail = LazyTail(path, dtype, encoder_layers)
     return clip
 
 
@@ -255,8 +336,17 @@ def _load_patcher(path, dtype, disable_dynamic=False):
     return load_clip(path, dtype, disable_dynamic=disable_dynamic).patcher
 
 
-def _float32_layers(operations):
-    """Layers that keep activations in float32, whatever weights are stored in, as core does."""
+def encoder_layers(options: dict, dtype: torch.dtype | None):
+    """The layer namespace for a CLIP's model options.
+
+    Activations begin in float32, whatever weights are stored in, as in core.
+    """
+    operations = options.get("custom_operations")
+    if operations is None and options.get("quantization_metadata") is not None:
+        operations = comfy.ops.mixed_precision_ops(
+            options["quantization_metadata"], dtype, full_precision_mm=True
+        )
+    operations = operations or comfy.ops.manual_cast
 
     class Layers(comfy_layers(operations)):
         class Embedding(operations.Embedding):

@@ -75,6 +75,40 @@ def core_raw(models, run):
     return run("UNETLoader", unet_name="krea2_tiny_raw.safetensors", weight_dtype="default")[0]
 
 
+@pytest.fixture
+def core_clip(models, monkeypatch):
+    """Core's own encoder. It hard-codes the sizes of the released model, so those are swapped."""
+    import dataclasses
+
+    import comfy.text_encoders.krea2
+    import comfy.text_encoders.qwen3vl as core_qwen
+    from safetensors.torch import load_file
+
+    import tiny_checkpoints
+
+    config = tiny_checkpoints.TEXT_ENCODER
+
+    @dataclasses.dataclass
+    class Small(core_qwen.Qwen3VL_4BConfig):
+        hidden_size: int = config.hidden_size
+        intermediate_size: int = config.intermediate_size
+        num_attention_heads: int = config.num_attention_heads
+        num_key_value_heads: int = config.num_key_value_heads
+        head_dim = config.head_dim
+        rope_dims = (8, 6, 6)
+
+    monkeypatch.setitem(core_qwen.QWEN3VL_CONFIGS, "qwen3vl_4b", Small)
+    vision = dict(hidden_size=64, intermediate_size=64, depth=1, deepstack_visual_indexes=[0])
+    monkeypatch.setitem(core_qwen.QWEN3VL_VISION, "qwen3vl_4b", vision)
+    state = load_file(models / "text_encoders" / "qwen3vl_tiny.safetensors")
+    target = comfy.supported_models_base.ClipTarget(
+        comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.te()
+    )
+    return comfy.sd.CLIP(
+        target, state_dict=[state], parameters=1, model_options={"dtype": torch.float32}
+    )
+
+
 def random_conditioning(tokens, seed, batch=1, **extra):
     """Conditioning in core's format: (B, L, 12 * width)."""
     generator = torch.Generator().manual_seed(seed)

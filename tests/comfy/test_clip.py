@@ -1,8 +1,5 @@
 """CLIP beside core's Krea 2 text encoder, whose sizes are patched to the small checkpoint's."""
 
-import dataclasses
-
-import comfy.text_encoders.qwen3vl as core_qwen
 import pytest
 import torch
 from in_process import NODES
@@ -16,36 +13,6 @@ PROMPTS = ["a fox in the snow", "", "狐狸在雪地里 🦊", "x" * 300, "two\n
 @pytest.fixture
 def clip(models, run):
     return run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")[0]
-
-
-@pytest.fixture
-def core_clip(models, monkeypatch):
-    """Core's own encoder. It hard-codes the sizes of the released model, so those are swapped."""
-    import comfy.text_encoders.krea2
-
-    import tiny_checkpoints
-
-    config = tiny_checkpoints.TEXT_ENCODER
-
-    @dataclasses.dataclass
-    class Small(core_qwen.Qwen3VL_4BConfig):
-        hidden_size: int = config.hidden_size
-        intermediate_size: int = config.intermediate_size
-        num_attention_heads: int = config.num_attention_heads
-        num_key_value_heads: int = config.num_key_value_heads
-        head_dim = config.head_dim
-        rope_dims = (8, 6, 6)
-
-    monkeypatch.setitem(core_qwen.QWEN3VL_CONFIGS, "qwen3vl_4b", Small)
-    vision = dict(hidden_size=64, intermediate_size=64, depth=1, deepstack_visual_indexes=[0])
-    monkeypatch.setitem(core_qwen.QWEN3VL_VISION, "qwen3vl_4b", vision)
-    state = load_file(models / "text_encoders" / "qwen3vl_tiny.safetensors")
-    target = comfy.supported_models_base.ClipTarget(
-        comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.te()
-    )
-    return comfy.sd.CLIP(
-        target, state_dict=[state], parameters=1, model_options={"dtype": torch.float32}
-    )
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -149,11 +116,6 @@ def test_a_list_of_texts_gives_each_image_its_own(run, clip, turbo):
         )
 
 
-def test_text_generation_says_that_it_is_not_there(clip):
-    with pytest.raises(RuntimeError, match="not available with this text encoder yet"):
-        clip.generate(clip.tokenize("a fox"))
-
-
 def test_images_in_prompts_are_refused(clip):
     with pytest.raises(ValueError, match="images in prompts are not supported yet"):
         clip.tokenize("a fox", image=torch.zeros(1, 8, 8, 3))
@@ -203,7 +165,6 @@ def test_a_template_of_another_node_replaces_ours(clip, core_clip):
 
 
 def test_saved_encoder_loads_again(run, base, models, clip):
-    """CLIPSave writes what text needs; the layers beyond the last tap were never loaded."""
     expected = clip.encode_from_tokens(clip.tokenize("a fox"))
     run("CLIPSave", clip=clip, filename_prefix="saved_clip/encoder")
     (saved,) = (base / "output" / "saved_clip").rglob("*.safetensors")

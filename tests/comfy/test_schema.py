@@ -10,6 +10,9 @@ INPUTS = {
     "K2TextEncoderLoader": ["file", "dtype"],
     "K2VAELoader": ["file", "dtype"],
     "K2LoraLoader": ["model", "clip", "lora", "strength", "clip_strength"],
+    "K2PromptExpander": [
+        *("clip", "prompt", "creativity", "length", "seed", "variants", "style", "language"),
+    ],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens"],
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch", "swap"],
     "K2Sampler": [
@@ -35,6 +38,7 @@ INPUTS = {
 OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
     "K2LoraLoader": ["MODEL", "CLIP", "STRING"],
+    "K2PromptExpander": ["STRING"],
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],

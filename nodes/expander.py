@@ -1,0 +1,213 @@
+"""Short prompts to dense captions, written by the text encoder that is loaded anyway."""
+
+import logging
+from collections import OrderedDict
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.expander import (
+    LENGTHS,
+    MAX_VARIANTS,
+    Expansion,
+    check_can_write,
+    expand,
+    strip_thinking,
+)
+from ..krea2_model.generation import STOP_TOKENS
+
+# Texts kept a text encoder, so that going back to earlier settings costs nothing.
+KEPT_TEXTS = 64
+
+
+class K2PromptExpander(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2PromptExpander",
+            display_name="Expand a Krea 2 Prompt",
+            category="Krea 2",
+            description=(
+                "Writes a dense caption of a short prompt with the loaded text encoder, as Krea 2 "
+                "was trained on. Quoted texts and numbers are checked. Needs a real encoder: "
+                "krea2-nano's cannot write."
+            ),
+            search_aliases=["krea", "krea2", "k2", "expand", "enhance", "upsample", "caption",
+                            "llm", "magic prompt", "rewrite"],
+            inputs=[
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder; the same weights write that encode."
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip=(
+                        'What the image shows, in a few words. Text in quotation marks ("OPEN") '
+                        "and numbers have to come back as they are."
+                    ),
+                ),
+                io.Float.Input(
+                    "creativity",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip=(
+                        "0 takes the most likely words, whatever the seed; 1 invents freely. It is "
+                        "temperature (1.4 times the value) and how much freedom is given."
+                    ),
+                ),
+                io.Combo.Input(
+                    "length",
+                    options=list(LENGTHS),
+                    default="medium",
+                    tooltip="About 60, 120 or 200 words. A longer prompt is kept whole.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the first variant; the others count on from it.",
+                ),
+                io.Int.Input(
+                    "variants",
+                    default=1,
+                    min=1,
+                    max=MAX_VARIANTS,
+                    tooltip=(
+                        "How many different captions, for exploring: each leads to an image of its "
+                        "own. Those after the first go another way in view, light or surroundings."
+                    ),
+                ),
+                io.String.Input(
+                    "style",
+                    default="",
+                    optional=True,
+                    tooltip="Words for the look, such as: watercolour, muted colours.",
+                ),
+                io.String.Input(
+                    "language",
+                    default="",
+                    optional=True,
+                    tooltip="Of the caption, such as English or Japanese; empty is the prompt's.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "prompts",
+                    display_name="prompts",
+                    is_output_list=True,
+                    tooltip="The captions, one after the other; what is connected runs for each.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        clip,
+        prompt,
+        creativity=0.5,
+        length="medium",
+        seed=0,
+        variants=1,
+        style="",
+        language="",
+    ):
+        if clip is None:
+            raise ValueError(
+                "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
+                "Encoder."
+            )
+        writer = _Writer(clip, cls.hidden.unique_id if cls.hidden else None)
+        expansions = expand(
+            writer,
+            prompt,
+            creativity=creativity,
+            length=length,
+            seed=seed,
+            variants=variants,
+            style=style,
+            language=language,
+        )
+        for expansion in expansions:
+            if expansion.missing:
+                logging.warning("Krea 2 prompt expander: %s", expansion.note())
+        texts = [expansion.text for expansion in expansions]
+        return io.NodeOutput(texts, ui=ui.PreviewText(_report(expansions)))
+
+
+def _report(expansions: list[Expansion]) -> str:
+    return "\n\n".join(
+        f"{expansion.text}\n[{expansion.note()}]" if expansion.missing else expansion.text
+        for expansion in expansions
+    )
+
+
+class _Writer:
+    """Writes with a CLIP: ours a token at a time and onto the node, core's in one go."""
+
+    def __init__(self, clip, node_id):
+        self._clip = clip
+        self._node_id = node_id
+        self._model = clip.cond_stage_model
+        if hasattr(clip, "write"):
+            check_can_write(self._model.tail.path)
+
+    def __call__(self, chat, sampling, max_tokens, seed):
+        tokens = self._clip.tokenize(chat)
+        if "qwen3vl_4b" not in tokens:
+            raise ValueError(
+                f"clip makes tokens for {', '.join(tokens)}; expected Krea 2's text encoder. "
+                "Connect Load Krea 2 Text Encoder, or CLIPLoader with type krea2."
+            )
+        if not hasattr(self._clip, "write"):
+            return self._by_core(tokens, sampling, max_tokens, seed)
+        patcher = self._clip.patcher
+        if patcher.forced_hooks is not None:  # they may change with time
+            return self._write(tokens, sampling, max_tokens, seed)
+        kept: OrderedDict = self._model.texts
+        key = patcher.patches_uuid, chat, sampling, max_tokens, seed if sampling.temperature else 0
+        if key not in kept:
+            kept[key] = self._write(tokens, sampling, max_tokens, seed)
+        kept.move_to_end(key)
+        while len(kept) > KEPT_TEXTS:
+            kept.popitem(last=False)
+        return kept[key]
+
+    def _write(self, tokens, sampling, max_tokens, seed):
+        from comfy.utils import ProgressBar
+
+        progress, written = ProgressBar(max_tokens), []
+        for token in self._clip.write(tokens, sampling, max_tokens, seed):
+            written.append(token)
+            progress.update(1)
+            self._show(strip_thinking(self._clip.decode(written)))
+        if written and written[-1] in STOP_TOKENS:
+            progress.update_absolute(max_tokens)
+        return self._clip.decode(written), written[-1] in STOP_TOKENS
+
+    def _by_core(self, tokens, sampling, max_tokens, seed):
+        written = self._clip.generate(
+            tokens,
+            do_sample=sampling.temperature > 0,
+            max_length=max_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=seed,
+        )
+        return self._clip.decode(written), written[-1] in STOP_TOKENS
+
+    def _show(self, text: str) -> None:
+        """Put the text so far onto the node; there is no page where there is no server."""
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self._node_id is not None:
+            server.send_progress_text(text, self._node_id)
