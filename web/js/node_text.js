@@ -10,7 +10,18 @@ const PADDING = 20;
 
 const isOurs = (node) => node?.comfyClass?.startsWith("K2");
 
+// ComfyUI's widget for text that arrives during a run, which the report takes the place of.
+const PROGRESS = "$$node-text-preview";
+
+function removeProgress(node) {
+  const index = node.widgets?.findIndex((each) => each.name === PROGRESS) ?? -1;
+  if (index < 0) return;
+  node.widgets[index].onRemove?.();
+  node.widgets.splice(index, 1);
+}
+
 function show(node, text) {
+  removeProgress(node);
   let widget = node.widgets?.find((each) => each.name === NAME);
   if (!widget) {
     const spec = ["STRING", { multiline: true }];
