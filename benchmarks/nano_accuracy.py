@@ -1,6 +1,7 @@
 """Does krea2-nano paint what the prompt says? Pictures of held-out prompts, read back and counted.
 
     python benchmarks/nano_accuracy.py [--variants raw] [--guidance 0 3.5]
+    python benchmarks/nano_accuracy.py --variants raw --guidance 3.5 --interval 0.84 0.38
     python benchmarks/nano_accuracy.py --sheet nano.png     # only the 5 x 5 contact sheet
 
 Prompts name combinations of colour and shape (and background) that training never showed.
@@ -20,7 +21,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from krea2_model import Krea2Pipeline, nano  # noqa: E402
+from krea2_model import GuidanceSchedule, Krea2Pipeline, nano  # noqa: E402
+from krea2_model.contact_sheet import contact_sheet  # noqa: E402
 from nano_training.judge import judge  # noqa: E402
 from nano_training.scenes import Scene, held_out_prompts  # noqa: E402
 
@@ -46,23 +48,14 @@ def score(pictures: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
     return {part: 100 * float(np.mean(rights)) for part, rights in results.items()}
 
 
-def contact_sheet(pictures: np.ndarray, columns: int = 5, gap: int = 4) -> Image.Image:
-    """Pictures in rows, on white."""
-    height, width = pictures.shape[1:3]
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (255, 255, 255)
-    )
-    for index, picture in enumerate(pictures):
-        image = Image.fromarray((picture * 255).round().astype(np.uint8))
-        sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
-    return sheet
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(nano.VARIANTS), choices=nano.VARIANTS)
     parser.add_argument("--guidance", nargs="+", type=float, help="of Raw (default: 0 and 3.5)")
+    parser.add_argument(
+        "--interval", nargs=2, type=float, default=(1.0, 0.0), metavar=("START", "END"),
+        help="sigmas between which guidance counts"
+    )  # fmt: skip
     parser.add_argument("--sheet", type=Path, help="write the contact sheet here, and stop")
     options = parser.parse_args()
     exam = held_out_prompts()
@@ -70,13 +63,16 @@ def main() -> None:
     if options.sheet:
         chosen = [*range(0, 80, 5), *range(80, 116, 4)]
         pipeline = Krea2Pipeline.nano()
-        contact_sheet(paint(pipeline, [prompts[i] for i in chosen])).save(options.sheet)
+        sheet = contact_sheet(paint(pipeline, [prompts[i] for i in chosen]), columns=5)
+        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(options.sheet)
         return
+    schedule = GuidanceSchedule(*options.interval)
     for variant in options.variants:
         pipeline = Krea2Pipeline.nano(variant)
         for guidance in (options.guidance or (0.0, 3.5)) if variant == "raw" else (0.0,):
             started = time.monotonic()
-            scores = score(paint(pipeline, prompts, guidance=guidance), scenes)
+            pictures = paint(pipeline, prompts, guidance=guidance, guidance_schedule=schedule)
+            scores = score(pictures, scenes)
             line = ", ".join(f"{part} {value:.0f} %" for part, value in scores.items())
             seconds = time.monotonic() - started
             print(f"{variant}, guidance {guidance}: {line} ({seconds:.0f} s)", flush=True)

@@ -39,7 +39,9 @@ PREFIXES = {
     "text_encoder": "text_encoders.qwen3vl_4b.transformer.",
     "vae": "vae.",
 }
-QUANTISATIONS = ("fp8", "int8", "int8_convrot")
+# What a quantisation is called in a layer's settings.
+FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise", "int8_convrot": "int8_tensorwise"}
+QUANTISATIONS = tuple(FORMATS)
 
 
 def convert(
@@ -162,11 +164,11 @@ def _quantised_entries(name: str, tensor, quantise: str) -> Iterator[Entry]:
     made: dict[str, Tensor] = {}
     rows, columns = tensor.shape
     layer = name.removesuffix(".weight")
-    settings: dict[str, object] = {"format": "int8_tensorwise"}
+    settings: dict[str, object] = {"format": FORMATS[quantise]}
     dtype = torch.int8
     scale_shape: tuple[int, ...] = (rows, 1)
     if quantise == "fp8":
-        settings, dtype, scale_shape = {"format": "float8_e4m3fn"}, torch.float8_e4m3fn, ()
+        dtype, scale_shape = torch.float8_e4m3fn, ()
     group = next((size for size in (256, 64, 16, 4) if columns % size == 0), None)
     if quantise == "int8_convrot" and group:
         settings |= {"convrot": True, "convrot_groupsize": group}

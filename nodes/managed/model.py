@@ -15,7 +15,7 @@ import torch
 
 from ...krea2_model.checkpoint import is_norm_or_table, read_transformer
 from ...krea2_model.config import Preset
-from ...krea2_model.convert import quantise_blocks
+from ...krea2_model.convert import FORMATS, quantise_blocks
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TRANSFORMER
 from ...krea2_model.quantised import is_quantised
@@ -35,7 +35,7 @@ from .texts import (
     TextLengths,
     weights_of,
 )
-from .weights import check_weights, open_part
+from .weights import check_format, check_weights, open_part
 
 
 class Krea2DiffusionModel(Krea2Transformer):
@@ -392,6 +392,7 @@ def load_model(
     bare = Krea2Transformer(state.config, device="meta")
     tensors, branches = take_branches(state.tensors, checkpoint.path.name)
     if quantise and not any(map(is_quantised, tensors.values())):
+        check_format(FORMATS[quantise], f"dtype {quantise}")
         tensors = quantise_blocks(tensors, quantise, comfy.model_management.get_torch_device())
     quantisation = check_weights(bare, tensors, checkpoint.path, TRANSFORMER)
     blocks = any(isinstance(tensor, GGUFTensor) for tensor in tensors.values())

@@ -42,6 +42,15 @@ def check_weights(module, tensors: dict, path: Path, what: str):
     return quantisation
 
 
+def check_format(form: str, what: str) -> None:
+    """Refuse a quantised format that this ComfyUI has no layers for."""
+    if form not in QUANT_ALGOS:
+        raise ValueError(
+            f"{what} makes layers in {form}, which this ComfyUI cannot calculate with. Update "
+            "ComfyUI, or choose another dtype."
+        )
+
+
 def _check_formats(module, settings_of: dict[str, dict], tensors: dict, path: Path) -> None:
     """Refuse what this ComfyUI has no layers for: older ones have fewer (0.26 none for int8).
 

@@ -1,8 +1,11 @@
 """Guidance along a run and runs of two checkpoints, beside krea2_model and in pictures."""
 
+import numpy as np
 import pytest
 import torch
 
+from nano_training.judge import judge
+from nano_training.scenes import held_out_prompts
 from parity import assert_close, relative_error
 
 
@@ -145,3 +148,32 @@ def test_two_stages_refuse_what_they_cannot_do(run, raw, turbo, conditioning, la
         run("K2TwoStage", raw=raw, turbo=turbo, latent=masked, **texts)
     with pytest.raises(ValueError, match="turbo_last is 8"):
         run("K2TwoStage", raw=raw, turbo=turbo, latent=latent, turbo_last=8, **texts)
+
+
+def test_half_of_the_negative_s_passes_paint_as_well(run, monkeypatch):
+    """On krea2-nano Raw, read back: guidance in the middle, everywhere and nowhere."""
+    model, clip, vae = run("K2Loader", model="krea2-nano Raw (built in)")
+    exam = held_out_prompts()[:16]
+    positive, negative, count, _ = run(
+        "K2PromptBatch", clip=clip, prompts="\n".join(prompt for prompt, _ in exam)
+    )
+    latent = run("K2EmptyLatent", aspect="custom", width=128, height=128, batch=count)[0]
+    images, block = [], model.model.diffusion_model.blocks[0]
+    forward = block.forward
+    monkeypatch.setattr(
+        block, "forward", lambda hidden, *args: images.append(len(hidden)) or forward(hidden, *args)
+    )
+
+    def right(model, **options):
+        images.clear()
+        samples = run("K2Sampler", model=model, positive=positive, negative=negative, latent=latent,
+                      seeds="one an image", **options)[0]  # fmt: skip
+        pictures = run("K2VAEDecode", samples=samples, vae=vae)[0].numpy()
+        verdicts = [judge(p, scene) for p, (_, scene) in zip(pictures, exam, strict=True)]
+        return np.mean([verdict["shape"] for verdict in verdicts]), sum(images) / count
+
+    middle, passes = right(run("K2GuidanceSchedule", model=model, start=0.84, end=0.38)[0])
+    whole, all_passes = right(model)
+    none, _ = right(model, preset="custom", steps=28, guidance=0.0)
+    assert (passes, all_passes) == (28 + 14, 56)
+    assert middle >= whole - 0.07 and middle > none

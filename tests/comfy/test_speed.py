@@ -2,6 +2,7 @@
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.quant_ops
 import pytest
 import torch
 
@@ -108,6 +109,10 @@ def test_quantised_as_it_loads_is_what_a_converted_file_holds(
     run, turbo, models, velocity, pack, dtype, quantise
 ):
     name = "krea2_tiny_turbo.safetensors"
+    if pack("krea2_model.convert").FORMATS[quantise] not in comfy.quant_ops.QUANT_ALGOS:
+        with pytest.raises(ValueError, match=f"dtype {quantise} makes layers in .*Update ComfyUI"):
+            run("K2ModelLoader", file=name, dtype=dtype)
+        return
     loaded = run("K2ModelLoader", file=name, dtype=dtype)[0]
     folder = models / "diffusion_models"
     file = folder / f"converted_{quantise}_turbo.safetensors"
@@ -124,6 +129,12 @@ def test_quantised_as_it_loads_is_what_a_converted_file_holds(
     again = run("K2ModelLoader", file=file.name, dtype="int8")[0]
     assert_close(velocity(again), found, 1e-5, "a file that is quantised already")
     file.unlink()
+
+
+def test_a_dtype_without_layers_for_it_is_refused(run, turbo, monkeypatch):
+    monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, "float8_e4m3fn")
+    with pytest.raises(ValueError, match="dtype fp8 makes layers in float8_e4m3fn"):
+        run("K2ModelLoader", file="krea2_tiny_turbo.safetensors", dtype="fp8_scaled")
 
 
 def test_unknown_dtypes_are_named(run, turbo):
