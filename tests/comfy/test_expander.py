@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import formats
+from parity import relative_error
 
 SAMPLING = {
     "sampling_mode": "on", "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.0,
@@ -89,6 +90,41 @@ def test_the_35_layers_are_held_once(clip, written, text_generate):
     assert clip.cond_stage_model in managed and tail.model in managed
     text_generate(clip=clip.clone(), prompt="a fox", max_length=1, sampling_mode=GREEDY)
     assert clip.cond_stage_model.tail.patcher is tail
+
+
+def test_both_parts_are_loaded_in_one_call(clip, monkeypatch):
+    """What is loaded alone may push out the other, and its patches with it."""
+    calls, load = [], comfy.model_management.load_models_gpu
+
+    def recording(models, *args, **options):
+        calls.append((list(models), options["memory_required"]))
+        return load(models, *args, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", recording)
+    tokens = clip.tokenize("a fox")
+    clip.generate(tokens, max_length=1)
+    clip.generate(tokens, max_length=1000)
+    tail = clip.cond_stage_model.tail.patcher
+    assert [models for models, _ in calls] == [[clip.patcher, tail]] * 2
+    more = calls[1][1] - calls[0][1]
+    assert more == 999 * 36 * 2 * 2 * 40 * 4, "keys and values of 999 tokens more"
+
+
+def test_cards_with_bfloat16_write_in_it(clip, pack, monkeypatch):
+    language, seen = pack("nodes.managed.language"), []
+    head = language.tied_head
+
+    def recording(embedding, hidden):
+        seen.append((hidden.dtype, head(embedding, hidden)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(language, "tied_head", recording)
+    for half in (False, True):
+        monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda *_, h=half: h)
+        clip.generate(clip.tokenize("a fox"), do_sample=False, max_length=2)
+    dtypes = [dtype for dtype, _ in seen]
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert 0 < relative_error(seen[2][1].float(), seen[0][1]) < 0.1
 
 
 def test_offloaded_weights_write_alike(clip, greedy):
@@ -251,15 +287,17 @@ def test_progress_and_text_come_with_each_token(clip, brief, monkeypatch):
 
     page, steps = Page(), []
     monkeypatch.setattr(server.PromptServer, "instance", page, raising=False)
+    # The hook behind it leaves out steps that follow each other fast.
+    update = comfy.utils.ProgressBar.update
     monkeypatch.setattr(
-        comfy.utils,
-        "PROGRESS_BAR_HOOK",
-        lambda value, total, *args, **kw: steps.append((value, total)),
+        comfy.utils.ProgressBar,
+        "update",
+        lambda bar, value: steps.append(value) or update(bar, value),
     )
     node = NODES["K2PromptExpander"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     node.hidden = latest.HiddenHolder.from_dict({latest.Hidden.unique_id: "12"})
     ((text,),) = node.execute(clip=clip, seed=99, **brief).result
-    assert steps == [(step, 8) for step in range(1, 9)]
+    assert steps == [1] * 8
     assert len(page.texts) == 8 and {node_id for _, node_id in page.texts} == {"12"}
     shown = [found for found, _ in page.texts]
     for before, after in zip(shown, shown[1:], strict=False):
@@ -268,12 +306,16 @@ def test_progress_and_text_come_with_each_token(clip, brief, monkeypatch):
     assert " ".join(shown[-1].split()).startswith(text[:10])
 
 
-def test_interrupting_stops_at_the_next_token(run, clip, brief, written, monkeypatch):
-    def progress(value, *args, **options):
-        if value == 3:
-            comfy.model_management.interrupt_current_processing()
+def test_interrupting_stops_at_the_next_token(run, clip, brief, written, pack, monkeypatch):
+    language = pack("krea2_model.language").LanguageModel
+    call_model = language.__call__
 
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", progress)
+    def interrupting(self, *args):
+        if len(written) == 2:
+            comfy.model_management.interrupt_current_processing()
+        return call_model(self, *args)
+
+    monkeypatch.setattr(language, "__call__", interrupting)
     for call in (
         lambda: run("K2PromptExpander", clip=clip, seed=123, **brief),
         lambda: clip.generate(clip.tokenize("a fox"), max_length=20),
@@ -282,7 +324,6 @@ def test_interrupting_stops_at_the_next_token(run, clip, brief, written, monkeyp
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             call()
         assert len(written) == 3
-    monkeypatch.undo()
     assert not clip.cond_stage_model.texts, "half a text is not kept"
 
 
