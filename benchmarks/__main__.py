@@ -79,8 +79,11 @@ def text_report(found: dict[str, Any]) -> str:
              "1" if name == "ours" else ratio(found["seconds"], name),
              f"{found['bytes'][name] / GB:.2f} GB"]
         )  # fmt: skip
-    return "One prompt, full size, bf16 weights.\n\n" + table(
-        ["", "time", "ours is faster by", "weights held"], rows
+    heads = ["", "time", "ours is faster by", "weights held"]
+    return (
+        f"One prompt, full size, bf16 weights.\n\n{table(heads, rows)}\n\nFor writing ours holds "
+        f"{found['bytes']['tail'] / GB:.2f} GB more, the last layer and the final norm, and "
+        f"{found['bytes']['token'] / 1000:.0f} kB a token for keys and values."
     )
 
 

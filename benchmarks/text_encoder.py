@@ -39,7 +39,15 @@ def sizes() -> dict[str, int]:
     ours = encoder.Qwen3VLTextEncoder(config, device="meta", dtype=torch.bfloat16)
     core = comfy.text_encoders.krea2.te(dtype_llama=torch.bfloat16)
     core = core(device="meta", dtype=torch.bfloat16, model_options={})
-    return {"ours": module_bytes(ours), "core": module_bytes(core)}
+    language = in_process.pack_module("krea2_model.language")
+    tail = language.LanguageTail(config, range(35, 36), device="meta", dtype=torch.bfloat16)
+    return {
+        "ours": module_bytes(ours),
+        "core": module_bytes(core),
+        "tail": module_bytes(tail),
+        # Keys and values of a token in all layers, in float32.
+        "token": config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4,
+    }
 
 
 def write_file(path: Path) -> None:
