@@ -5,6 +5,7 @@ Runs without ComfyUI and never imports it.
 
 from .checkpoint import load_text_encoder, load_transformer, load_vae, save_transformer
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .expander import PromptExpander
 from .guidance import GuidanceSchedule
 from .identify import CheckpointError
 from .pipeline import Krea2Pipeline
@@ -26,6 +27,7 @@ __all__ = [
     "Krea2Transformer",
     "NegativeGuidance",
     "Preset",
+    "PromptExpander",
     "Qwen3VLTextEncoder",
     "QwenImageVAE",
     "TextEncoderConfig",

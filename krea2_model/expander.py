@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import nano
@@ -172,7 +172,9 @@ def expand(
             found = _better(found, again)
         if any(found.text == other.text for other in expansions):
             again = attempt(ask, sampling_for(1.0), seed + index + 2 * MAX_VARIANTS)
-            found = _better(replace(found, text=""), again) if again.text else found
+            # Being different is worth less than saying all that was asked for.
+            if again.text and len(again.missing) <= len(found.missing):
+                found = again
         if not found.text:
             raise ValueError(
                 "The language model wrote nothing. Try another seed; if it goes on, the text "

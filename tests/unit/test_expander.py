@@ -198,6 +198,12 @@ def test_an_equal_variant_is_written_anew():
     assert len({seed for _, _, _, seed in writer.calls}) == 3
 
 
+def test_being_different_is_no_excuse_for_leaving_out():
+    writer = Writer("Two foxes.", "Two foxes.", "Foxes.")
+    assert texts(expand(writer, "2 foxes", variants=2)) == ["Two foxes."] * 2
+    assert len(writer.calls) == 3
+
+
 def test_an_empty_answer_is_tried_again_and_then_refused():
     assert texts(expand(Writer("", "A fox."), "a fox")) == ["A fox."]
     with pytest.raises(ValueError, match="wrote nothing. Try another seed"):
