@@ -153,6 +153,26 @@ def gpu_report(found: dict[str, Any]) -> str:
     return f"A step at full size on {found['device']}.\n\n" + table(head, rows)
 
 
+def features_report(found: dict[str, Any]) -> str:
+    names = {
+        "plain": "a step without guidance",
+        "weights": "with prompt weights",
+        "negative": f"with a negative of {found['negative']} tokens beside it",
+        "guidance": "with guidance",
+    }
+    work, times, rows = found["operations"], found["seconds"], []
+    for name, label in names.items():
+        slower = "" if name not in times else ratio({"ours": times["plain"], **times}, name)
+        rows.append(
+            [label, f"{work[name] / 1e12:.1f}", f"{work[name] / work['plain']:.2f}", slower]
+        )
+    return (
+        f"Full width, {found['text']} text tokens, no batch. Operations of a step at 1024 px, "
+        "counted; time of one block at 512 px, over that of a plain one.\n\n"
+        + table(["", "TFLOP", "over a plain step", "time over a plain block"], rows)
+    )
+
+
 # A part's script, and how its numbers are shown.
 PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "block": ("A block's element-wise work", block_report),
@@ -161,6 +181,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "text_encoder": ("Text encoder", text_report),
     "sharing": ("One call for two texts", sharing_report),
     "lossy": ("Faster at a price", lossy_report),
+    "features": ("Weights and negatives", features_report),
     "load_memory": ("Loading", memory_report),
     "gpu": ("A step on a GPU", gpu_report),
 }

@@ -21,6 +21,7 @@ from .lora_updates import LoraStack
 from .prompt_weights import parse_weights, token_weights
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
 from .sizes import round_size
+from .taps import weigh_taps
 from .text_attention import NegativeGuidance, TextStates
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer, grid_size
@@ -164,6 +165,7 @@ class Krea2Pipeline:
         guidance_schedule: GuidanceSchedule = ALWAYS,
         prompt_weights: bool = False,
         negative_guidance: NegativeGuidance | None = None,
+        tap_weights: Sequence[float] | None = None,
     ):
         """Make images.
 
@@ -190,6 +192,7 @@ class Krea2Pipeline:
             reach the model as they are written.
         negative_guidance: leads away from the negative prompt also at guidance 0 (Turbo), by
             normalised attention guidance.
+        tap_weights: 12 weights of the encoder's layers in the prompt; see `taps`.
 
         Raises ValueError that names the argument, what was expected and the remedy.
         """
@@ -214,7 +217,9 @@ class Krea2Pipeline:
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
         reading = (max_sequence_length, prompt_weights, num_images)
-        positive = self._text(prompts, prompt_embeds, prompt_embeds_mask, *reading)
+        positive = self._text(
+            prompts, prompt_embeds, prompt_embeds_mask, *reading, tap_weights=tap_weights
+        )
         negative = None
         if guidance > 0 or negative_guidance is not None:
             negatives = _negative_list(negative_prompt, negative_prompt_embeds, count)
@@ -258,6 +263,7 @@ class Krea2Pipeline:
         weighted: bool,
         num_images: int,
         batch: int | None = None,
+        tap_weights: Sequence[float] | None = None,
     ) -> TextStates:
         """Fused text, its mask and weights, repeated for the images of each prompt."""
         weights = None
@@ -276,6 +282,8 @@ class Krea2Pipeline:
                 f"The mask has shape {tuple(mask.shape)}; expected {tuple(embeds.shape[:2])}, the "
                 "first two sizes of the embeddings it belongs to."
             )
+        if tap_weights is not None:
+            embeds = weigh_taps(embeds, tap_weights)
         device = _device(self.transformer)
         mask = None if mask is None else mask.to(device).bool()
         if mask is not None and mask.all():

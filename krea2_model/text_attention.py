@@ -30,7 +30,7 @@ _SAME_TIME = 1e-4
 
 @dataclass(frozen=True)
 class NegativeGuidance:
-    """Settings of normalised attention guidance; the defaults are those of its authors.
+    """Settings of normalised attention guidance: scale, limit and blend are its authors'.
 
     scale (phi): how far to lead away from the negative, 0 not at all.
     limit (tau): how many times as large as without it the result may become.
@@ -44,7 +44,7 @@ class NegativeGuidance:
     limit: float = 2.5
     blend: float = 0.25
     start: float = 0.0
-    end: float = 1.0
+    end: float = 0.75
 
     def __post_init__(self):
         for name, low, high in (

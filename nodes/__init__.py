@@ -14,6 +14,7 @@ from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .self_check import K2SelfCheck
 from .speed import K2Approximate, K2Compile
+from .taps import K2TapWeights
 
 NODES = [
     K2Loader,
@@ -23,6 +24,7 @@ NODES = [
     K2LoraLoader,
     K2PromptExpander,
     K2TextEncode,
+    K2TapWeights,
     K2EmptyLatent,
     K2Sampler,
     K2Sigmas,

@@ -51,7 +51,7 @@ class K2NegativeGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "end",
-                    default=0.5,
+                    default=0.75,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -72,7 +72,7 @@ class K2NegativeGuidance(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.5, limit=2.5):
+    def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.75, limit=2.5):
         from .managed.texts import NEGATIVE_GUIDANCE
 
         check_model(model)

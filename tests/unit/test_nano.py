@@ -7,14 +7,16 @@ scatter more; each is still far above chance.
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
 
-from krea2_model import Krea2Pipeline, nano, sampling
+from krea2_model import Krea2Pipeline, NegativeGuidance, nano, sampling
 from krea2_model.config import Preset
-from nano_training.judge import background_colour, colour_name, judge, read_thing, read_two
-from nano_training.scenes import COLOURS, Scene, Thing, draw, held_out_prompts
+from nano_training.judge import Reading, background_colour, colour_name, judge, read_thing, read_two
+from nano_training.scenes import COLOURS, SHAPES, Scene, Thing, draw, held_out_prompts
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,76 @@ def test_negative_prompt_removes_what_it_names(raw):
     against = paint(raw, *[""] * 8, negative_prompt="blue", seed=seeds, guidance=3.5)
     assert colour_share(without, "blue") > 0.1
     assert colour_share(against, "blue") < 0.25 * colour_share(without, "blue")
+
+
+def scenes_of_two_colours(count: int) -> list[tuple[str, str, str, str]]:
+    """Two colours of one thing, the colour behind it, and its shape."""
+    random = Random("two colours")
+    scenes = []
+    for index in range(count):
+        first, second, behind = random.sample(list(COLOURS), 3)
+        scenes.append((first, second, behind, SHAPES[index % len(SHAPES)]))
+    return scenes
+
+
+def things_of(pipeline, wording: str, scenes) -> list[Reading | None]:
+    """What is found in pictures of scenes, by a wording with fields for their parts."""
+    prompts = [wording.format(*scene) for scene in scenes]
+    seeds = list(range(len(prompts)))
+    return [read_thing(p) for p in paint(pipeline, *prompts, seed=seeds, prompt_weights=True)]
+
+
+def share_of_first(things, scenes) -> float:
+    """How often a thing has the first colour of its scene."""
+    found = [
+        t is not None and t.colour == scene[0] for t, scene in zip(things, scenes, strict=True)
+    ]
+    return float(np.mean(found))
+
+
+def test_weights_of_0_and_below_take_a_colour_away(either):
+    scenes = scenes_of_two_colours(12)
+    found = {
+        weight: share_of_first(
+            things_of(either, f"a ({{0}}:{weight}) {{3}} on a {{2}} background", scenes), scenes
+        )
+        for weight in (1, 0, -1)
+    }
+    assert found[1] > 0.9 and found[0] <= 0.25 and found[-1] == 0, found
+
+
+def test_weights_above_1_strengthen_a_colour(either):
+    """Of two colours of one thing it is the heavier that is seen, and the shape stays."""
+    scenes = scenes_of_two_colours(12)
+    plain, heavy = (
+        things_of(either, f"a ({{0}}:{weight}) {{1}} {{3}} on a {{2}} background", scenes)
+        for weight in (1, 1.5)
+    )
+    assert share_of_first(heavy, scenes) >= share_of_first(plain, scenes) + 0.25
+    shapes = [t is not None and t.shape == scene[3] for t, scene in zip(heavy, scenes, strict=True)]
+    assert np.mean(shapes) >= 0.9
+
+
+def test_negative_without_guidance_removes_a_colour_and_nothing_else(turbo):
+    """The prompt names two colours, the negative the one that is seen without it; 24 prompts."""
+    scenes = scenes_of_two_colours(24)
+    prompts = ["a {0} {1} {3} on a {2} background".format(*scene) for scene in scenes]
+    seeds = list(range(24))
+    before = [read_thing(picture) for picture in paint(turbo, *prompts, seed=seeds)]
+    pictures = paint(
+        turbo, *prompts, seed=seeds, negative_guidance=NegativeGuidance(),
+        negative_prompt=[f"a {t.colour} {s[3]}" for t, s in zip(before, scenes, strict=True)],
+    )  # fmt: skip
+    after = [read_thing(picture) for picture in pictures]
+    gone = [b is None or a.colour != b.colour for a, b in zip(before, after, strict=True)]
+    assert np.mean(gone) >= 0.8
+    kept = [
+        thing is not None
+        and (thing.shape, thing.place) == (shape, "centre")
+        and colour_name(background_colour(picture)) == behind
+        for thing, picture, (_, _, behind, shape) in zip(after, pictures, scenes, strict=True)
+    ]
+    assert np.mean(kept) >= 0.9
 
 
 def test_a_seed_is_a_picture(either):

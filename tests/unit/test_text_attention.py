@@ -204,7 +204,7 @@ def test_steps_of_the_window():
     shifted = sigma_schedule(8, 1.15)
     found = [half.works_at(t, shifted[2], shifted[6]) for t in shifted[:-1]]
     assert found == [False] * 2 + [True] * 4 + [False] * 2
-    assert all(NegativeGuidance().works_at(t) for t in times)
+    assert all(NegativeGuidance(end=1.0).works_at(t) for t in times)
     assert not any(NegativeGuidance(scale=0.0).works_at(t) for t in times)
 
 
@@ -223,7 +223,7 @@ def test_only_steps_of_the_window_are_guided(model):
     run = {"sigmas": sigma_schedule(4, 1.15), "guidance": 0}
     noise, positive, negative = random(1, 16, 8, 6), text(7, 3), text(4, 4)
     plain = [latents for _, latents, _ in denoise(model, noise, positive, **run)]
-    late = NegativeGuidance(start=0.5)
+    late = NegativeGuidance(start=0.5, end=1.0)
     found = [x for _, x, _ in denoise(model, noise, positive, negative, negative_guidance=late,
                                       **run)]  # fmt: skip
     assert [torch.equal(a, b) for a, b in zip(plain, found, strict=True)] == [

@@ -1,0 +1,94 @@
+"""What prompt weights and a negative without guidance cost at full width, beside a plain step.
+
+    PYTHONPATH=ComfyUI python -P benchmarks/features.py     # prints JSON
+
+Operations are counted on the whole model at 1024 px without computing anything; time is that of one
+block at 512 px on this machine, in turns. Guidance is there to compare: a second pass.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT)]
+
+from krea2_model.config import TransformerConfig  # noqa: E402
+from krea2_model.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
+from krea2_model.transformer import Krea2Transformer, TextHooks  # noqa: E402
+
+CONFIG = TransformerConfig()
+TEXT, NEGATIVE = 128, 32
+TURNS = 3
+
+
+def hooks_of(name: str, device: str) -> dict:
+    """Arguments of a call with a feature."""
+    if name == "plain":
+        return {}
+    weights = torch.ones(1, TEXT, device=device)
+    weights[0, 3:6] = 1.3
+    if name == "weights":
+        return {"hooks": TextHooks(TextAttention(weights))}
+    states = TextStates(torch.zeros(1, NEGATIVE, CONFIG.hidden_size, device=device))
+    attention = TextAttention(negative=states, settings=NegativeGuidance())
+    return {"hooks": TextHooks(attention)}
+
+
+def operations(pixels: int) -> dict[str, float]:
+    """Floating-point operations of a step by feature, counted on a model without numbers."""
+    model = Krea2Transformer(CONFIG, device="meta")
+    arguments = (
+        torch.zeros(1, 16, pixels // 8, pixels // 8, device="meta"),
+        torch.zeros(1, device="meta"),
+        torch.zeros(1, TEXT, CONFIG.hidden_size, device="meta"),
+    )
+    found = {}
+    for name in ("plain", "weights", "negative"):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*arguments, **hooks_of(name, "meta"))
+        found[name] = float(counter.get_total_flops())
+    found["guidance"] = 2 * found["plain"]
+    return found
+
+
+def seconds(pixels: int) -> dict[str, list[float]]:
+    """Times of one block by feature; the parts around the blocks are left out."""
+    model = Krea2Transformer(CONFIG, device="meta")
+    block = model.blocks[0].to_empty(device="cpu")
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    tokens = (pixels // 16) ** 2
+    vector = torch.zeros(1, 1, 6 * CONFIG.hidden_size)
+    identity = torch.eye(2).expand(1, 1, TEXT + tokens, CONFIG.attention_head_dim // 2, 2, 2)
+    image = slice(TEXT, TEXT + tokens)
+
+    def run(name: str) -> float:
+        hidden, options = torch.randn(1, TEXT + tokens, CONFIG.hidden_size), hooks_of(name, "cpu")
+        rope = identity
+        if options:
+            prepare = options["hooks"].text.prepare
+            hidden, _, rope, _, _ = prepare(hidden, image, rope, None, None)
+        started = time.perf_counter()
+        with torch.no_grad():
+            block(hidden, vector, rope.contiguous(), **options)
+        return time.perf_counter() - started
+
+    times: dict[str, list[float]] = {name: [] for name in ("plain", "weights", "negative")}
+    for turn in range(TURNS + 1):
+        for name, found in times.items():
+            taken = run(name)
+            if turn:  # the first is for warming up
+                found.append(taken)
+    return times
+
+
+if __name__ == "__main__":
+    print(json.dumps({"text": TEXT, "negative": NEGATIVE, "operations": operations(1024),
+                      "seconds": seconds(512)}))  # fmt: skip

@@ -1,0 +1,56 @@
+"""The mix of encoder layers that a prompt is made of."""
+
+from comfy_api.latest import io
+
+from ..krea2_model.taps import weigh_taps
+
+# The layers of the text encoder that Krea 2 reads, in the order in which it reads them.
+LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
+
+
+class K2TapWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2TapWeights",
+            display_name="Krea 2 Layer Mix",
+            category="Krea 2",
+            description=(
+                "Weighs the twelve layers of the text encoder that a prompt is made of; each token "
+                "keeps its size. All equal, the prompt stays as it is."
+            ),
+            search_aliases=["krea", "krea2", "k2", "taps", "layers", "rebalance", "hidden states"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="An encoded prompt."),
+                *(
+                    io.Float.Input(
+                        name,
+                        default=1.0,
+                        min=0.0,
+                        max=8.0,
+                        step=0.05,
+                        tooltip="How much this layer counts beside the others; 0 leaves it out.",
+                    )
+                    for name in (
+                        "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17",
+                        "layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35",
+                    )
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The same prompt in another mix.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, conditioning, **layers):
+        weights = [layers.get(f"layer_{layer}", 1.0) for layer in LAYERS]
+        mixed = []
+        for states, extra in conditioning:
+            if states.shape[-1] % len(LAYERS):
+                raise ValueError(
+                    f"The conditioning has {states.shape[-1]} features a token; expected "
+                    f"{len(LAYERS)} layers of one width (30720 for Krea 2). Connect a prompt of "
+                    "Krea 2 Prompt."
+                )
+            taps = states.unflatten(-1, (len(LAYERS), -1))
+            mixed.append([weigh_taps(taps, weights).flatten(2), extra])
+        return io.NodeOutput(mixed)
