@@ -160,16 +160,17 @@ def features_report(found: dict[str, Any]) -> str:
         "negative": f"with a negative of {found['negative']} tokens beside it",
         "guidance": "with guidance",
     }
-    work, times, rows = found["operations"], found["seconds"], []
+    times, rows = found["seconds"], []
     for name, label in names.items():
-        slower = "" if name not in times else ratio({"ours": times["plain"], **times}, name)
-        rows.append(
-            [label, f"{work[name] / 1e12:.1f}", f"{work[name] / work['plain']:.2f}", slower]
-        )
+        cells = [f"{work[name] / work['plain']:.2f}" for work in found["operations"].values()]
+        if name in times:
+            cells.append(ratio({"ours": times["plain"], name: times[name]}, name))
+        rows.append([label, *cells, *[""] * (len(found["operations"]) + 1 - len(cells))])
+    head = [f"operations at {size} px" for size in found["operations"]]
     return (
-        f"Full width, {found['text']} text tokens, no batch. Operations of a step at 1024 px, "
-        "counted; time of one block at 512 px, over that of a plain one.\n\n"
-        + table(["", "TFLOP", "over a plain step", "time over a plain block"], rows)
+        f"Full width, {found['text']} text tokens, one image, over a plain step: operations of the "
+        "whole model, counted; processor time of one block at 512 px.\n\n"
+        + table(["", *head, "time"], rows)
     )
 
 

@@ -55,6 +55,7 @@ class K2TextEncode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_TOKENS,
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "Cut prompts after so many tokens, 0 for never: steps get faster and what "
@@ -64,6 +65,7 @@ class K2TextEncode(io.ComfyNode):
                 io.Boolean.Input(
                     "weights",
                     default=True,
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, "
