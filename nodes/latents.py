@@ -55,6 +55,7 @@ class K2EmptyLatent(io.ComfyNode):
                 io.Boolean.Input(
                     "swap",
                     default=False,
+                    optional=True,
                     tooltip="Width for height: landscape becomes portrait, and back.",
                 ),
             ],

@@ -265,6 +265,7 @@ class K2Sampler(io.ComfyNode):
                     "seeds",
                     options=[ONE_STREAM, ONE_EACH],
                     default=ONE_STREAM,
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "For batches: the whole batch from one seed, as ComfyUI does, or image i "
