@@ -169,7 +169,7 @@ class Krea2Model(comfy.model_base.Krea2):
         out.update(against)
         if self._may_fuse_now(kwargs):
             text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
-            plain = mask is None and weights is None and not against
+            plain = mask is None and not against
             out["c_crossattn"] = FusedText(text, plain and self._may_share_calls(kwargs["noise"]))
             if mask is None:
                 out["text_lengths"] = TextLengths((text.shape[1],) * len(text))

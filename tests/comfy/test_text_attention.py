@@ -213,6 +213,27 @@ def test_core_s_clip_takes_weights_too(run, models, pack):
     assert core.text == "a red circle" and extra[KEY].tolist() == [[1.0, 1.5] + [1.0] * 6]
 
 
+def test_combined_prompts_with_a_negative(run, turbo, conditioning, latent):
+    """Texts of different length share calls only where there is no negative."""
+    first, second = conditioning(6, 1), conditioning(4, 2)
+    model = run("K2NegativeGuidance", model=turbo, negative=conditioning(5, 3))[0]
+
+    def sample(positive):
+        return run("K2Sampler", model=model, positive=positive, latent=latent, preset="custom",
+                   steps=1, guidance=0.0, seed=3)[0]["samples"]  # fmt: skip
+
+    expected = (sample(first) + sample(second)) / 2
+    assert_close(sample(first + second), expected, 1e-5, "two prompts and a negative")
+
+
+def test_memory_counts_the_negative_s_tokens(turbo):
+    def required(**shapes):
+        return turbo.model.memory_required((1, 16, 1, 16, 16), shapes)
+
+    text, negative = {"c_crossattn": [(1, 6, 256)]}, {"negative_text": [(1, 9, 256)]}
+    assert required(**text, **negative) == required(c_crossattn=[(1, 15, 256)]) > required(**text)
+
+
 @pytest.mark.parametrize("off", [{"strength": 0.0}, {"blend": 0.0}, {"start": 0.5, "end": 0.5}])
 def test_a_negative_that_is_off_is_exactly_as_before(run, nano, encode, sample, off):
     positive = encode("a red circle")
