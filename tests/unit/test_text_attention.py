@@ -154,6 +154,16 @@ def test_negative_guidance_equals_two_whole_streams(model):
     assert not torch.allclose(found, velocity(model, positive), atol=1e-3)
 
 
+def test_tokens_of_the_negative_may_have_weights(model):
+    states, negative, weights = text(7, 3), text(4, 4), torch.ones(1, 4)
+    plain, weighted = (
+        velocity(model, states, negative=TextStates(negative, None, own), settings=SETTINGS)
+        for own in (weights, torch.tensor([[1.0, 0.0, 2.0, 1.0]]))
+    )
+    without = velocity(model, states, negative=TextStates(negative), settings=SETTINGS)
+    assert torch.equal(plain, without) and not torch.allclose(weighted, without, atol=1e-3)
+
+
 def test_normalised_guidance_follows_its_formula():
     z, against = random(2, 5, 8), random(2, 5, 8, seed=2)
     for settings in (SETTINGS, NegativeGuidance(), NegativeGuidance(limit=1e6, blend=1.0)):
