@@ -25,6 +25,8 @@ recording = {"network"}
 
 
 def hook(event, arguments):
+    if event == "socket.bind" and arguments[1] == ("::1", 0):
+        return  # urllib3's question, as it is imported, whether there is IPv6
     for kind, names in (("network", NETWORK), ("code", CODE), ("written", CHANGES)):
         if kind in recording and event in names:
             events[kind].append(f"{event} {arguments!r}"[:300])
@@ -64,6 +66,20 @@ def use_every_node(base: Path) -> set[str]:
         )[0]  # fmt: skip
         (images,) = run("K2VAEDecode", samples=samples, vae=vae)
         run("K2VAEEncode", pixels=images, vae=vae)
+        run("K2SelfCheck", model=model, clip=clip)
+        raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]
+        raw = run("K2GuidanceSchedule", model=raw, end=0.5)[0]
+        raw = run("K2Approximate", model=raw, evaluate="every 2nd step")[0]
+        negative_turbo = run("K2NegativeGuidance", model=model, negative=negative)[0]
+        mixed = run("K2TapWeights", conditioning=positive, layer_2=0.5)[0]
+        many, empty, count, captions = run("K2PromptBatch", clip=clip, prompts="a {red|blue} star")
+        run(
+            "K2TwoStage", raw=raw, turbo=negative_turbo, positive=mixed, negative=negative,
+            latent=latent, turbo_last=1, raw_steps=2,
+        )  # fmt: skip
+        run("K2ContactSheet", images=[images], captions=[captions])
+        (writer,) = run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")
+        run("K2PromptExpander", clip=writer, prompt="a star", length="short")
     return used
 
 
@@ -72,9 +88,12 @@ def main() -> None:
     sys.addaudithook(hook)
     import in_process
 
+    import tiny_checkpoints
+
     in_process.start(base)
     folder = base / "models" / "diffusion_models"
-    folder.mkdir(parents=True)
+    # krea2-nano's encoder cannot write; this one writes, if only nonsense.
+    tiny_checkpoints.write_models(base / "models")
     shutil.copyfile(
         ROOT / "krea2_model" / "nano" / "krea2_nano_turbo.safetensors",
         folder / "copy.safetensors",
