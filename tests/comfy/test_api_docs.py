@@ -71,7 +71,12 @@ def test_there_are_only_blocks_that_are_run():
 
 
 def test_curl(folder):
-    assert json.loads((folder / "graph.json").read_text()) == json.loads(WORKFLOW.read_text())
+    graph, workflow = (json.loads(p.read_text()) for p in (folder / "graph.json", WORKFLOW))
+    assert list(graph) == list(workflow)
+    for name, node in graph.items():
+        assert node["class_type"] == workflow[name]["class_type"]
+        # Inputs that came later are optional, and the page has room for better things.
+        assert node["inputs"].items() <= workflow[name]["inputs"].items()
     lines = (folder / "printed.txt").read_text().splitlines()
     assert lines == [
         "completed",
@@ -92,7 +97,7 @@ def test_python(server, folder):
     assert different.any()
     for words in (
         "node 4 begins", "node 4: 8 of 8", "step 8 of 8",
-        "K2Loader (node 1): There is no 'nowhere.safetensors' in models/",
+        "K2Loader (node 1): model: There is no 'nowhere.safetensors' in models/",
         "K2Sampler (node 4): Guidance is 4.5 (preset raw) but nothing is connected",
     ):  # fmt: skip
         assert words in printed
