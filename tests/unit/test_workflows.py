@@ -45,8 +45,13 @@ def test_there_are_examples():
         "krea2_lora",
         "krea2_nano_first_image",
         "krea2_prompt_batch",
+        "krea2_prompt_expander",
+        "krea2_prompt_weights",
+        "krea2_raw_faster",
         "krea2_raw_text_to_image",
+        "krea2_raw_then_turbo",
         "krea2_stock_nodes",
+        "krea2_turbo_negative",
         "krea2_turbo_text_to_image",
     }
 
@@ -170,8 +175,8 @@ def _by_position(node: dict, inputs: dict) -> dict:
     widgets = [i for i in node["inputs"] if "widget" in i]
     names = [i["name"] for i in widgets]
     values = list(node.get("widgets_values", ()))
-    if "seed" in names:
-        assert values.pop(names.index("seed") + 1) in SEED_CONTROLS
+    for seed in [name for name in names if name.endswith("seed")]:
+        assert values.pop(names.index(seed) + 1) in SEED_CONTROLS
     given = dict(zip(names, values, strict=True))
     for unused in widgets:
         if unused["link"] is not None or unused["type"] == "IMAGEUPLOAD":
