@@ -107,7 +107,6 @@ def test_workflows_give_pictures(server, file):
     assert (total, total) in steps
 
 
-
 def test_the_same_picture_without_comfyui(server, graph, pack):
     """A seed gives the same pixels through the API and through Python."""
     models = server.base / "models"
