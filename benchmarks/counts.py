@@ -1,4 +1,4 @@
-"""What a run of krea2-nano does: tokens a call and calls of text fusion, beside core and diffusers.
+"""What a run of krea2-nano does and takes, beside core and diffusers: calls, tokens, fusions, time.
 
 PYTHONPATH=ComfyUI python -P benchmarks/counts.py     # prints JSON
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +19,7 @@ import in_process  # noqa: E402
 
 PROMPT = "a small green star above a purple ring on white"
 STEPS, GUIDANCE = 28, 3.5
+TURNS = 5
 
 
 def watch(module, tokens_of, fusion) -> dict:
@@ -60,18 +63,31 @@ def main() -> None:
             core = run(
                 "UNETLoader", unet_name=nano.TRANSFORMERS["raw"].name, weight_dtype="default"
             )[0]
+            paint: dict[str, Callable[[], object]] = {}
             for who, model in (("ours", ours), ("core", core)):
                 inner = model.model.diffusion_model
                 results[who] = watch(inner.blocks[0], hidden_tokens, inner.txtfusion)
-                run("KSampler", model=model, seed=1, steps=STEPS, cfg=GUIDANCE + 1,
+                paint[who] = lambda model=model: run(
+                    "KSampler", model=model, seed=1, steps=STEPS, cfg=GUIDANCE + 1,
                     sampler_name="euler", scheduler="simple", positive=positive,
                     negative=negative, latent_image=latent)  # fmt: skip
-            results["diffusers"] = diffusers_counts(base / "diffusers")
+            results["diffusers"], paint["diffusers"] = diffusers_run(base / "diffusers")
+            for call in paint.values():  # counts, and warms up
+                call()
+            results = {who: {**counts, "seconds": []} for who, counts in results.items()}
+            for _ in range(TURNS):
+                for who, call in paint.items():
+                    started = time.perf_counter()
+                    call()
+                    results[who]["seconds"].append(time.perf_counter() - started)
     print(json.dumps(results))
 
 
-def diffusers_counts(folder: Path) -> dict:
-    """The same run by diffusers' pipeline, from a folder that our converter wrote."""
+def diffusers_run(folder: Path) -> tuple[dict, Callable[[], object]]:
+    """The same by diffusers' pipeline, from a folder that our converter wrote, and its counts.
+
+    Its text encoder runs too, which in ComfyUI is a node of its own; on nano that is a hundredth.
+    """
     import torch
     from diffusers import Krea2Pipeline
 
@@ -92,9 +108,9 @@ def diffusers_counts(folder: Path) -> dict:
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
     counts = watch(model.transformer_blocks[0], hidden_tokens, model.text_fusion)
-    pipeline(PROMPT, height=128, width=128, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-             output_type="latent")  # fmt: skip
-    return counts
+    return counts, lambda: pipeline(
+        PROMPT, height=128, width=128, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        output_type="latent")  # fmt: skip
 
 
 if __name__ == "__main__":
