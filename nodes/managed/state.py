@@ -1,6 +1,5 @@
 """What a MODEL, a CLIP and this ComfyUI are, as lines of text for the self-check."""
 
-import importlib
 import inspect
 import sys
 from collections import Counter
@@ -30,7 +29,7 @@ _FORMATS = ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4"
 
 def versions() -> Iterable[str]:
     try:
-        version = importlib.import_module("comfyui_version").__version__
+        from comfyui_version import __version__ as version
     except ImportError:
         version = "unknown (it has no comfyui_version)"
     yield f"ComfyUI: {version}"

@@ -37,6 +37,8 @@ def problems(source: str) -> list[str]:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names.append(node.module or "")
             for name in names:
+                if name == "importlib.metadata":  # versions of packages; it imports nothing
+                    continue
                 for kind, modules in REFUSED_MODULES.items():
                     if name.partition(".")[0] in modules:
                         found.append(f"imports {name} ({kind})")
