@@ -120,14 +120,19 @@ def test_quantised_as_it_loads_is_what_a_converted_file_holds(
     converted = run("K2ModelLoader", file=file.name)[0]
     assert loaded.model_size() == converted.model_size() < 0.7 * turbo.model_size()
     found = velocity(loaded)
-    assert_close(found, velocity(converted), 1e-5, f"{dtype} as it loads and from a file")
+    weights, expected = (m.model.diffusion_model.state_dict() for m in (loaded, converted))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key].float(), expected[key].float()) for key in weights)
+    # A last digit flips a step of int8's 8-bit activations.
+    limit = 1e-5 if quantise == "fp8" else 1e-2
+    assert_close(found, velocity(converted), limit, f"{dtype} as it loads and from a file")
     assert 0 < relative_error(found, velocity(turbo)) < 0.2
     # Another loader of the same object, as core's compile and multi-GPU nodes ask for.
     loader, arguments = loaded.cached_patcher_init
-    assert_close(velocity(loader(*arguments, disable_dynamic=True)), found, 1e-5, "loaded again")
+    assert_close(velocity(loader(*arguments, disable_dynamic=True)), found, limit, "loaded again")
     # A quantised file stays as it is.
     again = run("K2ModelLoader", file=file.name, dtype="int8")[0]
-    assert_close(velocity(again), found, 1e-5, "a file that is quantised already")
+    assert_close(velocity(again), found, limit, "a file that is quantised already")
     file.unlink()
 
 
