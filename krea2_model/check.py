@@ -91,11 +91,10 @@ def check(models: Path | None = None) -> Report:
 
 def versions() -> list[str]:
     """Versions of the pack, of Python, and of the packages that matter."""
-    machine = platform.uname()
     packages = ("transformers", "safetensors", "comfy-kitchen", "gguf")
     return [
         f"Krea 2 Kit: {_pack_version()}",
-        f"system: {machine.system} {machine.release}, {machine.machine}",
+        f"system: {platform.platform()}",
         f"Python: {platform.python_version()}",
         f"torch: {torch.__version__}",
         *(f"{name}: {package_version(name)}" for name in packages),
