@@ -14,6 +14,7 @@ from ..krea2_model.expander import (
     strip_thinking,
 )
 from ..krea2_model.generation import STOP_TOKENS
+from .prompts import check_clip
 
 # Texts kept a text encoder, so that going back to earlier settings costs nothing.
 KEPT_TEXTS = 64
@@ -117,11 +118,7 @@ class K2PromptExpander(io.ComfyNode):
         style="",
         language="",
     ):
-        if clip is None:
-            raise ValueError(
-                "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
-                "Encoder."
-            )
+        check_clip(clip)
         writer = _Writer(clip, cls.hidden.unique_id if cls.hidden else None)
         expansions = expand(
             writer,

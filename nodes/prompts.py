@@ -93,6 +93,15 @@ class K2TextEncode(io.ComfyNode):
         return io.NodeOutput(*encoded, ui=ui.PreviewText("\n".join(counts)))
 
 
+def check_clip(clip) -> None:
+    """Refuse the empty CLIP of a checkpoint without a text encoder."""
+    if clip is None:
+        raise ValueError(
+            "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
+            "Encoder."
+        )
+
+
 def encode(clip, prompts: list[str], weights: bool = True, **options):
     """Conditioning of a prompt, or of one an image, in Krea 2's template.
 
@@ -101,10 +110,6 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
     from .managed.clip import encode_prompts
     from .managed.memory import advise
 
-    if clip is None:
-        raise ValueError(
-            "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
-            "Encoder."
-        )
+    check_clip(clip)
     with advise("The text encoder", _REMEDY):
         return encode_prompts(clip, prompts, weighted=weights, **options)

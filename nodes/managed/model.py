@@ -154,11 +154,9 @@ class Krea2Model(comfy.model_base.Krea2):
 
     def extra_conds(self, **kwargs):
         out = super().extra_conds(**kwargs) | self._references(kwargs)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not bool((mask > 0.5).all()):
+        mask = _mask_of(kwargs)
+        if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
-        else:
-            mask = None
         self.diffusion_model.times = ScheduleTimes() if self._streams() else None
         if "c_crossattn" not in out:
             return out
@@ -202,11 +200,9 @@ class Krea2Model(comfy.model_base.Krea2):
             return {}
         settings, context, extra = chosen
         regular, out = comfy.conds.CONDRegular, {}
-        mask, weights = extra.get("attention_mask"), weights_of(extra, context)
-        if mask is not None and not bool((mask > 0.5).all()):
+        mask, weights = _mask_of(extra), weights_of(extra, context)
+        if mask is not None:
             out["negative_mask"] = regular(mask)
-        else:
-            mask = None
         if weights is not None:
             out["negative_weights"] = regular(weights)
         if self._may_fuse_now(conditioning):
@@ -433,6 +429,12 @@ def load_model(
     model.load_model_weights(tensors, "", assign=blocks or patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantise))
     return patcher
+
+
+def _mask_of(conditioning):
+    """The mask (B, L) of a conditioning's text, or None where it hides nothing."""
+    mask = conditioning.get("attention_mask")
+    return None if mask is None or bool((mask > 0.5).all()) else mask
 
 
 def _is_comfyui_s(function) -> bool:
