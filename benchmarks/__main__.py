@@ -194,7 +194,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 NOT_MEASURED = (
     "On a GPU (no GPU was at hand): step time resident and offloaded, peak VRAM, ComfyUI's fused "
     "kernels and the distance to the roofline, which benchmarks/gpu.py measures; "
-    "and compilation."
+    "compilation."
 )
 
 
