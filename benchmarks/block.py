@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     rows = options.tokens // 64
-    positions = transformer.grid_positions([(rows, 64)])[None][:, : options.tokens]
+    positions = transformer.grid_positions([(0, rows, 64)])[None][:, : options.tokens]
     rope = attention.rope_table(positions, CONFIG.axes_dims_rope, CONFIG.rope_theta)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):

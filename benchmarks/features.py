@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
+from krea2_model.hooks import AttentionHooks  # noqa: E402
 from krea2_model.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
-from krea2_model.transformer import Krea2Transformer, TextHooks  # noqa: E402
+from krea2_model.transformer import Krea2Transformer  # noqa: E402
 
 CONFIG = TransformerConfig()
 TEXT, NEGATIVE = 128, 32
@@ -36,10 +37,10 @@ def hooks_of(name: str, device: str) -> dict:
     weights = torch.ones(1, TEXT, device=device)
     weights[0, 3:6] = 1.3
     if name == "weights":
-        return {"hooks": TextHooks(TextAttention(weights))}
+        return {"hooks": AttentionHooks(TextAttention(weights))}
     states = TextStates(torch.zeros(1, NEGATIVE, CONFIG.hidden_size, device=device))
     attention = TextAttention(negative=states, settings=NegativeGuidance())
-    return {"hooks": TextHooks(attention)}
+    return {"hooks": AttentionHooks(attention)}
 
 
 def operations(pixels: int) -> dict[str, float]:

@@ -61,6 +61,18 @@ class GuidanceSchedule:
 ALWAYS = GuidanceSchedule()
 
 
+# Two times of a schedule that are this close are one.
+_SAME_TIME = 1e-4
+
+
+def in_window(time: float, first: float, last: float) -> bool:
+    """Whether a step that begins at a time lies in a window of a schedule, its last time left out.
+
+    So of windows that meet, one step belongs to just one.
+    """
+    return last + _SAME_TIME < time <= first + _SAME_TIME
+
+
 def rescaled(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
     """The guided velocity with the deviation of the conditional one, mixed in by `amount`.
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .forecast import Forecast
 from .guidance import ALWAYS, GuidanceSchedule, rescaled
+from .hooks import AttentionHooks
+from .references import TIME_ZERO, RecordedReferences, Reference
 from .text_attention import NegativeGuidance, TextAttention, TextStates
-from .transformer import Krea2Transformer, TextHooks
+from .transformer import Krea2Transformer
 
 # The exponent of the shift is linear in image tokens through these two points.
 _MU_TOKENS = (256, 6400)
@@ -95,6 +98,9 @@ def denoise(
     evaluate_every: int = 1,
     guidance_schedule: GuidanceSchedule = ALWAYS,
     negative_guidance: NegativeGuidance | None = None,
+    references: Sequence[Tensor | Reference] | None = None,
+    reference_method: str = TIME_ZERO,
+    references_apart: bool = False,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
@@ -109,6 +115,9 @@ def denoise(
         see `forecast`.
     guidance_schedule: at which sigmas guidance counts, and how much; all of it everywhere.
     negative_guidance: leads away from the negative inside attention, also at guidance 0.
+    references, reference_method: images to look at, see `Krea2Transformer` and `Reference`.
+    references_apart: they see themselves alone, so they are gone through once and not at each
+        step. Faster, and not what LoRAs were trained with. Only at time 0.
 
     Yields `(step, latents, predicted)` after each step, counted from 1; `predicted` is the image
     the model sees at that step (x0). Stop iterating to cancel.
@@ -126,8 +135,14 @@ def denoise(
             "There is negative_guidance but no negative text. Pass the fused text that is to be "
             "led away from as negative."
         )
+    if references_apart and reference_method != TIME_ZERO:
+        raise ValueError(
+            f"References are kept apart by reference_method {reference_method!r}; expected "
+            f"{TIME_ZERO!r}, since otherwise they change with every step."
+        )
     forecast = Forecast(len(sigmas) - 1, evaluate_every)
     texts = _text_states(positive), _text_states(negative)
+    beside = _References(references or (), reference_method, references_apart)
     return _euler(
         transformer,
         noise.float(),
@@ -137,6 +152,7 @@ def denoise(
         forecast,
         guidance_schedule,
         negative_guidance,
+        beside,
     )
 
 
@@ -204,6 +220,7 @@ def _euler(
     forecast,
     schedule=ALWAYS,
     negative_guidance=None,
+    references=None,
 ):
     steps = len(sigmas) - 1
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
@@ -211,10 +228,15 @@ def _euler(
             if forecast.leaves_out(step - 1):
                 velocity = forecast.velocity(sigma)
             else:
-                inside = negative_guidance
-                if inside is not None and not inside.works_at(1 - (step - 1) / steps):
+                inside, time = negative_guidance, 1 - (step - 1) / steps
+                if inside is not None and not inside.works_at(time):
                     inside = None
-                velocity = _velocity(transformer, latents, sigma, texts, guidance, schedule, inside)
+                beside = {}
+                if references is not None:
+                    beside = references.at(time, transformer, texts[0].states.dtype)
+                velocity = _velocity(
+                    transformer, latents, sigma, texts, guidance, schedule, inside, **beside
+                )
                 forecast.note(sigma, velocity)
             if not torch.isfinite(velocity).all():
                 raise ValueError(
@@ -226,20 +248,53 @@ def _euler(
         yield step, latents, predicted
 
 
-def _velocity(transformer, latents, sigma, texts, guidance, schedule, inside) -> Tensor:
+class _References:
+    """Those of a run, and what is kept of them where they are gone through once."""
+
+    def __init__(self, references, method: str, apart: bool):
+        given = [r if isinstance(r, Reference) else Reference(r) for r in references]
+        # Each keeps its place while others come and go.
+        self._references = [replace(r, index=r.index or n) for n, r in enumerate(given, 1)]
+        self._method, self._apart = method, apart
+        self._recorded: dict[tuple[int, ...], RecordedReferences] = {}
+
+    def at(self, time: float, transformer: Krea2Transformer, dtype: torch.dtype) -> dict:
+        """What a step that begins at a time is called with."""
+        there = [at for at, reference in enumerate(self._references) if reference.is_there(time)]
+        references = [self._references[at] for at in there]
+        if not references:
+            return {}
+        if not self._apart:
+            return {"references": references, "reference_method": self._method}
+        if tuple(there) not in self._recorded:
+            self._recorded[tuple(there)] = transformer.record(references, dtype)
+        return {"recorded": self._recorded[tuple(there)]}
+
+
+def _velocity(
+    transformer,
+    latents,
+    sigma,
+    texts,
+    guidance,
+    schedule,
+    inside,
+    recorded=None,
+    **beside,
+) -> Tensor:
     """`cond + guidance * (cond - uncond)` in float32, as far as the schedule lets it count.
 
-    `inside` guides the attention of cond.
+    `inside` guides the attention of cond; `beside` are the references of the call.
     """
     timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
 
     def velocity(text: TextStates, against: TextStates | None = None) -> Tensor:
-        hooks = {}
-        if text.weights is not None or against is not None:
+        options = dict(beside)
+        if text.weights is not None or against is not None or recorded is not None:
             settings = None if against is None else inside
             attention = TextAttention(text.weights, text.mask, against, settings)
-            hooks = {"hooks": TextHooks(attention)}
-        return transformer(latents, timestep, text.states, text.mask, **hooks).float()
+            options["hooks"] = AttentionHooks(attention, recorded)
+        return transformer(latents, timestep, text.states, text.mask, **options).float()
 
     positive, negative = texts
     conditional = velocity(positive, None if inside is None else negative)

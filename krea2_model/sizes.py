@@ -58,6 +58,18 @@ def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
     return width, height
 
 
+def fitted_size(width: int, height: int, megapixels: float) -> tuple[int, int]:
+    """Sides of a picture, in multiples of 16, at its own shape and of at most an area.
+
+    It is never made larger, but for sides under 16 pixels. megapixels: as `size_for` takes them.
+    """
+    if not math.isfinite(megapixels) or megapixels <= 0:
+        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
+    scale = min(1.0, math.sqrt(megapixels * 1024 * 1024 / (width * height)))
+    across, down = (max(1, int(side * scale / MULTIPLE)) for side in (width, height))
+    return across * MULTIPLE, down * MULTIPLE
+
+
 def image_tokens(width: int, height: int) -> int:
     """Tokens of an image whose sides are multiples of 16."""
     return (width // MULTIPLE) * (height // MULTIPLE)

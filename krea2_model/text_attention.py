@@ -15,17 +15,14 @@ normalises them, and what is left of the scale is distortion.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# (query, key, value, mask) over heads (B, H, L, D), to (B, L, H * D).
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-# Two times of a schedule that are this close are one.
-_SAME_TIME = 1e-4
+from .attention import Attend
+from .guidance import in_window
+from .references import added_mask
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class NegativeGuidance:
         """
         first = 1 - self.start if first is None else first
         last = 1 - self.end if last is None else last
-        return not self.is_off and last + _SAME_TIME < time <= first + _SAME_TIME
+        return not self.is_off and in_window(time, first, last)
 
 
 @dataclass(frozen=True)
@@ -138,13 +135,15 @@ class TextAttention:
             plain = hidden.new_ones(rows, 1, 1, 1, dtype=torch.bool)
             before = plain.expand(-1, -1, -1, front) if own is None else own[:, None, None, :]
             after = plain.expand(-1, -1, -1, hidden.shape[1] - front) if mask is None else mask
-            mask = torch.cat((before, after), dim=3)
+            if after.dtype is not torch.bool:
+                before = added_mask(before)
+            mask = torch.cat([part.expand(rows, -1, -1, -1) for part in (before, after)], dim=3)
         kept = slice(kept.start + front, kept.stop + front)
         return hidden, kept, rope, mask, None if split is None else split + front
 
     def attend(
         self,
-        attention: Attention,
+        attention: Attend,
         query: Tensor,
         key: Tensor,
         value: Tensor,

@@ -21,21 +21,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import attend, rope_table
+from .attention import rope_table
 from .config import Preset, TransformerConfig
+from .hooks import NO_HOOKS, AttentionHooks, Hooks
 from .kernels import (
     HeadNorm,
     gated_residual,
     may_overwrite,
-    modulated_norm,
-    norm_and_rotate,
     sigmoid_gated,
     silu_gated,
 )
 from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales
-from .text_attention import TextAttention
-
-REFERENCE_METHODS = ("index_timestep_zero", "index")
+from .references import (
+    REFERENCE_METHODS,
+    TIME_ZERO,
+    RecordedReferences,
+    Recorder,
+    Reference,
+    placed,
+    with_bias,
+)
 
 
 class SwiGLU(nn.Module):
@@ -259,74 +264,6 @@ class FinalLayer(nn.Module):
         return self.linear(normed.to(hidden.dtype))
 
 
-class Hooks:
-    """What a host may do inside a forward pass; this one, the default, does the plain thing.
-
-    Hosts that let others patch the model (ComfyUI does), or that have kernels of their own, hand a
-    subclass to `Krea2Transformer`.
-    """
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        norm: HeadNorm,
-        rope: Tensor | None,
-        mask: Tensor | None,
-        kept: slice | None = None,
-    ) -> Tensor:
-        """Attention over heads as projected, (B, H, L, D), to be normed and rotated here.
-
-        kept: the tokens that the queries are of, None for all.
-        Returns (B, L, H * D), which the caller may overwrite.
-        """
-        return attend(*norm_and_rotate(query, key, norm, rope, kept), value, mask)
-
-    def modulated_norm(self, hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        """`rms_norm(hidden) * (1 + scale) + shift`, a new tensor."""
-        return modulated_norm(hidden, scale, shift, eps)
-
-    def embed_time(
-        self, embed: Callable[[Tensor], tuple[Tensor, Tensor]], timestep: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The time embedding (B, 1, D) and the blocks' vector (B, 1, 6 D) of times (B,)."""
-        return embed(timestep)
-
-    def tokens(
-        self, text: Tensor, image: Tensor, text_positions: Tensor, image_positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Called once with the embedded tokens (B, L, D) and their positions (1, L, 3)."""
-        return text, image, text_positions, image_positions
-
-    def blocks(self, blocks: nn.ModuleList, hidden: Tensor, kept: slice, *conditions) -> Tensor:
-        """Run the blocks in order; `conditions` are the block's own arguments after `hidden`.
-
-        Returns the `kept` tokens, the only ones that the last block has to compute.
-        """
-        for block in blocks[:-1]:
-            hidden = block(hidden, *conditions, self)
-        return blocks[-1](hidden, *conditions, self, kept)
-
-
-NO_HOOKS = Hooks()
-
-
-class TextHooks(Hooks):
-    """One call in which text has weights, or a negative beside it."""
-
-    def __init__(self, text: TextAttention):
-        self.text = text
-
-    def attend(self, query, key, value, norm, rope, mask, kept=None):
-        query, key = norm_and_rotate(query, key, norm, rope, kept)
-        return self.text.attend(attend, query, key, value, mask, kept)
-
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
-        hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
-        return super().blocks(blocks, hidden, kept, vector, rope, mask, split)
-
-
 class Krea2Transformer(nn.Module):
     """Predicts the flow-matching velocity `noise - image` of image latents from text.
 
@@ -400,8 +337,8 @@ class Krea2Transformer(nn.Module):
         text: Tensor,
         text_mask: Tensor | None = None,
         *,
-        references: Sequence[Tensor] | None = None,
-        reference_method: str = "index_timestep_zero",
+        references: Sequence[Tensor | Reference] | None = None,
+        reference_method: str = TIME_ZERO,
         hooks: Hooks = NO_HOOKS,
     ) -> Tensor:
         """Velocity at a time of the flow.
@@ -410,7 +347,8 @@ class Krea2Transformer(nn.Module):
             column and cropped again.
         timestep: (B,) in [0, 1]; 1 is pure noise, 0 the image.
         text: (B, L, width) from `fuse_text`; text_mask: (B, L) bool or None.
-        references: latents (B, C, h_i, w_i) of reference images, at rotary time index 1, 2, ...
+        references: latents (B, C, h_i, w_i) of reference images, at rotary time index 1, 2, ...;
+            or `Reference`, which may have a strength and an index of its own.
         reference_method: "index_timestep_zero" modulates reference tokens as finished images
             (time 0), "index" with the step's own time.
         hooks: lets a host patch tokens, blocks and attention.
@@ -420,11 +358,11 @@ class Krea2Transformer(nn.Module):
             raise ValueError(
                 f"reference_method is {reference_method!r}; expected one of {REFERENCE_METHODS}."
             )
-        self._check_latents(latents)
-        images, patch = [latents, *(references or ())], self.config.patch_size
-        tokens = [self.first(patchify(self._pad(image).to(text.dtype), patch)) for image in images]
-        image_tokens = tokens[0].shape[1]
-        grids = tuple(grid_size(image, patch) for image in images)
+        beside = placed(references)
+        images = [(0, latents), *((r.index, r.latents) for r in beside)]
+        tokens = [self._embed_latents(image, text.dtype) for _, image in images]
+        image_tokens, *counts = (part.shape[1] for part in tokens)
+        grids = tuple((at, *grid_size(image, self.config.patch_size)) for at, image in images)
         positions = _positions(text.shape[1], grids)
         text, image, *patched = hooks.tokens(text, torch.cat(tokens, dim=1), *positions)
         text_tokens = text.shape[1]
@@ -433,7 +371,7 @@ class Krea2Transformer(nn.Module):
         embed = functools.partial(self._embed_time, dtype=text.dtype)
         time, vector = hooks.embed_time(embed, timestep)
         split = None
-        if references and reference_method == "index_timestep_zero":
+        if beside and reference_method == TIME_ZERO:
             _, vector_at_zero = hooks.embed_time(embed, torch.zeros_like(timestep))
             vector = torch.cat((vector, vector_at_zero), dim=1)
             split = text_tokens + image_tokens
@@ -444,10 +382,43 @@ class Krea2Transformer(nn.Module):
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
         kept = slice(text_tokens, text_tokens + image_tokens)
+        mask = with_bias(mask, kept.stop, counts, [r.strength for r in beside], hidden)
         hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split)
         patches = self.last(hidden, time)
+        patch = self.config.patch_size
         velocity = unpatchify(patches, *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
+
+    def record(
+        self,
+        references: Sequence[Tensor | Reference],
+        dtype: torch.dtype,
+        hooks_for: Callable[[Recorder], Hooks] = lambda recorder: AttentionHooks(None, recorder),
+    ) -> RecordedReferences:
+        """What attention reads of references at time 0 that see themselves alone, for many steps.
+
+        Pass the result to `AttentionHooks` of each step instead of `references` to the call. It
+        holds 2 x layers x key/value width values a token. dtype: that of the text.
+        """
+        result = RecordedReferences()
+        for reference in placed(references):
+            latents = reference.latents
+            image = self._embed_latents(latents, dtype)
+            grid = (reference.index, *grid_size(latents, self.config.patch_size))
+            hooks = hooks_for(result.recorder(reference.strength))
+            embed = functools.partial(self._embed_time, dtype=dtype)
+            none, positions = image[:, :0], _positions(0, (grid,))
+            text, image, *patched = hooks.tokens(none, image, *positions)
+            _, vector = hooks.embed_time(embed, torch.zeros(len(latents), device=latents.device))
+            rope = self._rope_for(tuple(patched), image.device)
+            kept = slice(0, image.shape[1])
+            hooks.blocks(self.blocks, image, kept, vector, rope, None, None)
+        return result
+
+    def _embed_latents(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+        """Latents (B, C, h, w) to tokens (B, L, width)."""
+        self._check_latents(latents)
+        return self.first(patchify(self._pad(latents).to(dtype), self.config.patch_size))
 
     def _fuse(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
         return self.txtmlp(self.txtfusion(taps, mask, hooks))
@@ -538,16 +509,16 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 @torch.compiler.disable
 @functools.lru_cache(maxsize=16)
-def _positions(text_tokens: int, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-    """Rotary positions (1, L, 3) of text, all zero, and of images by (rows, columns)."""
+def _positions(text_tokens: int, grids: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
+    """Rotary positions (1, L, 3) of text, all zero, and of images, see `grid_positions`."""
     with torch.inference_mode(False):
         return torch.zeros(1, text_tokens, 3), grid_positions(grids)[None]
 
 
-def grid_positions(grids: Sequence[tuple[int, int]]) -> Tensor:
-    """Rotary positions (L, 3) of images by (rows, columns): (image index, row, column)."""
+def grid_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Rotary positions (L, 3) of images by (index, rows, columns): (index, row, column)."""
     positions = []
-    for index, (rows, columns) in enumerate(grids):
+    for index, rows, columns in grids:
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         positions.append(F.pad(grid, (1, 0), value=index).float())
     return torch.cat(positions)

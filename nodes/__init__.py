@@ -10,6 +10,7 @@ from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
 from .prompts import K2TextEncode
+from .references import K2Reference
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .self_check import K2SelfCheck
@@ -25,6 +26,7 @@ NODES = [
     K2PromptExpander,
     K2TextEncode,
     K2TapWeights,
+    K2Reference,
     K2PromptBatch,
     K2EmptyLatent,
     K2Sampler,

@@ -125,7 +125,7 @@ class K2VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae):
-        images = _given(vae).decode(samples["samples"])
+        images = given_vae(vae).decode(samples["samples"])
         # Core's own VAE object for this file keeps a frame axis.
         return io.NodeOutput(images.flatten(0, 1) if images.ndim == 5 else images)
 
@@ -150,10 +150,10 @@ class K2VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae):
-        return io.NodeOutput({"samples": _given(vae).encode(pixels)})
+        return io.NodeOutput({"samples": given_vae(vae).encode(pixels)})
 
 
-def _given(vae):
+def given_vae(vae):
     """The VAE, or what is wrong where a checkpoint loader found none."""
     if vae is None:
         raise ValueError("vae is empty: this checkpoint holds no VAE. Connect Load Krea 2 VAE.")

@@ -4,6 +4,7 @@ Lines stay under 40 characters, for which web/js/node_text.js need not widen a n
 """
 
 from ..krea2_model.config import Preset
+from ..krea2_model.sizes import image_tokens
 from ..krea2_model.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
 
 
@@ -32,6 +33,13 @@ def shift_report(mu: float) -> str:
 def size_report(width: int, height: int, tokens: int, images: int = 1) -> str:
     batch = f"{images} images, each " if images > 1 else ""
     return f"{batch}{width} x {height} px, {tokens} tokens"
+
+
+def reference_report(width: int, height: int, strength: float) -> str:
+    """One reference: its size as encoded and the tokens it adds to every step."""
+    tokens = image_tokens(width, height)
+    added = f"{tokens} tokens" if strength > 0 else "left out"
+    return f"reference: {width} x {height} px, {added}"
 
 
 def unused_report(settings: Preset, given: Preset, default: Preset) -> str:

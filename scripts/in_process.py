@@ -72,10 +72,12 @@ def run_node(node_id: str, **inputs):
 def _extra_node(node_id: str):
     """A node of comfy_extras, which only a starting server imports."""
     import comfy_extras.nodes_custom_sampler as custom
+    import comfy_extras.nodes_edit_model as editing
+    import comfy_extras.nodes_flux as flux
     import comfy_extras.nodes_model_merging as merging
     import comfy_extras.nodes_torch_compile as compiling
 
-    for module in (custom, merging, compiling):
+    for module in (custom, editing, flux, merging, compiling):
         if node_id in getattr(module, "NODE_CLASS_MAPPINGS", {}):
             return module.NODE_CLASS_MAPPINGS[node_id]
         if hasattr(module, node_id):

@@ -1,5 +1,6 @@
 """ComfyUI's attention selection and transformer patches, around our transformer."""
 
+import functools
 import inspect
 
 import comfy.ldm.modules.attention
@@ -7,9 +8,10 @@ import comfy.quant_ops
 import torch
 
 from ...krea2_model.attention import repeat_heads, takes_grouped_heads
+from ...krea2_model.hooks import Hooks
 from ...krea2_model.kernels import modulated_norm, norm_and_rotate, rotate
+from ...krea2_model.references import RecordedReferences, Recorder, added_mask
 from ...krea2_model.text_attention import TextAttention
-from ...krea2_model.transformer import Hooks
 from .once import ScheduleTimes
 
 try:
@@ -25,6 +27,9 @@ _RESHAPE = getattr(comfy.ldm.modules.attention, "_reshape_qkv_to_heads", None)
 _KNOWS_GROUPED_HEADS = (
     _RESHAPE is not None and "enable_gqa" in inspect.signature(_RESHAPE).parameters
 )
+
+# Attention functions of ComfyUI that leave a mask out, or fail on it, in one version or another.
+_WITHOUT_MASKS = ("attention_sage", "attention3_sage", "attention_flash")
 
 
 class PatchHooks(Hooks):
@@ -44,6 +49,8 @@ class PatchHooks(Hooks):
         self.times: ScheduleTimes | None = None
         # What the blocks do with text beyond attending to it.
         self.text: TextAttention | None = None
+        # References that see themselves alone, or what keeps them while they are gone through.
+        self.references: RecordedReferences | Recorder | None = None
 
     def attend(self, query, key, value, norm, rope, mask, kept=None):
         in_block = "block_index" in self.options
@@ -64,11 +71,15 @@ class PatchHooks(Hooks):
         else:
             query, key = norm_and_rotate(query, key, norm, rope, kept)
         if self.padding is not None and in_block:
-            return self._attention_past_padding(query, key, value, kept)
+            return self._attention_past_padding(query, key, value, mask, kept)
+        attention = self.attention
+        if self.references is not None and in_block:
+            block = self.options["block_index"]
+            attention = functools.partial(self.references.attend, attention, block)
         if self.text is not None and in_block:
-            out = self.text.attend(self.attention, query, key, value, mask, kept)
+            out = self.text.attend(attention, query, key, value, mask, kept)
         else:
-            out = self.attention(query, key, value, mask)
+            out = attention(query, key, value, mask)
         patches = self.patches.get("attn1_output_patch", ()) if in_block else ()
         for patch in patches:
             out = patch(out, self.options.copy())
@@ -77,10 +88,10 @@ class PatchHooks(Hooks):
 
     def attention(self, query, key, value, mask=None):
         """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
-        if mask is not None and mask.dtype == torch.bool:
+        if mask is not None:
             # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
-            hidden = torch.zeros_like(mask, dtype=query.dtype)
-            mask = hidden.masked_fill(~mask, -torch.finfo(query.dtype).max)
+            lowest = torch.finfo(query.dtype).min
+            mask = added_mask(mask).clamp(min=lowest).to(query.dtype)
         options = {"mask": mask, "skip_reshape": True, "transformer_options": self.options}
         if query.shape[1] != key.shape[1]:
             grouped = mask is None and takes_grouped_heads(query) and _KNOWS_GROUPED_HEADS
@@ -90,16 +101,21 @@ class PatchHooks(Hooks):
                 key, value = repeat_heads(query, key, value)
         # Looked up at call time: command line flags and other packs choose the function.
         attend = comfy.ldm.modules.attention.optimized_attention
+        if mask is not None and attend.__name__ in _WITHOUT_MASKS:
+            attend = comfy.ldm.modules.attention.attention_pytorch
         return attend(query, key, value, query.shape[1], **options)
 
-    def _attention_past_padding(self, query, key, value, kept):
-        """Each sequence alone and without its padding, so exact and without a mask."""
+    def _attention_past_padding(self, query, key, value, mask, kept):
+        """Each sequence alone and without its padding, so exact; a mask is a bias of references."""
         batch, heads, tokens, dim = query.shape
         out = query.new_zeros(batch, tokens, heads * dim)
         for index, padded in enumerate(self.padding):
             one, first = slice(index, index + 1), padded if kept is None else 0
             out[one, first:] = self.attention(
-                query[one, :, first:], key[one, :, padded:], value[one, :, padded:]
+                query[one, :, first:],
+                key[one, :, padded:],
+                value[one, :, padded:],
+                None if mask is None else mask[..., padded:],
             )
         return out
 

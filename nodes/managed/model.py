@@ -1,6 +1,7 @@
 """MODEL: our transformer under ComfyUI's model management."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.conds
@@ -27,6 +28,7 @@ from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
 from .layers import comfy_layers
 from .once import LoadsThemLast, ScheduleTimes
+from .references import LATENTS, plan_for, reference_conditions
 from .texts import (
     NEGATIVE_GUIDANCE,
     SMALL_IMAGE,
@@ -86,23 +88,44 @@ class Krea2DiffusionModel(Krea2Transformer):
             hooks.times = self.times
         else:
             text = self.fuse_context(context.to(latents.dtype), mask, hooks)
-        # As in core's Krea 2, reference latents count only where a method is named.
-        method, references = kwargs.get("ref_latents_method"), None
-        if method is not None and ref_latents:
-            references = [
-                comfy.utils.repeat_to_batch_size(_single_frame(r), len(latents))
-                for r in ref_latents
-            ]
+        plan = kwargs.get("reference_plan")
+        plan = plan or plan_for(ref_latents or (), kwargs.get("ref_latents_method"))
+        references = []
+        if ref_latents:
+            beside = [_single_frame(latent) for latent in ref_latents]
+            beside = [comfy.utils.repeat_to_batch_size(latent, len(latents)) for latent in beside]
+            references = plan.references_at(timesteps[0].item(), beside)
+        if plan.kept is not None and references:
+            hooks.references = self._recorded(plan.kept, references, text.dtype, hooks)
+            references = []
         velocity = super().forward(
             latents,
             timesteps,
             text,
             mask,
             references=references,
-            reference_method=method if method == "index_timestep_zero" else "index",
+            reference_method=plan.method,
             hooks=hooks,
         )
         return velocity.reshape(x.shape)
+
+    def _recorded(self, kept, references, dtype, hooks):
+        """What attention reads of references that see themselves alone, made once a run."""
+
+        def hooks_for(recorder):
+            recording = PatchHooks(hooks.options)
+            recording.references, recording.times = recorder, hooks.times
+            return recording
+
+        # The images of a batch mostly have the same references, which need not be kept twice.
+        single = [
+            replace(r, latents=r.latents[:1])
+            if torch.equal(r.latents, r.latents[:1].expand_as(r.latents))
+            else r
+            for r in references
+        ]
+        key = tuple((r.index, len(r.latents)) for r in single)
+        return kept.recorded(key, lambda: self.record(single, dtype, hooks_for))
 
     def _text_attention(self, timesteps, mask, hooks, conditions) -> TextAttention | None:
         """What the call's conditions ask of the blocks beyond attending to text, if anything."""
@@ -153,7 +176,7 @@ class Krea2Model(comfy.model_base.Krea2):
         self.preset: Preset | None = None
 
     def extra_conds(self, **kwargs):
-        out = super().extra_conds(**kwargs) | self._references(kwargs)
+        out = super().extra_conds(**kwargs) | reference_conditions(self, kwargs)
         mask = _mask_of(kwargs)
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
@@ -167,7 +190,8 @@ class Krea2Model(comfy.model_base.Krea2):
         out.update(against)
         if self._may_fuse_now(kwargs):
             text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
-            plain = mask is None and not against
+            apart = out.get("reference_plan") and out["reference_plan"].cond.kept
+            plain = mask is None and not against and not apart
             out["c_crossattn"] = FusedText(text, plain and self._may_share_calls(kwargs["noise"]))
             if mask is None:
                 out["text_lengths"] = TextLengths((text.shape[1],) * len(text))
@@ -175,22 +199,10 @@ class Krea2Model(comfy.model_base.Krea2):
 
     def extra_conds_shapes(self, **kwargs):
         """Sizes of the reference latents, for `memory_required`, as core gives them."""
-        references = kwargs.get("reference_latents")
-        if references is None:
+        references = kwargs.get(LATENTS)
+        if not references:
             return {}
         return {"ref_latents": [1, 16, sum(latent.numel() for latent in references) // 16]}
-
-    def _references(self, conditioning) -> dict:
-        """Reference latents for `forward`; the Krea 2 of older ComfyUIs passes none on."""
-        references = conditioning.get("reference_latents")
-        if references is None:
-            return {}
-        latents = [self.process_latent_in(latent) for latent in references]
-        conditions = {"ref_latents": comfy.conds.CONDList(latents)}
-        method = conditioning.get("reference_latents_method")
-        if method is not None:
-            conditions["ref_latents_method"] = comfy.conds.CONDConstant(method)
-        return conditions
 
     def _against(self, conditioning) -> dict:
         """The conditions of Krea 2 Negative without Guidance, for what is not a negative itself."""
@@ -270,7 +282,10 @@ class Krea2Model(comfy.model_base.Krea2):
         return transformer.fuse_context(context, mask, hooks)
 
     def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
-        """Bytes of activations: three MLP and two hidden tensors a token, and the workspace."""
+        """Bytes of activations: three MLP and two hidden tensors a token, and the workspace.
+
+        Beside them keys and values of references that are kept apart.
+        """
         config = self.diffusion_model.config
         rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
         tokens = rows * columns
@@ -279,6 +294,9 @@ class Krea2Model(comfy.model_base.Krea2):
         for shape in cond_shapes.get("ref_latents", ()):
             tokens += shape[-1] // config.patch_size**2
         elements = input_shape[0] * tokens * (2 * config.hidden_size + 3 * config.intermediate_size)
+        kept = sum(shape[0] for shape in cond_shapes.get("reference_plan", ()))
+        heads = config.num_key_value_heads * config.attention_head_dim
+        elements += 2 * kept * config.num_layers * heads
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
         return elements * size * 1.15 + 0.45 * 1024**3
 

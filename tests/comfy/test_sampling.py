@@ -71,7 +71,7 @@ def test_reference_latents_equal_core(turbo, core_turbo, conditioning, method):
 
 @pytest.mark.parametrize("method", ["index_timestep_zero", "index", None])
 def test_reference_latents_of_the_conditioning(run, pack, turbo, conditioning, latent, method):
-    """Whatever core's own Krea 2 makes of them. As in core, they need a method to count."""
+    """Whatever core's own Krea 2 makes of them. Without a method core would leave them out."""
     samples = latent["samples"]
     references = [
         torch.randn(1, 16, 1, side, 8, generator=torch.Generator().manual_seed(side))
@@ -92,8 +92,8 @@ def test_reference_latents_of_the_conditioning(run, pack, turbo, conditioning, l
         noise[:, :, 0],
         torch.ones(1),
         transformer.fuse_text(text[0][0].unflatten(-1, (12, 160))),
-        references=[model.process_latent_in(r)[:, :, 0] for r in references] if method else None,
-        reference_method=method or "index",
+        references=[model.process_latent_in(r)[:, :, 0] for r in references],
+        reference_method=method or "index_timestep_zero",
     )
     expected = model.process_latent_out(noise - velocity.unsqueeze(2))
     assert_close(found, expected, 1e-5, f"a step with reference latents by {method}")

@@ -5,9 +5,10 @@ import torch
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, sigma_schedule
 from krea2_model.config import TransformerConfig
+from krea2_model.hooks import AttentionHooks, Hooks
 from krea2_model.sampling import denoise
 from krea2_model.text_attention import TextAttention, TextStates, normalised_guidance
-from krea2_model.transformer import Hooks, Krea2Transformer, TextHooks
+from krea2_model.transformer import Krea2Transformer
 from parity import assert_close
 
 CONFIG = TransformerConfig(
@@ -44,7 +45,7 @@ def text(tokens, seed, batch=1):
 
 
 def velocity(model, states, *, mask=None, batch=1, references=None, **attention):
-    hooks = {"hooks": TextHooks(TextAttention(mask=mask, **attention))} if attention else {}
+    hooks = {"hooks": AttentionHooks(TextAttention(mask=mask, **attention))} if attention else {}
     with torch.no_grad():
         return model(random(batch, 16, 8, 6), torch.full((batch,), 0.7), states, mask,
                      references=references, **hooks)  # fmt: skip
@@ -100,7 +101,7 @@ def test_batches_with_weights_keep_texts_apart(model):
     together = velocity(model, states, mask=mask, batch=2, weights=weights)
     latents = random(2, 16, 8, 6)
     for item, alone in enumerate((long, short)):
-        hooks = TextHooks(TextAttention(weights[item : item + 1, : alone.shape[1]]))
+        hooks = AttentionHooks(TextAttention(weights[item : item + 1, : alone.shape[1]]))
         with torch.no_grad():
             single = model(latents[item : item + 1], torch.tensor([0.7]), alone, hooks=hooks)
         assert_close(together[item : item + 1], single, 1e-5, f"text {item} of a batch")
@@ -200,7 +201,7 @@ def test_batches_with_negatives_keep_texts_apart(model):
         one = slice(item, item + 1)
         long, short = positives[item].shape[1], negatives[item].shape[1]
         negative = TextStates(negatives[item], None, own_weights[one, :short])
-        hooks = TextHooks(TextAttention(weights[one, :long], None, negative, SETTINGS))
+        hooks = AttentionHooks(TextAttention(weights[one, :long], None, negative, SETTINGS))
         with torch.no_grad():
             single = model(random(2, 16, 8, 6)[one], torch.tensor([0.7]), positives[item],
                            references=[references[0][one]], hooks=hooks)  # fmt: skip
@@ -282,7 +283,7 @@ def test_pipeline_reads_weights_where_asked(pipeline):
 def test_attention_of_the_package_is_the_plain_one(model):
     """With nothing to do, hooks of text attention are the default's, to the bit."""
     states = text(7, 3)
-    hooks = TextHooks(TextAttention())
+    hooks = AttentionHooks(TextAttention())
     with torch.no_grad():
         found = model(random(1, 16, 8, 6), torch.full((1,), 0.7), states, hooks=hooks)
     assert torch.equal(found, velocity(model, states))

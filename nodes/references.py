@@ -1,0 +1,221 @@
+"""Reference images for the transformer to look at."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.references import SHARED_TIME, TIME_ZERO, Reference
+from ..krea2_model.sizes import fitted_size
+from .latents import given_vae
+from .reports import reference_report
+
+# What LoRAs of each family were trained with; their weights do not tell.
+FAMILIES = {"edit and style LoRAs (time 0)": TIME_ZERO, "identity LoRAs (shared time)": SHARED_TIME}
+KEEP_SHAPE, CROP, STRETCH = "keep its shape", "crop to the latent", "stretch to the latent"
+FITS = (KEEP_SHAPE, CROP, STRETCH)
+
+
+class K2Reference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Reference",
+            display_name="Krea 2 Reference",
+            category="Krea 2",
+            description=(
+                "Adds a reference image that the model looks at while it paints. Takes a LoRA that "
+                "was trained for it; several nodes in a row add several images."
+            ),
+            search_aliases=[
+                *("krea", "krea2", "k2", "reference", "reference latent", "edit", "style"),
+                *("identity", "kontext", "image prompt"),
+            ],
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="What the image shows."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Gets the reference too, so that guidance does not lead away from it.",
+                ),
+                io.Vae.Input("vae", tooltip="The Krea 2 VAE."),
+                io.Image.Input("image", tooltip="The reference; each image of a batch is one."),
+                io.Combo.Input(
+                    "family",
+                    options=list(FAMILIES),
+                    default=next(iter(FAMILIES)),
+                    tooltip=(
+                        "How the LoRA was trained: with references as finished images at time 0 "
+                        "(ai-toolkit's edit and style LoRAs), or at the time of the step."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much attention goes to it: 1 as trained, 0 leaves it out.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="The part of the steps after which it comes in.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="The part of the steps after which it is left out.",
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default=KEEP_SHAPE,
+                    advanced=True,
+                    tooltip=(
+                        "Its size: made smaller where it is over the area below, or brought to "
+                        "the size of the latent."
+                    ),
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=1.0,
+                    min=0.01,
+                    max=16.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "The largest area, in units of 1024 x 1024 pixels. Twice the area takes "
+                        "twice the tokens and more than twice the time."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The sampler's latent, for its size, where fit asks for it.",
+                ),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=255,
+                    advanced=True,
+                    tooltip="Its place on the time axis of positions; 0 takes the next free one.",
+                ),
+                io.Boolean.Input(
+                    "apart",
+                    default=False,
+                    advanced=True,
+                    tooltip=(
+                        "Let references see nothing but themselves, and read them once a run: "
+                        "faster, takes memory, not exact, and only at time 0."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="With the reference."),
+                io.Conditioning.Output(display_name="negative", tooltip="With the reference."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, strength=None, start=None, end=None, index=None):
+        try:
+            _check_settings(
+                1.0 if strength is None else strength,
+                0.0 if start is None else start,
+                1.0 if end is None else end,
+                index or 0,
+            )
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        positive,
+        vae,
+        image,
+        negative=None,
+        family=next(iter(FAMILIES)),  # noqa: B008 - a constant
+        strength=1.0,
+        start=0.0,
+        end=1.0,
+        fit=KEEP_SHAPE,
+        megapixels=1.0,
+        latent=None,
+        index=0,
+        apart=False,
+    ):
+        from .managed.references import add_references
+
+        _check_settings(strength, start, end, index)
+        if family not in FAMILIES:
+            raise ValueError(f"family is {family!r}; expected one of {', '.join(FAMILIES)}.")
+        method = FAMILIES[family]
+        if apart and method != TIME_ZERO:
+            raise ValueError(
+                "apart is on with references at the step's time, which change with every step. "
+                f"Switch it off, or choose {next(iter(FAMILIES))}."
+            )
+        pictures = _fitted(image, fit, megapixels, latent)
+        latents = [given_vae(vae).encode(picture[None]) for picture in pictures]
+        settings = {"strength": strength, "start": start, "end": end}
+        if index:
+            settings["index"] = index
+        results = [
+            conditioning and add_references(conditioning, latents, settings, method, apart)
+            for conditioning in (positive, negative)
+        ]
+        report = [reference_report(*p.shape[1::-1], strength) for p in pictures]
+        return io.NodeOutput(*results, ui=ui.PreviewText("\n".join(report)))
+
+
+def _check_settings(strength, start, end, index):
+    import torch
+
+    Reference(torch.empty(0), index or None, strength, start, end)
+
+
+def _fitted(image, fit: str, megapixels: float, latent):
+    """The pictures (H, W, 3) of a batch at the size to encode."""
+    if image.ndim != 4 or 0 in image.shape:
+        raise ValueError(f"The image has shape {tuple(image.shape)}; expected at least one image.")
+    height, width = image.shape[1:3]
+    if fit == KEEP_SHAPE:
+        size = fitted_size(width, height, megapixels)
+    elif fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}.")
+    elif latent is None:
+        raise ValueError(
+            f"fit is {fit!r} but latent is not connected. Connect the sampler's latent, or choose "
+            f"{KEEP_SHAPE!r}."
+        )
+    else:
+        rows, columns = latent["samples"].shape[-2:]
+        size = 8 * columns, 8 * rows
+    return _resized(image, *size, crop=fit == CROP)
+
+
+def _resized(image, width: int, height: int, crop: bool):
+    """Images (B, H, W, 3) of a size; what is transparent becomes white."""
+    import torch.nn.functional as F
+
+    if image.shape[-1] == 4:
+        image = image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
+    planes = image.movedim(-1, 1)
+    if crop:
+        scale = max(width / planes.shape[-1], height / planes.shape[-2])
+        sides = [max(1, round(side * scale)) for side in planes.shape[-2:]]
+        planes = F.interpolate(planes, sides, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
+        planes = planes[:, :, top : top + height, left : left + width]
+    elif planes.shape[-2:] != (height, width):
+        planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return planes.movedim(1, -1)
