@@ -214,6 +214,24 @@ def test_apart(pack, run, turbo, sampled, referenced, conditioning, latent):
     assert not pack("nodes.managed.references")._KEPT
 
 
+def test_apart_at_strength_0(sampled, referenced, conditioning):
+    assert torch.equal(sampled(referenced(apart=True, strength=0.0)), sampled(conditioning(9, 1)))
+
+
+def test_apart_with_a_reference_for_each_image(run, sampled, referenced, image):
+    """A batched reference latent has one picture for each image of the batch."""
+    batch = {"samples": torch.zeros(2, 16, 1, 8, 8)}
+    alone = [referenced(image=picture[None], apart=True) for picture in image]
+    states, extra = alone[0][0]
+    latents = torch.cat([each[0][1]["reference_latents"][0] for each in alone])
+    both = [[states, extra | {"reference_latents": [latents]}]]
+    found = sampled(both, at=batch, seeds="one an image")
+    for index, positive in enumerate(alone):
+        one = {"samples": batch["samples"][:1]}
+        expected = sampled(positive, at=one, seed=5 + index)
+        assert_close(found[index : index + 1], expected, 1e-5, f"reference of image {index}")
+
+
 def test_what_is_kept_counts_as_memory(turbo, referenced):
     model = turbo.model
     plain, apart = (

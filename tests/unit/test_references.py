@@ -148,6 +148,16 @@ def test_strength_of_what_is_kept(transformer, latents, pictures, text):
     assert_close(strong, velocity(*[Reference(pictures[0], 1)] * 2), 1e-5, "strength apart")
 
 
+def test_what_is_kept_beside_masked_text(transformer, latents, pictures, text):
+    padded = torch.cat((torch.randn(1, 2, text.shape[2]), text), dim=1)
+    mask = torch.tensor([[False] * 2 + [True] * text.shape[1]])
+    for strength in (1.0, 0.4):
+        recorded = transformer.record([Reference(pictures[0], strength=strength)], text.dtype)
+        expected = transformer(latents, TIME, text, hooks=AttentionHooks(None, recorded))
+        found = transformer(latents, TIME, padded, mask, hooks=AttentionHooks(None, recorded))
+        assert_close(found, expected, 1e-5, f"apart with a text mask, strength {strength}")
+
+
 def test_denoise_looks_at_references_in_their_window(transformer, latents, pictures, text):
     """Step by step against the model itself."""
     sigmas = sigma_schedule(4, 0.5)
