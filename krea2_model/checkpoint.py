@@ -264,6 +264,11 @@ def _text_encoder_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     rope = _setting("rope_parameters", config.get("rope_parameters") or {}, dict)
     if theta := config.get("rope_theta", rope.get("rope_theta")):
         settings["rope_theta"] = _setting("rope_theta", theta, float)
+    sections = rope.get("mrope_section") or _setting(
+        "rope_scaling", config.get("rope_scaling") or {}, dict
+    ).get("mrope_section")
+    if sections:
+        settings["mrope_section"] = _setting("mrope_section", sections, _three_numbers)
     if "rms_norm_eps" in config:
         settings["rms_norm_eps"] = _setting("rms_norm_eps", config["rms_norm_eps"], float)
     return settings
@@ -275,6 +280,13 @@ def _setting(name: str, value: Any, read: Callable[[Any], Any]) -> Any:
         return read(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {value!r} in its configuration") from error
+
+
+def _three_numbers(values: Any) -> tuple[int, ...]:
+    numbers = _whole_numbers(values)
+    if len(numbers) != 3:
+        raise ValueError("expected three numbers")
+    return numbers
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...]:

@@ -52,6 +52,10 @@ class TextEncoderConfig:
 
     `tap_layers` indexes `hidden_states`, where 0 is the embedding output and k is the output of
     decoder layer k - 1, before the final norm.
+
+    `mrope_section` says how many rotary frequencies of a head count time, rows and columns; None
+    shares them as the released 24, 20 and 20 of 64. That matters for images only: on text the
+    three agree.
     """
 
     vocab_size: int = 151936
@@ -64,6 +68,17 @@ class TextEncoderConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 5_000_000.0
     tap_layers: tuple[int, ...] = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
+    mrope_section: tuple[int, ...] | None = None
+
+    @property
+    def rotary_sections(self) -> tuple[int, int, int]:
+        """Frequencies of time, rows and columns; those of smaller heads in the same shares."""
+        if self.mrope_section is not None:
+            time, rows, columns = self.mrope_section
+            return time, rows, columns
+        half = self.head_dim // 2
+        side = half * 5 // 16
+        return half - 2 * side, side, side
 
     @property
     def num_tapped_layers(self) -> int:

@@ -73,14 +73,26 @@ def parse_weights(prompt: str) -> WeightedPrompt:
     return WeightedPrompt("".join(text), tuple(weights))
 
 
+def plain_prompt(prompt: str) -> WeightedPrompt:
+    """A prompt whose brackets are text."""
+    return WeightedPrompt(prompt, (1.0,) * len(prompt))
+
+
 def token_weights(
     prompts: Sequence[WeightedPrompt],
     tokenizer: Krea2Tokenizer,
     max_sequence_length: int | None = None,
+    before: str = "",
+    front: Sequence[float] = (),
 ) -> Tensor | None:
-    """Weights (B, L) of the kept tokens of sentences, 1 for padding; None where all are 1."""
+    """Weights (B, L) of the kept tokens of sentences, 1 for padding; None where all are 1.
+
+    before: what stands in front of each sentence, see `Krea2Tokenizer.tokenize`; its tokens weigh
+        `front`, those of images included (`prompt_images.image_weights`).
+    """
     rows = [
-        [_of_token(prompt, span) for span in tokenizer.spans(prompt.text, max_sequence_length)]
+        [*front]
+        + [_of_token(prompt, s) for s in tokenizer.spans(prompt.text, max_sequence_length, before)]
         for prompt in prompts
     ]
     if all(weight == 1 for row in rows for weight in row):

@@ -7,14 +7,20 @@ the prefix that differs from file to file (`text_encoder_keys`).
 
 Qwen3-VL rotates with three position axes (time, height, width). For text the three are equal, and
 the result is that of ordinary one-dimensional rotary positions.
+
+Images stand in the prompt as tokens that the vision tower made (vision.py). Its DeepStack features
+are added to what the first layers put out at those tokens. A tap is taken before that addition, as
+transformers records `hidden_states`, with which Krea 2 and the LoRAs that read images were trained.
+ComfyUI's own encoder taps after it, so there tap 2 differs at the tokens of images, and only there.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +29,21 @@ from .attention import Attend, attend
 from .config import TextEncoderConfig
 from .kernels import silu_gated
 from .layers import TorchLayers
+from .prompt_images import (
+    IMAGE_PAD,
+    MAX_SIDE,
+    PromptImage,
+    axis_positions,
+    check_no_pads,
+    image_text,
+    kept_images,
+    on_white,
+    with_image_tokens,
+)
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+
+if TYPE_CHECKING:  # they import this file
+    from .vision import ImageTokens, Qwen3VLVisionTower
 
 RELEASED = TextEncoderConfig()
 _EMBEDDING = "embed_tokens.weight"
@@ -115,7 +135,8 @@ class Qwen3VLTextEncoder(nn.Module):
     layers: namespace of the layer classes, see `krea2_model.layers`.
     attend: the attention function, see `krea2_model.attention`; it is given a boolean mask.
     `tokenizer` is what `encode` uses; None until someone sets it. `path` is the file or folder that
-    the weights came from, where the rest of the language model is found (language.py), or None.
+    the weights came from, where the rest of the language model is found (language.py) and the
+    vision tower (vision.py), or None.
     """
 
     tokenizer: Krea2Tokenizer | None
@@ -133,57 +154,125 @@ class Qwen3VLTextEncoder(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.config = config
         self.tokenizer = self.path = None
+        # In a list: a part of its own, neither moved nor saved with the encoder.
+        self._tower: list[Qwen3VLVisionTower] = []
         self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layers, attend, **factory) for _ in range(config.num_tapped_layers)
         )
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        images: Sequence[ImageTokens] = (),
+    ) -> Tensor:
         """The tapped hidden states, (B, L, taps, D) in the dtype of the embeddings.
 
-        tokens: (B, L), int64, prefix included.
+        tokens: (B, L), int64, prefix included, with a pad for every token of an image.
         mask: (B, L), True for real tokens, or None if all are. Padding may lie anywhere; it takes
             no position and no real token sees it. What comes out for it has no meaning.
+        images: those of all prompts, in the order of their pads.
+
+        Raises ValueError where pads and images do not fit.
         """
         hidden = self.embed_tokens(tokens)
-        rotation = rotation_table(tokens.shape[1], self.config, tokens.device)
         visible = causal_mask(tokens.shape[1], mask, tokens.device)
-        if mask is None:
-            rotation = rotation[:, None, None]
+        deepstack: list[Tensor] = []
+        if images:
+            rotation = self._rotation_with_images(tokens, mask, images)
+            hidden, deepstack = place_images(hidden, tokens == IMAGE_PAD, images)
         else:
-            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-            rotation = rotation[:, positions].unsqueeze(2)
+            rotation = rotation_table(tokens.shape[1], self.config, tokens.device)
+            if mask is None:
+                rotation = rotation[:, None, None]
+            else:
+                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+                rotation = rotation[:, positions].unsqueeze(2)
         slots = {layer: slot for slot, layer in enumerate(self.config.tap_layers)}
         taps = hidden.new_empty(*tokens.shape, len(slots), self.config.hidden_size)
-        for index, state in enumerate(self.hidden_states(hidden, rotation, visible)):
+        for index, state in enumerate(self.hidden_states(hidden, rotation, visible, deepstack)):
             if index in slots:
                 taps[:, :, slots[index]] = state
         return taps
 
-    def hidden_states(self, hidden: Tensor, rotation: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    def hidden_states(
+        self, hidden: Tensor, rotation: Tensor, mask: Tensor, deepstack: Sequence[Tensor] = ()
+    ) -> Iterator[Tensor]:
         """Yield the embeddings (B, L, D), then what each layer puts out.
 
         The index counts as transformers' `hidden_states` does: k is the output of layer k - 1.
+        deepstack: what is added to the outputs of the first layers, (B, L, D) each, after they
+            have been yielded.
         """
         yield hidden
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden = layer(hidden, rotation, mask)
             yield hidden
+            if index < len(deepstack):
+                hidden = hidden + deepstack[index]
+
+    def _rotation_with_images(
+        self, tokens: Tensor, mask: Tensor | None, images: Sequence[ImageTokens]
+    ) -> Tensor:
+        """Rotations (2, B, 1, L, D/2), each prompt's positions counted through its own images."""
+        grids = [image.grid for image in images]
+        positions = torch.zeros(3, *tokens.shape, dtype=torch.long)
+        for item, row in enumerate(tokens.tolist()):
+            real = torch.ones(len(row), dtype=torch.bool) if mask is None else mask[item].cpu()
+            ids = [token for token, kept in zip(row, real.tolist(), strict=True) if kept]
+            own, pads = 0, ids.count(IMAGE_PAD)
+            while pads > 0 and own < len(grids):
+                pads -= grids[own][0] * grids[own][1]
+                own += 1
+            last = item == len(tokens) - 1
+            positions[:, item, real] = axis_positions(ids, grids if last else grids[:own])
+            grids = grids[own:]
+        table = rotation_of(positions.flatten(1), self.config, tokens.device)
+        return table.unflatten(1, tokens.shape).unsqueeze(2)
+
+    def vision_tower(self) -> Qwen3VLVisionTower:
+        """The vision tower of the encoder's file, loaded when it is first asked for.
+
+        Raises CheckpointError where the file has none, and ValueError where there is no file.
+        """
+        from .vision import load_vision_tower
+
+        weight = self.embed_tokens.weight
+        if not self._tower:
+            if self.path is None:
+                raise ValueError(
+                    "The text encoder was not loaded from a file, so there is no vision tower for "
+                    "images in prompts. Use load_text_encoder."
+                )
+            self._tower.append(load_vision_tower(self.path, dtype=weight.dtype))
+        return self._tower[0].to(weight.device)
 
     @torch.no_grad()
     def encode(
-        self, prompts: list[str], *, max_sequence_length: int | None = None
+        self,
+        prompts: list[str],
+        *,
+        max_sequence_length: int | None = None,
+        images: Sequence[Sequence[PromptImage]] | None = None,
+        labels: bool = True,
+        max_side: int = MAX_SIDE,
     ) -> tuple[Tensor, Tensor | None]:
         """Taps of prompts in Krea 2's template, and which of them are real.
 
         max_sequence_length: kept tokens, 5 of the template included, above which a prompt is cut;
-            512 is the official length. None never cuts.
+            512 is the official length. None never cuts. Those of images do not count.
+        images: for each prompt, what stands in front of its text; None for text alone. Images of
+            strength 0 are left out, other strengths are `prompt_weights.token_weights`' business.
+        labels: number the images, `Picture 1: `, as LoRAs that read images were trained.
+        max_side: images with more pixels than a square of this side are made smaller.
 
         Returns taps (B, L, taps, D) without the template's prefix, padded with zeros to the longest
         prompt, and a boolean mask (B, L), or None if all prompts have the same length. Every prompt
         runs alone and unpadded, so the others in the list do not change a bit of its result.
 
-        Raises ValueError without a tokenizer and for prompts that are not a list of texts.
+        Raises ValueError without a tokenizer, for prompts that are not a list of texts, and for
+        images without a vision tower.
         """
         if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
             raise ValueError(
@@ -195,8 +284,23 @@ class Qwen3VLTextEncoder(nn.Module):
                 "tokenizer/, name a folder with `tokenizer=` (--tokenizer on the command line), or "
                 "set COMFYUI_PATH to a ComfyUI folder."
             )
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(
+                f"images has {len(images)} lists; expected {len(prompts)}, one a prompt."
+            )
         device = self.embed_tokens.weight.device
-        batch = [self.tokenizer.tokenize(prompt, max_sequence_length) for prompt in prompts]
+        batch, seen = [], []
+        for item, prompt in enumerate(prompts):
+            kept = kept_images(images[item] if images is not None else ())
+            before = image_text([image.role for image in kept], labels)
+            if kept:
+                check_no_pads(prompt)
+            ids = self.tokenizer.tokenize(prompt, max_sequence_length, before)
+            tokens = self._see(kept, max_side)
+            if kept:
+                ids = with_image_tokens(ids, [image.grid for image in tokens])
+            batch.append(ids)
+            seen.append(tokens)
         if max(map(max, batch)) >= self.config.vocab_size:
             # On a GPU the lookup would fail later, and take the process's CUDA context with it.
             raise ValueError(
@@ -206,7 +310,7 @@ class Qwen3VLTextEncoder(nn.Module):
         lengths = [len(ids) - PREFIX_TOKENS for ids in batch]
         taps = None
         for item, (ids, length) in enumerate(zip(batch, lengths, strict=True)):
-            states = self(torch.tensor([ids], device=device))[0, PREFIX_TOKENS:]
+            states = self(torch.tensor([ids], device=device), images=seen[item])[0, PREFIX_TOKENS:]
             if taps is None:
                 taps = states.new_zeros(len(batch), max(lengths), *states.shape[1:])
             taps[item, :length] = states
@@ -216,18 +320,61 @@ class Qwen3VLTextEncoder(nn.Module):
         counts = torch.tensor(lengths, device=device)
         return taps, torch.arange(max(lengths), device=device) < counts[:, None]
 
+    def _see(self, images: Sequence[PromptImage], max_side: int) -> list[ImageTokens]:
+        """What the vision tower makes of images; it is not loaded for none."""
+        from .vision import fit_image
+
+        if not images:
+            return []
+        tower = self.vision_tower()
+        weight = tower.merger.linear_fc2.weight
+        return [tower(fit_image(on_white(image.pixels), max_side).to(weight)) for image in images]
+
+
+def place_images(
+    hidden: Tensor, places: Tensor, images: Sequence[ImageTokens]
+) -> tuple[Tensor, list[Tensor]]:
+    """Embeddings (B, L, D) with images' tokens at `places` (B, L), and their DeepStack features.
+
+    The features are one (B, L, D) for each of the first layers, 0 at text.
+    Raises ValueError where an image is not of the language tower's width.
+    """
+    if images[0].tokens.shape[1] != hidden.shape[2]:
+        raise ValueError(
+            f"The vision tower makes tokens of width {images[0].tokens.shape[1]}; this language "
+            f"model takes {hidden.shape[2]}. Use the tower of the same file."
+        )
+    places = places[..., None]
+    tokens = torch.cat([image.tokens for image in images]).to(hidden)
+    layers = zip(*(image.deepstack for image in images), strict=True)
+    deepstack = [
+        torch.zeros_like(hidden).masked_scatter(places, torch.cat(features).to(hidden))
+        for features in layers
+    ]
+    return hidden.masked_scatter(places, tokens), deepstack
+
 
 def rotation_table(
     length: int, config: TextEncoderConfig, device: torch.device, start: int = 0
 ) -> Tensor:
-    """Cosines and sines of the positions start to length - 1, (2, L, D/2) in float32.
+    """Cosines and sines of the positions start to length - 1, (2, L, D/2) in float32."""
+    return rotation_of(torch.arange(start, length).expand(3, -1), config, device)
 
-    Angles are rounded to float32 at each step as in transformers (`Qwen3VLTextRotaryEmbedding`),
-    where the model was trained, and on the CPU, so that devices agree.
+
+def rotation_of(positions: Tensor, config: TextEncoderConfig, device: torch.device) -> Tensor:
+    """Cosines and sines of positions (3, L) in time, row and column, (2, L, D/2) in float32.
+
+    Of the frequencies, the second and fifth and so on count rows, the third and sixth and so on
+    columns, as many as `rotary_sections` says, and the others time. Angles are rounded to float32
+    at each step as in transformers (`Qwen3VLTextRotaryEmbedding`), where the model was trained,
+    and on the CPU, so that devices agree.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    angles = torch.arange(start, length, dtype=torch.float32)[:, None] * frequencies
+    axes = torch.zeros(len(frequencies), dtype=torch.long)
+    for axis in (1, 2):
+        axes[axis : 3 * config.rotary_sections[axis] : 3] = axis
+    angles = positions.to("cpu", torch.float32)[axes].T * frequencies
     return torch.stack((angles.cos(), angles.sin())).to(device)
 
 
@@ -322,6 +469,7 @@ def infer_text_encoder_config(
     rope_theta: float | None = None,
     rms_norm_eps: float | None = None,
     tap_layers: tuple[int, ...] | None = None,
+    mrope_section: tuple[int, ...] | None = None,
 ) -> TextEncoderConfig:
     """Read the sizes off the encoder's tensors, given by its own names.
 
@@ -365,7 +513,7 @@ def infer_text_encoder_config(
             raise ValueError(f"This text encoder ({found}) has no {weight}. {advice}")
         rows[name] = shapes[weight][0]
     head_dim = rows["self_attn.q_norm"]
-    return replace(
+    config = replace(
         RELEASED,
         vocab_size=shapes[_EMBEDDING][0],
         hidden_size=width,
@@ -378,3 +526,5 @@ def infer_text_encoder_config(
         rope_theta=RELEASED.rope_theta if rope_theta is None else rope_theta,
         tap_layers=tuple(taps),
     )
+    usual = mrope_section in (None, config.rotary_sections)
+    return config if usual else replace(config, mrope_section=mrope_section)

@@ -111,7 +111,9 @@ class Krea2Tokenizer:
                 "belongs to another model: name the folder of a Qwen tokenizer."
             )
 
-    def tokenize(self, prompt: str, max_sequence_length: int | None = None) -> list[int]:
+    def tokenize(
+        self, prompt: str, max_sequence_length: int | None = None, before: str = ""
+    ) -> list[int]:
         """Token ids of prefix, prompt and suffix, without padding.
 
         The first `PREFIX_TOKENS` belong to the template and are to be cut from what the encoder
@@ -120,19 +122,22 @@ class Krea2Tokenizer:
 
         max_sequence_length: kept tokens, suffix included, above which the prompt is cut; 512 is
             the official length. None never cuts.
+        before: stands in front of the prompt and is neither cut nor counted, such as images
+            (`prompt_images.image_text`). Nothing or what ends in a special token.
 
         Raises ValueError for a prompt that is no text and for a length without room for a prompt.
         """
         _check_length(max_sequence_length)
-        ids = self._with_prefix(prompt)
-        used = len(ids) - PREFIX_TOKENS
+        ids = self._with_prefix(prompt, before)
+        first = PREFIX_TOKENS + len(self.front(before))
+        used = len(ids) - first
         limit = used if max_sequence_length is None else max_sequence_length - SUFFIX_TOKENS
         if used > limit:
             logger.warning(
                 "The prompt uses %d tokens; the last %d were dropped to keep %d.",
                 used, used - limit, limit,
             )  # fmt: skip
-            ids = ids[: PREFIX_TOKENS + limit]
+            ids = ids[: first + limit]
         elif used > PROMPT_BUDGET:
             logger.warning(
                 "The prompt uses %d tokens; the model was trained on up to %d. Shorten it, or cut "
@@ -141,20 +146,26 @@ class Krea2Tokenizer:
             )  # fmt: skip
         return ids + self._suffix
 
-    def spans(self, prompt: str, max_sequence_length: int | None = None) -> list[tuple[int, int]]:
+    def front(self, before: str) -> list[int]:
+        """The tokens of what stands between the template's prefix and a prompt."""
+        return self.tokenize_raw(TEMPLATE_PREFIX + before)[PREFIX_TOKENS:] if before else []
+
+    def spans(
+        self, prompt: str, max_sequence_length: int | None = None, before: str = ""
+    ) -> list[tuple[int, int]]:
         """The characters `prompt[first:end]` that each kept token stands for.
 
-        One a token that `tokenize` gives behind the prefix; (0, 0) for those of the suffix. The
-        tokens of a character that takes several all stand for it.
+        One a token that `tokenize` gives behind the prefix and `before`; (0, 0) for those of the
+        suffix. The tokens of a character that takes several all stand for it.
         """
         _check_length(max_sequence_length)
         encoding = self._tokenizer(
-            TEMPLATE_PREFIX + prompt, return_offsets_mapping=True, verbose=False
+            TEMPLATE_PREFIX + before + prompt, return_offsets_mapping=True, verbose=False
         )
-        before = len(TEMPLATE_PREFIX)
+        fixed = len(TEMPLATE_PREFIX + before)
         spans = [
-            (max(0, first - before), end - before)
-            for first, end in encoding["offset_mapping"][PREFIX_TOKENS:]
+            (max(0, first - fixed), end - fixed)
+            for first, end in encoding["offset_mapping"][PREFIX_TOKENS + len(self.front(before)) :]
         ]
         if max_sequence_length is not None:
             spans = spans[: max_sequence_length - SUFFIX_TOKENS]
@@ -185,10 +196,10 @@ class Krea2Tokenizer:
         """The text of token ids, by default without chat and vision markers."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
-    def _with_prefix(self, prompt: str) -> list[int]:
+    def _with_prefix(self, prompt: str, before: str = "") -> list[int]:
         if not isinstance(prompt, str):
             return self.tokenize_raw(prompt)
-        return self.tokenize_raw(TEMPLATE_PREFIX + prompt)
+        return self.tokenize_raw(TEMPLATE_PREFIX + before + prompt)
 
 
 def _check_length(value: int | None) -> None:

@@ -1,0 +1,189 @@
+"""Images in a prompt: where they stand in the text, and where their tokens stand in the model.
+
+Each image is a block `<|vision_start|><|image_pad|><|vision_end|>` in the user's turn, in front of
+the text. The one pad stands for all tokens of the image. LoRAs for style and editing of the
+ai-toolkit family were trained with `Picture 1: ` in front of the first block, and so on, with
+nothing between the last block and the text. A role stands before its block too: attention is
+causal, so an image's tokens know only what is written before them.
+
+Qwen3-VL counts positions on three axes (time, row, column). Text moves on all three at once. The
+tokens of an image share one time and differ in row and column; text goes on behind the larger of
+the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .prompt_weights import MAX_WEIGHT
+
+IMAGE_PAD = 151655
+IMAGE_PAD_TEXT = "<|image_pad|>"
+IMAGE_BLOCK = f"<|vision_start|>{IMAGE_PAD_TEXT}<|vision_end|>"
+
+MAX_IMAGES = 8
+
+# As many pixels as a square of this side, what those LoRAs were trained with.
+MAX_SIDE = 384
+
+# Rows and columns of an image's tokens.
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """An image that a prompt holds.
+
+    pixels: (3, H, W) or, with alpha, (4, H, W), in [0, 1].
+    role: what it is there for, such as "the style"; empty for nothing said.
+    strength: how much its tokens count in the transformer, as a weight of words: 1 changes
+        nothing, 0 leaves the image out of the prompt.
+
+    Raises ValueError for another shape, a role that holds an image's token, and a strength beyond
+    `MAX_WEIGHT` either way.
+    """
+
+    pixels: Tensor
+    role: str = ""
+    strength: float = 1.0
+
+    def __post_init__(self):
+        if self.pixels.ndim != 3 or self.pixels.shape[0] not in (3, 4) or 0 in self.pixels.shape:
+            raise ValueError(
+                f"The image has shape {tuple(self.pixels.shape)}; expected (3, height, width), or "
+                "4 channels with alpha."
+            )
+        if not abs(self.strength) <= MAX_WEIGHT:  # NaN too
+            raise ValueError(
+                f"The strength of an image is {self.strength}; expected -{MAX_WEIGHT:.0f} to "
+                f"{MAX_WEIGHT:.0f}: 1 for as it is, 0 for not at all."
+            )
+        if "\n" in self.role.strip() or "<|" in self.role:
+            raise ValueError(
+                f"The role of an image is {self.role!r}; expected a few words on one line, such "
+                "as 'the style', without chat markers."
+            )
+
+
+def kept_images(images: Iterable[PromptImage]) -> list[PromptImage]:
+    """Those that have a strength. Raises ValueError for more than `MAX_IMAGES`."""
+    kept = [image for image in images if image.strength != 0]
+    if len(kept) > MAX_IMAGES:
+        raise ValueError(
+            f"There are {len(kept)} images in the prompt; expected at most {MAX_IMAGES}. Leave "
+            "some out."
+        )
+    return kept
+
+
+def image_text(roles: Sequence[str], labels: bool) -> str:
+    """What stands in front of a prompt for images with these roles; empty for none.
+
+    labels: number them, `Picture 1: `. A role follows the number in brackets, or stands alone.
+    """
+    text = ""
+    for number, role in enumerate(map(str.strip, roles), start=1):
+        label = f"Picture {number}" if labels else ""
+        words = f"{label} ({role})" if label and role else label or role
+        text += f"{words}: {IMAGE_BLOCK}" if words else IMAGE_BLOCK
+    return text
+
+
+def on_white(pixels: Tensor) -> Tensor:
+    """An image (3 or 4, H, W) as (3, H, W): where it is transparent, white shows."""
+    if pixels.shape[0] == 3:
+        return pixels
+    alpha = pixels[3:]
+    return pixels[:3] * alpha + (1 - alpha)
+
+
+def check_no_pads(prompt: str) -> None:
+    """Refuse a prompt that names the image token itself, where images are placed for it."""
+    if IMAGE_PAD_TEXT in prompt:
+        raise ValueError(
+            f"The prompt holds {IMAGE_PAD_TEXT}, which stands for an image; expected text. Take "
+            "it out: images are placed in front of the text."
+        )
+
+
+def with_image_tokens(tokens: Sequence[int], grids: Sequence[Grid]) -> list[int]:
+    """Token ids in which each pad is repeated for all tokens of its image.
+
+    Raises ValueError unless there are as many pads as images.
+    """
+    pads = sum(token == IMAGE_PAD for token in tokens)
+    if pads != len(grids):
+        raise ValueError(
+            f"The prompt has places for {pads} images ({IMAGE_PAD_TEXT}) and {len(grids)} images "
+            "are given; expected as many of each."
+        )
+    left, result = iter(grids), []
+    for token in tokens:
+        result += [token] * math.prod(next(left)) if token == IMAGE_PAD else [token]
+    return result
+
+
+def image_weights(
+    tokens: Sequence[int], grids: Sequence[Grid], images: Sequence[PromptImage]
+) -> list[float]:
+    """Weights of tokens that hold one pad an image: its strength for each of its tokens, else 1."""
+    left, weights = iter(zip(grids, images, strict=True)), []
+    for token in tokens:
+        if token == IMAGE_PAD:
+            grid, image = next(left)
+            weights += [image.strength] * math.prod(grid)
+        else:
+            weights.append(1.0)
+    return weights
+
+
+def axis_positions(tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
+    """Positions (3, L) of tokens in time, row and column, as transformers' `get_rope_index`.
+
+    tokens: with a pad for every token of the images, whose grids are given in their order.
+    Raises ValueError where pads and grids do not fit.
+    """
+    parts, start, index, left = [], 0, 0, list(grids)
+    while index < len(tokens):
+        end = index
+        while end < len(tokens) and tokens[end] != IMAGE_PAD:
+            end += 1
+        parts.append(torch.arange(start, start + end - index).expand(3, -1))
+        start, index = start + end - index, end
+        if index == len(tokens):
+            break
+        if not left:
+            raise ValueError("There are more image tokens in the prompt than the images have.")
+        rows, columns = left.pop(0)
+        count = rows * columns
+        if any(token != IMAGE_PAD for token in tokens[index : index + count]) or (
+            index + count > len(tokens)
+        ):
+            raise ValueError(
+                f"An image of {rows} x {columns} tokens has fewer places in the prompt; expected "
+                f"{count}, next to each other."
+            )
+        grid = torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), torch.arange(rows),
+                                          torch.arange(columns), indexing="ij"))  # fmt: skip
+        parts.append(start + grid.flatten(1))
+        start, index = start + max(rows, columns), index + count
+    if left:
+        raise ValueError(
+            f"{len(grids)} images are given and {len(left)} of them have no tokens in the prompt."
+        )
+    return torch.cat(parts, dim=1)
+
+
+def sheet(images: Sequence[Tensor], margin: float = 0.5) -> Tensor:
+    """Images (3, H, W) of any sizes as one batch (N, 3, H, W), grey to the right and below."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    return torch.stack([
+        F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=margin)
+        for image in images
+    ])  # fmt: skip
