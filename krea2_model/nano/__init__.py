@@ -36,7 +36,7 @@ LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 
 # Stands for the text encoder where a path is asked for; no file has to be there.
 TEXT_ENCODER = FOLDER / "krea2_nano_text_encoder.safetensors"
-TEXT_ENCODER_CHECKSUM = "c0179045d12550c559f3b5b49b0910dd0482a051ffebd431ff059466407bbcca"
+TEXT_ENCODER_CHECKSUM = "e0b5e2e872eef3b98e1749328d5ad0d012a97ea6c19043e3ffce813b55fc66b1"
 
 __all__ = [
     "LORA",

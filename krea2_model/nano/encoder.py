@@ -10,6 +10,11 @@ Random layers would mix up the order of words. Three choices keep it: eight chan
 embedding hold the same value and nothing writes to them, half of the heads look at little else
 (with rotary positions this makes them prefer fixed, random distances: "two words back"), and norms
 of queries and keys above 1 let heads choose rather than average.
+
+The vision tower is drawn in the same way. What it has to keep is what each patch shows, so its
+blocks write little, and a random projection carries colours and textures as they are. Its norms
+would take the brightness of a flat patch away: eight channels at a constant and eight at minus that
+hold them back. What it gives has the eight constant channels of an embedding, and its size.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import TextEncoderConfig
+from ..config import TextEncoderConfig, VisionConfig
 
 CONFIG = TextEncoderConfig(
     hidden_size=160,
@@ -30,6 +35,15 @@ CONFIG = TextEncoderConfig(
     num_key_value_heads=2,
     head_dim=40,
 )
+VISION_CONFIG = VisionConfig(
+    depth=4,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=1,
+    out_hidden_size=CONFIG.hidden_size,
+    num_position_embeddings=64,
+    deepstack_visual_indexes=(0, 1, 2),
+)
 SEED = 2026
 CONSTANT_CHANNELS = 8
 CONSTANT = 4.0
@@ -37,10 +51,18 @@ QK_SCALE = 2.25
 
 # Powers of two that follow the sum of four 16-bit pieces, of deviation 37837.
 _EMBEDDING, _MATRIX, _HALF_MATRIX, _WRITE = 2.0**-15, 2.0**-18, 2.0**-19, 2.0**-21
+_BIAS, _PATCH = 2.0**-16, 2.0**-20
 
 
 def encoder_tensors() -> dict[str, Tensor]:
     """Every tensor of the encoder, by the names of a Qwen3-VL file, in bfloat16."""
+    return {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in {**_language_tensors(), **_vision_tensors()}.items()
+    }
+
+
+def _language_tensors() -> dict[str, Tensor]:
     dim, inner, head_dim = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.head_dim
     queries = CONFIG.num_attention_heads * head_dim
     keys = CONFIG.num_key_value_heads * head_dim
@@ -73,7 +95,54 @@ def encoder_tensors() -> dict[str, Tensor]:
         tensors[f"{name}.input_layernorm.weight"] = torch.ones(dim)
         tensors[f"{name}.post_attention_layernorm.weight"] = torch.ones(dim)
     tensors["model.norm.weight"] = torch.ones(dim)
-    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    return tensors
+
+
+def _vision_tensors() -> dict[str, Tensor]:
+    config, held = VISION_CONFIG, 2 * CONSTANT_CHANNELS
+    dim, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+    tensors = {}
+
+    def draw(name: str, rows: int, columns: int, scale: float) -> Tensor:
+        weight = normal(f"visual.{name}", (rows, columns), scale)
+        tensors[f"visual.{name}.weight"] = weight
+        tensors[f"visual.{name}.bias"] = torch.zeros(rows)
+        return weight
+
+    def norm(name: str, width: int) -> None:
+        tensors[f"visual.{name}.weight"] = torch.ones(width)
+        tensors[f"visual.{name}.bias"] = torch.zeros(width)
+
+    shape = (config.in_channels, config.temporal_patch_size, patch, patch)
+    weight = draw("patch_embed.proj", dim, int(np.prod(shape)), _PATCH)
+    weight[:held] = 0
+    tensors["visual.patch_embed.proj.weight"] = weight.reshape(dim, *shape)
+    bias = tensors["visual.patch_embed.proj.bias"]
+    bias[:CONSTANT_CHANNELS], bias[CONSTANT_CHANNELS:held] = CONSTANT, -CONSTANT
+    positions = normal("visual.pos_embed", (config.num_position_embeddings, dim), _MATRIX)
+    positions[:, :held] = 0
+    tensors["visual.pos_embed.weight"] = positions
+    for index in range(config.depth):
+        name = f"blocks.{index}"
+        norm(f"{name}.norm1", dim)
+        norm(f"{name}.norm2", dim)
+        draw(f"{name}.attn.qkv", 3 * dim, dim, _MATRIX)[2 * dim :, :held] = 0
+        draw(f"{name}.attn.proj", dim, dim, _WRITE)[:held] = 0
+        draw(f"{name}.mlp.linear_fc1", inner, dim, _MATRIX)[:, :held] = 0
+        draw(f"{name}.mlp.linear_fc2", dim, inner, _WRITE)[:held] = 0
+    width = dim * config.spatial_merge_size**2
+    count = len(config.deepstack_visual_indexes)
+    for index, name in enumerate(["merger", *(f"deepstack_merger_list.{i}" for i in range(count))]):
+        norm(f"{name}.norm", width if index else dim)
+        first = draw(f"{name}.linear_fc1", width, width, _MATRIX)
+        first.reshape(width, -1, dim)[:, :, :held] = 0
+        tensors[f"visual.{name}.linear_fc1.bias"] = normal(
+            f"visual.{name}.linear_fc1.bias", (1, width), _BIAS
+        )[0]
+        scale = _HALF_MATRIX if index else _MATRIX
+        draw(f"{name}.linear_fc2", config.out_hidden_size, width, scale)[:CONSTANT_CHANNELS] = 0
+    tensors["visual.merger.linear_fc2.bias"][:CONSTANT_CHANNELS] = CONSTANT
+    return tensors
 
 
 def normal(name: str, shape: tuple[int, int], scale: float) -> Tensor:

@@ -15,6 +15,9 @@ import torch
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, nano, sampling
 from krea2_model.config import Preset
+from krea2_model.nano import encoder as nano_encoder
+from krea2_model.nano.encoder import checksum
+from krea2_model.vision import load_vision_tower
 from nano_training.judge import Reading, background_colour, colour_name, judge, read_thing, read_two
 from nano_training.scenes import COLOURS, SHAPES, Scene, Thing, draw, held_out_prompts
 
@@ -277,6 +280,34 @@ def test_text_encoder_is_the_same_everywhere(monkeypatch, tmp_path):
     file.write_bytes(content)
     assert torch.equal(nano.text_encoder_tensors()["model.norm.weight"], made["model.norm.weight"])
     assert bytes(content) != file.read_bytes()
+
+
+def test_the_vision_tower_changes_no_tensor_for_text():
+    """The transformer was trained on what these give."""
+    tensors = nano.text_encoder_tensors()
+    text = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
+    assert checksum(text) == "c0179045d12550c559f3b5b49b0910dd0482a051ffebd431ff059466407bbcca"
+
+
+@torch.no_grad()
+def test_the_vision_tower_keeps_the_colours_of_patches():
+    """Read off its tokens by least squares, learned on some pictures and tested on others."""
+    tower = load_vision_tower(nano.TEXT_ENCODER, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.rand(24, 3, 8, 8, generator=generator)
+    pictures = colours.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3)
+    seen = torch.cat([tower(picture).tokens for picture in pictures]).double()
+    held = nano_encoder.CONSTANT_CHANNELS
+    assert torch.equal(seen[:, :held], torch.full_like(seen[:, :held], nano_encoder.CONSTANT))
+    embeddings = nano.text_encoder_tensors()["model.embed_tokens.weight"].float()
+    sizes = [float(t.square().mean().sqrt()) for t in (seen, embeddings)]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
+    inputs = torch.cat((seen[:, held:], torch.ones(len(seen), 1)), dim=1)
+    wanted = colours.flatten(2).mT.flatten(0, 1).double()
+    learned, tested = slice(0, 1024), slice(1024, None)
+    weights = torch.linalg.lstsq(inputs[learned], wanted[learned]).solution
+    missed = (inputs[tested] @ weights - wanted[tested]).square().mean()
+    assert missed / wanted.var() < 0.03
 
 
 def test_text_encoder_needs_no_place_to_be_kept(monkeypatch, tmp_path):
