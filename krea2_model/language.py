@@ -9,7 +9,7 @@ Qwen3-VL-4B is its embedding table; a file with a head of its own has that one u
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,14 +24,18 @@ from .config import TextEncoderConfig
 from .gguf import GGUFTensor
 from .identify import TEXT_ENCODER, CheckpointError
 from .layers import TorchLayers
+from .prompt_images import IMAGE_PAD, axis_positions
 from .quantised import dequantise
 from .text_encoder import (
     DecoderLayer,
     Qwen3VLTextEncoder,
     causal_mask,
     language_prefix,
+    place_images,
+    rotation_of,
     rotation_table,
 )
+from .vision import ImageTokens
 
 # (embedding, hidden (B, 1, D)) to logits (B, 1, V) by the embedding's table.
 Head = Callable[[nn.Embedding, Tensor], Tensor]
@@ -74,6 +78,8 @@ class KeyValueCache:
 
     def __init__(self):
         self.length = 0
+        # How much larger the next position is than `length`: negative behind images.
+        self.ahead = 0
         self._layers: dict[int, Tensor] = {}  # (2, B, KV, capacity, D)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +111,7 @@ class LanguageModel:
     head: how logits are made from the embedding; a host brings its own for weights it manages.
     device: where to calculate; None is where the embedding is.
     dtype: of hidden states; None is what the embedding gives.
+    images: those in the prompt, which has a pad for each of their tokens.
     """
 
     def __init__(
@@ -115,8 +122,10 @@ class LanguageModel:
         head: Head = tied_head,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        images: Sequence[ImageTokens] = (),
     ):
         self.config = encoder.config
+        self._images = images
         self.device = device or encoder.embed_tokens.weight.device
         self._embedding, self._tail, self._head, self._dtype = (
             encoder.embed_tokens, tail, head, dtype,
@@ -130,11 +139,23 @@ class LanguageModel:
         hidden = self._embedding(torch.tensor([tokens], device=self.device))
         if self._dtype is not None:
             hidden = hidden.to(self._dtype)
-        rotation = rotation_table(end, self.config, self.device, start)[:, None, None]
+        deepstack: list[Tensor] = []
+        if self._images and start == 0:
+            places = torch.tensor([tokens], device=self.device) == IMAGE_PAD
+            positions = axis_positions(tokens, [image.grid for image in self._images])
+            cache.ahead = int(positions.max()) + 1 - end
+            hidden, deepstack = place_images(hidden, places, self._images)
+            rotation = rotation_of(positions, self.config, self.device)
+        else:
+            ahead = cache.ahead
+            rotation = rotation_table(end + ahead, self.config, self.device, start + ahead)
+        rotation = rotation[:, None, None]
         # One token sees all that is kept, and needs no mask.
         mask = None if len(tokens) == 1 else causal_mask(end, None, self.device)[:, :, start:]
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, rotation, mask, partial(cache.extend, index))
+            if index < len(deepstack):
+                hidden = hidden + deepstack[index]
         cache.length = end
         hidden = self._tail.norm(hidden[:, -1:])
         if self._tail.lm_head is not None:

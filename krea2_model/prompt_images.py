@@ -71,6 +71,35 @@ class PromptImage:
             )
 
 
+def read_strengths(text: str, count: int) -> list[float]:
+    """Strengths of `count` images from numbers with commas, spaces or lines between; 1 without.
+
+    Raises ValueError for what is no number, and for more numbers than images where there are any.
+    """
+    words = text.replace(",", " ").split()
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError as error:
+        raise ValueError(
+            f"strengths is {text!r}; expected numbers such as '1, 0.5', one an image."
+        ) from error
+    return _one_each("strengths", numbers, count, 1.0)
+
+
+def read_roles(text: str, count: int) -> list[str]:
+    """Roles of `count` images, a line each; lines may be empty. Raises as `read_strengths`."""
+    return _one_each("roles", [line.strip() for line in text.rstrip().splitlines()], count, "")
+
+
+def _one_each(name: str, values: list, count: int, usual) -> list:
+    if count and len(values) > count:
+        raise ValueError(
+            f"{name} has {len(values)} entries for {count} images; expected at most one each. "
+            "Take the others out."
+        )
+    return [*values[:count], *[usual] * (count - len(values))]
+
+
 def kept_images(images: Iterable[PromptImage]) -> list[PromptImage]:
     """Those that have a strength. Raises ValueError for more than `MAX_IMAGES`."""
     kept = [image for image in images if image.strength != 0]

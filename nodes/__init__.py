@@ -9,6 +9,7 @@ from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
+from .prompt_images import K2TextEncodeImages
 from .prompts import K2TextEncode
 from .references import K2Reference
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
@@ -25,6 +26,7 @@ NODES = [
     K2LoraLoader,
     K2PromptExpander,
     K2TextEncode,
+    K2TextEncodeImages,
     K2TapWeights,
     K2Reference,
     K2PromptBatch,

@@ -81,16 +81,21 @@ class K2TextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, prompt, negative="", official_length=False, max_tokens=0, weights=True):
-        if not 0 <= max_tokens <= MAX_TOKENS:
-            raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
-        limits = [OFFICIAL_LENGTH] if official_length else []
-        if max_tokens:
-            limits.append(max_tokens + SUFFIX_TOKENS)
-        options = {"max_sequence_length": min(limits)} if limits else {}
+        options = length_options(official_length, max_tokens)
         encoded = [encode(clip, [text], weights, **options) for text in (prompt, negative)]
         names = ("prompt", "negative") if negative else ("prompt",)
         counts = [prompt_report(name, result) for name, result in zip(names, encoded, strict=False)]
         return io.NodeOutput(*encoded, ui=ui.PreviewText("\n".join(counts)))
+
+
+def length_options(official_length: bool, max_tokens: int) -> dict[str, int]:
+    """What the CLIP's tokenizer is told of the length of prompts."""
+    if not 0 <= max_tokens <= MAX_TOKENS:
+        raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
+    limits = [OFFICIAL_LENGTH] if official_length else []
+    if max_tokens:
+        limits.append(max_tokens + SUFFIX_TOKENS)
+    return {"max_sequence_length": min(limits)} if limits else {}
 
 
 def check_clip(clip) -> None:
@@ -108,8 +113,14 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
     weights: read `(word:1.3)` as weights. options go to the CLIP's tokenizer.
     """
     from .managed.clip import encode_prompts
-    from .managed.memory import advise
 
     check_clip(clip)
-    with advise("The text encoder", _REMEDY):
+    with advised(_REMEDY):
         return encode_prompts(clip, prompts, weighted=weights, **options)
+
+
+def advised(remedy: str):
+    """A context in which the text encoder's running out of memory says what helps."""
+    from .managed.memory import advise
+
+    return advise("The text encoder", remedy)

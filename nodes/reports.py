@@ -4,15 +4,27 @@ Lines stay under 40 characters, for which web/js/node_text.js need not widen a n
 """
 
 from ..krea2_model.config import Preset
+from ..krea2_model.prompt_images import PromptImage
 from ..krea2_model.sizes import image_tokens
 from ..krea2_model.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
 
 
-def prompt_report(name: str, conditioning) -> str:
-    """How many tokens of a text were encoded, counted on the result of whichever CLIP it was."""
-    tokens = max(0, conditioning[0][0].shape[1] - SUFFIX_TOKENS)
+def prompt_report(name: str, conditioning, images: int = 0) -> str:
+    """How many tokens of a text were encoded, counted on the result of whichever CLIP it was.
+
+    images: tokens of images among them, which `image_report` tells of.
+    """
+    tokens = max(0, conditioning[0][0].shape[1] - SUFFIX_TOKENS - images)
     count = f"{name}: {tokens} token{'' if tokens == 1 else 's'} of {PROMPT_BUDGET}"
     return count if tokens <= PROMPT_BUDGET else f"{count},\nmore than the model was trained on"
+
+
+def image_report(number: int, image: PromptImage) -> str:
+    """The size at which the encoder saw an image, and its tokens: one for 32 x 32 px."""
+    if image.strength == 0:
+        return f"image {number}: left out, strength 0"
+    height, width = image.pixels.shape[1:]
+    return f"image {number}: {width} x {height} px, {height * width // 32**2} tokens"
 
 
 def sampling_report(choice: str, settings: Preset, mu: float, sigmas, guided: bool = True) -> str:

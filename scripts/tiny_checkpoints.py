@@ -24,6 +24,7 @@ from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
 from krea2_model.transformer import Krea2Transformer  # noqa: E402
 from krea2_model.transformer_keys import module_to_official  # noqa: E402
 from krea2_model.vae_keys import temporal_shapes  # noqa: E402
+from krea2_model.vision import Qwen3VLVisionTower  # noqa: E402
 
 # Sizes that ComfyUI's own Krea 2 detects too: it fixes the head at 128 and 20 text heads, and
 # derives the MLP widths from the others.
@@ -36,6 +37,7 @@ TRANSFORMER = TransformerConfig(
     text_intermediate_size=512,
 )
 TEXT_ENCODER = nano.TEXT_ENCODER_CONFIG
+VISION = nano.VISION_CONFIG
 VAE = VAEConfig(base_dim=16)
 
 
@@ -65,7 +67,23 @@ def text_encoder_tensors(config=TEXT_ENCODER, seed=1, dtype=torch.bfloat16) -> d
             weight = random_weight(meta.shape, generator)
         tensors[f"model.{name}"] = weight.to(dtype)
     tensors["model.norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
-    tensors["visual.patch_embed.proj.bias"] = torch.zeros(64, dtype=dtype)
+    tower = replace(VISION, out_hidden_size=config.hidden_size)
+    return tensors | vision_tensors(tower, seed, dtype)
+
+
+def vision_tensors(config=VISION, seed=1, dtype=torch.bfloat16) -> dict:
+    """A vision tower by the names in qwen3vl_4b files, whose patches have five dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    patch = (config.in_channels, config.temporal_patch_size, *[config.patch_size] * 2)
+    tensors = {}
+    for name, meta in Qwen3VLVisionTower(config, device="meta").state_dict().items():
+        if "norm" in name and name.endswith("weight"):
+            weight = 1 + 0.1 * torch.randn(meta.shape, generator=generator)
+        else:
+            weight = random_weight(meta.shape, generator)
+        if name == "patch_embed.proj.weight":
+            weight = weight.reshape(-1, *patch)
+        tensors[f"visual.{name}"] = weight.to(dtype)
     return tensors
 
 

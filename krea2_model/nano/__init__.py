@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .encoder import CONFIG as TEXT_ENCODER_CONFIG
-from .encoder import checksum, encoder_tensors
+from .encoder import VISION_CONFIG, checksum, encoder_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ __all__ = [
     "TRANSFORMERS",
     "VAE",
     "VARIANTS",
+    "VISION_CONFIG",
     "text_encoder_tensors",
 ]
 

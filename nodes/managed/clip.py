@@ -15,20 +15,48 @@ from ...krea2_model.checkpoint import read_text_encoder
 from ...krea2_model.generation import Sampling, generate
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
-from ...krea2_model.prompt_weights import parse_weights, token_weights
+from ...krea2_model.prompt_images import (
+    IMAGE_PAD,
+    IMAGE_PAD_TEXT,
+    PromptImage,
+    check_no_pads,
+    image_text,
+    image_weights,
+    with_image_tokens,
+)
+from ...krea2_model.prompt_weights import parse_weights, plain_prompt, token_weights
 from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from ...krea2_model.tokenizer import Krea2Tokenizer
+from ...krea2_model.vision import ImageTokens
 from .gguf import GGUFOperations, KeepsBlocks, is_blocks, wrap
 from .hooks import PatchHooks
 from .language import LazyTail, language_model
 from .layers import comfy_layers
 from .texts import TOKEN_WEIGHTS
+from .vision import (
+    LazyVision,
+    content_of,
+    has_images,
+    image_sizes,
+    image_token,
+    images_of,
+    is_image,
+    pictures,
+    spell_images,
+)
 from .weights import check_weights, open_part
 
 # The key under which core's Krea 2 encoder keeps its tokens, weights and LoRA aliases.
 NAME = "qwen3vl_4b"
 
 _IM_START, _USER = 151644, 872
+
+# What Qwen3-VL is asked with about an image; Generate Text means this one.
+_IMAGE_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+# Pixels that a token of an image covers along one side, and bytes that the vision tower holds of
+# each pixel: of a patch of 256 in float32 about eight states of width 1024 and two of 4096.
+_TOKEN_SIDE, _BYTES_A_PIXEL = 32, 256
 
 # About 12 MB a hundred tokens, in main memory.
 KEPT_ENCODINGS = 8
@@ -52,38 +80,49 @@ class Krea2ClipTokenizer:
         llama_template=None,
         skip_template=False,
         thinking=True,
+        labels=False,
+        roles=(),
         **kwargs,
     ):
         """One text, or a list of texts for the images of a batch.
+
+        images: batches (B, H, W, C), each image of which is one of the prompt's; a text that holds
+        as many `<|image_pad|>` has them there, any other in front, with `labels` and `roles`.
+        `image` is what Generate Text passes: its chat then is Qwen's own, as in core.
 
         A text that begins with `<|im_start|>` is a chat of its own and is passed as it is, as
         core does, unless `always_wrap` is set; `llama_template` replaces Krea's template, and
         `skip_template` does without. `max_sequence_length` 512 is the official cut. Without
         `thinking` an empty thought follows the template, so that a text written on has none.
         """
-        if image is not None or images:
-            raise ValueError(
-                "This text encoder takes text alone; images in prompts are not supported yet. "
-                "Disconnect the image."
-            )
+        placed = pictures(images)
+        if not placed and image is not None:
+            placed, llama_template = pictures(image), llama_template or _IMAGE_CHAT
         rows, no_thought = [], "" if thinking else "<think>\n\n</think>\n\n"
         for prompt in [text] if isinstance(text, str) else text:
+            before = ""
+            if placed and IMAGE_PAD_TEXT not in prompt and not skip_template:
+                before = image_text([*roles, *[""] * (len(placed) - len(roles))], labels)
             if llama_template is not None:
-                tokens = self.tokenizer.tokenize_raw(llama_template.format(prompt) + no_thought)
+                whole = llama_template.format(before + prompt)
+                tokens = self.tokenizer.tokenize_raw(whole + no_thought)
             elif skip_template or (prompt.startswith("<|im_start|>") and not always_wrap):
                 tokens = self.tokenizer.tokenize_raw(prompt)
             else:
-                tokens = self.tokenizer.tokenize(prompt, max_sequence_length)
+                tokens = self.tokenizer.tokenize(prompt, max_sequence_length, before)
                 if no_thought:
                     tokens += self.tokenizer.tokenize_raw(no_thought)
-            row = [(token, 1.0) for token in tokens]
+            row = [(token, 1.0) for token in _with_images(tokens, placed)]
             if return_word_ids:
                 row = [(*pair, index) for index, pair in enumerate(row, start=1)]
             rows.append(row)
         return {NAME: rows}
 
     def untokenize(self, token_weight_pair):
-        return [(pair, self.decode([pair[0]])) for pair in token_weight_pair]
+        return [
+            (pair, self.decode([IMAGE_PAD if is_image(pair[0]) else pair[0]]))
+            for pair in token_weight_pair
+        ]
 
     def decode(self, token_ids, skip_special_tokens=True):
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -112,6 +151,7 @@ class Krea2TextModel(torch.nn.Module):
         # Texts that the prompt expander wrote, by all they depend on.
         self.texts: OrderedDict = OrderedDict()
         self.tail: LazyTail | None = None
+        self.vision: LazyVision | None = None
 
     @property
     def encoder(self) -> Qwen3VLTextEncoder:
@@ -134,8 +174,10 @@ class Krea2TextModel(torch.nn.Module):
         device = self.execution_device or self.encoder.embed_tokens.weight.device
         encoded = []
         for row in rows:
-            tokens = torch.tensor([row], device=device)
-            taps = self.encoder(tokens)[:, _kept_from(row) :]
+            ids, seen = self._look(row, device)
+            tokens = torch.tensor([ids], device=device)
+            images = {"images": seen} if seen else {}
+            taps = self.encoder(tokens, **images)[:, _kept_from(ids) :]
             encoded.append(taps.flatten(2)[0].float())
         lengths = [len(states) for states in encoded]
         conditioning = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
@@ -145,10 +187,20 @@ class Krea2TextModel(torch.nn.Module):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return conditioning, None, {"attention_mask": mask.long().to(conditioning.device)}
 
-    def write(self, tokens: list[int], sampling: Sampling, max_tokens: int, seed: int):
-        """Yield the tokens that follow; encoder and tail have to be loaded (`Krea2CLIP.write`)."""
+    def _look(self, row, device) -> tuple[list[int], list[ImageTokens]]:
+        """The ids of a row of tokens, and what the vision tower makes of its images."""
+        images = images_of(row)
+        if not images:
+            return row, []
+        tower = self.vision.patcher.model
+        seen = [tower(image.to(device, torch.float32)) for image in images]
+        return spell_images(row, seen), seen
+
+    def write(self, row: list, sampling: Sampling, max_tokens: int, seed: int):
+        """Yield the tokens that follow; what is needed has to be loaded (`Krea2CLIP.write`)."""
         device = self.execution_device or self.encoder.embed_tokens.weight.device
-        model = language_model(self.encoder, self.tail.patcher.model, device)
+        tokens, seen = self._look(row, device)
+        model = language_model(self.encoder, self.tail.patcher.model, device, seen)
         yield from generate(model, tokens, sampling, max_tokens=max_tokens, seed=seed)
 
     def load_sd(self, sd):
@@ -157,10 +209,12 @@ class Krea2TextModel(torch.nn.Module):
         return self.encoder.load_state_dict(sd, strict=False, assign=assign)
 
     def memory_estimation_function(self, token_weight_pairs, device=None):
-        """Bytes of activations: the taps and a layer's MLP, in float32."""
-        length = max((len(row) for row in token_weight_pairs.get(NAME, ())), default=0)
+        """Bytes of activations: the taps and a layer's MLP, in float32, and the images' own."""
+        rows = [[pair[0] for pair in row] for row in token_weight_pairs.get(NAME, ())]
+        length = max(map(row_length, rows), default=0)
         width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
-        return length * (width + 3 * self.config.intermediate_size) * 4
+        seeing = max((max(image_sizes(row), default=0) for row in rows), default=0)
+        return length * (width + 3 * self.config.intermediate_size) * 4 + seeing * _BYTES_A_PIXEL
 
     def writing_memory(self, tokens: int) -> int:
         """Bytes that writing takes: keys and values of so many tokens, and the head as numbers."""
@@ -181,6 +235,16 @@ class Krea2CLIP(comfy.sd.CLIP):
         clone = super().clone(*args, **kwargs)
         clone.__class__ = Krea2CLIP
         return clone
+
+    def load_model(self, tokens={}):  # noqa: B006 - core's own signature
+        if not has_images(tokens.get(NAME, ())):
+            return super().load_model(tokens)
+        model, device = self.cond_stage_model, self.patcher.load_device
+        needed = model.memory_estimation_function(tokens, device)
+        # Together: what is loaded alone may push out the other.
+        parts = [self.patcher, model.vision.load(self.patcher)]
+        comfy.model_management.load_models_gpu(parts, memory_required=needed)
+        return self.patcher
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         key = self._key(tokens)
@@ -211,11 +275,13 @@ class Krea2CLIP(comfy.sd.CLIP):
             raise ValueError(f"There are {len(rows)} texts to write on from; expected one.")
         row = [pair[0] for pair in rows[0]]
         model, device = self.cond_stage_model, self.patcher.load_device
-        tail = model.tail.load(self.patcher)
+        parts = [self.patcher, model.tail.load(self.patcher)]
+        if has_images(rows):
+            parts.append(model.vision.load(self.patcher))
         # Together: what is loaded alone may push out the other.
         needed = model.memory_estimation_function(tokens, device)
-        needed += model.writing_memory(len(row) + min(max_tokens, 1024))
-        comfy.model_management.load_models_gpu([self.patcher, tail], memory_required=needed)
+        needed += model.writing_memory(row_length(row) + min(max_tokens, 1024))
+        comfy.model_management.load_models_gpu(parts, memory_required=needed)
         model.reset_clip_options()
         model.set_clip_options({"execution_device": device})
         written = model.write(row, sampling, max_tokens, seed)
@@ -258,23 +324,22 @@ class Krea2CLIP(comfy.sd.CLIP):
         return written
 
     def state_dict_for_saving(self):
-        """With what only writing needs where the file has it, so that what is saved is whole."""
-        state = super().state_dict_for_saving()
-        try:
-            tail = self.cond_stage_model.tail.load(self.patcher)
-        except (ValueError, OSError):
-            return state
-        prefix = f"{NAME}.transformer.model."
-        return state | {
-            prefix + name: tensor for name, tensor in tail.model_state_dict_for_saving().items()
-        }
+        """With what only writing and seeing need where the file has it: what is saved is whole."""
+        state, model = super().state_dict_for_saving(), self.cond_stage_model
+        for part, prefix in ((model.tail, "model."), (model.vision, "visual.")):
+            try:
+                tensors = part.file_tensors(self.patcher)
+            except (ValueError, OSError):
+                continue
+            state |= {f"{NAME}.transformer.{prefix}{n}": tensor for n, tensor in tensors.items()}
+        return state
 
     def _key(self, tokens):
         """What an encoding depends on; None where it may change with time (hooks)."""
         if self.patcher.forced_hooks is not None or self.apply_hooks_to_conds is not None:
             return None
-        rows = tuple(tuple(pair[0] for pair in row) for row in tokens.get(NAME, ()))
-        if not all(isinstance(token, int) for row in rows for token in row):
+        rows = tuple(tuple(content_of(pair[0]) for pair in row) for row in tokens.get(NAME, ()))
+        if not all(isinstance(token, (int, tuple)) for row in rows for token in row):
             return None
         return self.patcher.patches_uuid, rows
 
@@ -295,6 +360,40 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     limit = options.get("max_sequence_length") if ours is not None else None
     weights = token_weights(marked, (ours or Krea2ClipTokenizer()).tokenizer, limit)
     if weights is None:  # what has a weight was cut
+        return conditioning
+    return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]
+
+
+def encode_with_images(
+    clip, prompt: str, images: list[PromptImage], *, labels: bool, weighted: bool, **options
+):
+    """A prompt with images in front of it to CONDITIONING, by a CLIP of ours.
+
+    images: in sizes that the tower takes (`vision.fitted`), with strengths other than 0; strengths
+        other than 1 travel as weights of the images' tokens, like those of words.
+    labels, weighted, options: see `prompt_images.image_text` and `encode_prompts`.
+
+    Raises ValueError for another CLIP, and CheckpointError where its file has no vision tower.
+    """
+    if not isinstance(clip.tokenizer, Krea2ClipTokenizer):
+        raise ValueError(
+            "clip is not from a Krea 2 loader of this pack; images in prompts need one. Connect "
+            "Load Krea 2 or Load Krea 2 Text Encoder."
+        )
+    marked = parse_weights(prompt) if weighted else plain_prompt(prompt)
+    check_no_pads(marked.text)
+    roles = [image.role for image in images]
+    pixels = [image.pixels.movedim(0, -1)[None] for image in images]
+    tokens = clip.tokenize(
+        marked.text, always_wrap=True, images=pixels, roles=roles, labels=labels, **options
+    )
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    tokenizer, before = clip.tokenizer.tokenizer, image_text(roles, labels)
+    grids = [(image.shape[1] // _TOKEN_SIDE, image.shape[2] // _TOKEN_SIDE) for image in pixels]
+    front = image_weights(tokenizer.front(before), grids, images)
+    limit = options.get("max_sequence_length")
+    weights = token_weights([marked], tokenizer, limit, before, front)
+    if weights is None:
         return conditioning
     return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]
 
@@ -329,6 +428,7 @@ def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyn
         clip.patcher.__class__ = type("BlockPatcher", (KeepsBlocks, type(clip.patcher)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     clip.cond_stage_model.tail = LazyTail(path, dtype, encoder_layers)
+    clip.cond_stage_model.vision = LazyVision(path, dtype, encoder_layers)
     return clip
 
 
@@ -354,6 +454,23 @@ def encoder_layers(options: dict, dtype: torch.dtype | None):
                 return super().forward(tokens, out_dtype=torch.float32)
 
     return Layers
+
+
+def row_length(row: list) -> int:
+    """Tokens of a row, those of its images included."""
+    return len(row) + sum(image_sizes(row)) // _TOKEN_SIDE**2
+
+
+def _with_images(tokens: list[int], images: list[torch.Tensor]) -> list:
+    """Tokens with the images in the place of their pads.
+
+    Raises ValueError unless there are as many of each.
+    """
+    if not images:
+        return tokens
+    with_image_tokens(tokens, [(1, 1)] * len(images))
+    left = iter(images)
+    return [image_token(next(left)) if token == IMAGE_PAD else token for token in tokens]
 
 
 def _kept_from(row: list[int]) -> int:

@@ -98,8 +98,9 @@ def core_clip(models, monkeypatch):
         rope_dims = (8, 6, 6)
 
     monkeypatch.setitem(core_qwen.QWEN3VL_CONFIGS, "qwen3vl_4b", Small)
-    vision = dict(hidden_size=64, intermediate_size=64, depth=1, deepstack_visual_indexes=[0])
-    monkeypatch.setitem(core_qwen.QWEN3VL_VISION, "qwen3vl_4b", vision)
+    tower = dataclasses.asdict(tiny_checkpoints.VISION)
+    monkeypatch.setitem(core_qwen.QWEN3VL_VISION, "qwen3vl_4b", tower)
+    monkeypatch.setattr(core_qwen, "QWEN3VL_VISION_COMMON", {})
     state = load_file(models / "text_encoders" / "qwen3vl_tiny.safetensors")
     target = comfy.supported_models_base.ClipTarget(
         comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.te()

@@ -116,11 +116,6 @@ def test_a_list_of_texts_gives_each_image_its_own(run, clip, turbo):
         )
 
 
-def test_images_in_prompts_are_refused(clip):
-    with pytest.raises(ValueError, match="images in prompts are not supported yet"):
-        clip.tokenize("a fox", image=torch.zeros(1, 8, 8, 3))
-
-
 def test_partial_load_encodes_alike(clip):
     tokens = clip.tokenize("a fox")
     expected = clip.encode_from_tokens(tokens)

@@ -1,0 +1,198 @@
+"""Prompts with images to conditioning."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.prompt_images import (
+    MAX_IMAGES,
+    MAX_SIDE,
+    PromptImage,
+    kept_images,
+    read_roles,
+    read_strengths,
+    sheet,
+)
+from .prompts import MAX_TOKENS, advised, check_clip, encode, length_options
+from .reports import image_report, prompt_report
+
+MAX_MAX_SIDE = 2048
+
+_REMEDY = (
+    "Lower max_side, leave images out, load a smaller file of the text encoder (fp8_scaled), or "
+    "close what else uses the device."
+)
+
+
+class K2TextEncodeImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2TextEncodeImages",
+            display_name="Krea 2 Prompt with Images",
+            category="Krea 2",
+            description=(
+                "Encodes a prompt with up to eight images in front of it, which the text encoder "
+                "sees. Made for LoRAs that were trained to read images (style, editing); Krea 2 "
+                "alone was trained on text."
+            ),
+            search_aliases=["krea", "krea2", "k2", "prompt", "image prompt", "style reference",
+                            "vision", "edit", "qwen vl", "ip adapter"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder of a Krea 2 loader, from a file with a vision tower.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the image shows. It may speak of Picture 1, Picture 2 and so on.",
+                ),
+                *(
+                    io.Image.Input(
+                        name,
+                        optional=True,
+                        tooltip="An image of the prompt; each of a batch is one. Eight in all.",
+                    )
+                    for name in (
+                        "image_1", "image_2", "image_3", "image_4",
+                        "image_5", "image_6", "image_7", "image_8",
+                    )
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip=(
+                        "What guidance leads away from, as text alone; without effect at guidance "
+                        "0 (Turbo)."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "labels",
+                    default=True,
+                    tooltip=(
+                        "Write Picture 1: in front of the first image and so on, as LoRAs that "
+                        "read images were trained. Off, images stand alone."
+                    ),
+                ),
+                io.Int.Input(
+                    "max_side",
+                    default=MAX_SIDE,
+                    min=32,
+                    max=MAX_MAX_SIDE,
+                    step=32,
+                    tooltip=(
+                        "Larger images are made as small as a square of this side; none is "
+                        "enlarged. 384 is what LoRAs were trained with, and 144 tokens."
+                    ),
+                ),
+                io.String.Input(
+                    "roles",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What each image is there for, a line an image, such as: the style.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "A number for each image, such as 1, 0.5: 1 is as it is, 0 leaves it out, "
+                        "2 counts double. Images without a number have 1."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "official_length",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Cut the text at the 507 tokens the model was trained with; images do not "
+                        "count. Off, longer ones are used whole, with a warning in the log."
+                    ),
+                ),
+                io.Int.Input(
+                    "max_tokens",
+                    default=0,
+                    min=0,
+                    max=MAX_TOKENS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Cut the text after so many tokens, 0 for never; images do not count.",
+                ),
+                io.Boolean.Input(
+                    "weights",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, "
+                        "at 0 not at all, below 0 the picture avoids them. Off, brackets are text."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The prompt with its images, encoded."
+                ),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative, encoded."),
+                io.Image.Output(
+                    display_name="seen",
+                    tooltip=(
+                        "What the encoder saw: the images at their sizes, on grey. Without images "
+                        "nothing that is connected here runs."
+                    ),
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        clip,
+        prompt,
+        negative="",
+        labels=True,
+        max_side=MAX_SIDE,
+        roles="",
+        strengths="",
+        official_length=False,
+        max_tokens=0,
+        weights=True,
+        **images,
+    ):
+        from comfy_execution.graph_utils import ExecutionBlocker
+
+        from .managed.clip import encode_with_images
+        from .managed.vision import fitted
+
+        check_clip(clip)
+        if not 32 <= max_side <= MAX_MAX_SIDE:
+            raise ValueError(f"max_side is {max_side}; expected 32 to {MAX_MAX_SIDE}.")
+        options = length_options(official_length, max_tokens)
+        given = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
+        seen = fitted([batch for batch in given if batch is not None], max_side)
+        whole = zip(
+            seen, read_roles(roles, len(seen)), read_strengths(strengths, len(seen)), strict=True
+        )
+        placed = [PromptImage(*each) for each in whole]
+        kept = kept_images(placed)
+        if kept:
+            with advised(_REMEDY):
+                positive = encode_with_images(
+                    clip, prompt, kept, labels=labels, weighted=weights, **options
+                )
+        else:
+            positive = encode(clip, [prompt], weights, **options)
+        away = encode(clip, [negative], weights, **options)
+        tokens = [image.pixels[0].numel() // 32**2 for image in kept]
+        lines = [prompt_report("prompt", positive, sum(tokens))]
+        lines += [image_report(n, image) for n, image in enumerate(placed, start=1)]
+        lines += [prompt_report("negative", away)] if negative else []
+        view = ExecutionBlocker(None)
+        if kept:
+            view = sheet([image.pixels for image in kept]).movedim(1, -1).contiguous().cpu()
+        return io.NodeOutput(positive, away, view, ui=ui.PreviewText("\n".join(lines)))
