@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..krea2_model.text_attention import NegativeGuidance
-from .sampling import check_model
+from .runs import check_model
 
 
 class K2NegativeGuidance(io.ComfyNode):

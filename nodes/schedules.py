@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, rescaled
 from ..krea2_model.sampling import shift_mu, two_stage_sigmas
-from .sampling import check_model, latent_tokens, noise_for, sample, start_of, with_samples
+from .runs import check_model, latent_tokens, noise_for, sample, start_of, with_samples
 
 TURBO = PRESETS["turbo"]
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..krea2_model.forecast import Forecast
-from .sampling import check_model
+from .runs import check_model
 
 EVERY = {"every step": 1, "every 2nd step": 2, "every 3rd step": 3}
 EXACT, SAGE = "exact", "8 bits (SageAttention)"

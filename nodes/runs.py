@@ -1,0 +1,216 @@
+"""What a run of the sampler is made of: settings, schedule, start, noise, and the run itself."""
+
+import logging
+
+from ..krea2_model.config import PRESETS, Preset
+from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule
+from .reports import size_report
+
+logger = logging.getLogger(__name__)
+
+AUTO, CUSTOM = "auto", "custom"
+BY_SIZE, FIXED = "by size", "fixed"
+ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
+
+_MEMORY_REMEDY = (
+    "Make fewer or smaller images at once, load a smaller file (fp8_scaled, GGUF), or close what "
+    "else uses the device."
+)
+
+
+def check_model(model) -> None:
+    import comfy.model_base
+
+    family = type(model.model)
+    if not issubclass(family, getattr(comfy.model_base, "Krea2", ())):
+        raise ValueError(
+            f"The model is {family.__name__}; expected Krea 2. Connect Load Krea 2, or use a "
+            "sampler for that family."
+        )
+
+
+def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
+    """The sampling settings of a choice in the preset input."""
+    known = getattr(model.model, "preset", None)
+    if name == CUSTOM:
+        mu = known.mu if known is not None else None
+        return Preset(CUSTOM, steps if steps is not None else 28, guidance, mu)
+    if name in PRESETS:
+        return PRESETS[name]
+    if name != AUTO:
+        raise ValueError(f"preset is {name!r}; expected {AUTO}, {', '.join(PRESETS)} or {CUSTOM}.")
+    if known is None:
+        raise ValueError(
+            "This checkpoint does not say whether it is Raw or Turbo, which auto needs. Choose raw "
+            "or turbo (in Krea 2 Shift for Stock Samplers: by size or fixed), or put the word raw "
+            "or turbo into the name of the file."
+        )
+    return known
+
+
+def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
+    """The exponent of the time shift for an image of so many tokens."""
+    if shift == FIXED:
+        return mu
+    if shift not in (AUTO, BY_SIZE):
+        raise ValueError(f"shift is {shift!r}; expected {AUTO}, {BY_SIZE} or {FIXED}.")
+    if shift == AUTO and preset.mu is not None:
+        return preset.mu
+    return shift_mu(tokens)
+
+
+def warn_of_size(model, samples) -> None:
+    """Say where an image has over four times the area the checkpoint is made for."""
+    known = getattr(model.model, "preset", None)
+    height, width = (8 * side for side in samples.shape[-2:])
+    if known is not None and width * height > 4 * known.size**2:
+        logger.warning(
+            "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
+            "or broken shapes.",
+            width, height, known.size, known.size,
+        )  # fmt: skip
+
+
+def _measures(samples) -> str:
+    """What a run makes, in words: "2 images of 1024 x 768 px"."""
+    images, (rows, columns) = samples.shape[0], samples.shape[-2:]
+    return f"{images} image{'s' * (images > 1)} of {8 * columns} x {8 * rows} px"
+
+
+def schedule(settings: Preset, mu: float, denoise: float, sampler: str | None = None):
+    """The schedule as a tensor, with the step that some of ComfyUI's samplers need left out."""
+    import comfy.samplers
+    import torch
+
+    if sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS:
+        sigmas = sigma_schedule(settings.steps + 1, mu, denoise)
+        del sigmas[-2]
+    else:
+        sigmas = sigma_schedule(settings.steps, mu, denoise)
+    return torch.tensor(sigmas)
+
+
+def latent_tokens(samples) -> int:
+    """Tokens of latents (..., h, w), two cells a side, the last ones padded."""
+    height, width = samples.shape[-2:]
+    return -(-height // 2) * -(-width // 2)
+
+
+def latent_report(samples) -> str:
+    height, width = (8 * side for side in samples.shape[-2:])
+    return size_report(width, height, latent_tokens(samples), len(samples))
+
+
+def shifted(model, mu: float):
+    """A clone of the model whose own schedule has this shift: percentages and samplers use it."""
+    import comfy.model_sampling
+
+    class Shifted(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+        pass
+
+    sampling = Shifted(model.model.model_config)
+    sampling.set_parameters(shift=mu)
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
+def start_of(model, latent):
+    """The latent image as the sampler takes it: (B, 16, 1, h, w)."""
+    import comfy.sample
+
+    samples = comfy.sample.fix_empty_latent_channels(
+        model,
+        latent["samples"],
+        latent.get("downscale_ratio_spacial"),
+        latent.get("downscale_ratio_temporal"),
+    )
+    if samples.ndim != 5 or samples.shape[1:3] != (16, 1):
+        raise ValueError(
+            f"The latent has shape {tuple(latent['samples'].shape)}; Krea 2 needs (batch, 16, 1, "
+            "height / 8, width / 8). Use Krea 2 Size, or encode the image with the Krea 2 VAE."
+        )
+    return samples
+
+
+def noise_for(start, seed: int, latent, seeds: str = ONE_STREAM):
+    """Noise for a batch (B, 16, 1, h, w), on the CPU and in float32."""
+    import comfy.sample
+    import torch
+
+    numbers = latent.get("batch_index")
+    if seeds == ONE_STREAM:
+        return comfy.sample.prepare_noise(start, seed, numbers)
+    if seeds != ONE_EACH:
+        raise ValueError(f"seeds is {seeds!r}; expected {ONE_STREAM} or {ONE_EACH}.")
+    numbers = range(len(start)) if numbers is None else numbers
+    # ComfyUI's seeds are 64 bits wide.
+    return torch.cat([comfy.sample.prepare_noise(start[:1], (seed + n) % 2**64) for n in numbers])
+
+
+def with_samples(latent, samples):
+    """A latent with other samples, of which its hints for empty ones are no longer true."""
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
+    return {**kept, "samples": samples}
+
+
+def sample(
+    model,
+    positive,
+    negative,
+    start,
+    noise,
+    sigmas,
+    guidance: float,
+    mu: float,
+    *,
+    latent,
+    seed: int,
+    total: int,
+    before: int = 0,
+    sampler: str = "euler",
+):
+    """Latents (B, 16, 1, h, w) at the last of `sigmas`, from an image and noise at the first.
+
+    guidance is in Krea's convention and needs a negative above 0; mu is the shift that other nodes
+    see. `total` steps are shown, `before` of which were done by others.
+    """
+    import comfy.model_management
+    import comfy.samplers
+    import comfy.utils
+    import latent_preview
+    import torch
+
+    from .managed.memory import advise
+
+    model = shifted(model, mu)
+    guider = comfy.samplers.CFGGuider(model)
+    conditions = {"positive": positive}
+    if guidance > 0:
+        conditions["negative"] = negative
+    guider.inner_set_conds(conditions)
+    guider.set_cfg(check_guidance(guidance) + 1.0)
+
+    preview = latent_preview.prepare_callback(model, total)
+
+    def callback(step, predicted, current, _):
+        if not torch.isfinite(predicted).all():
+            raise ValueError(
+                f"The latents turned NaN or infinite at step {before + step + 1} of {total} "
+                f"({model.model.get_dtype_inference()}). Load the model as bf16 or fp32, or "
+                "remove the last LoRA or patch."
+            )
+        preview(before + step, predicted, current, total)
+
+    with advise(f"The transformer, at {_measures(start)},", _MEMORY_REMEDY):
+        samples = guider.sample(
+            noise,
+            start,
+            comfy.samplers.sampler_object(sampler),
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    return samples.to(comfy.model_management.intermediate_device())
