@@ -47,6 +47,13 @@ def shift_time(time: float, mu: float) -> float:
     return math.exp(mu) / (math.exp(mu) + (1 / time - 1)) if time > 0 else 0.0
 
 
+def unshift_time(sigma: float, mu: float) -> float:
+    """The time whose shift is `sigma`, from 0 (image) to 1 (noise): what denoise counts in."""
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"sigma is {sigma!r}; expected a number from 0 (image) to 1 (noise).")
+    return 1 / (1 + math.exp(mu) * (1 / sigma - 1)) if sigma > 0 else 0.0
+
+
 def sigma_schedule(steps: int, mu: float, denoise: float = 1.0) -> list[float]:
     """Final sigmas of a run: steps + 1 values down to 0, evenly spaced before the shift.
 

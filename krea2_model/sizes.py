@@ -42,18 +42,23 @@ def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
 
     aspect: "W:H"; megapixels: in units of 1024 x 1024 pixels, so 1 and "1:1" give 1024 x 1024.
     """
-    if not math.isfinite(megapixels) or megapixels <= 0:
-        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
     if aspect not in ASPECTS:
         raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}.")
     across, down = (int(part) for part in aspect.split(":"))
+    return size_near(across, down, megapixels)
+
+
+def size_near(across: float, down: float, megapixels: float) -> tuple[int, int]:
+    """Width and height, in multiples of 16, nearest to the aspect across : down and an area."""
+    if not math.isfinite(megapixels) or megapixels <= 0:
+        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
     unit = math.sqrt(megapixels * 1024 * 1024 / (across * down))
     sides = (max(1, round(side * unit / MULTIPLE)) * MULTIPLE for side in (across, down))
     width, height = sides
     if max(width, height) > MAX_SIZE:
         raise ValueError(
-            f"{megapixels} megapixels at {aspect} are {width} x {height} pixels; expected at most "
-            f"{MAX_SIZE} a side. Choose fewer megapixels."
+            f"{megapixels} megapixels at {across}:{down} are {width} x {height} pixels; expected "
+            f"at most {MAX_SIZE} a side. Choose fewer megapixels."
         )
     return width, height
 

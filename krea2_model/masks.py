@@ -1,0 +1,193 @@
+"""Masks: what is repainted, how much of it, and how the result is laid over the original.
+
+A mask is (B, H, W) in [0, 1], 1 where the image is painted anew. Values between are a share of the
+run: what is masked by 0.6 starts where a run at denoise 0.6 would start, and keeps as much of
+itself (Levin and Fried, "Differential Diffusion", arXiv 2306.00950). Images are (B, H, W, C) in
+[0, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A latent cell covers a square of this many pixels.
+CELL = 8
+
+FILLS = ("original", "grey", "surroundings")
+
+# How far the sides of a mask may be from the image's aspect to be scaled to it.
+_SAME_ASPECT = 0.02
+
+
+def distance_to(region: Tensor, limit: int) -> Tensor:
+    """Pixels from each pixel's centre to that of the nearest one of a region, at most limit + 1.
+
+    region: (B, H, W), bool. Euclidean and exact up to the limit: columns first, then each row over
+    its neighbours' columns.
+    """
+    far = limit + 1
+    height, width = region.shape[-2:]
+    rows = torch.arange(height, device=region.device).view(-1, 1)
+    above = torch.where(region, rows, -far).cummax(dim=-2).values
+    # Rows counted from the other end are the same problem upside down.
+    below = torch.where(region.flip(-2), rows, -far).cummax(dim=-2).values
+    column = torch.minimum(rows - above, (rows - below).flip(-2)).clamp(max=far).float().square()
+    nearest = column.clone()
+    for across in range(1, min(limit, width - 1) + 1):
+        shifted = column + across**2
+        for to, source in (
+            (nearest[..., across:], shifted[..., :-across]),
+            (nearest[..., :-across], shifted[..., across:]),
+        ):
+            torch.minimum(to, source, out=to)
+    return nearest.sqrt_().clamp_(max=far)
+
+
+def repaint_mask(mask: Tensor, grow: int = 0, feather: int = 0, soft: bool = False) -> Tensor:
+    """The mask of a run (B, H, W) from one that somebody painted.
+
+    Not soft: what is masked by half or more, and `grow` pixels around it, is 1, the rest 0.
+    Soft: values stay, and fall off to 0 over `feather` pixels around what is grown.
+    """
+    _check_pixels("grow", grow)
+    _check_pixels("feather", feather)
+    core = mask >= 0.5
+    if grow:
+        core = distance_to(core, grow) <= grow
+    if not soft:
+        return core.float()
+    result = torch.maximum(mask, core.float())
+    if feather:
+        ramp = 1 - distance_to(core, feather) / (feather + 1)
+        result = torch.maximum(result, ramp)
+    return result
+
+
+def cell_mask(mask: Tensor) -> Tensor:
+    """The mask of latent cells (B, h, w) for one of pixels whose sides are multiples of 8.
+
+    A cell counts as much as its most masked pixel: none that is masked is left as it was, and no
+    cell without one is touched. The model's patches of 2 x 2 cells need not be whole, since what
+    is kept is put back a cell at a time.
+    """
+    return F.max_pool2d(mask[:, None], CELL)[:, 0]
+
+
+def remaining_mask(mask: Tensor, time: float) -> Tensor:
+    """Where a soft mask lets the run paint when `time` of it remains, from 1 (start) to 0: 0 or 1.
+
+    time: before the shift, over the time that the run started with. So a pixel masked by m starts
+    where denoise m of that run does.
+    """
+    # Times come out of float32 sigmas; a mask of exactly a step's time takes part in that step.
+    return (mask >= time - 1e-5).to(mask.dtype)
+
+
+def blend_weights(mask: Tensor, feather: int) -> Tensor:
+    """How much of the painted image each pixel takes, (B, H, W).
+
+    0 wherever the mask is 0, rising over `feather` pixels inside of its edge to 1. The image's own
+    border is no edge.
+    """
+    _check_pixels("feather", feather)
+    ramp = (distance_to(mask <= 0, feather) / (feather + 1)).clamp_(max=1)
+    # Without a bend at either end, which eyes would find.
+    return ramp.square() * (3 - 2 * ramp)
+
+
+def composite(original: Tensor, painted: Tensor, mask: Tensor, feather: int = 0) -> Tensor:
+    """The painted image inside a mask, the original to the bit outside; all of one size.
+
+    A batch of one goes with a batch of any size. Channels that only the original has (alpha) are 1
+    where it was painted.
+    """
+    counts = {len(original), len(painted), len(mask)} - {1}
+    if len(counts) > 1:
+        raise ValueError(
+            f"There are {len(original)} original and {len(painted)} painted images and "
+            f"{len(mask)} masks; expected one number, or one of a kind for all."
+        )
+    missing = original.shape[-1] - painted.shape[-1]
+    if missing > 0:
+        painted = F.pad(painted, (0, missing), value=1.0)
+    painted = painted[..., : original.shape[-1]]
+    weights = blend_weights(mask, feather)[..., None]
+    mixed = original + weights * (painted - original)
+    # Rounding may not touch what is kept, nor what is wholly painted.
+    mixed = torch.where(weights >= 1, painted, mixed)
+    return torch.where(weights <= 0, original, mixed)
+
+
+def filled(image: Tensor, mask: Tensor, how: str) -> Tensor:
+    """An image whose wholly masked pixels are replaced: `how` is one of `FILLS`.
+
+    A run from pure noise does not see them, but their neighbours do through the VAE, and a run at
+    a lower denoise starts from them.
+    """
+    if how not in FILLS:
+        raise ValueError(f"fill is {how!r}; expected one of {', '.join(FILLS)}.")
+    if how == "original":
+        return image
+    whole = (mask >= 1)[..., None]
+    other = torch.full_like(image, 0.5) if how == "grey" else _surroundings(image, ~whole)
+    return torch.where(whole, other, image)
+
+
+def _surroundings(image: Tensor, kept: Tensor) -> Tensor:
+    """What is kept, spread over the rest: nearer and sharper at its edge, an average far inside."""
+    kept = kept.movedim(-1, 1).to(image.dtype)
+    colour, weight = image.movedim(-1, 1) * kept, kept.expand(len(image), -1, -1, -1)
+    levels = [(colour, weight)]
+    while max(colour.shape[-2:]) > 1:
+        colour, weight = _halved(colour), _halved(weight)
+        levels.append((colour, weight))
+    colour, weight = levels.pop()
+    result = torch.where(weight > 0, colour / weight.clamp(min=1e-12), 0.5)
+    while levels:
+        colour, weight = levels.pop()
+        coarse = F.interpolate(result, colour.shape[-2:], mode="bilinear")
+        result = colour + (1 - weight) * coarse
+    return result.movedim(1, -1)
+
+
+def _halved(part: Tensor) -> Tensor:
+    return F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False)
+
+
+def mask_for(mask: Tensor, image: Tensor) -> Tensor:
+    """A mask (1 or B, H, W) in the size of an image (B, H, W, C), scaled where the aspects agree.
+
+    A mask without a batch, (H, W), or with a channel, (B, 1, H, W), is taken as well.
+    """
+    height, width = image.shape[1:3]
+    if mask.ndim not in (2, 3, 4) or mask.shape[-3:-2].numel() == 0:
+        raise ValueError(
+            f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width)."
+        )
+    mask = mask.reshape(-1, *mask.shape[-2:]).to(image.device, torch.float32).clamp(0, 1)
+    rows, columns = mask.shape[-2:]
+    if (rows, columns) != (height, width):
+        stretch = (width / columns) / (height / rows)
+        # Sides that were rounded to pixels differ by up to one.
+        slack = _SAME_ASPECT + 1 / min(rows, columns) * (min(rows, columns) > 1)
+        if abs(stretch - 1) > slack:
+            raise ValueError(
+                f"The mask is {columns} x {rows} px and the image {width} x {height}; expected the "
+                "same size, or the same aspect. Paint the mask on this image, or bring both to one "
+                "size with Krea 2 Fit Image."
+            )
+        mask = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)[
+            :, 0
+        ].clamp(0, 1)
+    if len(mask) > 1 and len(image) > 1 and len(mask) != len(image):
+        raise ValueError(
+            f"There are {len(mask)} masks for {len(image)} images; expected one, or one an image."
+        )
+    return mask
+
+
+def _check_pixels(name: str, pixels: int) -> None:
+    if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= 1024:
+        raise ValueError(f"{name} is {pixels!r}; expected a whole number of pixels, 0 to 1024.")
