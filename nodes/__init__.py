@@ -5,6 +5,8 @@ from comfy_api.latest import ComfyExtension
 from .batches import K2ContactSheet, K2PromptBatch
 from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
+from .images import K2FitImage, K2Outpaint
+from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
 from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
@@ -39,6 +41,12 @@ NODES = [
     K2TwoStage,
     K2VAEDecode,
     K2VAEEncode,
+    K2FitImage,
+    K2Inpaint,
+    K2Composite,
+    K2Outpaint,
+    K2CropForInpaint,
+    K2Stitch,
     K2ContactSheet,
     K2Compile,
     K2Approximate,

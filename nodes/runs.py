@@ -3,7 +3,8 @@
 import logging
 
 from ..krea2_model.config import PRESETS, Preset
-from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule
+from ..krea2_model.masks import remaining_mask
+from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule, unshift_time
 from .reports import size_report
 
 logger = logging.getLogger(__name__)
@@ -11,6 +12,8 @@ logger = logging.getLogger(__name__)
 AUTO, CUSTOM = "auto", "custom"
 BY_SIZE, FIXED = "by size", "fixed"
 ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
+# An entry of a latent: its mask says how much of the run each cell takes part in.
+SOFT_MASK = "krea2_soft_mask"
 
 _MEMORY_REMEDY = (
     "Make fewer or smaller images at once, load a smaller file (fp8_scaled, GGUF), or close what "
@@ -77,11 +80,18 @@ def _measures(samples) -> str:
     return f"{images} image{'s' * (images > 1)} of {8 * columns} x {8 * rows} px"
 
 
-def schedule(settings: Preset, mu: float, denoise: float, sampler: str | None = None):
-    """The schedule as a tensor, with the step that some of ComfyUI's samplers need left out."""
+def schedule(
+    settings: Preset, mu: float, denoise: float, sampler: str | None = None, start_sigma: float = 0
+):
+    """The schedule as a tensor, with the step that some of ComfyUI's samplers need left out.
+
+    start_sigma: where it starts, in place of denoise; 0 leaves that to denoise.
+    """
     import comfy.samplers
     import torch
 
+    if start_sigma:
+        denoise = unshift_time(start_sigma, mu)
     if sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS:
         sigmas = sigma_schedule(settings.steps + 1, mu, denoise)
         del sigmas[-2]
@@ -184,6 +194,8 @@ def sample(
     from .managed.memory import advise
 
     model = shifted(model, mu)
+    if latent.get(SOFT_MASK) and "denoise_mask_function" not in model.model_options:
+        model.set_model_denoise_mask_function(_soft_mask(mu))
     guider = comfy.samplers.CFGGuider(model)
     conditions = {"positive": positive}
     if guidance > 0:
@@ -208,9 +220,32 @@ def sample(
             start,
             comfy.samplers.sampler_object(sampler),
             sigmas,
-            denoise_mask=latent.get("noise_mask"),
+            denoise_mask=_noise_mask(latent),
             callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
     return samples.to(comfy.model_management.intermediate_device())
+
+
+def _noise_mask(latent):
+    """The latent's mask with an axis for frames, without which ComfyUI takes masks for frames."""
+    mask = latent.get("noise_mask")
+    return mask if mask is None or mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
+
+
+def _soft_mask(mu: float):
+    """What ComfyUI asks at each step for the mask of that step, from 0 (kept) to 1 (painted).
+
+    In time before the shift, so that a mask means what denoise does. Core's Differential Diffusion
+    counts in sigma.
+    """
+
+    def mask_at(sigma, denoise_mask, extra_options):
+        now, start = (
+            unshift_time(min(1.0, value.flatten()[0].item()), mu)
+            for value in (sigma, extra_options["sigmas"])
+        )
+        return remaining_mask(denoise_mask, now / start)
+
+    return mask_at

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
-from ..krea2_model.sampling import check_guidance, sigma_schedule
+from ..krea2_model.sampling import check_guidance, sigma_schedule, unshift_time
 from ..krea2_model.sizes import MAX_SIZE, check_size, image_tokens, round_size
 from .reports import sampling_report, shift_report, size_report, unused_report
 from .runs import (
@@ -50,6 +50,20 @@ _DENOISE_INPUT = io.Float.Input(
     tooltip=(
         "Where to start: 1 from pure noise; below, the latent image keeps part of itself, the more "
         "the lower."
+    ),
+)
+_START_INPUT = io.Float.Input(
+    "start_sigma",
+    default=0.0,
+    min=0.0,
+    max=1.0,
+    step=0.001,
+    round=False,
+    optional=True,
+    advanced=True,
+    tooltip=(
+        "The sigma to start from, in place of denoise: 1 is pure noise, 0 leaves it to denoise. "
+        "The same sigma adds the same noise at every size and shift."
     ),
 )
 
@@ -144,13 +158,14 @@ class K2Sampler(io.ComfyNode):
                         "from seed + i, which is the image that this seed makes alone."
                     ),
                 ),
+                _START_INPUT,
             ],
             outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
         )
 
     @classmethod
-    def validate_inputs(cls, steps=None, guidance=None, denoise=None, mu=None):
-        return _check_settings(steps, guidance, denoise, mu)
+    def validate_inputs(cls, steps=None, guidance=None, denoise=None, mu=None, start_sigma=None):
+        return _check_settings(steps, guidance, denoise, mu, start_sigma)
 
     @classmethod
     def execute(
@@ -168,6 +183,7 @@ class K2Sampler(io.ComfyNode):
         shift=AUTO,
         mu=TURBO_MU,
         seeds=ONE_STREAM,
+        start_sigma=0.0,
     ):
         check_model(model)
         settings = preset_of(model, preset, steps, guidance)
@@ -180,7 +196,7 @@ class K2Sampler(io.ComfyNode):
         start = start_of(model, latent)
         warn_of_size(model, start)
         exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
-        sigmas = schedule(settings, exponent, denoise, sampler)
+        sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
         noise = noise_for(start, seed, latent, seeds)
         samples = sample(
             model,
@@ -197,6 +213,8 @@ class K2Sampler(io.ComfyNode):
             total=settings.steps,
         )
         report = [sampling_report(preset, settings, exponent, sigmas), latent_report(start)]
+        if start_sigma and denoise != 1:
+            report.append(f"not used: denoise {denoise:g}\n(start_sigma counts)")
         given = Preset(CUSTOM, steps, guidance, None)
         # The defaults of the inputs are Raw's.
         if settings.name != CUSTOM and (unused := unused_report(settings, given, PRESETS["raw"])):
@@ -224,21 +242,32 @@ class K2Sigmas(io.ComfyNode):
                 _DENOISE_INPUT,
                 _shift_input(),
                 _MU_INPUT,
+                _START_INPUT,
             ],
             outputs=[io.Sigmas.Output(tooltip="From noise to 0.")],
         )
 
     @classmethod
-    def validate_inputs(cls, steps=None, denoise=None, mu=None):
-        return _check_settings(steps, None, denoise, mu)
+    def validate_inputs(cls, steps=None, denoise=None, mu=None, start_sigma=None):
+        return _check_settings(steps, None, denoise, mu, start_sigma)
 
     @classmethod
-    def execute(cls, model, latent, preset=AUTO, steps=28, denoise=1.0, shift=AUTO, mu=TURBO_MU):
+    def execute(
+        cls,
+        model,
+        latent,
+        preset=AUTO,
+        steps=28,
+        denoise=1.0,
+        shift=AUTO,
+        mu=TURBO_MU,
+        start_sigma=0.0,
+    ):
         check_model(model)
         settings = preset_of(model, preset, steps)
         start = start_of(model, latent)
         exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
-        sigmas = schedule(settings, exponent, denoise)
+        sigmas = schedule(settings, exponent, denoise, start_sigma=start_sigma)
         report = sampling_report(preset, settings, exponent, sigmas, guided=False)
         return io.NodeOutput(sigmas, ui=ui.PreviewText(f"{report}\n{latent_report(start)}"))
 
@@ -296,11 +325,13 @@ class K2ModelSampling(io.ComfyNode):
         return io.NodeOutput(shifted(model, exponent), ui=ui.PreviewText(report))
 
 
-def _check_settings(steps, guidance, denoise, mu):
+def _check_settings(steps, guidance, denoise, mu, start_sigma=None):
     """True, or what is wrong with a setting; a linked one is not known yet and checked later."""
     try:
         if guidance is not None:
             check_guidance(guidance)
+        if start_sigma:
+            unshift_time(start_sigma, TURBO_MU)
         sigma_schedule(
             1 if steps is None else steps,
             TURBO_MU if mu is None else mu,

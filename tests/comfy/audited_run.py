@@ -66,6 +66,12 @@ def use_every_node(base: Path) -> set[str]:
         )[0]  # fmt: skip
         (images,) = run("K2VAEDecode", samples=samples, vae=vae)
         run("K2VAEEncode", pixels=images, vae=vae)
+        images, mask, *_ = run("K2FitImage", image=images, megapixels=0.0)
+        larger, mask = run("K2Outpaint", image=images, right=32)
+        part, mask, stitch = run("K2CropForInpaint", image=larger, mask=mask, megapixels=0.0)
+        _, mask = run("K2Inpaint", vae=vae, image=part, mask=mask)
+        run("K2Composite", original=part, painted=part, mask=mask)
+        run("K2Stitch", stitch=stitch, painted=part, mask=mask)
         run("K2SelfCheck", model=model, clip=clip)
         raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]
         raw = run("K2GuidanceSchedule", model=raw, end=0.5)[0]

@@ -21,12 +21,18 @@ INPUTS = {
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch", "swap"],
     "K2Sampler": [
         *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
-        *("denoise", "sampler", "shift", "mu", "seeds"),
+        *("denoise", "sampler", "shift", "mu", "seeds", "start_sigma"),
     ],
-    "K2Sigmas": ["model", "latent", "preset", "steps", "denoise", "shift", "mu"],
+    "K2Sigmas": ["model", "latent", "preset", "steps", "denoise", "shift", "mu", "start_sigma"],
     "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
     "K2VAEDecode": ["samples", "vae"],
     "K2VAEEncode": ["pixels", "vae"],
+    "K2FitImage": ["image", "mask", "megapixels", "aspect", "mode", "padding"],
+    "K2Inpaint": ["vae", "image", "mask", "grow", "feather", "soft", "fill"],
+    "K2Composite": ["original", "painted", "mask", "feather"],
+    "K2Outpaint": ["image", "left", "top", "right", "bottom", "feather"],
+    "K2CropForInpaint": ["image", "mask", "context", "megapixels"],
+    "K2Stitch": ["stitch", "painted", "mask", "feather"],
     "K2NegativeGuidance": ["model", "negative", "strength", "blend", "start", "end", "limit"],
     "K2Compile": ["model"],
     "K2Approximate": ["model", "evaluate", "attention"],
@@ -52,6 +58,12 @@ OUTPUTS = {
     "K2ModelSampling": ["MODEL"],
     "K2VAEDecode": ["IMAGE"],
     "K2VAEEncode": ["LATENT"],
+    "K2FitImage": ["IMAGE", "MASK", "INT", "INT"],
+    "K2Inpaint": ["LATENT", "MASK"],
+    "K2Composite": ["IMAGE"],
+    "K2Outpaint": ["IMAGE", "MASK"],
+    "K2CropForInpaint": ["IMAGE", "MASK", "KREA2_STITCH"],
+    "K2Stitch": ["IMAGE"],
     "K2Compile": ["MODEL"],
     "K2NegativeGuidance": ["MODEL"],
     "K2Approximate": ["MODEL"],
@@ -78,7 +90,11 @@ def test_inputs_keep_their_order(node_id):
 
 def test_inputs_that_came_later_are_optional():
     """Graphs that were posted before they came have to run on."""
-    later = {"K2TextEncode": ["max_tokens", "weights"]}
+    later = {
+        "K2TextEncode": ["max_tokens", "weights"],
+        "K2Sampler": ["seeds", "start_sigma"],
+        "K2Sigmas": ["start_sigma"],
+    }
     for node_id, names in later.items():
         inputs = {entry.id: entry for entry in NODES[node_id].GET_SCHEMA().inputs}
         assert all(inputs[name].optional for name in names), node_id

@@ -139,7 +139,7 @@ def test_nodes_are_read_whole():
     ]  # fmt: skip
     assert NODES["K2EmptyLatent"].outputs == ["LATENT", "width", "height"]
     assert list(NODES["K2Sigmas"].inputs) == [
-        "model", "latent", "preset", "steps", "denoise", "shift", "mu",
+        "model", "latent", "preset", "steps", "denoise", "shift", "mu", "start_sigma",
     ]  # fmt: skip
     assert NODES["K2Sigmas"].inputs["steps"] == "28"
     assert NODES["K2TextEncode"].inputs["official_length"] == "off"

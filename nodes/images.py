@@ -1,0 +1,158 @@
+"""Images on their way in: cut or padded to a size the model takes, or extended on any side."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.framing import FROM_IMAGE, MODES, PADDINGS
+from ..krea2_model.sizes import ASPECTS, MAX_SIZE
+
+
+class K2FitImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2FitImage",
+            display_name="Krea 2 Fit Image",
+            category="Krea 2",
+            description=(
+                "Brings an image to a size the model is good at and its sides to multiples of 16, "
+                "in the image's own aspect or another. The mask goes along."
+            ),
+            search_aliases=["krea", "krea2", "k2", "resize", "scale image", "crop", "pad",
+                            "aspect ratio", "megapixels", "image to image"],
+            inputs=[
+                io.Image.Input("image", tooltip="One or many; alpha is dropped."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Cut and scaled with the image. What is padded is masked as well.",
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=1.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.05,
+                    tooltip=(
+                        "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
+                        "0 keeps the image's."
+                    ),
+                ),
+                io.Combo.Input(
+                    "aspect",
+                    options=[FROM_IMAGE, *ASPECTS],
+                    default="image",
+                    tooltip="Width to height; image keeps what the image has.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="crop",
+                    tooltip=(
+                        "Where the aspects differ: cut both ends, pad both ends, or stretch. In "
+                        "the image's own aspect that is 15 pixels at most, for multiples of 16."
+                    ),
+                ),
+                io.Combo.Input(
+                    "padding",
+                    options=list(PADDINGS),
+                    default="edge",
+                    advanced=True,
+                    tooltip="For mode pad: the outermost pixels go on, or grey.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The image in its new size."),
+                io.Mask.Output(tooltip="The mask in this size, and what was padded."),
+                io.Int.Output(display_name="width", tooltip="Pixels, a multiple of 16."),
+                io.Int.Output(display_name="height", tooltip="Pixels, a multiple of 16."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, image, mask=None, megapixels=1.0, aspect=FROM_IMAGE, mode="crop", padding="edge"
+    ):
+        import torch
+
+        from ..krea2_model.framing import colours, fitted, fitted_size
+        from ..krea2_model.masks import mask_for
+
+        image = colours(image)
+        rows, columns = image.shape[1:3]
+        # Load Image gives a small black mask where an image has none.
+        unmasked = mask is None or not mask.any()
+        mask = torch.zeros(1, rows, columns).to(image) if unmasked else mask_for(mask, image)
+        width, height = fitted_size(columns, rows, megapixels, aspect)
+        image, mask = fitted(image, mask, width, height, mode, padding)
+        report = f"{columns} x {rows} px,\nnow {width} x {height} px"
+        return io.NodeOutput(image, mask, width, height, ui=ui.PreviewText(report))
+
+
+class K2Outpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Outpaint",
+            display_name="Krea 2 Outpaint",
+            category="Krea 2",
+            description=(
+                "Makes an image larger on any side and masks what is new, for Krea 2 Inpaint. The "
+                "new part goes on with the image's outermost pixels until it is painted."
+            ),
+            search_aliases=["krea", "krea2", "k2", "outpaint", "extend", "uncrop", "pad image"],
+            inputs=[
+                io.Image.Input("image", tooltip="One or many; alpha is dropped."),
+                *(
+                    io.Int.Input(
+                        side,
+                        default=0,
+                        min=0,
+                        max=MAX_SIZE,
+                        step=8,
+                        tooltip=f"Pixels to add at the {side}.",
+                    )
+                    for side in ("left", "top")
+                ),
+                io.Int.Input(
+                    "right",
+                    default=256,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=8,
+                    tooltip="Pixels to add at the right; more where the width needs it.",
+                ),
+                io.Int.Input(
+                    "bottom",
+                    default=0,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=8,
+                    tooltip="Pixels to add at the bottom; more where the height needs it.",
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=16,
+                    min=0,
+                    max=256,
+                    tooltip=(
+                        "How far the mask reaches into the image, falling off, to hide the seam. "
+                        "0 keeps every pixel of the image."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The larger image, its sides multiples of 16."),
+                io.Mask.Output(tooltip="What is new."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, left=0, top=0, right=256, bottom=0, feather=16):
+        from ..krea2_model.framing import colours, extended
+
+        image = colours(image)
+        rows, columns = image.shape[1:3]
+        larger, mask = extended(image, left, top, right, bottom, feather)
+        height, width = larger.shape[1:3]
+        report = f"{columns} x {rows} px,\nnow {width} x {height} px"
+        return io.NodeOutput(larger, mask, ui=ui.PreviewText(report))

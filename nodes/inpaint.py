@@ -1,0 +1,240 @@
+"""Inpainting: a latent with its mask, crops of large images, and the way back."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.masks import FILLS
+from .runs import SOFT_MASK
+
+MAX_PIXELS = 1024
+
+_FEATHER_INPUT = io.Int.Input(
+    "feather",
+    default=8,
+    min=0,
+    max=MAX_PIXELS,
+    tooltip=(
+        "Pixels inside the mask's edge over which the painted image fades in. Outside of the mask "
+        "every pixel stays as it is."
+    ),
+)
+
+Stitch = io.Custom("KREA2_STITCH")
+
+
+class K2Inpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Inpaint",
+            display_name="Krea 2 Inpaint",
+            category="Krea 2",
+            description=(
+                "A latent of which the sampler paints only what is masked. Lay the decoded image "
+                "over the original with Krea 2 Composite and the mask from here."
+            ),
+            search_aliases=["krea", "krea2", "k2", "inpaint", "mask", "differential diffusion",
+                            "soft inpainting", "set latent noise mask", "vae encode for inpaint"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE."),
+                io.Image.Input("image", tooltip="The image; any size, one or many."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip=(
+                        "What to paint anew: one for all images, or one each. Another size is "
+                        "scaled where the aspect is the image's."
+                    ),
+                ),
+                io.Int.Input(
+                    "grow",
+                    default=8,
+                    min=0,
+                    max=MAX_PIXELS,
+                    tooltip="Pixels to paint around what is masked by half or more.",
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=8,
+                    min=0,
+                    max=MAX_PIXELS,
+                    tooltip=(
+                        "Pixels beyond that, over which less and less changes; with soft only."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "soft",
+                    default=True,
+                    tooltip=(
+                        "On, a mask of 0.6 changes its place as much as denoise 0.6 would; off, a "
+                        "place is painted or not. Krea 2 Sampler does this by itself; other "
+                        "samplers need Differential Diffusion."
+                    ),
+                ),
+                io.Combo.Input(
+                    "fill",
+                    options=list(FILLS),
+                    default="original",
+                    advanced=True,
+                    tooltip=(
+                        "What lies under the mask: a denoise below 1 starts from it, and at 1 its "
+                        "traces at the edge are gone with grey or surroundings, to remove things."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The image and the mask, for the sampler."),
+                io.Mask.Output(
+                    tooltip="The mask as it was used, for Krea 2 Composite or Krea 2 Stitch."
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, vae, image, mask, grow=8, feather=8, soft=True, fill="original"):
+        import torch
+
+        from ..krea2_model.framing import colours, whole_tokens
+        from ..krea2_model.masks import cell_mask, filled, mask_for, repaint_mask
+
+        if vae is None:
+            raise ValueError("vae is empty: this checkpoint holds no VAE. Connect Load Krea 2 VAE.")
+        image = colours(image)
+        used = repaint_mask(mask_for(mask, image), grow, feather, soft)
+        if not used.any():
+            raise ValueError(
+                "The mask is empty: nothing would be painted. Paint a mask (Open in Mask Editor), "
+                "or encode the image with Encode with the Krea 2 VAE to change all of it."
+            )
+        count = max(len(image), len(used))
+        whole, mask = whole_tokens(image, used)
+        under = filled(whole.expand(count, -1, -1, -1), mask, fill)
+        # One by one: core's own VAE object takes a batch for a film.
+        samples = torch.cat([vae.encode(one[None]) for one in under])
+        cells = cell_mask(mask)
+        latent = {"samples": samples, "noise_mask": cells[:, None, None], SOFT_MASK: soft}
+        share = cells.gt(0).float().mean().item()
+        height, width = whole.shape[1:3]
+        report = f"{width} x {height} px,\n{share:.0%} of it to paint"
+        return io.NodeOutput(latent, used, ui=ui.PreviewText(report))
+
+
+class K2Composite(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Composite",
+            display_name="Krea 2 Composite",
+            category="Krea 2",
+            description=(
+                "Lays a painted image over the original: inside the mask what was painted, outside "
+                "the original, every pixel as it was."
+            ),
+            search_aliases=["krea", "krea2", "k2", "inpaint", "composite", "blend", "paste back",
+                            "image composite masked"],
+            inputs=[
+                io.Image.Input("original", tooltip="The image before."),
+                io.Image.Input("painted", tooltip="The decoded image."),
+                io.Mask.Input("mask", tooltip="From Krea 2 Inpaint; any value above 0 counts."),
+                _FEATHER_INPUT,
+            ],
+            outputs=[io.Image.Output(tooltip="The original with what was painted.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, original, painted, mask, feather=8):
+        from ..krea2_model.framing import aligned, colours
+        from ..krea2_model.masks import composite, mask_for
+
+        painted = colours(painted).to(original.device)
+        painted, mask = aligned(original, painted, mask_for(mask, original))
+        return io.NodeOutput(composite(original, painted, mask, feather))
+
+
+class K2CropForInpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2CropForInpaint",
+            display_name="Krea 2 Crop for Inpaint",
+            category="Krea 2",
+            description=(
+                "Cuts out what is around a mask and brings it to the size the model is best at, "
+                "for small parts of large images. Krea 2 Stitch puts it back."
+            ),
+            search_aliases=["krea", "krea2", "k2", "inpaint crop", "crop and stitch", "detailer",
+                            "only masked"],
+            inputs=[
+                io.Image.Input("image", tooltip="The whole image, one or many."),
+                io.Mask.Input("mask", tooltip="What is to be painted: one for all, or one each."),
+                io.Float.Input(
+                    "context",
+                    default=1.5,
+                    min=1.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How many times as wide and high as the mask the part is that is cut.",
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=1.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.05,
+                    tooltip=(
+                        "Area to work at, in units of 1024 x 1024 pixels: 1 for Raw, 1 to 4 for "
+                        "Turbo. 0 does not scale."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The part, its sides multiples of 16."),
+                io.Mask.Output(tooltip="Its mask, for Krea 2 Inpaint."),
+                Stitch.Output(display_name="stitch", tooltip="For Krea 2 Stitch."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, image, mask, context=1.5, megapixels=1.0):
+        from ..krea2_model.framing import colours, crop
+        from ..krea2_model.masks import mask_for
+
+        image = colours(image)
+        part, masks, cut = crop(image, mask_for(mask, image), context, megapixels)
+        box, (height, width) = cut.boxes[0], part.shape[1:3]
+        report = f"{box.width} x {box.height} px,\nworked at {width} x {height} px"
+        return io.NodeOutput(part, masks, cut, ui=ui.PreviewText(report))
+
+
+class K2Stitch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Stitch",
+            display_name="Krea 2 Stitch",
+            category="Krea 2",
+            description=(
+                "Puts a part that Krea 2 Crop for Inpaint cut out back into its image. Outside of "
+                "the mask every pixel stays as it was."
+            ),
+            search_aliases=["krea", "krea2", "k2", "inpaint stitch", "crop and stitch", "uncrop",
+                            "paste back"],
+            inputs=[
+                Stitch.Input("stitch", tooltip="From Krea 2 Crop for Inpaint."),
+                io.Image.Input("painted", tooltip="The part, painted and decoded."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "From Krea 2 Inpaint, so that what it grew and feathered counts; without, "
+                        "the mask that was cut."
+                    ),
+                ),
+                _FEATHER_INPUT,
+            ],
+            outputs=[io.Image.Output(tooltip="The whole image.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stitch, painted, mask=None, feather=8):
+        from ..krea2_model.framing import colours, stitched
+
+        return io.NodeOutput(stitched(stitch, colours(painted), feather, mask))
