@@ -63,7 +63,7 @@ def size_near(across: float, down: float, megapixels: float) -> tuple[int, int]:
     return width, height
 
 
-def fitted_size(width: int, height: int, megapixels: float) -> tuple[int, int]:
+def shrunk_size(width: int, height: int, megapixels: float) -> tuple[int, int]:
     """Sides of a picture, in multiples of 16, at its own shape and of at most an area.
 
     It is never made larger, but for sides under 16 pixels. megapixels: as `size_for` takes them.

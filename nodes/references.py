@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.references import SHARED_TIME, TIME_ZERO, Reference
-from ..krea2_model.sizes import fitted_size
+from ..krea2_model.sizes import shrunk_size
 from .latents import given_vae
 from .reports import reference_report
 
@@ -185,37 +185,22 @@ def _check_settings(strength, start, end, index):
 
 def _fitted(image, fit: str, megapixels: float, latent):
     """The pictures (H, W, 3) of a batch at the size to encode."""
-    if image.ndim != 4 or 0 in image.shape:
-        raise ValueError(f"The image has shape {tuple(image.shape)}; expected at least one image.")
-    height, width = image.shape[1:3]
-    if fit == KEEP_SHAPE:
-        size = fitted_size(width, height, megapixels)
-    elif fit not in FITS:
+    import torch
+
+    from ..krea2_model.framing import fitted
+    from .managed.vision import pictures
+
+    if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}.")
+    images = torch.stack([picture.movedim(0, -1) for picture in pictures(image)])
+    if fit == KEEP_SHAPE:
+        width, height = shrunk_size(image.shape[2], image.shape[1], megapixels)
     elif latent is None:
         raise ValueError(
             f"fit is {fit!r} but latent is not connected. Connect the sampler's latent, or choose "
             f"{KEEP_SHAPE!r}."
         )
     else:
-        rows, columns = latent["samples"].shape[-2:]
-        size = 8 * columns, 8 * rows
-    return _resized(image, *size, crop=fit == CROP)
-
-
-def _resized(image, width: int, height: int, crop: bool):
-    """Images (B, H, W, 3) of a size; what is transparent becomes white."""
-    import torch.nn.functional as F
-
-    if image.shape[-1] == 4:
-        image = image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
-    planes = image.movedim(-1, 1)
-    if crop:
-        scale = max(width / planes.shape[-1], height / planes.shape[-2])
-        sides = [max(1, round(side * scale)) for side in planes.shape[-2:]]
-        planes = F.interpolate(planes, sides, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
-        planes = planes[:, :, top : top + height, left : left + width]
-    elif planes.shape[-2:] != (height, width):
-        planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-    return planes.movedim(1, -1)
+        height, width = (8 * side for side in latent["samples"].shape[-2:])
+    mode = "crop" if fit == CROP else "stretch"
+    return fitted(images, images[..., 0], width, height, mode)[0]

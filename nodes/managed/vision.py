@@ -40,10 +40,11 @@ def pictures(images) -> list[torch.Tensor]:
         return []
     found = []
     for batch in [images] if isinstance(images, torch.Tensor) else images:
-        if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or batch.shape[-1] not in (3, 4):
+        is_batch = isinstance(batch, torch.Tensor) and batch.ndim == 4 and 0 not in batch.shape
+        if not is_batch or batch.shape[-1] not in (3, 4):
             shape = tuple(getattr(batch, "shape", ())) or type(batch).__name__
             raise ValueError(
-                f"An image of the prompt is {shape}; expected (images, height, width, 3 or 4)."
+                f"The image is {shape}; expected (1 or more, height, width, 3 or 4 channels)."
             )
         found += [on_white(image.movedim(-1, 0).float()) for image in batch]
     return found

@@ -278,7 +278,7 @@ def test_transparent_is_white(referenced):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"image": torch.zeros(0, 8, 8, 3)}, "at least one image"),
+        ({"image": torch.zeros(0, 8, 8, 3)}, "1 or more"),
         ({"fit": "crop to the latent"}, "latent is not connected"),
         ({"fit": "wide"}, "expected one of"),
         ({"family": "none"}, "expected one of"),
