@@ -18,6 +18,7 @@ from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .self_check import K2SelfCheck
 from .speed import K2Approximate, K2Compile
+from .style_mix import K2StyleMix
 from .taps import K2TapWeights
 
 NODES = [
@@ -31,6 +32,7 @@ NODES = [
     K2TextEncodeImages,
     K2TapWeights,
     K2Reference,
+    K2StyleMix,
     K2PromptBatch,
     K2EmptyLatent,
     K2Sampler,

@@ -59,7 +59,7 @@ _IMAGE_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _TOKEN_SIDE, _BYTES_A_PIXEL = 32, 256
 
 # About 12 MB a hundred tokens, in main memory.
-KEPT_ENCODINGS = 8
+KEPT_ENCODINGS = 12
 
 
 class Krea2ClipTokenizer:

@@ -1,0 +1,79 @@
+"""Style of images without what they show: a weighted average of prompts that see an image each.
+
+A prompt is encoded alone, and once behind each image. Its own words come out a little different
+behind an image, since attention reads the image before it; those differences are averaged by the
+images' shares and added to the plain prompt, as far as the strength says:
+`C = C_text + strength * sum(share_i * (C_i - C_text))`. What stands in front of the words, the
+tokens of the images themselves, is averaged alike. That blurs what one image shows where, unlike
+prompts that hold all images one behind the other, and suppression goes on from there to one mean
+for all places of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Beyond, only distortion is left.
+MAX_STRENGTH = 3.0
+
+
+def shares_of(weights: Sequence[float]) -> list[float]:
+    """Weights of images as shares of 1. Raises ValueError unless one is above and none below 0."""
+    total = math.fsum(weights)
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or total <= 0:
+        raise ValueError(
+            f"The weights of the images are {list(weights)}; expected numbers of 0 or more, one of "
+            "them above 0."
+        )
+    return [weight / total for weight in weights]
+
+
+def mix_styles(
+    text: Tensor,
+    seen: Sequence[Tensor],
+    images: slice,
+    shares: Sequence[float],
+    strength: float = 1.0,
+    suppression: float = 0.0,
+) -> Tensor:
+    """The mix of conditionings.
+
+    text: (B, L, D), of the prompt alone.
+    seen: (B, F + L, D), of the prompt behind one image each; F tokens stand in front of its words.
+    images: where in front the tokens of an image are.
+    shares: of the images, see `shares_of`.
+    strength: 0 is `text` itself, 1 the average, above 1 beyond it.
+    suppression: 0 keeps the images' averaged tokens, 1 replaces each by the mean of all.
+
+    Returns (B, F + L, D), at strength 0 `text`. Tokens in front are not scaled by the strength:
+    their weight in attention is the caller's business (`text_attention`).
+    Raises ValueError for values out of range and for prompts of different layout.
+    """
+    if not 0 <= strength <= MAX_STRENGTH:
+        raise ValueError(f"strength is {strength}; expected 0 (off) to {MAX_STRENGTH:g}.")
+    if not 0 <= suppression <= 1:
+        raise ValueError(f"suppression is {suppression}; expected 0 (off) to 1.")
+    shapes = {tuple(states.shape) for states in seen}
+    if len(shapes) != 1 or len(seen) != len(shares) or seen[0].shape[1] < text.shape[1]:
+        raise ValueError(
+            f"The prompts behind images have shapes {sorted(shapes)} for {len(shares)} shares and "
+            f"a text of {tuple(text.shape)}; expected one shape with more tokens than the text."
+        )
+    if strength == 0:
+        return text
+    # In float64, so that equal images are that image to the last bit of float32.
+    average = sum(share * states.double() for share, states in zip(shares, seen, strict=True))
+    assert isinstance(average, Tensor)
+    front, words = average.tensor_split([seen[0].shape[1] - text.shape[1]], dim=1)
+    words = torch.lerp(text.double(), words, strength)
+    pictured = front[:, images]
+    mean = pictured.mean(dim=1, keepdim=True)
+    front = torch.cat(
+        (front[:, : images.start], torch.lerp(pictured, mean.expand_as(pictured), suppression),
+         front[:, images.stop :]), dim=1,
+    )  # fmt: skip
+    return torch.cat((front, words), dim=1).to(text.dtype)

@@ -1,0 +1,68 @@
+"""Style mixes as CONDITIONING."""
+
+import math
+
+import torch
+
+from ...krea2_model.framing import fitted
+from ...krea2_model.prompt_images import IMAGE_PAD, PromptImage, image_text
+from ...krea2_model.style_mix import mix_styles
+from ...krea2_model.vision import fit_image
+from .clip import encode_prompts, encode_with_images
+from .texts import TOKEN_WEIGHTS, weights_of
+
+
+def same_size(images: list[torch.Tensor], max_side: int) -> list[torch.Tensor]:
+    """Images (3, H, W) in one size that the vision tower takes, cropped to the first's shape."""
+    first = fit_image(images[0], max_side)
+    height, width = first.shape[1:]
+    result = [first]
+    for image in images[1:]:
+        batch = image.movedim(0, -1)[None]
+        cut = fitted(batch, batch[..., 0], width, height, "crop")[0]
+        result.append(cut[0].movedim(-1, 0).contiguous())
+    return result
+
+
+def encode_style_mix(
+    clip,
+    prompt: str,
+    images: list[torch.Tensor],
+    shares: list[float],
+    *,
+    strength: float,
+    suppression: float,
+    labels: bool,
+    weighted: bool,
+):
+    """A prompt in the mixed style of images (3, H, W) of one size, see `krea2_model.style_mix`.
+
+    The images' own tokens count in attention by the strength, like words with a weight.
+    """
+    # Behind an image a first line break would be a token of its own.
+    prompt = prompt.lstrip()
+    plain = encode_prompts(clip, [prompt], weighted=weighted)
+    if strength == 0:
+        return plain
+    seen = [
+        encode_with_images(clip, prompt, [PromptImage(image)], labels=labels, weighted=weighted)
+        for image in images
+    ]
+    front = clip.tokenizer.tokenizer.front(image_text([""], labels))
+    start = front.index(IMAGE_PAD)
+    count = math.prod(side // 32 for side in images[0].shape[1:])
+    placed = slice(start, start + count)
+    result = []
+    for (text, extra), *others in zip(plain, *seen, strict=True):
+        mixed = mix_styles(
+            text, [states for states, _ in others], placed, shares, strength, suppression
+        )
+        weights = torch.ones(1, mixed.shape[1])
+        if TOKEN_WEIGHTS in extra:
+            weights[:, -text.shape[1] :] = weights_of(extra, text)
+        weights[:, placed] = strength
+        kept = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
+        if bool((weights != 1).any()):
+            kept[TOKEN_WEIGHTS] = weights
+        result.append([mixed, kept])
+    return result

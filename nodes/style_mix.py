@@ -1,0 +1,245 @@
+"""Style of images to conditioning."""
+
+from comfy_api.latest import io, ui
+
+from ..krea2_model.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
+from ..krea2_model.references import TIME_ZERO
+from ..krea2_model.sizes import shrunk_size
+from ..krea2_model.style_mix import MAX_STRENGTH, shares_of
+from .latents import given_vae
+from .prompts import advised, check_clip, encode
+from .reports import prompt_report
+
+PROMPT, REFERENCES, BOTH = "prompt", "references", "prompt and references"
+CUSTOM = "custom"
+# Way of the style, labels, suppression. The LoRAs were trained with both ways and with labels.
+PRESETS = {
+    "style-reference LoRA": (BOTH, True, 0.0),
+    "no LoRA": (PROMPT, False, 1.0),
+}
+
+_REMEDY = (
+    "Lower max_side, mix fewer images, load a smaller file of the text encoder (fp8_scaled), or "
+    "close what else uses the device."
+)
+
+
+class K2StyleMix(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2StyleMix",
+            display_name="Krea 2 Style Mix",
+            category="Krea 2",
+            description=(
+                "A prompt in the style of one to eight images, mixed by weights: a weighted "
+                "average of what the prompt becomes behind each of them. Made for LoRAs that were "
+                "trained to read style images."
+            ),
+            search_aliases=["krea", "krea2", "k2", "style", "style transfer", "style reference",
+                            "moodboard", "mood", "ip adapter", "image prompt"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder of a Krea 2 loader, from a file with a vision tower.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the image shows.",
+                ),
+                io.Image.Input(
+                    "image_1", tooltip="A style; each image of a batch is one. Eight in all."
+                ),
+                *(
+                    io.Image.Input(name, optional=True, tooltip="Another style, or a batch.")
+                    for name in (
+                        "image_2", "image_3", "image_4",
+                        "image_5", "image_6", "image_7", "image_8",
+                    )
+                ),
+                io.String.Input(
+                    "shares",
+                    default="",
+                    tooltip=(
+                        "A number for each image, such as 2, 1: the first counts twice as much. "
+                        "Images without a number have 1."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=MAX_STRENGTH,
+                    step=0.05,
+                    tooltip="How much of the style: 0 is the plain prompt, 1 all of it.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, CUSTOM],
+                    default=next(iter(PRESETS)),
+                    tooltip=(
+                        "What the LoRA was trained with: labels, and images both in the prompt and "
+                        "as references. Without a LoRA the prompt alone; custom takes the values "
+                        "below."
+                    ),
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What guidance leads away from; without effect at guidance 0 (Turbo).",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The Krea 2 VAE, for the images as references.",
+                ),
+                io.Combo.Input(
+                    "through",
+                    options=[PROMPT, REFERENCES, BOTH],
+                    default=BOTH,
+                    advanced=True,
+                    tooltip=(
+                        "For preset custom: whether the text encoder sees the images, the model "
+                        "looks at them as references, or both."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "labels",
+                    default=True,
+                    advanced=True,
+                    tooltip="For preset custom: write Picture 1: in front of each image.",
+                ),
+                io.Float.Input(
+                    "suppression",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip=(
+                        "For preset custom: how far to take away what the images show where, "
+                        "so that their style stays and their content does not; 1 is all of it."
+                    ),
+                ),
+                io.Int.Input(
+                    "max_side",
+                    default=MAX_SIDE,
+                    min=32,
+                    max=2048,
+                    step=32,
+                    advanced=True,
+                    tooltip=(
+                        "Larger images are made as small as a square of this side for the text "
+                        "encoder; LoRAs were trained with 384."
+                    ),
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=1.0,
+                    min=0.01,
+                    max=16.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="The largest area of a reference, in units of 1024 x 1024 pixels.",
+                ),
+                io.Boolean.Input(
+                    "weights",
+                    default=True,
+                    advanced=True,
+                    tooltip="Read (word:1.3) as a weight. Off, brackets are text.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt in the style."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The negative, with the same references."
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        clip,
+        prompt,
+        shares="",
+        strength=1.0,
+        preset=next(iter(PRESETS)),  # noqa: B008 - a constant
+        negative="",
+        vae=None,
+        through=BOTH,
+        labels=True,
+        suppression=0.0,
+        max_side=MAX_SIDE,
+        megapixels=1.0,
+        weights=True,
+        **images,
+    ):
+        from .managed.references import add_references
+        from .managed.styles import encode_style_mix, same_size
+        from .managed.vision import pictures
+
+        check_clip(clip)
+        if preset != CUSTOM:
+            if preset not in PRESETS:
+                raise ValueError(
+                    f"preset is {preset!r}; expected one of {', '.join((*PRESETS, CUSTOM))}."
+                )
+            through, labels, suppression = PRESETS[preset]
+        if through not in (PROMPT, REFERENCES, BOTH):
+            raise ValueError(f"through is {through!r}; expected {PROMPT}, {REFERENCES} or {BOTH}.")
+        if not 0 <= strength <= MAX_STRENGTH:
+            raise ValueError(f"strength is {strength}; expected 0 (off) to {MAX_STRENGTH:g}.")
+        given = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
+        styles = pictures([batch for batch in given if batch is not None])
+        if not 1 <= len(styles) <= MAX_IMAGES:
+            raise ValueError(
+                f"There are {len(styles)} style images; expected 1 to {MAX_IMAGES}. Connect "
+                "image_1, or take some out."
+            )
+        parts = shares_of(read_strengths(shares, len(styles)))
+        # Who has no share is not looked at.
+        styles, parts = zip(*[(s, p) for s, p in zip(styles, parts, strict=True) if p], strict=True)
+        if through != PROMPT and strength > 0 and vae is None:
+            raise ValueError(
+                f"The images are to be references (preset {preset}, through {through}) but vae is "
+                "not connected. Connect the Krea 2 VAE, or choose preset custom and through prompt."
+            )
+        if through == REFERENCES:
+            positive = encode(clip, [prompt.lstrip()], weights)
+        else:
+            with advised(_REMEDY):
+                positive = encode_style_mix(
+                    clip,
+                    prompt,
+                    same_size([style.cpu() for style in styles], max_side),
+                    parts,
+                    strength=strength,
+                    suppression=suppression,
+                    labels=labels,
+                    weighted=weights,
+                )
+        away = encode(clip, [negative], weights)
+        if through != PROMPT and strength > 0:
+            for latent, part in zip(_latents(vae, styles, megapixels), parts, strict=True):
+                # All at one place, with strengths that add up: two equal images are one.
+                settings = {"strength": strength * part, "index": 1}
+                positive, away = (
+                    add_references(text, [latent], settings, TIME_ZERO, False)
+                    for text in (positive, away)
+                )
+        report = [prompt_report("prompt", encode(clip, [prompt.lstrip()], weights))]
+        report += [f"style {n}: {part:.0%}" for n, part in enumerate(parts, 1)]
+        return io.NodeOutput(positive, away, ui=ui.PreviewText("\n".join(report)))
+
+
+def _latents(vae, styles, megapixels: float):
+    from ..krea2_model.framing import resized
+
+    for style in styles:
+        size = shrunk_size(style.shape[2], style.shape[1], megapixels)
+        yield given_vae(vae).encode(resized(style.movedim(0, -1)[None], *size))
