@@ -72,6 +72,9 @@ def use_every_node(base: Path) -> set[str]:
         _, mask = run("K2Inpaint", vae=vae, image=part, mask=mask)
         run("K2Composite", original=part, painted=part, mask=mask)
         run("K2Stitch", stitch=stitch, painted=part, mask=mask)
+        run("K2TextEncodeImages", clip=clip, prompt="a red star", image_1=images, strengths="0.5")
+        positive, _ = run("K2Reference", positive=positive, vae=vae, image=images)
+        run("K2StyleMix", clip=clip, prompt="a red star", image_1=images, vae=vae, strength=0.5)
         run("K2SelfCheck", model=model, clip=clip)
         raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]
         raw = run("K2GuidanceSchedule", model=raw, end=0.5)[0]

@@ -349,3 +349,15 @@ def test_nano_sees(run):
 
 def flat(colour):
     return torch.tensor(colour, dtype=torch.float32).expand(1, 128, 128, 3)
+
+
+def test_core_cuts_into_images_where_no_template_is_given(clip, core_clip):
+    """What the README says: its chat for images has no system turn, and is cut where the second
+    turn would begin if an image were one token. Here that leaves two of eight tokens of the image.
+    """
+    picture = image(64, 128)
+    ours, core = (
+        c.encode_from_tokens(c.tokenize("a fox", images=[picture])) for c in (clip, core_clip)
+    )
+    assert core.shape[1] == 2 + 1 + 2 + 5
+    assert ours.shape[1] == 1 + 8 + 1 + 2 + 5

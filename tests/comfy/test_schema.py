@@ -14,6 +14,10 @@ INPUTS = {
         *("clip", "prompt", "creativity", "length", "seed", "variants", "style", "language"),
     ],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens", "weights"],
+    "K2TextEncodeImages": [
+        *("clip", "prompt", *(f"image_{number}" for number in range(1, 9)), "negative", "labels"),
+        *("max_side", "roles", "strengths", "official_length", "max_tokens", "weights"),
+    ],
     "K2TapWeights": [
         *("conditioning", "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17"),
         *("layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35"),
@@ -51,6 +55,7 @@ OUTPUTS = {
     "K2LoraLoader": ["MODEL", "CLIP", "STRING"],
     "K2PromptExpander": ["STRING"],
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
+    "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
