@@ -9,6 +9,7 @@ from .expander import PromptExpander
 from .guidance import GuidanceSchedule
 from .identify import CheckpointError
 from .pipeline import Krea2Pipeline
+from .prompt_images import PromptImage
 from .sampling import denoise, shift_mu, sigma_schedule
 from .text_attention import NegativeGuidance
 from .text_encoder import Qwen3VLTextEncoder
@@ -28,6 +29,7 @@ __all__ = [
     "NegativeGuidance",
     "Preset",
     "PromptExpander",
+    "PromptImage",
     "Qwen3VLTextEncoder",
     "QwenImageVAE",
     "TextEncoderConfig",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from . import nano
@@ -64,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     image.add_argument(
         "--evaluate-every", type=int, default=1, help="2: later steps in turns without the model"
     )
+    image.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE",
+        help="an image in the prompt, for LoRAs that read images; several by repeating",
+    )  # fmt: skip
     _add_machine(generate)
     expand = commands.add_parser("expand", help="make a dense caption of a short prompt")
     expand.add_argument("prompt")
@@ -153,6 +158,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
             seed=args.seed,
             max_sequence_length=args.max_sequence_length,
             evaluate_every=args.evaluate_every,
+            images=[Image.open(path) for path in args.image],
             callback=lambda step, latents, predicted: bar.update(),
         )
     paths = [args.output]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,15 @@ from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
-from .prompt_weights import parse_weights, token_weights
+from .prompt_images import (
+    MAX_SIDE,
+    PromptImage,
+    image_text,
+    image_weights,
+    kept_images,
+    on_white,
+)
+from .prompt_weights import parse_weights, plain_prompt, token_weights
 from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
 from .sizes import round_size
 from .taps import weigh_taps
@@ -26,6 +35,7 @@ from .text_attention import NegativeGuidance, TextStates
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer, grid_size
 from .vae import QwenImageVAE
+from .vision import fit_image
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +176,9 @@ class Krea2Pipeline:
         prompt_weights: bool = False,
         negative_guidance: NegativeGuidance | None = None,
         tap_weights: Sequence[float] | None = None,
+        images: Sequence[PromptImage | Tensor | Image.Image] | None = None,
+        image_labels: bool = True,
+        max_image_side: int = MAX_SIDE,
     ):
         """Make images.
 
@@ -193,6 +206,11 @@ class Krea2Pipeline:
         negative_guidance: leads away from the negative prompt also at guidance 0 (Turbo), by
             normalised attention guidance.
         tap_weights: 12 weights of the encoder's layers in the prompt; see `taps`.
+        images: up to eight that the text encoder sees in front of every prompt, not of negatives:
+            PIL images, tensors (3 or 4, H, W) in [0, 1], or `PromptImage` with role and strength.
+            The vision tower is read from the encoder's file on first use.
+        image_labels: number them, `Picture 1: `, as LoRAs that read images were trained.
+        max_image_side: those with more pixels than a square of this side are made smaller.
 
         Raises ValueError that names the argument, what was expected and the remedy.
         """
@@ -216,10 +234,14 @@ class Krea2Pipeline:
 
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
+        seen = [_fitted(image, max_image_side) for image in images or ()]
+        if seen and prompts is None:
+            raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         reading = (max_sequence_length, prompt_weights, num_images)
         positive = self._text(
-            prompts, prompt_embeds, prompt_embeds_mask, *reading, tap_weights=tap_weights
-        )
+            prompts, prompt_embeds, prompt_embeds_mask, *reading, tap_weights=tap_weights,
+            images=kept_images(seen), labels=image_labels,
+        )  # fmt: skip
         negative = None
         if guidance > 0 or negative_guidance is not None:
             negatives = _negative_list(negative_prompt, negative_prompt_embeds, count)
@@ -264,19 +286,27 @@ class Krea2Pipeline:
         num_images: int,
         batch: int | None = None,
         tap_weights: Sequence[float] | None = None,
+        images: Sequence[PromptImage] = (),
+        labels: bool = True,
     ) -> TextStates:
         """Fused text, its mask and weights, repeated for the images of each prompt."""
         weights = None
         if embeds is None:
-            prompts = prompts or [""]
-            marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
+            read = parse_weights if weighted else plain_prompt
+            marked = [read(prompt) for prompt in prompts or [""]]
             embeds, mask = self.text_encoder.encode(
-                [prompt.text for prompt in marked] or prompts,
+                [prompt.text for prompt in marked],
                 max_sequence_length=max_sequence_length,
+                images=[images] * len(marked),
+                labels=labels,
+                max_side=max((max(image.pixels.shape) for image in images), default=MAX_SIDE),
             )
-            if any(prompt.is_weighted for prompt in marked):
-                assert self.text_encoder.tokenizer is not None  # or encode had raised
-                weights = token_weights(marked, self.text_encoder.tokenizer, max_sequence_length)
+            tokenizer = self.text_encoder.tokenizer
+            assert tokenizer is not None  # or encode had raised
+            if images or any(prompt.is_weighted for prompt in marked):
+                before = image_text([image.role for image in images], labels)
+                front = image_weights(tokenizer.front(before), [_grid(i) for i in images], images)
+                weights = token_weights(marked, tokenizer, max_sequence_length, before, front)
         elif mask is not None and mask.shape != embeds.shape[:2]:
             raise ValueError(
                 f"The mask has shape {tuple(mask.shape)}; expected {tuple(embeds.shape[:2])}, the "
@@ -321,6 +351,26 @@ class Krea2Pipeline:
                     f"of {size[0]} x {size[1]} px."
                 )
         return latents.to(_device(self.transformer), torch.float32)
+
+
+def _fitted(image: PromptImage | Tensor | Image.Image, max_side: int) -> PromptImage:
+    """An image of a prompt at the size the vision tower sees it."""
+    if isinstance(image, Image.Image):
+        array = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+        image = torch.from_numpy(array).movedim(-1, 0)
+    if isinstance(image, Tensor):
+        image = PromptImage(image)
+    if not isinstance(image, PromptImage):
+        raise ValueError(
+            f"images holds {type(image).__name__}; expected PIL images, tensors (3, H, W) in "
+            "[0, 1] or PromptImage."
+        )
+    return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
+
+
+def _grid(image: PromptImage) -> tuple[int, int]:
+    """Rows and columns of its tokens, one for 32 x 32 px."""
+    return image.pixels.shape[1] // 32, image.pixels.shape[2] // 32
 
 
 def _prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:

@@ -9,9 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
+from krea2_model import Krea2Pipeline
+from krea2_model.__main__ import main
 from krea2_model.checkpoint import load_text_encoder
 from krea2_model.config import TextEncoderConfig
 from krea2_model.identify import CheckpointError
@@ -22,6 +25,8 @@ from krea2_model.prompt_images import (
     image_text,
     image_weights,
     on_white,
+    read_roles,
+    read_strengths,
     sheet,
     with_image_tokens,
 )
@@ -364,3 +369,81 @@ def test_a_damaged_or_foreign_tower_is_named(folder, tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="num_heads 48"):
         load_vision_tower(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tokenizer_folder):
+    return Krea2Pipeline.nano()
+
+
+def paint(pipeline, prompt="a (red:1.2) star", **options):
+    size = {"height": 32, "width": 32, "steps": 2, "output_type": "latent"}
+    return pipeline(prompt, prompt_weights=True, **size | options)
+
+
+def test_the_pipeline_takes_images_of_any_kind(pipeline):
+    pixels = (picture(40, 70) * 255).round() / 255
+    array = (pixels * 255).round().byte().movedim(0, -1).numpy()
+    made = [
+        paint(pipeline, images=[image])
+        for image in (Image.fromarray(array), pixels, PromptImage(pixels, strength=1.0))
+    ]
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    plain = paint(pipeline)
+    assert not torch.equal(made[0], plain)
+    assert torch.equal(paint(pipeline, images=[PromptImage(pixels, strength=0)]), plain)
+    assert torch.equal(paint(pipeline, images=[]), plain)
+    for other in ({"image_labels": False}, {"max_image_side": 32}):
+        assert not torch.equal(paint(pipeline, images=[pixels], **other), made[0])
+
+
+def test_strengths_in_the_pipeline_weigh_images(pipeline):
+    pixels = picture(64, 64)
+    one, two = (
+        paint(pipeline, images=[PromptImage(pixels, strength=strength)]) for strength in (1.3, 2.0)
+    )
+    plain = paint(pipeline, images=[pixels])
+    assert 0 < (one - plain).norm() < (two - plain).norm()
+    weights = pipeline._text(
+        ["a fox", "a (badger:2)"], None, None, None, True, 1,
+        images=[PromptImage(pixels, strength=0.5)], labels=False,
+    ).weights  # fmt: skip
+    assert weights[:, 1:5].tolist() == [[0.5] * 4] * 2
+    assert weights[0, 5:].tolist() == [1] * (weights.shape[1] - 5)
+    assert (weights[1, 5:] == 2).sum() == weights.shape[1] - 5 - 2 - 5
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"images": ["fox.png"]}, "images holds str; expected PIL images"),
+    ({"images": [torch.zeros(3, 0, 4)]}, "shape .3, 0, 4."),
+    ({"images": [torch.zeros(3, 8, 8)] * 9}, "9 images in the prompt"),
+    ({"images": [torch.zeros(3, 8, 8)], "prompt": None,
+      "prompt_embeds": torch.zeros(1, 5, 12, 160)}, "with prompt_embeds give none"),
+])  # fmt: skip
+def test_the_pipeline_names_bad_images(pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        paint(pipeline, **options)
+
+
+def test_the_command_line_takes_images(tokenizer_folder, tmp_path):
+    Image.new("RGBA", (40, 40), (255, 0, 0, 128)).save(tmp_path / "red.png")
+    start = ["a star", "--model", "nano", "--width", "32", "--height", "32", "--steps", "1"]
+    for name, images in (("plain.png", []), ("seen.png", ["--image", str(tmp_path / "red.png")])):
+        assert main([*start, *images, "--output", str(tmp_path / name)]) == 0
+    plain, seen = (Image.open(tmp_path / name).tobytes() for name in ("plain.png", "seen.png"))
+    assert plain != seen
+
+
+@pytest.mark.parametrize("text, count, expected", [
+    ("", 2, [1, 1]), ("0.5", 2, [0.5, 1]), ("1, 0 ", 2, [1, 0]), ("2\n-1", 2, [2, -1]),
+    ("1, 2", 0, []),
+])  # fmt: skip
+def test_strengths_are_read(text, count, expected):
+    assert read_strengths(text, count) == expected
+
+
+def test_roles_are_read():
+    assert read_roles("the style\n\n the pose \n\n", 3) == ["the style", "", "the pose"]
+    assert read_roles("", 2) == ["", ""]
+    with pytest.raises(ValueError, match="roles has 2 entries for 1 images"):
+        read_roles("a\nb", 1)
