@@ -115,7 +115,7 @@ def composite(original: Tensor, painted: Tensor, mask: Tensor, feather: int = 0)
     painted = painted[..., : original.shape[-1]]
     weights = blend_weights(mask, feather)[..., None]
     mixed = original + weights * (painted - original)
-    # Rounding may not touch what is kept, nor what is wholly painted.
+    # Rounding may not touch what is wholly painted, nor NaN of a failed run what is kept.
     mixed = torch.where(weights >= 1, painted, mixed)
     return torch.where(weights <= 0, original, mixed)
 

@@ -107,6 +107,19 @@ def test_the_feather_lies_inside_and_rises_to_the_painted_image():
     assert rise[1] == pytest.approx(1 - rise[2].item())
 
 
+def test_any_value_above_0_counts_as_inside():
+    """How much of the run a place took part in says nothing about how much of it is shown."""
+    faint = square(40, 40, 8, 8, 24, value=0.1)
+    assert torch.equal(blend_weights(faint, 4), blend_weights(faint.ceil(), 4))
+
+
+def test_a_failed_run_leaves_the_rest_alone():
+    original, failed = torch.rand(1, 16, 16, 3), torch.full((1, 16, 16, 3), float("nan"))
+    mask = square(16, 16, 4, 4, 8)
+    result = composite(original, failed, mask, 2)
+    assert torch.equal(result[mask == 0], original[mask == 0])
+
+
 def test_full_and_empty_masks():
     original, painted = torch.rand(1, 16, 16, 3), torch.rand(1, 16, 16, 3)
     assert torch.equal(composite(original, painted, torch.ones(1, 16, 16), 8), painted)
