@@ -18,6 +18,15 @@ INPUTS = {
         *("clip", "prompt", *(f"image_{number}" for number in range(1, 9)), "negative", "labels"),
         *("max_side", "roles", "strengths", "official_length", "max_tokens", "weights"),
     ],
+    "K2StyleMix": [
+        *("clip", "prompt", *(f"image_{number}" for number in range(1, 9)), "shares", "strength"),
+        *("preset", "negative", "vae", "through", "labels", "suppression", "max_side"),
+        *("megapixels", "weights"),
+    ],
+    "K2Reference": [
+        *("positive", "negative", "vae", "image", "family", "strength", "start", "end", "fit"),
+        *("megapixels", "latent", "index", "apart"),
+    ],
     "K2TapWeights": [
         *("conditioning", "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17"),
         *("layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35"),
@@ -56,6 +65,8 @@ OUTPUTS = {
     "K2PromptExpander": ["STRING"],
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
+    "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
+    "K2Reference": ["CONDITIONING", "CONDITIONING"],
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
