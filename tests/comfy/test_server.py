@@ -142,6 +142,51 @@ def test_nano_paints_the_same_everywhere(server, pack, tmp_path):
         assert words["zh"]["nodeDefs"]["K2Sampler"]["inputs"]["steps"]["name"] == "步数"
 
 
+def test_inpainting_changes_no_byte_outside_of_the_mask(server):
+    """From a picture with a painted mask to a PNG, whole and by a part that is cut out."""
+    random = np.random.default_rng(5)
+    before = random.integers(0, 256, (150, 210, 4), dtype=np.uint8)
+    before[..., 3] = 255
+    before[40:90, 120:180, 3] = 0
+    Image.fromarray(before).save(server.base / "input" / "masked.png")
+
+    def graph(part, result, used, **others):
+        """`part`: image and mask to work on; `used`: what the painted image is laid over."""
+        text_to_image = ROOT / "tests/workflows/krea2_nano_first_image.json"
+        found = {
+            entry["class_type"]: entry for entry in json.loads(text_to_image.read_text()).values()
+        }
+        found["K2TextEncode"]["inputs"].update(clip=["1", 1], prompt="a red star")
+        found["K2Sampler"]["inputs"].update(
+            model=["1", 0], positive=["2", 0], negative=["2", 1], latent=["4", 0]
+        )
+        return {
+            "1": found["K2Loader"],
+            "2": found["K2TextEncode"],
+            "3": node("LoadImage", image="masked.png"),
+            "4": node("K2Inpaint", vae=["1", 2], image=[part, 0], mask=[part, 1], grow=0,
+                      feather=8, soft=True, fill="surroundings"),
+            "5": found["K2Sampler"],
+            "6": node("K2VAEDecode", samples=["5", 0], vae=["1", 2]),
+            "7": node(result, painted=["6", 0], feather=4, **used),
+            "8": node("SaveImage", images=["7", 0], filename_prefix="inpainted"),
+            **others,
+        }  # fmt: skip
+
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    whole = graph("3", "K2Composite", {"original": ["3", 0], "mask": ["4", 1]})
+    cut = node("K2CropForInpaint", image=["3", 0], mask=["3", 1], context=1.5, megapixels=0.0156)
+    by_part = graph("9", "K2Stitch", {"stitch": ["9", 2]}, **{"9": cut})
+    for posted, margin in ((whole, 8), (by_part, 0)):
+        after = picture(server, posted)
+        change = np.abs(after.astype(int) - before[..., :3]).max(axis=2)
+        inside = change[40:90, 120:180].copy()
+        change[40 - margin : 90 + margin, 120 - margin : 180 + margin] = 0
+        assert change.max() == 0 and inside.mean() > 20
+
+
 def test_a_size_is_rounded_up_and_says_so(server, graph):
     graph["K2EmptyLatent"].update(width=17, height=33)
     prompt_id = server.post(graph["graph"])
