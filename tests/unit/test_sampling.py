@@ -5,7 +5,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from krea2_model.sampling import check_sigmas, denoise, shift_mu, sigma_schedule
+from krea2_model.sampling import (
+    check_sigmas,
+    denoise,
+    shift_mu,
+    shift_time,
+    sigma_schedule,
+    unshift_time,
+)
 
 SIZES = [(256, 256), (512, 512), (768, 1344), (1024, 1024), (1280, 1280), (2048, 2048)]
 STEPS = [1, 4, 8, 13, 28, 52]
@@ -55,6 +62,20 @@ class Recorder:
     def __call__(self, latents, timestep, text, mask=None):
         self.calls.append((timestep.tolist(), mask))
         return latents * 0.1 + text.mean(dim=(1, 2))[:, None, None, None] * timestep[0]
+
+
+@pytest.mark.parametrize("mu", [-3.0, 0.0, 0.90625, 1.15, 9.0])
+def test_the_shift_can_be_undone(mu):
+    for time in (0.0, 1e-6, 0.3, 0.5, 0.999, 1.0):
+        assert unshift_time(shift_time(time, mu), mu) == pytest.approx(time, rel=1e-9)
+    sigmas = sigma_schedule(8, mu, unshift_time(0.5, mu))
+    assert sigmas[0] == pytest.approx(0.5, rel=1e-12) and len(sigmas) == 9
+
+
+@pytest.mark.parametrize("sigma", [-0.1, 1.1, float("nan")])
+def test_sigmas_without_a_time(sigma):
+    with pytest.raises(ValueError, match="sigma is .*expected a number from 0"):
+        unshift_time(sigma, 1.15)
 
 
 def test_euler_and_guidance_follow_the_formula():
