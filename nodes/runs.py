@@ -16,8 +16,8 @@ ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
 SOFT_MASK = "krea2_soft_mask"
 
 _MEMORY_REMEDY = (
-    "Make fewer or smaller images at once, load a smaller file (fp8_scaled, GGUF), or close what "
-    "else uses the device."
+    "Make fewer or smaller images or references at once, load a smaller file (fp8_scaled, GGUF), "
+    "or close what else uses the device."
 )
 
 

@@ -232,6 +232,15 @@ def test_apart_with_a_reference_for_each_image(run, sampled, referenced, image):
         assert_close(found[index : index + 1], expected, 1e-5, f"reference of image {index}")
 
 
+def test_references_beyond_memory_say_what_helps(sampled, referenced, turbo, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(turbo.model.diffusion_model.first, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="smaller images or references"):
+        sampled(referenced())
+
+
 def test_what_is_kept_counts_as_memory(turbo, referenced):
     model = turbo.model
     plain, apart = (
