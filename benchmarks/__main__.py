@@ -163,6 +163,8 @@ def features_report(found: dict[str, Any]) -> str:
         "plain": "a step without guidance",
         "weights": "with prompt weights",
         "negative": f"with a negative of {found['negative']} tokens beside it",
+        "reference": "with a reference of the image's size",
+        "apart": "with one that is kept apart, after it was gone through once",
         "guidance": "with guidance",
     }
     times, rows = found["seconds"], []
@@ -187,7 +189,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "text_encoder": ("Text encoder", text_report),
     "sharing": ("One call for two texts", sharing_report),
     "lossy": ("Faster at a price", lossy_report),
-    "features": ("Weights and negatives", features_report),
+    "features": ("Weights, negatives, references", features_report),
     "load_memory": ("Loading", memory_report),
     "gpu": ("A step on a GPU", gpu_report),
 }

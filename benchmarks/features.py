@@ -1,9 +1,10 @@
-"""What prompt weights and a negative without guidance cost at full width, beside a plain step.
+"""What weights, a negative and references cost at full width, beside a plain step.
 
     PYTHONPATH=ComfyUI python -P benchmarks/features.py     # prints JSON
 
 Operations are counted on the whole model without computing anything; time is the processor's for
-one block at 512 px, in turns. Guidance is there to compare: a second pass.
+one block at 512 px, in turns. Guidance is there to compare: a second pass. A reference has the
+image's size; one that is kept apart is gone through before the first step, which is not counted.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
+from krea2_model.attention import attend  # noqa: E402
 from krea2_model.config import TransformerConfig  # noqa: E402
 from krea2_model.hooks import AttentionHooks  # noqa: E402
+from krea2_model.references import RecordedReferences  # noqa: E402
 from krea2_model.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
 from krea2_model.transformer import Krea2Transformer  # noqa: E402
 
 CONFIG = TransformerConfig()
 TEXT, NEGATIVE = 128, 32
 SIZES = (1024, 2048)
+FEATURES = ("plain", "weights", "negative", "reference", "apart")
 TURNS = 3
 
 
-def hooks_of(name: str, device: str) -> dict:
-    """Arguments of a call with a feature."""
-    if name == "plain":
+def hooks_of(name: str, device: str, recorded: RecordedReferences) -> dict:
+    """Arguments of a call with a feature that works inside attention."""
+    if name in ("plain", "reference"):
         return {}
+    if name == "apart":
+        return {"hooks": AttentionHooks(None, recorded)}
     weights = torch.ones(1, TEXT, device=device)
     weights[0, 3:6] = 1.3
     if name == "weights":
@@ -46,15 +52,21 @@ def hooks_of(name: str, device: str) -> dict:
 def operations(pixels: int) -> dict[str, float]:
     """Floating-point operations of a step by feature, counted on a model without numbers."""
     model = Krea2Transformer(CONFIG, device="meta")
+    latents = torch.zeros(1, 16, pixels // 8, pixels // 8, device="meta")
     arguments = (
-        torch.zeros(1, 16, pixels // 8, pixels // 8, device="meta"),
+        latents,
         torch.zeros(1, device="meta"),
         torch.zeros(1, TEXT, CONFIG.hidden_size, device="meta"),
     )
+    with torch.no_grad():
+        recorded = model.record([latents], torch.float32)
     found = {}
-    for name in ("plain", "weights", "negative"):
+    for name in FEATURES:
+        options = hooks_of(name, "meta", recorded)
+        if name == "reference":
+            options = {"references": [latents]}
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*arguments, **hooks_of(name, "meta"))
+            model(*arguments, **options)
         found[name] = float(counter.get_total_flops())
     found["guidance"] = 2 * found["plain"]
     return found
@@ -68,21 +80,27 @@ def seconds(pixels: int) -> dict[str, list[float]]:
         torch.nn.init.normal_(weight, std=0.02)
     tokens = (pixels // 16) ** 2
     vector = torch.zeros(1, 1, 6 * CONFIG.hidden_size)
-    identity = torch.eye(2).expand(1, 1, TEXT + tokens, CONFIG.attention_head_dim // 2, 2, 2)
+    heads = torch.randn(1, CONFIG.num_key_value_heads, tokens, CONFIG.attention_head_dim)
+    recorded = RecordedReferences()
+    recorded.recorder(1.0).attend(attend, 0, heads, heads, heads, None)
     image = slice(TEXT, TEXT + tokens)
 
     def run(name: str) -> float:
-        hidden, options = torch.randn(1, TEXT + tokens, CONFIG.hidden_size), hooks_of(name, "cpu")
-        rope = identity
+        options, split, vectors = hooks_of(name, "cpu", recorded), None, vector
+        length = TEXT + tokens
+        if name == "reference":
+            length, split, vectors = length + tokens, length, vector.expand(-1, 2, -1)
+        hidden = torch.randn(1, length, CONFIG.hidden_size)
+        rope = torch.eye(2).expand(1, 1, length, CONFIG.attention_head_dim // 2, 2, 2)
         if options:
             prepare = options["hooks"].text.prepare
             hidden, _, rope, _, _ = prepare(hidden, image, rope, None, None)
         started = time.process_time()
         with torch.no_grad():
-            block(hidden, vector, rope.contiguous(), **options)
+            block(hidden, vectors, rope.contiguous(), None, split, **options)
         return time.process_time() - started
 
-    times: dict[str, list[float]] = {name: [] for name in ("plain", "weights", "negative")}
+    times: dict[str, list[float]] = {name: [] for name in FEATURES}
     for turn in range(TURNS + 1):
         for name, found in times.items():
             taken = run(name)
