@@ -162,7 +162,7 @@ def mask_for(mask: Tensor, image: Tensor) -> Tensor:
     A mask without a batch, (H, W), or with a channel, (B, 1, H, W), is taken as well.
     """
     height, width = image.shape[1:3]
-    if mask.ndim not in (2, 3, 4) or mask.shape[-3:-2].numel() == 0:
+    if mask.ndim not in (2, 3, 4) or mask.numel() == 0:
         raise ValueError(
             f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width)."
         )
@@ -170,9 +170,8 @@ def mask_for(mask: Tensor, image: Tensor) -> Tensor:
     rows, columns = mask.shape[-2:]
     if (rows, columns) != (height, width):
         stretch = (width / columns) / (height / rows)
-        # Sides that were rounded to pixels differ by up to one.
-        slack = _SAME_ASPECT + 1 / min(rows, columns) * (min(rows, columns) > 1)
-        if abs(stretch - 1) > slack:
+        # Sides of a mask are rounded to whole pixels, which says more the fewer they are.
+        if abs(stretch - 1) > _SAME_ASPECT + 0.5 / min(rows, columns):
             raise ValueError(
                 f"The mask is {columns} x {rows} px and the image {width} x {height}; expected the "
                 "same size, or the same aspect. Paint the mask on this image, or bring both to one "
