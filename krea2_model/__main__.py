@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL.Image import open as open_image
 from tqdm import tqdm
 
 from . import nano
@@ -158,7 +158,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
             seed=args.seed,
             max_sequence_length=args.max_sequence_length,
             evaluate_every=args.evaluate_every,
-            images=[Image.open(path) for path in args.image],
+            images=[open_image(path) for path in args.image],
             callback=lambda step, latents, predicted: bar.update(),
         )
     paths = [args.output]
