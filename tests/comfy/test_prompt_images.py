@@ -9,6 +9,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from in_process import NODES
 from safetensors.torch import load_file, save_file
 
+import formats
 import tiny_checkpoints
 from parity import assert_close, relative_error
 
@@ -324,6 +325,21 @@ def test_stored_dtypes_round_the_weights_alone(run, models, encode, dtype):
     assert stored.cond_stage_model.vision.patcher.model.merger.norm.weight.dtype == half
     assert_close(found, expected, 1e-5, f"encoder and tower stored as {dtype}")
     (folder / name).unlink()
+
+
+@pytest.mark.parametrize("style", ["tensors", "header", "marker"])
+def test_towers_in_8_bits(run, models, encode, style):
+    """fp8_scaled, its embedding of positions too, beside a file of the numbers that stand in it."""
+    folder, names = models / "text_encoders", ("seeing_fp8.safetensors", "seeing_fp8_plain.sft")
+    tensors = load_file(folder / ENCODER)
+    stored, values, metadata = formats.float8(tensors, style, part="visual.")
+    save_file(stored, folder / names[0], metadata)
+    save_file({name: tensor.contiguous() for name, tensor in values.items()}, folder / names[1])
+    clips = [run("K2TextEncoderLoader", file=name)[0] for name in names]
+    found, expected = (encode(who=clip, image_1=image())[0] for clip in clips)
+    assert_close(found, expected, 1e-4, f"a vision tower in fp8, {style}")
+    for name in names:
+        (folder / name).unlink()
 
 
 def test_generate_text_sees_what_core_sees(clip, core_clip):

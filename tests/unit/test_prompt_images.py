@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
+import formats
 from krea2_model import Krea2Pipeline
 from krea2_model.__main__ import main
 from krea2_model.checkpoint import load_text_encoder
@@ -38,7 +39,7 @@ from krea2_model.vision import (
     load_vision_tower,
     vision_keys,
 )
-from parity import assert_close, relative_error
+from parity import assert_close, relative_error, same_weights
 
 SMALL = TextEncoderConfig(
     hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32
@@ -353,6 +354,18 @@ def test_a_file_without_a_vision_tower_is_named(reference, tmp_path, tokenizer_f
     encoder.path = None
     with pytest.raises(ValueError, match="was not loaded from a file"):
         encoder.vision_tower()
+
+
+def test_a_tower_in_8_bits(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    stored, values, _ = formats.float8(tensors, part="visual.")
+    save_file(stored, tmp_path / "fp8.safetensors")
+    save_file(values, tmp_path / "plain.safetensors")
+    found, expected = (
+        load_vision_tower(tmp_path / f"{name}.safetensors", dtype=torch.float32)
+        for name in ("fp8", "plain")
+    )
+    assert same_weights(found, expected)
 
 
 def test_a_damaged_or_foreign_tower_is_named(folder, tmp_path):
