@@ -303,9 +303,9 @@ def read_vision_tower(checkpoint: Checkpoint) -> VisionState:
     if not keys:
         raise CheckpointError(
             f"{checkpoint.path.name} has no vision tower (no {_PATCHES} under visual.), so it "
-            "cannot see images, only text. Some programs leave it out, and GGUF files always do: "
-            "choose a whole file, for example qwen3vl_4b_bf16.safetensors, or take the images out "
-            "of the prompt."
+            "cannot see images, only text. Some programs leave it out, and GGUF files keep it "
+            "apart: choose a whole file, for example qwen3vl_4b_bf16.safetensors, or take the "
+            "images out of the prompt."
         )
     tensors = {ours: checkpoint.tensors[name] for name, ours in keys.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -313,6 +313,30 @@ def test_a_partly_loaded_tower_sees_alike(run, encode, clip):
     tower.detach()
 
 
+def test_dynamic_vram_loads_the_tower(run, encode, dynamic_patcher):
+    """NVIDIA's default patcher takes it as any model."""
+    clip = run("K2TextEncoderLoader", file=ENCODER)[0]
+    expected = encode(who=clip, image_1=image())[0]
+    vision = clip.cond_stage_model.vision
+    vision.patcher = dynamic_patcher(vision.patcher.model)
+    vision.patcher.load(torch.device("cpu"))
+    row = clip.tokenize("a fox", images=[image()], labels=True)
+    assert torch.equal(clip.cond_stage_model.encode_token_weights(row)[0], expected)
+
+
+def test_an_encoder_in_gguf_is_named(run, models, encode):
+    """llama.cpp puts the tower into a file of its own."""
+    folder = models / "text_encoders"
+    tensors = load_file(folder / ENCODER)
+    text = {name: tensor for name, tensor in tensors.items() if "visual." not in name}
+    formats.gguf_file(text, folder / "blind.gguf", "Q8_0", part="model.layers.")
+    clip = run("K2TextEncoderLoader", file="blind.gguf")[0]
+    encode(who=clip)
+    with pytest.raises(ValueError, match="blind.gguf has no vision tower.*GGUF files keep it"):
+        encode(who=clip, image_1=image())
+    (folder / "blind.gguf").unlink()
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_stored_dtypes_round_the_weights_alone(run, models, encode, dtype):
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
