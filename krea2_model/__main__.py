@@ -66,6 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--evaluate-every", type=int, default=1, help="2: later steps in turns without the model"
     )
     image.add_argument(
+        "--start-image", type=Path, metavar="FILE", help="an image to change, see --denoise"
+    )
+    image.add_argument(
+        "--denoise", type=float, default=1.0, help="how much to change it; 1 is all of it"
+    )
+    image.add_argument(
+        "--reference", type=Path, action="append", default=[], metavar="FILE",
+        help="an image to look at, for LoRAs that take references; several by repeating",
+    )  # fmt: skip
+    image.add_argument(
         "--image", type=Path, action="append", default=[], metavar="FILE",
         help="an image in the prompt, for LoRAs that read images; several by repeating",
     )  # fmt: skip
@@ -159,6 +169,9 @@ def generate(args: argparse.Namespace) -> list[Path]:
             max_sequence_length=args.max_sequence_length,
             evaluate_every=args.evaluate_every,
             images=[open_image(path) for path in args.image],
+            start_image=open_image(args.start_image) if args.start_image else None,
+            denoise=args.denoise,
+            references=[open_image(path) for path in args.reference],
             callback=lambda step, latents, predicted: bar.update(),
         )
     paths = [args.output]

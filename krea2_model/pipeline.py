@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from . import nano
@@ -19,6 +18,7 @@ from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
+from .pictures import OUTPUT_TYPES, Picture, fit, pixels_of, shrink, to_output
 from .prompt_images import (
     MAX_SIDE,
     PromptImage,
@@ -28,7 +28,9 @@ from .prompt_images import (
     on_white,
 )
 from .prompt_weights import parse_weights, plain_prompt, token_weights
-from .sampling import check_guidance, check_sigmas, denoise, shift_mu, sigma_schedule
+from .references import TIME_ZERO, Reference
+from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
+from .sampling import denoise as denoising_steps
 from .sizes import round_size
 from .taps import weigh_taps
 from .text_attention import NegativeGuidance, TextStates
@@ -38,8 +40,6 @@ from .vae import QwenImageVAE
 from .vision import fit_image
 
 logger = logging.getLogger(__name__)
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -176,9 +176,15 @@ class Krea2Pipeline:
         prompt_weights: bool = False,
         negative_guidance: NegativeGuidance | None = None,
         tap_weights: Sequence[float] | None = None,
-        images: Sequence[PromptImage | Tensor | Image.Image] | None = None,
+        images: Sequence[PromptImage | Picture] | None = None,
         image_labels: bool = True,
         max_image_side: int = MAX_SIDE,
+        start_image: Picture | None = None,
+        denoise: float = 1.0,
+        references: Sequence[Reference | Picture] | None = None,
+        reference_method: str = TIME_ZERO,
+        references_apart: bool = False,
+        max_reference_megapixels: float = 1.0,
     ):
         """Make images.
 
@@ -211,6 +217,12 @@ class Krea2Pipeline:
             The vision tower is read from the encoder's file on first use.
         image_labels: number them, `Picture 1: `, as LoRAs that read images were trained.
         max_image_side: those with more pixels than a square of this side are made smaller.
+        start_image: a picture to change; cropped to height and width, its own size where both are
+            None. denoise: how much, from above 0 to 1, where nothing of it is left; the time before
+            the shift from which on the image is painted.
+        references: pictures for the transformer to look at, or `Reference` with latents of its own;
+            reference_method, references_apart: see `sampling.denoise`. Larger ones are shrunk to
+            max_reference_megapixels, in units of 1024 x 1024 pixels.
 
         Raises ValueError that names the argument, what was expected and the remedy.
         """
@@ -222,15 +234,23 @@ class Krea2Pipeline:
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         batch = count * num_images
 
+        start = None
+        if start_image is not None:
+            start = fit(pixels_of(start_image, "start_image"), *_asked(width, height))
+            height, width = start.shape[1:]
+        elif denoise != 1 and sigmas is None:
+            raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         noise = self._noise(latents, batch, height, width, seed)
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if sigmas is None:
             tokens = grid_size(noise, self.transformer.config.patch_size)
             mu = self.preset.mu
             mu = shift_mu(tokens[0] * tokens[1]) if mu is None else mu
-            sigmas = sigma_schedule(self.preset.steps if steps is None else steps, mu)
+            sigmas = sigma_schedule(self.preset.steps if steps is None else steps, mu, denoise)
         else:
             sigmas = check_sigmas(sigmas)
+        if start is not None:
+            noise = torch.lerp(self.encode(start[None]).to(noise), noise, sigmas[0])
 
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
@@ -249,7 +269,7 @@ class Krea2Pipeline:
                 negatives, negative_prompt_embeds, negative_prompt_embeds_mask, *reading, batch
             )
         result = noise
-        for step, current, predicted in denoise(
+        for step, current, predicted in denoising_steps(
             self.transformer,
             noise,
             positive,
@@ -259,13 +279,24 @@ class Krea2Pipeline:
             evaluate_every=evaluate_every,
             guidance_schedule=guidance_schedule,
             negative_guidance=negative_guidance,
+            references=[
+                self._reference(each, max_reference_megapixels).to(noise)
+                for each in references or ()
+            ],
+            reference_method=reference_method,
+            references_apart=references_apart,
         ):
             result = current
             if callback is not None:
                 callback(step, current, predicted)
         if output_type == "latent":
             return result
-        return _to_output(self.decode(result), output_type)
+        return to_output(self.decode(result), output_type)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
+        weight = next(self.vae.parameters())
+        return self.vae.encode(images.to(weight) * 2 - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 16, h, w) to images (B, 3, H, W) in [-1, 1], in tiles if memory runs out."""
@@ -328,6 +359,12 @@ class Krea2Pipeline:
         states = text.repeat_interleave(repeats, dim=0)
         return TextStates(states, repeated(mask), repeated(weights))
 
+    def _reference(self, given: Reference | Picture, megapixels: float) -> Reference:
+        if isinstance(given, Reference):
+            return given
+        pixels = shrink(pixels_of(given, "an entry of references"), megapixels)
+        return Reference(self.encode(pixels[None]))
+
     def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
         """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
         size = tuple(
@@ -353,19 +390,21 @@ class Krea2Pipeline:
         return latents.to(_device(self.transformer), torch.float32)
 
 
-def _fitted(image: PromptImage | Tensor | Image.Image, max_side: int) -> PromptImage:
+def _fitted(image: PromptImage | Picture, max_side: int) -> PromptImage:
     """An image of a prompt at the size the vision tower sees it."""
-    if isinstance(image, Image.Image):
-        array = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
-        image = torch.from_numpy(array).movedim(-1, 0)
-    if isinstance(image, Tensor):
-        image = PromptImage(image)
     if not isinstance(image, PromptImage):
-        raise ValueError(
-            f"images holds {type(image).__name__}; expected PIL images, tensors (3, H, W) in "
-            "[0, 1] or PromptImage."
-        )
+        image = PromptImage(pixels_of(image, "an entry of images"))
     return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
+
+
+def _asked(*sides: int | None) -> list[int | None]:
+    """Sides in pixels as they will be; one of two is not enough to crop by."""
+    if sides.count(None) == 1:
+        raise ValueError("Give both height and width with start_image, or neither.")
+    return [
+        None if side is None else round_size(name, side)
+        for name, side in zip(("width", "height"), sides, strict=True)
+    ]
 
 
 def _grid(image: PromptImage) -> tuple[int, int]:
@@ -414,17 +453,6 @@ def _seed_list(seed, batch: int) -> list[int]:
 
 def _not_whole(value) -> bool:
     return isinstance(value, bool) or not isinstance(value, (int, np.integer))
-
-
-def _to_output(images: Tensor, output_type: str):
-    """Images (B, 3, H, W) in [-1, 1] to what the caller asked for."""
-    images = (images.float() / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    return [Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
 
 
 def _device(module: nn.Module) -> torch.device:

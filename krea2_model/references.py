@@ -59,6 +59,10 @@ class Reference:
                 "0 <= start <= end <= 1."
             )
 
+    def to(self, like: Tensor) -> Reference:
+        """With latents on the device and in the dtype of a tensor."""
+        return replace(self, latents=self.latents.to(like))
+
     def is_there(self, time: float, first: float | None = None, last: float | None = None) -> bool:
         """Whether a step that begins at a time looks at it.
 

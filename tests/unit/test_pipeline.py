@@ -9,6 +9,8 @@ import torch
 from krea2_model import Krea2Pipeline
 from krea2_model.checkpoint import save_transformer
 from krea2_model.config import RAW, TURBO
+from krea2_model.pictures import fit
+from krea2_model.references import Reference
 from krea2_model.sampling import shift_mu, sigma_schedule
 from krea2_model.transformer import patchify
 from parity import assert_close, relative_error
@@ -254,3 +256,58 @@ def test_parts_that_do_not_belong_together(pipeline):
     wider = Krea2Transformer(replace(pipeline.transformer.config, text_hidden_dim=128))
     with pytest.raises(ValueError, match="12 layers of width 64.*needs 12 of width 128"):
         Krea2Pipeline(wider, pipeline.text_encoder, pipeline.vae)
+
+
+def picture(width, height, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(3, height, width, generator=generator)
+
+
+def test_start_image_is_the_flow_from_that_image(pipeline):
+    """Noise and image mixed at the first sigma, and the steps from there."""
+    image, latents = picture(96, 64), start()
+    options = {"steps": 4, "guidance": 0, "output_type": "latent"}
+    found = pipeline("a fox", start_image=image, denoise=0.6, latents=latents, **options)
+    sigmas = sigma_schedule(4, shift_mu(4 * 6), 0.6)
+    mixed = sigmas[0] * latents + (1 - sigmas[0]) * pipeline.encode(image[None])
+    expected = pipeline("a fox", latents=mixed, sigmas=sigmas, **options, **SIZE)
+    assert_close(found, expected, 1e-5, "image to image by hand")
+    # Nothing of the image is left at 1, and nearly all at almost 0.
+    whole = pipeline("a fox", start_image=image, latents=latents, **options)
+    assert torch.equal(whole, pipeline("a fox", latents=latents, **options, **SIZE))
+    kept = pipeline("a fox", start_image=image, denoise=1e-6, latents=latents, **options)
+    assert_close(kept, pipeline.encode(image[None]), 1e-4, "denoise of almost 0")
+
+
+def test_start_image_sizes(pipeline):
+    options = {"steps": 1, "guidance": 0, "denoise": 0.5, "output_type": "pt"}
+    assert pipeline("a fox", start_image=picture(100, 70), **options).shape[2:] == (64, 96)
+    sized = pipeline("a fox", start_image=picture(100, 70), height=48, width=80, **options)
+    assert sized.shape[2:] == (48, 80)
+    with pytest.raises(ValueError, match="both height and width"):
+        pipeline("a fox", start_image=picture(100, 70), height=48, **options)
+    with pytest.raises(ValueError, match="give start_image"):
+        pipeline("a fox", **options)
+    with pytest.raises(ValueError, match="start_image is str"):
+        pipeline("a fox", start_image="fox.png", **options)
+
+
+def test_references_are_looked_at(pipeline):
+    """As pictures, as latents, and by their settings."""
+    options = {"steps": 2, "guidance": 0, "output_type": "latent", "latents": start(), **SIZE}
+    image = picture(100, 70)
+    found = pipeline("a fox", references=[image], **options)
+    shrunk = Reference(pipeline.encode(fit(image, 96, 64)[None]))
+    assert_close(found, pipeline("a fox", references=[shrunk], **options), 1e-6, "as latents")
+    none = pipeline("a fox", **options)
+    assert relative_error(found, none) > 1e-3
+    off = Reference(shrunk.latents, strength=0)
+    assert torch.equal(pipeline("a fox", references=[off], **options), none)
+    apart = pipeline("a fox", references=[image], references_apart=True, **options)
+    assert relative_error(apart, found) > 1e-4
+    shared = pipeline("a fox", references=[image], reference_method="index", **options)
+    assert relative_error(shared, found) > 1e-4
+    small = pipeline("a fox", references=[image], max_reference_megapixels=0.001, **options)
+    assert relative_error(small, found) > 1e-4
+    with pytest.raises(ValueError, match="an entry of references is str"):
+        pipeline("a fox", references=["fox.png"], **options)
