@@ -31,6 +31,7 @@ from .storage import Entry, write_safetensors
 from .tokenizer import find_tokenizer_folder
 from .transformer_keys import module_to_official, official_to_diffusers
 from .vae_keys import vae_key_map
+from .vision import infer_vision_config, vision_keys
 
 PARTS = ("transformer", "text_encoder", "vae")
 # Where each part lies in an all-in-one file of ComfyUI.
@@ -348,36 +349,16 @@ def _encoder_config(checkpoint: Checkpoint, entries: Iterable[Entry]) -> dict[st
         "architectures": ["Qwen3VLModel"],
         "model_type": "qwen3_vl",
         "text_config": text,
-        **_vision_config(shapes, size.hidden_size),
+        **_vision_config(shapes),
     }
 
 
-def _vision_config(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, object]:
-    if "visual.patch_embed.proj.weight" not in shapes:
+def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+    keys = vision_keys(shapes)
+    if not keys:
         return {}
-    blocks = {int(name.split(".")[2]) for name in shapes if name.startswith("visual.blocks.")}
-    hidden, channels, frames, patch, _ = shapes["visual.patch_embed.proj.weight"]
-    depth = len(blocks)
-    mergers = len(
-        {n.split(".")[2] for n in shapes if n.startswith("visual.deepstack_merger_list.")}
-    )
-    step = depth // (mergers + 1)
-    return {
-        "vision_config": {
-            "model_type": "qwen3_vl",
-            "depth": depth,
-            "hidden_size": hidden,
-            "in_channels": channels,
-            "temporal_patch_size": frames,
-            "patch_size": patch,
-            "intermediate_size": shapes["visual.blocks.0.mlp.linear_fc1.weight"][0],
-            "num_heads": max(1, hidden // 64),
-            "num_position_embeddings": shapes["visual.pos_embed.weight"][0],
-            "out_hidden_size": width,
-            # At 24 blocks the released 5, 11, 17.
-            "deepstack_visual_indexes": [step * (index + 1) - 1 for index in range(mergers)],
-        }
-    }
+    sizes = asdict(infer_vision_config({keys[name]: shapes[name] for name in keys}))
+    return {"vision_config": {"model_type": "qwen3_vl", **sizes}}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -58,8 +58,8 @@ _IMAGE_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 # each pixel: of a patch of 256 in float32 about eight states of width 1024 and two of 4096.
 _TOKEN_SIDE, _BYTES_A_PIXEL = 32, 256
 
-# About 12 MB a hundred tokens, in main memory.
-KEPT_ENCODINGS = 12
+# Encodings that are remembered, in main memory: 100 tokens take 12 MB, eight images of 384 px 140.
+KEPT_ENCODINGS, KEPT_BYTES = 12, 512 * 1024**2
 
 
 class Krea2ClipTokenizer:
@@ -254,7 +254,9 @@ class Krea2CLIP(comfy.sd.CLIP):
         if key not in encodings:
             encodings[key] = super().encode_from_tokens(tokens, return_pooled, return_dict=True)
         encodings.move_to_end(key)
-        while len(encodings) > KEPT_ENCODINGS:
+        while len(encodings) > KEPT_ENCODINGS or (
+            len(encodings) > 1 and sum(map(_size, encodings.values())) > KEPT_BYTES
+        ):
             encodings.popitem(last=False)
         result = {
             name: value.clone() if isinstance(value, torch.Tensor) else value
@@ -454,6 +456,11 @@ def encoder_layers(options: dict, dtype: torch.dtype | None):
                 return super().forward(tokens, out_dtype=torch.float32)
 
     return Layers
+
+
+def _size(encoding: dict) -> int:
+    """Bytes of an encoding's tensors."""
+    return sum(value.nbytes for value in encoding.values() if isinstance(value, torch.Tensor))
 
 
 def row_length(row: list) -> int:

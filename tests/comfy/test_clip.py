@@ -183,7 +183,7 @@ def test_stock_lora_patches_the_encoder(clip):
     assert torch.equal(clip.encode_from_tokens(tokens), before)
 
 
-def test_encodings_are_kept_by_content(clip, monkeypatch):
+def test_encodings_are_kept_by_content(pack, clip, monkeypatch):
     """The same tokens and patches: no second run of the encoder, and a result of one's own."""
     encoder, calls = clip.cond_stage_model.encoder, []
     forward = encoder.forward
@@ -206,4 +206,11 @@ def test_encodings_are_kept_by_content(clip, monkeypatch):
     assert len(calls) == 3
     for number in range(20):
         encode(f"heron number {number}")
-    assert len(clip.cond_stage_model.encodings) == 8
+    kept = clip.cond_stage_model.encodings
+    assert len(kept) == 12
+    # Images make them large: then fewer are kept, and the last one always.
+    size = next(iter(kept.values()))["cond"].nbytes
+    for most, count in ((5 * size, 4), (1, 1)):
+        monkeypatch.setattr(pack("nodes.managed.clip"), "KEPT_BYTES", most)
+        encode(f"a heron in {count} words more or less")
+        assert len(kept) == count
