@@ -203,8 +203,8 @@ def expand(args: argparse.Namespace) -> Iterable[str]:
             language=args.language,
         )
     for expansion in expansions:
-        if expansion.missing:
-            print(expansion.note(), file=sys.stderr)
+        if note := expansion.note():
+            print(note, file=sys.stderr)
     return [expansion.text for expansion in expansions]
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import nano
 from .generation import SEEDS, STOP_TOKENS, Sampling, generate
 from .language import LanguageModel, load_language_tail
+from .prompt_weights import WeightedPrompt, parse_weights, weigh_again
 from .text_encoder import Qwen3VLTextEncoder
 from .tokenizer import Krea2Tokenizer
 
@@ -104,19 +105,26 @@ Write = Callable[[str, Sampling, int, int], tuple[str, bool]]
 
 @dataclass(frozen=True)
 class Expansion:
-    """A caption, and what of the prompt it lacks: quoted texts and numbers."""
+    """A caption, and what of the prompt it lacks: quoted texts and numbers, words with weights."""
 
     text: str
     missing: tuple[str, ...] = ()
+    unweighted: tuple[str, ...] = ()
 
     def note(self) -> str:
-        """A sentence about what is missing; empty where nothing is."""
-        if not self.missing:
-            return ""
-        return (
-            f"The expansion lacks {', '.join(self.missing)} of the prompt, also on a second try. "
-            "Edit it, lower creativity, or try another seed."
-        )
+        """Sentences about what is missing; empty where nothing is."""
+        notes = []
+        if self.missing:
+            notes.append(
+                f"The expansion lacks {', '.join(self.missing)} of the prompt, also on a second "
+                "try. Edit it, lower creativity, or try another seed."
+            )
+        if self.unweighted:
+            notes.append(
+                f"The weight of {', '.join(self.unweighted)} is lost, since the expansion does not "
+                "have these words."
+            )
+        return " ".join(notes)
 
 
 def expand(
@@ -140,12 +148,15 @@ def expand(
     variants: how many captions; those after the first are led in directions of their own.
     style: words for the look. language: of the caption; empty is the prompt's.
 
+    Weights in the prompt, `(word:1.3)`, are not shown to the model and stand in the caption again,
+    where it has their words; others are in `Expansion.unweighted`.
     A caption that lacks a quoted text or a number of the prompt is written once more, with a
     reminder; what is still missing then is in `Expansion.missing`.
 
     Raises ValueError that names the argument, what was expected and the remedy.
     """
-    prompt, style, language = (_plain(text) for text in (prompt, style, language))
+    marked = parse_weights(prompt)
+    prompt, style, language = (_plain(text) for text in (marked.text, style, language))
     if not prompt:
         raise ValueError("prompt is empty; expected a few words about the picture.")
     if length not in LENGTHS:
@@ -181,7 +192,12 @@ def expand(
                 "encoder is no Qwen3-VL-4B-Instruct: load qwen3vl_4b_bf16.safetensors."
             )
         expansions.append(found)
-    return expansions
+    return [_weighted(expansion, marked) for expansion in expansions]
+
+
+def _weighted(expansion: Expansion, marked: WeightedPrompt) -> Expansion:
+    text, lost = weigh_again(expansion.text, marked.parts())
+    return replace(expansion, text=text, unweighted=tuple(lost))
 
 
 def _better(first: Expansion, second: Expansion) -> Expansion:

@@ -142,8 +142,8 @@ class Krea2Pipeline:
         self._expander = self._expander or PromptExpander(self.text_encoder)
         expansions = self._expander(prompt, on_text, **options)
         for expansion in expansions:
-            if expansion.missing:
-                logger.warning("%s", expansion.note())
+            if note := expansion.note():
+                logger.warning("%s", note)
         return expansions
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ class WeightedPrompt:
     @property
     def is_weighted(self) -> bool:
         return any(weight != 1 for weight in self.weights)
+
+    def parts(self) -> list[tuple[str, float]]:
+        """The words that have a weight other than 1, and their weights, in order."""
+        runs = groupby(zip(self.text, self.weights, strict=True), key=lambda pair: pair[1])
+        parts = [("".join(c for c, _ in run).strip(), weight) for weight, run in runs]
+        return [(words, weight) for words, weight in parts if words and weight != 1]
 
 
 def parse_weights(prompt: str) -> WeightedPrompt:
@@ -71,6 +78,26 @@ def parse_weights(prompt: str) -> WeightedPrompt:
         add(bracket[0][-1])
     add(prompt[position:])
     return WeightedPrompt("".join(text), tuple(weights))
+
+
+def weigh_again(text: str, parts: Sequence[tuple[str, float]]) -> tuple[str, list[str]]:
+    """Another text on the same with the weights of its words, and the words it does not have.
+
+    Each of `WeightedPrompt.parts` is marked where it occurs first, as whole words and in any case.
+    """
+    found: list[tuple[int, int, float]] = []
+    lost: list[str] = []
+    for words, weight in parts:
+        pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+        matches = re.finditer(pattern, text, re.IGNORECASE)
+        free = (m for m in matches if all(m.end() <= a or m.start() >= b for a, b, _ in found))
+        if match := next(free, None):
+            found.append((*match.span(), weight))
+        else:
+            lost.append(words)
+    for first, last, weight in sorted(found, reverse=True):
+        text = f"{text[:first]}({text[first:last]}:{weight:g}){text[last:]}"
+    return text, lost
 
 
 def plain_prompt(prompt: str) -> WeightedPrompt:

@@ -131,15 +131,15 @@ class K2PromptExpander(io.ComfyNode):
             language=language,
         )
         for expansion in expansions:
-            if expansion.missing:
-                logging.warning("Krea 2 prompt expander: %s", expansion.note())
+            if note := expansion.note():
+                logging.warning("Krea 2 prompt expander: %s", note)
         texts = [expansion.text for expansion in expansions]
         return io.NodeOutput(texts, ui=ui.PreviewText(_report(expansions)))
 
 
 def _report(expansions: list[Expansion]) -> str:
     return "\n\n".join(
-        f"{expansion.text}\n[{expansion.note()}]" if expansion.missing else expansion.text
+        f"{expansion.text}\n[{expansion.note()}]" if expansion.note() else expansion.text
         for expansion in expansions
     )
 

@@ -176,6 +176,16 @@ def test_what_is_missing_twice_is_said():
     assert found.text == "Three cats."
 
 
+def test_weights_stand_in_the_caption_again():
+    """The model does not see them; words that it left out cannot have one."""
+    writer = Writer("A Red fox, redder than red, in snow (deep).")
+    (found,) = expand(writer, "a (red:1.3) fox in the (cold forest:0.5), a ratio (16:9)")
+    assert found.text == "A (Red:1.3) fox, redder than red, in snow (deep)."
+    assert found.unweighted == ("cold forest",) and "cold forest" in found.note()
+    (chat, *_), *_ = writer.calls
+    assert "Description: a red fox in the cold forest, a ratio (16:9)\n" in chat
+
+
 def test_variants_differ():
     writer = Writer("One.", "Two.", "Three.")
     assert texts(expand(writer, "a fox", variants=3, seed=2**64 - 2)) == ["One.", "Two.", "Three."]

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from krea2_model.prompt_weights import parse_weights, token_weights
+from krea2_model.prompt_weights import parse_weights, token_weights, weigh_again
 from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 
 
@@ -115,3 +115,17 @@ def test_a_batch_is_padded_with_1_and_none_where_nothing_weighs(tokenizer):
     assert weights.shape == (2, 10) and weights[0].eq(1).all()
     assert weights[1].tolist() == [1.0, 0.0] + [1.0] * 8
     assert token_weights([long, parse_weights("a (fox:1)")], tokenizer) is None
+
+
+def test_parts_are_the_weighted_words():
+    marked = parse_weights("a (very (red:2):1.5) star on (white:0)")
+    assert marked.parts() == [("very", 1.5), ("red", 3.0), ("white", 0.0)]
+    assert parse_weights("a red star").parts() == []
+
+
+def test_weights_move_to_another_text():
+    parts = [("red", 1.5), ("red", 0.5), ("star", -1.0), ("ship", 2.0)]
+    text, lost = weigh_again("A starry red sky, a RED star", parts)
+    assert text == "A starry (red:1.5) sky, a (RED:0.5) (star:-1)"
+    assert lost == ["ship"]
+    assert weigh_again("no words", []) == ("no words", [])
