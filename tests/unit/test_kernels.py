@@ -56,7 +56,7 @@ def test_norm_and_rotate(dtype, limit, kept, rotated, numbers, monkeypatch):
     """With complex numbers and, as on devices without them, with real ones."""
     monkeypatch.setattr(kernels, "_has_complex_numbers", lambda device: numbers == "complex")
     heads, tokens, dim = 6, 12, 16
-    table = rope_table(grid_positions([(3, 4)])[None], (4, 6, 6), 1000.0) if rotated else None
+    table = rope_table(grid_positions([(0, 3, 4)])[None], (4, 6, 6), 1000.0) if rotated else None
     asked = tokens if kept is None else 3
     query = random(1, asked, heads * dim).to(dtype).unflatten(-1, (heads, dim)).transpose(1, 2)
     key = random(1, tokens, 2 * dim).to(dtype).unflatten(-1, (2, dim)).transpose(1, 2)
@@ -126,7 +126,7 @@ def test_a_block_in_place_and_of_some_tokens(block, split, batch, monkeypatch):
     dim = TINY.hidden_size
     hidden = random(batch, 26, dim)
     vector = random(batch, 1 if split is None else 2, 6 * dim, seed=1) * 0.3
-    rope = rope_table(grid_positions([(13, 2)])[None], TINY.axes_dims_rope, 1000.0)
+    rope = rope_table(grid_positions([(0, 13, 2)])[None], TINY.axes_dims_rope, 1000.0)
     expected = block(hidden, vector, rope, None, split)
     for parameter in block.parameters():
         parameter.requires_grad_(False)
