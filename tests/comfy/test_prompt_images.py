@@ -251,7 +251,7 @@ def test_only_the_text_is_cut(encode):
 @pytest.mark.parametrize("inputs, message", [
     ({"image_1": image(32, 32, batch=9)}, "9 images in the prompt; expected at most 8"),
     ({"image_1": image(2, 1000)}, "1000 x 2 px; expected one side at most 200 times"),
-    ({"image_1": torch.zeros(64, 64, 3)}, "is .64, 64, 3.; expected .images, height, width"),
+    ({"image_1": torch.zeros(64, 64, 3)}, "is .64, 64, 3.; expected .1 or more, height, width"),
     ({"image_1": image(), "strengths": "1, x"}, "strengths is '1, x'; expected numbers"),
     ({"image_1": image(), "strengths": "1, 1"}, "strengths has 2 entries for 1 images"),
     ({"image_1": image(), "strengths": "nan"}, "strength of an image is nan; expected -10 to 10"),
