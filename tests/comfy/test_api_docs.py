@@ -103,6 +103,10 @@ def test_python(server, folder):
         assert words in printed
     changed, start = picture(folder / "picture_changed.png"), picture(folder / "picture.png")
     assert changed.shape == start.shape and (changed != start).any()
+    painted = picture(folder / "picture_inpainted.png")
+    assert np.array_equal(painted[:, :64], start[:, :64])
+    circle, star = Thing("circle", "red", "left"), Thing("star", "green", "right")
+    shows(folder / "picture_inpainted.png", circle, star, background="yellow")
     again = picture(folder / "picture_again.png")
     assert np.array_equal(again, start)
     assert Image.open(folder / "picture_again.png").text["prompt"]
