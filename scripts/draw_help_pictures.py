@@ -31,6 +31,8 @@ WORKFLOWS = ROOT / "tests" / "workflows"
 EXAMPLES = ROOT / "example_workflows"
 # Its thumbnail is a picture of the graph, since krea2-nano cannot write.
 EXPANDER = "krea2_prompt_expander"
+# Of the server's input folder, with a mask.
+PHOTO = "photo.png"
 NANO, NANO_RAW = "krea2-nano (built in)", "krea2-nano Raw (built in)"
 # Pixels of the canvas around a node, and the width of nodes that ask for none.
 MARGIN, WIDTH = 12, 340
@@ -59,33 +61,52 @@ class Shot(NamedTuple):
 _MODEL = {"model": ("K2Loader", "MODEL")}
 _CLIP = {"clip": ("K2Loader", "CLIP")}
 _LATENT = {"latent": ("K2EmptyLatent", "LATENT")}
+_VAE = {"vae": ("K2Loader", "VAE")}
 _TEXTS = {"positive": ("K2TextEncode", "positive"), "negative": ("K2TextEncode", "negative")}
+_IMAGE, _MASK = {"image": ("LoadImage", "IMAGE")}, {"mask": ("LoadImage", "MASK")}
 
 # What feeds the shown nodes.
 SOURCES: dict[str, tuple[Mapping[str, Any], Mapping[str, tuple[str, str]]]] = {
     "K2Loader": ({"model": NANO_RAW}, {}),
     "K2TextEncode": ({"prompt": "a red circle on a white background"}, _CLIP),
     "K2EmptyLatent": ({"aspect": "custom", "width": 128, "height": 128}, {}),
+    "LoadImage": ({"image": PHOTO}, {}),
 }
 # Nodes that are not here are shown as they come, at WIDTH.
 NODES = {
     "K2Approximate": Shot({"evaluate": "every 2nd step"}),
     "K2Compile": Shot(width=280),
+    "K2Composite": Shot(width=280),
+    "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
+    "K2FitImage": Shot({}, _IMAGE, runs=True),
     "K2GuidanceSchedule": Shot({"end": 0.5}),
+    "K2Inpaint": Shot({}, _VAE | _IMAGE | _MASK, runs=True),
     "K2Inspect": Shot({"file": f"diffusion_models/{INSPECTED.name}"}, runs=True, width=420),
     "K2Loader": Shot({"model": "krea2_turbo_bf16.safetensors"}, width=380),
     "K2LoraLoader": Shot({"lora": "krea2-nano notebook (built in)"}, _MODEL, runs=True, width=420),
     "K2ModelLoader": Shot({"file": "krea2_turbo_bf16.safetensors"}, width=380),
     "K2ModelSampling": Shot({}, _MODEL, runs=True),
+    "K2Outpaint": Shot({}, _IMAGE, runs=True),
     "K2PromptBatch": Shot({"prompts": "\n".join(SHAPES)}, width=420, room=80),
     "K2PromptExpander": Shot({"prompt": "a fox in the snow"}, width=400, room=40),
+    "K2Reference": Shot({}, _TEXTS | _VAE | _IMAGE, runs=True, width=400),
     "K2Sampler": Shot({}, _MODEL | _TEXTS | _LATENT, runs=True),
     "K2SelfCheck": Shot({}, _MODEL | _CLIP, runs=True, width=560, height=200),
     "K2Sigmas": Shot({}, _MODEL | _LATENT, runs=True),
+    "K2Stitch": Shot(width=280),
+    "K2StyleMix": Shot(
+        {"prompt": "a lighthouse on a cliff at dusk", "shares": "2, 1"},
+        _CLIP | _VAE | {"image_1": ("LoadImage", "IMAGE"), "image_2": ("LoadImage", "IMAGE")},
+        runs=True, width=400,
+    ),
     "K2TextEncode": Shot(
         {"prompt": "a (red:1.3) circle left of a blue square on a yellow background"},
         _CLIP, runs=True, width=400,
+    ),
+    "K2TextEncodeImages": Shot(
+        {"prompt": "a lighthouse on a cliff at dusk, in the style of Picture 1"},
+        _CLIP | {"image_1": ("LoadImage", "IMAGE")}, runs=True, width=400,
     ),
     "K2TextEncoderLoader": Shot({"file": "qwen3vl_4b_bf16.safetensors"}, width=380),
     "K2VAEDecode": Shot(width=280),
@@ -180,6 +201,15 @@ def draw_node(page: Page, node: str) -> None:
     )
 
 
+def save_photo(path: Path) -> None:
+    """An image of a camera's shape, its middle masked: Load Image takes what is transparent."""
+    photo = Image.linear_gradient("L").resize((1200, 800)).convert("RGB")
+    opaque = Image.new("L", photo.size, 255)
+    opaque.paste(0, (500, 300, 700, 500))
+    photo.putalpha(opaque)
+    photo.save(path)
+
+
 def nano_graph(workflow: str, **values: Mapping[str, Any]) -> dict:
     """A twin of an example on krea2-nano, at its size; `values` are inputs by type of node."""
     graph = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
@@ -253,7 +283,7 @@ def draw_denoise(server: ComfyServer) -> None:
     changed = [
         paint(server, nano_graph(
             "krea2_image_to_image", K2TextEncode=prompt, K2Sampler={"denoise": denoise},
-            LoadImage={"image": image}, ImageScaleToTotalPixels={"megapixels": 128**2 / 1024**2},
+            LoadImage={"image": image}, K2FitImage={"megapixels": 128**2 / 1024**2},
         ))
         for denoise in (0.2, 0.3, 0.4, 0.75)
     ]  # fmt: skip
@@ -289,6 +319,7 @@ def main(names: list[str]) -> None:
         folder = server.base / "models" / "diffusion_models"
         folder.mkdir(parents=True)
         shutil.copy(INSPECTED, folder)
+        save_photo(server.base / "input" / PHOTO)
         with server:
             wanted = names or known
             # Outside playwright, whose event loop the client's does not stand.
