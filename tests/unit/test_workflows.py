@@ -160,6 +160,12 @@ def test_blueprint_is_one_node_whose_inputs_lead_inside(file):
         assert socket["link"] == link["id"] and socket["type"] == given["type"]
         widgets.append([str(link["target_id"]), socket["widget"]["name"]])
     assert node["properties"]["proxyWidgets"] == widgets
+    for each in nodes.values():
+        names = [i["name"] for i in each["inputs"] if "widget" in i]
+        controls = [name for name in names if name.endswith("seed")]
+        # Values go by position, so none may be left out before the last.
+        assert names == _widgets_of(each["type"])[: len(names)], each["type"]
+        assert len(each.get("widgets_values", ())) == len(names) + len(controls), each["type"]
     (output,) = inside["outputs"]
     assert [links[number]["target_id"] for number in output["linkIds"]] == [OUTPUT_NODE]
 
@@ -183,6 +189,14 @@ def _by_position(node: dict, inputs: dict) -> dict:
             del given[unused["name"]]
     assert list(given) == [name for name, value in inputs.items() if not isinstance(value, list)]
     return given
+
+
+def _widgets_of(node_type: str) -> list[str]:
+    """Every widget of a type of node, in order, as the twins of the examples have them."""
+    twins = (json.loads(path.read_text("utf-8")) for path in (ROOT / "tests/workflows").iterdir())
+    nodes = (node for twin in twins for node in twin.values() if node["class_type"] == node_type)
+    values = ([k for k, v in node["inputs"].items() if not isinstance(v, list)] for node in nodes)
+    return max(values, key=len, default=[])
 
 
 def _files(node: dict) -> list[str]:
