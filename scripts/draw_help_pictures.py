@@ -29,8 +29,13 @@ PICTURES = DOCS / "pictures"
 INSPECTED = ROOT / "krea2_model" / "nano" / "krea2_nano_turbo.safetensors"
 WORKFLOWS = ROOT / "tests" / "workflows"
 EXAMPLES = ROOT / "example_workflows"
-# Its thumbnail is a picture of the graph, since krea2-nano cannot write.
-EXPANDER = "krea2_prompt_expander"
+# Their thumbnails are pictures of these nodes of the graph, since krea2-nano cannot write or see.
+GRAPHS = {
+    "krea2_prompt_expander": ("K2PromptExpander", "K2TextEncode"),
+    "krea2_prompt_with_images": ("LoadImage", "K2TextEncodeImages"),
+}
+# What their Load Image shows.
+SHOWN = EXAMPLES / "krea2_lora.jpg"
 # Of the server's input folder, with a mask.
 PHOTO = "photo.png"
 NANO, NANO_RAW = "krea2-nano (built in)", "krea2-nano Raw (built in)"
@@ -299,9 +304,9 @@ RESULTS: dict[str, Callable[[ComfyServer], None]] = {
 
 
 def draw_graph(page: Page, server: ComfyServer, name: str) -> None:
-    """The thumbnail of an example that krea2-nano cannot run: its nodes between the loaders."""
+    """The thumbnail of an example that krea2-nano cannot run: some of its nodes."""
     open_template(page, server, name)
-    x, y, width, height = page.evaluate(FRAME_GRAPH, ["K2PromptExpander", "K2TextEncode"])
+    x, y, width, height = page.evaluate(FRAME_GRAPH, GRAPHS[name])
     page.wait_for_timeout(500)
     clip = {"x": x, "y": y, "width": width, "height": height}
     picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
@@ -310,7 +315,7 @@ def draw_graph(page: Page, server: ComfyServer, name: str) -> None:
 
 def main(names: list[str]) -> None:
     nodes = sorted(path.stem for path in DOCS.glob("*.md"))
-    known = [*nodes, *RESULTS, EXPANDER]
+    known = [*nodes, *RESULTS, *GRAPHS]
     if unknown := set(names) - set(known):
         sys.exit(f"Unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(known)}.")
     with tempfile.TemporaryDirectory() as base:
@@ -320,6 +325,7 @@ def main(names: list[str]) -> None:
         folder.mkdir(parents=True)
         shutil.copy(INSPECTED, folder)
         save_photo(server.base / "input" / PHOTO)
+        Image.open(SHOWN).save(server.base / "input" / "example.png")
         with server:
             wanted = names or known
             # Outside playwright, whose event loop the client's does not stand.
@@ -338,7 +344,7 @@ def draw(server: ComfyServer, playwright: Playwright, names: list[str]) -> None:
     page.evaluate(NO_BADGES)
     for name in names:
         print(name, flush=True)
-        if name == EXPANDER:
+        if name in GRAPHS:
             draw_graph(page, server, name)
         else:
             draw_node(page, name)

@@ -39,9 +39,23 @@ def server(tmp_path_factory):
         link = base / "models" / f"{name}.safetensors"
         link.symlink_to(base / "models" / f"{target}.safetensors")
     make_bad_files(base / "models")
+    make_lora(base / "models")
     packs = {"comfyui-krea2-kit": ROOT}
     with ComfyServer(comfyui, base, packs=packs, extra_args=["--cpu"]) as running:
         yield running
+
+
+def make_lora(models):
+    """A small LoRA under the name of the one that the workflows load."""
+    weights = load_file(models / "diffusion_models" / "krea2_tiny_turbo.safetensors")
+    rows, columns = weights["blocks.0.attn.wq.weight"].shape
+    name = "diffusion_model.blocks.0.attn.wq.lora"
+    (models / "loras").mkdir()
+    save_file(
+        {f"{name}_A.weight": torch.full((4, columns), 0.01),
+         f"{name}_B.weight": torch.full((rows, 4), 0.01)},
+        models / "loras" / "krea2_style_reference.safetensors",
+    )  # fmt: skip
 
 
 def make_bad_files(models):
@@ -81,27 +95,45 @@ def picture(server, whole, on_progress=None):
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
+def example_image():
+    """Something to change, its middle masked."""
+    image = Image.linear_gradient("L").resize((256, 192)).convert("RGB")
+    opaque = Image.new("L", image.size, 255)
+    opaque.paste(0, (100, 60, 160, 120))
+    image.putalpha(opaque)
+    return image
+
+
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_workflows_give_pictures(server, file):
     whole = json.loads(file.read_text())
     for node in whole.values():
         if node["class_type"] == "K2EmptyLatent":
             node["inputs"].update(aspect="custom", width=128, height=96)
-        if node["class_type"] == "ImageScaleToTotalPixels":
+        if node["class_type"] in ("K2FitImage", "K2CropForInpaint"):
             node["inputs"]["megapixels"] = 128 * 96 / 1024**2
-    Image.linear_gradient("L").resize((256, 192)).save(server.base / "input" / "example.png")
+        if node["class_type"] == "K2Outpaint":
+            node["inputs"]["right"] = 64
+    example_image().save(server.base / "input" / "example.png")
     steps = []
     prompt_id = server.post(whole)
     outputs = server.wait(prompt_id, lambda node, step, total: steps.append((step, total)), 120)
-    images = [np.asarray(Image.open(io.BytesIO(png))) for png in server.images(outputs)]
     kinds = {node["class_type"]: node["inputs"] for node in whole.values()}
+    saved = {n: o for n, o in outputs.items() if whole[n]["class_type"] != "PreviewImage"}
+    assert (len(saved) < len(outputs)) == ("PreviewImage" in kinds)
+    images = [np.asarray(Image.open(io.BytesIO(png))) for png in server.images(saved)]
     if "K2ContactSheet" in kinds:
         sheet = images.pop()
         assert sheet.shape[0] > 2 * 96 and sheet.shape[1] > 2 * 128
     prompts = kinds.get("K2PromptBatch", {"prompts": "one"})["prompts"].splitlines()
     assert len(images) == len(prompts)
+    shape = (96, 128)
+    if "K2Outpaint" in kinds:
+        shape = (96, 128 + 64)
+    if "K2Stitch" in kinds:
+        shape = example_image().size[::-1]
     for image in images:
-        assert image.shape == (96, 128, 3) and image.std() > 10
+        assert image.shape == (*shape, 3) and image.std() > 10
     one = 28 if "krea2_raw" in file.read_text() else 8
     total = TWO_STAGE_STEPS if "K2TwoStage" in kinds else one
     assert (total, total) in steps

@@ -42,15 +42,21 @@ def test_there_are_examples():
     assert {path.stem for path in EXAMPLES} == {path.stem for path in twins}
     assert {path.stem for path in EXAMPLES} >= {
         "krea2_image_to_image",
+        "krea2_inpaint",
+        "krea2_inpaint_detail",
         "krea2_lora",
         "krea2_nano_first_image",
+        "krea2_outpaint",
         "krea2_prompt_batch",
         "krea2_prompt_expander",
         "krea2_prompt_weights",
+        "krea2_prompt_with_images",
         "krea2_raw_faster",
         "krea2_raw_text_to_image",
         "krea2_raw_then_turbo",
+        "krea2_reference",
         "krea2_stock_nodes",
+        "krea2_style_mix",
         "krea2_turbo_negative",
         "krea2_turbo_text_to_image",
     }
