@@ -6,7 +6,7 @@
 #
 # --matrix runs the tests that need ComfyUI, and only those, on each version that the pack supports,
 # in environments of their own. PYTHON, COMFYUI_PATH and CHROMIUM are explained in setup.sh.
-# shellcheck disable=SC2329 # check calls functions by name
+# shellcheck disable=SC2317,SC2329 # check calls functions by name
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -36,7 +36,20 @@ run_pytest() {
   return "$status"
 }
 
-unit_tests() { run_pytest unit tests/unit "$@"; }
+# Beside tests/comfy, since neither keeps two cores busy; what they print is shown afterwards.
+begin_unit_tests() {
+  "$VENV_PYTHON" -P -m pytest tests/unit "$@" >"$LOCAL/pytest-unit.log" 2>&1 &
+  unit_tests=$!
+}
+
+end_unit_tests() {
+  local status=0 log=$LOCAL/pytest-unit.log
+  wait "$unit_tests" || status=$?
+  cat -- "$log"
+  if ((status == 5 && given_arguments)); then status=0; fi
+  closing+=("unit: $(tail -n 1 "$log")")
+  return "$status"
+}
 
 # In a process of its own, where `nodes` is ComfyUI's module and not the pack's folder.
 comfy_tests() {
@@ -71,8 +84,13 @@ else
   check "ruff check" "$VENV_PYTHON" -m ruff check --extend-exclude .local .
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
   check "mypy" "$VENV_PYTHON" -m mypy
-  check "tests/unit" unit_tests "$@"
+  cores=$(nproc 2>/dev/null || echo 2)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
+  begin_unit_tests "$@"
+  trap 'kill "$unit_tests" 2>/dev/null || true' EXIT
   check "tests/comfy" comfy_tests comfy "$@"
+  check "tests/unit" end_unit_tests
+  trap - EXIT
   if find_chromium; then
     check "tests/browser" browser_tests "$@"
   else
