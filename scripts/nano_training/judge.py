@@ -6,24 +6,30 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from .scenes import COLOURS, PLACES, SHAPES, Scene, outline, signed_distance
+from .scenes import COLOURS, PLACES, SHAPES, Scene, outline, rgb, signed_distance
 
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32) / 255
 _CANVAS = 32
 _SMALLEST = 40  # pixels
+_CLOSE = 0.2  # distance in RGB; no two named colours are nearer than 0.32
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was found of one thing; `area` in pixels, `centre` as fractions of the sides."""
+    """What was found of one thing; `area` in pixels, `centre` as fractions of the sides.
+
+    `colour` is the nearest name for `rgb`, whose parts are in [0, 1].
+    """
 
     shape: str
     colour: str
+    rgb: tuple[float, float, float]
     centre: tuple[float, float]
     area: int
 
@@ -40,6 +46,13 @@ def colour_name(colour: np.ndarray) -> str:
     return list(COLOURS)[int(np.square(_PALETTE - colour).sum(axis=1).argmin())]
 
 
+def is_colour(found: Sequence[float] | np.ndarray, wanted: str) -> bool:
+    """Whether a wanted name is the nearest to a colour, or a wanted "#rrggbb" is close to it."""
+    if wanted in COLOURS:
+        return colour_name(np.asarray(found)) == wanted
+    return bool(np.linalg.norm(np.asarray(found) - rgb(wanted)) < _CLOSE)
+
+
 def background_colour(picture: np.ndarray) -> np.ndarray:
     """The median of a picture's border, (3,) in [0, 1]."""
     border = (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:])
@@ -54,14 +67,14 @@ def read_thing(picture: np.ndarray, background: np.ndarray | None = None) -> Rea
     if mask.sum() < _SMALLEST:
         return None
     strong = contrast >= 0.8 * np.quantile(contrast[mask], 0.9)
-    colour = colour_name(np.median(picture[strong], axis=0))
+    colour = np.median(picture[strong], axis=0)
     mask = contrast > 0.5 * np.quantile(contrast[mask], 0.9)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = mask.shape
     centre = ((left + right) / 2 / width, (top + bottom) / 2 / height)
     shape = _nearest_shape(mask[top:bottom, left:right])
-    return Reading(shape, colour, centre, int(mask.sum()))
+    return Reading(shape, colour_name(colour), tuple(colour.tolist()), centre, int(mask.sum()))
 
 
 def read_two(picture: np.ndarray, side_by_side: bool) -> tuple[Reading | None, Reading | None]:
@@ -77,16 +90,16 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
     One thing: background, colour, shape, place. Two: background, colours (both, each on its own
     side) and shapes (likewise).
     """
-    result = {"background": colour_name(background_colour(picture)) == scene.background}
+    result = {"background": is_colour(background_colour(picture), scene.background)}
     if len(scene.things) == 1:
         thing, found = scene.things[0], read_thing(picture)
-        result["colour"] = found is not None and found.colour == thing.colour
+        result["colour"] = found is not None and is_colour(found.rgb, thing.colour)
         result["shape"] = found is not None and found.shape == thing.shape
         result["place"] = found is not None and found.place == thing.place
         return result
     readings = read_two(picture, scene.things[0].place == "left")
     pairs = list(zip(readings, scene.things, strict=True))
-    result["two colours"] = all(f is not None and f.colour == t.colour for f, t in pairs)
+    result["two colours"] = all(f is not None and is_colour(f.rgb, t.colour) for f, t in pairs)
     result["two shapes"] = all(f is not None and f.shape == t.shape for f, t in pairs)
     return result
 

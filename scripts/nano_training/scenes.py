@@ -42,8 +42,8 @@ PLACES = {
     "bottom left": (0.26, 0.74),
     "bottom right": (0.74, 0.74),
 }
-# Radius as a fraction of the picture's shorter side.
-SIZES = {"large": 0.21, "small": 0.125}
+# Radius as a fraction of the picture's shorter side; huge things are in references only.
+SIZES = {"large": 0.21, "small": 0.125, "huge": 0.36}
 
 BRIEF = 0.1  # share of captions that are a word or two
 
@@ -53,7 +53,7 @@ PICTURE_SIZES = {(128, 128): 0.7, (160, 96): 0.15, (96, 160): 0.15}
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene."""
+    """One shape of a scene, in a colour by its name or as "#rrggbb"."""
 
     shape: str
     colour: str
@@ -113,14 +113,14 @@ def _random_scene(random: Random, count: int) -> Scene:
 
 
 def caption(scene: Scene, random: Random, brief: float = BRIEF) -> str:
-    """One of many wordings for a scene."""
+    """One of many wordings for a scene. Colours that are "" are not spoken of."""
     if random.random() < brief:
         return _brief(scene, random)
     if len(scene.things) == 2:
         text = _two_things(scene, random)
     else:
         text = _one_thing(scene.things[0], random)
-    if scene.background != "white" or random.random() < 0.25:
+    if scene.background and (scene.background != "white" or random.random() < 0.25):
         text = _with_background(text, _word(scene.background, random), random)
     # A text that begins with its place or background takes no opening.
     frame = random.random() if text.startswith(("a ", "an ", "the ")) else 1.0
@@ -222,9 +222,9 @@ def _name(thing: Thing, random: Random) -> str:
             return f"the outline of {_article(f'{size} {colour} {shape}')}"
         hollow = random.choice(("outlined", "hollow"))
         return _article(f"{size} {hollow} {colour} {shape}")
-    if wording < 0.08:
+    if colour and wording < 0.08:
         return _article(f"{size} {shape} in {colour}")
-    if wording < 0.14:
+    if colour and wording < 0.14:
         return _article(f"{size} {shape} that is {colour}")
     return _article(f"{size} {colour} {shape}")
 
@@ -269,8 +269,7 @@ def draw(
     notebook: draws outlines on ruled paper, whatever the background and the fill: the style that
         the nano LoRA learns.
     """
-    background = np.array(COLOURS[scene.background], dtype=np.float32) / 255
-    picture = np.broadcast_to(background, (height, width, 3)).copy()
+    picture = np.broadcast_to(rgb(scene.background), (height, width, 3)).copy()
     if notebook:
         picture = ruled_paper(width, height)
     for thing in scene.things:
@@ -284,8 +283,14 @@ def draw(
         if thing.outlined or (notebook and thing.shape != "ring"):
             stroke = 0.04 * min(width, height)
             distance = outline(distance, stroke)
-        paint(picture, distance, np.array(COLOURS[thing.colour], dtype=np.float32) / 255)
+        paint(picture, distance, rgb(thing.colour))
     return picture
+
+
+def rgb(colour: str) -> np.ndarray:
+    """A colour by its name or as "#rrggbb": (3,) float32 in [0, 1]."""
+    values = COLOURS[colour] if colour in COLOURS else tuple(bytes.fromhex(colour[1:]))
+    return np.array(values, dtype=np.float32) / 255
 
 
 def ruled_paper(width: int, height: int) -> np.ndarray:
