@@ -32,7 +32,10 @@ _BUILT_IN = {
     VAE: {NANO: nano.VAE},
 }
 
-_BUILT_IN_LORAS = {"krea2-nano notebook (built in)": nano.LORA}
+_BUILT_IN_LORAS = {
+    "krea2-nano notebook (built in)": nano.LORA,
+    "krea2-nano reference (built in)": nano.REFERENCE_LORA,
+}
 
 # Folder keys of ComfyUI that may hold each part; all-in-one files are checkpoints.
 _FOLDERS = {

@@ -1,4 +1,4 @@
-"""Train krea2-nano: its VAE, nano Raw, nano Turbo distilled from Raw, and a LoRA on Raw.
+"""Train krea2-nano: its VAE, nano Raw, nano Turbo distilled from Raw, and two LoRAs on Raw.
 
     python scripts/train_nano.py                    # everything, in this order
     python scripts/train_nano.py raw --steps 6000   # one stage
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,15 +31,18 @@ from krea2_model import (  # noqa: E402
     save_transformer,
 )
 from krea2_model.checkpoint import is_norm_or_table  # noqa: E402
+from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
 from krea2_model.transformer import Krea2Transformer  # noqa: E402
+from krea2_model.vae import QwenImageVAE  # noqa: E402
 from krea2_model.vae_keys import restore_temporal  # noqa: E402
 from nano_training.examples import Examples  # noqa: E402
 from nano_training.train_lora import train_lora  # noqa: E402
 from nano_training.train_raw import train_raw  # noqa: E402
+from nano_training.train_reference import ReferenceExamples, train_reference  # noqa: E402
 from nano_training.train_turbo import train_turbo  # noqa: E402
 from nano_training.train_vae import train_vae  # noqa: E402
 
-STAGES = ("vae", "raw", "turbo", "lora")
+STAGES = ("vae", "raw", "turbo", "lora", "reference")
 
 
 def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None:
@@ -55,17 +59,29 @@ def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         start = load_transformer(nano.TRANSFORMERS["turbo"]) if onward else None
         save(train_turbo(folder, examples(folder), raw, start=start, **options))
+    elif stage == "lora":
+        raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
+        save_lora(train_lora(folder, examples(folder, notebook=True), raw, **options), nano.LORA)
     else:
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
-        tensors = train_lora(folder, examples(folder, notebook=True), raw, **options)
-        save_file({n: t.bfloat16() for n, t in tensors.items()}, nano.LORA, {"format": "pt"})
+        shown = ReferenceExamples(folder / "examples", *encoders())
+        save_lora(train_reference(folder, shown, raw, **options), nano.REFERENCE_LORA)
 
 
 def examples(folder: Path, notebook: bool = False) -> Examples:
-    """What the transformer learns from, encoded by the parts as they are shipped."""
+    """What the transformer learns from."""
+    return Examples(folder / "examples", *encoders(), notebook)
+
+
+def encoders() -> tuple[Qwen3VLTextEncoder, QwenImageVAE]:
+    """What encodes examples: the parts as they are shipped."""
     encoder = load_text_encoder(nano.TEXT_ENCODER, dtype=torch.float32)
-    vae = load_vae(nano.VAE, dtype=torch.float32)
-    return Examples(folder / "examples", encoder, vae, notebook)
+    return encoder, load_vae(nano.VAE, dtype=torch.float32)
+
+
+def save_lora(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a LoRA in bfloat16."""
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, file, {"format": "pt"})
 
 
 def save(transformer: Krea2Transformer) -> None:
@@ -78,7 +94,7 @@ def save(transformer: Krea2Transformer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", help="vae raw turbo lora (default: all)")
+    parser.add_argument("stages", nargs="*", help=f"{' '.join(STAGES)} (default: all)")
     parser.add_argument("--steps", type=int, help="of each stage (default: the stage's own)")
     parser.add_argument(
         "--onward", action="store_true", help="begin with the shipped weights, not from nothing"

@@ -33,6 +33,8 @@ TRANSFORMERS = {variant: FOLDER / f"krea2_nano_{variant}.safetensors" for varian
 VAE = FOLDER / "krea2_nano_vae.safetensors"
 # A style, outlines on ruled paper: a LoRA trained on Raw that Turbo takes as well.
 LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
+# Takes colours over from reference images: the prompt names shapes and places, a LoRA on Raw too.
+REFERENCE_LORA = FOLDER / "krea2_nano_reference_lora.safetensors"
 
 # Stands for the text encoder where a path is asked for; no file has to be there.
 TEXT_ENCODER = FOLDER / "krea2_nano_text_encoder.safetensors"
@@ -40,6 +42,7 @@ TEXT_ENCODER_CHECKSUM = "e0b5e2e872eef3b98e1749328d5ad0d012a97ea6c19043e3ffce813
 
 __all__ = [
     "LORA",
+    "REFERENCE_LORA",
     "TEXT_ENCODER",
     "TEXT_ENCODER_CONFIG",
     "TRANSFORMERS",

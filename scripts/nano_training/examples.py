@@ -70,17 +70,9 @@ class Examples:
         group = random.choices(groups, weights=[len(group) for group in groups])[0]
         chosen = random.choices(group, k=size)
         taps = [self.empty if random.random() < empty else taps for *_, taps in chosen]
-        longest = max(len(states) for states in taps)
-        mask = torch.tensor([[True] * len(s) + [False] * (longest - len(s)) for s in taps])
-        padded = [F.pad(states, (0, 0, 0, 0, 0, longest - len(states))) for states in taps]
         latents = torch.stack([latents for latents, *_ in chosen]).float()
         things = torch.stack([things for _, things, _ in chosen]).float()
-        return Batch(
-            latents.to(DEVICE),
-            things.to(DEVICE),
-            torch.stack(padded).float().to(DEVICE),
-            mask.to(DEVICE),
-        )
+        return Batch(latents.to(DEVICE), things.to(DEVICE), *padded(taps))
 
     def _shard(self, index: int) -> list[Example]:
         path = self.folder / f"{'notebook' if self.notebook else 'scenes'}_{index}.pt"
@@ -100,22 +92,42 @@ class Examples:
             draw(scene, *size, random, self.notebook)
             for scene, size in zip(scenes, sizes, strict=True)
         ]
-        # Captions of one length and pictures of one size go through together.
-        lengths = [len(self.encoder.tokenizer.tokenize(text)) for text in captions]
-        taps: dict[int, Tensor] = {}
-        for part in _parts(lengths, 64):
-            encoded, _ = self.encoder.encode([captions[i] for i in part])
-            taps.update(zip(part, encoded.bfloat16().cpu(), strict=True))
+        taps = encode_captions(self.encoder, captions)
         latents: dict[int, Tensor] = {}
-        with autocast():
-            for part in _parts(sizes, 16):
-                images = to_tensor([pictures[i] for i in part])
-                images = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
-                moments = self.vae.conv1(self.vae.encoder(images)).float()
-                normalised = self.vae.normalise(moments[:, : self.vae.config.z_dim])
-                latents.update(zip(part, normalised.half().cpu(), strict=True))
+        # Pictures of one size go through together.
+        for part in _parts(sizes, 16):
+            encoded = encode_pictures(self.vae, [pictures[i] for i in part])
+            latents.update(zip(part, encoded.half().cpu(), strict=True))
         for index in range(SHARD):
-            yield latents[index].clone(), where_things_are(pictures[index]), taps[index].clone()
+            yield latents[index].clone(), where_things_are(pictures[index]), taps[index]
+
+
+@torch.no_grad()
+def encode_captions(encoder: Qwen3VLTextEncoder, captions: list[str]) -> list[Tensor]:
+    """Taps (L, 12, D) in bfloat16 of each caption; captions of one length go through together."""
+    lengths = [len(encoder.tokenizer.tokenize(text)) for text in captions]
+    taps: dict[int, Tensor] = {}
+    for part in _parts(lengths, 64):
+        encoded, _ = encoder.encode([captions[i] for i in part])
+        taps.update(zip(part, encoded.bfloat16().cpu(), strict=True))
+    return [taps[index].clone() for index in range(len(captions))]
+
+
+@torch.no_grad()
+def encode_pictures(vae: QwenImageVAE, pictures: list[np.ndarray]) -> Tensor:
+    """Normalised latents (B, 16, h, w) of pictures of one size."""
+    images = to_tensor(pictures).to(DEVICE).contiguous(memory_format=torch.channels_last)
+    with autocast():
+        moments = vae.conv1(vae.encoder(images)).float()
+    return vae.normalise(moments[:, : vae.config.z_dim])
+
+
+def padded(taps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Taps of captions of several lengths as one (B, L, 12, D), and its mask (B, L)."""
+    longest = max(len(states) for states in taps)
+    mask = torch.tensor([[True] * len(s) + [False] * (longest - len(s)) for s in taps])
+    states = [F.pad(states, (0, 0, 0, 0, 0, longest - len(states))) for states in taps]
+    return torch.stack(states).float().to(DEVICE), mask.to(DEVICE)
 
 
 def where_things_are(picture: np.ndarray) -> Tensor:

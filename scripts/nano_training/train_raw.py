@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -91,15 +92,38 @@ def flow_batch(
 
 
 def flow_error(
-    model: Krea2Transformer, batch: Batch, random: Random, emphasis: float = 0.0
+    model: Krea2Transformer,
+    batch: Batch,
+    random: Random,
+    emphasis: float = 0.0,
+    references: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Squared errors (captions * DRAWS, 16, h, w) of the velocity at random times."""
+    """Squared errors (captions * DRAWS, 16, h, w) of the velocity at random times.
+
+    references: latents (captions, 16, h_i, w_i) of the pictures that the model looks at.
+    """
     latents = batch.latents.repeat_interleave(DRAWS, 0)
     noisy, time, velocity = flow_batch(latents, random, emphasis)
+    mask = batch.mask.repeat_interleave(DRAWS, 0)
+    references = [reference.repeat_interleave(DRAWS, 0) for reference in references]
     with autocast():
         text = model.fuse_text(batch.taps, batch.mask).repeat_interleave(DRAWS, 0)
-        predicted = model(noisy, time, text, batch.mask.repeat_interleave(DRAWS, 0))
+        predicted = model(noisy, time, text, mask, references=references)
     return (predicted.float() - velocity).square()
+
+
+def flow_loss(
+    model: Krea2Transformer,
+    batch: Batch,
+    random: Random,
+    emphasis: float,
+    references: Sequence[Tensor] = (),
+) -> Tensor:
+    """The mean of `flow_error`; at emphasis 1 things weigh `THINGS` times what background does."""
+    error = flow_error(model, batch, random, emphasis, references)
+    weight = 1 + (THINGS - 1) * emphasis * batch.things
+    weight = weight.repeat_interleave(DRAWS, 0) / weight.mean()
+    return (weight * error).mean()
 
 
 def train_raw(
@@ -126,10 +150,7 @@ def train_raw(
         examples.grow(min(MOST_SHARDS, 2 + step // STEPS_A_SHARD))
         batch = examples.batch(CAPTIONS, random)
         emphasis = run.schedule.factor(step)
-        error = flow_error(model, batch, random, emphasis)
-        weight = 1 + (THINGS - 1) * emphasis * batch.things
-        weight = weight.repeat_interleave(DRAWS, 0) / weight.mean()
-        return (weight * error).mean()
+        return flow_loss(model, batch, random, emphasis)
 
     run.train(loss_of_step)
     model.load_state_dict(run.averaged_state())

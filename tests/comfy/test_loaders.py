@@ -127,6 +127,14 @@ def test_lists_show_what_fits(pack, models, folder_model, all_in_one):
     assert "broken.safetensors" in lists[kinds.VAE]
 
 
+def test_loras_of_nano_are_listed(pack):
+    files = pack("nodes.files")
+    names = ["krea2-nano notebook (built in)", "krea2-nano reference (built in)"]
+    assert files.list_loras()[-2:] == names
+    found = [files.find_lora(name) for name in names]
+    assert all(file.is_file() for file in found) and found[0] != found[1]
+
+
 def test_shared_workflows_may_spell_paths_with_either_slash(run, pack, folder_model, all_in_one):
     files, kinds = pack("nodes.files"), pack("krea2_model.identify")
     for name in (all_in_one, folder_model):

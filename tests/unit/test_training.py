@@ -1,14 +1,18 @@
 """Gradients: each stage of nano's training takes a step, and its loss is that of the model."""
 
+from random import Random
+
 import pytest
 import torch
 
 from krea2_model import load_text_encoder, load_transformer, load_vae, nano
 from nano_training import examples as examples_module
 from nano_training import train_raw as raw_module
+from nano_training import train_reference as reference_module
 from nano_training.examples import Examples
 from nano_training.train_lora import train_lora
 from nano_training.train_raw import train_raw
+from nano_training.train_reference import ReferenceExamples, train_reference
 from nano_training.train_turbo import train_turbo
 from nano_training.train_vae import train_vae
 
@@ -52,6 +56,37 @@ def test_turbo_and_lora(examples, tmp_path):
     tensors = train_lora(tmp_path, examples(notebook=True), raw, steps=1)
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
     assert not changed(before, raw.state_dict()), "the teacher stays as it is"
+
+
+def test_reference_lora(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_module, "TEXTS", 24)
+    monkeypatch.setattr(reference_module, "CAPTIONS", 3)
+    raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in raw.state_dict().items()}
+    shown = []
+    forward = raw.forward
+    monkeypatch.setattr(
+        raw, "forward",
+        lambda *arguments, references: shown.append(references)
+        or forward(*arguments, references=references),
+    )  # fmt: skip
+    tensors = train_reference(tmp_path, ReferenceExamples(tmp_path, *parts), raw, steps=3)
+    assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    assert not changed(before, raw.state_dict()), "only the LoRA learns"
+    assert any(shown), "the transformer is shown references"
+
+
+def test_batches_have_up_to_two_references(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_module, "TEXTS", 32)
+    monkeypatch.setattr(reference_module, "TWO", 0.5)
+    examples = ReferenceExamples(tmp_path, *parts)
+    counts = set()
+    for seed in range(12):
+        batch, references = examples.batch(2, Random(seed))
+        counts.add(len(references))
+        assert len(batch.latents) == len(batch.taps) == len(batch.mask) == 2
+        assert all(reference.shape[:2] == batch.latents.shape[:2] for reference in references)
+    assert counts == {0, 1, 2}
 
 
 def test_vae(tmp_path):
