@@ -29,7 +29,7 @@ class K2LoraLoader(io.ComfyNode):
                 io.Combo.Input(
                     "lora",
                     options=files.list_loras(),
-                    tooltip="A file of models/loras, or the one that krea2-nano brings.",
+                    tooltip="A file of models/loras, or one that krea2-nano brings.",
                 ),
                 io.Float.Input(
                     "strength",

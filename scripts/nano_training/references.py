@@ -8,18 +8,13 @@ palettes the mean counts.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
-import torch
 
-from krea2_model.pipeline import Krea2Pipeline
-
-from .scenes import COLOURS, Scene, caption, draw, random_scene, rgb
-from .train_vae import to_tensor
+from .scenes import COLOURS, Scene, caption, random_scene, rgb
 
 Palette = tuple[str, str]  # of things and of the background
 
@@ -111,32 +106,6 @@ def reference_exam(count: int = 40, named: bool = True) -> list[Case]:
         if scene.is_held_out and differs:
             cases.append(Case(caption(asked, random, brief=0), scene, shown))
     return cases
-
-
-@contextlib.contextmanager
-def looking_at(pipeline: Krea2Pipeline, *references: Sequence[np.ndarray]) -> Iterator[None]:
-    """Within this, the transformer gets references: as many pictures each as it paints."""
-    latents = [pipeline.vae.encode(to_tensor(list(pictures))) for pictures in references]
-    latents = [part.detach() for part in latents]
-
-    def add(module, arguments: tuple, options: dict) -> tuple[tuple, dict]:
-        return arguments, options | {"references": latents}
-
-    hook = pipeline.transformer.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def paint_cases(
-    pipeline: Krea2Pipeline, cases: Sequence[Case], look: bool = True, **options
-) -> np.ndarray:
-    """Pictures of cases (N, H, W, 3) in [0, 1], the n-th from seed n, without what `look` shows."""
-    options = {"seed": list(range(len(cases))), "output_type": "np"} | options
-    shown = [draw(case.reference) for case in cases]
-    with looking_at(pipeline, *([shown] if look else [])), torch.no_grad():
-        return pipeline([case.prompt for case in cases], **options)
 
 
 def _hex(colour: np.ndarray) -> str:

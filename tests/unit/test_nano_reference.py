@@ -6,15 +6,15 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 from krea2_model import Krea2Pipeline, nano
+from krea2_model.references import Reference
 from nano_training.judge import background_colour, judge, read_thing
 from nano_training.references import (
     coloured,
     layout,
-    looking_at,
     mean_palette,
-    paint_cases,
     reference_exam,
 )
 from nano_training.scenes import (
@@ -35,6 +35,19 @@ def turbo(tokenizer_folder) -> Krea2Pipeline:
     report = pipeline.load_lora(nano.REFERENCE_LORA)
     assert not report.unmatched and report.ranks == (16,)
     return pipeline
+
+
+def latents(pipeline, references) -> list[Reference]:
+    """References for a batch: of each as many pictures as are painted."""
+    pictures = (torch.from_numpy(np.stack(shown)).movedim(-1, 1) for shown in references)
+    return [Reference(pipeline.encode(batch)) for batch in pictures]
+
+
+def paint_cases(pipeline, cases, look: bool = True) -> np.ndarray:
+    """Pictures of cases, the n-th from seed n; without `look` there are no references."""
+    shown = [[draw(case.reference) for case in cases]] if look else []
+    options = {"seed": list(range(len(cases))), "output_type": "np"}
+    return pipeline([case.prompt for case in cases], references=latents(pipeline, shown), **options)
 
 
 def share(verdicts, *parts: str) -> float:
@@ -64,10 +77,11 @@ def test_colours_that_have_no_name(turbo):
     found = verdicts(pictures, cases)
     assert share(found, "shape", "place") >= 0.7
     assert share(found, "background") >= 0.85
-    wanted = np.stack([rgb(case.scene.things[0].colour) for case in cases])
-    things = [read_thing(picture) for picture in pictures]
-    shown = np.stack([thing.rgb for thing in things if thing is not None])
-    assert len(shown) == len(cases)
+    read = [(read_thing(picture), case) for picture, case in zip(pictures, cases, strict=True)]
+    read = [(thing, case) for thing, case in read if thing is not None]
+    assert len(read) >= 18
+    shown = np.stack([thing.rgb for thing, _ in read])
+    wanted = np.stack([rgb(case.scene.things[0].colour) for _, case in read])
     distances = np.linalg.norm(shown[:, None] - wanted[None], axis=2)
     own, others = np.diag(distances), np.median(distances, axis=1)
     assert np.mean(own < others) >= 0.8
@@ -95,8 +109,8 @@ def test_two_references_meet_in_the_middle(turbo):
     seeds = list(range(count))
 
     def backgrounds(*references) -> np.ndarray:
-        with looking_at(turbo, *references):
-            pictures = turbo(prompts, seed=seeds, output_type="np")
+        given = latents(turbo, references)
+        pictures = turbo(prompts, seed=seeds, output_type="np", references=given)
         return np.stack([background_colour(picture) for picture in pictures])
 
     one, other, both = backgrounds(shown[0]), backgrounds(shown[1]), backgrounds(*shown)
