@@ -71,7 +71,7 @@ def test_layout_of_the_prompt_in_the_colours_of_the_reference(turbo):
 
 
 def test_colours_that_have_no_name(turbo):
-    """It is asked how far colours are from those of the reference, and from those of another."""
+    """They are leant towards rather than met: nano itself knows ten colours."""
     cases = reference_exam(20, named=False)
     pictures = paint_cases(turbo, cases)
     found = verdicts(pictures, cases)
