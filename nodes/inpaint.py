@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.masks import FILLS
+from .latents import given_vae
 from .runs import SOFT_MASK
 
 MAX_PIXELS = 1024
@@ -95,9 +96,7 @@ class K2Inpaint(io.ComfyNode):
         from ..krea2_model.framing import colours, whole_tokens
         from ..krea2_model.masks import cell_mask, filled, mask_for, repaint_mask
 
-        if vae is None:
-            raise ValueError("vae is empty: this checkpoint holds no VAE. Connect Load Krea 2 VAE.")
-        image = colours(image)
+        vae, image = given_vae(vae), colours(image)
         used = repaint_mask(mask_for(mask, image), grow, feather, soft)
         if not used.any():
             raise ValueError(
