@@ -50,9 +50,7 @@ def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
 
 def size_near(across: float, down: float, megapixels: float) -> tuple[int, int]:
     """Width and height, in multiples of 16, nearest to the aspect across : down and an area."""
-    if not math.isfinite(megapixels) or megapixels <= 0:
-        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
-    unit = math.sqrt(megapixels * 1024 * 1024 / (across * down))
+    unit = math.sqrt(_pixels(megapixels) / (across * down))
     sides = (max(1, round(side * unit / MULTIPLE)) * MULTIPLE for side in (across, down))
     width, height = sides
     if max(width, height) > MAX_SIZE:
@@ -68,11 +66,15 @@ def shrunk_size(width: int, height: int, megapixels: float) -> tuple[int, int]:
 
     It is never made larger, but for sides under 16 pixels. megapixels: as `size_for` takes them.
     """
-    if not math.isfinite(megapixels) or megapixels <= 0:
-        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
-    scale = min(1.0, math.sqrt(megapixels * 1024 * 1024 / (width * height)))
+    scale = min(1.0, math.sqrt(_pixels(megapixels) / (width * height)))
     across, down = (max(1, int(side * scale / MULTIPLE)) for side in (width, height))
     return across * MULTIPLE, down * MULTIPLE
+
+
+def _pixels(megapixels: float) -> float:
+    if not math.isfinite(megapixels) or megapixels <= 0:
+        raise ValueError(f"megapixels is {megapixels!r}; expected a number above 0, such as 1.0.")
+    return megapixels * 1024 * 1024
 
 
 def image_tokens(width: int, height: int) -> int:
