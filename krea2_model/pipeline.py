@@ -22,6 +22,7 @@ from .pictures import OUTPUT_TYPES, Picture, fit, pixels_of, shrink, to_output
 from .prompt_images import (
     MAX_SIDE,
     PromptImage,
+    grid_of,
     image_text,
     image_weights,
     kept_images,
@@ -336,7 +337,9 @@ class Krea2Pipeline:
             assert tokenizer is not None  # or encode had raised
             if images or any(prompt.is_weighted for prompt in marked):
                 before = image_text([image.role for image in images], labels)
-                front = image_weights(tokenizer.front(before), [_grid(i) for i in images], images)
+                front = image_weights(
+                    tokenizer.front(before), [grid_of(i.pixels) for i in images], images
+                )
                 weights = token_weights(marked, tokenizer, max_sequence_length, before, front)
         elif mask is not None and mask.shape != embeds.shape[:2]:
             raise ValueError(
@@ -405,11 +408,6 @@ def _asked(*sides: int | None) -> list[int | None]:
         None if side is None else round_size(name, side)
         for name, side in zip(("width", "height"), sides, strict=True)
     ]
-
-
-def _grid(image: PromptImage) -> tuple[int, int]:
-    """Rows and columns of its tokens, one for 32 x 32 px."""
-    return image.pixels.shape[1] // 32, image.pixels.shape[2] // 32
 
 
 def _prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:

@@ -32,6 +32,9 @@ MAX_IMAGES = 8
 # As many pixels as a square of this side, what those LoRAs were trained with.
 MAX_SIDE = 384
 
+# Pixels that a token of an image covers along one side.
+TOKEN_SIDE = 32
+
 # Rows and columns of an image's tokens.
 Grid = tuple[int, int]
 
@@ -156,6 +159,11 @@ def with_image_tokens(tokens: Sequence[int], grids: Sequence[Grid]) -> list[int]
     for token in tokens:
         result += [token] * math.prod(next(left)) if token == IMAGE_PAD else [token]
     return result
+
+
+def grid_of(pixels: Tensor) -> Grid:
+    """The grid of an image (3, H, W) in a size that the vision tower takes."""
+    return pixels.shape[1] // TOKEN_SIDE, pixels.shape[2] // TOKEN_SIDE
 
 
 def image_weights(

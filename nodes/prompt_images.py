@@ -1,11 +1,14 @@
 """Prompts with images to conditioning."""
 
+import math
+
 from comfy_api.latest import io, ui
 
 from ..krea2_model.prompt_images import (
     MAX_IMAGES,
     MAX_SIDE,
     PromptImage,
+    grid_of,
     kept_images,
     read_roles,
     read_strengths,
@@ -188,7 +191,7 @@ class K2TextEncodeImages(io.ComfyNode):
         else:
             positive = encode(clip, [prompt], weights, **options)
         away = encode(clip, [negative], weights, **options)
-        tokens = [image.pixels[0].numel() // 32**2 for image in kept]
+        tokens = [math.prod(grid_of(image.pixels)) for image in kept]
         lines = [prompt_report("prompt", positive, sum(tokens))]
         lines += [image_report(n, image) for n, image in enumerate(placed, start=1)]
         lines += [prompt_report("negative", away)] if negative else []

@@ -209,13 +209,14 @@ class K2StyleMix(io.ComfyNode):
                 f"The images are to be references (preset {preset}, through {through}) but vae is "
                 "not connected. Connect the Krea 2 VAE, or choose preset custom and through prompt."
             )
-        if through == REFERENCES:
-            positive = encode(clip, [prompt.lstrip()], weights)
-        else:
+        prompt = prompt.lstrip()
+        plain = positive = encode(clip, [prompt], weights)
+        if through != REFERENCES and strength > 0:
             with advised(_REMEDY):
                 positive = encode_style_mix(
                     clip,
                     prompt,
+                    plain,
                     same_size([style.cpu() for style in styles], max_side),
                     parts,
                     strength=strength,
@@ -232,7 +233,7 @@ class K2StyleMix(io.ComfyNode):
                     add_references(text, [latent], settings, TIME_ZERO, False)
                     for text in (positive, away)
                 )
-        report = [prompt_report("prompt", encode(clip, [prompt.lstrip()], weights))]
+        report = [prompt_report("prompt", plain)]
         report += [f"style {n}: {part:.0%}" for n, part in enumerate(parts, 1)]
         return io.NodeOutput(positive, away, ui=ui.PreviewText("\n".join(report)))
 

@@ -18,8 +18,10 @@ from ...krea2_model.identify import TEXT_ENCODER
 from ...krea2_model.prompt_images import (
     IMAGE_PAD,
     IMAGE_PAD_TEXT,
+    TOKEN_SIDE,
     PromptImage,
     check_no_pads,
+    grid_of,
     image_text,
     image_weights,
     with_image_tokens,
@@ -54,9 +56,9 @@ _IM_START, _USER = 151644, 872
 # What Qwen3-VL is asked with about an image; Generate Text means this one.
 _IMAGE_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-# Pixels that a token of an image covers along one side, and bytes that the vision tower holds of
-# each pixel: of a patch of 256 in float32 about eight states of width 1024 and two of 4096.
-_TOKEN_SIDE, _BYTES_A_PIXEL = 32, 256
+# What the vision tower holds of each pixel: of a patch of 256 in float32 about eight states of
+# width 1024 and two of 4096.
+_BYTES_A_PIXEL = 256
 
 # Encodings that are remembered, in main memory: 100 tokens take 12 MB, eight images of 384 px 140.
 KEPT_ENCODINGS, KEPT_BYTES = 12, 512 * 1024**2
@@ -391,7 +393,7 @@ def encode_with_images(
     )
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     tokenizer, before = clip.tokenizer.tokenizer, image_text(roles, labels)
-    grids = [(image.shape[1] // _TOKEN_SIDE, image.shape[2] // _TOKEN_SIDE) for image in pixels]
+    grids = [grid_of(image.pixels) for image in images]
     front = image_weights(tokenizer.front(before), grids, images)
     limit = options.get("max_sequence_length")
     weights = token_weights([marked], tokenizer, limit, before, front)
@@ -465,7 +467,7 @@ def _size(encoding: dict) -> int:
 
 def row_length(row: list) -> int:
     """Tokens of a row, those of its images included."""
-    return len(row) + sum(image_sizes(row)) // _TOKEN_SIDE**2
+    return len(row) + sum(image_sizes(row)) // TOKEN_SIDE**2
 
 
 def _with_images(tokens: list[int], images: list[torch.Tensor]) -> list:

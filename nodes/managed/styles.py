@@ -5,10 +5,10 @@ import math
 import torch
 
 from ...krea2_model.framing import fitted
-from ...krea2_model.prompt_images import IMAGE_PAD, PromptImage, image_text
+from ...krea2_model.prompt_images import IMAGE_PAD, PromptImage, grid_of, image_text
 from ...krea2_model.style_mix import mix_styles
 from ...krea2_model.vision import fit_image
-from .clip import encode_prompts, encode_with_images
+from .clip import encode_with_images
 from .texts import TOKEN_WEIGHTS, weights_of
 
 
@@ -27,6 +27,7 @@ def same_size(images: list[torch.Tensor], max_side: int) -> list[torch.Tensor]:
 def encode_style_mix(
     clip,
     prompt: str,
+    plain,
     images: list[torch.Tensor],
     shares: list[float],
     *,
@@ -37,21 +38,17 @@ def encode_style_mix(
 ):
     """A prompt in the mixed style of images (3, H, W) of one size, see `krea2_model.style_mix`.
 
+    prompt: without line breaks in front, which behind an image would be tokens of their own.
+    plain: the same prompt as CONDITIONING, without images.
     The images' own tokens count in attention by the strength, like words with a weight.
     """
-    # Behind an image a first line break would be a token of its own.
-    prompt = prompt.lstrip()
-    plain = encode_prompts(clip, [prompt], weighted=weighted)
-    if strength == 0:
-        return plain
     seen = [
         encode_with_images(clip, prompt, [PromptImage(image)], labels=labels, weighted=weighted)
         for image in images
     ]
     front = clip.tokenizer.tokenizer.front(image_text([""], labels))
     start = front.index(IMAGE_PAD)
-    count = math.prod(side // 32 for side in images[0].shape[1:])
-    placed = slice(start, start + count)
+    placed = slice(start, start + math.prod(grid_of(images[0])))
     result = []
     for (text, extra), *others in zip(plain, *seen, strict=True):
         mixed = mix_styles(
