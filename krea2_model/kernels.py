@@ -7,6 +7,9 @@ holds: on a GPU that is less traffic and a lower peak, on a CPU it also spares f
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -77,9 +80,24 @@ def silu_gated(gate: Tensor, values: Tensor) -> Tensor:
     return F.silu(gate) * values
 
 
+_inputs = threading.local()
+
+
+@contextmanager
+def keeping_inputs() -> Iterator[None]:
+    """Within it nothing is overwritten: others may hold what passes through."""
+    before, _inputs.stay = getattr(_inputs, "stay", False), True
+    try:
+        yield
+    finally:
+        _inputs.stay = before
+
+
 def may_overwrite() -> bool:
     """Whether results take the place of inputs; a compiler decides that for itself."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not getattr(_inputs, "stay", False)
 
 
 def _has_complex_numbers(device: torch.device) -> bool:

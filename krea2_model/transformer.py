@@ -65,7 +65,8 @@ class QKNorm(nn.Module):
         self.qnorm = ZeroCentredRMSNorm(head_dim, eps, layers, **factory)
         self.knorm = ZeroCentredRMSNorm(head_dim, eps, layers, **factory)
 
-    def forward(self, device: torch.device) -> HeadNorm:
+    def multipliers(self, device: torch.device) -> HeadNorm:
+        """Both multipliers in one pass, for a kernel that norms and rotates together."""
         query, key = read_scales(
             (self.qnorm.scale, self.knorm.scale),
             device,
@@ -73,13 +74,17 @@ class QKNorm(nn.Module):
         )
         return HeadNorm(query, key, self.eps)
 
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed queries (B, H, L, D) and keys (B, KV, L, D), new tensors."""
+        return self.qnorm(query), self.knorm(key)
+
 
 class GatedAttention(nn.Module):
     """Grouped-query self-attention with q/k norm and a sigmoid gate on its output."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int, eps: float, layers, **factory):
         super().__init__()
-        self.head_dim = dim // heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         kv_dim = kv_heads * self.head_dim
         self.wq = layers.Linear(dim, dim, bias=False, **factory)
         self.wk = layers.Linear(dim, kv_dim, bias=False, **factory)
@@ -101,7 +106,8 @@ class GatedAttention(nn.Module):
         query = self._split_heads(self.wq(asking))
         key = self._split_heads(self.wk(hidden))
         value = self._split_heads(self.wv(hidden))
-        out = hooks.attend(query, key, value, self.qknorm(hidden.device), rope, mask, kept)
+        norm = self.qknorm.multipliers(hidden.device)
+        out = hooks.attend(query, key, value, norm, rope, mask, kept)
         return self.wo(sigmoid_gated(out, self.gate(asking)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
@@ -112,6 +118,9 @@ class GatedAttention(nn.Module):
 class TextFusionBlock(nn.Module):
     """A pre-norm transformer block without positions and without modulation."""
 
+    attention_class: type[GatedAttention] = GatedAttention
+    mlp_class: type[SwiGLU] = SwiGLU
+
     def __init__(self, config: TransformerConfig, layers, **factory):
         super().__init__()
         dim, eps = config.text_hidden_dim, config.norm_eps
@@ -119,8 +128,8 @@ class TextFusionBlock(nn.Module):
         kv_heads = config.text_num_key_value_heads
         self.prenorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
         self.postnorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
-        self.attn = GatedAttention(dim, heads, kv_heads, eps, layers, **factory)
-        self.mlp = SwiGLU(dim, config.text_intermediate_size, layers, **factory)
+        self.attn = self.attention_class(dim, heads, kv_heads, eps, layers, **factory)
+        self.mlp = self.mlp_class(dim, config.text_intermediate_size, layers, **factory)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
         hidden = hidden + self.attn(self.prenorm(hidden), None, mask, hooks)
@@ -130,15 +139,17 @@ class TextFusionBlock(nn.Module):
 class TextFusion(nn.Module):
     """Twelve tapped states a token to one: attend over the taps, project, attend over tokens."""
 
+    block_class: type[TextFusionBlock] = TextFusionBlock
+
     def __init__(self, config: TransformerConfig, layers, **factory):
         super().__init__()
         self.layerwise_blocks = nn.ModuleList(
-            TextFusionBlock(config, layers, **factory)
+            self.block_class(config, layers, **factory)
             for _ in range(config.num_layerwise_text_blocks)
         )
         self.projector = layers.Linear(config.num_text_layers, 1, bias=False, **factory)
         self.refiner_blocks = nn.ModuleList(
-            TextFusionBlock(config, layers, **factory)
+            self.block_class(config, layers, **factory)
             for _ in range(config.num_refiner_text_blocks)
         )
 
@@ -157,14 +168,22 @@ class TextFusion(nn.Module):
 
 
 class BlockModulation(nn.Module):
-    """Adds a block's table to the shared time vector: (B, S, 6 D) to (B, S, 6, D) in float32."""
+    """A block's table, added to the time vector that all blocks share."""
 
     def __init__(self, dim: int, layers, **factory):
         super().__init__()
         self.lin = layers.ModulationTable(6 * dim, **factory)
 
-    def forward(self, vector: Tensor) -> Tensor:
+    def rows(self, vector: Tensor) -> Tensor:
+        """Scale, shift and gate of attention, then of the MLP: (B, S, 6 D) to (B, S, 6, D).
+
+        In float32.
+        """
         return self.lin(vector).unflatten(-1, (6, -1))
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """The six `rows`, (B, S, D) each, in the dtype of the vector."""
+        return self.rows(vector).to(vector.dtype).unbind(-2)
 
 
 class SingleStreamBlock(nn.Module):
@@ -175,16 +194,19 @@ class SingleStreamBlock(nn.Module):
     (B, 1, 6 D).
     """
 
+    attention_class: type[GatedAttention] = GatedAttention
+    mlp_class: type[SwiGLU] = SwiGLU
+
     def __init__(self, config: TransformerConfig, layers, **factory):
         super().__init__()
         dim, eps = config.hidden_size, config.norm_eps
         self.mod = BlockModulation(dim, layers, **factory)
         self.prenorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
         self.postnorm = ZeroCentredRMSNorm(dim, eps, layers, **factory)
-        self.attn = GatedAttention(
+        self.attn = self.attention_class(
             dim, config.num_attention_heads, config.num_key_value_heads, eps, layers, **factory
         )
-        self.mlp = SwiGLU(dim, config.intermediate_size, layers, **factory)
+        self.mlp = self.mlp_class(dim, config.intermediate_size, layers, **factory)
 
     def forward(
         self,
@@ -221,7 +243,7 @@ class SingleStreamBlock(nn.Module):
         A zero-centred norm weight w and a scale s multiply by (1 + w)(1 + s), so the scale of both
         is s + w (1 + s).
         """
-        rows = self.mod(vector)
+        rows = self.mod.rows(vector)
         scales = [rows[..., 0, :], rows[..., 3, :]]
         multipliers = (rows[..., ::3, :] + 1).unbind(-2)
 
@@ -269,7 +291,13 @@ class Krea2Transformer(nn.Module):
 
     Call `fuse_text` once a prompt and the model itself once a step: the text does not depend on
     the time.
+
+    A host that has to offer other calling conventions on the parts names classes of its own for
+    them, here and in the parts' own `..._class`.
     """
+
+    block_class: type[SingleStreamBlock] = SingleStreamBlock
+    text_fusion_class: type[TextFusion] = TextFusion
 
     def __init__(self, config: TransformerConfig, layers=TorchLayers, device=None, dtype=None):
         super().__init__()
@@ -292,7 +320,7 @@ class Krea2Transformer(nn.Module):
         self.tproj = nn.Sequential(
             nn.GELU(approximate="tanh"), layers.Linear(dim, 6 * dim, bias=True, **factory)
         )
-        self.txtfusion = TextFusion(config, layers, **factory)
+        self.txtfusion = self.text_fusion_class(config, layers, **factory)
         self.txtmlp = nn.Sequential(
             ZeroCentredRMSNorm(config.text_hidden_dim, config.norm_eps, layers, **factory),
             layers.Linear(config.text_hidden_dim, dim, bias=True, **factory),
@@ -300,7 +328,7 @@ class Krea2Transformer(nn.Module):
             layers.Linear(dim, dim, bias=True, **factory),
         )
         self.blocks = nn.ModuleList(
-            SingleStreamBlock(config, layers, **factory) for _ in range(config.num_layers)
+            self.block_class(config, layers, **factory) for _ in range(config.num_layers)
         )
         self.last = FinalLayer(config, layers, **factory)
         self._rope: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
@@ -360,11 +388,13 @@ class Krea2Transformer(nn.Module):
             )
         beside = placed(references)
         images = [(0, latents), *((r.index, r.latents) for r in beside)]
-        tokens = [self._embed_latents(image, text.dtype) for _, image in images]
-        image_tokens, *counts = (part.shape[1] for part in tokens)
+        patches = [self._patches(image, text.dtype) for _, image in images]
+        image_tokens, *counts = (part.shape[1] for part in patches)
+        tokens = self.first(torch.cat(patches, dim=1))
+        del patches
         grids = tuple((at, *grid_size(image, self.config.patch_size)) for at, image in images)
         positions = _positions(text.shape[1], grids)
-        text, image, *patched = hooks.tokens(text, torch.cat(tokens, dim=1), *positions)
+        text, image, *patched = hooks.tokens(text, tokens, *positions)
         text_tokens = text.shape[1]
         rope = self._rope_for(tuple(patched), text.device)
 
@@ -384,9 +414,8 @@ class Krea2Transformer(nn.Module):
         kept = slice(text_tokens, text_tokens + image_tokens)
         mask = with_bias(mask, kept.stop, counts, [r.strength for r in beside], hidden)
         hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split)
-        patches = self.last(hidden, time)
         patch = self.config.patch_size
-        velocity = unpatchify(patches, *grid_size(latents, patch), patch)
+        velocity = unpatchify(self.last(hidden, time), *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
 
     def record(
@@ -403,7 +432,7 @@ class Krea2Transformer(nn.Module):
         result = RecordedReferences()
         for reference in placed(references):
             latents = reference.latents
-            image = self._embed_latents(latents, dtype)
+            image = self.first(self._patches(latents, dtype))
             grid = (reference.index, *grid_size(latents, self.config.patch_size))
             hooks = hooks_for(result.recorder(reference.strength))
             embed = functools.partial(self._embed_time, dtype=dtype)
@@ -415,10 +444,10 @@ class Krea2Transformer(nn.Module):
             hooks.blocks(self.blocks, image, kept, vector, rope, None, None)
         return result
 
-    def _embed_latents(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        """Latents (B, C, h, w) to tokens (B, L, width)."""
+    def _patches(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+        """Latents (B, C, h, w) to patches (B, L, C * p * p)."""
         self._check_latents(latents)
-        return self.first(patchify(self._pad(latents).to(dtype), self.config.patch_size))
+        return patchify(self._pad(latents).to(dtype), self.config.patch_size)
 
     def _fuse(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
         return self.txtmlp(self.txtfusion(taps, mask, hooks))

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import comfy.ldm.modules.attention
 import comfy.quant_ops
@@ -9,9 +10,10 @@ import torch
 
 from ...krea2_model.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.hooks import Hooks
-from ...krea2_model.kernels import modulated_norm, norm_and_rotate, rotate
+from ...krea2_model.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.references import RecordedReferences, Recorder, added_mask
 from ...krea2_model.text_attention import TextAttention
+from .contract import announce
 from .once import ScheduleTimes
 
 try:
@@ -39,8 +41,9 @@ class PatchHooks(Hooks):
     yet rotated), `attn1_output_patch` and `patches_replace["dit"][("single_block", i)]`.
     """
 
-    def __init__(self, transformer_options):
+    def __init__(self, transformer_options, is_touched: Callable | None = None):
         self.options = transformer_options.copy()
+        announce(self, self.options)
         self.patches = self.options.get("patches", {})
         self.replacements = self.options.get("patches_replace", {}).get("dit", {})
         # How many tokens at the front of each sequence are there for others' sake alone.
@@ -49,10 +52,14 @@ class PatchHooks(Hooks):
         self.times: ScheduleTimes | None = None
         # What the blocks do with text beyond attending to it.
         self.text: TextAttention | None = None
+        # Tells whether others changed something in a block, see `contract`; None if nobody did.
+        self.is_touched = is_touched
+        self._has_attended = False
         # References that see themselves alone, or what keeps them while they are gone through.
         self.references: RecordedReferences | Recorder | None = None
 
     def attend(self, query, key, value, norm, rope, mask, kept=None):
+        self._has_attended = True
         in_block = "block_index" in self.options
         patches = self.patches.get("attn1_patch", ()) if in_block else ()
         if patches:
@@ -89,9 +96,7 @@ class PatchHooks(Hooks):
     def attention(self, query, key, value, mask=None):
         """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
         if mask is not None:
-            # Some of ComfyUI's attention functions add a boolean mask to the scores as 0 and 1.
-            lowest = torch.finfo(query.dtype).min
-            mask = added_mask(mask).clamp(min=lowest).to(query.dtype)
+            mask = _additive(mask, query.dtype)
         options = {"mask": mask, "skip_reshape": True, "transformer_options": self.options}
         if query.shape[1] != key.shape[1]:
             grouped = mask is None and takes_grouped_heads(query) and _KNOWS_GROUPED_HEADS
@@ -148,6 +153,7 @@ class PatchHooks(Hooks):
         return text, image, text_positions, image_positions
 
     def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
+        touched = [self.is_touched is not None and self.is_touched(block) for block in blocks]
         if self.text is not None:
             hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
             self.options["img_slice"] = [self.text.front + at for at in self.options["img_slice"]]
@@ -158,8 +164,10 @@ class PatchHooks(Hooks):
             queue = model_prefetch.make_prefetch_queue(list(blocks), device, self.options)
         last = len(blocks) - 1
         # Others' attention may expect a query for every key.
-        whole = OVERRIDE in self.options or any(
-            self.patches.get(kind) for kind in ("attn1_patch", "attn1_output_patch")
+        whole = (
+            touched[last]
+            or OVERRIDE in self.options
+            or any(self.patches.get(kind) for kind in ("attn1_patch", "attn1_output_patch"))
         )
         for index, block in enumerate(blocks):
             self.options["block_index"] = index
@@ -167,17 +175,42 @@ class PatchHooks(Hooks):
                 model_prefetch.prefetch_queue_pop(queue, device, block)
             conditions = (vector, rope, mask, split)
             replacement = self.replacements.get(("single_block", index))
+            run = self._in_core_s_way(block) if touched[index] else block
             if replacement is not None:
-                hidden = self._replaced(replacement, block, hidden, *conditions)
+                hidden = self._replaced(replacement, run, hidden, *conditions)
             elif index == last and not whole:
                 hidden = block(hidden, *conditions, self, kept)
                 kept = slice(None)
             else:
-                hidden = block(hidden, *conditions, self)
+                hidden = run(hidden, *conditions, self)
         if queue is not None:
             model_prefetch.prefetch_queue_pop(queue, device, None)
         del self.options["block_index"]
         return hidden[:, kept]
+
+    def _in_core_s_way(self, block):
+        """A block that others changed, called as ComfyUI's own Krea 2 calls it."""
+
+        def run(hidden, vector, rope, mask, split, _):
+            options = {"transformer_options": self.options}
+            if split is not None:
+                options["timestep_zero_index"] = split
+            # The vectors of the step and of time 0 stand behind each other in the batch.
+            vector = torch.cat(vector.to(hidden.dtype).split(1, dim=1))
+            if mask is not None:
+                mask = _additive(mask, hidden.dtype)
+            self._has_attended = False
+            with keeping_inputs():
+                out = block(hidden, vector, rope, mask, **options)
+            if not self._has_attended and (self.text is not None or self.references is not None):
+                raise ValueError(
+                    "A node of another pack has put attention of its own into the model, where "
+                    "weights in the prompt, Krea 2 Negative without Guidance and references kept "
+                    "apart have no effect. Remove that node, or these."
+                )
+            return out
+
+        return run
 
     def _replaced(self, replacement, block, hidden, vector, rope, mask, split):
         def original(args):
@@ -189,6 +222,11 @@ class PatchHooks(Hooks):
         args["transformer_options"] = self.options
         # The next block overwrites it, and the patch may have kept it.
         return replacement(args, {"original_block": original})["img"].clone()
+
+
+def _additive(mask, dtype):
+    """A mask as numbers to add: some attention functions would add a boolean one as 0 and 1."""
+    return added_mask(mask).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _has_kernels(tensor) -> bool:

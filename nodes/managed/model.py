@@ -1,7 +1,5 @@
 """MODEL: our transformer under ComfyUI's model management."""
 
-import logging
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.conds
@@ -20,15 +18,16 @@ from ...krea2_model.convert import FORMATS, quantise_blocks
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TRANSFORMER
 from ...krea2_model.quantised import is_quantised
-from ...krea2_model.text_attention import TextAttention, TextStates
 from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
+from . import contract
 from .branches import add_branches, file_name, take_branches
-from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
+from .diffusion_model import Krea2DiffusionModel
+from .gguf import GGUFOperations, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
-from .layers import comfy_layers
-from .once import LoadsThemLast, ScheduleTimes
-from .references import LATENTS, plan_for, reference_conditions
+from .once import ScheduleTimes
+from .patcher import patcher_class
+from .references import LATENTS, SETTINGS, reference_conditions
 from .texts import (
     NEGATIVE_GUIDANCE,
     SMALL_IMAGE,
@@ -38,123 +37,6 @@ from .texts import (
     weights_of,
 )
 from .weights import check_format, check_weights, open_part
-
-
-class Krea2DiffusionModel(Krea2Transformer):
-    """The transformer behind ComfyUI's calling convention (that of core's own Krea 2)."""
-
-    def __init__(self, config, dtype=None, device=None, operations=None, **unet_config):
-        super().__init__(config, comfy_layers(operations), device=device, dtype=dtype)
-        self.dtype = dtype
-        # Set for runs in which weights stream to the device.
-        self.times: ScheduleTimes | None = None
-
-    def forward(
-        self,
-        x,
-        timesteps,
-        context,
-        attention_mask=None,
-        ref_latents=None,
-        transformer_options={},  # noqa: B006 - the signature third-party wrappers expect
-        **kwargs,
-    ):
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
-        )
-        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
-            self._forward, self, wrappers
-        ).execute(x, timesteps, context, attention_mask, ref_latents, transformer_options, **kwargs)
-
-    def _forward(
-        self,
-        x,
-        timesteps,
-        context,
-        attention_mask=None,
-        ref_latents=None,
-        transformer_options={},  # noqa: B006
-        **kwargs,
-    ):
-        latents = _single_frame(x)
-        mask = None if attention_mask is None else attention_mask > 0.5
-        hooks = PatchHooks(transformer_options)
-        # The latents come in the dtype that ComfyUI chose for this run.
-        text, lengths = context, kwargs.get("text_lengths")
-        if lengths is not None and min(lengths) < context.shape[1]:
-            hooks.padding = [context.shape[1] - length for length in lengths]
-        hooks.text = self._text_attention(timesteps, mask, hooks, kwargs)
-        if self.is_fused(context):
-            hooks.times = self.times
-        else:
-            text = self.fuse_context(context.to(latents.dtype), mask, hooks)
-        plan = kwargs.get("reference_plan")
-        plan = plan or plan_for(ref_latents or (), kwargs.get("ref_latents_method"))
-        references = []
-        if ref_latents:
-            beside = [_single_frame(latent) for latent in ref_latents]
-            beside = [comfy.utils.repeat_to_batch_size(latent, len(latents)) for latent in beside]
-            references = plan.references_at(timesteps[0].item(), beside)
-        if plan.kept is not None and references:
-            hooks.references = self._recorded(plan.kept, references, text.dtype, hooks)
-            references = []
-        velocity = super().forward(
-            latents,
-            timesteps,
-            text,
-            mask,
-            references=references,
-            reference_method=plan.method,
-            hooks=hooks,
-        )
-        return velocity.reshape(x.shape)
-
-    def _recorded(self, kept, references, dtype, hooks):
-        """What attention reads of references that see themselves alone, made once a run."""
-
-        def hooks_for(recorder):
-            recording = PatchHooks(hooks.options)
-            recording.references, recording.times = recorder, hooks.times
-            return recording
-
-        # The images of a batch mostly have the same references, which need not be kept twice.
-        single = [
-            replace(r, latents=r.latents[:1])
-            if torch.equal(r.latents, r.latents[:1].expand_as(r.latents))
-            else r
-            for r in references
-        ]
-        key = tuple((r.index, len(r.latents)) for r in single)
-        return kept.recorded(key, lambda: self.record(single, dtype, hooks_for))
-
-    def _text_attention(self, timesteps, mask, hooks, conditions) -> TextAttention | None:
-        """What the call's conditions ask of the blocks beyond attending to text, if anything."""
-        weights, negative = conditions.get("token_weights"), conditions.get("negative_text")
-        window = conditions.get("negative_window")
-        if negative is None or not window.holds(timesteps[0].item()):
-            return None if weights is None else TextAttention(weights, mask)
-        own = conditions.get("negative_mask")
-        own = None if own is None else own > 0.5
-        if not self.is_fused(negative):
-            negative = self.fuse_context(negative, own, hooks)
-        states = TextStates(negative, own, conditions.get("negative_weights"))
-        return TextAttention(weights, mask, states, window.settings)
-
-    def is_fused(self, context) -> bool:
-        """Whether a context holds text tokens of the transformer's width, made before the run."""
-        return context is not None and context.shape[-1] == self.config.hidden_size
-
-    def fuse_context(self, context, mask, hooks):
-        """Conditioning (B, L, T * D), the tap axis outermost, to text tokens (B, L, width)."""
-        taps, width = self.config.num_text_layers, self.config.text_hidden_dim
-        if context is None or context.shape[-1] != taps * width:
-            found = "nothing" if context is None else f"{context.shape[-1]} features a token"
-            raise ValueError(
-                f"The conditioning has {found}; this Krea 2 needs {taps} x {width} = "
-                f"{taps * width}. Encode the prompt with the Qwen3-VL text encoder that belongs "
-                "to it, through Load Krea 2 Text Encoder (or CLIPLoader of type krea2)."
-            )
-        return self._fuse(context.unflatten(-1, (taps, width)), mask, hooks)
 
 
 class Krea2Model(comfy.model_base.Krea2):
@@ -176,7 +58,9 @@ class Krea2Model(comfy.model_base.Krea2):
         self.preset: Preset | None = None
 
     def extra_conds(self, **kwargs):
-        out = super().extra_conds(**kwargs) | reference_conditions(self, kwargs)
+        out = super().extra_conds(**kwargs)
+        if not self._has_foreign_references(kwargs):
+            out |= reference_conditions(self, kwargs)
         mask = _mask_of(kwargs)
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
@@ -188,7 +72,8 @@ class Krea2Model(comfy.model_base.Krea2):
             out["token_weights"] = comfy.conds.CONDRegular(weights)
         against = self._against(kwargs)
         out.update(against)
-        if self._may_fuse_now(kwargs):
+        # One that does not fit is refused where it is used: a negative without guidance never is.
+        if self._may_fuse_now(kwargs) and self.diffusion_model.takes(out["c_crossattn"].cond):
             text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
             apart = out.get("reference_plan") and out["reference_plan"].cond.kept
             plain = mask is None and not against and not apart
@@ -225,12 +110,21 @@ class Krea2Model(comfy.model_base.Krea2):
         out["negative_window"] = comfy.conds.CONDConstant(NegativeWindow(settings, first, last))
         return out
 
+    def _has_foreign_references(self, conditioning) -> bool:
+        """Whether another pack has a way of its own with the references of a conditioning."""
+        return bool(
+            conditioning.get(LATENTS)
+            and SETTINGS not in conditioning
+            and contract.has_foreign_forward()
+        )
+
     def _may_fuse_now(self, conditioning) -> bool:
         """Whether text can be fused once, here, for a whole run instead of at each step.
 
         ComfyUI calls this once a run, the model loaded and patched. Not where weights change with
         the step (hooks), where gradients are wanted, or where others may want to see or change the
-        encoder's states at each step (wrappers that are not ComfyUI's own, ControlNets).
+        encoder's states at each step (wrappers that are not ComfyUI's own, ControlNets, parts of
+        the model that somebody replaced).
         """
         if self.current_patcher is None:
             return False
@@ -246,6 +140,9 @@ class Krea2Model(comfy.model_base.Krea2):
             and not {"hooks", "control"} & conditioning.keys()
             and not torch.is_grad_enabled()
             and all(_is_comfyui_s(function) for function in wrappers)
+            and not self._has_foreign_references(conditioning)
+            and not any(key.startswith("diffusion_model.") for key in patcher.object_patches)
+            and not self.diffusion_model.is_touched()
         )
 
     def _may_share_calls(self, noise) -> bool:
@@ -276,7 +173,8 @@ class Krea2Model(comfy.model_base.Krea2):
         transformer = self.diffusion_model
         if transformer.is_fused(context):
             return context
-        hooks = PatchHooks(self.current_patcher.model_options.get("transformer_options", {}))
+        options = self.current_patcher.model_options.get("transformer_options", {})
+        hooks = PatchHooks(options)
         context = context.to(device, self.get_dtype_inference())
         mask = None if mask is None else mask.to(device) > 0.5
         return transformer.fuse_context(context, mask, hooks)
@@ -321,71 +219,6 @@ class Krea2ModelConfig(comfy.supported_models_base.BASE):
     def process_unet_state_dict_for_saving(self, state_dict):
         official = {module_to_official(file_name(name)): plain(t) for name, t in state_dict.items()}
         return super().process_unet_state_dict_for_saving(official)
-
-
-class _OfficialAlias(list):
-    """Key patches under an official name, for models of core; ours already has the module's."""
-
-
-class _OfficialNames:
-    """A patcher that takes and gives official key names beside the module's own.
-
-    Our norm scales and tables are leaf modules (`...scale.weight`), core's are bare parameters
-    (`...scale`); a merge between the two passes keys from one to the other.
-    """
-
-    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        renamed = {
-            _to_module_key(key): patch
-            for key, patch in patches.items()
-            if not isinstance(patch, _OfficialAlias)
-        }
-        added = super().add_patches(renamed, strength_patch, strength_model)
-        for key in renamed.keys() - set(added):
-            logging.warning("Krea 2: nothing to patch at %s; that part was left out.", key)
-        return added
-
-    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
-        renamed = {_to_module_key(key): patch for key, patch in patches.items()}
-        return super().add_hook_patches(hook, renamed, strength_patch, strength_model)
-
-    def clone(self, *args, **kwargs):
-        clone = super().clone(*args, **kwargs)
-        if not isinstance(clone, _OfficialNames):
-            # Core names its plain class where a clone must not be dynamic.
-            clone.__class__ = _krea2_patcher(type(clone))
-        return clone
-
-    def get_key_patches(self, filter_prefix=None):
-        patches = super().get_key_patches(filter_prefix)
-        for key in list(patches):
-            official = module_to_official(key)
-            if official != key:
-                patches[official] = _OfficialAlias(patches[key])
-        return patches
-
-
-def _to_module_key(key):
-    """A patch key is a name, or a tuple that begins with one."""
-    if isinstance(key, str):
-        return official_to_module(key)
-    return (official_to_module(key[0]), *key[1:])
-
-
-def _patcher_class(load_device, disable_dynamic: bool, blocks: bool):
-    # ComfyUI rebinds CoreModelPatcher at start-up, and its dynamic patcher turns into the plain
-    # class on a CPU, so the base is looked up here.
-    base = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic or blocks or comfy.model_management.is_device_cpu(load_device):
-        # The dynamic patcher bakes patches into weights, which blocks do not allow.
-        base = comfy.model_patcher.ModelPatcher
-    if blocks:
-        base = type("BlockPatcher", (KeepsBlocks, base), {})
-    return _krea2_patcher(base)
-
-
-def _krea2_patcher(base):
-    return type("Krea2ModelPatcher", (_OfficialNames, LoadsThemLast, base), {})
 
 
 def load_model(
@@ -439,7 +272,7 @@ def load_model(
     model = model_config.get_model(tensors, "")
     tensors |= add_branches(model.diffusion_model, branches, checkpoint.path.name)
     model.preset = state.preset
-    patcher = _patcher_class(load_device, disable_dynamic, blocks)(
+    patcher = patcher_class(load_device, disable_dynamic, blocks)(
         model, load_device=load_device, offload_device=offload_device
     )
     if not management.is_device_cpu(offload_device):
@@ -461,13 +294,3 @@ def _is_comfyui_s(function) -> bool:
         "comfy_api",
         "comfy_extras",
     )
-
-
-def _single_frame(latents):
-    """(B, C, 1, h, w) or (B, C, h, w) -> (B, C, h, w)."""
-    if latents.ndim == 5 and latents.shape[2] != 1:
-        raise ValueError(
-            f"The latents have {latents.shape[2]} frames (shape {tuple(latents.shape)}); Krea 2 "
-            "makes single images. Use Krea 2 Size, or a latent of one frame."
-        )
-    return latents[:, :, 0] if latents.ndim == 5 else latents

@@ -84,6 +84,11 @@ def plan_for(latents, method: str | None) -> Plan:
     return Plan(tuple(places), known_method(method))
 
 
+def tokens_of(latents: torch.Tensor) -> int:
+    """Tokens of latents (..., h, w)."""
+    return -(-latents.shape[-2] // 2) * -(-latents.shape[-1] // 2)
+
+
 def known_method(method: str | None) -> str:
     """One of `REFERENCE_METHODS`: as in core, what is not time zero shares the step's time."""
     return TIME_ZERO if method in (None, TIME_ZERO) else SHARED_TIME
@@ -119,7 +124,7 @@ def reference_conditions(model, conditioning: dict) -> dict:
             )
         key = (id(model), *map(id, given), *places)
         plan = plan._replace(kept=_KEPT.setdefault(key, KeptReferences(given)))
-        tokens = sum(-(-t.shape[-2] // 2) * -(-t.shape[-1] // 2) for t in given)
+        tokens = sum(map(tokens_of, given))
     return {
         "ref_latents": comfy.conds.CONDList([model.process_latent_in(latent) for latent in given]),
         # As core gives it, for what wraps the model; the plan is what counts here.

@@ -127,6 +127,28 @@ def latent():
 
 
 @pytest.fixture
+def calls_of(monkeypatch):
+    """The lengths of what a module is called with, from here on: `calls_of(module)`.
+
+    Recorded in its class, since a `forward` of its own would make it somebody else's.
+    """
+
+    def record(module):
+        cls, calls = type(module), []
+        forward = cls.forward
+
+        def recorded(self, first, *args, **kwargs):
+            if self is module:
+                calls.append(len(first))
+            return forward(self, first, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "forward", recorded)
+        return calls
+
+    return record
+
+
+@pytest.fixture
 def dynamic_patcher(monkeypatch):
     """NVIDIA's default patcher around a model, on the CPU, with stand-ins for pinned memory."""
     import comfy.model_management

@@ -56,11 +56,9 @@ def test_dynamic_vram_gives_them_the_last_priority(raw):
 
 
 @pytest.fixture
-def streaming(raw, monkeypatch):
+def streaming(raw, calls_of, monkeypatch):
     """A Raw whose weights do not fit, and the list of its calls of the time projection."""
-    calls, tproj = [], raw.model.diffusion_model.tproj
-    forward = tproj.forward
-    monkeypatch.setattr(tproj, "forward", lambda x: calls.append(len(x)) or forward(x))
+    calls = calls_of(raw.model.diffusion_model.tproj)
     monkeypatch.setattr(type(raw), "loaded_size", lambda self: self.model_size() // 2)
     return raw, calls
 

@@ -296,24 +296,18 @@ def test_a_mask_gives_each_image_of_a_batch_its_own_text(run, turbo, conditionin
         assert_close(both[index], alone[index], 1e-5, f"image {index} of a masked batch")
 
 
-def count_fusions(monkeypatch, model):
-    """Calls of text fusion from here on."""
-    calls, fusion = [], model.model.diffusion_model.txtfusion
-    forward = fusion.forward
-    monkeypatch.setattr(fusion, "forward", lambda *args: calls.append(1) or forward(*args))
-    return calls
-
-
 def per_step(executor, *args, **kwargs):
     """A wrapper of somebody else's, which may look at the encoder's states at each step."""
     return executor(*args, **kwargs)
 
 
-def test_text_is_fused_once_a_conditioning_and_run(run, raw, conditioning, latent, monkeypatch):
+def test_text_is_fused_once_a_conditioning_and_run(
+    run, raw, conditioning, latent, monkeypatch, calls_of
+):
     """And at every step where somebody may change states or weights between steps: the same."""
     inputs = {"positive": conditioning(6, 1), "negative": conditioning(4, 2), "latent": latent,
               "preset": "custom", "steps": 3, "guidance": 2.0, "seed": 5}  # fmt: skip
-    calls = count_fusions(monkeypatch, raw)
+    calls = calls_of(raw.model.diffusion_model.txtfusion)
     once = run("K2Sampler", model=raw, **inputs)[0]["samples"]
     assert len(calls) == 2
     run("K2Sampler", model=raw, **inputs)
@@ -365,22 +359,15 @@ def test_hooks_of_a_conditioning_change_its_fusion(run, raw, conditioning, laten
     assert_close(found, expected, 1e-5, "a hook on the fusion")
 
 
-def count_calls(monkeypatch, model):
-    calls, block = [], model.model.diffusion_model.blocks[0]
-    forward = block.forward
-    monkeypatch.setattr(
-        block, "forward", lambda hidden, *args: calls.append(len(hidden)) or forward(hidden, *args)
-    )
-    return calls
-
-
 @pytest.mark.parametrize("batch", [1, 2])
-def test_texts_of_different_length_share_a_call(run, raw, conditioning, monkeypatch, pack, batch):
+def test_texts_of_different_length_share_a_call(
+    run, raw, conditioning, monkeypatch, pack, batch, calls_of
+):
     """Small images: weights are read once a step, and the image is what two calls give."""
     latent = {"samples": torch.zeros(batch, 16, 1, 16, 24)}
     inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
               "preset": "custom", "steps": 3, "guidance": 2.0, "seed": 5}  # fmt: skip
-    calls = count_calls(monkeypatch, raw)
+    calls = calls_of(raw.model.diffusion_model.blocks[0])
     shared = run("K2Sampler", model=raw, **inputs)[0]["samples"]
     assert calls == [2 * batch] * 3
     calls.clear()
@@ -390,12 +377,14 @@ def test_texts_of_different_length_share_a_call(run, raw, conditioning, monkeypa
     assert_close(shared, apart, 1e-5, "texts in one call and in two")
 
 
-def test_calls_are_shared_where_weights_stream(run, raw, conditioning, monkeypatch, pack, latent):
+def test_calls_are_shared_where_weights_stream(
+    run, raw, conditioning, monkeypatch, pack, latent, calls_of
+):
     monkeypatch.setattr(pack("nodes.managed.model"), "SMALL_IMAGE", 0)
     inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
               "preset": "custom", "steps": 2, "guidance": 2.0, "seed": 5}  # fmt: skip
     apart = run("K2Sampler", model=raw, **inputs)[0]["samples"]
-    calls = count_calls(monkeypatch, raw)
+    calls = calls_of(raw.model.diffusion_model.blocks[0])
     monkeypatch.setattr(type(raw), "loaded_size", lambda self: self.model_size() // 2)
     shared = run("K2Sampler", model=raw, **inputs)[0]["samples"]
     assert calls == [2, 2]
@@ -419,11 +408,12 @@ def test_dynamic_vram_streams_what_does_not_fit(raw, monkeypatch, pack, latent, 
     assert inner._may_share_calls(latent["samples"]) == shared
 
 
-def test_calls_are_not_shared_where_patches_look_at_attention(run, raw, conditioning, monkeypatch,
-                                                              latent):  # fmt: skip
+def test_calls_are_not_shared_where_patches_look_at_attention(
+    run, raw, conditioning, latent, calls_of
+):
     inputs = {"positive": conditioning(9, 1), "negative": conditioning(4, 2), "latent": latent,
               "preset": "custom", "steps": 2, "guidance": 2.0, "seed": 5}  # fmt: skip
-    calls = count_calls(monkeypatch, raw)
+    calls = calls_of(raw.model.diffusion_model.blocks[0])
     patched = raw.clone()
     patched.set_model_attn1_output_patch(lambda out, extra_options: out)
     run("K2Sampler", model=patched, **inputs)

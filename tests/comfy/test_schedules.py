@@ -20,14 +20,9 @@ def sampled(run, model, **inputs):
 
 
 @pytest.fixture
-def images_a_call(raw, monkeypatch):
+def images_a_call(raw, calls_of):
     """How many images each call of the model has: two where the negative is along."""
-    found, block = [], raw.model.diffusion_model.blocks[0]
-    forward = block.forward
-    monkeypatch.setattr(
-        block, "forward", lambda hidden, *args: found.append(len(hidden)) or forward(hidden, *args)
-    )
-    return found
+    return calls_of(raw.model.diffusion_model.blocks[0])
 
 
 def test_the_defaults_change_nothing(run, raw, inputs):
@@ -150,7 +145,7 @@ def test_two_stages_refuse_what_they_cannot_do(run, raw, turbo, conditioning, la
         run("K2TwoStage", raw=raw, turbo=turbo, latent=latent, turbo_last=8, **texts)
 
 
-def test_half_of_the_negative_s_passes_paint_as_well(run, monkeypatch):
+def test_half_of_the_negative_s_passes_paint_as_well(run, calls_of):
     """On krea2-nano Raw, read back: guidance in the middle, everywhere and nowhere."""
     model, clip, vae = run("K2Loader", model="krea2-nano Raw (built in)")
     exam = held_out_prompts()[:16]
@@ -158,11 +153,7 @@ def test_half_of_the_negative_s_passes_paint_as_well(run, monkeypatch):
         "K2PromptBatch", clip=clip, prompts="\n".join(prompt for prompt, _ in exam)
     )
     latent = run("K2EmptyLatent", aspect="custom", width=128, height=128, batch=count)[0]
-    images, block = [], model.model.diffusion_model.blocks[0]
-    forward = block.forward
-    monkeypatch.setattr(
-        block, "forward", lambda hidden, *args: images.append(len(hidden)) or forward(hidden, *args)
-    )
+    images = calls_of(model.model.diffusion_model.blocks[0])
 
     def right(model, **options):
         images.clear()

@@ -16,11 +16,8 @@ def inputs(conditioning, latent):
 
 
 @pytest.fixture
-def calls(raw, monkeypatch):
-    found, block = [], raw.model.diffusion_model.blocks[0]
-    forward = block.forward
-    monkeypatch.setattr(block, "forward", lambda *args: found.append(1) or forward(*args))
-    return found
+def calls(raw, calls_of):
+    return calls_of(raw.model.diffusion_model.blocks[0])
 
 
 def test_nothing_changes_until_it_is_chosen(run, raw, inputs):

@@ -1,0 +1,199 @@
+"""Our transformer under the contract of ComfyUI's own Krea 2 (`comfy.ldm.krea2.model`).
+
+Other packs ask for core's classes, read their attributes, call blocks and attention by themselves,
+replace `forward` of a part, or rebuild the whole forward pass. So each part here is a subclass of
+core's that is built as ours. Called in our own way (with `Hooks`), it runs our code. Called in
+core's way (with `transformer_options`), it runs core's function on our weights, whatever others
+made of that function: nothing that they hold is overwritten, and what they replaced is called.
+"""
+
+from weakref import ref
+
+import comfy.ldm.krea2.model as core
+import torch
+from comfy.ldm.flux.layers import EmbedND
+from torch import nn
+
+from ...krea2_model import kernels
+from ...krea2_model import transformer as ours
+from ...krea2_model.hooks import Hooks
+
+# Where transformer_options of a call of our model hold its backend, as a weak reference.
+BACKEND = "krea2_backend"
+
+_PACK = __name__.rpartition(".nodes.")[0]
+
+
+_CLASSES = (
+    core.Attention, core.SingleStreamBlock, core.SwiGLU,
+    core.TextFusionBlock, core.TextFusionTransformer,
+)  # fmt: skip
+
+
+def is_replaced(cls: type, method: str = "forward") -> bool:
+    """Whether another pack has put a function of its own into a class of core's."""
+    return getattr(cls, method).__module__ != cls.__module__
+
+
+def _built_as_ours(cls: type) -> type:
+    """A class of core's as a base: its type and its methods, none of its weights."""
+    return type(cls.__name__, (cls,), {"__init__": nn.Module.__init__})
+
+
+class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
+    @property
+    def kvheads(self) -> int:
+        return self.kv_heads
+
+    @property
+    def headdim(self) -> int:
+        return self.head_dim
+
+    def forward(self, x, freqs=None, mask=None, transformer_options={}, query_slice=None):  # noqa: B006
+        if isinstance(transformer_options, Hooks):
+            return super().forward(x, freqs, mask, transformer_options, query_slice)
+        backend = transformer_options.get(BACKEND, _nobody)()
+        if backend is None or is_replaced(core.Attention):
+            return core.Attention.forward(
+                self, x, freqs, mask, transformer_options=transformer_options
+            )
+        # By others, in a run of ours: text weights, a negative and references count here too.
+        with kernels.keeping_inputs():
+            return super().forward(x, freqs, mask, backend)
+
+
+class SwiGLU(ours.SwiGLU, _built_as_ours(core.SwiGLU)):
+    def forward(self, x):
+        return core.SwiGLU.forward(self, x) if is_replaced(core.SwiGLU) else super().forward(x)
+
+
+class TextFusionBlock(ours.TextFusionBlock, _built_as_ours(core.TextFusionBlock)):
+    attention_class = Attention
+    mlp_class = SwiGLU
+
+    def forward(self, x, mask=None, transformer_options={}):  # noqa: B006
+        if isinstance(transformer_options, Hooks):
+            return super().forward(x, mask, transformer_options)
+        return core.TextFusionBlock.forward(
+            self, x, mask=mask, transformer_options=transformer_options
+        )
+
+
+class TextFusion(ours.TextFusion, _built_as_ours(core.TextFusionTransformer)):
+    block_class = TextFusionBlock
+
+    def forward(self, x, mask=None, transformer_options={}):  # noqa: B006
+        if isinstance(transformer_options, Hooks):
+            return super().forward(x, mask, transformer_options)
+        return core.TextFusionTransformer.forward(
+            self, x, mask=mask, transformer_options=transformer_options
+        )
+
+
+class Block(ours.SingleStreamBlock, _built_as_ours(core.SingleStreamBlock)):
+    attention_class = Attention
+    mlp_class = SwiGLU
+
+    def forward(
+        self,
+        x,
+        vec,
+        freqs,
+        mask=None,
+        timestep_zero_index=None,
+        transformer_options={},  # noqa: B006
+        query_slice=None,
+    ):
+        if isinstance(transformer_options, Hooks):
+            return super().forward(
+                x, vec, freqs, mask, timestep_zero_index, transformer_options, query_slice
+            )
+        # Older versions of core have no argument for references.
+        split = {} if timestep_zero_index is None else {"timestep_zero_index": timestep_zero_index}
+        return core.SingleStreamBlock.forward(
+            self, x, vec, freqs, mask, **split, transformer_options=transformer_options
+        )
+
+
+class Transformer(ours.Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
+    """With the attributes that core's has; `forward` is for the subclass."""
+
+    block_class = Block
+    text_fusion_class = TextFusion
+
+    def __init__(self, config, layers, device=None, dtype=None):
+        super().__init__(config, layers, device=device, dtype=dtype)
+        self.dtype = dtype
+        self.patch, self.channels = config.patch_size, config.latent_channels
+        self.tdim, self.heads = config.timestep_embed_dim, config.num_attention_heads
+        self.txtdim, self.txtlayers = config.text_hidden_dim, config.num_text_layers
+        self.default_ref_method = None
+        self.pe_embedder = EmbedND(
+            config.attention_head_dim, int(config.rope_theta), list(config.axes_dims_rope)
+        )
+        self._types = frozenset(type(module) for module in self.modules())
+
+    @torch.compiler.disable
+    def is_touched(self, part: nn.Module | None = None) -> bool:
+        """Whether others replaced, or listen to, something in a part of this model, or in it."""
+        part = self if part is None else part
+        # A compiled block is still ours.
+        part = getattr(part, "_orig_mod", part)
+        return is_touched(part, self._types) or any(map(is_replaced, _CLASSES))
+
+    def _fuse(self, taps, mask, hooks):
+        if not self.is_touched(self.txtfusion):
+            return super()._fuse(taps, mask, hooks)
+        keys = None if mask is None else mask[:, None, None, :]
+        fused = self.txtfusion(taps, mask=keys, transformer_options=hooks.options)
+        return self.txtmlp(fused)
+
+
+def has_foreign_forward() -> bool:
+    """Whether another pack has put a forward pass of its own into core's transformer."""
+    return is_replaced(core.SingleStreamDiT, "_forward")
+
+
+def foreign_forward(transformer: Transformer, *inputs, **conditions):
+    """That forward pass, on our weights."""
+    return core.SingleStreamDiT._forward(transformer, *inputs, **conditions)
+
+
+def is_touched(module: nn.Module, types: frozenset[type]) -> bool:
+    """Whether others replaced, or listen to, something in a module.
+
+    types: of all modules in it as it was built.
+    """
+    # Asked at each step of every block, so what nobody touched is passed quickly.
+    left = [module]
+    while left:
+        part = left.pop()
+        own = part.__dict__
+        if type(part) not in types:
+            return True
+        if "forward" in own and not _is_own(own["forward"], part):
+            return True
+        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+            if hooks and not all(map(_is_ours, hooks.values())):
+                return True
+        if own["_modules"]:
+            left += own["_modules"].values()
+    return False
+
+
+def _is_own(forward, module: nn.Module) -> bool:
+    """Whether it is the module's own method: ComfyUI puts it back as an attribute."""
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def _is_ours(function) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith(f"{_PACK}.")
+
+
+def _nobody() -> None:
+    """In the place of a weak reference to a backend."""
+
+
+def announce(backend: Hooks, options: dict) -> None:
+    """Let parts that others call with these options find the backend of the call."""
+    options[BACKEND] = ref(backend)
