@@ -166,6 +166,9 @@ class Qwen3VLTextEncoder(nn.Module):
         tokens: Tensor,
         mask: Tensor | None = None,
         images: Sequence[ImageTokens] = (),
+        *,
+        positions: Tensor | None = None,
+        tap_with_deepstack: bool = False,
     ) -> Tensor:
         """The tapped hidden states, (B, L, taps, D) in the dtype of the embeddings.
 
@@ -173,6 +176,10 @@ class Qwen3VLTextEncoder(nn.Module):
         mask: (B, L), True for real tokens, or None if all are. Padding may lie anywhere; it takes
             no position and no real token sees it. What comes out for it has no meaning.
         images: those of all prompts, in the order of their pads.
+        positions: of every token in time, row and column, (3, L), in place of those that the
+            images' grids give.
+        tap_with_deepstack: tap a layer after the features of images are added to it, as ComfyUI
+            does, and not before, as the model was trained.
 
         Raises ValueError where pads and images do not fit.
         """
@@ -180,7 +187,10 @@ class Qwen3VLTextEncoder(nn.Module):
         visible = causal_mask(tokens.shape[1], mask, tokens.device)
         deepstack: list[Tensor] = []
         if images:
-            rotation = self._rotation_with_images(tokens, mask, images)
+            if positions is None:
+                rotation = self._rotation_with_images(tokens, mask, images)
+            else:
+                rotation = rotation_of(positions, self.config, tokens.device)[:, None, None]
             hidden, deepstack = place_images(hidden, tokens == IMAGE_PAD, images)
         else:
             rotation = rotation_table(tokens.shape[1], self.config, tokens.device)
@@ -193,6 +203,8 @@ class Qwen3VLTextEncoder(nn.Module):
         taps = hidden.new_empty(*tokens.shape, len(slots), self.config.hidden_size)
         for index, state in enumerate(self.hidden_states(hidden, rotation, visible, deepstack)):
             if index in slots:
+                if tap_with_deepstack and 0 < index <= len(deepstack):
+                    state = state + deepstack[index - 1]
                 taps[:, :, slots[index]] = state
         return taps
 

@@ -165,9 +165,17 @@ class Qwen3VLVisionTower(nn.Module):
                 f"sides multiples of {side}, as fit_image makes them."
             )
         rows, columns = (n // self.config.patch_size for n in pixels.shape[1:])
-        hidden = self.patch_embed(self._patches(pixels))
-        hidden = hidden + self._positions(rows, columns, pixels.device).to(hidden.dtype)
-        rotation = self._rotation(rows, columns).to(pixels.device)
+        return self.see(self._patches(pixels), rows, columns)
+
+    def see(self, patches: Tensor, rows: int, columns: int) -> ImageTokens:
+        """The tokens of one image from its patches (1, rows * columns, values), in -1 to 1.
+
+        Patches are ordered by blocks that become one token, and each is (channels, frames, rows,
+        columns), flat.
+        """
+        hidden = self.patch_embed(patches)
+        hidden = hidden + self._positions(rows, columns, patches.device).to(hidden.dtype)
+        rotation = self._rotation(rows, columns).to(patches.device)
         deepstack = []
         mergers = iter(self.deepstack_merger_list)
         for index, block in enumerate(self.blocks):

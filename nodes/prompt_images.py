@@ -169,7 +169,7 @@ class K2TextEncodeImages(io.ComfyNode):
     ):
         from comfy_execution.graph_utils import ExecutionBlocker
 
-        from .managed.clip import encode_with_images
+        from .managed.encode import encode_with_images
         from .managed.vision import fitted
 
         check_clip(clip)

@@ -112,7 +112,7 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
 
     weights: read `(word:1.3)` as weights. options go to the CLIP's tokenizer.
     """
-    from .managed.clip import encode_prompts
+    from .managed.encode import encode_prompts
 
     check_clip(clip)
     with advised(_REMEDY):

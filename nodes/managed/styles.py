@@ -8,7 +8,7 @@ from ...krea2_model.framing import fitted
 from ...krea2_model.prompt_images import IMAGE_PAD, PromptImage, grid_of, image_text
 from ...krea2_model.style_mix import mix_styles
 from ...krea2_model.vision import fit_image
-from .clip import encode_with_images
+from .encode import encode_with_images
 from .texts import TOKEN_WEIGHTS, weights_of
 
 

@@ -12,6 +12,9 @@ import comfy.conds
 import comfy.ldm.krea2.model as core
 import comfy.model_base
 import comfy.patcher_extension
+import comfy.sd1_clip
+import comfy.text_encoders.krea2
+import comfy.text_encoders.qwen3vl
 import pytest
 import torch
 from comfy.ldm.flux.layers import timestep_embedding
@@ -423,3 +426,119 @@ def test_an_unused_negative_of_another_model_harms_nobody(run, conditioning, tur
     run("KSampler", cfg=1.0, negative=other, **inputs)
     with pytest.raises(ValueError, match="768 features"):
         run("KSampler", cfg=2.0, negative=other, **inputs)
+
+
+def picture(height=64, width=96, seed=0):
+    return torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+CHAT = "<|im_start|>system\nLook:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture
+def clips(run, models, core_clip):
+    """Ours and core's, of one file."""
+    return run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")[0], core_clip
+
+
+def encoded(clip, text, images, **options):
+    tokens = clip.tokenize(text, images=images, llama_template=CHAT, **options)
+    return clip.encode_from_tokens_scheduled(tokens)[0][0]
+
+
+# As packs do it that let several images share one span.
+@pytest.fixture
+def packed_spans(monkeypatch):
+    cls = comfy.text_encoders.qwen3vl.Qwen3VL
+    old, sizes = cls.preprocess_embed, []
+
+    def packed(self, embed, device):
+        data = embed["data"]
+        data = data if isinstance(data, list) else [data]
+        each = [old(self, {**embed, "data": one}, device) for one in data]
+        tokens = torch.cat([tokens for tokens, _ in each])
+        layers = zip(*(extra["deepstack"] for _, extra in each), strict=True)
+        sizes.append(len(tokens))
+        deepstack = [torch.cat(part) for part in layers]
+        return tokens, {"grid": each[0][1]["grid"], "deepstack": deepstack}
+
+    monkeypatch.setattr(cls, "preprocess_embed", packed)
+    return sizes
+
+
+NEW_ENOUGH = pytest.mark.skipif(
+    not hasattr(comfy.text_encoders.qwen3vl.Qwen3VL, "build_image_inputs"),
+    reason="this ComfyUI encodes images without their positions and DeepStack features",
+)
+
+
+@NEW_ENOUGH
+def test_images_that_share_one_span(clips, packed_spans, monkeypatch):
+    ours, core_s = clips
+    text = f"{BLOCK}a fox and {BLOCK} in the snow"
+    images = [[picture(seed=1), picture(64, 64, 2)], picture(64, 64, 3)]
+    expected = encoded(core_s, text, images)
+    assert_close(encoded(ours, text, images), expected, 1e-5, "packed by another pack")
+    assert packed_spans == [6 + 4, 4] * 2, "and its function was asked"
+    monkeypatch.undo()
+    ours.cond_stage_model.encodings.clear()
+    assert_close(encoded(ours, text, images), expected, 1e-5, "packed without it")
+
+
+@NEW_ENOUGH
+@pytest.mark.parametrize("size", [(50, 90), (97, 130), (600, 333)])
+def test_images_of_any_size_are_seen_as_in_core(clips, size):
+    ours, core_s = (encoded(clip, f"{BLOCK}a fox", [picture(*size)]) for clip in clips)
+    assert_close(ours, core_s, 1e-5, f"an image of {size}")
+
+
+@NEW_ENOUGH
+def test_effects_that_a_pack_puts_into_core_s_encoder(clips, packed_spans, monkeypatch):
+    """Settings travel as attributes of the model, so nothing is remembered between them."""
+    cls = comfy.text_encoders.krea2.Krea2TEModel
+
+    def effects(self, token_weight_pairs, template_end=-1):
+        out, pooled, extra = super(cls, self).encode_token_weights(token_weight_pairs)
+        assert out.shape[:2] == (1, 12) and extra["attention_mask"].shape == (1, out.shape[2])
+        out = out[:, :, 5:] * getattr(self, "somebody_s_strength", 1.0)
+        return out.permute(0, 2, 1, 3).flatten(2), pooled, {}
+
+    monkeypatch.setattr(cls, "encode_token_weights", effects)
+    text, found = f"{BLOCK}a fox", {}
+    for name, clip in zip(("ours", "core"), clips, strict=True):
+        for strength in (1.0, 0.5):
+            clip.cond_stage_model.somebody_s_strength = strength
+            found[name, strength] = encoded(clip, text, [picture()])
+    for strength in (1.0, 0.5):
+        assert_close(found["ours", strength], found["core", strength], 1e-5, f"at {strength}")
+    assert relative_error(found["ours", 0.5], found["ours", 1.0]) > 0.1
+
+
+def test_an_encoding_that_a_pack_brings_on_a_copy(clips):
+    """It encodes through core's section, with its own rows, tokenizer and mask."""
+    found = []
+    for clip in clips:
+        own = clip.clone()
+        own.tokenizer = copy.copy(clip.tokenizer)
+        own.cond_stage_model = copy.copy(clip.cond_stage_model)
+
+        def tokenize(self, text, return_word_ids=False, **kwargs):
+            text = self.llama_template.format(text)
+            return comfy.sd1_clip.SD1Tokenizer.tokenize_with_weights(self, text, return_word_ids)
+
+        def encode(pairs, template_end=-1, section=own.cond_stage_model.qwen3vl_4b):
+            rows = [[pair[0] for pair in row] for row in pairs["qwen3vl_4b"]]
+            assert section.special_tokens["pad"] == 151643
+            rows += [[*rows[0][:36], *rows[0][36:][::-1]]]
+            out, pooled, extra = section.encode(rows)
+            out = torch.lerp(out[1:], out[:1], 1.5)[:, :, 34:]
+            return out.permute(0, 2, 1, 3).flatten(2).cpu(), pooled, {}
+
+        own.tokenizer.tokenize_with_weights = types.MethodType(tokenize, own.tokenizer)
+        own.cond_stage_model.encode_token_weights = encode
+        tokens = own.tokenize("a red fox")
+        found.append(own.encode_from_tokens_scheduled(tokens)[0][0])
+    assert_close(found[0], found[1], 1e-5, "an encoding by another pack")
+    plain = clips[0].encode_from_tokens_scheduled(clips[0].tokenize("a red fox"))[0][0]
+    assert relative_error(found[0], plain) > 1e-3

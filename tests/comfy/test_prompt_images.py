@@ -67,32 +67,36 @@ def test_equals_core_but_for_tap_2_at_images(clip, core_clip, pack, text, sizes)
         pytest.skip("This ComfyUI encodes images without their positions and DeepStack features.")
     images = [image(*size, seed=index) for index, size in enumerate(sizes)]
     chat = krea_chat(pack, text)
-    ours, core = (
-        taps(c.encode_from_tokens(c.tokenize(chat, images=images)))[0] for c in (clip, core_clip)
+    ours, core, trained = (
+        taps(c.encode_from_tokens(c.tokenize(chat, images=images, **options)))[0]
+        for c, options in ((clip, {}), (core_clip, {}), (clip, {"as_trained": True}))
     )
+    assert_close(ours, core, 1e-5, "for other packs' nodes, as core")
     tokens = pack("krea2_model.tokenizer").Krea2Tokenizer(clip.tokenizer.tokenizer.folder)
     ids = tokens.tokenize_raw(chat)[34:]
     counts = iter(height * width // 32**2 for height, width in sizes)
     pads = [t == 151655 for t in ids for _ in range(next(counts) if t == 151655 else 1)]
     pads = torch.tensor(pads)
-    assert len(pads) == len(ours)
-    assert_close(ours[:, 1:], core[:, 1:], 1e-5, "taps 5 to 35")
-    assert_close(ours[~pads, 0], core[~pads, 0], 1e-5, "tap 2 of text")
-    assert relative_error(ours[pads, 0], core[pads, 0]) > 1e-2
+    assert len(pads) == len(trained)
+    assert_close(trained[:, 1:], core[:, 1:], 1e-5, "taps 5 to 35")
+    assert_close(trained[~pads, 0], core[~pads, 0], 1e-5, "tap 2 of text")
+    assert relative_error(trained[pads, 0], core[pads, 0]) > 1e-2
     tower = clip.cond_stage_model.vision.patcher.model
     added = torch.cat([tower(picture[0].movedim(-1, 0)).deepstack[1] for picture in images])
-    assert_close(ours[pads, 0] + added, core[pads, 0], 1e-5, "tap 2 with the features of its layer")
+    assert_close(trained[pads, 0] + added, core[pads, 0], 1e-5, "tap 2 with its layer's features")
 
 
 def test_the_node_writes_the_layout_of_loras(encode, clip, pack):
     chat = krea_chat(pack, f"Picture 1: {BLOCK}Picture 2 (the style): {BLOCK}a fox")
     images = [image(64, 96, 1), image(32, 32, 2)]
-    expected = clip.encode_from_tokens(clip.tokenize(chat, images=images))
+    seen = {"as_trained": True}
+    expected = clip.encode_from_tokens(clip.tokenize(chat, images=images, **seen))
     found = encode(image_1=images[0], image_2=images[1], roles="\nthe style")[0]
     assert torch.equal(found, expected)
     bare = encode(image_3=images[0], labels=False)[0]
     chat = krea_chat(pack, f"{BLOCK}a fox")
-    assert torch.equal(bare, clip.encode_from_tokens(clip.tokenize(chat, images=images[:1])))
+    expected = clip.encode_from_tokens(clip.tokenize(chat, images=images[:1], **seen))
+    assert torch.equal(bare, expected)
 
 
 def test_core_nodes_that_pass_images_work(clip, pack):
@@ -307,7 +311,7 @@ def test_a_partly_loaded_tower_sees_alike(run, encode, clip):
     tower = clip.cond_stage_model.vision.patcher
     tower.detach()
     tower.load(torch.device("cpu"), lowvram_model_memory=tower.model_size() // 3)
-    row = clip.tokenize("a fox", images=[image()], labels=True)
+    row = clip.tokenize("a fox", images=[image()], labels=True, as_trained=True)
     found = clip.cond_stage_model.encode_token_weights(row)[0]
     assert_close(found, expected, 1e-6, "a partly loaded tower")
     tower.detach()
@@ -320,7 +324,7 @@ def test_dynamic_vram_loads_the_tower(run, encode, dynamic_patcher):
     vision = clip.cond_stage_model.vision
     vision.patcher = dynamic_patcher(vision.patcher.model)
     vision.patcher.load(torch.device("cpu"))
-    row = clip.tokenize("a fox", images=[image()], labels=True)
+    row = clip.tokenize("a fox", images=[image()], labels=True, as_trained=True)
     assert torch.equal(clip.cond_stage_model.encode_token_weights(row)[0], expected)
 
 

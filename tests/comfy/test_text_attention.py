@@ -196,7 +196,7 @@ def test_core_s_nodes_keep_the_weights_of_the_first(run, turbo, conditioning, la
 
 def test_core_s_clip_takes_weights_too(run, models, pack):
     """The sentence goes to core's encoder, the weights are those that our CLIP makes."""
-    clip = pack("nodes.managed.clip")
+    clip = pack("nodes.managed.encode")
 
     class Core:
         tokenizer = None

@@ -1,0 +1,198 @@
+"""What ComfyUI's CLIP holds: our Qwen3-VL text encoder behind the interface of core's Krea 2."""
+
+from collections import OrderedDict
+
+import comfy.model_management
+import comfy.ops
+import comfy.text_encoders.krea2 as core
+import torch
+from comfy.sd1_clip import ClipTokenWeightEncoder
+
+from ...krea2_model.generation import Sampling, generate
+from ...krea2_model.text_encoder import Qwen3VLTextEncoder
+from ...krea2_model.tokenizer import PAD_TOKEN
+from .contract import is_replaced
+from .gguf import is_blocks
+from .hooks import PatchHooks
+from .image_tokens import image_sizes, look, row_length
+from .language import LazyTail, language_model
+from .layers import comfy_layers
+from .tokenizer import NAME
+from .vision import LazyVision
+
+_IM_START, _USER = 151644, 872
+
+# What the vision tower holds of each pixel: of a patch of 256 in float32 about eight states of
+# width 1024 and two of 4096.
+_BYTES_A_PIXEL = 256
+
+
+class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
+    """The encoder where core's Krea 2 has it, under the names and the interface of core's.
+
+    So LoRA keys and saved files use the same names, and packs that encode by themselves can.
+    """
+
+    special_tokens = {"pad": PAD_TOKEN}
+
+    def __init__(self, encoder: Qwen3VLTextEncoder):
+        super().__init__()
+        self.transformer = torch.nn.Module()
+        self.transformer.model = encoder
+        self.execution_device = None
+        self.vision: LazyVision | None = None
+
+    def set_clip_options(self, options):
+        """Only the device: a layer choice ("clip skip") has no meaning for twelve taps."""
+        self.execution_device = options.get("execution_device", self.execution_device)
+
+    def reset_clip_options(self):
+        self.execution_device = None
+
+    @property
+    def device(self):
+        encoder = self.transformer.model
+        return self.execution_device or encoder.embed_tokens.weight.device
+
+    def look(self, row: list):
+        """A row of tokens as the language tower takes it, see `image_tokens.look`."""
+        patcher = self.vision.patcher if self.vision is not None else None
+        return look(row, None if patcher is None else patcher.model, self.device)
+
+    def encode_row(self, row: list) -> tuple[torch.Tensor, list[int]]:
+        """Taps (L, taps, D) of a row of tokens, in float32, and its ids, one a token of them."""
+        seen = self.look(row)
+        tokens = torch.tensor([seen.ids], device=self.device)
+        images = {}
+        if seen.images:
+            images = {"images": seen.images, "positions": seen.positions,
+                      "tap_with_deepstack": seen.tap_with_deepstack}  # fmt: skip
+        return self.transformer.model(tokens, **images)[0].float(), seen.ids
+
+    def encode(self, rows: list[list]):
+        """As core's: rows of tokens to (B, taps, L, D), nothing pooled, and the mask (B, L)."""
+        encoded = [self.encode_row(row)[0] for row in rows]
+        taps = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        lengths = torch.tensor([len(states) for states in encoded])
+        mask = torch.arange(taps.shape[1]) < lengths[:, None]
+        return taps.transpose(1, 2), None, {"attention_mask": mask.long().to(taps.device)}
+
+
+class Krea2TextModel(core.Krea2TEModel):
+    """The encoder's entry points; a subclass of core's for packs that put functions on that."""
+
+    def __init__(self, config, device="cpu", dtype=None, model_options=None):
+        # Past core's constructors, which would build core's encoder.
+        torch.nn.Module.__init__(self)
+        self.clip_name = self.clip = NAME
+        layers = encoder_layers(model_options or {}, dtype)
+        encoder = Qwen3VLTextEncoder(
+            config, layers, device=device, dtype=dtype, attend=PatchHooks({}).attention
+        )
+        self.add_module(NAME, Krea2Section(encoder))
+        self.requires_grad_(False).eval()
+        self.config, self.dtypes = config, {dtype}
+        self.encodings: OrderedDict = OrderedDict()
+        # Texts that the prompt expander wrote, by all they depend on.
+        self.texts: OrderedDict = OrderedDict()
+        self.tail: LazyTail | None = None
+
+    @property
+    def section(self) -> Krea2Section:
+        return getattr(self, NAME)
+
+    @property
+    def encoder(self) -> Qwen3VLTextEncoder:
+        return self.section.transformer.model
+
+    @property
+    def vision(self) -> LazyVision | None:
+        return self.section.vision
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a pack has put an encoding of its own here or into core's class."""
+        return "encode_token_weights" in vars(self) or is_replaced(
+            core.Krea2TEModel, "encode_token_weights"
+        )
+
+    def encode_token_weights(self, token_weight_pairs, template_end=-1):
+        """Rows of tokens to conditioning (B, L, taps * width) in core's format.
+
+        Rows of different length are encoded alone and padded with zeros at the end; then, and
+        only then, the third result holds their `attention_mask` (B, L).
+        """
+        rows = [[pair[0] for pair in row] for row in token_weight_pairs[NAME]]
+        if len(rows) == 1 and is_replaced(core.Krea2TEModel, "encode_token_weights"):
+            return super().encode_token_weights(token_weight_pairs, template_end)
+        encoded = []
+        for row in rows:
+            taps, ids = self.section.encode_row(row)
+            encoded.append(taps[_kept_from(ids) :].flatten(1))
+        lengths = [len(states) for states in encoded]
+        conditioning = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        conditioning = conditioning.to(comfy.model_management.intermediate_device())
+        if len(set(lengths)) == 1:
+            return conditioning, None, {}
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return conditioning, None, {"attention_mask": mask.long().to(conditioning.device)}
+
+    def write(self, row: list, sampling: Sampling, max_tokens: int, seed: int):
+        """Yield the tokens that follow; what is needed has to be loaded (`Krea2CLIP.write`)."""
+        seen = self.section.look(row)
+        tail = self.tail.patcher.model
+        model = language_model(self.encoder, tail, self.section.device, seen.images)
+        yield from generate(model, seen.ids, sampling, max_tokens=max_tokens, seed=seed)
+
+    def load_sd(self, sd):
+        # Blocks of a GGUF file cannot be copied into a weight of numbers, only take its place.
+        assign = getattr(self, "can_assign_sd", False) or any(map(is_blocks, sd.values()))
+        return self.encoder.load_state_dict(sd, strict=False, assign=assign)
+
+    def memory_estimation_function(self, token_weight_pairs, device=None):
+        """Bytes of activations: the taps and a layer's MLP, in float32, and the images' own."""
+        rows = [[pair[0] for pair in row] for row in token_weight_pairs.get(NAME, ())]
+        length = max(map(row_length, rows), default=0)
+        width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
+        seeing = max((max(image_sizes(row), default=0) for row in rows), default=0)
+        return length * (width + 3 * self.config.intermediate_size) * 4 + seeing * _BYTES_A_PIXEL
+
+    def writing_memory(self, tokens: int) -> int:
+        """Bytes that writing takes: keys and values of so many tokens, and the head as numbers."""
+        config = self.config
+        layers = config.num_tapped_layers + 1
+        kept = tokens * layers * 2 * config.num_key_value_heads * config.head_dim
+        return 4 * (kept + config.vocab_size * config.hidden_size)
+
+
+def encoder_layers(options: dict, dtype: torch.dtype | None):
+    """The layer namespace for a CLIP's model options.
+
+    Activations begin in float32, whatever weights are stored in, as in core.
+    """
+    operations = options.get("custom_operations")
+    if operations is None and options.get("quantization_metadata") is not None:
+        operations = comfy.ops.mixed_precision_ops(
+            options["quantization_metadata"], dtype, full_precision_mm=True
+        )
+    operations = operations or comfy.ops.manual_cast
+
+    class Layers(comfy_layers(operations)):
+        class Embedding(operations.Embedding):
+            def forward(self, tokens):
+                return super().forward(tokens, out_dtype=torch.float32)
+
+    return Layers
+
+
+def _kept_from(row: list[int]) -> int:
+    """Where conditioning begins: after the second turn's opening, `<|im_start|>user\\n`.
+
+    For a wrapped prompt this is the 34th token. The line break is not looked for, since it merges
+    with one that begins the prompt.
+    """
+    starts = [index for index, token in enumerate(row) if token == _IM_START][:2]
+    if len(starts) < 2:
+        return 0
+    user = starts[1]
+    return user + 3 if row[user + 1 : user + 2] == [_USER] else user
