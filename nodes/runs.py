@@ -3,7 +3,7 @@
 import logging
 
 from ..krea2_model.config import PRESETS, Preset
-from ..krea2_model.masks import remaining_mask
+from ..krea2_model.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule, unshift_time
 from .reports import size_report
 
@@ -194,6 +194,7 @@ def sample(
     from .managed.memory import advise
 
     model = shifted(model, mu)
+    mask = _noise_mask(latent, model)
     if latent.get(SOFT_MASK) and "denoise_mask_function" not in model.model_options:
         model.set_model_denoise_mask_function(_soft_mask(mu))
     guider = comfy.samplers.CFGGuider(model)
@@ -220,7 +221,7 @@ def sample(
             start,
             comfy.samplers.sampler_object(sampler),
             sigmas,
-            denoise_mask=_noise_mask(latent),
+            denoise_mask=mask,
             callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
@@ -228,10 +229,19 @@ def sample(
     return samples.to(comfy.model_management.intermediate_device())
 
 
-def _noise_mask(latent):
+def _noise_mask(latent, model):
     """The latent's mask with an axis for frames, without which ComfyUI takes masks for frames."""
     mask = latent.get("noise_mask")
-    return mask if mask is None or mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
+    if mask is None:
+        return None
+    others = "denoise_mask_function" in model.model_options
+    mask = without_noise(mask, ROUNDING if others else NOISE)
+    if not mask.any():
+        raise ValueError(
+            f"{EMPTY}nothing of the latent would be painted. Paint a mask (Open in Mask Editor), "
+            "or leave out the node that set it, such as Set Latent Noise Mask."
+        )
+    return mask if mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
 
 
 def _soft_mask(mu: float):
