@@ -18,7 +18,7 @@ from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
-from .pictures import OUTPUT_TYPES, Picture, fit, pixels_of, shrink, to_output
+from .pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output
 from .prompt_images import (
     MAX_SIDE,
     PromptImage,
@@ -214,7 +214,8 @@ class Krea2Pipeline:
             normalised attention guidance.
         tap_weights: 12 weights of the encoder's layers in the prompt; see `taps`.
         images: up to eight that the text encoder sees in front of every prompt, not of negatives:
-            PIL images, tensors (3 or 4, H, W) in [0, 1], or `PromptImage` with role and strength.
+            PIL images, paths, tensors (3 or 4, H, W) in [0, 1], or `PromptImage` with role and
+            strength.
             The vision tower is read from the encoder's file on first use.
         image_labels: number them, `Picture 1: `, as LoRAs that read images were trained.
         max_image_side: those with more pixels than a square of this side are made smaller.
@@ -235,6 +236,11 @@ class Krea2Pipeline:
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         batch = count * num_images
 
+        # Before anything is computed, since a picture may be none.
+        seen = [_fitted(image, max_image_side) for image in images or ()]
+        if seen and prompts is None:
+            raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
+        looked_at = [_reference(each, max_reference_megapixels) for each in references or ()]
         start = None
         if start_image is not None:
             start = fit(pixels_of(start_image, "start_image"), *_asked(width, height))
@@ -255,9 +261,6 @@ class Krea2Pipeline:
 
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
-        seen = [_fitted(image, max_image_side) for image in images or ()]
-        if seen and prompts is None:
-            raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         reading = (max_sequence_length, prompt_weights, num_images)
         positive = self._text(
             prompts, prompt_embeds, prompt_embeds_mask, *reading, tap_weights=tap_weights,
@@ -280,10 +283,7 @@ class Krea2Pipeline:
             evaluate_every=evaluate_every,
             guidance_schedule=guidance_schedule,
             negative_guidance=negative_guidance,
-            references=[
-                self._reference(each, max_reference_megapixels).to(noise)
-                for each in references or ()
-            ],
+            references=[self._encoded(each).to(noise) for each in looked_at],
             reference_method=reference_method,
             references_apart=references_apart,
         ):
@@ -362,11 +362,11 @@ class Krea2Pipeline:
         states = text.repeat_interleave(repeats, dim=0)
         return TextStates(states, repeated(mask), repeated(weights))
 
-    def _reference(self, given: Reference | Picture, megapixels: float) -> Reference:
-        if isinstance(given, Reference):
-            return given
-        pixels = shrink(pixels_of(given, "an entry of references"), megapixels)
-        return Reference(self.encode(pixels[None]))
+    def _encoded(self, prepared: Reference | Tensor) -> Reference:
+        """A reference, of pixels (3, H, W) or with latents of its own."""
+        if isinstance(prepared, Reference):
+            return prepared
+        return Reference(self.encode(prepared[None]))
 
     def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
         """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
@@ -391,6 +391,13 @@ class Krea2Pipeline:
                     f"of {size[0]} x {size[1]} px."
                 )
         return latents.to(_device(self.transformer), torch.float32)
+
+
+def _reference(given: Reference | Picture, megapixels: float) -> Reference | Tensor:
+    """A reference with latents of its own, or the pixels (3, H, W) of one."""
+    if isinstance(given, Reference):
+        return given
+    return as_reference(pixels_of(given, "an entry of references"), megapixels)
 
 
 def _fitted(image: PromptImage | Picture, max_side: int) -> PromptImage:

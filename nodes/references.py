@@ -3,7 +3,6 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.references import SHARED_TIME, TIME_ZERO, Reference
-from ..krea2_model.sizes import shrunk_size
 from .latents import given_vae
 from .reports import reference_report
 
@@ -188,19 +187,19 @@ def _fitted(image, fit: str, megapixels: float, latent):
     import torch
 
     from ..krea2_model.framing import fitted
+    from ..krea2_model.pictures import as_reference
     from .managed.vision import pictures
 
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}.")
-    images = torch.stack([picture.movedim(0, -1) for picture in pictures(image)])
     if fit == KEEP_SHAPE:
-        width, height = shrunk_size(image.shape[2], image.shape[1], megapixels)
-    elif latent is None:
+        return [as_reference(picture, megapixels).movedim(0, -1) for picture in pictures(image)]
+    images = torch.stack([picture.movedim(0, -1) for picture in pictures(image)])
+    if latent is None:
         raise ValueError(
             f"fit is {fit!r} but latent is not connected. Connect the sampler's latent, or choose "
             f"{KEEP_SHAPE!r}."
         )
-    else:
-        height, width = (8 * side for side in latent["samples"].shape[-2:])
+    height, width = (8 * side for side in latent["samples"].shape[-2:])
     mode = "crop" if fit == CROP else "stretch"
     return fitted(images, images[..., 0], width, height, mode)[0]
