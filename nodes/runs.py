@@ -6,6 +6,7 @@ from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule, unshift_time
 from .reports import size_report
+from .single_images import conditioning_of, latent_of, model_of
 
 logger = logging.getLogger(__name__)
 
@@ -148,20 +149,57 @@ def noise_for(start, seed: int, latent, seeds: str = ONE_STREAM):
     import comfy.sample
     import torch
 
-    numbers = latent.get("batch_index")
     if seeds == ONE_STREAM:
-        return comfy.sample.prepare_noise(start, seed, numbers)
+        return comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     if seeds != ONE_EACH:
         raise ValueError(f"seeds is {seeds!r}; expected {ONE_STREAM} or {ONE_EACH}.")
+    own = seeds_of(start, seed, latent)
+    return torch.cat([comfy.sample.prepare_noise(start[:1], one) for one in own])
+
+
+def seeds_of(start, seed: int, latent) -> list[int]:
+    """The seed of each image of a batch: seed + i, or by the numbers that the latent has."""
+    numbers = latent.get("batch_index")
     numbers = range(len(start)) if numbers is None else numbers
     # ComfyUI's seeds are 64 bits wide.
-    return torch.cat([comfy.sample.prepare_noise(start[:1], (seed + n) % 2**64) for n in numbers])
+    return [(seed + int(number)) % 2**64 for number in numbers]
 
 
 def with_samples(latent, samples):
     """A latent with other samples, of which its hints for empty ones are no longer true."""
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
     return {**kept, "samples": samples}
+
+
+def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, **options):
+    """As `sample`, the images of the batch one after the other, each with its own seed.
+
+    seed is that of the first; see `single_images`.
+    """
+    import torch
+
+    latent, seed, total = (options.pop(name) for name in ("latent", "seed", "total"))
+    samples = []
+    for index, own in enumerate(seeds_of(start, seed, latent)):
+        one = slice(index, index + 1)
+        samples.append(
+            sample(
+                model_of(model, index),
+                conditioning_of(positive, index),
+                conditioning_of(negative, index),
+                start[one],
+                noise[one],
+                sigmas.clone(),  # which is how a run is told from the one before
+                guidance,
+                mu,
+                latent=latent_of(latent, index),
+                seed=own,
+                total=total * len(start),
+                before=total * index,
+                **options,
+            )
+        )
+    return torch.cat(samples)
 
 
 def sample(
@@ -229,6 +267,16 @@ def sample(
     return samples.to(comfy.model_management.intermediate_device())
 
 
+def check_mask(latent) -> None:
+    """Raise ValueError where a latent has a mask and none of its images anything painted."""
+    mask = latent.get("noise_mask")
+    if mask is not None and not without_noise(mask, ROUNDING).any():
+        raise ValueError(
+            f"{EMPTY}nothing of the latent would be painted. Paint a mask (Open in Mask Editor), "
+            "or leave out the node that set it, such as Set Latent Noise Mask."
+        )
+
+
 def _noise_mask(latent, model):
     """The latent's mask with an axis for frames, without which ComfyUI takes masks for frames."""
     mask = latent.get("noise_mask")
@@ -236,11 +284,6 @@ def _noise_mask(latent, model):
         return None
     others = "denoise_mask_function" in model.model_options
     mask = without_noise(mask, ROUNDING if others else NOISE)
-    if not mask.any():
-        raise ValueError(
-            f"{EMPTY}nothing of the latent would be painted. Paint a mask (Open in Mask Editor), "
-            "or leave out the node that set it, such as Set Latent Noise Mask."
-        )
     return mask if mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
 
 

@@ -13,12 +13,14 @@ from .runs import (
     FIXED,
     ONE_EACH,
     ONE_STREAM,
+    check_mask,
     check_model,
     latent_report,
     latent_tokens,
     noise_for,
     preset_of,
     sample,
+    sample_each,
     schedule,
     shift_exponent,
     shifted,
@@ -26,6 +28,7 @@ from .runs import (
     warn_of_size,
     with_samples,
 )
+from .single_images import SIDE_BY_SIDE
 
 TURBO_MU = PRESETS["turbo"].mu
 
@@ -155,7 +158,8 @@ class K2Sampler(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "For batches: the whole batch from one seed, as ComfyUI does, or image i "
-                        "from seed + i, which is the image that this seed makes alone."
+                        "from seed + i, which is the image that this seed makes alone. Samplers "
+                        "that draw noise then make one image after the other."
                     ),
                 ),
                 _START_INPUT,
@@ -186,6 +190,7 @@ class K2Sampler(io.ComfyNode):
         start_sigma=0.0,
     ):
         check_model(model)
+        check_mask(latent)
         settings = preset_of(model, preset, steps, guidance)
         if settings.guidance > 0 and negative is None:
             raise ValueError(
@@ -198,7 +203,8 @@ class K2Sampler(io.ComfyNode):
         exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
         sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
         noise = noise_for(start, seed, latent, seeds)
-        samples = sample(
+        alone = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
+        samples = (sample_each if alone else sample)(
             model,
             positive,
             negative,
