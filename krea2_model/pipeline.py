@@ -207,7 +207,7 @@ class Krea2Pipeline:
             (B, 3, H, W) in [0, 1]; "latent": (B, 16, h, w), normalised.
         callback: called as `callback(step, latents, predicted)` after each step.
         evaluate_every: 2 or more leaves the model out of later steps: faster and not exact.
-        guidance_schedule: at which sigmas guidance counts, and how much.
+        guidance_schedule: in which part of the schedule guidance counts, and how much.
         prompt_weights: read `(word:1.3)` in prompts as weights, see `prompt_weights`; off, prompts
             reach the model as they are written.
         negative_guidance: leads away from the negative prompt also at guidance 0 (Turbo), by

@@ -60,7 +60,10 @@ class K2Reference(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="The part of the steps after which it comes in.",
+                    tooltip=(
+                        "The part of the schedule's time after which it comes in, as in ComfyUI: "
+                        "a run at denoise 0.6 begins at 0.4."
+                    ),
                 ),
                 io.Float.Input(
                     "end",
@@ -69,7 +72,7 @@ class K2Reference(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="The part of the steps after which it is left out.",
+                    tooltip="The part of the schedule's time after which it is left out.",
                 ),
                 io.Combo.Input(
                     "fit",

@@ -1,9 +1,11 @@
 """What changes along a run: how much guidance counts, and which checkpoint is at work."""
 
-from comfy_api.latest import io
+from dataclasses import replace
+
+from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
-from ..krea2_model.guidance import RAMPS, GuidanceSchedule, rescaled
+from ..krea2_model.guidance import RAMPS, GuidanceSchedule, part_at, rescaled
 from ..krea2_model.sampling import shift_mu, two_stage_sigmas
 from .runs import check_model, latent_tokens, noise_for, sample, start_of, with_samples
 
@@ -26,27 +28,30 @@ class K2GuidanceSchedule(io.ComfyNode):
                 io.Model.Input("model", tooltip="Krea 2 Raw, or Turbo where guidance is on."),
                 io.Float.Input(
                     "start",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Sigma from which guidance counts: 1 is pure noise.",
-                ),
-                io.Float.Input(
-                    "end",
                     default=0.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Sigma down to which it counts: 0 is the image.",
+                    tooltip=(
+                        "The part of the schedule's time after which guidance counts: 0 is pure "
+                        "noise. A run at denoise 0.6 begins at 0.4."
+                    ),
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the schedule's time after which it no longer counts.",
                 ),
                 io.Combo.Input(
                     "ramp",
                     options=list(RAMPS),
                     default="constant",
                     tooltip=(
-                        "Over the interval: all of it, from none to all, from all to none, or "
-                        "most in the middle."
+                        "In between: all of it, from none to all, from all to none, or most in "
+                        "the middle."
                     ),
                 ),
                 io.Float.Input(
@@ -63,26 +68,34 @@ class K2GuidanceSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start=None, end=None, rescale=None):
-        known = {"start": start, "end": end, "rescale": rescale}
+        start, end = (0.0 if start is None else start), (1.0 if end is None else end)
         try:
-            GuidanceSchedule(**{name: value for name, value in known.items() if value is not None})
+            _schedule(start, end, rescale=rescale or 0.0)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, model, start=1.0, end=0.0, ramp="constant", rescale=0.0):
+    def execute(cls, model, start=0.0, end=1.0, ramp="constant", rescale=0.0):
         import comfy.patcher_extension
 
         check_model(model)
-        schedule = GuidanceSchedule(start, end, ramp, rescale)
+        schedule = _schedule(start, end, ramp, rescale)
+        report = []
+        if start > end:
+            report.append(f"read as sigmas: {start:g} to {end:g}\n(start is after end)")
         model = model.clone()
 
         def predict(executor, x, timestep, model_options, seed):
             guider = executor.class_obj
             whole = guider.cfg
+            sigma_at = guider.inner_model.model_sampling.percent_to_sigma
+            now = schedule
+            if start > end:
+                first, last = (part_at(sigma, sigma_at) for sigma in (start, end))
+                now = replace(schedule, start=first, end=last)
             # At cfg 1 ComfyUI does without the negative.
-            factor = schedule.factor(timestep.flatten()[0].item())
+            factor = now.factor(timestep.flatten()[0].item(), sigma_at)
             guider.cfg = 1.0 + (whole - 1.0) * factor
             try:
                 return executor(x, timestep, model_options, seed)
@@ -96,12 +109,13 @@ class K2GuidanceSchedule(io.ComfyNode):
             )
             return x - sigma * rescaled(guided, conditional, schedule.rescale)
 
-        if schedule != GuidanceSchedule(rescale=rescale):
+        if start > end or schedule != GuidanceSchedule(rescale=rescale):
             kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
             model.add_wrapper_with_key(kind, "krea2_guidance", predict)
         if rescale:
             model.set_model_sampler_post_cfg_function(rescale_velocity)
-        return io.NodeOutput(model)
+        shown = ui.PreviewText("\n".join(report)) if report else None
+        return io.NodeOutput(model, ui=shown)
 
 
 class K2TwoStage(io.ComfyNode):
@@ -215,6 +229,17 @@ class K2TwoStage(io.ComfyNode):
             **common,
         )
         return io.NodeOutput(with_samples(latent, done))
+
+
+def _schedule(start: float, end: float, ramp: str = "constant", rescale: float = 0.0):
+    """The settings of Krea 2 Guidance Schedule.
+
+    Its first workflows hold sigmas, which fall where parts of a schedule rise: their window is set
+    when the schedule is known.
+    """
+    if 1 >= start > end >= 0:
+        start, end = 0.0, 1.0
+    return GuidanceSchedule(start, end, ramp, rescale)
 
 
 def _known(model, name: str):
