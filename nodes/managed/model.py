@@ -28,6 +28,7 @@ from .gguf import GGUFOperations, KeepsBlocks, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
 from .layers import comfy_layers
 from .once import LoadsThemLast, ScheduleTimes
+from .previews import latent_format
 from .references import LATENTS, plan_for, reference_conditions
 from .texts import (
     NEGATIVE_GUIDANCE,
@@ -439,6 +440,7 @@ def load_model(
     model = model_config.get_model(tensors, "")
     tensors |= add_branches(model.diffusion_model, branches, checkpoint.path.name)
     model.preset = state.preset
+    model.latent_format = latent_format(state.config) or model.latent_format
     patcher = _patcher_class(load_device, disable_dynamic, blocks)(
         model, load_device=load_device, offload_device=offload_device
     )
