@@ -19,6 +19,7 @@ from .expander import LENGTHS, PromptExpander
 from .inspect import describe
 from .pictures import pixels_of
 from .pipeline import Krea2Pipeline
+from .sampling import check_guidance, check_seed
 
 # What --model may say instead of a path; a folder of that name is ./nano.
 NANO = {
@@ -142,7 +143,10 @@ def generate(args: argparse.Namespace) -> list[Path]:
             "Name the weights: --model (nano is small and built in), or --transformer, "
             "--text-encoder and --vae."
         )
-    # Before the weights, which take minutes: a file that is no picture is said at once.
+    # Before the weights, which take minutes: bad numbers and files that are no pictures.
+    check_seed(args.seed)
+    if args.guidance is not None:
+        check_guidance(args.guidance)
     images = [pixels_of(path, "--image") for path in args.image]
     start_image = pixels_of(args.start_image, "--start-image") if args.start_image else None
     references = [pixels_of(path, "--reference") for path in args.reference]

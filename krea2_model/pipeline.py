@@ -30,7 +30,14 @@ from .prompt_images import (
 )
 from .prompt_weights import parse_weights, plain_prompt, token_weights
 from .references import TIME_ZERO, Reference
-from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
+from .sampling import (
+    MAX_SEED,
+    check_guidance,
+    check_seed,
+    check_sigmas,
+    shift_mu,
+    sigma_schedule,
+)
 from .sampling import denoise as denoising_steps
 from .sizes import round_size
 from .taps import weigh_taps
@@ -195,8 +202,8 @@ class Krea2Pipeline:
         height, width: pixels, rounded up to multiples of 16; None is the size the checkpoint is
             made for, 1024.
         steps, guidance: None takes the checkpoint's preset. guidance is in Krea's convention,
-            `v = cond + guidance * (cond - uncond)`; ComfyUI's cfg is guidance + 1.
-        seed: an int (image i uses seed + i) or one a image.
+            `v = cond + guidance * (cond - uncond)`, 0 to 100; ComfyUI's cfg is guidance + 1.
+        seed: an int from 0 to 2**64 - 1 (image i uses seed + i) or one an image.
         latents: noise to start from, (B, 16, height / 8, width / 8), instead of seeds; gives the
             size where height and width are left at their defaults.
         prompt_embeds, negative_prompt_embeds: taps (B, L, 12, text width) instead of prompts,
@@ -447,13 +454,14 @@ def _negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | N
 
 def _seed_list(seed, batch: int) -> list[int]:
     if not _not_whole(seed):
-        return [int(seed) + i for i in range(batch)]
+        first = check_seed(seed)
+        return [(first + i) % (MAX_SEED + 1) for i in range(batch)]
     seeds = list(seed) if isinstance(seed, (list, tuple)) else []
     if len(seeds) != batch or any(map(_not_whole, seeds)):
         raise ValueError(
             f"seed is {seed!r}; expected a whole number or a list of {batch}, one an image."
         )
-    return [int(s) for s in seeds]
+    return [check_seed(s) for s in seeds]
 
 
 def _not_whole(value) -> bool:

@@ -27,7 +27,10 @@ _MU_TOKENS = (256, 6400)
 _MU_VALUES = (0.5, 1.15)
 
 # Far beyond any use, and what floating point still takes.
-MAX_STEPS, MAX_MU = 10_000, 100
+MAX_STEPS, MAX_MU, MAX_GUIDANCE = 10_000, 100, 100.0
+
+# What torch and ComfyUI take.
+MAX_SEED = 2**64 - 1
 
 FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
 
@@ -117,13 +120,20 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
 
 
 def check_guidance(guidance: float) -> float:
-    """Guidance as a float. Raises ValueError where it is not a finite number of 0 or more."""
-    if not math.isfinite(guidance) or guidance < 0:
+    """Guidance as a float. Raises ValueError where it is not a number from 0 to `MAX_GUIDANCE`."""
+    if not 0 <= guidance <= MAX_GUIDANCE:  # NaN too
         raise ValueError(
-            f"guidance is {guidance!r}; expected 0 (off) or more, in Krea's convention: "
-            "v = cond + guidance * (cond - uncond), which is ComfyUI's cfg - 1."
+            f"guidance is {guidance!r}; expected 0 (off) or more, up to {MAX_GUIDANCE:g}, in "
+            "Krea's convention: v = cond + guidance * (cond - uncond), which is ComfyUI's cfg - 1."
         )
     return float(guidance)
+
+
+def check_seed(seed: int) -> int:
+    """A seed as an int. Raises ValueError where it is not a whole number from 0 to `MAX_SEED`."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {MAX_SEED}.")
+    return int(seed)
 
 
 def denoise(

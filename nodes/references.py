@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.references import SHARED_TIME, TIME_ZERO, Reference
 from .latents import given_vae
+from .limits import check_limits, verdict
 from .reports import reference_report
 
 # What LoRAs of each family were trained with; their weights do not tell.
@@ -127,16 +128,15 @@ class K2Reference(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strength=None, start=None, end=None, index=None):
-        try:
+        def check():
             _check_settings(
                 1.0 if strength is None else strength,
                 0.0 if start is None else start,
                 1.0 if end is None else end,
                 index or 0,
             )
-        except ValueError as error:
-            return str(error)
-        return True
+
+        return verdict(cls, check, strength=strength, start=start, end=end, index=index)
 
     @classmethod
     def execute(
@@ -158,6 +158,7 @@ class K2Reference(io.ComfyNode):
         from .managed.references import add_references
 
         _check_settings(strength, start, end, index)
+        check_limits(cls, strength=strength, megapixels=megapixels)
         if family not in FAMILIES:
             raise ValueError(f"family is {family!r}; expected one of {', '.join(FAMILIES)}.")
         method = FAMILIES[family]

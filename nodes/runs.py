@@ -5,7 +5,8 @@ import logging
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule, unshift_time
-from .reports import size_report
+from ..krea2_model.sizes import is_far
+from .reports import far_size_report, size_report
 from .single_images import conditioning_of, latent_of, model_of
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,13 @@ def check_model(model) -> None:
             f"The model is {family.__name__}; expected Krea 2. Connect Load Krea 2, or use a "
             "sampler for that family."
         )
+
+
+def has_other_negative(model) -> bool:
+    """Whether Krea 2 Negative without Guidance gives the model a negative."""
+    from .managed.texts import NEGATIVE_GUIDANCE
+
+    return NEGATIVE_GUIDANCE in model.model_options.get("transformer_options", {})
 
 
 def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
@@ -63,16 +71,21 @@ def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
     return shift_mu(tokens)
 
 
-def warn_of_size(model, samples) -> None:
-    """Say where an image has over four times the area the checkpoint is made for."""
+def warn_of_size(model, samples) -> str:
+    """Say where an image is far from what the checkpoint is made for, in the log.
+
+    Returns what the node shows, empty where all is well.
+    """
     known = getattr(model.model, "preset", None)
     height, width = (8 * side for side in samples.shape[-2:])
-    if known is not None and width * height > 4 * known.size**2:
-        logger.warning(
-            "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
-            "or broken shapes.",
-            width, height, known.size, known.size,
-        )  # fmt: skip
+    if known is None or not is_far(width, height, known.size):
+        return ""
+    logger.warning(
+        "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
+        "or broken shapes.",
+        width, height, known.size, known.size,
+    )  # fmt: skip
+    return far_size_report(known.size)
 
 
 def _measures(samples) -> str:

@@ -6,7 +6,8 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, part_at, rescaled
-from ..krea2_model.sampling import shift_mu, two_stage_sigmas
+from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
+from .limits import check_limits, verdict
 from .runs import check_model, latent_tokens, noise_for, sample, start_of, with_samples
 
 TURBO = PRESETS["turbo"]
@@ -68,12 +69,11 @@ class K2GuidanceSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start=None, end=None, rescale=None):
-        start, end = (0.0 if start is None else start), (1.0 if end is None else end)
-        try:
-            _schedule(start, end, rescale=rescale or 0.0)
-        except ValueError as error:
-            return str(error)
-        return True
+        def check():
+            first, last = (0.0 if start is None else start), (1.0 if end is None else end)
+            _schedule(first, last, rescale=rescale or 0.0)
+
+        return verdict(cls, check, start=start, end=end, rescale=rescale)
 
     @classmethod
     def execute(cls, model, start=0.0, end=1.0, ramp="constant", rescale=0.0):
@@ -152,7 +152,7 @@ class K2TwoStage(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="The noise to start from.",
                 ),
@@ -168,7 +168,7 @@ class K2TwoStage(io.ComfyNode):
                     "guidance",
                     default=-1.0,
                     min=-1.0,
-                    max=100.0,
+                    max=MAX_GUIDANCE,
                     step=0.1,
                     round=0.01,
                     advanced=True,
@@ -196,6 +196,7 @@ class K2TwoStage(io.ComfyNode):
     ):
         import torch
 
+        check_limits(cls, turbo_last=turbo_last, seed=seed, raw_steps=raw_steps, guidance=guidance)
         first, second = _known(raw, "raw"), _known(turbo, "turbo")
         if "noise_mask" in latent:
             raise ValueError(

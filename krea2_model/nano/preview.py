@@ -48,6 +48,17 @@ def colours(latents: Tensor) -> Tensor:
     return F.conv2d(around, maps["neighbours.weight"], maps["neighbours.bias"])
 
 
+def as_factors_read(latents: Tensor) -> Tensor:
+    """Latents (B, 16, h, w) or (B, 16, 1, h, w) of which the factors make those better colours.
+
+    For previews that take factors and a way to reshape what they multiply.
+    """
+    flat = latents[:, :, 0] if latents.ndim == 5 else latents
+    factors, bias = (part.to(flat.device) for part in cell_colours())
+    wanted = colours(flat).movedim(1, -1) - bias
+    return (wanted @ factors.pinverse()).movedim(-1, 1).to(latents.dtype).reshape(latents.shape)
+
+
 @cache
 def _maps() -> dict[str, Tensor]:
     # Nodes run in inference mode, whose tensors cannot be used outside of it.

@@ -3,7 +3,7 @@
 import comfy.latent_formats
 
 from ...krea2_model.config import TransformerConfig
-from ...krea2_model.nano.preview import TRANSFORMER_CONFIG, cell_colours, colours
+from ...krea2_model.nano.preview import TRANSFORMER_CONFIG, as_factors_read, cell_colours
 
 
 class NanoLatents(comfy.latent_formats.Wan21):
@@ -16,16 +16,7 @@ class NanoLatents(comfy.latent_formats.Wan21):
         factors, bias = cell_colours()
         self.latent_rgb_factors, self.latent_rgb_factors_bias = factors.tolist(), bias.tolist()
         if hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape"):
-            self.latent_rgb_factors_reshape = self._refined
-        self._factors, self._bias = factors, bias
-        self._inverse = factors.double().pinverse().float()
-
-    def _refined(self, latents):
-        """Latents (B, 16, ...) of which the factors make the colours that neighbours tell."""
-        flat = latents[:, :, 0] if latents.ndim == 5 else latents
-        wanted = colours(flat).movedim(1, -1) - self._bias.to(flat.device)
-        refined = (wanted @ self._inverse.to(flat.device)).movedim(-1, 1)
-        return refined.to(latents.dtype).reshape(latents.shape)
+            self.latent_rgb_factors_reshape = as_factors_read
 
 
 def latent_format(config: TransformerConfig):

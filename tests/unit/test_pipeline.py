@@ -107,6 +107,9 @@ def test_a_seed_an_image(pipeline):
         alone = pipeline("a fox", seed=seed, **options)
         assert_close(pair[index : index + 1], alone, 1e-5, f"seed {seed}")
     assert relative_error(pair[0], pair[1]) > 0.1
+    # Behind the last seed comes the first.
+    pair = pipeline("a fox", num_images=2, seed=2**64 - 1, **options)
+    assert_close(pair[1:], pipeline("a fox", seed=0, **options), 1e-5, "seed 0")
 
 
 def test_output_types(pipeline):
@@ -227,6 +230,11 @@ def test_out_of_memory_decodes_in_tiles(pipeline, monkeypatch):
         ({"num_images": 0}, "num_images is 0; expected"),
         ({"seed": [1, 2]}, "a list of 1, one an image"),
         ({"seed": 1.5}, "expected a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number from 0 to"),
+        ({"seed": -1}, "seed is -1; expected"),
+        ({"seed": [2**70]}, "seed is 1180591620717411303424; expected"),
+        ({"guidance": 1e30}, "guidance is 1e[+]30; expected 0 .off. or more, up to 100"),
+        ({"guidance": 100.5}, "guidance is 100.5; expected"),
         ({"latents": torch.zeros(2, 16, 8, 8)}, "latents has shape"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape"),
         ({"latents": torch.zeros(1, 16, 8, 8), "height": 96}, "latents has shape"),
