@@ -8,6 +8,7 @@ from os import PathLike
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.Image import open as open_image
 from torch import Tensor
 
 from .framing import fitted
@@ -82,7 +83,7 @@ def to_output(images: Tensor, output_type: str):
 
 def _opened(path: PathLike[str], name: str) -> Image.Image:
     try:
-        return Image.open(path)
+        return open_image(path)
     except Image.DecompressionBombError as error:
         raise _too_large(f"{name} {path}", str(error)) from error
     except FileNotFoundError as error:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import nano
+from .arguments import asked_sides, negative_list, not_whole, prompt_list, seed_list
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
 from .expander import Expansion, OnText, PromptExpander
@@ -30,16 +30,9 @@ from .prompt_images import (
 )
 from .prompt_weights import parse_weights, plain_prompt, token_weights
 from .references import TIME_ZERO, Reference
-from .sampling import (
-    MAX_SEED,
-    check_guidance,
-    check_seed,
-    check_sigmas,
-    shift_mu,
-    sigma_schedule,
-)
+from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
-from .sizes import round_size
+from .sizes import is_far, round_size
 from .taps import weigh_taps
 from .text_attention import NegativeGuidance, TextStates
 from .text_encoder import Qwen3VLTextEncoder
@@ -237,9 +230,9 @@ class Krea2Pipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {OUTPUT_TYPES}.")
-        if _not_whole(num_images) or num_images < 1:
+        if not_whole(num_images) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}; expected a whole number from 1 up.")
-        prompts = _prompt_list(prompt, prompt_embeds)
+        prompts = prompt_list(prompt, prompt_embeds)
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         batch = count * num_images
 
@@ -250,11 +243,12 @@ class Krea2Pipeline:
         looked_at = [_reference(each, max_reference_megapixels) for each in references or ()]
         start = None
         if start_image is not None:
-            start = fit(pixels_of(start_image, "start_image"), *_asked(width, height))
+            start = fit(pixels_of(start_image, "start_image"), *asked_sides(width, height))
             height, width = start.shape[1:]
         elif denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         noise = self._noise(latents, batch, height, width, seed)
+        self._warn_of_size(*(self.vae.config.downscale * side for side in noise.shape[-2:]))
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if sigmas is None:
             tokens = grid_size(noise, self.transformer.config.patch_size)
@@ -275,7 +269,7 @@ class Krea2Pipeline:
         )  # fmt: skip
         negative = None
         if guidance > 0 or negative_guidance is not None:
-            negatives = _negative_list(negative_prompt, negative_prompt_embeds, count)
+            negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
             negative = self._text(
                 negatives, negative_prompt_embeds, negative_prompt_embeds_mask, *reading, batch
             )
@@ -300,6 +294,15 @@ class Krea2Pipeline:
         if output_type == "latent":
             return result
         return to_output(self.decode(result), output_type)
+
+    def _warn_of_size(self, height: int, width: int) -> None:
+        size = self.preset.size
+        if is_far(width, height, size):
+            logger.warning(
+                "%d x %d px is far from the %d x %d this checkpoint was trained at; expect "
+                "repeated or broken shapes.",
+                width, height, size, size,
+            )  # fmt: skip
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
@@ -384,7 +387,7 @@ class Krea2Pipeline:
         channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
         shape = (batch, channels, size[0] // downscale, size[1] // downscale)
         if latents is None:
-            seeds = _seed_list(seed, batch)
+            seeds = seed_list(seed, batch)
             noise = [
                 torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
             ]
@@ -412,60 +415,6 @@ def _fitted(image: PromptImage | Picture, max_side: int) -> PromptImage:
     if not isinstance(image, PromptImage):
         image = PromptImage(pixels_of(image, "an entry of images"))
     return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
-
-
-def _asked(*sides: int | None) -> list[int | None]:
-    """Sides in pixels as they will be; one of two is not enough to crop by."""
-    if sides.count(None) == 1:
-        raise ValueError("Give both height and width with start_image, or neither.")
-    return [
-        None if side is None else round_size(name, side)
-        for name, side in zip(("width", "height"), sides, strict=True)
-    ]
-
-
-def _prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:
-    if (prompt is None) == (embeds is None):
-        raise ValueError("Give either prompt or prompt_embeds, and not both.")
-    if embeds is not None:
-        return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"prompt is {prompt!r}; expected a text or a list of texts.")
-    return prompts
-
-
-def _negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | None:
-    if embeds is not None:
-        if len(embeds) not in (1, count):
-            raise ValueError(
-                f"negative_prompt_embeds has {len(embeds)} entries; expected 1 or {count}."
-            )
-        return None
-    negative = "" if negative is None else negative
-    negatives = [negative] * count if isinstance(negative, str) else list(negative)
-    if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
-        raise ValueError(
-            f"negative_prompt is {negative!r}; expected a text or a list of {count} texts, one a "
-            "prompt."
-        )
-    return negatives
-
-
-def _seed_list(seed, batch: int) -> list[int]:
-    if not _not_whole(seed):
-        first = check_seed(seed)
-        return [(first + i) % (MAX_SEED + 1) for i in range(batch)]
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else []
-    if len(seeds) != batch or any(map(_not_whole, seeds)):
-        raise ValueError(
-            f"seed is {seed!r}; expected a whole number or a list of {batch}, one an image."
-        )
-    return [check_seed(s) for s in seeds]
-
-
-def _not_whole(value) -> bool:
-    return isinstance(value, bool) or not isinstance(value, (int, np.integer))
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from krea2_model.config import RAW, TURBO
 from krea2_model.pictures import fit
 from krea2_model.references import Reference
 from krea2_model.sampling import shift_mu, sigma_schedule
+from krea2_model.sizes import is_far
 from krea2_model.transformer import patchify
 from parity import assert_close, relative_error
 
@@ -319,3 +320,15 @@ def test_references_are_looked_at(pipeline):
     assert relative_error(small, found) > 1e-4
     with pytest.raises(ValueError, match="an entry of references is str"):
         pipeline("a fox", references=["fox.png"], **options)
+
+
+@pytest.mark.parametrize("width, height, known", [
+    (128, 128, True), (160, 96, True), (128, 112, True), (256, 256, False), (64, 64, False),
+    (192, 96, False),
+])  # fmt: skip
+def test_sizes_that_a_checkpoint_does_not_know_are_warned_of(caplog, width, height, known):
+    """krea2-nano knows one area; the released models up to four times theirs."""
+    nano = Krea2Pipeline.nano("turbo")
+    nano("a star", width=width, height=height, steps=1, output_type="latent")
+    assert ("far from the 128 x 128 this checkpoint" not in caplog.text) == known
+    assert not is_far(2048, 2048, 1024) and not is_far(512, 2048, 1024) and is_far(2064, 2048, 1024)
