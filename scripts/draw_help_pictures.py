@@ -247,7 +247,7 @@ def save_row(pictures: list[Image.Image], name: str) -> None:
 
 
 def draw_guidance_schedule(server: ComfyServer) -> None:
-    """A seed of Raw with guidance over the whole run, down to sigma 0.5, and nowhere."""
+    """A seed of Raw with guidance over the whole run, up to 0.6 of it, and nowhere."""
     prompt = {"prompt": "a pink ring above a green triangle on a black background", "negative": ""}
     pictures = [
         paint(server, nano_graph(
