@@ -4,7 +4,13 @@ import logging
 
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
-from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule, unshift_time
+from ..krea2_model.sampling import (
+    MAX_SEED,
+    check_guidance,
+    shift_mu,
+    sigma_schedule,
+    unshift_time,
+)
 from ..krea2_model.sizes import is_far
 from .reports import far_size_report, size_report
 from .single_images import conditioning_of, latent_of, model_of
@@ -175,7 +181,7 @@ def seeds_of(start, seed: int, latent) -> list[int]:
     numbers = latent.get("batch_index")
     numbers = range(len(start)) if numbers is None else numbers
     # ComfyUI's seeds are 64 bits wide.
-    return [(seed + int(number)) % 2**64 for number in numbers]
+    return [(seed + int(number)) % (MAX_SEED + 1) for number in numbers]
 
 
 def with_samples(latent, samples):
@@ -275,7 +281,8 @@ def sample(
             denoise_mask=mask,
             callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
+            # ComfyUI's samplers add 1 to what they draw noise from, which the last seed has not.
+            seed=min(seed, MAX_SEED - 1),
         )
     return samples.to(comfy.model_management.intermediate_device())
 

@@ -53,8 +53,11 @@ def test_values_of_links_are_checked_before_the_run(
         run("K2Sampler", model=turbo, positive=conditioning(6, 1), latent=latent, **options)
 
 
-def test_the_last_seed_is_one(run, turbo, conditioning, latent):
-    run("K2Sampler", model=turbo, positive=conditioning(6, 1), latent=latent, seed=2**64 - 1)
+@pytest.mark.parametrize("sampler", ["euler", "er_sde", "dpmpp_sde", "ddim"])
+def test_the_last_seed_is_one(run, turbo, conditioning, latent, sampler):
+    for seeds in ("one for the batch", "one an image"):
+        run("K2Sampler", model=turbo, positive=conditioning(6, 1), latent=latent, seed=2**64 - 1,
+            sampler=sampler, seeds=seeds)  # fmt: skip
 
 
 def test_comfyui_itself_refuses_them(models):
