@@ -8,7 +8,15 @@ from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, part_at, rescaled
 from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
 from .limits import check_limits, verdict
-from .runs import check_model, latent_tokens, noise_for, sample, start_of, with_samples
+from .runs import (
+    check_model,
+    latent_tokens,
+    noise_for,
+    sample,
+    start_of,
+    warn_of_size,
+    with_samples,
+)
 
 TURBO = PRESETS["turbo"]
 
@@ -204,6 +212,7 @@ class K2TwoStage(io.ComfyNode):
                 "inpaint with Krea 2 Sampler."
             )
         start = start_of(raw, latent)
+        far = warn_of_size(raw, start)
         tokens = latent_tokens(start)
         mus = [shift_mu(tokens) if known.mu is None else known.mu for known in (first, second)]
         begun, finished = two_stage_sigmas(
@@ -229,7 +238,7 @@ class K2TwoStage(io.ComfyNode):
             before=len(begun) - 1,
             **common,
         )
-        return io.NodeOutput(with_samples(latent, done))
+        return io.NodeOutput(with_samples(latent, done), ui=ui.PreviewText(far) if far else None)
 
 
 def _schedule(start: float, end: float, ramp: str = "constant", rescale: float = 0.0):

@@ -175,3 +175,17 @@ def test_half_of_the_negative_s_passes_paint_as_well(run, monkeypatch):
     none, _ = right(model, preset="custom", steps=28, guidance=0.0)
     assert (passes, all_passes) == (28 + 14, 56)
     assert middle >= whole - 0.07 and middle > none
+
+
+def test_two_stages_say_where_nano_does_not_know_a_size(pack, run, caplog):
+    raw, clip, _ = run("K2Loader", model="krea2-nano Raw (built in)")
+    turbo = run("K2ModelLoader", file="krea2-nano (built in)")[0]
+    positive, negative = run("K2TextEncode", clip=clip, prompt="a red circle")
+    node = pack("nodes.schedules").K2TwoStage
+    for side, known in ((16, True), (32, False)):
+        caplog.clear()
+        output = node.execute(raw=raw, turbo=turbo, positive=positive, negative=negative,
+                              latent={"samples": torch.zeros(1, 16, 1, side, side)},
+                              turbo_last=1, raw_steps=2)  # fmt: skip
+        assert (output.ui is None) == known
+        assert ("far from the 128 x 128" not in caplog.text) == known
