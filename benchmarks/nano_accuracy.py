@@ -1,7 +1,7 @@
 """Does krea2-nano paint what the prompt says? Pictures of held-out prompts, read back and counted.
 
     python benchmarks/nano_accuracy.py [--variants raw] [--guidance 0 3.5]
-    python benchmarks/nano_accuracy.py --variants raw --guidance 3.5 --interval 0.84 0.38
+    python benchmarks/nano_accuracy.py --variants raw --guidance 3.5 --window 0.25 0.75
     python benchmarks/nano_accuracy.py --sheet nano.png     # only the 5 x 5 contact sheet
 
 Prompts name combinations of colour and shape (and background) that training never showed.
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(nano.VARIANTS), choices=nano.VARIANTS)
     parser.add_argument("--guidance", nargs="+", type=float, help="of Raw (default: 0 and 3.5)")
     parser.add_argument(
-        "--interval", nargs=2, type=float, default=(1.0, 0.0), metavar=("START", "END"),
-        help="sigmas between which guidance counts"
+        "--window", nargs=2, type=float, default=(0.0, 1.0), metavar=("START", "END"),
+        help="parts of the schedule's time between which guidance counts"
     )  # fmt: skip
     parser.add_argument("--sheet", type=Path, help="write the contact sheet here, and stop")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
         sheet = contact_sheet(paint(pipeline, [prompts[i] for i in chosen]), columns=5)
         Image.fromarray((sheet * 255).round().astype(np.uint8)).save(options.sheet)
         return
-    schedule = GuidanceSchedule(*options.interval)
+    schedule = GuidanceSchedule(*options.window)
     for variant in options.variants:
         pipeline = Krea2Pipeline.nano(variant)
         for guidance in (options.guidance or (0.0, 3.5)) if variant == "raw" else (0.0,):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from PIL.Image import open as open_image
 from tqdm import tqdm
 
 from . import nano
@@ -18,7 +17,9 @@ from .checkpoint import load_text_encoder
 from .convert import PARTS, QUANTISATIONS, convert
 from .expander import LENGTHS, PromptExpander
 from .inspect import describe
+from .pictures import pixels_of
 from .pipeline import Krea2Pipeline
+from .sampling import check_guidance, check_seed
 
 # What --model may say instead of a path; a folder of that name is ./nano.
 NANO = {
@@ -142,6 +143,13 @@ def generate(args: argparse.Namespace) -> list[Path]:
             "Name the weights: --model (nano is small and built in), or --transformer, "
             "--text-encoder and --vae."
         )
+    # Before the weights, which take minutes: bad numbers and files that are no pictures.
+    check_seed(args.seed)
+    if args.guidance is not None:
+        check_guidance(args.guidance)
+    images = [pixels_of(path, "--image") for path in args.image]
+    start_image = pixels_of(args.start_image, "--start-image") if args.start_image else None
+    references = [pixels_of(path, "--reference") for path in args.reference]
     # The small model costs nothing in full precision, and looks the same everywhere.
     default_dtype = torch.float32 if args.model in NANO else None
     pipeline = Krea2Pipeline.from_files(
@@ -157,7 +165,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
         print(pipeline.load_lora(name, scale), file=sys.stderr)
     steps = pipeline.preset.steps if args.steps is None else args.steps
     with tqdm(total=steps, unit="step", desc=args.output.name) as bar:
-        images = pipeline(
+        made = pipeline(
             args.prompt,
             args.negative,
             height=args.height,
@@ -168,16 +176,16 @@ def generate(args: argparse.Namespace) -> list[Path]:
             seed=args.seed,
             max_sequence_length=args.max_sequence_length,
             evaluate_every=args.evaluate_every,
-            images=[open_image(path) for path in args.image],
-            start_image=open_image(args.start_image) if args.start_image else None,
+            images=images,
+            start_image=start_image,
             denoise=args.denoise,
-            references=[open_image(path) for path in args.reference],
+            references=references,
             callback=lambda step, latents, predicted: bar.update(),
         )
     paths = [args.output]
-    paths += [args.output.with_stem(f"{args.output.stem}-{n}") for n in range(2, len(images) + 1)]
+    paths += [args.output.with_stem(f"{args.output.stem}-{n}") for n in range(2, len(made) + 1)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for image, path in zip(images, paths, strict=True):
+    for image, path in zip(made, paths, strict=True):
         image.save(path)
     return paths
 

@@ -4,6 +4,9 @@ A mask is (B, H, W) in [0, 1], 1 where the image is painted anew. Values between
 run: what is masked by 0.6 starts where a run at denoise 0.6 would start, and keeps as much of
 itself (Levin and Fried, "Differential Diffusion", arXiv 2306.00950). Images are (B, H, W, C) in
 [0, 1].
+
+Masks from outside come in through `mask_for`, or for latents through `without_noise`, which says
+what counts as painted.
 """
 
 from __future__ import annotations
@@ -17,8 +20,30 @@ CELL = 8
 
 FILLS = ("original", "grey", "surroundings")
 
+# What lies this near to 0 or 1 is 0 or 1. Files of 8 bits give such values for what nobody painted:
+# their alpha is off by a rounding (1/255 for grey with alpha), JPEG and mattes of a model leave
+# some more. No run notices the difference: the last of Raw's 28 steps, the shortest of any preset,
+# begins at a time of 1/28, which is more.
+NOISE = 8 / 255
+# The part of it that is rounding. It is what counts for masks that others read in sigma, where
+# Krea 2's first steps lie close to 1.
+ROUNDING = 1 / 255
+
+EMPTY = "The mask is empty: "
+
 # How far the sides of a mask may be from the image's aspect to be scaled to it.
 _SAME_ASPECT = 0.02
+
+
+def without_noise(mask: Tensor, noise: float = NOISE) -> Tensor:
+    """A mask of any shape as it counts: within [0, 1], and wholly 0 or 1 within `noise` of them.
+
+    NaN is 0.
+    """
+    mask = mask.float().nan_to_num(nan=0.0).clamp(0, 1)
+    # Values come as multiples of 1/255 in half precision too.
+    mask = torch.where(mask <= noise + 1e-3, 0.0, mask)
+    return torch.where(mask >= 1 - noise - 1e-3, 1.0, mask)
 
 
 def distance_to(region: Tensor, limit: int) -> Tensor:
@@ -62,7 +87,7 @@ def repaint_mask(mask: Tensor, grow: int = 0, feather: int = 0, soft: bool = Fal
     if feather:
         ramp = 1 - distance_to(core, feather) / (feather + 1)
         result = torch.maximum(result, ramp)
-    return result
+    return without_noise(result)
 
 
 def cell_mask(mask: Tensor) -> Tensor:
@@ -159,14 +184,18 @@ def _halved(part: Tensor) -> Tensor:
 def mask_for(mask: Tensor, image: Tensor) -> Tensor:
     """A mask (1 or B, H, W) in the size of an image (B, H, W, C), scaled where the aspects agree.
 
-    A mask without a batch, (H, W), or with a channel, (B, 1, H, W), is taken as well.
+    A mask without a batch, (H, W), or with a channel, (B, 1, H, W), is taken as well; what counts
+    as painted is said by `without_noise`. A mask that nobody painted has no size of its own
+    (ComfyUI gives 64 x 64 zeros for an image without alpha) and becomes zeros (1, H, W).
     """
     height, width = image.shape[1:3]
     if mask.ndim not in (2, 3, 4) or mask.numel() == 0:
         raise ValueError(
             f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width)."
         )
-    mask = mask.reshape(-1, *mask.shape[-2:]).to(image.device, torch.float32).clamp(0, 1)
+    mask = without_noise(mask.reshape(-1, *mask.shape[-2:]).to(image.device))
+    if not mask.any():
+        return mask.new_zeros(1, height, width)
     rows, columns = mask.shape[-2:]
     if (rows, columns) != (height, width):
         stretch = (width / columns) / (height / rows)
@@ -177,9 +206,8 @@ def mask_for(mask: Tensor, image: Tensor) -> Tensor:
                 "same size, or the same aspect. Paint the mask on this image, or bring both to one "
                 "size with Krea 2 Fit Image."
             )
-        mask = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)[
-            :, 0
-        ].clamp(0, 1)
+        mask = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
+        mask = without_noise(mask)
     if len(mask) > 1 and len(image) > 1 and len(mask) != len(image):
         raise ValueError(
             f"There are {len(mask)} masks for {len(image)} images; expected one, or one an image."

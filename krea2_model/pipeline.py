@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import nano
+from .arguments import asked_sides, negative_list, not_whole, prompt_list, seed_list
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
 from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
-from .pictures import OUTPUT_TYPES, Picture, fit, pixels_of, shrink, to_output
+from .pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output
 from .prompt_images import (
     MAX_SIDE,
     PromptImage,
@@ -32,7 +32,7 @@ from .prompt_weights import parse_weights, plain_prompt, token_weights
 from .references import TIME_ZERO, Reference
 from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
-from .sizes import round_size
+from .sizes import is_far, round_size
 from .taps import weigh_taps
 from .text_attention import NegativeGuidance, TextStates
 from .text_encoder import Qwen3VLTextEncoder
@@ -195,8 +195,8 @@ class Krea2Pipeline:
         height, width: pixels, rounded up to multiples of 16; None is the size the checkpoint is
             made for, 1024.
         steps, guidance: None takes the checkpoint's preset. guidance is in Krea's convention,
-            `v = cond + guidance * (cond - uncond)`; ComfyUI's cfg is guidance + 1.
-        seed: an int (image i uses seed + i) or one a image.
+            `v = cond + guidance * (cond - uncond)`, 0 to 100; ComfyUI's cfg is guidance + 1.
+        seed: an int from 0 to 2**64 - 1 (image i uses seed + i) or one an image.
         latents: noise to start from, (B, 16, height / 8, width / 8), instead of seeds; gives the
             size where height and width are left at their defaults.
         prompt_embeds, negative_prompt_embeds: taps (B, L, 12, text width) instead of prompts,
@@ -207,14 +207,15 @@ class Krea2Pipeline:
             (B, 3, H, W) in [0, 1]; "latent": (B, 16, h, w), normalised.
         callback: called as `callback(step, latents, predicted)` after each step.
         evaluate_every: 2 or more leaves the model out of later steps: faster and not exact.
-        guidance_schedule: at which sigmas guidance counts, and how much.
+        guidance_schedule: in which part of the schedule guidance counts, and how much.
         prompt_weights: read `(word:1.3)` in prompts as weights, see `prompt_weights`; off, prompts
             reach the model as they are written.
         negative_guidance: leads away from the negative prompt also at guidance 0 (Turbo), by
             normalised attention guidance.
         tap_weights: 12 weights of the encoder's layers in the prompt; see `taps`.
         images: up to eight that the text encoder sees in front of every prompt, not of negatives:
-            PIL images, tensors (3 or 4, H, W) in [0, 1], or `PromptImage` with role and strength.
+            PIL images, paths, tensors (3 or 4, H, W) in [0, 1], or `PromptImage` with role and
+            strength.
             The vision tower is read from the encoder's file on first use.
         image_labels: number them, `Picture 1: `, as LoRAs that read images were trained.
         max_image_side: those with more pixels than a square of this side are made smaller.
@@ -229,19 +230,25 @@ class Krea2Pipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {OUTPUT_TYPES}.")
-        if _not_whole(num_images) or num_images < 1:
+        if not_whole(num_images) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}; expected a whole number from 1 up.")
-        prompts = _prompt_list(prompt, prompt_embeds)
+        prompts = prompt_list(prompt, prompt_embeds)
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         batch = count * num_images
 
+        # Before anything is computed, since a picture may be none.
+        seen = [_fitted(image, max_image_side) for image in images or ()]
+        if seen and prompts is None:
+            raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
+        looked_at = [_reference(each, max_reference_megapixels) for each in references or ()]
         start = None
         if start_image is not None:
-            start = fit(pixels_of(start_image, "start_image"), *_asked(width, height))
+            start = fit(pixels_of(start_image, "start_image"), *asked_sides(width, height))
             height, width = start.shape[1:]
         elif denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         noise = self._noise(latents, batch, height, width, seed)
+        self._warn_of_size(*(self.vae.config.downscale * side for side in noise.shape[-2:]))
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if sigmas is None:
             tokens = grid_size(noise, self.transformer.config.patch_size)
@@ -255,9 +262,6 @@ class Krea2Pipeline:
 
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
-        seen = [_fitted(image, max_image_side) for image in images or ()]
-        if seen and prompts is None:
-            raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         reading = (max_sequence_length, prompt_weights, num_images)
         positive = self._text(
             prompts, prompt_embeds, prompt_embeds_mask, *reading, tap_weights=tap_weights,
@@ -265,7 +269,7 @@ class Krea2Pipeline:
         )  # fmt: skip
         negative = None
         if guidance > 0 or negative_guidance is not None:
-            negatives = _negative_list(negative_prompt, negative_prompt_embeds, count)
+            negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
             negative = self._text(
                 negatives, negative_prompt_embeds, negative_prompt_embeds_mask, *reading, batch
             )
@@ -280,10 +284,7 @@ class Krea2Pipeline:
             evaluate_every=evaluate_every,
             guidance_schedule=guidance_schedule,
             negative_guidance=negative_guidance,
-            references=[
-                self._reference(each, max_reference_megapixels).to(noise)
-                for each in references or ()
-            ],
+            references=[self._encoded(each).to(noise) for each in looked_at],
             reference_method=reference_method,
             references_apart=references_apart,
         ):
@@ -293,6 +294,15 @@ class Krea2Pipeline:
         if output_type == "latent":
             return result
         return to_output(self.decode(result), output_type)
+
+    def _warn_of_size(self, height: int, width: int) -> None:
+        size = self.preset.size
+        if is_far(width, height, size):
+            logger.warning(
+                "%d x %d px is far from the %d x %d this checkpoint was trained at; expect "
+                "repeated or broken shapes.",
+                width, height, size, size,
+            )  # fmt: skip
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
@@ -362,11 +372,11 @@ class Krea2Pipeline:
         states = text.repeat_interleave(repeats, dim=0)
         return TextStates(states, repeated(mask), repeated(weights))
 
-    def _reference(self, given: Reference | Picture, megapixels: float) -> Reference:
-        if isinstance(given, Reference):
-            return given
-        pixels = shrink(pixels_of(given, "an entry of references"), megapixels)
-        return Reference(self.encode(pixels[None]))
+    def _encoded(self, prepared: Reference | Tensor) -> Reference:
+        """A reference, of pixels (3, H, W) or with latents of its own."""
+        if isinstance(prepared, Reference):
+            return prepared
+        return Reference(self.encode(prepared[None]))
 
     def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
         """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
@@ -377,7 +387,7 @@ class Krea2Pipeline:
         channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
         shape = (batch, channels, size[0] // downscale, size[1] // downscale)
         if latents is None:
-            seeds = _seed_list(seed, batch)
+            seeds = seed_list(seed, batch)
             noise = [
                 torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
             ]
@@ -393,64 +403,18 @@ class Krea2Pipeline:
         return latents.to(_device(self.transformer), torch.float32)
 
 
+def _reference(given: Reference | Picture, megapixels: float) -> Reference | Tensor:
+    """A reference with latents of its own, or the pixels (3, H, W) of one."""
+    if isinstance(given, Reference):
+        return given
+    return as_reference(pixels_of(given, "an entry of references"), megapixels)
+
+
 def _fitted(image: PromptImage | Picture, max_side: int) -> PromptImage:
     """An image of a prompt at the size the vision tower sees it."""
     if not isinstance(image, PromptImage):
         image = PromptImage(pixels_of(image, "an entry of images"))
     return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
-
-
-def _asked(*sides: int | None) -> list[int | None]:
-    """Sides in pixels as they will be; one of two is not enough to crop by."""
-    if sides.count(None) == 1:
-        raise ValueError("Give both height and width with start_image, or neither.")
-    return [
-        None if side is None else round_size(name, side)
-        for name, side in zip(("width", "height"), sides, strict=True)
-    ]
-
-
-def _prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:
-    if (prompt is None) == (embeds is None):
-        raise ValueError("Give either prompt or prompt_embeds, and not both.")
-    if embeds is not None:
-        return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"prompt is {prompt!r}; expected a text or a list of texts.")
-    return prompts
-
-
-def _negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | None:
-    if embeds is not None:
-        if len(embeds) not in (1, count):
-            raise ValueError(
-                f"negative_prompt_embeds has {len(embeds)} entries; expected 1 or {count}."
-            )
-        return None
-    negative = "" if negative is None else negative
-    negatives = [negative] * count if isinstance(negative, str) else list(negative)
-    if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
-        raise ValueError(
-            f"negative_prompt is {negative!r}; expected a text or a list of {count} texts, one a "
-            "prompt."
-        )
-    return negatives
-
-
-def _seed_list(seed, batch: int) -> list[int]:
-    if not _not_whole(seed):
-        return [int(seed) + i for i in range(batch)]
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else []
-    if len(seeds) != batch or any(map(_not_whole, seeds)):
-        raise ValueError(
-            f"seed is {seed!r}; expected a whole number or a list of {batch}, one an image."
-        )
-    return [int(s) for s in seeds]
-
-
-def _not_whole(value) -> bool:
-    return isinstance(value, bool) or not isinstance(value, (int, np.integer))
 
 
 def _device(module: nn.Module) -> torch.device:

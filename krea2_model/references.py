@@ -33,7 +33,7 @@ class Reference:
     latents: (B or 1, C, h, w), normalised; of any size.
     index: place on the first rotary axis, 1 or more; None is its place in the list.
     strength: 1 leaves attention as it is, 0 leaves the reference out.
-    start, end: the part of the steps in which it is there, as fractions of them.
+    start, end: the parts of the schedule's time between which it is there, see `guidance`.
 
     Raises ValueError for values out of range.
     """
@@ -55,22 +55,22 @@ class Reference:
             )
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(
-                f"A reference is there from {self.start!r} to {self.end!r} of the steps; expected "
-                "0 <= start <= end <= 1."
+                f"A reference is there from {self.start!r} to {self.end!r} of the schedule; "
+                "expected 0 <= start <= end <= 1."
             )
 
     def to(self, like: Tensor) -> Reference:
         """With latents on the device and in the dtype of a tensor."""
         return replace(self, latents=self.latents.to(like))
 
-    def is_there(self, time: float, first: float | None = None, last: float | None = None) -> bool:
-        """Whether a step that begins at a time looks at it.
+    def is_there(self, sigma: float, first: float | None = None, last: float | None = None) -> bool:
+        """Whether a step that begins at a sigma looks at it.
 
-        first, last: the schedule's times at `start` and `end`; None for evenly spaced steps.
+        first, last: the schedule's sigmas at `start` and `end`; None for one without a shift.
         """
         first = 1 - self.start if first is None else first
         last = 1 - self.end if last is None else last
-        return self.strength > 0 and in_window(time, first, last)
+        return self.strength > 0 and in_window(sigma, first, last)
 
 
 def placed(references: Sequence[Tensor | Reference] | None) -> list[Reference]:

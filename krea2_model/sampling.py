@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .config import Preset
 from .forecast import Forecast
-from .guidance import ALWAYS, GuidanceSchedule, rescaled
+from .guidance import ALWAYS, GuidanceSchedule, SigmaAt, rescaled, unshifted
 from .hooks import AttentionHooks
 from .references import TIME_ZERO, RecordedReferences, Reference
 from .text_attention import NegativeGuidance, TextAttention, TextStates
@@ -26,7 +27,10 @@ _MU_TOKENS = (256, 6400)
 _MU_VALUES = (0.5, 1.15)
 
 # Far beyond any use, and what floating point still takes.
-MAX_STEPS, MAX_MU = 10_000, 100
+MAX_STEPS, MAX_MU, MAX_GUIDANCE = 10_000, 100, 100.0
+
+# What torch and ComfyUI take.
+MAX_SEED = 2**64 - 1
 
 FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
 
@@ -52,6 +56,37 @@ def unshift_time(sigma: float, mu: float) -> float:
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma is {sigma!r}; expected a number from 0 (image) to 1 (noise).")
     return 1 / (1 + math.exp(mu) * (1 / sigma - 1)) if sigma > 0 else 0.0
+
+
+def schedule_of(
+    sigmas: Sequence[float], preset: Preset | None = None, image_tokens: int = 4096
+) -> SigmaAt:
+    """The sigma at each part of the time of the schedule that a run's sigmas belong to.
+
+    What `sigma_schedule` made tells its mu. Of other sigmas, and where there are too few to tell,
+    the mu is the checkpoint's: that of its preset, or by size.
+    """
+    mu = _mu_of(sigmas)
+    if mu is None:
+        mu = preset.mu if preset is not None and preset.mu is not None else shift_mu(image_tokens)
+    return lambda part: shift_time(1.0 - part, mu)
+
+
+def _mu_of(sigmas: Sequence[float]) -> float | None:
+    """The exponent of what `sigma_schedule(steps, mu, denoise)` made, None for other sigmas."""
+    steps = len(sigmas) - 1
+    if steps < 2:
+        return None
+    # A time t has 1/t = 1 + e^mu (1/sigma - 1), and the first and the last step's are as steps : 1.
+    first, last = 1 / min(1.0, sigmas[0]) - 1, 1 / sigmas[-2] - 1
+    grown = last - steps * first
+    if grown <= 0:
+        return None
+    mu = math.log((steps - 1) / grown)
+    denoise = 1 / (1 + math.exp(mu) * first)
+    made = (shift_time(denoise * (1 - i / steps), mu) for i in range(steps + 1))
+    same = all(abs(a - b) < 1e-5 for a, b in zip(made, sigmas, strict=True))
+    return mu if same else None
 
 
 def sigma_schedule(steps: int, mu: float, denoise: float = 1.0) -> list[float]:
@@ -85,13 +120,20 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
 
 
 def check_guidance(guidance: float) -> float:
-    """Guidance as a float. Raises ValueError where it is not a finite number of 0 or more."""
-    if not math.isfinite(guidance) or guidance < 0:
+    """Guidance as a float. Raises ValueError where it is not a number from 0 to `MAX_GUIDANCE`."""
+    if not 0 <= guidance <= MAX_GUIDANCE:  # NaN too
         raise ValueError(
-            f"guidance is {guidance!r}; expected 0 (off) or more, in Krea's convention: "
-            "v = cond + guidance * (cond - uncond), which is ComfyUI's cfg - 1."
+            f"guidance is {guidance!r}; expected 0 (off) or more, up to {MAX_GUIDANCE:g}, in "
+            "Krea's convention: v = cond + guidance * (cond - uncond), which is ComfyUI's cfg - 1."
         )
     return float(guidance)
+
+
+def check_seed(seed: int) -> int:
+    """A seed as an int. Raises ValueError where it is not a whole number from 0 to `MAX_SEED`."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {MAX_SEED}.")
+    return int(seed)
 
 
 def denoise(
@@ -120,7 +162,9 @@ def denoise(
         unless the user asks for another).
     evaluate_every: 2 or more leaves the model out of later steps, which is faster and not exact,
         see `forecast`.
-    guidance_schedule: at which sigmas guidance counts, and how much; all of it everywhere.
+    guidance_schedule: in which part of the schedule guidance counts, and how much; all of it
+        everywhere. This and the windows of references and of negative_guidance are parts of the
+        schedule's time, see `guidance` and `schedule_of`.
     negative_guidance: leads away from the negative inside attention, also at guidance 0.
     references, reference_method: images to look at, see `Krea2Transformer` and `Reference`.
     references_apart: they see themselves alone, so they are gone through once and not at each
@@ -148,6 +192,8 @@ def denoise(
             f"{TIME_ZERO!r}, since otherwise they change with every step."
         )
     forecast = Forecast(len(sigmas) - 1, evaluate_every)
+    rows, columns = (-(-side // 2) for side in noise.shape[-2:])
+    sigma_at = schedule_of(sigmas, getattr(transformer, "preset", None), rows * columns)
     texts = _text_states(positive), _text_states(negative)
     beside = _References(references or (), reference_method, references_apart)
     return _euler(
@@ -160,6 +206,7 @@ def denoise(
         guidance_schedule,
         negative_guidance,
         beside,
+        sigma_at,
     )
 
 
@@ -228,21 +275,24 @@ def _euler(
     schedule=ALWAYS,
     negative_guidance=None,
     references=None,
+    sigma_at=unshifted,
 ):
-    steps = len(sigmas) - 1
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
         with torch.no_grad():
             if forecast.leaves_out(step - 1):
                 velocity = forecast.velocity(sigma)
             else:
-                inside, time = negative_guidance, 1 - (step - 1) / steps
-                if inside is not None and not inside.works_at(time):
+                inside = negative_guidance
+                if inside is not None and not inside.works_at(
+                    sigma, sigma_at(inside.start), sigma_at(inside.end)
+                ):
                     inside = None
                 beside = {}
                 if references is not None:
-                    beside = references.at(time, transformer, texts[0].states.dtype)
+                    beside = references.at(sigma, sigma_at, transformer, texts[0].states.dtype)
+                factor, rescale = schedule.factor(sigma, sigma_at), schedule.rescale
                 velocity = _velocity(
-                    transformer, latents, sigma, texts, guidance, schedule, inside, **beside
+                    transformer, latents, sigma, texts, guidance * factor, rescale, inside, **beside
                 )
                 forecast.note(sigma, velocity)
             if not torch.isfinite(velocity).all():
@@ -265,9 +315,15 @@ class _References:
         self._method, self._apart = method, apart
         self._recorded: dict[tuple[int, ...], RecordedReferences] = {}
 
-    def at(self, time: float, transformer: Krea2Transformer, dtype: torch.dtype) -> dict:
-        """What a step that begins at a time is called with."""
-        there = [at for at, reference in enumerate(self._references) if reference.is_there(time)]
+    def at(
+        self, sigma: float, sigma_at: SigmaAt, transformer: Krea2Transformer, dtype: torch.dtype
+    ) -> dict:
+        """What a step that begins at a sigma of a schedule is called with."""
+        there = [
+            at
+            for at, reference in enumerate(self._references)
+            if reference.is_there(sigma, sigma_at(reference.start), sigma_at(reference.end))
+        ]
         references = [self._references[at] for at in there]
         if not references:
             return {}
@@ -284,12 +340,12 @@ def _velocity(
     sigma,
     texts,
     guidance,
-    schedule,
+    rescale,
     inside,
     recorded=None,
     **beside,
 ) -> Tensor:
-    """`cond + guidance * (cond - uncond)` in float32, as far as the schedule lets it count.
+    """`cond + guidance * (cond - uncond)` in float32, rescaled.
 
     `inside` guides the attention of cond; `beside` are the references of the call.
     """
@@ -305,11 +361,10 @@ def _velocity(
 
     positive, negative = texts
     conditional = velocity(positive, None if inside is None else negative)
-    guidance = guidance * schedule.factor(sigma)
     if guidance == 0:
         return conditional
     guided = conditional + guidance * (conditional - velocity(negative))
-    return rescaled(guided, conditional, schedule.rescale)
+    return rescaled(guided, conditional, rescale)
 
 
 def _text_states(text: FusedText | None) -> TextStates | None:

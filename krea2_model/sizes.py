@@ -37,6 +37,18 @@ def round_size(name: str, pixels: int) -> int:
     return rounded
 
 
+def is_far(width: int, height: int, size: int) -> bool:
+    """Whether an image is far from the square of a side that a checkpoint was trained at.
+
+    The released model paints up to four times that area well. A small one (krea2-nano) has seen one
+    area, and sides of up to 5 : 3.
+    """
+    area = width * height / size**2
+    if size >= 512:
+        return area > 4
+    return not (0.75 <= area <= 1.25 and max(width, height) <= 5 / 3 * min(width, height))
+
+
 def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
     """Width and height, in multiples of 16, nearest to an aspect ratio and an area.
 

@@ -32,7 +32,7 @@ class NegativeGuidance:
     scale (phi): how far to lead away from the negative, 0 not at all.
     limit (tau): how many times as large as without it the result may become.
     blend (alpha): the share of the result in what the image gets, 0 not at all.
-    start, end: the part of the steps in which it works, as fractions of them.
+    start, end: the parts of the schedule's time between which it works, see `guidance`.
 
     Raises ValueError for values out of range.
     """
@@ -60,14 +60,14 @@ class NegativeGuidance:
     def is_off(self) -> bool:
         return self.scale == 0 or self.blend == 0 or self.start >= self.end
 
-    def works_at(self, time: float, first: float | None = None, last: float | None = None) -> bool:
-        """Whether a step that begins at a time is among those of `start` to `end`.
+    def works_at(self, sigma: float, first: float | None = None, last: float | None = None) -> bool:
+        """Whether a step that begins at a sigma is among those of `start` to `end`.
 
-        first, last: the schedule's times at `start` and `end`; None for evenly spaced steps.
+        first, last: the schedule's sigmas at `start` and `end`; None for one without a shift.
         """
         first = 1 - self.start if first is None else first
         last = 1 - self.end if last is None else last
-        return not self.is_off and in_window(time, first, last)
+        return not self.is_off and in_window(sigma, first, last)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,10 @@ class K2NegativeGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The part of the steps after which it begins.",
+                    tooltip=(
+                        "The part of the schedule's time after which it begins, as in ComfyUI: a "
+                        "run at denoise 0.6 begins at 0.4."
+                    ),
                 ),
                 io.Float.Input(
                     "end",
@@ -55,8 +58,10 @@ class K2NegativeGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The part of the steps after which it ends; later steps cost nothing "
-                    "more. What is in the picture is settled early.",
+                    tooltip=(
+                        "The part of the schedule's time after which it ends; later steps cost "
+                        "nothing more. What is in the picture is settled early."
+                    ),
                 ),
                 io.Float.Input(
                     "limit",

@@ -79,8 +79,7 @@ class K2FitImage(io.ComfyNode):
 
         image = colours(image)
         rows, columns = image.shape[1:3]
-        # Load Image gives a small black mask where an image has none.
-        unmasked = mask is None or not mask.any()
+        unmasked = mask is None
         mask = torch.zeros(1, rows, columns).to(image) if unmasked else mask_for(mask, image)
         width, height = fitted_size(columns, rows, megapixels, aspect)
         image, mask = fitted(image, mask, width, height, mode, padding)

@@ -94,13 +94,19 @@ class K2Inpaint(io.ComfyNode):
         import torch
 
         from ..krea2_model.framing import colours, whole_tokens
-        from ..krea2_model.masks import cell_mask, filled, mask_for, repaint_mask
+        from ..krea2_model.masks import EMPTY, cell_mask, filled, mask_for, repaint_mask
 
         vae, image = given_vae(vae), colours(image)
-        used = repaint_mask(mask_for(mask, image), grow, feather, soft)
+        mask = mask_for(mask, image)
+        used = repaint_mask(mask, grow, feather, soft)
         if not used.any():
+            if mask.any():
+                raise ValueError(
+                    f"Nothing is masked by half or more (at most {mask.max():.2f}), and soft is "
+                    "off: nothing would be painted. Switch soft on, or paint a stronger mask."
+                )
             raise ValueError(
-                "The mask is empty: nothing would be painted. Paint a mask (Open in Mask Editor), "
+                f"{EMPTY}nothing would be painted. Paint a mask (Open in Mask Editor), "
                 "or encode the image with Encode with the Krea 2 VAE to change all of it."
             )
         count = max(len(image), len(used))
@@ -141,10 +147,10 @@ class K2Composite(io.ComfyNode):
     @classmethod
     def execute(cls, original, painted, mask, feather=8):
         from ..krea2_model.framing import aligned, colours
-        from ..krea2_model.masks import composite, mask_for
+        from ..krea2_model.masks import composite
 
         painted = colours(painted).to(original.device)
-        painted, mask = aligned(original, painted, mask_for(mask, original))
+        painted, mask = aligned(original, painted, _painted_mask(mask, original))
         return io.NodeOutput(composite(original, painted, mask, feather))
 
 
@@ -236,4 +242,20 @@ class K2Stitch(io.ComfyNode):
     def execute(cls, stitch, painted, mask=None, feather=8):
         from ..krea2_model.framing import colours, stitched
 
-        return io.NodeOutput(stitched(stitch, colours(painted), feather, mask))
+        painted = colours(painted)
+        if mask is not None:
+            mask = _painted_mask(mask, painted)
+        return io.NodeOutput(stitched(stitch, painted, feather, mask))
+
+
+def _painted_mask(mask, image):
+    """A mask in the size of an image. Raises ValueError where nothing of it is painted."""
+    from ..krea2_model.masks import EMPTY, mask_for
+
+    mask = mask_for(mask, image)
+    if not mask.any():
+        raise ValueError(
+            f"{EMPTY}nothing of the painted image would be seen. Connect the mask of Krea 2 "
+            "Inpaint, or paint one (Open in Mask Editor)."
+        )
+    return mask

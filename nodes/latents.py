@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.sizes import ASPECTS, MAX_SIZE, MULTIPLE, check_size, round_size, size_for
+from .limits import check_limits, verdict
 
 CUSTOM = "custom"
 
@@ -68,7 +69,7 @@ class K2EmptyLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, aspect=None, megapixels=None, width=None, height=None):
-        try:
+        def check():
             if aspect is not None and aspect not in (*ASPECTS, CUSTOM):
                 raise ValueError(
                     f"aspect is {aspect!r}; expected one of {', '.join((*ASPECTS, CUSTOM))}."
@@ -78,15 +79,15 @@ class K2EmptyLatent(io.ComfyNode):
             for name, pixels in (("width", width), ("height", height)):
                 if pixels is not None:
                     check_size(name, pixels)
-        except ValueError as error:
-            return str(error)
-        return True
+
+        return verdict(cls, check, megapixels=megapixels, width=width, height=height)
 
     @classmethod
     def execute(cls, aspect="1:1", megapixels=1.0, width=1024, height=1024, batch=1, swap=False):
         import comfy.model_management
         import torch
 
+        check_limits(cls, megapixels=megapixels, width=width, height=height, batch=batch)
         if aspect != CUSTOM:
             width, height = size_for(aspect, megapixels)
         if swap:

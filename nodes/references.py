@@ -3,8 +3,8 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.references import SHARED_TIME, TIME_ZERO, Reference
-from ..krea2_model.sizes import shrunk_size
 from .latents import given_vae
+from .limits import check_limits, verdict
 from .reports import reference_report
 
 # What LoRAs of each family were trained with; their weights do not tell.
@@ -61,7 +61,10 @@ class K2Reference(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="The part of the steps after which it comes in.",
+                    tooltip=(
+                        "The part of the schedule's time after which it comes in, as in ComfyUI: "
+                        "a run at denoise 0.6 begins at 0.4."
+                    ),
                 ),
                 io.Float.Input(
                     "end",
@@ -70,7 +73,7 @@ class K2Reference(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="The part of the steps after which it is left out.",
+                    tooltip="The part of the schedule's time after which it is left out.",
                 ),
                 io.Combo.Input(
                     "fit",
@@ -125,16 +128,15 @@ class K2Reference(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strength=None, start=None, end=None, index=None):
-        try:
+        def check():
             _check_settings(
                 1.0 if strength is None else strength,
                 0.0 if start is None else start,
                 1.0 if end is None else end,
                 index or 0,
             )
-        except ValueError as error:
-            return str(error)
-        return True
+
+        return verdict(cls, check, strength=strength, start=start, end=end, index=index)
 
     @classmethod
     def execute(
@@ -156,6 +158,7 @@ class K2Reference(io.ComfyNode):
         from .managed.references import add_references
 
         _check_settings(strength, start, end, index)
+        check_limits(cls, strength=strength, megapixels=megapixels)
         if family not in FAMILIES:
             raise ValueError(f"family is {family!r}; expected one of {', '.join(FAMILIES)}.")
         method = FAMILIES[family]
@@ -188,19 +191,19 @@ def _fitted(image, fit: str, megapixels: float, latent):
     import torch
 
     from ..krea2_model.framing import fitted
+    from ..krea2_model.pictures import as_reference
     from .managed.vision import pictures
 
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}.")
-    images = torch.stack([picture.movedim(0, -1) for picture in pictures(image)])
     if fit == KEEP_SHAPE:
-        width, height = shrunk_size(image.shape[2], image.shape[1], megapixels)
-    elif latent is None:
+        return [as_reference(picture, megapixels).movedim(0, -1) for picture in pictures(image)]
+    images = torch.stack([picture.movedim(0, -1) for picture in pictures(image)])
+    if latent is None:
         raise ValueError(
             f"fit is {fit!r} but latent is not connected. Connect the sampler's latent, or choose "
             f"{KEEP_SHAPE!r}."
         )
-    else:
-        height, width = (8 * side for side in latent["samples"].shape[-2:])
+    height, width = (8 * side for side in latent["samples"].shape[-2:])
     mode = "crop" if fit == CROP else "stretch"
     return fitted(images, images[..., 0], width, height, mode)[0]

@@ -47,6 +47,18 @@ def size_report(width: int, height: int, tokens: int, images: int = 1) -> str:
     return f"{batch}{width} x {height} px, {tokens} tokens"
 
 
+def far_size_report(size: int) -> str:
+    """For an image of another size than a checkpoint knows, one side of which is `size`."""
+    return f"trained at {size} x {size} px:\nexpect repeated or broken shapes"
+
+
+def unused_negative_report(negative) -> str:
+    """For a negative at guidance 0, where nobody reads it; empty where it says nothing."""
+    if all(states.shape[1] <= SUFFIX_TOKENS for states, _ in negative):
+        return ""
+    return "not used: negative, at guidance 0\n(Krea 2 Negative without Guidance would)"
+
+
 def reference_report(width: int, height: int, strength: float) -> str:
     """One reference: its size as encoded and the tokens it adds to every step."""
     tokens = image_tokens(width, height)

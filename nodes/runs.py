@@ -3,9 +3,17 @@
 import logging
 
 from ..krea2_model.config import PRESETS, Preset
-from ..krea2_model.masks import remaining_mask
-from ..krea2_model.sampling import check_guidance, shift_mu, sigma_schedule, unshift_time
-from .reports import size_report
+from ..krea2_model.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
+from ..krea2_model.sampling import (
+    MAX_SEED,
+    check_guidance,
+    shift_mu,
+    sigma_schedule,
+    unshift_time,
+)
+from ..krea2_model.sizes import is_far
+from .reports import far_size_report, size_report
+from .single_images import conditioning_of, latent_of, model_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,13 @@ def check_model(model) -> None:
             f"The model is {family.__name__}; expected Krea 2. Connect Load Krea 2, or use a "
             "sampler for that family."
         )
+
+
+def has_other_negative(model) -> bool:
+    """Whether Krea 2 Negative without Guidance gives the model a negative."""
+    from .managed.texts import NEGATIVE_GUIDANCE
+
+    return NEGATIVE_GUIDANCE in model.model_options.get("transformer_options", {})
 
 
 def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
@@ -62,16 +77,21 @@ def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
     return shift_mu(tokens)
 
 
-def warn_of_size(model, samples) -> None:
-    """Say where an image has over four times the area the checkpoint is made for."""
+def warn_of_size(model, samples) -> str:
+    """Say where an image is far from what the checkpoint is made for, in the log.
+
+    Returns what the node shows, empty where all is well.
+    """
     known = getattr(model.model, "preset", None)
     height, width = (8 * side for side in samples.shape[-2:])
-    if known is not None and width * height > 4 * known.size**2:
-        logger.warning(
-            "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
-            "or broken shapes.",
-            width, height, known.size, known.size,
-        )  # fmt: skip
+    if known is None or not is_far(width, height, known.size):
+        return ""
+    logger.warning(
+        "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
+        "or broken shapes.",
+        width, height, known.size, known.size,
+    )  # fmt: skip
+    return far_size_report(known.size)
 
 
 def _measures(samples) -> str:
@@ -148,20 +168,57 @@ def noise_for(start, seed: int, latent, seeds: str = ONE_STREAM):
     import comfy.sample
     import torch
 
-    numbers = latent.get("batch_index")
     if seeds == ONE_STREAM:
-        return comfy.sample.prepare_noise(start, seed, numbers)
+        return comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     if seeds != ONE_EACH:
         raise ValueError(f"seeds is {seeds!r}; expected {ONE_STREAM} or {ONE_EACH}.")
+    own = seeds_of(start, seed, latent)
+    return torch.cat([comfy.sample.prepare_noise(start[:1], one) for one in own])
+
+
+def seeds_of(start, seed: int, latent) -> list[int]:
+    """The seed of each image of a batch: seed + i, or by the numbers that the latent has."""
+    numbers = latent.get("batch_index")
     numbers = range(len(start)) if numbers is None else numbers
     # ComfyUI's seeds are 64 bits wide.
-    return torch.cat([comfy.sample.prepare_noise(start[:1], (seed + n) % 2**64) for n in numbers])
+    return [(seed + int(number)) % (MAX_SEED + 1) for number in numbers]
 
 
 def with_samples(latent, samples):
     """A latent with other samples, of which its hints for empty ones are no longer true."""
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
     return {**kept, "samples": samples}
+
+
+def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, **options):
+    """As `sample`, the images of the batch one after the other, each with its own seed.
+
+    seed is that of the first; see `single_images`.
+    """
+    import torch
+
+    latent, seed, total = (options.pop(name) for name in ("latent", "seed", "total"))
+    samples = []
+    for index, own in enumerate(seeds_of(start, seed, latent)):
+        one = slice(index, index + 1)
+        samples.append(
+            sample(
+                model_of(model, index),
+                conditioning_of(positive, index),
+                conditioning_of(negative, index),
+                start[one],
+                noise[one],
+                sigmas.clone(),  # which is how a run is told from the one before
+                guidance,
+                mu,
+                latent=latent_of(latent, index),
+                seed=own,
+                total=total * len(start),
+                before=total * index,
+                **options,
+            )
+        )
+    return torch.cat(samples)
 
 
 def sample(
@@ -194,6 +251,7 @@ def sample(
     from .managed.memory import advise
 
     model = shifted(model, mu)
+    mask = _noise_mask(latent, model)
     if latent.get(SOFT_MASK) and "denoise_mask_function" not in model.model_options:
         model.set_model_denoise_mask_function(_soft_mask(mu))
     guider = comfy.samplers.CFGGuider(model)
@@ -220,18 +278,33 @@ def sample(
             start,
             comfy.samplers.sampler_object(sampler),
             sigmas,
-            denoise_mask=_noise_mask(latent),
+            denoise_mask=mask,
             callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
+            # ComfyUI's samplers add 1 to what they draw noise from, which the last seed has not.
+            seed=min(seed, MAX_SEED - 1),
         )
     return samples.to(comfy.model_management.intermediate_device())
 
 
-def _noise_mask(latent):
+def check_mask(latent) -> None:
+    """Raise ValueError where a latent has a mask and none of its images anything painted."""
+    mask = latent.get("noise_mask")
+    if mask is not None and not without_noise(mask, ROUNDING).any():
+        raise ValueError(
+            f"{EMPTY}nothing of the latent would be painted. Paint a mask (Open in Mask Editor), "
+            "or leave out the node that set it, such as Set Latent Noise Mask."
+        )
+
+
+def _noise_mask(latent, model):
     """The latent's mask with an axis for frames, without which ComfyUI takes masks for frames."""
     mask = latent.get("noise_mask")
-    return mask if mask is None or mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
+    if mask is None:
+        return None
+    others = "denoise_mask_function" in model.model_options
+    mask = without_noise(mask, ROUNDING if others else NOISE)
+    return mask if mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
 
 
 def _soft_mask(mu: float):

@@ -3,9 +3,21 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
-from ..krea2_model.sampling import check_guidance, sigma_schedule, unshift_time
+from ..krea2_model.sampling import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    check_guidance,
+    sigma_schedule,
+)
 from ..krea2_model.sizes import MAX_SIZE, check_size, image_tokens, round_size
-from .reports import sampling_report, shift_report, size_report, unused_report
+from .limits import check_limits, verdict
+from .reports import (
+    sampling_report,
+    shift_report,
+    size_report,
+    unused_negative_report,
+    unused_report,
+)
 from .runs import (
     AUTO,
     BY_SIZE,
@@ -13,12 +25,15 @@ from .runs import (
     FIXED,
     ONE_EACH,
     ONE_STREAM,
+    check_mask,
     check_model,
+    has_other_negative,
     latent_report,
     latent_tokens,
     noise_for,
     preset_of,
     sample,
+    sample_each,
     schedule,
     shift_exponent,
     shifted,
@@ -26,6 +41,7 @@ from .runs import (
     warn_of_size,
     with_samples,
 )
+from .single_images import SIDE_BY_SIDE
 
 TURBO_MU = PRESETS["turbo"].mu
 
@@ -120,7 +136,7 @@ class K2Sampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="The noise to start from.",
                 ),
@@ -129,7 +145,7 @@ class K2Sampler(io.ComfyNode):
                     "guidance",
                     default=4.5,
                     min=0.0,
-                    max=100.0,
+                    max=MAX_GUIDANCE,
                     step=0.1,
                     round=0.01,
                     tooltip=(
@@ -155,7 +171,8 @@ class K2Sampler(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "For batches: the whole batch from one seed, as ComfyUI does, or image i "
-                        "from seed + i, which is the image that this seed makes alone."
+                        "from seed + i, which is the image that this seed makes alone. Samplers "
+                        "that draw noise then make one image after the other."
                     ),
                 ),
                 _START_INPUT,
@@ -165,7 +182,8 @@ class K2Sampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, steps=None, guidance=None, denoise=None, mu=None, start_sigma=None):
-        return _check_settings(steps, guidance, denoise, mu, start_sigma)
+        known = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
+        return verdict(cls, lambda: _check_settings(**known), **known, start_sigma=start_sigma)
 
     @classmethod
     def execute(
@@ -186,19 +204,25 @@ class K2Sampler(io.ComfyNode):
         start_sigma=0.0,
     ):
         check_model(model)
+        numbers = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
+        check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers)
+        check_mask(latent)
         settings = preset_of(model, preset, steps, guidance)
         if settings.guidance > 0 and negative is None:
+            found = settings.name if preset == settings.name else f"{preset}: {settings.name}"
+            widget = "guidance 0" if preset == CUSTOM else "preset custom with guidance 0"
             raise ValueError(
-                f"Guidance is {settings.guidance} (preset {settings.name}) but nothing is "
+                f"Guidance is {settings.guidance} (preset {found}) but nothing is "
                 "connected to negative. Connect the negative output of Krea 2 Prompt (an empty "
-                "text is fine), or choose guidance 0."
+                f"text is fine), or choose {widget}."
             )
         start = start_of(model, latent)
-        warn_of_size(model, start)
+        far = warn_of_size(model, start)
         exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
         sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
         noise = noise_for(start, seed, latent, seeds)
-        samples = sample(
+        alone = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
+        samples = (sample_each if alone else sample)(
             model,
             positive,
             negative,
@@ -213,6 +237,10 @@ class K2Sampler(io.ComfyNode):
             total=settings.steps,
         )
         report = [sampling_report(preset, settings, exponent, sigmas), latent_report(start)]
+        if far:
+            report.append(far)
+        if settings.guidance == 0 and negative is not None and not has_other_negative(model):
+            report += filter(None, [unused_negative_report(negative)])
         if start_sigma and denoise != 1:
             report.append(f"not used: denoise {denoise:g}\n(start_sigma counts)")
         given = Preset(CUSTOM, steps, guidance, None)
@@ -249,7 +277,8 @@ class K2Sigmas(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, steps=None, denoise=None, mu=None, start_sigma=None):
-        return _check_settings(steps, None, denoise, mu, start_sigma)
+        known = {"steps": steps, "denoise": denoise, "mu": mu}
+        return verdict(cls, lambda: _check_settings(**known), **known, start_sigma=start_sigma)
 
     @classmethod
     def execute(
@@ -264,6 +293,7 @@ class K2Sigmas(io.ComfyNode):
         start_sigma=0.0,
     ):
         check_model(model)
+        check_limits(cls, steps=steps, denoise=denoise, mu=mu, start_sigma=start_sigma)
         settings = preset_of(model, preset, steps)
         start = start_of(model, latent)
         exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
@@ -305,17 +335,18 @@ class K2ModelSampling(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width=None, height=None, mu=None):
-        try:
+        def check():
             for name, pixels in (("width", width), ("height", height)):
                 if pixels is not None:
                     check_size(name, pixels)
-        except ValueError as error:
-            return str(error)
-        return _check_settings(None, None, None, mu)
+            _check_settings(mu=mu)
+
+        return verdict(cls, check, width=width, height=height, mu=mu)
 
     @classmethod
     def execute(cls, model, width=1024, height=1024, shift=AUTO, mu=TURBO_MU):
         check_model(model)
+        check_limits(cls, width=width, height=height, mu=mu)
         # Without a known variant this has no mu; only shift auto asks for it.
         settings = preset_of(model, CUSTOM if shift != AUTO else AUTO)
         width, height = round_size("width", width), round_size("height", height)
@@ -325,18 +356,12 @@ class K2ModelSampling(io.ComfyNode):
         return io.NodeOutput(shifted(model, exponent), ui=ui.PreviewText(report))
 
 
-def _check_settings(steps, guidance, denoise, mu, start_sigma=None):
-    """True, or what is wrong with a setting; a linked one is not known yet and checked later."""
-    try:
-        if guidance is not None:
-            check_guidance(guidance)
-        if start_sigma:
-            unshift_time(start_sigma, TURBO_MU)
-        sigma_schedule(
-            1 if steps is None else steps,
-            TURBO_MU if mu is None else mu,
-            1.0 if denoise is None else denoise,
-        )
-    except ValueError as error:
-        return str(error)
-    return True
+def _check_settings(steps=None, guidance=None, denoise=None, mu=None):
+    """Raise ValueError for a bad setting; a linked one is not known yet and checked later."""
+    if guidance is not None:
+        check_guidance(guidance)
+    sigma_schedule(
+        1 if steps is None else steps,
+        TURBO_MU if mu is None else mu,
+        1.0 if denoise is None else denoise,
+    )

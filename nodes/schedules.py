@@ -1,11 +1,22 @@
 """What changes along a run: how much guidance counts, and which checkpoint is at work."""
 
-from comfy_api.latest import io
+from dataclasses import replace
+
+from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
-from ..krea2_model.guidance import RAMPS, GuidanceSchedule, rescaled
-from ..krea2_model.sampling import shift_mu, two_stage_sigmas
-from .runs import check_model, latent_tokens, noise_for, sample, start_of, with_samples
+from ..krea2_model.guidance import RAMPS, GuidanceSchedule, part_at, rescaled
+from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
+from .limits import check_limits, verdict
+from .runs import (
+    check_model,
+    latent_tokens,
+    noise_for,
+    sample,
+    start_of,
+    warn_of_size,
+    with_samples,
+)
 
 TURBO = PRESETS["turbo"]
 
@@ -26,27 +37,30 @@ class K2GuidanceSchedule(io.ComfyNode):
                 io.Model.Input("model", tooltip="Krea 2 Raw, or Turbo where guidance is on."),
                 io.Float.Input(
                     "start",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Sigma from which guidance counts: 1 is pure noise.",
-                ),
-                io.Float.Input(
-                    "end",
                     default=0.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Sigma down to which it counts: 0 is the image.",
+                    tooltip=(
+                        "The part of the schedule's time after which guidance counts: 0 is pure "
+                        "noise. A run at denoise 0.6 begins at 0.4."
+                    ),
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the schedule's time after which it no longer counts.",
                 ),
                 io.Combo.Input(
                     "ramp",
                     options=list(RAMPS),
                     default="constant",
                     tooltip=(
-                        "Over the interval: all of it, from none to all, from all to none, or "
-                        "most in the middle."
+                        "In between: all of it, from none to all, from all to none, or most in "
+                        "the middle."
                     ),
                 ),
                 io.Float.Input(
@@ -63,26 +77,33 @@ class K2GuidanceSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start=None, end=None, rescale=None):
-        known = {"start": start, "end": end, "rescale": rescale}
-        try:
-            GuidanceSchedule(**{name: value for name, value in known.items() if value is not None})
-        except ValueError as error:
-            return str(error)
-        return True
+        def check():
+            first, last = (0.0 if start is None else start), (1.0 if end is None else end)
+            _schedule(first, last, rescale=rescale or 0.0)
+
+        return verdict(cls, check, start=start, end=end, rescale=rescale)
 
     @classmethod
-    def execute(cls, model, start=1.0, end=0.0, ramp="constant", rescale=0.0):
+    def execute(cls, model, start=0.0, end=1.0, ramp="constant", rescale=0.0):
         import comfy.patcher_extension
 
         check_model(model)
-        schedule = GuidanceSchedule(start, end, ramp, rescale)
+        schedule = _schedule(start, end, ramp, rescale)
+        report = []
+        if start > end:
+            report.append(f"read as sigmas: {start:g} to {end:g}\n(start is after end)")
         model = model.clone()
 
         def predict(executor, x, timestep, model_options, seed):
             guider = executor.class_obj
             whole = guider.cfg
+            sigma_at = guider.inner_model.model_sampling.percent_to_sigma
+            now = schedule
+            if start > end:
+                first, last = (part_at(sigma, sigma_at) for sigma in (start, end))
+                now = replace(schedule, start=first, end=last)
             # At cfg 1 ComfyUI does without the negative.
-            factor = schedule.factor(timestep.flatten()[0].item())
+            factor = now.factor(timestep.flatten()[0].item(), sigma_at)
             guider.cfg = 1.0 + (whole - 1.0) * factor
             try:
                 return executor(x, timestep, model_options, seed)
@@ -96,12 +117,13 @@ class K2GuidanceSchedule(io.ComfyNode):
             )
             return x - sigma * rescaled(guided, conditional, schedule.rescale)
 
-        if schedule != GuidanceSchedule(rescale=rescale):
+        if start > end or schedule != GuidanceSchedule(rescale=rescale):
             kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
             model.add_wrapper_with_key(kind, "krea2_guidance", predict)
         if rescale:
             model.set_model_sampler_post_cfg_function(rescale_velocity)
-        return io.NodeOutput(model)
+        shown = ui.PreviewText("\n".join(report)) if report else None
+        return io.NodeOutput(model, ui=shown)
 
 
 class K2TwoStage(io.ComfyNode):
@@ -138,7 +160,7 @@ class K2TwoStage(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="The noise to start from.",
                 ),
@@ -154,7 +176,7 @@ class K2TwoStage(io.ComfyNode):
                     "guidance",
                     default=-1.0,
                     min=-1.0,
-                    max=100.0,
+                    max=MAX_GUIDANCE,
                     step=0.1,
                     round=0.01,
                     advanced=True,
@@ -182,6 +204,7 @@ class K2TwoStage(io.ComfyNode):
     ):
         import torch
 
+        check_limits(cls, turbo_last=turbo_last, seed=seed, raw_steps=raw_steps, guidance=guidance)
         first, second = _known(raw, "raw"), _known(turbo, "turbo")
         if "noise_mask" in latent:
             raise ValueError(
@@ -189,6 +212,7 @@ class K2TwoStage(io.ComfyNode):
                 "inpaint with Krea 2 Sampler."
             )
         start = start_of(raw, latent)
+        far = warn_of_size(raw, start)
         tokens = latent_tokens(start)
         mus = [shift_mu(tokens) if known.mu is None else known.mu for known in (first, second)]
         begun, finished = two_stage_sigmas(
@@ -214,7 +238,18 @@ class K2TwoStage(io.ComfyNode):
             before=len(begun) - 1,
             **common,
         )
-        return io.NodeOutput(with_samples(latent, done))
+        return io.NodeOutput(with_samples(latent, done), ui=ui.PreviewText(far) if far else None)
+
+
+def _schedule(start: float, end: float, ramp: str = "constant", rescale: float = 0.0):
+    """The settings of Krea 2 Guidance Schedule.
+
+    Its first workflows hold sigmas, which fall where parts of a schedule rise: their window is set
+    when the schedule is known.
+    """
+    if 1 >= start > end >= 0:
+        start, end = 0.0, 1.0
+    return GuidanceSchedule(start, end, ramp, rescale)
 
 
 def _known(model, name: str):

@@ -4,7 +4,6 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
 from ..krea2_model.references import TIME_ZERO
-from ..krea2_model.sizes import shrunk_size
 from ..krea2_model.style_mix import MAX_STRENGTH, shares_of
 from .latents import given_vae
 from .prompts import advised, check_clip, encode
@@ -239,8 +238,7 @@ class K2StyleMix(io.ComfyNode):
 
 
 def _latents(vae, styles, megapixels: float):
-    from ..krea2_model.framing import resized
+    from ..krea2_model.pictures import as_reference
 
     for style in styles:
-        size = shrunk_size(style.shape[2], style.shape[1], megapixels)
-        yield given_vae(vae).encode(resized(style.movedim(0, -1)[None], *size))
+        yield given_vae(vae).encode(as_reference(style, megapixels).movedim(0, -1)[None])

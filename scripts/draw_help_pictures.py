@@ -85,7 +85,7 @@ NODES = {
     "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
     "K2FitImage": Shot({}, _IMAGE, runs=True),
-    "K2GuidanceSchedule": Shot({"end": 0.5}),
+    "K2GuidanceSchedule": Shot({"end": 0.6}),
     "K2Inpaint": Shot({}, _VAE | _IMAGE | _MASK, runs=True),
     "K2Inspect": Shot({"file": f"diffusion_models/{INSPECTED.name}"}, runs=True, width=420),
     "K2Loader": Shot({"model": "krea2_turbo_bf16.safetensors"}, width=380),
@@ -247,7 +247,7 @@ def save_row(pictures: list[Image.Image], name: str) -> None:
 
 
 def draw_guidance_schedule(server: ComfyServer) -> None:
-    """A seed of Raw with guidance over the whole run, down to sigma 0.5, and nowhere."""
+    """A seed of Raw with guidance over the whole run, up to 0.6 of it, and nowhere."""
     prompt = {"prompt": "a pink ring above a green triangle on a black background", "negative": ""}
     pictures = [
         paint(server, nano_graph(
@@ -255,7 +255,7 @@ def draw_guidance_schedule(server: ComfyServer) -> None:
             K2GuidanceSchedule={"start": start, "end": end},
             K2Approximate={"evaluate": "every step"},
         ))
-        for start, end in ((1.0, 0.0), (1.0, 0.5), (0.0, 0.0))
+        for start, end in ((0.0, 1.0), (0.0, 0.6), (0.0, 0.0))
     ]  # fmt: skip
     save_row(pictures, "guidance_schedule.jpg")
 

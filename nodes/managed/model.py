@@ -27,6 +27,7 @@ from .gguf import GGUFOperations, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
 from .once import ScheduleTimes
 from .patcher import patcher_class
+from .previews import latent_format
 from .references import LATENTS, SETTINGS, reference_conditions
 from .texts import (
     NEGATIVE_GUIDANCE,
@@ -272,6 +273,7 @@ def load_model(
     model = model_config.get_model(tensors, "")
     tensors |= add_branches(model.diffusion_model, branches, checkpoint.path.name)
     model.preset = state.preset
+    model.latent_format = latent_format(state.config) or model.latent_format
     patcher = patcher_class(load_device, disable_dynamic, blocks)(
         model, load_device=load_device, offload_device=offload_device
     )

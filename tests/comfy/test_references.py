@@ -315,3 +315,27 @@ def test_the_method_changed_behind_apart(run, sampled, referenced):
     changed = run(node, conditioning=referenced(apart=True), reference_latents_method="index")[0]
     with pytest.raises(ValueError, match="switch apart off"):
         sampled(changed)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (90, 40)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_one_photo_is_the_same_reference_everywhere(run, pack, conditioning, size, channels):
+    """In Python, by Krea 2 Reference and by Krea 2 Style Mix: the same pixels, the same latents."""
+    _, clip, vae = run("K2Loader", model="krea2-nano (built in)")
+    photo = torch.rand(1, size[1] // 10 + 1, size[0] // 10 + 1, channels)
+    photo = photo.repeat_interleave(10, 1).repeat_interleave(10, 2)[:, : size[1], : size[0]]
+    by_node = run(
+        "K2Reference", positive=conditioning(4, 1), vae=vae, image=photo, megapixels=0.03
+    )[0][0][1]["reference_latents"][0]
+    mix = {"clip": clip, "vae": vae, "image_1": photo, "preset": "custom", "through": "references"}
+    by_mix = run("K2StyleMix", prompt="a star", megapixels=0.03, **mix)[0][0][1]
+    assert torch.equal(by_node, by_mix["reference_latents"][0])
+    # With the pipeline's own way from a picture to a reference.
+    made, pipeline = [], pack("krea2_model.pipeline").Krea2Pipeline.nano()
+    monitor = pipeline._encoded
+    pipeline._encoded = lambda pixels: made.append(monitor(pixels)) or made[-1]
+    pipeline("a star", steps=1, references=[photo[0].movedim(-1, 0)], output_type="latent",
+             max_reference_megapixels=0.03)  # fmt: skip
+    latents = made[0].latents[:, :, None]
+    raw = run("K2Loader", model="krea2-nano (built in)")[0].model.process_latent_out(latents)
+    assert_close(by_node, raw, 1e-4, "a reference in the graph and in Python")

@@ -418,3 +418,50 @@ def test_calls_are_not_shared_where_patches_look_at_attention(
     patched.set_model_attn1_output_patch(lambda out, extra_options: out)
     run("K2Sampler", model=patched, **inputs)
     assert calls == [1] * 4
+
+
+def shown(pack, **inputs):
+    return pack("nodes.sampling").K2Sampler.execute(**inputs).ui.as_dict()["text"][0]
+
+
+@pytest.mark.parametrize("preset, advice", [
+    ("auto", r"\(preset auto: raw\).*or choose preset custom with guidance 0\.$"),
+    ("raw", r"\(preset raw\).*or choose preset custom with guidance 0\.$"),
+    ("custom", r"\(preset custom\).*or choose guidance 0\.$"),
+])  # fmt: skip
+def test_no_negative_names_the_widget_that_counts(run, raw, conditioning, latent, preset, advice):
+    with pytest.raises(ValueError, match=advice):
+        run("K2Sampler", model=raw, positive=conditioning(6, 1), latent=latent, preset=preset)
+
+
+def test_a_negative_that_does_nothing_is_said(run, pack, turbo, raw, conditioning, latent):
+    inputs = {"positive": conditioning(9, 1), "latent": latent}
+    said = "not used: negative, at guidance 0"
+    assert said in shown(pack, model=turbo, negative=conditioning(9, 2), **inputs)
+    # Five tokens are an empty text, which every prompt node gives.
+    assert "not used" not in shown(pack, model=turbo, negative=conditioning(5, 2), **inputs)
+    assert "not used" not in shown(pack, model=turbo, **inputs)
+    custom = {"preset": "custom", "steps": 1}
+    with_guidance = {"negative": conditioning(9, 2), "guidance": 1.0} | custom
+    assert "not used" not in shown(pack, model=raw, **with_guidance, **inputs)
+    none = with_guidance | {"guidance": 0.0}
+    assert said in shown(pack, model=raw, **none, **inputs)
+    inside = run("K2NegativeGuidance", model=turbo, negative=conditioning(9, 2))[0]
+    assert "not used" not in shown(pack, model=inside, negative=conditioning(9, 2), **inputs)
+    off = run("K2NegativeGuidance", model=turbo, negative=conditioning(9, 2), strength=0.0)[0]
+    assert said in shown(pack, model=off, negative=conditioning(9, 2), **inputs)
+
+
+@pytest.mark.parametrize("width, height, known", [
+    (128, 128, True), (160, 96, True), (96, 160, True), (128, 112, True),
+    (256, 256, False), (64, 64, False), (192, 96, False), (1024, 1024, False), (256, 64, False),
+])  # fmt: skip
+def test_nano_says_where_it_does_not_know_a_size(run, pack, caplog, width, height, known):
+    model, clip, _ = run("K2Loader", model="krea2-nano (built in)")
+    text = run("K2TextEncode", clip=clip, prompt="a red circle")[0]
+    latent = {"samples": torch.zeros(1, 16, 1, height // 8, width // 8)}
+    report = shown(pack, model=model, positive=text, latent=latent, preset="custom", steps=1,
+                   guidance=0.0)  # fmt: skip
+    assert ("trained at 128 x 128 px" not in report) == known
+    assert ("far from the 128 x 128" not in caplog.text) == known
+    assert max(map(len, report.splitlines())) < 40

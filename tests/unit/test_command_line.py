@@ -74,6 +74,26 @@ def test_errors_are_one_line(capsys, arguments, message):
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("option", ["--start-image", "--reference", "--image"])
+@pytest.mark.parametrize("content", [None, b"no picture", "cut"])
+def test_no_picture_is_said_before_weights_are_read(tmp_path, capsys, monkeypatch, option, content):
+    path = tmp_path / "photo.png"
+    if content is not None:
+        Image.effect_noise((64, 64), 90).save(path)
+        path.write_bytes(path.read_bytes()[:300] if content == "cut" else content)
+    monkeypatch.setattr("krea2_model.__main__.Krea2Pipeline.from_files", None)
+    assert main(["a fox", "--model", "nano", option, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}") and "photo.png" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option, value", [("--seed", str(2**64)), ("--guidance", "1e30")])
+def test_bad_numbers_are_said_before_weights_are_read(capsys, monkeypatch, option, value):
+    monkeypatch.setattr("krea2_model.__main__.Krea2Pipeline.from_files", None)
+    assert main(["a fox", "--model", "nano", option, value]) == 2
+    assert f"error: {option[2:]} is " in capsys.readouterr().err
+
+
 def test_bad_values_are_one_line(weights, tmp_path, capsys):
     output = tmp_path / "fox.png"
     assert main(["a fox", *weights, "--steps", "0", "--output", str(output)]) == 2

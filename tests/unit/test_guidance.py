@@ -1,14 +1,19 @@
 """Guidance in an interval, ramps, rescaling, and runs of two checkpoints."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from krea2_model import GuidanceSchedule, Krea2Pipeline
-from krea2_model.guidance import rescaled
+from krea2_model.config import RAW, TURBO
+from krea2_model.guidance import rescaled, unshifted
 from krea2_model.sampling import (
     denoise,
     denoise_two_stage,
+    schedule_of,
     shift_mu,
+    shift_time,
     sigma_schedule,
     two_stage_sigmas,
 )
@@ -19,19 +24,55 @@ from parity import assert_close
     ("constant", (1, 1, 1)), ("rising", (0, 0.5, 1)), ("falling", (1, 0.5, 0)), ("hill", (0, 1, 0)),
 ])  # fmt: skip
 def test_ramps(ramp, factors):
-    schedule = GuidanceSchedule(0.8, 0.4, ramp)
-    found = [schedule.factor(sigma) for sigma in (0.8, 0.6, 0.4)]
-    assert found == pytest.approx(factors, abs=1e-9)
-    assert schedule.factor(0.81) == schedule.factor(0.39) == 0
+    """At the start of the window, in its middle and just before its end, whatever the shift."""
+    schedule = GuidanceSchedule(0.2, 0.6, ramp)
+    for sigma_at in (unshifted, partial(sigma_of, mu=1.15), partial(sigma_of, mu=-2.0)):
+        found = [schedule.factor(sigma_at(part), sigma_at) for part in (0.2, 0.4, 0.5999)]
+        assert found == pytest.approx(factors, abs=1e-3)
+        assert schedule.factor(sigma_at(0.19), sigma_at) == 0
+        assert schedule.factor(sigma_at(0.6), sigma_at) == schedule.factor(0.0, sigma_at) == 0
 
 
-def test_an_interval_of_one_sigma():
-    assert GuidanceSchedule(0.5, 0.5).factor(0.5) == 1
-    assert GuidanceSchedule(0.5, 0.5, "hill").factor(0.5) == 1
+def sigma_of(part, mu):
+    return shift_time(1 - part, mu)
+
+
+def test_windows_that_meet_share_no_step():
+    for steps in (1, 7, 20, 50):
+        for mu in (0.0, 0.5, 2.2):
+            sigma_at = schedule_of(sigma_schedule(steps, mu))
+            windows = [GuidanceSchedule(n / 20, (n + 1) / 20) for n in range(20)]
+            for sigma in map(float, torch.tensor(sigma_schedule(steps, mu))[:-1]):
+                assert sum(window.factor(sigma, sigma_at) for window in windows) == 1
+
+
+def test_a_window_of_no_length_is_nowhere():
+    assert GuidanceSchedule(0.5, 0.5).factor(0.5) == 0
+    assert GuidanceSchedule(0.5, 0.5, "hill").factor(0.5) == 0
+
+
+@pytest.mark.parametrize("mu", [-1.0, 0.5, 0.90625, 1.15, 2.5])
+@pytest.mark.parametrize(
+    "steps, denoise_from", [(2, 1.0), (8, 1.0), (20, 0.6), (28, 0.05), (1000, 0.3)]
+)
+def test_sigmas_tell_their_schedule(mu, steps, denoise_from):
+    """Of their own mu, not of the checkpoint's; in float32 too."""
+    sigmas = sigma_schedule(steps, mu, denoise_from)
+    for given in (sigmas, torch.tensor(sigmas).tolist()):
+        sigma_at = schedule_of(given, RAW, 4096)
+        assert [sigma_at(part) for part in (0, 0.25, 0.5, 1)] == pytest.approx(
+            [sigma_of(part, mu) for part in (0, 0.25, 0.5, 1)], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 0.0], [1.0, 0.9, 0.8, 0.1, 0.0], [0.9, 0.89, 0.0]])
+def test_other_sigmas_are_the_checkpoint_s(sigmas):
+    for preset, mu in ((RAW, shift_mu(64)), (TURBO, 1.15), (None, shift_mu(64))):
+        assert schedule_of(sigmas, preset, 64)(0.5) == pytest.approx(sigma_of(0.5, mu))
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"start": 0.2, "end": 0.4}, "start 0.2, end 0.4; expected sigmas"),
+    ({"start": 0.4, "end": 0.2}, "start 0.4, end 0.2; expected parts of the schedule's time"),
     ({"start": 1.5}, "start 1.5"),
     ({"end": float("nan")}, "end nan"),
     ({"ramp": "square"}, "ramp is 'square'; expected one of constant"),
@@ -69,18 +110,17 @@ def test_an_interval_saves_the_negative_s_pass(raw):
     calls = []
     handle = raw.transformer.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     options = {"seed": 1, "steps": 8, "output_type": "latent"}
-    sigmas = sigma_schedule(8, shift_mu(64))
     whole = raw("a red circle", **options)
     assert len(calls) == 16
     same = raw("a red circle", **options, guidance_schedule=GuidanceSchedule())
     assert torch.equal(same, whole)
     calls.clear()
-    part = raw("a red circle", **options, guidance_schedule=GuidanceSchedule(1.0, sigmas[3]))
+    part = raw("a red circle", **options, guidance_schedule=GuidanceSchedule(end=0.5))
     assert len(calls) == 8 + 4 and not torch.equal(part, whole)
     calls.clear()
     handle.remove()
     none = raw("a red circle", **options, guidance=0.0)
-    outside = raw("a red circle", **options, guidance_schedule=GuidanceSchedule(0.001, 0.0))
+    outside = raw("a red circle", **options, guidance_schedule=GuidanceSchedule(0.99, 1.0))
     assert torch.equal(outside, none)
 
 

@@ -13,6 +13,7 @@ from krea2_model.masks import (
     mask_for,
     remaining_mask,
     repaint_mask,
+    without_noise,
 )
 
 
@@ -204,3 +205,31 @@ def test_bad_pixels(name, value):
 def test_bad_fill():
     with pytest.raises(ValueError, match="fill is 'noise'; expected one of original, grey"):
         filled(torch.ones(1, 8, 8, 3), torch.ones(1, 8, 8), "noise")
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 2, 1, 1, 3)])
+def test_what_is_nearly_0_or_1_is(shape):
+    faint = torch.tensor([4.58e-5, 0.5 / 255, 8 / 255]).expand(shape)
+    assert without_noise(faint).eq(0).all() and without_noise(1 - faint).eq(1).all()
+    assert without_noise(faint.half()).eq(0).all() and without_noise((1 - faint).half()).eq(1).all()
+    # One step of Raw's 28 is more, and stays to the bit.
+    strong = torch.tensor([1 / 28, 0.5, 27 / 28]).expand(shape)
+    assert torch.equal(without_noise(strong), strong)
+    assert torch.equal(without_noise(without_noise(faint)), without_noise(faint))
+
+
+def test_values_beyond_a_mask_s_are_its_ends():
+    beyond = torch.tensor([-3.0, float("nan"), float("-inf"), 1.5, float("inf")])
+    assert without_noise(beyond).tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (5, 64, 64), (64, 64)])
+def test_a_mask_that_nobody_painted_has_no_size(shape):
+    empty = mask_for(torch.full(shape, 1 / 255), torch.zeros(2, 100, 150, 3))
+    assert torch.equal(empty, torch.zeros(1, 100, 150))
+
+
+def test_the_mask_of_a_run_has_no_noise():
+    """A ramp of 100 pixels begins below what counts."""
+    soft = repaint_mask(square(1, 300, 0, 0, 10), feather=100, soft=True)
+    assert soft[soft > 0].min() > 8 / 255

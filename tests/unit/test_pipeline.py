@@ -12,6 +12,7 @@ from krea2_model.config import RAW, TURBO
 from krea2_model.pictures import fit
 from krea2_model.references import Reference
 from krea2_model.sampling import shift_mu, sigma_schedule
+from krea2_model.sizes import is_far
 from krea2_model.transformer import patchify
 from parity import assert_close, relative_error
 
@@ -107,6 +108,9 @@ def test_a_seed_an_image(pipeline):
         alone = pipeline("a fox", seed=seed, **options)
         assert_close(pair[index : index + 1], alone, 1e-5, f"seed {seed}")
     assert relative_error(pair[0], pair[1]) > 0.1
+    # Behind the last seed comes the first.
+    pair = pipeline("a fox", num_images=2, seed=2**64 - 1, **options)
+    assert_close(pair[1:], pipeline("a fox", seed=0, **options), 1e-5, "seed 0")
 
 
 def test_output_types(pipeline):
@@ -227,6 +231,11 @@ def test_out_of_memory_decodes_in_tiles(pipeline, monkeypatch):
         ({"num_images": 0}, "num_images is 0; expected"),
         ({"seed": [1, 2]}, "a list of 1, one an image"),
         ({"seed": 1.5}, "expected a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number from 0 to"),
+        ({"seed": -1}, "seed is -1; expected"),
+        ({"seed": [2**70]}, "seed is 1180591620717411303424; expected"),
+        ({"guidance": 1e30}, "guidance is 1e[+]30; expected 0 .off. or more, up to 100"),
+        ({"guidance": 100.5}, "guidance is 100.5; expected"),
         ({"latents": torch.zeros(2, 16, 8, 8)}, "latents has shape"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape"),
         ({"latents": torch.zeros(1, 16, 8, 8), "height": 96}, "latents has shape"),
@@ -311,3 +320,15 @@ def test_references_are_looked_at(pipeline):
     assert relative_error(small, found) > 1e-4
     with pytest.raises(ValueError, match="an entry of references is str"):
         pipeline("a fox", references=["fox.png"], **options)
+
+
+@pytest.mark.parametrize("width, height, known", [
+    (128, 128, True), (160, 96, True), (128, 112, True), (256, 256, False), (64, 64, False),
+    (192, 96, False),
+])  # fmt: skip
+def test_sizes_that_a_checkpoint_does_not_know_are_warned_of(caplog, width, height, known):
+    """krea2-nano knows one area; the released models up to four times theirs."""
+    nano = Krea2Pipeline.nano("turbo")
+    nano("a star", width=width, height=height, steps=1, output_type="latent")
+    assert ("far from the 128 x 128 this checkpoint" not in caplog.text) == known
+    assert not is_far(2048, 2048, 1024) and not is_far(512, 2048, 1024) and is_far(2064, 2048, 1024)

@@ -1,0 +1,90 @@
+"""What a schema says of a number holds for every input, also where a node checks inputs itself."""
+
+import inspect
+import math
+
+import pytest
+from in_process import NODES
+
+
+def named_numbers():
+    """Node, and input with limits that its `validate_inputs` names: ComfyUI leaves them alone."""
+    for node in NODES.values():
+        if "validate_inputs" not in vars(node):
+            continue
+        named = inspect.getfullargspec(node.validate_inputs).args
+        for entry in node.GET_SCHEMA().inputs:
+            if entry.id in named and getattr(entry, "max", None) is not None:
+                yield node, entry
+
+
+def test_there_are_some():
+    found = {(node.__name__, entry.id) for node, entry in named_numbers()}
+    assert {("K2Sampler", "steps"), ("K2Sampler", "guidance"), ("K2Reference", "index")} <= found
+    assert len(found) >= 18
+
+
+@pytest.mark.parametrize(
+    "node, entry", [pytest.param(n, e, id=f"{n.__name__}-{e.id}") for n, e in named_numbers()]
+)
+def test_limits_of_the_schema_hold(node, entry):
+    step = 1 if isinstance(entry.default, int) else 0.01
+    for value in (entry.min - step, entry.max + step, entry.max * 1000 + 1, -1e30, 1e30,
+                  math.nan, math.inf):  # fmt: skip
+        found = node.validate_inputs(**{entry.id: value})
+        assert found is not True and entry.id in found, value
+    for value in (entry.min, entry.default, entry.max):
+        assert node.validate_inputs(**{entry.id: value}) is True, value
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"steps": 10_000}, "steps is 10000; expected a whole number from 1 to 1000"),
+    ({"guidance": 1000.0}, "guidance is 1000.0; expected a number from 0.0 to 100.0"),
+    ({"guidance": 1e30}, "guidance is 1e[+]30; expected"),
+    ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number from 0 to"),
+    ({"seed": -1}, "seed is -1; expected"),
+    ({"mu": 11.0}, "mu is 11.0; expected a number from -10.0 to 10.0"),
+])  # fmt: skip
+def test_values_of_links_are_checked_before_the_run(
+    run, turbo, conditioning, latent, options, message
+):
+    """They are not known when ComfyUI validates."""
+    with pytest.raises(ValueError, match=message):
+        run("K2Sampler", model=turbo, positive=conditioning(6, 1), latent=latent, **options)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "er_sde", "dpmpp_sde", "ddim"])
+def test_the_last_seed_is_one(run, turbo, conditioning, latent, sampler):
+    for seeds in ("one for the batch", "one an image"):
+        run("K2Sampler", model=turbo, positive=conditioning(6, 1), latent=latent, seed=2**64 - 1,
+            sampler=sampler, seeds=seeds)  # fmt: skip
+
+
+def test_comfyui_itself_refuses_them(models):
+    """Through the validation of a posted graph."""
+    import asyncio
+
+    import execution
+
+    import nodes
+
+    graph = {
+        "1": {"class_type": "K2ModelLoader", "inputs": {
+            "file": "krea2_tiny_turbo.safetensors", "dtype": "auto"}},
+        "2": {"class_type": "K2EmptyLatent", "inputs": {
+            "aspect": "1:1", "megapixels": 1.0, "width": 64, "height": 64, "batch": 1}},
+        "3": {"class_type": "K2Sigmas", "inputs": {
+            "model": ["1", 0], "latent": ["2", 0], "preset": "custom", "steps": 10_000,
+            "denoise": 1.0, "shift": "auto", "mu": 1.15}},
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
+    }  # fmt: skip
+    missing = {name: node for name, node in NODES.items() if name not in nodes.NODE_CLASS_MAPPINGS}
+    nodes.NODE_CLASS_MAPPINGS.update(missing)
+    from comfy_extras.nodes_preview_any import PreviewAny
+
+    nodes.NODE_CLASS_MAPPINGS["PreviewAny"] = PreviewAny
+    good, error, _, errors = asyncio.run(execution.validate_prompt("1", graph, None))
+    assert not good, error
+    assert "steps is 10000; expected a whole number from 1 to 1000" in str(errors)
+    graph["3"]["inputs"]["steps"] = 1000
+    assert asyncio.run(execution.validate_prompt("1", graph, None))[0]
