@@ -10,11 +10,28 @@ import torch
 from ...krea2_model.layers import ModulationTable, NormScale
 
 
-class _Cast(comfy.ops.CastWeightBiasOp):
+class _NotUntilLoaded:
+    """An attribute that only instances have, from their first load or use on."""
+
+    def __get__(self, instance, owner):
+        raise AttributeError("weight_function")
+
+
+class CastLeaf(comfy.ops.CastWeightBiasOp):
     """A leaf whose weight ComfyUI may hold elsewhere, in another dtype, or patched."""
+
+    # ComfyUI's trainer takes each module that has one for a layer, on a copy that was never
+    # loaded, and cannot train what has no input. Core's own scales and tables have none either.
+    weight_function = _NotUntilLoaded()
+
+    def be_ready(self) -> None:
+        """Give it the list that ComfyUI's loading and casting work with."""
+        if "weight_function" not in vars(self):
+            self.weight_function = []
 
     def _read(self, device: torch.device, use):
         """`use(weight)` with the weight in float32 on `device`; its result outlives the cast."""
+        self.be_ready()
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, dtype=torch.float32, device=device, bias_dtype=torch.float32, offloadable=True
         )
@@ -23,7 +40,7 @@ class _Cast(comfy.ops.CastWeightBiasOp):
         return result
 
 
-class CastNormScale(_Cast, NormScale):
+class CastNormScale(CastLeaf, NormScale):
     def __init__(self, dim, device=None, dtype=None):
         # Small, and rounding it shows: float32 whatever the matrices are.
         super().__init__(dim, device=device, dtype=torch.float32)
@@ -33,7 +50,7 @@ class CastNormScale(_Cast, NormScale):
         return self._read(device, use)
 
 
-class CastModulationTable(_Cast, ModulationTable):
+class CastModulationTable(CastLeaf, ModulationTable):
     def __init__(self, *shape, device=None, dtype=None):
         super().__init__(*shape, device=device, dtype=torch.float32)
         self.register_parameter("bias", None)

@@ -7,6 +7,7 @@ import comfy.model_patcher
 
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
 from .gguf import KeepsBlocks
+from .layers import CastLeaf
 from .once import LoadsThemLast
 
 
@@ -20,6 +21,12 @@ class _OfficialNames:
     Our norm scales and tables are leaf modules (`...scale.weight`), core's are bare parameters
     (`...scale`); a merge between the two passes keys from one to the other.
     """
+
+    def load(self, *args, **kwargs):
+        for module in self.model.modules():
+            if isinstance(module, CastLeaf):
+                module.be_ready()
+        super().load(*args, **kwargs)
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         renamed = {

@@ -542,3 +542,33 @@ def test_an_encoding_that_a_pack_brings_on_a_copy(clips):
     assert_close(found[0], found[1], 1e-5, "an encoding by another pack")
     plain = clips[0].encode_from_tokens_scheduled(clips[0].tokenize("a red fox"))[0][0]
     assert relative_error(found[0], plain) > 1e-3
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_train_lora_of_comfyui_trains_what_it_trains_of_core(
+    turbo, core_turbo, conditioning, bypass
+):
+    """The same layers by the same first loss; without a change of the model it was given."""
+    import comfy_extras.nodes_train as training
+
+    inputs = {each.id: [getattr(each, "default", None)]
+              for each in training.TrainLoraNode.define_schema().inputs}  # fmt: skip
+    if "bypass_mode" not in inputs and bypass:
+        pytest.skip("this ComfyUI trains in one way only")
+    inputs |= {"batch_size": [1], "steps": [2], "rank": [2], "training_dtype": ["fp32"],
+               "lora_dtype": ["fp32"], "positive": [conditioning(6, 1)]}  # fmt: skip
+    if bypass:
+        inputs["bypass_mode"] = [True]
+    pictures = torch.randn(2, 16, 1, 16, 24, generator=torch.Generator().manual_seed(1))
+    keys, losses = {}, {}
+    for name, model in (("ours", turbo), ("core", core_turbo)):
+        torch.manual_seed(0)
+        result = training.TrainLoraNode.execute(
+            **inputs | {"model": [model], "latents": [{"samples": pictures}]}
+        ).result
+        lora, found = (next(r for r in result if isinstance(r, dict) and ("loss" in r) == is_loss)
+                       for is_loss in (False, True))  # fmt: skip
+        keys[name], losses[name] = set(lora), found["loss"]
+    assert keys["ours"] == keys["core"] and len(losses["ours"]) == 2
+    assert losses["ours"][0] == pytest.approx(losses["core"][0], rel=1e-5)
+    assert not turbo.model.diffusion_model.is_touched()
