@@ -144,7 +144,9 @@ def _lora_lines(checkpoint: Checkpoint, kind: str) -> list[str]:
     released = Krea2Transformer(TransformerConfig(), device="meta").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in released.items()}
     try:
-        _, _, report = read_lora(checkpoint.tensors, shapes, checkpoint.path.name)
+        _, _, report = read_lora(
+            checkpoint.tensors, shapes, checkpoint.path.name, metadata=checkpoint.metadata
+        )
     except CheckpointError as error:
         return [f"  {error}"]
     return [f"  {line}" for line in str(report).splitlines()]

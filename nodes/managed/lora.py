@@ -58,11 +58,13 @@ def apply_lora(model, clip, path: Path, strength: float, clip_strength: float):
     """
     names = _weight_names(model)
     text_names = {} if clip is None else _text_weight_names(clip)
+    tensors, metadata = read_lora_file(path)
     updates, text_updates, report = read_lora(
-        read_lora_file(path),
+        tensors,
         {name: shape for name, (_, shape) in names.items()},
         path.name,
         {name: shape for name, (_, shape) in text_names.items()},
+        metadata,
     )
     model = model.clone()
     _add(model, updates, names, strength)
