@@ -26,11 +26,10 @@ from .lora_names import (
     split_key,
     strip_prefix,
     text_layer,
-    without_compile,
 )
 from .lora_scale import ADAPTER_CONFIG, HeaderScale, read_header_scale
 from .lora_updates import Update
-from .storage import read_safetensors
+from .storage import read_safetensors, without_compile
 from .transformer_keys import Shape
 
 _COMPLETE = {
@@ -59,7 +58,6 @@ _KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "diff": "full differen
 _ROTATIONS = ("oft", "boft")
 # No trained change comes near; what does makes weights infinite, or pictures noise.
 _LARGEST = 1e8
-_NOTHING = "does nothing: its matrices or its alpha are 0"
 _TEXT = "a text encoder"
 _MISFIT = "its matrices do not fit together"
 
@@ -68,7 +66,8 @@ _MISFIT = "its matrices do not fit together"
 class LoraReport:
     """What a LoRA file is and which of its tensors found their place.
 
-    matched: weights of the model that change; text_matched: of the text encoder.
+    matched: weights of the model that have an update; text_matched: of the text encoder.
+    idle: those of them that stay as they are, since the update is zeros or has alpha 0.
     scales: what its matrices are multiplied by, and scale_sources: what says so.
     unmatched: names of tensors that change nothing, and why.
     """
@@ -80,8 +79,14 @@ class LoraReport:
     matched: int = 0
     text_matched: int = 0
     unmatched: dict[str, str] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
     scale_sources: tuple[str, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tensor of the file found its place and changes something."""
+        return not self.unmatched and not self.idle
 
     def __str__(self) -> str:
         rank = f", {_span('rank', self.ranks)}" if self.ranks else ""
@@ -93,6 +98,11 @@ class LoraReport:
         if self.scales:
             sources = " and ".join(self.scale_sources)
             lines.append(f"{_span('scale', self.scales)} ({sources})")
+        if self.idle:
+            count = len(self.idle)
+            part = "all" if count == self.matched + self.text_matched else f"{count}"
+            shown = f"{', '.join(self.idle[:3])}{f' and {count - 3} more' if count > 3 else ''}"
+            lines.append(f"does nothing to {part} of them: zeros, or alpha 0 ({shown})")
         reasons = defaultdict(list)
         for name, reason in self.unmatched.items():
             reasons[reason].append(name)
@@ -146,6 +156,7 @@ def read_lora(
     models = (Targets(shapes), TextTargets(text_shapes or {}))
     layers, keys = _layers(tensors, models, report)
     found: tuple[dict[str, list[Update]], ...] = ({}, {})
+    idle: tuple[set[str], ...] = (set(), set())
     families, kinds, ranks, scales, sources = [], set(), set(), set(), set()
     for layer, parts in layers.items():
         which, bare, family = _place(layer[0], models)
@@ -154,9 +165,16 @@ def read_lora(
         if header is not None and header.kohya_names and not _is_kohya(keys[layer].values()):
             header = None
         updates, reason = _updates(parts, targets, models[which].shapes, header, bare)
+        for update in updates:
+            kinds.add(_KINDS[update.kind] + (" with DoRA" if update.magnitude is not None else ""))
+            if update.rank:
+                ranks.add(update.rank)
+        if updates:
+            families.append(family)
         if updates and all(u.largest_change() == 0 for u in updates):
-            updates, reason = [], _NOTHING
-        elif any(update.weight in found[which] for update in updates):
+            idle[which].update(update.weight for update in updates)
+            continue
+        if any(update.weight in found[which] for update in updates):
             # Added twice, a file saved under two prefixes would count double.
             updates, reason = [], "the same layer is there under another name, and counts once"
         if not updates:
@@ -165,20 +183,19 @@ def read_lora(
         for update in updates:
             _check_numbers(update, keys[layer], name)
             found[which].setdefault(update.weight, []).append(update)
-            kinds.add(_KINDS[update.kind] + (" with DoRA" if update.magnitude is not None else ""))
-            if update.rank:
-                ranks.add(update.rank)
             if update.rank or update.header_scale is not None:
                 scales.add(update.scale)
                 sources.add(_source(update, header))
-        families.append(family)
         if updates[0].kind == "oft" and "rescale" in parts:
             report.unmatched[keys[layer]["rescale"]] = "ComfyUI leaves it out of OFT, and so do we"
     report.family = max(set(families), key=families.count) if families else "unknown"
     report.kinds, report.ranks = tuple(sorted(kinds)), tuple(sorted(ranks))
     report.scales, report.scale_sources = tuple(sorted(scales)), tuple(sorted(sources))
-    report.matched, report.text_matched = len(found[0]), len(found[1])
-    if not found[0] and not found[1] and _NOTHING not in report.unmatched.values():
+    report.matched, report.text_matched = (
+        len(changed.keys() | same) for changed, same in zip(found, idle, strict=True)
+    )
+    report.idle = (*sorted(idle[0] - found[0].keys()), *sorted(idle[1] - found[1].keys()))
+    if not report.matched and not report.text_matched:
         raise _nothing_fits(tensors, report)
     return found[0], found[1], report
 

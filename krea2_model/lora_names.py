@@ -150,13 +150,6 @@ def _read_ending(pieces: tuple[str, ...]) -> tuple[str | None, str, str] | None:
     return None
 
 
-def without_compile(name: str) -> str:
-    """A name without `_orig_mod`, which torch.compile puts before what it wraps, at any depth."""
-    if "_orig_mod" not in name:
-        return name
-    return name.replace("_orig_mod.", "").replace("_orig_mod_", "")
-
-
 @dataclass(frozen=True)
 class Target:
     """A weight, and which rows of an update's are its own (all where `rows` is None)."""

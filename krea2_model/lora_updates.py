@@ -94,7 +94,7 @@ class Update:
         if self.kind == "glora":
             # Newer files multiply b1 b2, older ones b2 b1: outputs times inputs in both.
             b1, b2 = parts["b1"].shape, parts["b2"].shape
-            return (b1[0], b2[1]) if b1[1] == b2[0] else (b2[0], b1[1])
+            return (b1[0], b2[1]) if b1[1] == self.rank == b2[0] else (b2[0], b1[1])
         return tuple(parts[self.kind].shape)
 
     def _factor_shape(self, name: str) -> tuple[int, int]:
