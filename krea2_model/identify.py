@@ -77,8 +77,12 @@ def read_header(path: str | Path) -> Header:
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        tensors = {n: (e["dtype"], tuple(map(int, e["shape"]))) for n, e in entries.items()}
-        end = max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise ValueError("its metadata is not a table of texts")
+        tensors = {n: (str(e["dtype"]), _sizes(e["shape"])) for n, e in entries.items()}
+        end = max((_sizes(e["data_offsets"])[1] for e in entries.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} has a broken safetensors header ({error}). Download it again."
@@ -89,6 +93,13 @@ def read_header(path: str | Path) -> Header:
             "the download is incomplete or the file was damaged. Download it again."
         )
     return Header(tensors, metadata)
+
+
+def _sizes(values: list) -> tuple[int, ...]:
+    # JSON may hold 1e999, true and "3" where a whole number belongs.
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise ValueError(f"{str(values)[:60]} are no sizes")
+    return tuple(values)
 
 
 def _foreign_format(start: bytes) -> str | None:

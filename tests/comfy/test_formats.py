@@ -40,7 +40,8 @@ needs_branches = pytest.mark.skipif(
     "convrot_w4a4, branches" not in FORMATS,
     reason="nothing to load: this ComfyUI has no layers for convrot_w4a4, so it is refused",
 )
-GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+        "MXFP4", "TQ2_0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
