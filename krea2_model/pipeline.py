@@ -63,6 +63,12 @@ class Krea2Pipeline:
                 f"needs {wanted[0]} of width {wanted[1]}. Use the encoder that belongs to it "
                 "(Qwen3-VL-4B for the released Krea 2)."
             )
+        if vae.config.z_dim != transformer.config.latent_channels:
+            raise ValueError(
+                f"The VAE has {vae.config.z_dim} latent channels; this transformer needs "
+                f"{transformer.config.latent_channels}. Use the VAE that belongs to it "
+                "(Qwen-Image's for the released Krea 2)."
+            )
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
@@ -126,7 +132,7 @@ class Krea2Pipeline:
         except BaseException:
             self._loras[0].remove_last(updates)
             raise
-        if report.unmatched:
+        if not report.is_complete:
             logger.warning("%s", report)
         return report
 
