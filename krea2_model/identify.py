@@ -29,9 +29,21 @@ WHERE = {
 # The longest header that is read: many times any model's, and little enough to be refused quickly.
 _MAX_HEADER = 25_000_000
 
+_LONGEST_MESSAGE = 1500
+
 
 class CheckpointError(ValueError):
-    """A file is not what was expected; the message says what it is and what to do."""
+    """A file is not what was expected; the message says what it is and what to do.
+
+    Names from files may be of any length and hold anything: long ones lose their middle, and what
+    cannot be printed is spelled out.
+    """
+
+    def __init__(self, message: str):
+        text = message.encode("utf-8", "backslashreplace").decode()
+        if len(text) > _LONGEST_MESSAGE:
+            text = f"{text[: _LONGEST_MESSAGE - 300]} ... {text[-250:]}"
+        super().__init__(text)
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -20,13 +20,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-if __name__ == "__main__":
-    ROOT = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
+# At the end: in a process with ComfyUI, `nodes` has to stay ComfyUI's.
+sys.path += [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
-import krea2_model
-from krea2_model import CheckpointError
-from reliability.fuzz_cases import CASES, Sources
+import krea2_model  # noqa: E402
+from krea2_model import CheckpointError  # noqa: E402
+from reliability.fuzz_cases import CASES, Sources  # noqa: E402
 
 MOST_SECONDS = 2.0
 # Of the file and of what was loaded; below that, what the allocator keeps hides the rest.
