@@ -131,8 +131,7 @@ class _Parser:
         if dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"{name[:100]} has {dimensions:,} dimensions")
         sides = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions))
-        if math.prod(sides) >= 2**62:
-            raise ValueError(f"{name[:100]} has {math.prod(sides):,} values")
+        _check_sides(sides, name)
         return name, self.number("I"), tuple(reversed(sides)), self.number("Q")
 
     def short_array(self) -> tuple[int, ...]:
@@ -141,8 +140,7 @@ class _Parser:
         if count > _MOST_DIMENSIONS or code in "fd":
             raise ValueError(f"an original shape has {count:,} sides of type {kind}")
         sides = tuple(self.number(code) for _ in range(count))
-        if min(sides, default=0) < 0:
-            raise ValueError(f"an original shape is {sides}")
+        _check_sides(sides, "an original shape")
         return sides
 
     def skip_array(self, depth: int = 0) -> None:
@@ -185,6 +183,12 @@ class _Parser:
 
 
 _LENGTH = struct.Struct("<Q")
+
+
+def _check_sides(sides: tuple[int, ...], name: str) -> None:
+    # One side may be 0 and hide how large the others are.
+    if not all(0 <= side < 2**48 for side in sides) or math.prod(sides) >= 2**62:
+        raise ValueError(f"{name[:100]} has the sides {sides}")
 
 
 def _code(kind: int) -> str:

@@ -175,7 +175,8 @@ def _weights_lines(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     for group, forms in groups.items():
         text = ", ".join(f"{number} x {form}" for form, number in forms.most_common())
         lines.append(f"    {group}: {text}")
-    if ranks := sorted({tensor.shape[0] for n, tensor in tensors.items() if n.endswith(BRANCH[1])}):
+    downs = [tensor for n, tensor in tensors.items() if n.endswith(BRANCH[1]) and tensor.ndim]
+    if ranks := sorted({tensor.shape[0] for tensor in downs}):
         text = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
         lines.append(f"    low-rank branches: rank {text}")
     for word, names in (

@@ -171,7 +171,7 @@ def read_lora(
                 ranks.add(update.rank)
         if updates:
             families.append(family)
-        if updates and all(u.largest_change() == 0 for u in updates):
+        if updates and all(u.largest_change == 0 for u in updates):
             idle[which].update(update.weight for update in updates)
             continue
         if any(update.weight in found[which] for update in updates):
@@ -382,7 +382,7 @@ def _can_be_applied(update: Update, shapes: Mapping[str, Shape]) -> bool:
 
 def _check_numbers(update: Update, keys: Mapping[str, str], name: str) -> None:
     """Refuse what would make a weight infinite, before any is changed."""
-    largest = update.largest_change()
+    largest = update.largest_change
     if largest <= _LARGEST:
         return
     where = ", ".join(list(keys.values())[:2])

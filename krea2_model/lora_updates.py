@@ -8,6 +8,7 @@ Everything is calculated in float32.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -171,6 +172,7 @@ class Update:
         changed *= magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)
         return torch.lerp(weight, changed, strength)
 
+    @functools.cached_property
     def largest_change(self) -> float:
         """A bound on the numbers of the change at strength 1; NaN where its parts hold NaN.
 

@@ -59,10 +59,11 @@ def weight_files(folder: Path) -> list[Path]:
         shards = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
         if not shards:
             raise CheckpointError(f"{indexes[0]} names no files. Download the whole folder again.")
+        there = {file.name for file in found}
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
+            if shard not in there:
                 raise CheckpointError(
-                    f"{indexes[0].name} in {folder} names the shard {shard!r}, which is not in "
+                    f"{indexes[0].name} in {folder} names the shard {shard[:200]!r}, which is not in "
                     "that folder. Download the whole folder again."
                 )
         return [folder / shard for shard in shards]

@@ -434,7 +434,7 @@ def lora_tensors(sources: Sources, dice: random.Random) -> tuple[int, Read]:
         elif how == 2:
             tensor = tensor.to(dice.choice(_DTYPES))
         elif how == 3:
-            tensor = tensor * dice.choice((0.0, -1.0, 1e30, float("nan"), float("inf")))
+            tensor = tensor.float() * dice.choice((0.0, -1.0, 1e30, float("nan"), float("inf")))
         else:
             name = dice.choice(_PREFIXES) + name
         tensors[name] = tensor

@@ -154,6 +154,21 @@ def test_a_refused_lora_leaves_the_model_and_the_next_one_works(run, turbo, shap
     patched.detach()
 
 
+def test_what_float16_cannot_hold_is_refused(run, models, shapes, save):
+    """Finite numbers, which bfloat16 takes and float16 does not."""
+    rows, columns = shapes[f"{QUERY}.weight"]
+    layer = f"diffusion_model.{QUERY}"
+    name = save("huge", {f"{layer}.lora_A.weight": torch.full((1, columns), 1000.0),
+                         f"{layer}.lora_B.weight": torch.full((rows, 1), 50.0)})  # fmt: skip
+    for dtype, strength, fits in (("fp16", 1.0, True), ("fp16", 2.0, False), ("bf16", 2.0, True)):
+        model = run("K2ModelLoader", file="krea2_tiny_turbo.safetensors", dtype=dtype)[0]
+        if fits:
+            run("K2LoraLoader", model=model, lora=name, strength=strength)
+        else:
+            with pytest.raises(ValueError, match=f"strength 2 makes {QUERY}.weight infinite"):
+                run("K2LoraLoader", model=model, lora=name, strength=strength)
+
+
 @pytest.mark.parametrize("style", ["LoRA", "LoKr", "LoHa", "DoRA over columns", "full difference"])
 def test_beside_core(run, turbo, core_turbo, shapes, save, velocity, style):
     """On our MODEL and on core's, through our node and through core's: the same image."""

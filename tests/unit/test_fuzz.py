@@ -8,8 +8,8 @@ from reliability.fuzz_cases import CASES
 
 @pytest.mark.parametrize("kind", CASES)
 def test_files_of_any_content_load_or_are_refused(tmp_path, kind):
-    found = fuzz.run(tmp_path, [kind], 60, seed=0)[kind]
-    assert found.total() == 60 and found["refused"] > 10, found
+    found = fuzz.run(tmp_path, [kind], 30, seed=0)[kind]
+    assert found.total() == 30 and found["refused"] > 5, found
     # What is harmless passes, so the cases are not all broken in the same way.
     assert found["accepted"] > 0, found
 
