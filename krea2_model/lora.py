@@ -383,7 +383,7 @@ def _can_be_applied(update: Update, shapes: Mapping[str, Shape]) -> bool:
 def _check_numbers(update: Update, keys: Mapping[str, str], name: str) -> None:
     """Refuse what would make a weight infinite, before any is changed."""
     largest = update.largest_change
-    if largest <= _LARGEST:
+    if largest <= _LARGEST and (update.kind not in _ROTATIONS or largest <= 1):
         return
     where = ", ".join(list(keys.values())[:2])
     if math.isfinite(largest):

@@ -182,7 +182,7 @@ class Update:
         parts = self.parts
 
         def product(first: str, second: str) -> float:
-            inner = min(parts[first].shape[-1], parts[second].shape[0])
+            inner = min(parts[first].shape[1], parts[second].shape[0])
             return inner * _largest(parts[first]) * _largest(parts[second])
 
         def factor(name: str) -> float:
@@ -197,10 +197,9 @@ class Update:
         elif self.kind == "glora":
             bound = product("a1", "a2") + product("b1", "b2")
         elif self.kind in ("oft", "boft"):
-            # However large, what comes of it is a rotation.
-            bound = sum(_largest(tensor) for tensor in parts.values())
-            limit = 0.0 if self.alpha is None else abs(self.alpha)
-            return min(bound, 1.0) + 0 * limit if bound == bound else bound
+            bound = sum(_largest(tensor) for tensor in parts.values()) + 0 * (self.alpha or 0.0)
+            # What comes of sound numbers is a rotation, however large they are.
+            return min(bound, 1.0) if bound <= _LARGEST_BLOCK else bound
         else:
             bound = sum(_largest(tensor) for tensor in parts.values())
         if self.magnitude is not None or self.kind == "set":
@@ -212,8 +211,14 @@ class Update:
         return lambda name: self.parts[name].to(device=device, dtype=torch.float32)
 
 
+# Beyond this the inverse of Cayley's transform loses all its digits.
+_LARGEST_BLOCK = 1e6
+
+
 def _largest(tensor: Tensor) -> float:
-    return float(tensor.float().abs().max())
+    """The largest magnitude, in one pass and without a copy; NaN where there is one."""
+    least, most = (tensor.float() if tensor.element_size() < 2 else tensor).aminmax()
+    return max(abs(float(least)), abs(float(most)))
 
 
 def _rotations(update: Update, device) -> tuple[Tensor, Tensor]:

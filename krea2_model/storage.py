@@ -63,8 +63,8 @@ def weight_files(folder: Path) -> list[Path]:
         for shard in shards:
             if shard not in there:
                 raise CheckpointError(
-                    f"{indexes[0].name} in {folder} names the shard {shard[:200]!r}, which is not in "
-                    "that folder. Download the whole folder again."
+                    f"{indexes[0].name} in {folder} names the shard {shard[:200]!r}, which is "
+                    "not in that folder. Download the whole folder again."
                 )
         return [folder / shard for shard in shards]
     files = [file for file in found if file.suffix.lower() == ".safetensors"]

@@ -485,15 +485,16 @@ def damaged(sources: Sources, dice: random.Random) -> tuple[int, Read]:
 
 def _damage(content: bytearray, dice: random.Random) -> None:
     for _ in range(dice.choice((1, 1, 3, 20))):
-        place = dice.randrange(min(6000, len(content)))
+        # What was cut off leaves less to change, and in the end nothing.
+        place = dice.randrange(min(6000, len(content)) or 1)
         how = dice.randrange(10)
         if how == 0:
-            del content[max(1, dice.randrange(len(content))) :]
+            del content[dice.randrange(len(content) + 1) :]
         elif how < 3:
             del content[place : place + dice.randrange(1, 9)]
         elif how < 5:
             content[place:place] = content[place : place + dice.randrange(1, 9)]
-        else:
+        elif content:
             content[place] = dice.randrange(256)
 
 

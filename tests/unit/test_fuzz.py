@@ -1,6 +1,7 @@
 """A short run of scripts/reliability/fuzz.py; docs/reliability.md has the counts of a long one."""
 
 import pytest
+from measure_reliability import updated
 
 from reliability import fuzz
 from reliability.fuzz_cases import CASES
@@ -39,3 +40,12 @@ def test_what_the_fuzzer_would_call_a_fault(tmp_path):
             patch.setitem(CASES, "made for it", case)
             with pytest.raises(fuzz.Fault, match=message):
                 fuzz.run(tmp_path / case.__name__, ["made for it"], 1)
+
+
+def test_a_section_of_the_page_is_made_anew():
+    page = "# Head\n\nWords.\n\n## One\n\nold\n\n## Two\n\nstays\n\nfoot\n"
+    new = updated(page, {"One": "## One\n\nnew\n", "Three": "## Three\n\nlast\n"})
+    assert new == (
+        "# Head\n\nWords.\n\n## One\n\nnew\n\n## Two\n\nstays\n\n## Three\n\nlast\n\nfoot\n"
+    )
+    assert updated(new, {"Three": "## Three\n\nlast\n"}) == new
