@@ -25,7 +25,8 @@ sys.path += [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
 import krea2_model  # noqa: E402
 from krea2_model import CheckpointError  # noqa: E402
-from reliability.fuzz_cases import CASES, Sources  # noqa: E402
+from reliability.fuzz_cases import CASES  # noqa: E402
+from reliability.fuzz_sources import Sources  # noqa: E402
 
 MOST_SECONDS = 2.0
 # Of the file and of what was loaded; below that, what the allocator keeps hides the rest.

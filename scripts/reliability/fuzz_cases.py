@@ -7,146 +7,29 @@ loaded, or raises.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import random
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_transformer, load_vae
 from krea2_model.checkpoint import assign, open_checkpoint, read_shapes, read_text_encoder
-from krea2_model.config import TransformerConfig
 from krea2_model.identify import TEXT_ENCODER
 from krea2_model.inspect import describe
 from krea2_model.lora import read_lora, read_lora_file
 from krea2_model.lora_updates import LoraStack
 from krea2_model.quantised import dequantise
 from krea2_model.text_encoder import Qwen3VLTextEncoder
-from krea2_model.transformer import Krea2Transformer
+
+from .fuzz_sources import Sources, dumps, mutate, text_tensor
 
 Read = Callable[[], int]
 
-_TRANSFORMER = TransformerConfig(
-    num_layers=1, attention_head_dim=32, num_attention_heads=2, num_key_value_heads=1,
-    intermediate_size=64, timestep_embed_dim=32, text_hidden_dim=64, text_num_attention_heads=2,
-    text_num_key_value_heads=2, text_intermediate_size=64, axes_dims_rope=(8, 12, 12),
-)  # fmt: skip
-_ENCODER = replace(tiny.TEXT_ENCODER, vocab_size=64, num_hidden_layers=36)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8,
            torch.int64, torch.uint8, torch.bool, torch.float64)  # fmt: skip
-
-
-class Sources:
-    """Whole files of every kind, to be changed, in memory and in a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.number = 0
-        self.transformer = tiny.transformer_tensors(_TRANSFORMER)
-        self.vae = tiny.vae_tensors(replace(tiny.VAE, base_dim=4))
-        self.encoder = tiny.text_encoder_tensors(_ENCODER)
-        self.quantised = _quantised(self.transformer)
-        self.model = Krea2Transformer(_TRANSFORMER).eval().requires_grad_(False)
-        self.shapes = {n: tuple(w.shape) for n, w in self.model.named_parameters()}
-        self.pipeline = folder / "pipeline"
-        for part, tensors in (
-            ("transformer", self.transformer), ("vae", self.vae), ("text_encoder", self.encoder),
-        ):  # fmt: skip
-            (self.pipeline / part).mkdir(parents=True)
-            save_file(tensors, self.pipeline / part / "model.safetensors")
-
-    def path(self, suffix: str) -> Path:
-        return self.folder / f"case{suffix}"
-
-    def safetensors(self, tensors: dict, metadata: dict | None = None) -> Path:
-        path = self.path(".safetensors")
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
-        return path
-
-
-def _quantised(tensors: dict) -> dict:
-    """Two layers in fp8, one in int8 that is rotated."""
-    stored = dict(tensors)
-    for layer, settings in (
-        ("blocks.0.attn.wq", {"format": "float8_e4m3fn"}),
-        ("blocks.0.attn.wo", {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}),
-        ("blocks.0.mlp.up",
-         {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}),
-    ):  # fmt: skip
-        weight = tensors[f"{layer}.weight"]
-        dtype = torch.int8 if "convrot" in settings else torch.float8_e4m3fn
-        stored[f"{layer}.weight"] = (weight.float() * 50).to(dtype)
-        stored[f"{layer}.weight_scale"] = torch.tensor(0.02)
-        stored[f"{layer}.comfy_quant"] = _bytes(json.dumps(settings))
-    return stored
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.tensor(list(text.encode("utf-8", "surrogatepass")), dtype=torch.uint8)
-
-
-def _strange(dice: random.Random) -> Any:
-    """A value that nobody expects there."""
-    return dice.choice((
-        None, True, False, 0, 1, -1, 2, 3, 7, 16, 64, 255, 2**31, 2**62, 2**63, 2**70, 10**400,
-        0.5, -0.0, 1e30, 1e-30, float("nan"), float("inf"), float("-inf"), "", "x", "0", "1e999",
-        "nan", "false", "\x00", "\ud800", "é" * 50, "x" * 10_000, [], {}, [[]], [{}], {"": None},
-        [0], [1, 1], [-1, 2], [2**40, 2**40], [1] * 10_000, {"format": "float8_e4m3fn"},
-        _deep(dice.choice((50, 2000))), dice.randrange(-5, 300), dice.random(),
-    ))  # fmt: skip
-
-
-_KEYS = ("", "x", "\x00", "\ud800", "0", "layers", "format", "shape", "r", "x" * 1000, "a.b.c.d")
-
-
-def _deep(levels: int) -> Any:
-    value: Any = 1
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-def _change(value: Any, dice: random.Random) -> Any:
-    """A JSON value with a few of its places changed."""
-    value = copy.deepcopy(value)
-    for _ in range(dice.choice((1, 1, 1, 2, 5))):
-        value = _change_once(value, dice)
-    return value
-
-
-def _change_once(value: Any, dice: random.Random) -> Any:
-    if isinstance(value, dict) and value and dice.random() < 0.9:
-        key = dice.choice(list(value))
-        how = dice.randrange(8)
-        if how == 0:
-            del value[key]
-        elif how == 1:
-            value[dice.choice(_KEYS)] = value.pop(key)
-        elif how == 2:
-            value[str(dice.choice(list(value)))] = value[key]
-        else:
-            value[key] = _change_once(value[key], dice)
-        return value
-    if isinstance(value, list) and value and dice.random() < 0.7:
-        place = dice.randrange(len(value))
-        value[place] = _change_once(value[place], dice)
-        return value
-    return _strange(dice)
-
-
-def _dumps(value: Any) -> str:
-    try:
-        return json.dumps(value)
-    except (RecursionError, ValueError):
-        # Too deep, or too many digits, for the writer; readers see such files all the same.
-        return '{"a":' + "[" * 50_000
 
 
 def _load_encoder(path: Path) -> Qwen3VLTextEncoder:
@@ -182,7 +65,7 @@ def header(sources: Sources, dice: random.Random) -> tuple[int, Read]:
     path = sources.safetensors(tensors, {"krea2.steps": "8", "krea2.variant": "turbo"})
     content = path.read_bytes()
     end = 8 + struct.unpack("<Q", content[:8])[0]
-    text = _dumps(_change(json.loads(content[8:end]), dice)).encode("utf-8", "surrogatepass")
+    text = dumps(mutate(json.loads(content[8:end]), dice)).encode("utf-8", "surrogatepass")
     length = len(text) if dice.random() < 0.95 else dice.choice((0, 1, 2**31, 2**63, len(text) + 9))
     path.write_bytes(struct.pack("<Q", length) + text + content[end:])
     return path.stat().st_size, _loading(path, load)
@@ -245,13 +128,13 @@ def quantisation(sources: Sources, dice: random.Random) -> tuple[int, Read]:
     metadata = {}
     if dice.random() < 0.5:
         layers = {n.removesuffix(".comfy_quant"): value for n, value in settings.items()}
-        text = _dumps(_change({"layers": layers}, dice))
+        text = dumps(mutate({"layers": layers}, dice))
         metadata = {"_quantization_metadata": text.encode("ascii", "replace").decode()}
         for name in names:
             del tensors[name]
     else:
         name = dice.choice(names)
-        tensors[name] = _bytes(_dumps(_change(settings[name], dice)))
+        tensors[name] = text_tensor(dumps(mutate(settings[name], dice)))
     if dice.random() < 0.6:
         layer = dice.choice(names).removesuffix(".comfy_quant")
         suffix = dice.choice((".weight_scale", ".weight_scale", ".input_scale", ".weight_scale_2",
@@ -368,11 +251,11 @@ def folder_json(sources: Sources, dice: random.Random) -> tuple[int, Read]:
     shard_index = root / part / "model.safetensors.index.json"
     shard_index.unlink(missing_ok=True)
     which = dice.choice(("index", "config", "config", "shards"))
-    texts = {"index": _dumps(index), "config": _dumps(config)}
+    texts = {"index": dumps(index), "config": dumps(config)}
     if which == "shards":
-        shard_index.write_text(_dumps(_change(shards, dice)), encoding="utf-8")
+        shard_index.write_text(dumps(mutate(shards, dice)), encoding="utf-8")
     else:
-        texts[which] = _dumps(_change(index if which == "index" else config, dice))
+        texts[which] = dumps(mutate(index if which == "index" else config, dice))
     for name, path in files.items():
         path.write_bytes(texts[name].encode("utf-8", "surrogatepass"))
     size = (root / part / "model.safetensors").stat().st_size
@@ -440,7 +323,7 @@ def lora_tensors(sources: Sources, dice: random.Random) -> tuple[int, Read]:
         tensors[name] = tensor
     metadata = {}
     if dice.random() < 0.4:
-        text = _dumps(_change(_SETTINGS, dice))
+        text = dumps(mutate(_SETTINGS, dice))
         metadata = {"lora_adapter_metadata": text.encode("ascii", "replace").decode()}
     path = sources.safetensors(tensors, metadata)
     before = {n: w.data for n, w in sources.model.named_parameters()}
