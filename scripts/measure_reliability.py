@@ -35,7 +35,8 @@ COMFYUI_PATH=ComfyUI python scripts/measure_reliability.py
 
 which stops at the first thing that goes wrong. It starts a real headless ComfyUI with the built-in
 krea2-nano, posts jobs to its API and injects faults. The quick ones are also tests
-(`tests/comfy/test_reliability.py`), with a queue of 20 jobs. No weights of full size were run.
+(`tests/comfy/test_reliability.py`, `tests/unit/test_fuzz.py`), with a queue of 20 jobs. No weights
+of full size were run.
 """
 
 

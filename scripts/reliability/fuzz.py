@@ -115,7 +115,8 @@ def figures(count: int, seed: int = 1) -> str:
         f"{total.total():,} files, made from real ones by changing their structure at random (seed "
         f"{seed}), in {time.monotonic() - started:.0f} s: {total['refused']:,} were refused by the "
         f"pack's own error, {total['accepted']:,} were accepted. None ended in another error, took "
-        f"over {MOST_SECONDS:g} s or over {MOST_MEMORY:g} times its size in memory."
+        f"over {MOST_SECONDS:g} s, or more memory than {LEAST_MEMORY / 1e6:g} MB and "
+        f"{MOST_MEMORY:g} times the file and what was loaded of it."
     ]
     for kind, found in counts.items():
         lines.append(
