@@ -154,7 +154,10 @@ def survey(files: Iterable[ModelFile], report: Report, memory: int = 0) -> list[
 
 
 def without_home(text: str) -> str:
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # none, as in some containers
+        return text
     return text.replace(home, "~") if len(home) > 1 else text
 
 

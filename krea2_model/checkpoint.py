@@ -8,8 +8,9 @@ the module's weights without a copy; modules are built on the meta device and lo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from . import nano
 from .config import PRESETS, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
 from .gguf import GGUFTensor, is_gguf, read_gguf
+from .gguf_header import read_gguf_header
 from .identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -31,8 +33,9 @@ from .identify import (
     read_header,
 )
 from .layers import TorchLayers
-from .quantised import dequantise, spell_out
-from .storage import read_json, read_safetensors, replacing, weight_files
+from .quantised import dequantise, refuse_integers, spell_out
+from .settings import distilled, text_encoder_settings, transformer_settings, vae_settings
+from .storage import read_json, read_safetensors, replacing, weight_files, without_compile
 from .text_encoder import (
     Qwen3VLTextEncoder,
     infer_text_encoder_config,
@@ -75,6 +78,11 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     model_index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_name(self) -> str:
+        """What messages call the configuration, `vae/config.json` for example."""
+        return f"{self.path.name}/config.json" if self.path.is_dir() else "config.json"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -213,10 +221,9 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
     for stray in STRAYS & found.keys():
         del found[stray]
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    try:
-        config = infer_transformer_config(shapes, **_transformer_settings(checkpoint.config))
-    except ValueError as error:
-        _refuse_parts(checkpoint.path, TRANSFORMER, str(error))
+    settings = transformer_settings(checkpoint.config, checkpoint.config_name)
+    with _misshapen(checkpoint.path, TRANSFORMER):
+        config = infer_transformer_config(shapes, **settings)
     tensors = {
         # diffusers stores a block's table as (6, F), the official files as (6 F).
         official_to_module(name): tensor.flatten() if name.endswith(".mod.lin") else tensor
@@ -228,72 +235,23 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
 
 def read_text_encoder(checkpoint: Checkpoint) -> TextEncoderState:
     """Translate a text encoder's tensors to module names and read off its sizes."""
-    try:
-        settings = _text_encoder_settings(checkpoint)
-        names = text_encoder_keys(checkpoint.tensors, num_layers=max(settings["tap_layers"]))
+    settings = text_encoder_settings(
+        checkpoint.config, checkpoint.model_index, (checkpoint.config_name, "model_index.json")
+    )
+    count = max(settings["tap_layers"])
+    with _misshapen(checkpoint.path, TEXT_ENCODER):
+        # The first layer tells the sizes, also where only the embedding is tapped.
+        names = text_encoder_keys(checkpoint.tensors, num_layers=max(count, 1))
         if not names:
             _refuse(checkpoint, TEXT_ENCODER)
         shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
         config = infer_text_encoder_config(shapes, **settings)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        _refuse_parts(checkpoint.path, TEXT_ENCODER, str(error))
-    tensors = {module: checkpoint.tensors[name] for name, module in names.items()}
-    return TextEncoderState(config, tensors)
-
-
-def _transformer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tensors cannot tell and a diffusers folder's configuration does.
-
-    Raises ValueError for a value of another type.
-    """
-    readers: dict[str, Callable[[Any], Any]] = {
-        "rope_theta": float, "norm_eps": float, "axes_dims_rope": _whole_numbers,
-    }  # fmt: skip
-    return {
-        name: _setting(name, config[name], read) for name, read in readers.items() if name in config
+    tensors = {
+        module: checkpoint.tensors[name]
+        for name, module in names.items()
+        if count or not module.startswith("layers.")
     }
-
-
-def _text_encoder_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """As `_transformer_settings`, for a text encoder; the taps are always among them."""
-    taps = checkpoint.model_index.get("text_encoder_select_layers") or TextEncoderConfig.tap_layers
-    settings = {"tap_layers": _setting("text_encoder_select_layers", taps, _whole_numbers)}
-    config = _setting("text_config", checkpoint.config.get("text_config", checkpoint.config), dict)
-    rope = _setting("rope_parameters", config.get("rope_parameters") or {}, dict)
-    if theta := config.get("rope_theta", rope.get("rope_theta")):
-        settings["rope_theta"] = _setting("rope_theta", theta, float)
-    sections = rope.get("mrope_section") or _setting(
-        "rope_scaling", config.get("rope_scaling") or {}, dict
-    ).get("mrope_section")
-    if sections:
-        settings["mrope_section"] = _setting("mrope_section", sections, _three_numbers)
-    if "rms_norm_eps" in config:
-        settings["rms_norm_eps"] = _setting("rms_norm_eps", config["rms_norm_eps"], float)
-    return settings
-
-
-def _setting(name: str, value: Any, read: Callable[[Any], Any]) -> Any:
-    """`read(value)`. Raises ValueError where it is of another type."""
-    try:
-        return read(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is {value!r} in its configuration") from error
-
-
-def _three_numbers(values: Any) -> tuple[int, ...]:
-    numbers = _whole_numbers(values)
-    if len(numbers) != 3:
-        raise ValueError("expected three numbers")
-    return numbers
-
-
-def _whole_numbers(values: Any) -> tuple[int, ...]:
-    numbers = tuple(map(int, values))
-    if not numbers or min(numbers) < 1:
-        raise ValueError("expected whole numbers above 0")
-    return numbers
+    return TextEncoderState(config, tensors)
 
 
 def read_vae(checkpoint: Checkpoint) -> VAEState:
@@ -302,14 +260,15 @@ def read_vae(checkpoint: Checkpoint) -> VAEState:
     if prefix is None:
         _refuse(checkpoint, VAE)
     tensors = _under(checkpoint.tensors, prefix)
-    try:
+    with _misshapen(checkpoint.path, VAE):
         config = infer_vae_config({name: tuple(t.shape) for name, t in tensors.items()})
+        settings = vae_settings(checkpoint.config, config.z_dim, checkpoint.config_name)
+        config = replace(config, **settings)
         if _VAE_MARKERS[0] not in tensors:
             original = {theirs: ours for ours, theirs in vae_key_map(config).items()}
             tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
+        refuse_integers(tensors, checkpoint.path.name)
         return VAEState(config, slice_temporal(tensors, config))
-    except ValueError as error:
-        _refuse_parts(checkpoint.path, VAE, str(error))
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -318,9 +277,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises CheckpointError where the file is broken or of another format.
     """
     if path.is_file() and is_gguf(path):
-        tensors, _ = read_gguf(path)
-        return {llama_cpp_to_hugging_face(n): tuple(t.shape) for n, t in tensors.items()}
-    return read_header(path).shapes
+        stored = read_gguf_header(path).tensors
+        return {llama_cpp_to_hugging_face(n): entry.shape for n, entry in stored.items()}
+    return {without_compile(n): shape for n, shape in read_header(path).shapes.items()}
 
 
 def open_checkpoint(
@@ -342,7 +301,7 @@ def open_checkpoint(
         read_header(path)
         tensors, metadata = read_file(path)
         metadata = dict(metadata or {})
-        return Checkpoint(path, spell_out(tensors, metadata, path.name), metadata)
+        return Checkpoint(path, _spelled(tensors, metadata, path.name), metadata)
     if not path.is_dir():
         raise CheckpointNotFoundError(
             f"There is no file or folder {path}. Check the name and the folder."
@@ -352,12 +311,16 @@ def open_checkpoint(
     for file in weight_files(folder):
         read_header(file)
         tensors, metadata = read_file(file)
-        checkpoint.tensors.update(spell_out(tensors, metadata or {}, file.name))
+        checkpoint.tensors.update(_spelled(tensors, metadata or {}, file.name))
         checkpoint.metadata.update(metadata or {})
     checkpoint.config = read_json(folder / "config.json")
     for parent in (path, path.parent):
         checkpoint.model_index = checkpoint.model_index or read_json(parent / "model_index.json")
     return checkpoint
+
+
+def _spelled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str):
+    return spell_out({without_compile(n): t for n, t in tensors.items()}, metadata, name)
 
 
 def _most_common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
@@ -404,9 +367,16 @@ def assign(
 
 
 def check_tensors(
-    wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: Path, what: str
+    wanted: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    what: str,
+    quantised: Collection[str] = (),
 ) -> None:
-    """Raise CheckpointError unless `tensors` are those wanted and their vectors are finite."""
+    """Raise CheckpointError unless `tensors` are those wanted and their vectors are finite.
+
+    quantised: names of those that may be integers.
+    """
     missing = sorted(wanted.keys() - tensors.keys())
     surplus = sorted(tensors.keys() - wanted.keys())
     misshapen = [
@@ -421,6 +391,7 @@ def check_tensors(
     ]
     if problems:
         _refuse_parts(path, what, f"its tensors do not fit: {'; '.join(problems)}")
+    refuse_integers({n: t for n, t in tensors.items() if n not in quantised}, path.name)
     for name, tensor in tensors.items():
         vector = tensor.ndim == 1 and tensor.is_floating_point() and tensor.element_size() > 1
         if vector and not torch.isfinite(tensor).all():
@@ -442,9 +413,9 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def variant_of(checkpoint: Checkpoint) -> tuple[str | None, str]:
     """Raw or Turbo, or None, and how it is known: the folder's index, metadata, or the name."""
-    if "is_distilled" in checkpoint.model_index:
-        variant = "turbo" if checkpoint.model_index["is_distilled"] else "raw"
-        return variant, "is_distilled in model_index.json"
+    is_distilled = distilled(checkpoint.model_index, "model_index.json")
+    if is_distilled is not None:
+        return "turbo" if is_distilled else "raw", "is_distilled in model_index.json"
     if checkpoint.metadata.get(VARIANT_KEY) in PRESETS:
         return checkpoint.metadata[VARIANT_KEY], f"{VARIANT_KEY} in the file's metadata"
     # As words of their own: a "drawing" is not "raw".
@@ -465,8 +436,14 @@ def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
     try:
         mu = float(metadata[MU_KEY]) if MU_KEY in metadata else None
         guidance = float(metadata.get(GUIDANCE_KEY, 0))
-        size = int(metadata.get(SIZE_KEY, Preset.size))
-        return Preset(variant or "custom", int(metadata[STEPS_KEY]), guidance, mu, size)
+        size, steps = int(metadata.get(SIZE_KEY, Preset.size)), int(metadata[STEPS_KEY])
+        for name, value, least, most in (
+            (STEPS_KEY, steps, 1, 10_000), (GUIDANCE_KEY, guidance, 0, 1_000),
+            (MU_KEY, 0.0 if mu is None else mu, -100, 100), (SIZE_KEY, size, 16, 16_384),
+        ):  # fmt: skip
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value:g}; expected {least} to {most}")
+        return Preset(variant or "custom", steps, guidance, mu, size)
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.path.name} carries unreadable sampling defaults ({error})."
@@ -485,6 +462,22 @@ def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | 
         return Krea2Tokenizer(find_tokenizer_folder())
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def _misshapen(path: Path, what: str) -> Iterator[None]:
+    """Turn errors of reading sizes off tensors' shapes into the refusal of a file.
+
+    Shapes of any kind come from files, and the arithmetic on them fails in as many ways.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        _refuse_parts(path, what, str(error))
+    except (IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError, RuntimeError):
+        _refuse_parts(path, what, "its tensors have shapes that do not belong together")
 
 
 def _refuse(checkpoint: Checkpoint, expected: str) -> NoReturn:

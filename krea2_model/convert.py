@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +77,12 @@ def convert(
     return _write_folder(found, target)
 
 
+_READERS: dict[str, Callable[[Checkpoint], Any]] = {
+    "transformer": read_transformer, "text_encoder": read_text_encoder, "vae": read_vae,
+}  # fmt: skip
+
+
 def _open_parts(source: Path, parts: Iterable[str]) -> dict[str, Checkpoint]:
-    readers = {"transformer": read_transformer, "text_encoder": read_text_encoder, "vae": read_vae}
     found, errors = {}, []
     for part in parts:
         is_pipeline = source.is_dir() and (source / "model_index.json").is_file()
@@ -85,7 +90,7 @@ def _open_parts(source: Path, parts: Iterable[str]) -> dict[str, Checkpoint]:
             continue
         checkpoint = open_checkpoint(source, part)
         try:
-            readers[part](checkpoint)
+            _READERS[part](checkpoint)
         except CheckpointError as error:
             errors.append(error)
         else:
@@ -103,6 +108,7 @@ def _write_file(found: Mapping[str, Checkpoint], target: Path, quantise: str | N
     entries: list[Entry] = []
     metadata = {"format": "pt"}
     for part, checkpoint in found.items():
+        _refuse_lost_settings(part, checkpoint)
         prefix = "" if alone else PREFIXES[part]
         if part == "transformer":
             state = read_transformer(checkpoint)
@@ -113,6 +119,26 @@ def _write_file(found: Mapping[str, Checkpoint], target: Path, quantise: str | N
             entries += _plain_entries(checkpoint, part, rename, prefix)
     write_safetensors(target, entries, metadata)
     return target
+
+
+# What only the configuration of a folder says; the rest is read off tensors.
+_SETTINGS = {
+    "transformer": ("rope_theta", "norm_eps"),
+    "text_encoder": ("tap_layers", "rope_theta", "rms_norm_eps"),
+    "vae": ("latents_mean", "latents_std"),
+}
+
+
+def _refuse_lost_settings(part: str, checkpoint: Checkpoint) -> None:
+    config = _READERS[part](checkpoint).config
+    lost = [
+        name for name in _SETTINGS[part] if getattr(config, name) != getattr(type(config), name)
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.path.name} sets {', '.join(lost)} otherwise than the released model, "
+            "which one file cannot carry. Name a folder as the target."
+        )
 
 
 def quantise_blocks(

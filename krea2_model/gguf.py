@@ -1,8 +1,8 @@
 """GGUF files: tensors as they are stored, and their values.
 
-The `gguf` package of llama.cpp parses the file; here blocks are turned into values in torch, on the
-device of the blocks. A block packs 32 values (256 in the K formats) with their scales; the layouts
-are those of ggml's `ggml-common.h`.
+Blocks are turned into values in torch, on the device of the blocks. A block packs 32 values (256 in
+the K formats) with their scales; the layouts are those of ggml's `ggml-common.h`. Formats beyond
+`FORMATS` go through the `gguf` package of llama.cpp, on the CPU, which is slower.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .identify import CheckpointError, CheckpointNotFoundError
+from .gguf_header import MAGIC, read_gguf_header
+from .identify import CheckpointError
 
-MAGIC = b"GGUF"
 INSTALL = "pip install gguf"
 
 Shape = tuple[int, ...]
@@ -54,8 +55,15 @@ class GGUFTensor:
 
 
 def dequantise(data: Tensor, name: str, shape: Shape) -> Tensor:
-    """Values (float32) of raw bytes in the format `name`, one of `FORMATS`, on their device."""
-    form = FORMATS[name]
+    """Values (float32) of raw bytes in the format `name`, on their device."""
+    form = FORMATS.get(name)
+    if form is None:
+        import gguf
+
+        kind = gguf.GGMLQuantizationType[name]
+        size = gguf.GGML_QUANT_SIZES[kind][1]
+        values = gguf.quants.dequantize(data.cpu().reshape(-1, size).numpy(), kind)
+        return torch.from_numpy(values).to(data.device).reshape(shape)
     blocks = data.reshape(-1, form.size)
     return form.dequantise(blocks).reshape(shape)
 
@@ -66,6 +74,18 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def require_package(path: Path):
+    """The `gguf` package. Raises CheckpointError, with how to install it, where it is missing."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path.name} is a GGUF file, which the gguf package reads, and it is not installed. "
+            f"Install it into ComfyUI's Python with `{INSTALL}`, and restart."
+        ) from error
+    return gguf
+
+
 def read_gguf(path: str | Path) -> tuple[dict[str, Tensor | GGUFTensor], dict[str, str]]:
     """Tensors by name, mapped from the file, and the metadata that is text.
 
@@ -74,50 +94,61 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Tensor | GGUFTensor], dict[st
     missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"There is no file {path}. Check the name and the folder.")
+    header, package = read_gguf_header(path), require_package(path)
+    # Copy on write: torch wants memory that it may write to.
+    content = np.memmap(path, mode="c")
+    tensors: dict[str, Tensor | GGUFTensor] = {}
+    for name, entry in header.tensors.items():
+        form, values, size = _format(package, entry.type_id, f"{path.name} stores {name}")
+        count = math.prod(entry.shape)
+        end = entry.offset + count // values * size
+        if count % values or end > len(content):
+            raise CheckpointError(
+                f"{path.name} is a broken GGUF file: {name} is {entry.shape} in {form} and does "
+                f"not fit into {len(content):,} bytes. Download it again."
+            )
+        data = torch.from_numpy(content[entry.offset : end])
+        if form in _PLAIN:
+            tensors[name] = _aligned(data, _PLAIN[form]).reshape(entry.shape)
+        elif len(entry.shape) < 2:
+            tensors[name] = dequantise(data, form, entry.shape)
+        else:
+            rows = entry.shape[0] if entry.shape[-1] % values == 0 else 1
+            tensors[name] = GGUFTensor(data.reshape(rows, -1), form, entry.shape)
+    return tensors, header.metadata
+
+
+def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers, copied where they do not begin where such numbers may."""
+    return (data if data.data_ptr() % dtype.itemsize == 0 else data.clone()).view(dtype)
+
+
+def _format(package, type_id: int, what: str) -> tuple[str, int, int]:
+    """A format's name, and the values and bytes of its blocks.
+
+    Raises CheckpointError where nothing here or in the package turns it into numbers.
+    """
+    names = {kind.value: kind.name for kind in package.GGMLQuantizationType}
+    name = names.get(type_id, f"format {type_id}")
+    known = ", ".join((*_PLAIN, *FORMATS))
+    if type_id in names:
+        values, size = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(type_id)]
+        if name in _PLAIN or name in FORMATS or _package_reads(package, name, size):
+            return name, values, size
+    raise CheckpointError(
+        f"{what} as {name}; expected one of {known}, or what the installed gguf package turns into "
+        "numbers. Update that package, or use another quantisation of the model."
+    )
+
+
+def _package_reads(package, name: str, size: int) -> bool:
     try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path.name} is a GGUF file, which the gguf package reads, and it is not installed. "
-            f"Install it into ComfyUI's Python with `{INSTALL}`, and restart."
-        ) from error
-    try:
-        # Copy on write: torch wants memory that it may write to.
-        reader = gguf.GGUFReader(path, "c")
-        tensors: dict[str, Tensor | GGUFTensor] = {}
-        for tensor in reader.tensors:
-            shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
-            name = tensor.tensor_type.name
-            if name not in FORMATS and name not in _PLAIN:
-                raise CheckpointError(
-                    f"{path.name} stores {tensor.name} as {name}; expected one of "
-                    f"{', '.join((*_PLAIN, *FORMATS))}. Use another quantisation of the model."
-                )
-            data = torch.from_numpy(tensor.data.view("uint8"))
-            stored: Tensor | GGUFTensor = GGUFTensor(data, name, shape)
-            if name in _PLAIN:
-                stored = data.reshape(-1).view(_PLAIN[name]).reshape(shape)
-            elif len(shape) < 2:
-                stored = dequantise(data, name, shape)
-            tensors[tensor.name] = stored
-        metadata = {
-            key: str(field.contents())
-            for key, field in reader.fields.items()
-            if field.types
-            and field.types[-1] == gguf.GGUFValueType.STRING
-            and len(field.types) == 1
-        }
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # The reader follows counts and offsets of the file, so a broken one may fail anywhere.
-        raise CheckpointError(
-            f"{path.name} is a broken GGUF file ({type(error).__name__}: {error}). Download it "
-            "again."
-        ) from error
-    return tensors, metadata
+        blocks = np.zeros((1, size), dtype=np.uint8)
+        package.quants.dequantize(blocks, package.GGMLQuantizationType[name])
+    except NotImplementedError:
+        return False
+    # Integers come back as they are; a model's weights are never stored so.
+    return not name.startswith(("I8", "I16", "I32", "I64", "F64"))
 
 
 def _half(data: Tensor) -> Tensor:

@@ -29,9 +29,21 @@ WHERE = {
 # The longest header that is read: many times any model's, and little enough to be refused quickly.
 _MAX_HEADER = 25_000_000
 
+_LONGEST_MESSAGE = 1500
+
 
 class CheckpointError(ValueError):
-    """A file is not what was expected; the message says what it is and what to do."""
+    """A file is not what was expected; the message says what it is and what to do.
+
+    Names from files may be of any length and hold anything: long ones lose their middle, and what
+    cannot be printed is spelled out.
+    """
+
+    def __init__(self, message: str):
+        text = message.encode("utf-8", "backslashreplace").decode()
+        if len(text) > _LONGEST_MESSAGE:
+            text = f"{text[: _LONGEST_MESSAGE - 300]} ... {text[-250:]}"
+        super().__init__(text)
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -77,8 +89,12 @@ def read_header(path: str | Path) -> Header:
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        tensors = {n: (e["dtype"], tuple(map(int, e["shape"]))) for n, e in entries.items()}
-        end = max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise ValueError("its metadata is not a table of texts")
+        tensors = {n: (str(e["dtype"]), _sizes(e["shape"])) for n, e in entries.items()}
+        end = max((_sizes(e["data_offsets"])[1] for e in entries.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} has a broken safetensors header ({error}). Download it again."
@@ -89,6 +105,13 @@ def read_header(path: str | Path) -> Header:
             "the download is incomplete or the file was damaged. Download it again."
         )
     return Header(tensors, metadata)
+
+
+def _sizes(values: list) -> tuple[int, ...]:
+    # JSON may hold 1e999, true and "3" where a whole number belongs.
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise ValueError(f"{str(values)[:60]} are no sizes")
+    return tuple(values)
 
 
 def _foreign_format(start: bytes) -> str | None:

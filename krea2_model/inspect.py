@@ -144,7 +144,9 @@ def _lora_lines(checkpoint: Checkpoint, kind: str) -> list[str]:
     released = Krea2Transformer(TransformerConfig(), device="meta").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in released.items()}
     try:
-        _, _, report = read_lora(checkpoint.tensors, shapes, checkpoint.path.name)
+        _, _, report = read_lora(
+            checkpoint.tensors, shapes, checkpoint.path.name, metadata=checkpoint.metadata
+        )
     except CheckpointError as error:
         return [f"  {error}"]
     return [f"  {line}" for line in str(report).splitlines()]
@@ -173,7 +175,8 @@ def _weights_lines(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     for group, forms in groups.items():
         text = ", ".join(f"{number} x {form}" for form, number in forms.most_common())
         lines.append(f"    {group}: {text}")
-    if ranks := sorted({tensor.shape[0] for n, tensor in tensors.items() if n.endswith(BRANCH[1])}):
+    downs = [tensor for n, tensor in tensors.items() if n.endswith(BRANCH[1]) and tensor.ndim]
+    if ranks := sorted({tensor.shape[0] for tensor in downs}):
         text = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
         lines.append(f"    low-rank branches: rank {text}")
     for word, names in (

@@ -63,6 +63,12 @@ class Krea2Pipeline:
                 f"needs {wanted[0]} of width {wanted[1]}. Use the encoder that belongs to it "
                 "(Qwen3-VL-4B for the released Krea 2)."
             )
+        if vae.config.z_dim != transformer.config.latent_channels:
+            raise ValueError(
+                f"The VAE has {vae.config.z_dim} latent channels; this transformer needs "
+                f"{transformer.config.latent_channels}. Use the VAE that belongs to it "
+                "(Qwen-Image's for the released Krea 2)."
+            )
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
@@ -110,19 +116,23 @@ class Krea2Pipeline:
         """Merge a LoRA file of any trainer into the weights, on top of those loaded before.
 
         scale: how much of it; may be negative. Returns what matched. Raises CheckpointError where
-        the file is not a LoRA or fits nothing.
+        the file is not a LoRA, fits nothing or holds no numbers, and ValueError where it makes a
+        weight infinite; the weights are then as they were.
         """
         path = Path(path)
         shapes, text_shapes = (
             {name: tuple(weight.shape) for name, weight in stack.weights.items()}
             for stack in self._loras
         )
-        updates, text_updates, report = read_lora(
-            read_lora_file(path), shapes, path.name, text_shapes
-        )
+        tensors, metadata = read_lora_file(path)
+        updates, text_updates, report = read_lora(tensors, shapes, path.name, text_shapes, metadata)
         self._loras[0].add(updates, scale)
-        self._loras[1].add(text_updates, scale)
-        if report.unmatched:
+        try:
+            self._loras[1].add(text_updates, scale)
+        except BaseException:
+            self._loras[0].remove_last(updates)
+            raise
+        if not report.is_complete:
             logger.warning("%s", report)
         return report
 

@@ -9,7 +9,7 @@ tensors where no layers that calculate with quantised weights are at hand.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING, SETTI
 # A low-rank branch beside a quantised layer: its up and down matrices.
 BRANCH = (".svdq_l1", ".svdq_l2")
 
+# Multipliers of a weight or its input; of the first some formats have one a block.
+SCALES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING)
+# Settings are a line of JSON.
+_LONGEST_SETTINGS = 65_536
+
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
 
@@ -43,15 +48,14 @@ def spell_out(
     try:
         layers = json.loads(metadata[HEADER])["layers"]
         settings = {layer: json.dumps(value) for layer, value in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{name} has an unreadable list of quantised layers in its header ({error!r}). "
             "Download it again."
         ) from error
-    # A file that was prefixed after quantising keeps bare names in its list.
-    endings = {weight.removesuffix(".weight"): weight for weight in result}
+    places = _Places(result)
     for layer, text in settings.items():
-        found = layer if layer in endings else _with_prefix(layer, endings)
+        found = places.find(layer)
         if found is None:
             raise CheckpointError(
                 f"{name} lists {layer!r} among its quantised layers, and has no such layer. "
@@ -68,13 +72,95 @@ def layer_settings(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         if name.endswith(SETTINGS):
             layer = name.removesuffix(SETTINGS)
             try:
+                if tensor.dtype != torch.uint8 or tensor.numel() > _LONGEST_SETTINGS:
+                    raise ValueError(f"{tensor.numel():,} numbers of {tensor.dtype}")
                 value = json.loads(bytes(tensor.flatten().tolist()))
                 settings[layer] = {**value.get("params", {}), **value}
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(
-                    f"{name} holds no readable settings ({error!r}). Download the file again."
+                    f"{name} holds no readable settings ({str(error)[:200]}); expected a JSON "
+                    "object. Download the file again."
                 ) from error
     return settings
+
+
+def check_quantised(
+    tensors: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], name: str
+) -> None:
+    """Refuse settings and scales of quantised layers that no quantiser writes.
+
+    settings: of `layer_settings`. Raises CheckpointError that names the layer: a scale of 0 or NaN
+    loads all the same, and paints black.
+    """
+    for layer, values in settings.items():
+        weight = tensors.get(f"{layer}.weight")
+        if weight is None or isinstance(weight, GGUFTensor) or weight.ndim != 2:
+            raise CheckpointError(
+                f"{name} lists {layer} as quantised and has no matrix there. Download it again."
+            )
+        form = values.get("format")
+        if not isinstance(form, str):
+            raise CheckpointError(f"{name}: {layer} has the format {form!r:.80}; expected a name.")
+        if values.get("convrot"):
+            check_group(values.get("convrot_groupsize", 256), weight.shape[1], f"{name}: {layer}")
+        one_value_a_byte = form in FLOAT8 or form == "int8_tensorwise"
+        if one_value_a_byte and weight.element_size() != 1:
+            raise CheckpointError(
+                f"{name}: {layer} is stored as {weight.dtype}, and its settings say {form}. "
+                "Download it again."
+            )
+        for suffix in SCALES:
+            scale = tensors.get(layer + suffix)
+            if scale is None:
+                continue
+            sizes: tuple[int, ...] = (1,)
+            if suffix == SMOOTHING:
+                sizes = (weight.shape[1], 2 * weight.shape[1])
+            elif suffix == SCALES[0]:
+                if not one_value_a_byte:
+                    continue  # a scale a block, in a format of its own
+                sizes = (1, weight.shape[0])
+            _check_scale(scale, sizes, weight, f"{name}: {layer}{suffix}")
+
+
+def _check_scale(scale: Tensor, sizes: tuple[int, ...], weight: Tensor, what: str) -> None:
+    if scale.numel() not in sizes or not scale.is_floating_point():
+        raise CheckpointError(
+            f"{what} holds {scale.numel():,} numbers of {scale.dtype}; expected "
+            f"{' or '.join(map(str, sizes))}, floating. The file was quantised for another layer."
+        )
+    values = scale.float().flatten()
+    wrong = ~(torch.isfinite(values) & (values > 0))
+    if wrong.any() and values.numel() == weight.shape[0] > 1:
+        # Some quantisers give a row of zeros the scale 0.
+        empty = (weight.view(torch.uint8) == 0).all(dim=1)
+        wrong &= ~(empty & (values == 0))
+    if wrong.any():
+        raise CheckpointError(
+            f"{what} is {float(values[wrong][0]):g}; expected a finite number above 0. The file is "
+            "damaged or was quantised wrongly: use another."
+        )
+
+
+def check_group(group: Any, columns: int, what: str) -> None:
+    """Refuse a rotation in groups that do not fit, before any matrix is made for it."""
+    power = type(group) is int and 0 < group <= columns and group & (group - 1) == 0
+    if not power or group.bit_length() % 2 == 0 or columns % group:
+        raise CheckpointError(
+            f"{what} is rotated in groups of {group!r:.40}, which do not fit {columns} columns; "
+            "expected a power of 4 that divides them. The file was quantised for another layer."
+        )
+
+
+def refuse_integers(tensors: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that are whole numbers without the settings of a quantised format."""
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, GGUFTensor) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{name} stores {key} as {str(tensor.dtype).removeprefix('torch.')}; expected "
+                "floating numbers, or a quantised layer with its settings (comfy_quant). Save it "
+                "again in bf16, or use another file."
+            )
 
 
 def is_quantised(tensor) -> bool:
@@ -91,6 +177,7 @@ def dequantise(
     only ComfyUI's layers read.
     """
     settings = layer_settings(tensors)
+    check_quantised(tensors, settings, name)
     result = {}
     for key, tensor in tensors.items():
         if key.endswith((*SUFFIXES, *BRANCH)):
@@ -104,12 +191,23 @@ def dequantise(
                 result[key] = result[key] * tensors[f"{layer}{SMOOTHING}"].to(dtype)
             up, down = (tensors.get(layer + end) for end in BRANCH)
             if up is not None and down is not None:
+                _check_branch(up, down, result[key].shape, f"{name}: {layer}")
                 result[key] = (result[key].float() + up.float() @ down.float()).to(dtype)
         elif tensor.dtype in FLOAT8.values():
             result[key] = tensor.to(dtype)
         else:
             result[key] = tensor
+    refuse_integers(result, name)
     return result
+
+
+def _check_branch(up: Tensor, down: Tensor, shape: tuple[int, ...], what: str) -> None:
+    fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+    if not fits or (up.shape[0], down.shape[1]) != tuple(shape):
+        raise CheckpointError(
+            f"{what} has a low-rank branch of {tuple(up.shape)} times {tuple(down.shape)}; "
+            f"expected ({shape[0]}, rank) times (rank, {shape[1]}). Download it again."
+        )
 
 
 def _values(weight: Tensor, scale: Tensor | None, settings: Mapping, what: str) -> Tensor:
@@ -122,7 +220,7 @@ def _values(weight: Tensor, scale: Tensor | None, settings: Mapping, what: str) 
             raise CheckpointError(f"{what} has no scale (weight_scale). Download the file again.")
         values = weight.float() * _columns(scale)
         if settings.get("convrot"):
-            values = rotate(values, int(settings.get("convrot_groupsize", 256)))
+            values = rotate(values, settings.get("convrot_groupsize", 256))
         return values
     raise CheckpointError(
         f"{what} is stored as {form}, which only ComfyUI's layers read. Without ComfyUI use a "
@@ -136,17 +234,13 @@ def rotate(weight: Tensor, group: int) -> Tensor:
     ConvRot's is regular (all rows sum to the same): the Kronecker power of a symmetric 4 x 4 one.
     """
     rows, columns = weight.shape
-    size, matrix = 1, torch.ones(1, 1, device=weight.device)
+    check_group(group, columns, "A matrix")
+    matrix = torch.ones(1, 1, device=weight.device)
     base = torch.tensor(
         [[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], device=weight.device
     )
-    while size < group:
-        matrix, size = torch.kron(matrix, base), size * 4
-    if size != group or columns % group:
-        raise CheckpointError(
-            f"A rotation in groups of {group} does not fit {columns} columns; expected a power of "
-            "4 that divides them. The file was quantised for another layer."
-        )
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, base)
     groups = weight.reshape(rows, columns // group, group)
     return (groups @ (matrix / group**0.5)).reshape(rows, columns)
 
@@ -186,8 +280,31 @@ def _modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _with_prefix(layer: str, known: Mapping[str, str]) -> str | None:
-    return next((name for name in known if name.endswith(f".{layer}")), None)
+class _Places:
+    """Layers by their name in a list: as it is, under a prefix, or without one.
+
+    A file that was prefixed after quantising keeps bare names in its list, and one whose prefix
+    was taken off keeps prefixed ones.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        self._layers = set(layers)
+        self._prefixed: dict[str, str] = {}
+        for layer in layers:
+            pieces = layer.split(".")
+            # No prefix has more parts; without a limit one name of a million dots would cost much.
+            for start in range(1, min(len(pieces), 8)):
+                self._prefixed.setdefault(".".join(pieces[start:]), layer)
+
+    def find(self, layer: str) -> str | None:
+        if layer in self._layers:
+            return layer
+        if layer in self._prefixed:
+            return self._prefixed[layer]
+        pieces = layer.split(".")
+        bare = (".".join(pieces[start:]) for start in range(1, min(len(pieces), 8)))
+        return next((name for name in bare if name in self._layers), None)
 
 
 def _as_tensor(text: str) -> Tensor:

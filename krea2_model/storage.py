@@ -25,6 +25,17 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 
 
+# An index of shards names every tensor of a model; no configuration is longer.
+_MAX_JSON = 25_000_000
+
+
+def without_compile(name: str) -> str:
+    """A name without `_orig_mod`, which torch.compile puts before what it wraps, at any depth."""
+    if "_orig_mod" not in name:
+        return name
+    return name.replace("_orig_mod.", "").replace("_orig_mod_", "")
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Map a safetensors file: tensors on the CPU that are read from disk when they are used."""
     try:
@@ -38,20 +49,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one part of a diffusers folder: its shards, or its only file."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    try:
+        found = sorted(file for file in folder.iterdir() if file.is_file())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror}).") from error
+    indexes = [file for file in found if file.name.endswith(".safetensors.index.json")]
     if indexes:
         names = read_json(indexes[0]).get("weight_map")
         shards = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
         if not shards:
             raise CheckpointError(f"{indexes[0]} names no files. Download the whole folder again.")
+        there = {file.name for file in found}
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
+            if shard not in there:
                 raise CheckpointError(
-                    f"{indexes[0].name} in {folder} names the shard {shard!r}, which is not in "
-                    "that folder. Download the whole folder again."
+                    f"{indexes[0].name} in {folder} names the shard {shard[:200]!r}, which is "
+                    "not in that folder. Download the whole folder again."
                 )
         return [folder / shard for shard in shards]
-    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in found if file.suffix.lower() == ".safetensors"]
     if not files:
         raise CheckpointError(
             f"{folder} holds no .safetensors file. Name a model file, a diffusers folder (with "
@@ -68,9 +84,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON + 1)
+        if len(content) > _MAX_JSON:
+            raise CheckpointError(f"{path} has over {_MAX_JSON:,} bytes; expected a short file.")
+        value = json.loads(content.decode("utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object.")
     return value

@@ -44,6 +44,10 @@ _DIFFUSERS_TO_OFFICIAL = (
 )
 
 
+# Eighteen times the released model's; building more would take minutes.
+_MOST_BLOCKS = 512
+
+
 def _translate(name: str, pairs) -> str:
     dotted = f".{name}."
     for old, new in pairs:
@@ -83,12 +87,18 @@ def infer_transformer_config(shapes: Mapping[str, Shape], **fixed) -> Transforme
     def shape(name: str) -> Shape:
         if name not in shapes:
             raise ValueError(f"the tensor {name!r} is missing")
+        dimensions = 1 if name.endswith(".scale") else 2
+        if len(shapes[name]) != dimensions or not all(shapes[name]):
+            raise ValueError(f"{name} is {shapes[name]}; expected {dimensions} sizes above 0")
         return shapes[name]
 
     def count(prefix: str) -> int:
-        numbers = {int(m[1]) for n in shapes if (m := re.match(re.escape(prefix) + r"(\d+)\.", n))}
+        pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+        numbers = {int(m[1]) for n in shapes if (m := pattern.match(n))}
+        if len(numbers) > _MOST_BLOCKS:
+            raise ValueError(f"{prefix}N goes up to {max(numbers)}; expected {_MOST_BLOCKS} blocks")
         if numbers != set(range(len(numbers))):
-            raise ValueError(f"{prefix}N has gaps: it has the numbers {sorted(numbers)}")
+            raise ValueError(f"{prefix}N has gaps: it has the numbers {sorted(numbers)[:40]}")
         return len(numbers)
 
     def heads(block: str) -> tuple[int, int, int]:
@@ -99,6 +109,10 @@ def infer_transformer_config(shapes: Mapping[str, Shape], **fixed) -> Transforme
         return head_dim, query // head_dim, key // head_dim
 
     head_dim, num_heads, kv_heads = heads("blocks.0")
+    hidden, channels = head_dim * num_heads, shape("last.linear.weight")[0]
+    if shape("first.weight")[0] != hidden:
+        # Stored in rows of another length, for example: its columns would tell nonsense.
+        raise ValueError(f"first.weight is {shapes['first.weight']}; expected {(hidden, channels)}")
     text_block = "txtfusion.layerwise_blocks.0"
     _, text_heads, text_kv_heads = heads(text_block)
     unit = head_dim // 16
@@ -121,4 +135,7 @@ def infer_transformer_config(shapes: Mapping[str, Shape], **fixed) -> Transforme
         # The official rule: rows and columns get six pairs of every sixteen, time the rest.
         "axes_dims_rope": (head_dim - 12 * unit, 6 * unit, 6 * unit),
     }
+    axes = fixed.get("axes_dims_rope", sizes["axes_dims_rope"])
+    if sum(axes) != head_dim:
+        raise ValueError(f"axes_dims_rope {axes} do not add up to heads of {head_dim}")
     return TransformerConfig(**{**sizes, **fixed})

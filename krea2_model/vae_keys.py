@@ -30,6 +30,10 @@ _RESAMPLE = {"resample.1": "resample.1"}
 _TIME = {"time_conv": "time_conv"}
 
 
+# Ten times those of the released VAE; building more would take long.
+_MOST_STAGES = 150
+
+
 def vae_key_map(config: VAEConfig) -> dict[str, str]:
     """Original name -> diffusers name of every tensor of a checkpoint, time convolutions included.
 
@@ -184,6 +188,8 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
         else:
             break
         index += 1
+        if index > _MOST_STAGES:
+            raise ValueError(f"not a Qwen-Image VAE: {blocks} has over {_MOST_STAGES} entries")
     counts = [len(level) for level in widths]
     if min(counts) == 0 or len(set(counts)) > 1:
         raise ValueError(

@@ -1,15 +1,14 @@
 """Model files in ComfyUI's folders: what the loaders list, and where a name leads."""
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
 
 from ..krea2_model import nano
 from ..krea2_model.check import ModelFile
-from ..krea2_model.checkpoint import read_shapes
+from ..krea2_model.gguf import is_gguf, require_package
 from ..krea2_model.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -20,6 +19,7 @@ from ..krea2_model.identify import (
     read_header,
 )
 from ..krea2_model.storage import weight_files
+from .file_kinds import is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"
 
@@ -50,10 +50,6 @@ _GGUF = ".gguf"
 # What Inspect lists one by one; diffusers folders come beside them.
 _FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
 
-# Shapes by path, with the stamp of the file they were read from: folders are listed often, and a
-# header may hold a vocabulary. Each is read once.
-_headers: dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]] = {}
-
 
 def list_models(part: str) -> list[str]:
     """Names for `part`: the user's files and folders, then what is built in."""
@@ -66,14 +62,30 @@ def _list_own(part: str) -> list[str]:
     Pickles, shards, and files whose header says that they are something else are left out. A file
     that cannot be read stays in the list, since choosing it is how its owner learns why.
     """
-    names: list[str] = []
+    names: dict[str, None] = {}
     for key in _FOLDERS[part]:
         for name in (*folder_paths.get_filename_list(key), *_gguf_files(key)):
-            path = folder_paths.get_full_path(key, name)
-            if path and name not in names and _may_hold(Path(path), part):
-                names.append(name)
+            if name not in names and any(_may_hold(path, part) for path in _places(key, name)):
+                names[name] = None
     folders = _diffusers_folders()
-    return names + [n for n in folders if n not in names and holds(folders[n], part)]
+    return [*names, *(n for n in folders if n not in names and holds(folders[n], part))]
+
+
+def _places(key: str, name: str) -> Iterator[Path]:
+    """The files of a name in all folders of a key, ComfyUI's choice first.
+
+    ComfyUI itself looks no further than the first, which may be a file of another kind.
+    """
+    first = folder_paths.get_full_path(key, name)
+    if first:
+        yield Path(first)
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        return
+    for root in folder_paths.get_folder_paths(key):
+        path = Path(root) / relative
+        if str(path) != first and path.is_file():
+            yield path
 
 
 def find_model(part: str, name: str) -> Path:
@@ -85,10 +97,11 @@ def find_model(part: str, name: str) -> Path:
     if name in _BUILT_IN[part]:
         return _BUILT_IN[part][name]
     for spelled in _spellings(name):
-        for key in _FOLDERS[part]:
-            path = folder_paths.get_full_path(key, spelled)
-            if path:
-                return _checked(Path(path), part)
+        places = [path for key in _FOLDERS[part] for path in _places(key, spelled)]
+        if places:
+            # The one that the list has it for; where there is none, the first says why.
+            right = (path for path in places if part in kind_of(path).name)
+            return _checked(next(right, places[0]), part)
         folder = _diffusers_folders().get(spelled.replace(os.sep, "/"))
         if folder:
             return _checked(folder, part)
@@ -213,7 +226,7 @@ def fingerprint(*paths: Path) -> tuple:
 
     ComfyUI keeps what a loader gave for as long as this stays the same.
     """
-    return tuple((str(path), *map(_stamp, _files_of(path))) for path in paths)
+    return tuple((str(path), *map(stamp, _files_of(path))) for path in paths)
 
 
 def check_pair(model: Path, encoder: Path) -> None:
@@ -227,7 +240,16 @@ def check_pair(model: Path, encoder: Path) -> None:
 
 
 def holds(path: Path, part: str) -> bool:
-    """Whether a file or a diffusers folder holds `part`, as far as headers tell."""
+    """Whether a file or a diffusers folder holds `part`, as far as headers tell. Never raises."""
+    if path.is_file():
+        return part in kind_of(path).name
+    try:
+        files = weight_files(path / _COMPONENTS[part])
+    except (CheckpointError, OSError):
+        return False
+    if len(files) == 1:
+        return part in kind_of(files[0]).name
+    # What tells a part may lie in any of its shards.
     try:
         return part in identify(_shapes(path, part))
     except (CheckpointError, OSError):
@@ -240,7 +262,14 @@ def _checked(path: Path, part: str) -> Path:
             f"{path.name} is a {path.suffix or 'nameless'} file; expected {part} as .safetensors "
             f"or .gguf, for example {WHERE[part]}."
         )
-    kind = identify(_shapes(path, part))
+    if path.is_file():
+        kind, problem = kind_of(path)
+        if problem:
+            raise CheckpointError(problem)
+        if is_gguf(path):
+            require_package(path)
+    else:
+        kind = identify(_shapes(path, part))
     if part not in kind:
         raise CheckpointError(f"{path.name} is {kind}; expected {part}, for example {WHERE[part]}.")
     return path
@@ -271,17 +300,16 @@ def _may_hold(path: Path, part: str) -> bool:
         return False
     if "-of-0" in path.name and any(path.parent.glob("*.safetensors.index.json")):
         return False
-    try:
-        return part in identify(_file_shapes(path))
-    except (OSError, CheckpointError):
-        return True
+    kind = kind_of(path)
+    # Choosing a file that cannot be read is how its owner learns why.
+    return bool(kind.problem) or part in kind.name
 
 
 def _gguf_files(key: str) -> list[str]:
     """GGUF files of a folder key by relative name; ComfyUI's own lists leave them out."""
     names = set()
     for root in folder_paths.get_folder_paths(key):
-        for found, _, files in os.walk(root, followlinks=True):
+        for found, _, files in walk(root):
             relative = Path(found).relative_to(root)
             names |= {str(relative / file) for file in files if file.lower().endswith(_GGUF)}
     return sorted(names)
@@ -289,20 +317,15 @@ def _gguf_files(key: str) -> list[str]:
 
 def _diffusers_folders() -> dict[str, Path]:
     """Krea 2's diffusers folders by relative name."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths("diffusers"):
-        for found, children, files in os.walk(root, followlinks=True):
+        for found, children, files in walk(root):
             if "model_index.json" not in files:
                 continue
             children.clear()
             folder = Path(found)
-            try:
-                index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            # Written by diffusers itself; an index without it is judged by its weights.
-            if "Krea2" in index.get("_class_name", "Krea2"):
-                folders[folder.relative_to(root).as_posix()] = folder
+            if is_krea_folder(folder):
+                folders.setdefault(folder.relative_to(root).as_posix(), folder)
     return dict(sorted(folders.items()))
 
 
@@ -311,31 +334,15 @@ def _shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
     files = [path] if path.is_file() else weight_files(path / _COMPONENTS[part])
     shapes = {}
     for file in files:
-        shapes |= _file_shapes(file)
+        shapes |= shapes_of(file)
     return shapes
-
-
-def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    stamp = _stamp(path)
-    known = _headers.get(str(path))
-    if known is None or known[0] != stamp:
-        known = _headers[str(path)] = (stamp, read_shapes(path))
-    return known[1]
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes with a file's content. A copy may have the size and the time of the original,
-    but not the time at which it came to this place."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _files_of(path: Path) -> list[Path]:
     """A file itself, or all files of a folder."""
     if path.is_file():
         return [path]
-    walk = os.walk(path, followlinks=True)
-    found = (Path(folder, name) for folder, _, names in walk for name in names)
+    found = (Path(folder, name) for folder, _, names in walk(path) for name in names)
     return sorted(file for file in found if file.exists())
 
 

@@ -70,6 +70,6 @@ class K2LoraLoader(io.ComfyNode):
 
         path = files.find_lora(lora)
         model, clip, report = apply_lora(model, clip, path, strength, clip_strength)
-        log = logging.warning if report.unmatched else logging.info
+        log = logging.info if report.is_complete else logging.warning
         log("Krea 2 LoRA: %s", report)
         return io.NodeOutput(model, clip, str(report), ui=ui.PreviewText(str(report)))

@@ -3,7 +3,7 @@
     COMFYUI_PATH=ComfyUI python scripts/measure_reliability.py
 
 Needs Linux, root for mounting a small disk, and ten minutes or so. The page it writes is
-docs/reliability.md; with --only, nothing is written.
+docs/reliability.md; with --only, nothing is written, or with --update those sections of it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from headless import ROOT, ComfyServer
-from reliability import checks
+from reliability import checks, fuzz
 
+FILES = "files"  # needs no server
 PAGE = ROOT / "docs" / "reliability.md"
 HEAD = """# Reliability
 
@@ -33,7 +35,8 @@ COMFYUI_PATH=ComfyUI python scripts/measure_reliability.py
 
 which stops at the first thing that goes wrong. It starts a real headless ComfyUI with the built-in
 krea2-nano, posts jobs to its API and injects faults. The quick ones are also tests
-(`tests/comfy/test_reliability.py`), with a queue of 20 jobs. No weights of full size were run.
+(`tests/comfy/test_reliability.py`, `tests/unit/test_fuzz.py`), with a queue of 20 jobs. No weights
+of full size were run.
 """
 
 
@@ -50,7 +53,13 @@ def wrapped(text: str) -> str:
 def parse_arguments(names: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=500, help="in the long queue (default: 500)")
+    parser.add_argument(
+        "--files", type=int, default=2000, help="files of each kind to make up (default: 2000)"
+    )
     parser.add_argument("--only", choices=names, nargs="+", help="these checks; writes nothing")
+    parser.add_argument(
+        "--update", action="store_true", help="with --only, put their sections into the page"
+    )
     options = parser.parse_args()
     if not os.environ.get("COMFYUI_PATH"):
         parser.error("COMFYUI_PATH is not set; expected ComfyUI's folder")
@@ -66,30 +75,47 @@ def main() -> None:
         "replaced": ("A model file replaced between runs", checks.replaced_files),
         "read-only": ("A models folder that cannot be written", checks.read_only_models),
         "memory": ("Out of memory", checks.out_of_memory),
+        FILES: ("Files of any content", lambda server: fuzz.figures(options.files)),
     }
     options = parse_arguments(list(sections))
     # Stopped from outside, the server has to be stopped too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    page = [HEAD]
-    with tempfile.TemporaryDirectory(prefix="krea2-reliability-") as folder:
-        checks.prepare(Path(folder))
-        server = ComfyServer(
-            os.environ["COMFYUI_PATH"], folder, packs=checks.PACKS, extra_args=["--cpu"]
-        )
-        with server:
+    chosen = options.only or list(sections)
+    found: dict[str, str] = {}
+    version = ""
+    with ExitStack() as stack:
+        server = None
+        if set(chosen) != {FILES}:
+            server = stack.enter_context(started_server(stack))
             version = server.request("/system_stats")["system"]["comfyui_version"]
-            for name in options.only or sections:
-                title, measure = sections[name]
-                print(f"{title} ...", flush=True)
-                figures = measure(server)
-                print(f"  {figures}", flush=True)
-                page.append(f"## {title}\n\n{wrapped(figures)}\n")
-    page.append(
-        f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.system()}, ComfyUI {version} "
-        "on the CPU.\n"
-    )
+        for name in chosen:
+            title, measure = sections[name]
+            print(f"{title} ...", flush=True)
+            figures = measure(server)
+            print(f"  {figures}", flush=True)
+            found[title] = f"## {title}\n\n{wrapped(figures)}\n"
     if not options.only:
-        PAGE.write_text("\n".join(page), encoding="utf-8")
+        machine = f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.system()}"
+        foot = f"{machine}, ComfyUI {version} on the CPU.\n"
+        PAGE.write_text("\n".join((HEAD, *found.values(), foot)), encoding="utf-8")
+    elif options.update:
+        PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def started_server(stack: ExitStack) -> ComfyServer:
+    """A server on a folder of its own, which goes with `stack`; entering it starts it."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="krea2-reliability-"))
+    checks.prepare(Path(folder))
+    comfyui = os.environ["COMFYUI_PATH"]
+    return ComfyServer(comfyui, folder, packs=checks.PACKS, extra_args=["--cpu"])
+
+
+def updated(page: str, sections: dict[str, str]) -> str:
+    """A page with some sections made anew, by title; new ones come last, before the foot."""
+    page, _, foot = page.rstrip().rpartition("\n\n")
+    head, *old = (page + "\n").split("\n## ")
+    parts = {text.partition("\n")[0]: f"## {text}" for text in old} | sections
+    return "\n".join((head, *parts.values(), f"{foot}\n"))
 
 
 if __name__ == "__main__":

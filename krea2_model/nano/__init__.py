@@ -59,7 +59,11 @@ def text_encoder_tensors() -> dict[str, Tensor]:
     What is returned has been compared with the checksum. Where nothing can be written, the tensors
     are made again in the next process. Raises RuntimeError where this machine makes others.
     """
-    file = cache_folder() / f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
+    folder = cache_folder()
+    if folder is None:
+        logger.info("There is no home folder: the text encoder of krea2-nano stays in memory.")
+        return _make_tensors()
+    file = folder / f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
     try:
         tensors = load_file(file)
         if checksum(tensors) == TEXT_ENCODER_CHECKSUM:
@@ -67,6 +71,12 @@ def text_encoder_tensors() -> dict[str, Tensor]:
     except (OSError, SafetensorError):
         pass
     logger.info("Making the text encoder of krea2-nano, once; it is kept as %s.", file)
+    tensors = _make_tensors()
+    _keep(tensors, file)
+    return tensors
+
+
+def _make_tensors() -> dict[str, Tensor]:
     tensors = encoder_tensors()
     if (found := checksum(tensors)) != TEXT_ENCODER_CHECKSUM:
         raise RuntimeError(
@@ -74,19 +84,28 @@ def text_encoder_tensors() -> dict[str, Tensor]:
             f"{TEXT_ENCODER_CHECKSUM}. Please report this with your versions of Python, NumPy "
             "and torch."
         )
-    _keep(tensors, file)
     return tensors
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what it made: a folder in the user's cache, by the system's rule."""
+def cache_folder() -> Path | None:
+    """Where this package keeps what it made: a folder in the user's cache, by the system's rule.
+
+    None where the user has no home and the system no entry for them, as in some containers.
+    """
+    try:
+        return _user_cache() / "krea2-kit"
+    except RuntimeError:
+        return None
+
+
+def _user_cache() -> Path:
     if sys.platform == "win32":
         root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
         root = Path.home() / "Library" / "Caches"
     else:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "krea2-kit"
+    return Path(root)
 
 
 def _keep(tensors: dict[str, Tensor], file: Path) -> None:

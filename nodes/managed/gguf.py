@@ -80,8 +80,12 @@ class GGUFOperations(comfy.ops.manual_cast):
         def forward(self, tokens, out_dtype=None):
             if not is_blocks(self.weight):
                 return super().forward(tokens, out_dtype=out_dtype)
-            # Only the rows that are looked up.
             params = self.weight._params
+            if len(self.weight._qdata) != params.orig_shape[0]:
+                # Stored in rows of another length: a token's is in no row of its own.
+                values = self.weight.dequantize()[tokens.to(self.weight.device)]
+                return values.to(tokens.device, out_dtype or params.orig_dtype)
+            # Only the rows that are looked up.
             rows = self.weight._qdata[tokens.to(self.weight.device).flatten()]
             shape = (*tokens.shape, params.orig_shape[1])
             values = dequantise(rows, params.format, shape).to(tokens.device)

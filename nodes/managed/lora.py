@@ -8,6 +8,7 @@ import comfy.weight_adapter
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ...krea2_model.identify import CheckpointError
 from ...krea2_model.lora import read_lora, read_lora_file
 from ...krea2_model.lora_updates import Update
 from ...krea2_model.transformer import Krea2Transformer
@@ -58,21 +59,23 @@ def apply_lora(model, clip, path: Path, strength: float, clip_strength: float):
     """
     names = _weight_names(model)
     text_names = {} if clip is None else _text_weight_names(clip)
+    tensors, metadata = read_lora_file(path)
     updates, text_updates, report = read_lora(
-        read_lora_file(path),
+        tensors,
         {name: shape for name, (_, shape) in names.items()},
         path.name,
         {name: shape for name, (_, shape) in text_names.items()},
+        metadata,
     )
     model = model.clone()
-    _add(model, updates, names, strength)
+    _add(model, updates, names, strength, path.name)
     if clip is not None:
         clip = clip.clone()
-        _add(clip.patcher, text_updates, text_names, clip_strength)
+        _add(clip.patcher, text_updates, text_names, clip_strength, path.name)
     return model, clip, report
 
 
-def _add(patcher, updates: dict[str, list[Update]], names, strength: float) -> None:
+def _add(patcher, updates: dict[str, list[Update]], names, strength: float, name: str) -> None:
     for update in (one for several in updates.values() for one in several):
         norm = None
         if update.needs_fused_weights:
@@ -80,7 +83,26 @@ def _add(patcher, updates: dict[str, list[Update]], names, strength: float) -> N
                 {weight: _weight(patcher, names[weight][0]) for weight in update.fused}
             )
         key = names[update.weight][0]
+        _check_result(update, patcher, key, strength, norm, name)
         patcher.add_patches({key: LoraPatch.of(update, norm)}, strength)
+
+
+def _check_result(update: Update, patcher, key: str, strength: float, norm, name: str) -> None:
+    """Refuse an update that makes a weight infinite, before it is a patch.
+
+    Only what might is calculated: float16 ends at 65504, and no sound LoRA comes near.
+    """
+    dtype = comfy.utils.get_attr(patcher.model, key).dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        dtype = torch.bfloat16
+    if update.largest_change * abs(strength) < torch.finfo(dtype).max / 2:
+        return
+    changed = update.apply(_weight(patcher, key), strength, norm)
+    if not bool(torch.isfinite(changed.to(dtype)).all()):
+        raise CheckpointError(
+            f"{name} at strength {strength:g} makes {update.weight} infinite in {dtype}. Lower the "
+            "strength, load the model as bf16, or choose another LoRA."
+        )
 
 
 def _weight(patcher, key: str) -> torch.Tensor:

@@ -11,7 +11,8 @@ import comfy.utils
 import torch
 
 from ...krea2_model.checkpoint import read_vae
-from ...krea2_model.identify import VAE
+from ...krea2_model.config import VAEConfig
+from ...krea2_model.identify import VAE, WHERE, CheckpointError
 from ...krea2_model.vae import QwenImageVAE
 from ...krea2_model.vae_keys import restore_temporal
 from .layers import comfy_layers
@@ -77,9 +78,7 @@ class Krea2VAE(comfy.sd.VAE):
         """Latents (B, 16, 1, h, w) or (B, 16, h, w) to images (B, H, W, 3) in [0, 1]."""
         latents = self._latents(samples_in)
         self._load(self.memory_used_decode(latents.shape, self.vae_dtype))
-        return self._with_fallback(
-            latents, self.first_stage_model.decode_unnormalised, self._decode_tiles, self._to_images
-        )
+        return self._with_fallback(latents, self._decode_whole, self._decode_tiles, self._to_images)
 
     def decode_tiled(
         self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
@@ -97,9 +96,7 @@ class Krea2VAE(comfy.sd.VAE):
         """Images (B, H, W, C) in [0, 1] to latents (B, 16, 1, h, w)."""
         images = self._images(pixel_samples)
         self._load(self.memory_used_encode(images.shape, self.vae_dtype))
-        return self._with_fallback(
-            images, self.first_stage_model.encode_unnormalised, self._encode_tiles, self._to_latents
-        )
+        return self._with_fallback(images, self._encode_whole, self._encode_tiles, self._to_latents)
 
     def encode_tiled(
         self, pixel_samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
@@ -165,14 +162,37 @@ class Krea2VAE(comfy.sd.VAE):
         comfy.model_management.soft_empty_cache()
         return None
 
-    def _decode_tiles(self, latents, tile, overlap):
-        """Unnormalised latents to images in [-1, 1]."""
+    # ComfyUI's latents are raw ones of the released VAE: its model normalises them by fixed
+    # statistics. A VAE of others is given what the model made, normalised, and by its own makes
+    # raw latents of it.
+
+    def _decode_whole(self, latents):
+        """ComfyUI's latents to images in [-1, 1]."""
         model = self.first_stage_model
-        return model.decode_tiled(model.normalise(latents), tile, overlap, _progress())
+        if self._has_released_statistics():
+            return model.decode_unnormalised(latents)
+        return model.decode(_normalise(latents))
+
+    def _encode_whole(self, images):
+        model = self.first_stage_model
+        if self._has_released_statistics():
+            return model.encode_unnormalised(images)
+        return _denormalise(model.encode(images))
+
+    def _decode_tiles(self, latents, tile, overlap):
+        model = self.first_stage_model
+        return model.decode_tiled(_normalise(latents), tile, overlap, _progress())
 
     def _encode_tiles(self, images, tile, overlap):
         model = self.first_stage_model
-        return model.denormalise(model.encode_tiled(images, tile, overlap, _progress()))
+        return _denormalise(model.encode_tiled(images, tile, overlap, _progress()))
+
+    def _has_released_statistics(self) -> bool:
+        config = self.first_stage_model.config
+        return (config.latents_mean, config.latents_std) == (
+            VAEConfig.latents_mean,
+            VAEConfig.latents_std,
+        )
 
     def _tiling(self, tile_x, tile_y, overlap, scale):
         """Tile and overlap in pixels, whole cells, from core's two sides (the larger is taken)."""
@@ -218,6 +238,11 @@ def load_vae(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyna
     """
     checkpoint = open_part(path, "vae")
     state = read_vae(checkpoint)
+    if state.config.z_dim != VAEConfig.z_dim:
+        raise CheckpointError(
+            f"{checkpoint.path.name} is a VAE of {state.config.z_dim} latent channels; Krea 2 in "
+            f"ComfyUI has {VAEConfig.z_dim}. Use {WHERE[VAE]}."
+        )
     bare = QwenImageVAE(state.config, device="meta")
     check_weights(bare, state.tensors, checkpoint.path, VAE)
     vae = Krea2VAE(state, dtype, disable_dynamic=disable_dynamic)
@@ -227,6 +252,22 @@ def load_vae(path: str | Path, dtype: torch.dtype | None = None, *, disable_dyna
 
 def _load_patcher(path, dtype, disable_dynamic=False):
     return load_vae(path, dtype, disable_dynamic=disable_dynamic).patcher
+
+
+def _statistics(device):
+    """The released mean and standard deviation, (1, 16, 1, 1), as in ComfyUI's latent format."""
+    values = (VAEConfig.latents_mean, VAEConfig.latents_std)
+    return (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in values)
+
+
+def _normalise(latents):
+    mean, std = _statistics(latents.device)
+    return (latents.float() - mean) / std
+
+
+def _denormalise(latents):
+    mean, std = _statistics(latents.device)
+    return latents.float() * std + mean
 
 
 def _progress():

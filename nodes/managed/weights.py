@@ -8,7 +8,7 @@ from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 
 from ...krea2_model.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from ...krea2_model.identify import CheckpointError
-from ...krea2_model.quantised import FLOAT8, SMOOTHING, SUFFIXES, layer_settings
+from ...krea2_model.quantised import FLOAT8, SMOOTHING, SUFFIXES, check_quantised, layer_settings
 
 # Formats that pack several values into a byte, and those that pad sides to whole tiles.
 _VALUES_A_BYTE = {"nvfp4": 2, "convrot_w4a4": 2}
@@ -27,18 +27,20 @@ def check_weights(module, tensors: dict, path: Path, what: str):
     Raises CheckpointError that names what is missing, surplus, misshapen or not finite, or what
     this ComfyUI has no layers for.
     """
+    settings_of = layer_settings(tensors)
+    check_quantised(tensors, settings_of, path.name)
     quantisation = comfy.utils.detect_layer_quantization(tensors, "")
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights = tensors
     if quantisation is not None:
         weights = {n: t for n, t in tensors.items() if not n.endswith(SUFFIXES)}
-        settings_of = layer_settings(tensors)
         _check_formats(module, settings_of, tensors, path)
         for layer, settings in settings_of.items():
             name = f"{layer}.weight"
             if name in wanted and name in weights:
                 wanted[name] = _stored_shape(wanted[name], weights[name], settings.get("format"))
-    check_tensors(wanted, weights, path, what)
+    quantised = {f"{layer}.weight" for layer in settings_of}
+    check_tensors(wanted, weights, path, what, quantised)
     return quantisation
 
 

@@ -1,5 +1,7 @@
 """K2LoraLoader in ComfyUI: beside core's own code, several at once, every way of loading."""
 
+import json
+
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -80,6 +82,91 @@ def styles(shapes):
         "DoRA over columns": lora | {f"{layer}.dora_scale": random(1, columns).abs() + 1},
         "full difference": {f"{layer}.diff": random(rows, columns) * 0.1},
     }
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6, -0.5])
+@pytest.mark.parametrize(
+    "style", ["OFT", "OFT, limited", "BOFT", "BOFT, rescaled", "GLoRA", "GLoRA, older"]
+)
+def test_those_that_change_a_weight_by_what_it_holds(
+    run, turbo, core_turbo, shapes, save, velocity, style, strength
+):
+    """As core's loader applies them to core's Krea 2, at every strength."""
+    rows, columns = shapes[f"{QUERY}.weight"]
+    layer = f"diffusion_model.{QUERY}"
+    tensors = {
+        "OFT": {"oft_blocks": random(rows // 8, 8, 8) * 0.1},
+        "OFT, limited": {"oft_blocks": random(rows // 8, 8, 8), "alpha": torch.tensor(2.0)},
+        "BOFT": {"oft_blocks": random(3, rows // 8, 8, 8) * 0.1, "alpha": torch.tensor(0.0)},
+        "BOFT, rescaled": {"oft_blocks": random(2, rows // 4, 4, 4) * 0.1,
+                           "alpha": torch.tensor(0.0), "rescale": 1 + random(rows, 1) * 0.1},
+        "GLoRA": {"a1.weight": random(columns, 4) * 0.1, "a2.weight": random(4, columns) * 0.1,
+                  "b1.weight": random(rows, 4) * 0.1, "b2.weight": random(4, columns) * 0.1,
+                  "alpha": torch.tensor(2.0)},
+        "GLoRA, older": {
+            "a1.weight": random(4, columns) * 0.1, "a2.weight": random(columns, 4) * 0.1,
+            "b1.weight": random(4, columns) * 0.1, "b2.weight": random(rows, 4) * 0.1,
+        },
+    }[style]  # fmt: skip
+    name = save("rotating", {f"{layer}.{part}": tensor for part, tensor in tensors.items()})
+    before = velocity(turbo)
+    core = run("LoraLoaderModelOnly", model=core_turbo, lora_name=name, strength_model=strength)[0]
+    expected = velocity(core)
+    assert relative_error(expected, before) > 1e-3
+    core.detach()
+    for model in (turbo, core_turbo):
+        patched, _, report = run("K2LoraLoader", model=model, lora=name, strength=strength)
+        assert style.split(",")[0] in report and "left out" not in report
+        assert_close(velocity(patched), expected, 1e-5, f"{style} at {strength}")
+        patched.detach()
+
+
+@pytest.mark.parametrize("config, scale", [
+    ({"transformer.r": 4, "transformer.lora_alpha": 16}, 4.0),
+    ({"r": 4, "lora_alpha": 4, "use_rslora": True}, 2.0),
+])  # fmt: skip
+def test_the_scale_of_the_header(run, turbo, shapes, save, models, config, scale):
+    tensors, changes = low_rank([QUERY], shapes)
+    name = save("header", tensors)
+    save_file(tensors, models / "loras" / name, {"lora_adapter_metadata": json.dumps(config)})
+    patched, _, report = run("K2LoraLoader", model=turbo, lora=name, strength=1.0)
+    assert f"scale {scale:g} (lora_adapter_metadata" in report
+    (patch,) = patched.patches[f"diffusion_model.{QUERY}.weight"]
+    weight = turbo.model.diffusion_model.get_parameter(f"{QUERY}.weight")
+    key = f"diffusion_model.{QUERY}.weight"
+    found = comfy.lora.calculate_weight([patch], weight.float().clone(), key)
+    assert_close(found - weight.float(), scale * changes[f"{QUERY}.weight"], 1e-4, "header")
+
+
+def test_a_refused_lora_leaves_the_model_and_the_next_one_works(run, turbo, shapes, save, velocity):
+    tensors, _ = low_rank([QUERY], shapes)
+    good = save("good", tensors)
+    rows = shapes[f"{DOWN}.weight"][0]
+    broken = low_rank([DOWN], shapes)[0]
+    broken[f"diffusion_model.{DOWN}.lora_B.weight"] = torch.full((rows, 4), float("nan"))
+    bad = save("bad", tensors | broken)
+    before = velocity(turbo)
+    with pytest.raises(ValueError, match=f"bad.safetensors holds NaN.*{DOWN}"):
+        run("K2LoraLoader", model=turbo, lora=bad)
+    assert torch.equal(velocity(turbo), before)
+    patched = run("K2LoraLoader", model=turbo, lora=good, strength=1.0)[0]
+    assert relative_error(velocity(patched), before) > 1e-3
+    patched.detach()
+
+
+def test_what_float16_cannot_hold_is_refused(run, models, shapes, save):
+    """Finite numbers, which bfloat16 takes and float16 does not."""
+    rows, columns = shapes[f"{QUERY}.weight"]
+    layer = f"diffusion_model.{QUERY}"
+    name = save("huge", {f"{layer}.lora_A.weight": torch.full((1, columns), 1000.0),
+                         f"{layer}.lora_B.weight": torch.full((rows, 1), 50.0)})  # fmt: skip
+    for dtype, strength, fits in (("fp16", 1.0, True), ("fp16", 2.0, False), ("bf16", 2.0, True)):
+        model = run("K2ModelLoader", file="krea2_tiny_turbo.safetensors", dtype=dtype)[0]
+        if fits:
+            run("K2LoraLoader", model=model, lora=name, strength=strength)
+        else:
+            with pytest.raises(ValueError, match=f"strength 2 makes {QUERY}.weight infinite"):
+                run("K2LoraLoader", model=model, lora=name, strength=strength)
 
 
 @pytest.mark.parametrize("style", ["LoRA", "LoKr", "LoHa", "DoRA over columns", "full difference"])

@@ -1,5 +1,9 @@
 """VAE beside core's on the same checkpoint."""
 
+import json
+import shutil
+
+import comfy.latent_formats
 import comfy.model_management
 import pytest
 import torch
@@ -145,3 +149,59 @@ def test_bfloat16(run, models, vae):
     latent = torch.randn(1, 16, 1, 8, 8)
     assert half.vae_dtype == torch.bfloat16
     assert 0 < (half.decode(latent) - vae.decode(latent)).abs().mean() < 0.02
+
+
+@pytest.fixture
+def other_statistics(models):
+    """A diffusers folder whose VAE has statistics of its own, and that VAE in diffusers."""
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(3)
+    mean, std = torch.randn(16).tolist(), (1 + torch.rand(16) * 2).tolist()
+    vae = AutoencoderKLQwenImage(base_dim=16, latents_mean=mean, latents_std=std).eval()
+    folder = models / "diffusers" / "Other-Krea-2"
+    vae.save_pretrained(folder / "vae")
+    (folder / "model_index.json").write_text('{"_class_name": "Krea2Pipeline"}')
+    yield folder, vae
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_statistics_of_a_folder_s_own(run, other_statistics, tiled):
+    """What the sampler makes, normalised, is decoded as diffusers' pipeline decodes it."""
+    _, reference = other_statistics
+    ours = run("K2VAELoader", file="Other-Krea-2", dtype="fp32")[0]
+    normalised = torch.randn(1, 16, 1, 8, 8)
+    config = reference.config
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
+    )
+    expected = reference.decode(normalised * std + mean).sample[:, :, 0].clamp(-1, 1)
+    # As ComfyUI hands a sampler's result on: by the statistics of its latent format.
+    latents = comfy.latent_formats.Wan21().process_out(normalised)
+    # A tile that covers all is the whole, through the code of tiles.
+    found = ours.decode_tiled(latents, 8, 8, 0) if tiled else ours.decode(latents)
+    assert_close(found.movedim(-1, 1) * 2 - 1, expected, 1e-5, "decoded by diffusers")
+
+    image = torch.rand(1, 64, 64, 3)
+    moments = reference.encode((image * 2 - 1).movedim(-1, 1).unsqueeze(2)).latent_dist.mode()
+    encoded = ours.encode_tiled(image, 64, 64, 0) if tiled else ours.encode(image)
+    back = comfy.latent_formats.Wan21().process_in(encoded)
+    assert_close(back, (moments - mean) / std, 1e-5, "encoded by diffusers")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"z_dim": 8}, r"vae/config.json has z_dim 8, and the weights beside it have 16"),
+        ({"latents_mean": [0.0] * 15}, r"config.json has 15 values of latents_mean; expected 16"),
+        ({"latents_std": [0.0] * 16}, r"vae/config.json has latents_std .*numbers above 0"),
+        ({"latents_std": "wide"}, r"vae/config.json has latents_std 'wide'"),
+    ],
+)  # fmt: skip
+def test_statistics_that_cannot_be(run, other_statistics, change, message):
+    folder, _ = other_statistics
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        run("K2VAELoader", file="Other-Krea-2")

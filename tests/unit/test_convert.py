@@ -1,6 +1,7 @@
 """Files made of files: the same numbers in another layout, or in 8 bits."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import formats
 import tiny_checkpoints as tiny
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, load_vae
 from krea2_model.__main__ import main
-from krea2_model.identify import read_header
+from krea2_model.convert import convert as convert_files
+from krea2_model.identify import CheckpointError, read_header
 from parity import assert_close, relative_error, same_weights
 
 SIZE = {"height": 32, "width": 48, "steps": 2, "guidance": 1.0, "output_type": "latent"}
@@ -252,3 +254,21 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(turbo, tmp_path):
     assert f"File too large: '{target}'" in done.stderr, done.stderr
     assert target.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("part, file, name, value", [
+    ("vae", "vae/config.json", "latents_std", [2.0] * 16),
+    ("transformer", "transformer/config.json", "rope_theta", 500.0),
+    ("text_encoder", "model_index.json", "text_encoder_select_layers", [0, 1, 2]),
+])  # fmt: skip
+def test_settings_that_one_file_cannot_carry(diffusers_folder, tmp_path, part, file, name, value):
+    folder = tmp_path / "model"
+    shutil.copytree(diffusers_folder, folder)
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(
+        CheckpointError, match=f"{part} sets .*one file cannot carry. Name a folder"
+    ):
+        convert_files(folder, tmp_path / "one.safetensors", part=part)
+    convert_files(folder, tmp_path / "again", part=part)
+    assert not (tmp_path / "one.safetensors").exists()

@@ -252,6 +252,7 @@ def test_the_report_says_what_was_left_out_and_why(weights):
     tensors |= {f"diffusion_model.blocks.0.attn.wk.{p}": t for p, t in pair.items()}
     tensors["diffusion_model.blocks.1.attn.wq.lora_A.weight"] = pair["lora_A.weight"]
     tensors["diffusion_model.blocks.1.attn.wo.oft_blocks"] = random(2, 2)
+    tensors["base_model.model.blocks.1.attn.wo.oft_R.default.weight"] = random(2, 2)
     tensors["lora_te_layers_0_self_attn_q_proj.lora_down.weight"] = random(2, 2)
     tensors["something.else"] = random(1)
     _, report = applied(weights, tensors)
@@ -261,7 +262,8 @@ def test_the_report_says_what_was_left_out_and_why(weights):
         "this model has 2 blocks",
         f"made for {rows} x {columns}, the layer is {rows // 2} x {columns}",
         "incomplete: only down of a layer",
-        "OFT is not supported",
+        "OFT blocks of shape (2, 2)",
+        "PEFT's OFT is not supported: merge it",
         "a layer of the text encoder, and none is connected",
         "not a name that any trainer is known to write",
     ):

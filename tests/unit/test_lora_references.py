@@ -56,7 +56,7 @@ def randomise(module, names, size=0.2):
         if any(part in name for part in names):
             noise = torch.randn(parameter.shape, generator=generator)
             # Magnitudes (DoRA) begin as norms and stay positive.
-            positive = "magnitude" in name or "dora_scale" in name
+            positive = any(part in name for part in ("magnitude", "dora_scale"))
             parameter.data = parameter * (1 + size * noise.abs()) if positive else size * noise
 
 
@@ -101,7 +101,13 @@ LYCORIS = {
     "LoHa": {"algo": "loha"},
     "LoHa with DoRA": {"algo": "loha", "dora_wd": True},
     "full differences": {"algo": "full"},
+    "OFT": {"algo": "diag-oft", "linear_dim": 8},
+    "GLoRA": {"algo": "glora"},
 }
+
+
+_LYCORIS_PARAMETERS = ("lora_", "lokr_", "hada_", "dora_scale", "scalar", "oft_blocks",
+                       "a1.", "a2.", "b1.", "b2.")  # fmt: skip
 
 
 @pytest.mark.parametrize("style", LYCORIS)
@@ -119,7 +125,7 @@ def test_lycoris(transformer, style):
         network.restore()
         network.merge_to(1.0)
     else:
-        randomise(network, ("lora_", "lokr_", "hada_", "dora_scale", "scalar"))
+        randomise(network, _LYCORIS_PARAMETERS)
         tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     expected = velocity(model)
     found, report = ours(transformer, tensors)

@@ -333,3 +333,17 @@ def test_unknown_variant_is_named():
 def test_files_are_small():
     files = [*nano.TRANSFORMERS.values(), nano.VAE, nano.LORA, nano.REFERENCE_LORA]
     assert sum(file.stat().st_size for file in files) < 40e6
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in containers: no HOME, and no entry for the user's number."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(nano.Path, "home", staticmethod(no_home))
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert nano.cache_folder() is None
+    tensors = nano.text_encoder_tensors()
+    assert checksum(tensors) == nano.TEXT_ENCODER_CHECKSUM

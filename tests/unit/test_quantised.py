@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import struct
+import time
+import tracemalloc
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +15,9 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer
-from krea2_model.checkpoint import is_norm_or_table
+from krea2_model.checkpoint import is_norm_or_table, read_shapes
+from krea2_model.gguf import dequantise as dequantise_gguf
+from krea2_model.gguf import read_gguf
 from krea2_model.transformer_keys import module_to_official
 
 
@@ -174,18 +180,106 @@ def test_broken_gguf_files_are_refused(tensors, tmp_path, how):
         load_transformer(path)
 
 
-def test_an_unknown_gguf_format_is_named(tensors, tmp_path):
-    path = tmp_path / "new.gguf"
-    writer = gguf.GGUFWriter(path, "krea2")
-    kind = gguf.GGMLQuantizationType.IQ4_NL
-    data = torch.zeros(256, 256 // 32 * 18, dtype=torch.uint8).numpy()
-    writer.add_tensor("blocks.0.attn.wq.weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(CheckpointError, match="as IQ4_NL; expected one of F32, F16, BF16, Q8_0"):
+def raw_gguf(path, name, type_id, sides, data=b"", values=()):
+    """A GGUF file of one tensor, byte by byte: also what no writer would write."""
+
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, len(values))
+    for key, kind, content in values:
+        header += text(key) + struct.pack("<I", kind) + content
+    header += text(name) + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, type_id, 0)
+    path.write_bytes(header + b"\0" * (-len(header) % 32) + data)
+    return path
+
+
+@pytest.mark.parametrize("type_id, name", [(15, "Q8_K"), (99, "format 99"), (26, "I32")])
+def test_a_gguf_format_without_numbers_is_named(tmp_path, type_id, name):
+    path = raw_gguf(tmp_path / "new.gguf", "first.weight", type_id, (256, 4), b"\0" * 8192)
+    with pytest.raises(CheckpointError, match=f"first.weight as {name}; expected one of F32, F16"):
+        read_gguf(path)
+
+
+FURTHER = ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "IQ2_XXS", "IQ3_S", "IQ1_M"]
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_gguf_formats_through_the_package(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 64, (6, 512 // values * size), dtype=np.uint8)
+    path = raw_gguf(tmp_path / "m.gguf", "a.weight", kind.value, (512, 6), blocks.tobytes())
+    tensor = read_gguf(path)[0]["a.weight"]
+    expected = torch.from_numpy(gguf.dequantize(blocks, kind).reshape(6, 512).copy())
+    assert tensor.format == name and tensor.shape == (6, 512)
+    assert torch.equal(tensor.dequantise().nan_to_num(), expected.nan_to_num())
+    assert torch.equal(dequantise_gguf(tensor.data[2:4], name, (2, 512)).nan_to_num(),
+                       expected[2:4].nan_to_num())  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["F32", "F16", "Q8_0"])
+def test_a_tensor_stored_in_rows_of_256_has_its_own_shape(tensors, tmp_path, form):
+    """As city96's converter stores what blocks do not divide: Krea 2's input layer, 64 wide."""
+    weight = tensors["first.weight"].float()
+    plain, rows = tmp_path / "plain.gguf", tmp_path / "rows.gguf"
+    for path in (plain, rows):
+        writer = gguf.GGUFWriter(path, "krea2")
+        for name, tensor in tensors.items():
+            array = tensor.float().numpy()
+            kind = gguf.GGMLQuantizationType.F32
+            if name == "first.weight":
+                kind = gguf.GGMLQuantizationType[form]
+                if path == rows:
+                    array = array.reshape(-1, 256)
+                    writer.add_array(f"comfy.gguf.orig_shape.{name}", list(weight.shape))
+                array = gguf.quantize(array, kind)
+            writer.add_tensor(name, array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    found = load_transformer(rows, dtype=torch.float32).first.weight
+    assert torch.equal(found, load_transformer(plain, dtype=torch.float32).first.weight)
+    assert read_shapes(rows)["first.weight"] == tuple(weight.shape)
+
+
+def test_rows_of_256_without_their_shape_are_refused_with_the_right_one(tensors, tmp_path):
+    stored = dict(tensors)
+    stored["first.weight"] = tensors["first.weight"].reshape(-1, 256)
+    path = saved(tmp_path / "f.safetensors", stored)
+    with pytest.raises(CheckpointError, match=r"first.weight is \(64, 256\); expected \(256, 64\)"):
         load_transformer(path)
+
+
+def test_an_original_shape_of_other_values_is_refused(tmp_path):
+    shape = struct.pack("<IQii", 5, 2, 4, 65)
+    values = [("comfy.gguf.orig_shape.a.weight", 9, shape)]
+    path = raw_gguf(tmp_path / "m.gguf", "a.weight", 0, (256, 1), b"\0" * 1024, values)
+    with pytest.raises(
+        CheckpointError, match=r"a.weight is \(1, 256\), and its original shape \(4,"
+    ):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "texts", "arrays"])
+def test_a_vocabulary_in_the_header_is_stepped_over(tmp_path, kind):
+    count = 200_000
+    content = {
+        "numbers": struct.pack("<IQ", 5, count) + b"\0" * 4 * count,
+        "texts": struct.pack("<IQ", 8, count) + (struct.pack("<Q", 3) + b"abc") * count,
+        "arrays": struct.pack("<IQ", 9, 1000) + (struct.pack("<IQ", 5, 2) + b"\0" * 8) * 1000,
+    }[kind]
+    path = raw_gguf(tmp_path / "m.gguf", "a.weight", 0, (4, 1), b"\0" * 16,
+                    [("tokenizer.ggml.tokens", 9, content)])  # fmt: skip
+    started = time.process_time()
+    assert read_shapes(path) == {"a.weight": (1, 4)}
+    seconds = time.process_time() - started
+    tracemalloc.start()
+    read_shapes(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1 and peak < 1e6  # 4.7 s and 131 MB when each value was an object
 
 
 def test_without_the_gguf_package_the_error_says_how_to_install_it(tensors, tmp_path, monkeypatch):
