@@ -128,18 +128,18 @@ def latent():
 
 @pytest.fixture
 def calls_of(monkeypatch):
-    """The lengths of what a module is called with, from here on: `calls_of(module)`.
+    """The lengths, or else measures, of what a module is called with, from here on.
 
     Recorded in its class, since a `forward` of its own would make it somebody else's.
     """
 
-    def record(module):
+    def record(module, measure=len):
         cls, calls = type(module), []
         forward = cls.forward
 
         def recorded(self, first, *args, **kwargs):
             if self is module:
-                calls.append(len(first))
+                calls.append(measure(first))
             return forward(self, first, *args, **kwargs)
 
         monkeypatch.setattr(cls, "forward", recorded)

@@ -13,14 +13,10 @@ WINDOWS = [
 
 
 @pytest.fixture
-def calls(raw, monkeypatch):
-    """Sigma, and length of the sequence times images, of each call of the first block."""
-    found, network = [], raw.model.diffusion_model
-    block, forward = network.blocks[0], network.blocks[0].forward
-    monkeypatch.setattr(
-        block, "forward", lambda hidden, *args: found.append(hidden) or forward(hidden, *args)
-    )
-    return lambda: [hidden.shape[0] * hidden.shape[1] for hidden in found]
+def calls(raw, calls_of):
+    """Length of the sequence times images of each call of the first block."""
+    block = raw.model.diffusion_model.blocks[0]
+    return calls_of(block, lambda hidden: hidden.shape[0] * hidden.shape[1])
 
 
 def steps_of(sizes):
@@ -84,7 +80,7 @@ def test_one_window(
         in_graph(run, raw, texts, kind, start, end, denoise)
     else:
         in_python(pack, raw, texts, kind, start, end, denoise)
-    sizes = calls()
+    sizes = calls
     if where == "Python" and kind == "guidance":  # a call for each of two texts
         count, position = [], 0
         assert len(sizes) == STEPS + len(expected)
@@ -117,4 +113,4 @@ def test_workflows_with_sigmas_keep_their_steps(run, pack, raw, conditioning, ca
         steps=STEPS, guidance=2.0)  # fmt: skip
     sampling = pack("krea2_model.sampling")
     sigmas = sampling.sigma_schedule(STEPS, sampling.shift_mu(64))
-    assert steps_of(calls()) == [step for step in range(STEPS) if sigmas[step] >= 0.5]
+    assert steps_of(calls) == [step for step in range(STEPS) if sigmas[step] >= 0.5]
