@@ -78,9 +78,15 @@ class K2NegativeGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.75, limit=2.5):
+        from .managed.core_model import is_core
         from .managed.texts import NEGATIVE_GUIDANCE
 
         check_model(model)
+        if is_core(model):
+            raise ValueError(
+                "model runs ComfyUI's own implementation of Krea 2, where this negative has no "
+                "effect. Load it with Load Krea 2, implementation this pack."
+            )
         settings = NegativeGuidance(strength, limit, blend, start, end)
         if len(negative) != 1:
             raise ValueError(

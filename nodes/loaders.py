@@ -12,6 +12,9 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 # Choices of dtype that quantise, by the name their files have.
 QUANTISED = {"fp8_scaled" if name == "fp8" else name: name for name in QUANTISATIONS}
 
+# Whether ComfyUI's own code runs the transformer.
+IMPLEMENTATIONS = {"this pack": False, "ComfyUI's own": True}
+
 _MODEL_TIP = (
     "A Krea 2 transformer (models/diffusion_models), an all-in-one file (models/checkpoints) or a "
     "diffusers folder (models/diffusers). Raw or Turbo is told from the file."
@@ -41,12 +44,31 @@ def _dtype_input(tooltip: str):
     )
 
 
-def _load_transformer(path, dtype: str):
+_IMPLEMENTATION = io.Combo.Input(
+    "implementation",
+    options=list(IMPLEMENTATIONS),
+    default=next(iter(IMPLEMENTATIONS)),
+    optional=True,
+    advanced=True,
+    tooltip=(
+        "Which code runs the transformer. This pack's is faster, and other packs' nodes work with "
+        "it. ComfyUI's own is for a node that needs more of ComfyUI's model; prompt weights, "
+        "strengths of references and the negative without guidance have no effect there."
+    ),
+)
+
+
+def _load_transformer(path, dtype: str, implementation: str):
     from .managed.model import load_model
 
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    by_core = IMPLEMENTATIONS[implementation]
     if dtype in QUANTISED:
-        return load_model(path, quantise=QUANTISED[dtype])
-    return load_model(path, _dtype(dtype, *QUANTISED))
+        return load_model(path, None, QUANTISED[dtype], by_core)
+    return load_model(path, _dtype(dtype, *QUANTISED), None, by_core)
 
 
 def _dtype(name: str, *others: str):
@@ -98,6 +120,7 @@ class K2Loader(io.ComfyNode):
                     tooltip=_VAE_TIP + _AUTO_TIP,
                 ),
                 _MODEL_DTYPE,
+                _IMPLEMENTATION,
             ],
             outputs=[
                 io.Model.Output(tooltip="The transformer."),
@@ -125,14 +148,23 @@ class K2Loader(io.ComfyNode):
         return files.fingerprint(*_find_parts(model, text_encoder, vae))
 
     @classmethod
-    def execute(cls, model, text_encoder=files.AUTO, vae=files.AUTO, dtype="auto"):
+    def execute(
+        cls,
+        model,
+        text_encoder=files.AUTO,
+        vae=files.AUTO,
+        dtype="auto",
+        implementation=next(iter(IMPLEMENTATIONS)),  # noqa: B008 - a constant
+    ):
         from .managed.clip import load_clip
         from .managed.vae import load_vae
 
         transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
         files.check_pair(transformer, encoder)
         return io.NodeOutput(
-            _load_transformer(transformer, dtype), load_clip(encoder), load_vae(decoder)
+            _load_transformer(transformer, dtype, implementation),
+            load_clip(encoder),
+            load_vae(decoder),
         )
 
 
@@ -160,6 +192,7 @@ class K2ModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input("file", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
                 _MODEL_DTYPE,
+                _IMPLEMENTATION,
             ],
             outputs=[io.Model.Output(tooltip="The transformer.")],
         )
@@ -173,8 +206,9 @@ class K2ModelLoader(io.ComfyNode):
         return _fingerprint(TRANSFORMER, file)
 
     @classmethod
-    def execute(cls, file, dtype="auto"):
-        return io.NodeOutput(_load_transformer(files.find_model(TRANSFORMER, file), dtype))
+    def execute(cls, file, dtype="auto", implementation=next(iter(IMPLEMENTATIONS))):  # noqa: B008
+        path = files.find_model(TRANSFORMER, file)
+        return io.NodeOutput(_load_transformer(path, dtype, implementation))
 
 
 class K2TextEncoderLoader(io.ComfyNode):

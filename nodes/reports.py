@@ -59,6 +59,13 @@ def unused_negative_report(negative) -> str:
     return "not used: negative, at guidance 0\n(Krea 2 Negative without Guidance would)"
 
 
+def unknown_report(unknown: list[str]) -> str:
+    """For what has no effect on ComfyUI's own implementation of the model."""
+    return "\n".join(
+        [*(f"not used: {each}" for each in unknown), "(by ComfyUI's own implementation)"]
+    )
+
+
 def reference_report(width: int, height: int, strength: float) -> str:
     """One reference: its size as encoded and the tokens it adds to every step."""
     tokens = image_tokens(width, height)

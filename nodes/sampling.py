@@ -15,6 +15,7 @@ from .reports import (
     sampling_report,
     shift_report,
     size_report,
+    unknown_report,
     unused_negative_report,
     unused_report,
 )
@@ -203,6 +204,8 @@ class K2Sampler(io.ComfyNode):
         seeds=ONE_STREAM,
         start_sigma=0.0,
     ):
+        from .managed.core_model import unknown_to
+
         check_model(model)
         numbers = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
         check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers)
@@ -241,6 +244,8 @@ class K2Sampler(io.ComfyNode):
             report.append(far)
         if settings.guidance == 0 and negative is not None and not has_other_negative(model):
             report += filter(None, [unused_negative_report(negative)])
+        if unknown := unknown_to(model, positive, negative):
+            report.append(unknown_report(unknown))
         if start_sigma and denoise != 1:
             report.append(f"not used: denoise {denoise:g}\n(start_sigma counts)")
         given = Preset(CUSTOM, steps, guidance, None)

@@ -22,6 +22,7 @@ from ...krea2_model.transformer import Krea2Transformer
 from ...krea2_model.transformer_keys import module_to_official, official_to_module
 from . import contract
 from .branches import add_branches, file_name, take_branches
+from .core_model import CoreModel, core_patcher_class, core_unet_config
 from .diffusion_model import Krea2DiffusionModel
 from .gguf import GGUFOperations, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
@@ -222,10 +223,21 @@ class Krea2ModelConfig(comfy.supported_models_base.BASE):
         return super().process_unet_state_dict_for_saving(official)
 
 
+class CoreModelConfig(Krea2ModelConfig):
+    """For ComfyUI's own implementation, whose names are those of the files."""
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return CoreModel(self, device=device)
+
+    def process_unet_state_dict(self, state_dict):
+        return {module_to_official(name): tensor for name, tensor in state_dict.items()}
+
+
 def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
     quantise: str | None = None,
+    by_core: bool = False,
     *,
     disable_dynamic=False,
 ):
@@ -233,6 +245,7 @@ def load_model(
 
     dtype: of the stored matrices; None follows the file and ComfyUI's flags.
     quantise: one of `convert.QUANTISATIONS` for the blocks of a file that is not quantised yet.
+    by_core: build ComfyUI's own implementation in place of ours.
     Raises CheckpointError that says what the file is and what was expected.
     """
     checkpoint = open_part(path, "transformer")
@@ -247,10 +260,14 @@ def load_model(
 
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    unet_config = {"image_model": "krea2", "config": state.config}
-    # Core builds its LoRA aliases from this field.
-    unet_config["layers"] = state.config.num_layers
-    model_config = Krea2ModelConfig(unet_config)
+    if by_core:
+        model_config = CoreModelConfig(core_unet_config(state.config, checkpoint.path))
+    else:
+        # Core builds its LoRA aliases from `layers`.
+        layers = state.config.num_layers
+        model_config = Krea2ModelConfig(
+            {"image_model": "krea2", "config": state.config, "layers": layers}
+        )
     model_config.quant_config = quantisation
     supported = model_config.supported_inference_dtypes
     weight_dtype = None if quantisation or blocks else state.weight_dtype
@@ -274,13 +291,14 @@ def load_model(
     tensors |= add_branches(model.diffusion_model, branches, checkpoint.path.name)
     model.preset = state.preset
     model.latent_format = latent_format(state.config) or model.latent_format
-    patcher = patcher_class(load_device, disable_dynamic, blocks)(
+    make_class = core_patcher_class if by_core else patcher_class
+    patcher = make_class(load_device, disable_dynamic, blocks)(
         model, load_device=load_device, offload_device=offload_device
     )
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, "", assign=blocks or patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path, dtype, quantise))
+    patcher.cached_patcher_init = (load_model, (path, dtype, quantise, by_core))
     return patcher
 
 

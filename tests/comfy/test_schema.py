@@ -5,8 +5,8 @@ from in_process import NODES
 
 # For ever: new inputs are appended, nothing is renamed or moved.
 INPUTS = {
-    "K2Loader": ["model", "text_encoder", "vae", "dtype"],
-    "K2ModelLoader": ["file", "dtype"],
+    "K2Loader": ["model", "text_encoder", "vae", "dtype", "implementation"],
+    "K2ModelLoader": ["file", "dtype", "implementation"],
     "K2TextEncoderLoader": ["file", "dtype"],
     "K2VAELoader": ["file", "dtype"],
     "K2LoraLoader": ["model", "clip", "lora", "strength", "clip_strength"],
