@@ -27,7 +27,7 @@ AS_TRAINED = "krea2_as_trained"
 _CORE_SIDE = 3584
 
 # Older ones give images neither their positions nor DeepStack features.
-_CORE_SEES = hasattr(core.Qwen3VL, "build_image_inputs")
+_CORE_SEES = "forward" in vars(core.Qwen3VL)
 
 
 class Look(NamedTuple):

@@ -256,9 +256,15 @@ def patched_in_place(model):
     return model
 
 
+# What ComfyUI's own Krea 2 has only in later versions: patch points, references, parts of its pass.
+LATER = pytest.mark.skipif(
+    not hasattr(core.SingleStreamDiT, "process_img"),
+    reason="core's Krea 2 of this ComfyUI has no patch points, references and process_img",
+)
 TOUCHES = [
-    attention_replaced, attention_wrapped, block_wrapped, fusion_replaced, rebuilt,
-    input_layer_replaced, layers_of_another_class, masked_by_region, patched_in_place,
+    attention_replaced, pytest.param(attention_wrapped, marks=LATER), block_wrapped,
+    fusion_replaced, pytest.param(rebuilt, marks=LATER), input_layer_replaced,
+    layers_of_another_class, masked_by_region, pytest.param(patched_in_place, marks=LATER),
 ]  # fmt: skip
 
 
@@ -273,6 +279,7 @@ def test_a_touch_does_what_it_does_to_core(image, turbo, core_turbo, touch, cfg)
     assert not turbo.model.diffusion_model.is_touched(), "so the fast way is taken again"
 
 
+@LATER
 @pytest.mark.parametrize("method", ["index_timestep_zero", "index"])
 @pytest.mark.parametrize("touch", [attention_replaced, block_wrapped])
 def test_touched_blocks_see_references(image, conditioning, turbo, core_turbo, touch, method):
@@ -358,6 +365,7 @@ def own_way_with_references(monkeypatch):
     monkeypatch.setattr(core.SingleStreamDiT, "_forward", forward)
 
 
+@LATER
 def test_references_with_boosts_of_another_pack(
     image, conditioning, turbo, core_turbo, own_way_with_references
 ):
@@ -370,6 +378,7 @@ def test_references_with_boosts_of_another_pack(
         assert_close(image(turbo, positive), expected, 1e-5, "as that pack does it on core")
 
 
+@LATER
 def test_references_of_our_node_stay_ours(
     run, models, image, conditioning, turbo, own_way_with_references, monkeypatch
 ):
@@ -468,7 +477,7 @@ def packed_spans(monkeypatch):
 
 
 NEW_ENOUGH = pytest.mark.skipif(
-    not hasattr(comfy.text_encoders.qwen3vl.Qwen3VL, "build_image_inputs"),
+    "forward" not in vars(comfy.text_encoders.qwen3vl.Qwen3VL),
     reason="this ComfyUI encodes images without their positions and DeepStack features",
 )
 
