@@ -16,8 +16,9 @@ from .attention import Attend, repeat_heads
 from .config import TextEncoderConfig
 from .kernels import silu_gated
 
-# Elements of a mask that are made at a time; prompts of up to 2,896 tokens are one block.
-MASK_ELEMENTS = 2**23
+# Elements of a mask that are made at a time; prompts of up to 2,048 tokens are one block.
+# Some attention functions hold the scores of all heads: 1 GB of the released encoder.
+MASK_ELEMENTS = 2**22
 
 # New keys and values (B, KV, L, D) of a layer to those of all tokens so far.
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

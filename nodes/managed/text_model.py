@@ -27,8 +27,9 @@ _IM_START, _USER = 151644, 872
 # width 1024 and two of 4096.
 _BYTES_A_PIXEL = 256
 
-# What a mask takes for each of its elements: itself, and in float32 while it is made additive.
-_BYTES_A_SCORE = 16
+# What attention takes for each element of a mask: itself, in float32 while it is made additive, and
+# with the functions that hold them, the scores and their softmax a head.
+_BYTES_A_MASK, _BYTES_A_SCORE = 16, 8
 
 
 class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
@@ -154,13 +155,14 @@ class Krea2TextModel(core.Krea2TEModel):
         return self.encoder.load_state_dict(sd, strict=False, assign=assign)
 
     def memory_estimation_function(self, token_weight_pairs, device=None):
-        """Bytes of activations: the taps, a layer's MLP and a mask, and the images' own."""
+        """Bytes of activations: the taps, a layer's MLP and its scores, and the images' own."""
         rows = [[pair[0] for pair in row] for row in token_weight_pairs.get(NAME, ())]
         length = max(map(row_length, rows), default=0)
         width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
         seeing = max((max(image_sizes(row), default=0) for row in rows), default=0)
         states = length * (width + 3 * self.config.intermediate_size) * 4
-        return states + mask_size(length) * _BYTES_A_SCORE + seeing * _BYTES_A_PIXEL
+        scoring = _BYTES_A_MASK + self.config.num_attention_heads * _BYTES_A_SCORE
+        return states + mask_size(length) * scoring + seeing * _BYTES_A_PIXEL
 
     def writing_memory(self, tokens: int) -> int:
         """Bytes that writing takes: keys and values of so many tokens, and the head as numbers."""

@@ -221,7 +221,7 @@ def test_encodings_are_kept_by_content(pack, clip, monkeypatch):
 
 
 def test_a_long_prompt_in_blocks_equals_core(pack, clip, core_clip, monkeypatch):
-    """Blocks begin at 2,897 tokens; here at 65."""
+    """Blocks begin at 2,049 tokens; here at 65."""
     monkeypatch.setattr(pack("krea2_model.decoder"), "MASK_ELEMENTS", 0)
     prompt = "fox, " * 150
     ours, core = (c.encode_from_tokens(c.tokenize(prompt)) for c in (clip, core_clip))
@@ -256,7 +256,6 @@ def test_the_estimate_counts_what_a_long_prompt_takes(clip):
     with Live() as live:
         clip.cond_stage_model.encode_token_weights(tokens)
     assert length > 3000 and live.most <= estimate < 4 * live.most
-    assert live.most < length**2 * 8
 
 
 def test_an_encode_is_cancelled_between_layers(clip):
