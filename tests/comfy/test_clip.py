@@ -278,3 +278,13 @@ def test_an_encode_is_cancelled_between_layers(clip):
         comfy.model_management.interrupt_current_processing(False)
         for hook in hooks:
             hook.remove()
+
+
+def test_attention_of_the_encoder_is_cancelled_within_a_layer(pack):
+    """Layers of newer ComfyUIs ask for a cancel too, but not between the blocks of one."""
+    attend, heads = pack("nodes.managed.hooks").encoder_attention(), torch.randn(1, 2, 4, 8)
+    expected = attend(heads, heads, heads)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        attend(heads, heads, heads)
+    assert torch.equal(attend(heads, heads, heads), expected)
