@@ -17,6 +17,7 @@ from .checkpoint import load_text_encoder
 from .convert import PARTS, QUANTISATIONS, convert
 from .expander import LENGTHS, PromptExpander
 from .inspect import describe
+from .output_files import check_outputs, numbered, save_image
 from .pictures import pixels_of
 from .pipeline import Krea2Pipeline
 from .sampling import check_guidance, check_seed
@@ -54,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LoRA of any trainer, several by repeating",
     )
     image = generate.add_argument_group("image")
-    image.add_argument("--output", type=Path, default=Path("krea2.png"), help="a PNG file")
+    image.add_argument(
+        "--output", type=Path, default=Path("krea2.png"), help="a .png, .jpg or .webp file"
+    )
     image.add_argument("--width", type=int, help="default: the checkpoint's, 1024 (nano 128)")
     image.add_argument("--height", type=int, help="likewise")
     image.add_argument("--negative", default="", help="what guidance leads away from")
@@ -143,7 +146,12 @@ def generate(args: argparse.Namespace) -> list[Path]:
             "Name the weights: --model (nano is small and built in), or --transformer, "
             "--text-encoder and --vae."
         )
-    # Before the weights, which take minutes: bad numbers and files that are no pictures.
+    # Before the weights, which take minutes: bad numbers, names that cannot be written to and files
+    # that are no pictures.
+    if args.images < 1:
+        raise ValueError(f"images is {args.images}; expected a whole number from 1 up.")
+    paths = numbered(args.output, args.images)
+    check_outputs(paths)
     check_seed(args.seed)
     if args.guidance is not None:
         check_guidance(args.guidance)
@@ -182,11 +190,9 @@ def generate(args: argparse.Namespace) -> list[Path]:
             references=references,
             callback=lambda step, latents, predicted: bar.update(),
         )
-    paths = [args.output]
-    paths += [args.output.with_stem(f"{args.output.stem}-{n}") for n in range(2, len(made) + 1)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for image, path in zip(made, paths, strict=True):
-        image.save(path)
+        save_image(image, path)
     return paths
 
 
@@ -247,6 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK = "white", "black"
+
+# Characters of a caption that are written; a longer one ends in dots. Captions of 200 words have
+# 1,200.
+MAX_CAPTION = 2000
 
 
 def contact_sheet(
@@ -21,7 +26,8 @@ def contact_sheet(
 ) -> np.ndarray:
     """One picture (H, W, 3) in [0, 1] of many (h, w, 3), row by row.
 
-    captions: one a picture, wrapped to the cell; missing ones are empty.
+    captions: one a picture, wrapped to the cell; missing ones are empty. Cells are as wide as the
+        widest character. Of a long one `MAX_CAPTION` characters are written.
     columns: 0 makes the sheet about square. cell: the longest side of a picture there, in pixels;
         smaller ones are not enlarged.
     Raises ValueError without pictures, for more captions than pictures, and for bad sizes.
@@ -40,8 +46,12 @@ def contact_sheet(
         )
     pictures = [_picture(image, cell) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
-    width = max(picture.width for picture in pictures)
     font = ImageFont.load_default(text_size)
+    captions = [_cut(caption) for caption in captions]
+    width = max(
+        *(picture.width for picture in pictures),
+        *(math.ceil(font.getlength(character)) for character in {" ", *"".join(captions)}),
+    )
     lines = [_wrapped(caption, width, font) for caption in captions]
     lines += [[] for _ in range(len(pictures) - len(lines))]
     gap, line_height = max(4, cell // 64), math.ceil(text_size * 1.25)
@@ -73,6 +83,10 @@ def _picture(image: np.ndarray, cell: int) -> Image.Image:
     return picture
 
 
+def _cut(caption: str) -> str:
+    return caption if len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 3] + "..."
+
+
 def _wrapped(caption: str, width: int, font) -> list[str]:
     """Lines that fit a width; a word that does not fit alone is broken."""
     lines, line = [], ""
@@ -83,9 +97,19 @@ def _wrapped(caption: str, width: int, font) -> list[str]:
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width:
-            fits = max(1, *(n for n in range(1, len(word)) if font.getlength(word[:n]) <= width))
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
+        *full, line = _broken(word, width, font)
+        lines += full
     return [*lines, line] if line else lines
+
+
+def _broken(word: str, width: int, font) -> Iterator[str]:
+    """A word in pieces that fit a width, of a character at least."""
+    while word:
+        # Doubled and then halved, so that no more is measured than about twice what fits.
+        most = 2
+        while most < len(word) and font.getlength(word[:most]) <= width:
+            most *= 2
+        lengths = range(2, min(most, len(word)) + 1)
+        fits = 1 + bisect_right(lengths, width, key=lambda length: font.getlength(word[:length]))
+        yield word[:fits]
+        word = word[fits:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,12 +79,20 @@ DIRECTIONS = (
     "a lively, dense composition with strong contrasts",
 )
 
-# A text in these is lettering; an apostrophe within a word opens none.
-_QUOTES = re.compile(
-    '"([^"]+)"|\u201c([^\u201d\u201c]+)[\u201d\u201c]|\u201e([^\u201c\u201d]+)[\u201c\u201d]'
-    "|\u00ab([^\u00bb]+)\u00bb|\u300c([^\u300d]+)\u300d|\u300e([^\u300f]+)\u300f"
-    r"|(?<!\w)'([^']+)'(?!\w)|(?<!\w)\u2018([^\u2019]+)\u2019(?!\w)"
-)
+# A text in these is lettering, from one that opens to the next of those that close it.
+_CLOSING = {
+    '"': '"',
+    "'": "'",
+    "\u201c": "\u201d\u201c",
+    "\u201e": "\u201c\u201d",
+    "\u00ab": "\u00bb",
+    "\u300c": "\u300d",
+    "\u300e": "\u300f",
+    "\u2018": "\u2019",
+}
+# An apostrophe within a word neither opens nor closes one.
+_APOSTROPHES = "'\u2018"
+_QUOTES = re.compile("|".join(_CLOSING))
 _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _NUMBER_WORDS = [
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -293,24 +301,55 @@ def required(prompt: str, translated: bool = False) -> list[str]:
 
     Numbers in words count in English, from two to twenty, unless the caption is translated.
     """
-    quoted = [next(filter(None, match)) for match in _QUOTES.findall(prompt)]
-    rest = unicodedata.normalize("NFKC", _QUOTES.sub(" ", prompt))
-    found = [f'"{_joined(text)}"' for text in quoted] + _NUMBER.findall(rest)
+    found, others, end = [], [], 0
+    for first, last in quotations(prompt):
+        found.append(f'"{_joined(prompt[first + 1 : last - 1])}"')
+        others.append(prompt[end:first])
+        end = last
+    rest = unicodedata.normalize("NFKC", " ".join([*others, prompt[end:]]))
+    found += _NUMBER.findall(rest)
     if not translated:
         found += [word for word in re.findall(r"[a-z]+", rest.lower()) if word in _COUNTS]
     return list(dict.fromkeys(found))
 
 
+def quotations(text: str) -> Iterator[tuple[int, int]]:
+    """Where a text is quoted, quotation marks included, one after the other.
+
+    In linear time: what closes a kind of quotation is searched once, also where nothing does.
+    """
+    closing: dict[str, re.Match | None] = {}
+    end = 0
+    for opening in _QUOTES.finditer(text):
+        first, mark = opening.start(), opening[0]
+        is_apostrophe = mark in _APOSTROPHES
+        if first < end or (is_apostrophe and _is_in_word(text, first - 1)):
+            continue
+        if mark not in closing or ((known := closing[mark]) and known.start() <= first):
+            closing[mark] = re.compile(f"[{_CLOSING[mark]}]").search(text, first + 1)
+        found = closing[mark]
+        if found is None or found.start() == first + 1:
+            continue  # nothing closes it, or nothing is quoted
+        if is_apostrophe and _is_in_word(text, found.end()):
+            continue
+        end = found.end()
+        yield first, end
+
+
+def _is_in_word(text: str, place: int) -> bool:
+    return 0 <= place < len(text) and (text[place].isalnum() or text[place] == "_")
+
+
 def lacking(needed: list[str], text: str) -> list[str]:
     """Which of `required` a caption does not have; 3 and three are the same."""
-    plain = unicodedata.normalize("NFKC", text)
+    plain, joined = unicodedata.normalize("NFKC", text), _joined(text)
     numbers = {_digits(number) for number in _NUMBER.findall(plain)}
     words = set(re.findall(r"[a-z]+", plain.lower()))
     numbers |= {str(number) for number, word in enumerate(_NUMBER_WORDS) if word in words}
 
     def is_there(item: str) -> bool:
         if item.startswith('"'):
-            return item[1:-1] in _joined(text)
+            return item[1:-1] in joined
         return str(_COUNTS.get(item, _digits(item))) in numbers
 
     return [item for item in needed if not is_there(item)]

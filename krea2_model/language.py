@@ -21,20 +21,13 @@ from torch import Tensor, nn
 from .attention import Attend, attend
 from .checkpoint import Checkpoint, assign, open_checkpoint, read_text_encoder
 from .config import TextEncoderConfig
+from .decoder import CausalMask, DecoderLayer, rotation_of, rotation_table
 from .gguf import GGUFTensor
 from .identify import TEXT_ENCODER, CheckpointError
 from .layers import TorchLayers
 from .prompt_images import IMAGE_PAD, axis_positions
 from .quantised import dequantise
-from .text_encoder import (
-    DecoderLayer,
-    Qwen3VLTextEncoder,
-    causal_mask,
-    language_prefix,
-    place_images,
-    rotation_of,
-    rotation_table,
-)
+from .text_encoder import Qwen3VLTextEncoder, language_prefix, place_images
 from .vision import ImageTokens
 
 # (embedding, hidden (B, 1, D)) to logits (B, 1, V) by the embedding's table.
@@ -151,7 +144,7 @@ class LanguageModel:
             rotation = rotation_table(end + ahead, self.config, self.device, start + ahead)
         rotation = rotation[:, None, None]
         # One token sees all that is kept, and needs no mask.
-        mask = None if len(tokens) == 1 else causal_mask(end, None, self.device)[:, :, start:]
+        mask = None if len(tokens) == 1 else CausalMask(end, self.device, start=start)
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, rotation, mask, partial(cache.extend, index))
             if index < len(deepstack):

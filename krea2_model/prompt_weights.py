@@ -2,7 +2,7 @@ r"""Weights in prompts: `a (red:1.4) circle` to the sentence and what each of it
 
 `(words:number)` weighs words, `\(` and `\)` are brackets of the text, and all else stays as it is
 written: brackets without a number, a number that belongs to a ratio or a time of day ("(16:9)"),
-and brackets that have no partner. Weights inside each other multiply.
+and brackets that have no partner. Weights inside each other multiply, up to `MAX_WEIGHT`.
 
 The text encoder reads the sentence without the marks, once. What a weight does is in
 text_attention.py.
@@ -11,9 +11,9 @@ text_attention.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -24,8 +24,12 @@ from .tokenizer import Krea2Tokenizer
 MAX_WEIGHT = 10.0
 
 _BRACKET = re.compile(r"\\[()]|[()]")
-_NUMBER = re.compile(r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
-_RATIO = re.compile(r"\d:\d+$")
+# What stands behind a colon. Each text matches in one way only, so that a long one fails at once.
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*")
+_DIGITS = re.compile(r"\d+")
+
+# Characters of a prompt that an error quotes.
+_QUOTED = 60
 
 
 @dataclass(frozen=True)
@@ -47,37 +51,65 @@ class WeightedPrompt:
 
 
 def parse_weights(prompt: str) -> WeightedPrompt:
-    """Read the marks of a prompt.
+    """Read the marks of a prompt, in time that grows with its length, however deep they nest.
 
-    Raises ValueError for a weight beyond `MAX_WEIGHT` either way.
+    Raises ValueError for weights beyond `MAX_WEIGHT` either way, alone or multiplied.
     """
-    text: list[str] = []
-    weights: list[float] = []
-    opened: list[tuple[int, int]] = []  # in the text, and behind the bracket in the prompt
-
-    def add(characters: str) -> None:
-        text.extend(characters)
-        weights.extend([1.0] * len(characters))
-
+    # A bracket that turns out to be a mark becomes "", so that places stay as they are.
+    characters: list[str] = []
+    opened: list[tuple[int, int]] = []  # in `characters`, and behind the bracket in the prompt
+    marks: dict[int, float] = {}  # where one begins, and its weight
+    ends: dict[int, int] = {}  # how many end in front of a place
     position = 0
     for bracket in _BRACKET.finditer(prompt):
-        add(prompt[position : bracket.start()])
-        position = bracket.end()
-        if bracket[0] == "(":
-            opened.append((len(text), position))
-        elif bracket[0] == ")" and opened:
+        start, position = position, bracket.end()
+        between = prompt[start : bracket.start()]
+        if bracket[0] == ")" and opened:
             first, inside = opened.pop()
-            number = _NUMBER.search(prompt, inside, bracket.start())
-            if number and not _RATIO.search(prompt, inside, bracket.start()):
-                end = len(text) - len(number[0])
-                if "".join(text[first + 1 : end]).strip():
-                    weight = _weight(number[1], prompt[inside - 1 : position])
-                    text[first:] = text[first + 1 : end]
-                    weights[first:] = [weight * old for old in weights[first + 1 : end]]
-                    continue
-        add(bracket[0][-1])
-    add(prompt[position:])
-    return WeightedPrompt("".join(text), tuple(weights))
+            words, number = _split_number(between)
+            # Other brackets inside are text, or marks around some.
+            if number is not None and (start != inside or words.strip()):
+                marks[first] = _weight(number, prompt[inside - 1 : position])
+                characters[first] = ""
+                characters += words
+                ends[len(characters)] = ends.get(len(characters), 0) + 1
+                continue
+        characters += between
+        if bracket[0] == "(":
+            opened.append((len(characters), position))
+        characters.append(bracket[0][-1])
+    characters += prompt[position:]
+    return WeightedPrompt("".join(characters), tuple(_multiplied(characters, marks, ends)))
+
+
+def _split_number(text: str) -> tuple[str, str | None]:
+    """The end of a bracket's inside as its words and the number behind their colon, if any."""
+    words, colon, behind = text.rpartition(":")
+    number = _NUMBER.fullmatch(behind) if colon else None
+    is_ratio = _DIGITS.fullmatch(words[-1:]) and _DIGITS.fullmatch(behind.rstrip())
+    if number is None or is_ratio:
+        return text, None
+    return words.rstrip(), number[1]
+
+
+def _multiplied(
+    characters: list[str], marks: dict[int, float], ends: dict[int, int]
+) -> Iterator[float]:
+    """The weight of each character that is left, by all marks around it."""
+    weights = [1.0]
+    for place, character in enumerate(characters):
+        if place in ends:
+            del weights[-ends[place] :]
+        if place in marks:
+            weights.append(weights[-1] * marks[place])
+            if abs(weights[-1]) > MAX_WEIGHT:
+                words = "".join(characters[place : place + _QUOTED]).strip()
+                raise ValueError(
+                    f"The weights around {words!r} multiply to {weights[-1]:g}; expected "
+                    f"-{MAX_WEIGHT:.0f} to {MAX_WEIGHT:.0f}. Lower one of them."
+                )
+        elif character:
+            yield weights[-1]
 
 
 def weigh_again(text: str, parts: Sequence[tuple[str, float]]) -> tuple[str, list[str]]:
@@ -87,17 +119,47 @@ def weigh_again(text: str, parts: Sequence[tuple[str, float]]) -> tuple[str, lis
     """
     found: list[tuple[int, int, float]] = []
     lost: list[str] = []
+    edged, taken = _with_edges(text), bytearray(len(text))
+    searched: dict[str, int] = {}  # words, and up to where their places are taken
     for words, weight in parts:
-        pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
-        matches = re.finditer(pattern, text, re.IGNORECASE)
-        free = (m for m in matches if all(m.end() <= a or m.start() >= b for a, b, _ in found))
-        if match := next(free, None):
-            found.append((*match.span(), weight))
-        else:
+        sought = _with_edges(words)
+        first = _free_place(edged, sought, taken, searched.get(sought, 0))
+        searched[sought] = len(text) if first is None else first + len(words)
+        if first is None:
             lost.append(words)
-    for first, last, weight in sorted(found, reverse=True):
-        text = f"{text[:first]}({text[first:last]}:{weight:g}){text[last:]}"
-    return text, lost
+        else:
+            last = first + len(words)
+            taken[first:last] = b"\1" * len(words)
+            found.append((first, last, weight))
+    pieces, position = [], 0
+    for first, last, weight in sorted(found):
+        pieces += [text[position:first], f"({text[first:last]}:{weight:g})"]
+        position = last
+    return "".join([*pieces, text[position:]]), lost
+
+
+def _with_edges(text: str) -> str:
+    """A text without its case, and between any two characters which of them belong to words.
+
+    So whole words are found by `str.find`, as the same characters with the same around them.
+    """
+    inside = [False, *(character.isalnum() or character == "_" for character in text), False]
+    edges = [chr(left + 2 * right) for left, right in pairwise(inside)]
+    # Character by character, since some have two in the other case and places have to stay.
+    folded = (c if len(c.casefold()) > 1 else c.casefold() for c in text)
+    return "".join(chain.from_iterable(zip(edges, [*folded, ""], strict=True)))
+
+
+def _free_place(edged: str, sought: str, taken: bytearray, start: int) -> int | None:
+    """Where words stand in a text first, from a place on and where nothing is taken."""
+    length = len(sought) // 2
+    while (at := edged.find(sought, 2 * start)) >= 0:
+        start = at // 2
+        occupied = taken.rfind(1, start, start + length)
+        if at % 2 == 0 and occupied < 0:
+            return start
+        start = max(start, occupied) + 1
+    return None
 
 
 def plain_prompt(prompt: str) -> WeightedPrompt:
@@ -140,7 +202,14 @@ def _weight(number: str, mark: str) -> float:
     weight = float(number)
     if abs(weight) > MAX_WEIGHT:
         raise ValueError(
-            f"The prompt has the weight {number} in {mark!r}; expected -{MAX_WEIGHT:.0f} to "
-            f"{MAX_WEIGHT:.0f}. If it is no weight, write \\( and \\) for the brackets."
+            f"The prompt has the weight {_cut(number)} in {_cut(mark)!r}; expected "
+            f"-{MAX_WEIGHT:.0f} to {MAX_WEIGHT:.0f}. If it is no weight, write \\( and \\) for the "
+            "brackets."
         )
     return weight
+
+
+def _cut(text: str) -> str:
+    """A text as an error quotes it: its beginning and its end where it is long."""
+    half = _QUOTED // 2
+    return text if len(text) <= _QUOTED else f"{text[:half]}...{text[-half:]}"

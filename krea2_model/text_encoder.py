@@ -17,7 +17,7 @@ ComfyUI's own encoder taps after it, so there tap 2 differs at the tokens of ima
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .attention import Attend, attend
 from .config import TextEncoderConfig
-from .kernels import silu_gated
+from .decoder import CausalMask, DecoderLayer, rotation_of, rotation_table
 from .layers import TorchLayers
 from .prompt_images import (
     IMAGE_PAD,
@@ -48,85 +48,6 @@ if TYPE_CHECKING:  # they import this file
 RELEASED = TextEncoderConfig()
 _EMBEDDING = "embed_tokens.weight"
 _FIRST_NORM = "layers.0.input_layernorm.weight"
-
-# New keys and values (B, KV, L, D) of a layer to those of all tokens so far.
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class SelfAttention(nn.Module):
-    """Causal attention with grouped key/value heads and a norm a head on queries and keys."""
-
-    def __init__(self, config: TextEncoderConfig, layers, attend: Attend, **factory):
-        super().__init__()
-        dim, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        query_dim = config.num_attention_heads * head_dim
-        key_dim = config.num_key_value_heads * head_dim
-        self.head_dim = head_dim
-        self.attend = attend
-        self.q_proj = layers.Linear(dim, query_dim, bias=False, **factory)
-        self.k_proj = layers.Linear(dim, key_dim, bias=False, **factory)
-        self.v_proj = layers.Linear(dim, key_dim, bias=False, **factory)
-        self.o_proj = layers.Linear(query_dim, dim, bias=False, **factory)
-        self.q_norm = layers.RMSNorm(head_dim, eps=eps, **factory)
-        self.k_norm = layers.RMSNorm(head_dim, eps=eps, **factory)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        rotation: Tensor,
-        mask: Tensor | None,
-        remember: Remember | None = None,
-    ) -> Tensor:
-        query = self.q_norm(self._heads(self.q_proj(hidden))).transpose(1, 2)
-        key = self.k_norm(self._heads(self.k_proj(hidden))).transpose(1, 2)
-        value = self._heads(self.v_proj(hidden)).transpose(1, 2)
-        query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
-        if remember is not None:
-            key, value = remember(key, value)
-        return self.o_proj(self.attend(query, key, value, mask))
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim))  # (B, L, H, D)
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: TextEncoderConfig, layers, **factory):
-        super().__init__()
-        dim, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = layers.Linear(dim, inner, bias=False, **factory)
-        self.up_proj = layers.Linear(dim, inner, bias=False, **factory)
-        self.down_proj = layers.Linear(inner, dim, bias=False, **factory)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(silu_gated(self.gate_proj(hidden), self.up_proj(hidden)))
-
-
-class DecoderLayer(nn.Module):
-    """Attention, then an MLP, each behind a norm and added to the stream."""
-
-    def __init__(self, config: TextEncoderConfig, layers, attend: Attend, **factory):
-        super().__init__()
-        dim, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = layers.RMSNorm(dim, eps=eps, **factory)
-        self.self_attn = SelfAttention(config, layers, attend, **factory)
-        self.post_attention_layernorm = layers.RMSNorm(dim, eps=eps, **factory)
-        self.mlp = GatedMLP(config, layers, **factory)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        rotation: Tensor,
-        mask: Tensor | None,
-        remember: Remember | None = None,
-    ) -> Tensor:
-        """hidden: (B, L, D); rotation from `rotation_table`; mask (B or 1, 1, L, keys), boolean.
-
-        remember: keeps keys and values where text is written a token at a time.
-        """
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, remember)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Qwen3VLTextEncoder(nn.Module):
@@ -184,7 +105,7 @@ class Qwen3VLTextEncoder(nn.Module):
         Raises ValueError where pads and images do not fit.
         """
         hidden = self.embed_tokens(tokens)
-        visible = causal_mask(tokens.shape[1], mask, tokens.device)
+        visible = CausalMask(tokens.shape[1], tokens.device, real=mask)
         deepstack: list[Tensor] = []
         if images:
             if positions is None:
@@ -209,7 +130,7 @@ class Qwen3VLTextEncoder(nn.Module):
         return taps
 
     def hidden_states(
-        self, hidden: Tensor, rotation: Tensor, mask: Tensor, deepstack: Sequence[Tensor] = ()
+        self, hidden: Tensor, rotation: Tensor, mask: CausalMask, deepstack: Sequence[Tensor] = ()
     ) -> Iterator[Tensor]:
         """Yield the embeddings (B, L, D), then what each layer puts out.
 
@@ -364,54 +285,6 @@ def place_images(
         for features in layers
     ]
     return hidden.masked_scatter(places, tokens), deepstack
-
-
-def rotation_table(
-    length: int, config: TextEncoderConfig, device: torch.device, start: int = 0
-) -> Tensor:
-    """Cosines and sines of the positions start to length - 1, (2, L, D/2) in float32."""
-    return rotation_of(torch.arange(start, length).expand(3, -1), config, device)
-
-
-def rotation_of(positions: Tensor, config: TextEncoderConfig, device: torch.device) -> Tensor:
-    """Cosines and sines of positions (3, L) in time, row and column, (2, L, D/2) in float32.
-
-    Of the frequencies, the second and fifth and so on count rows, the third and sixth and so on
-    columns, as many as `rotary_sections` says, and the others time. Angles are rounded to float32
-    at each step as in transformers (`Qwen3VLTextRotaryEmbedding`), where the model was trained,
-    and on the CPU, so that devices agree.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    axes = torch.zeros(len(frequencies), dtype=torch.long)
-    for axis in (1, 2):
-        axes[axis : 3 * config.rotary_sections[axis] : 3] = axis
-    angles = positions.to("cpu", torch.float32)[axes].T * frequencies
-    return torch.stack((angles.cos(), angles.sin())).to(device)
-
-
-def rotate_halves(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate channel i together with channel i + D/2, in the float32 of the table.
-
-    heads: (B, H, L, D); rotation: (2, B or 1, 1, L, D/2).
-    """
-    cos, sin = rotation
-    first, second = heads.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(heads.dtype)
-
-
-def causal_mask(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys a query sees, (B or 1, 1, L, L): real ones up to itself, and always itself.
-
-    Itself even if it is padding: a query that sees nothing becomes NaN, and NaN reaches the others
-    through masked values too.
-    """
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if mask is None:
-        return causal[None, None]
-    itself = torch.eye(length, dtype=torch.bool, device=device)
-    return ((causal & mask.bool()[:, None, :]) | itself)[:, None]
 
 
 _LLAMA_CPP = {

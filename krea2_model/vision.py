@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from .attention import Attend, attend
 from .checkpoint import Checkpoint, assign, open_checkpoint
 from .config import VisionConfig
+from .decoder import rotate_halves
 from .gguf import GGUFTensor
 from .identify import TEXT_ENCODER, CheckpointError
 from .layers import TorchLayers
 from .quantised import dequantise
-from .text_encoder import rotate_halves
 
 _PATCHES = "patch_embed.proj.weight"
 _ROPE_THETA = 10_000.0

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.quant_ops
 import torch
 
@@ -222,6 +223,20 @@ class PatchHooks(Hooks):
         args["transformer_options"] = self.options
         # The next block overwrites it, and the patch may have kept it.
         return replacement(args, {"original_block": original})["img"].clone()
+
+
+def encoder_attention() -> Callable:
+    """Attention for the text encoder and its parts, which ends where the run is cancelled.
+
+    So a long prompt or a large image is cancelled within a layer, and not when it is encoded.
+    """
+    attention = PatchHooks({}).attention
+
+    def attend(query, key, value, mask=None):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return attention(query, key, value, mask)
+
+    return attend
 
 
 def _additive(mask, dtype):

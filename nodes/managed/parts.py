@@ -15,7 +15,7 @@ import torch
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
 from .gguf import GGUFOperations, wrap
-from .hooks import PatchHooks
+from .hooks import encoder_attention
 from .weights import check_weights, open_part
 
 
@@ -68,7 +68,7 @@ class LazyPart:
             layers=self._make_layers(options, dtype),
             device=like.offload_device,
             dtype=dtype,
-            attend=PatchHooks({}).attention,
+            attend=encoder_attention(),
         )
         part.requires_grad_(False).eval()
         comfy.model_management.archive_model_dtypes(part)

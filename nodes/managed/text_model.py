@@ -8,12 +8,13 @@ import comfy.text_encoders.krea2 as core
 import torch
 from comfy.sd1_clip import ClipTokenWeightEncoder
 
+from ...krea2_model.decoder import mask_size
 from ...krea2_model.generation import Sampling, generate
 from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from ...krea2_model.tokenizer import PAD_TOKEN
 from .contract import is_replaced
 from .gguf import is_blocks
-from .hooks import PatchHooks
+from .hooks import encoder_attention
 from .image_tokens import image_sizes, look, row_length
 from .language import LazyTail, language_model
 from .layers import comfy_layers
@@ -25,6 +26,10 @@ _IM_START, _USER = 151644, 872
 # What the vision tower holds of each pixel: of a patch of 256 in float32 about eight states of
 # width 1024 and two of 4096.
 _BYTES_A_PIXEL = 256
+
+# What attention takes for each element of a mask: itself, in float32 while it is made additive, and
+# with the functions that hold them, the scores and their softmax a head.
+_BYTES_A_MASK, _BYTES_A_SCORE = 16, 8
 
 
 class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
@@ -87,7 +92,7 @@ class Krea2TextModel(core.Krea2TEModel):
         self.clip_name = self.clip = NAME
         layers = encoder_layers(model_options or {}, dtype)
         encoder = Qwen3VLTextEncoder(
-            config, layers, device=device, dtype=dtype, attend=PatchHooks({}).attention
+            config, layers, device=device, dtype=dtype, attend=encoder_attention()
         )
         self.add_module(NAME, Krea2Section(encoder))
         self.requires_grad_(False).eval()
@@ -150,12 +155,14 @@ class Krea2TextModel(core.Krea2TEModel):
         return self.encoder.load_state_dict(sd, strict=False, assign=assign)
 
     def memory_estimation_function(self, token_weight_pairs, device=None):
-        """Bytes of activations: the taps and a layer's MLP, in float32, and the images' own."""
+        """Bytes of activations: the taps, a layer's MLP and its scores, and the images' own."""
         rows = [[pair[0] for pair in row] for row in token_weight_pairs.get(NAME, ())]
         length = max(map(row_length, rows), default=0)
         width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
         seeing = max((max(image_sizes(row), default=0) for row in rows), default=0)
-        return length * (width + 3 * self.config.intermediate_size) * 4 + seeing * _BYTES_A_PIXEL
+        states = length * (width + 3 * self.config.intermediate_size) * 4
+        scoring = _BYTES_A_MASK + self.config.num_attention_heads * _BYTES_A_SCORE
+        return states + mask_size(length) * scoring + seeing * _BYTES_A_PIXEL
 
     def writing_memory(self, tokens: int) -> int:
         """Bytes that writing takes: keys and values of so many tokens, and the head as numbers."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headless import ROOT, ComfyServer
+from headless import ROOT, ComfyClient, ComfyServer, JobError
 from nano_training.judge import judge
 from nano_training.scenes import Scene, Thing
 
@@ -35,7 +35,6 @@ def folder(server, tmp_path_factory):
     if shutil.which("curl") is None:
         pytest.fail("The page's first half is made of curl, which is not installed.")
     folder = tmp_path_factory.mktemp("reader")
-    shutil.copyfile(ROOT / "example_workflows" / WORKFLOW.name, folder / "workflow.json")
     (folder / "printed.txt").write_text(
         follow(server, "bash", ["bash", "-euo", "pipefail"], folder)
     )
@@ -98,6 +97,7 @@ def test_python(server, folder):
     for words in (
         "node 4 begins", "node 4: 8 of 8", "step 8 of 8",
         "K2Loader (node 1): model: There is no 'nowhere.safetensors' in models/",
+        "K2Sampler (node 4): Required input is missing: steps",
         "K2Sampler (node 4): Guidance is 4.5 (preset raw) but nothing is connected",
     ):  # fmt: skip
         assert words in printed
@@ -107,6 +107,26 @@ def test_python(server, folder):
     assert np.array_equal(painted[:, :64], start[:, :64])
     circle, star = Thing("circle", "red", "left"), Thing("star", "green", "right")
     shows(folder / "picture_inpainted.png", circle, star, background="yellow")
+    workflow = json.loads(Image.open(folder / "picture_again.png").text["workflow"])
+    assert workflow == json.loads((ROOT / "example_workflows" / WORKFLOW.name).read_text())
     again = picture(folder / "picture_again.png")
     assert np.array_equal(again, start)
     assert Image.open(folder / "picture_again.png").text["prompt"]
+
+
+def test_required_inputs_have_to_be_there_and_optional_ones_need_not(server, folder):
+    """Of each node in the page's graph, each input left out in turn: what the page says of it."""
+    client, graph = ComfyClient(server.address), json.loads((folder / "graph.json").read_text())
+    refused = {}
+    for name, node in graph.items():
+        schema = client.object_info(node["class_type"])["input"]
+        assert not set(schema.get("optional", {})) & set(schema["required"])
+        for key in node["inputs"]:
+            wrong = json.loads(json.dumps(graph))
+            del wrong[name]["inputs"][key]
+            try:
+                client.cancel(client.post(wrong))
+            except JobError as error:
+                refused[name, key] = str(error)
+            assert ((name, key) in refused) == (key in schema["required"]), (name, key)
+    assert "Required input is missing: steps" in refused["4", "steps"] and len(refused) > 15

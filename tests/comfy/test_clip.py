@@ -1,9 +1,13 @@
 """CLIP beside core's Krea 2 text encoder, whose sizes are patched to the small checkpoint's."""
 
+import weakref
+
+import comfy.model_management
 import pytest
 import torch
 from in_process import NODES
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity import assert_close
 
@@ -214,3 +218,73 @@ def test_encodings_are_kept_by_content(pack, clip, monkeypatch):
         monkeypatch.setattr(pack("nodes.managed.clip"), "KEPT_BYTES", most)
         encode(f"a heron in {count} words more or less")
         assert len(kept) == count
+
+
+def test_a_long_prompt_in_blocks_equals_core(pack, clip, core_clip, monkeypatch):
+    """Blocks begin at 2,049 tokens; here at 65."""
+    monkeypatch.setattr(pack("krea2_model.decoder"), "MASK_ELEMENTS", 0)
+    prompt = "fox, " * 150
+    ours, core = (c.encode_from_tokens(c.tokenize(prompt)) for c in (clip, core_clip))
+    assert ours.shape[1] > 300
+    assert_close(ours, core, 1e-5, "a prompt in blocks against core")
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors made inside that are alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self._sizes = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._sizes:
+                    self._sizes[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self._sizes.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self._sizes.values()))
+        return out
+
+
+def test_the_estimate_counts_what_a_long_prompt_takes(clip):
+    tokens = clip.tokenize("fox, " * 1500)
+    length = len(tokens["qwen3vl_4b"][0])
+    estimate = clip.cond_stage_model.memory_estimation_function(tokens)
+    clip.load_model(tokens)
+    with Live() as live:
+        clip.cond_stage_model.encode_token_weights(tokens)
+    assert length > 3000 and live.most <= estimate < 4 * live.most
+
+
+def test_an_encode_is_cancelled_between_layers(clip):
+    layers, ran = clip.cond_stage_model.encoder.layers, []
+
+    def cancel(layer, *_):
+        ran.append(layer)
+        if len(ran) == 3:
+            comfy.model_management.interrupt_current_processing()
+
+    hooks = [layer.register_forward_hook(cancel) for layer in layers]
+    tokens = clip.tokenize("a fox that nobody encoded yet")
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            clip.encode_from_tokens(tokens)
+        assert len(ran) == 3
+        assert torch.isfinite(clip.encode_from_tokens(tokens)).all()
+        assert len(ran) == 3 + len(layers)
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+        for hook in hooks:
+            hook.remove()
+
+
+def test_attention_of_the_encoder_is_cancelled_within_a_layer(pack):
+    """Layers of newer ComfyUIs ask for a cancel too, but not between the blocks of one."""
+    attend, heads = pack("nodes.managed.hooks").encoder_attention(), torch.randn(1, 2, 4, 8)
+    expected = attend(heads, heads, heads)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        attend(heads, heads, heads)
+    assert torch.equal(attend(heads, heads, heads), expected)

@@ -281,7 +281,9 @@ def test_attention_override_is_used(turbo, conditioning):
 
     model = turbo.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = override
-    assert torch.equal(velocity(model, conditioning), velocity(turbo, conditioning))
+    # It gets keys and values for every head, which some processors add up in another order.
+    found, expected = velocity(model, conditioning), velocity(turbo, conditioning)
+    assert_close(found, expected, 1e-6, "with an override against without")
     # Two layerwise, two refiner and two transformer blocks.
     assert len(calls) == 6
 

@@ -1,9 +1,11 @@
 """The contact sheet: every picture is there, whole, in order, with its words below it."""
 
+import time
+
 import numpy as np
 import pytest
 
-from krea2_model.contact_sheet import contact_sheet
+from krea2_model.contact_sheet import MAX_CAPTION, contact_sheet
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [0, 1, 1]], dtype=np.float32)
 
@@ -53,6 +55,48 @@ def test_words_longer_than_a_line_are_broken():
     sheet = contact_sheet([flat(COLOURS[0], 32, 32)], ["W" * 60])
     dark = np.nonzero((sheet < 0.4).all(-1))
     assert dark[1].max() < sheet.shape[1] - 2
+
+
+def ink(sheet):
+    """Rows and columns of what is written."""
+    return np.nonzero((sheet < 0.4).all(-1))
+
+
+@pytest.mark.parametrize("text_size, side", [(32, 16), (256, 16), (16, 1)])
+@pytest.mark.parametrize("caption", ["W", "WWW", "\u72d0\u72f8", "W W"])
+def test_cells_are_as_wide_as_a_character(caption, text_size, side):
+    sheet = contact_sheet([flat(COLOURS[0], side, side)], [caption], cell=16, text_size=text_size)
+    words = caption.split()
+    lines = (sheet.shape[0] - 4 - side - 4) / (text_size * 1.25)
+    assert lines == pytest.approx(sum(map(len, words)), abs=0.2)  # a character a line
+    rows, columns = ink(sheet)
+    assert len(rows) and columns.max() < sheet.shape[1] - 2
+
+
+@pytest.mark.parametrize("caption", [
+    "\u72d0" * 500, "\u72d0" * MAX_CAPTION, "W" * 50_000, "a " * 50_000, "\u0301" * 50_000,
+    "\U0001f98a" * 900,
+])  # fmt: skip
+def test_long_captions_take_no_time(caption):
+    start = time.process_time()
+    sheet = contact_sheet([flat(COLOURS[0])], [caption])
+    assert time.process_time() - start < 2
+    assert 400 < sheet.shape[0] < 30 * MAX_CAPTION
+    assert ink(sheet)[1].max() < sheet.shape[1] - 2
+
+
+def test_no_character_of_a_caption_is_lost_up_to_the_limit(monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        "krea2_model.contact_sheet.ImageDraw.ImageDraw.text",
+        lambda self, place, text, *rest: lines.append(text),
+    )
+    words = ["\u72d0" * 500, "fox", "W" * 99, "x"]
+    contact_sheet([flat(COLOURS[0])], [" ".join(words)])
+    assert "".join(lines).replace(" ", "") == "".join(words) and max(map(len, lines)) < 20
+    lines.clear()
+    contact_sheet([flat(COLOURS[0])], ["W" * (MAX_CAPTION + 1)])
+    assert "".join(lines) == "W" * (MAX_CAPTION - 3) + "..."
 
 
 def test_large_pictures_shrink_and_small_ones_do_not_grow():

@@ -1,5 +1,7 @@
 """The prompt expander around a writer that says what the test wants."""
 
+import time
+
 import pytest
 
 import tiny_checkpoints
@@ -300,3 +302,39 @@ def test_encoders_that_cannot_write_say_so(pipeline, tokenizer_folder):
     encoder.tokenizer, encoder.path = Krea2Tokenizer(tokenizer_folder), None
     with pytest.raises(ValueError, match="not loaded from a file"):
         PromptExpander(encoder)
+
+
+LONG = 50_000
+
+
+@pytest.mark.parametrize("text, count", [
+    ("\u00ab" * LONG, 0),
+    (" \u2018" * (LONG // 2), 0),
+    ("\u201e\u300c\u300e" * (LONG // 3), 0),
+    (" 'a" * (LONG // 3), 0),
+    ("." + '"' * LONG + "x", 0),
+    ("1," * (LONG // 2), 1),
+    ("<think><|a" * (LONG // 10), 0),
+    (" ".join(f'"w{i}"' for i in range(LONG // 10)), LONG // 10),
+])  # fmt: skip
+def test_long_texts_are_compared_in_time(text, count):
+    """Milliseconds each; an opening quotation mark that searched to the end took half a minute."""
+    start = time.process_time()
+    needed = expander.required(text)
+    assert len(needed) == count and expander.lacking(needed, text) == []
+    tidied = expander.tidy(text, ended=False)
+    assert tidied == text or len(tidied) < len(text)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("text, quoted", [
+    ('a sign "A \u201cB\u201d" and "C', ['"A \u201cB\u201d"']),
+    ('"" "x"', ['" "']),
+    ("rock 'n' roll, the dog's 'No'", ["'n'", "'No'"]),
+    ("'it's mine'", []),
+    ("\u201eA\u201c \u00abB\u00bb \u300cC\u300d \u2018D\u2019", [
+        "\u201eA\u201c", "\u00abB\u00bb", "\u300cC\u300d", "\u2018D\u2019"]),
+    ("\u00abnever closed \u201cA\u201d", ["\u201cA\u201d"]),
+])  # fmt: skip
+def test_where_a_text_is_quoted(text, quoted):
+    assert [text[first:last] for first, last in expander.quotations(text)] == quoted

@@ -18,6 +18,7 @@ from krea2_model import Krea2Pipeline
 from krea2_model.__main__ import main
 from krea2_model.checkpoint import load_text_encoder
 from krea2_model.config import TextEncoderConfig
+from krea2_model.decoder import rotation_table
 from krea2_model.identify import CheckpointError
 from krea2_model.prompt_images import (
     IMAGE_PAD,
@@ -32,7 +33,7 @@ from krea2_model.prompt_images import (
     with_image_tokens,
 )
 from krea2_model.prompt_weights import parse_weights, token_weights
-from krea2_model.text_encoder import rotation_table, text_encoder_keys
+from krea2_model.text_encoder import text_encoder_keys
 from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 from krea2_model.vision import (
     fit_image,

@@ -1,5 +1,6 @@
 r"""Weights in prompts: what counts as a mark, and which tokens it reaches."""
 
+import time
 import unicodedata
 
 import pytest
@@ -58,6 +59,40 @@ def test_numbers_of_a_ratio_may_weigh_where_they_have_a_point():
 def test_weights_out_of_range_are_named(number):
     with pytest.raises(ValueError, match=rf"weight {number} in '\(fox:{number}\)'.*-10 to 10"):
         parse_weights(f"a (fox:{number})")
+
+
+def test_weights_that_multiply_out_of_range_are_named():
+    assert marked("(a (b:5):2)")[1] == [("a ", 2.0), ("b", 10.0)]
+    with pytest.raises(ValueError, match=r"weights around 'b' multiply to 15; expected -10 to 10"):
+        parse_weights("(a (b:5):3)")
+
+
+def test_a_long_number_is_quoted_in_short():
+    with pytest.raises(ValueError, match="weight 9") as error:
+        parse_weights("(fox:" + "9" * 10_000 + ")")
+    assert len(str(error.value)) < 300
+
+
+LONG = 60_000
+
+
+@pytest.mark.parametrize("prompt, weighted", [
+    ("(a:" + "1" * LONG + "x)", 0),
+    ("(a:" + " " * LONG + "x)", 0),
+    ("(a" + " " * LONG + ":x)", 0),
+    ("(" + "a:" * (LONG // 2) + ")", 0),
+    ("(" * LONG, 0),
+    ("(" * (LONG // 2) + ")" * (LONG // 2), 0),
+    ("(a" * (LONG // 7) + ":1.0)" * (LONG // 7), 0),
+    ("(" * (LONG // 6) + "(a:2)" + ":1.0)" * (LONG // 6), 1),
+    ("(ab:2) " * (LONG // 7), LONG // 7 * 2),
+])  # fmt: skip
+def test_prompts_are_read_in_linear_time(prompt, weighted):
+    """Milliseconds; time that grew with the square of the length would be 20 seconds and more."""
+    start = time.process_time()
+    parsed = parse_weights(prompt)
+    assert time.process_time() - start < 2
+    assert sum(weight == 2 for weight in parsed.weights) == weighted
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +164,26 @@ def test_weights_move_to_another_text():
     assert text == "A starry (red:1.5) sky, a (RED:0.5) (star:-1)"
     assert lost == ["ship"]
     assert weigh_again("no words", []) == ("no words", [])
+
+
+def test_words_are_whole_ones_in_any_case():
+    assert weigh_again("_red #1 STRASSE Stra\u00dfe \u0130x", [("red", 2.0), ("#1", 0.5)]) == (
+        "_red (#1:0.5) STRASSE Stra\u00dfe \u0130x", ["red"]
+    )  # fmt: skip
+    assert weigh_again("a\u03c2 x a a", [("A\u03a3", 2.0), ("a a", 0.5)]) == (
+        "(a\u03c2:2) x (a a:0.5)", []
+    )  # fmt: skip
+    assert weigh_again("a b c b c", [("a b", 2.0), ("b c", 0.5)])[0] == "(a b:2) c (b c:0.5)"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("a " * 20_000, ["a"] * 10_000),
+    ("a" * 20_000, ["a" * length for length in range(1, 300)]),
+    (" ".join(f"w{i}" for i in range(5_000)), [f"w{i}" for i in range(5_000)]),
+])  # fmt: skip
+def test_weights_move_in_time(text, words):
+    start = time.process_time()
+    found, lost = weigh_again(text, [(word, 2.0) for word in words])
+    assert time.process_time() - start < 2
+    assert found.count(":2)") == len(words) - len(lost)
+    assert len(lost) == (299 if text.count(" ") == 0 else 0)

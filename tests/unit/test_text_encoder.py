@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
 
+from krea2_model import decoder
 from krea2_model.attention import attend
 from krea2_model.config import TextEncoderConfig
 from krea2_model.text_encoder import (
@@ -117,8 +118,11 @@ def assert_taps_close(taps, expected, what):
         assert_close(taps[..., slot, :], expected[..., slot, :], 1e-5, f"{what}, tap {tap}")
 
 
-@pytest.mark.parametrize("length", [1, 39, 600])
-def test_taps_equal_transformers(reference, encoder, length):
+@pytest.mark.parametrize("length, elements", [(1, None), (39, None), (600, None), (600, 0)])
+def test_taps_equal_transformers(reference, encoder, monkeypatch, length, elements):
+    """With 0 elements at a time, as prompts of thousands of tokens: in blocks of 64 queries."""
+    if elements is not None:
+        monkeypatch.setattr(decoder, "MASK_ELEMENTS", elements)
     tokens = random_tokens(2, length)
     with torch.no_grad():
         taps = encoder(tokens)

@@ -1,8 +1,10 @@
 """Wildcards: what may stand there, what is drawn, and what is refused."""
 
+import time
+
 import pytest
 
-from krea2_model.wildcards import fill_in
+from krea2_model.wildcards import MAX_DEPTH, fill_in
 
 
 def drawn(prompt, seeds=64):
@@ -33,3 +35,21 @@ def test_what_is_no_wildcard_stays():
 def test_braces_without_partners_are_named(prompt, position):
     with pytest.raises(ValueError, match=f"brace at position {position} .*no partner"):
         fill_in(prompt, 0)
+
+
+@pytest.mark.parametrize("prompt", ["{" * 1000 + "a" + "}" * 1000, "{" * 100_000, "{a|" * 50_000])
+def test_wildcards_nest_up_to_a_limit(prompt):
+    deepest = "x {a}" + "{" * MAX_DEPTH + "a" + "}" * MAX_DEPTH
+    assert fill_in(deepest, 0) == "x aa"
+    with pytest.raises(ValueError, match=f"is nested {MAX_DEPTH + 1} deep; .*most {MAX_DEPTH}"):
+        fill_in(prompt, 0)
+
+
+@pytest.mark.parametrize("prompt", [
+    "{a|b}" * 20_000, "{" + "a|" * 50_000 + "}", "\\{" * 50_000, "|" * 100_000,
+    ("{" * MAX_DEPTH + "a" * 1_000 + "}" * MAX_DEPTH) * 20,
+])  # fmt: skip
+def test_long_prompts_are_filled_in_in_time(prompt):
+    start = time.process_time()
+    fill_in(prompt, 0)
+    assert time.process_time() - start < 2
