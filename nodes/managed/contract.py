@@ -23,7 +23,7 @@ BACKEND = "krea2_backend"
 
 _PACK = __name__.rpartition(".nodes.")[0]
 
-
+# The functions of these are called on our weights where somebody replaced them.
 _CLASSES = (
     core.Attention, core.SingleStreamBlock, core.SwiGLU,
     core.TextFusionBlock, core.TextFusionTransformer,
@@ -32,7 +32,12 @@ _CLASSES = (
 
 def is_replaced(cls: type, method: str = "forward") -> bool:
     """Whether another pack has put a function of its own into a class of core's."""
-    return getattr(cls, method).__module__ != cls.__module__
+    function = getattr(cls, method)
+    if function.__module__ != cls.__module__:
+        return True
+    # A decorator may have given it the old one's name and module.
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_filename != cls.__init__.__code__.co_filename
 
 
 def _built_as_ours(cls: type) -> type:

@@ -5,6 +5,7 @@ to ours, from one file, and both have to make the same image.
 """
 
 import copy
+import functools
 import math
 import types
 
@@ -316,6 +317,7 @@ def test_a_function_replaced_in_a_class_of_core_s(image, monkeypatch, turbo, cor
     cls = getattr(core, part)
     old, plain = cls.forward, image(turbo)
 
+    @functools.wraps(old)
     def forward(self, x, *args, **kwargs):
         return old(self, x, *args, **kwargs).roll(1, -1)
 
