@@ -156,7 +156,10 @@ def quantise_blocks(
     for name, tensor in tensors.items():
         if _is_block_matrix(name, tensor):
             for entry in _quantised_entries(name, tensor.to(device), quantise):
-                result[entry.name] = entry.make().to(result_device)
+                made = entry.make()
+                # Settings are text, which readers want in main memory.
+                is_text = entry.name.endswith(SETTINGS)
+                result[entry.name] = made if is_text else made.to(result_device)
         else:
             result[name] = tensor
     return result

@@ -209,3 +209,52 @@ class Models:
         if diffusers and form == "bf16":
             calls["diffusers"] = diffusers_call(self.diffusers, inputs)
         return calls
+
+
+def our_vae(tensors: dict[str, Tensor], dtype):
+    load = in_process.pack_module("nodes.managed.vae").load_vae
+    return load(as_checkpoint(tensors, Path("qwen_image_vae.safetensors")), dtype)
+
+
+def core_vae(tensors: dict[str, Tensor], dtype):
+    return comfy.sd.VAE(sd=dict(tensors), dtype=dtype)
+
+
+def our_clip(tensors: dict[str, Tensor]):
+    load = in_process.pack_module("nodes.managed.clip").load_clip
+    return load(as_checkpoint(tensors, Path("qwen3vl_4b_random.safetensors")))
+
+
+def core_clip(tensors: dict[str, Tensor], config, dtype):
+    """Core's own encoder; its sizes are those of the released model unless they are replaced."""
+    import comfy.text_encoders.krea2 as krea2
+
+    if config != weights.FULL.encoder:
+        shrink_core_encoder(config)
+    target = comfy.supported_models_base.ClipTarget(krea2.Krea2Tokenizer, krea2.te())
+    return comfy.sd.CLIP(
+        target, state_dict=[dict(tensors)], parameters=1, model_options={"dtype": dtype}
+    )
+
+
+def shrink_core_encoder(config) -> None:
+    import comfy.text_encoders.qwen3vl as qwen
+
+    class Small(qwen.Qwen3VL_4BConfig):
+        def __init__(self, **options):
+            super().__init__(**options)
+            for name in ("hidden_size", "intermediate_size", "num_attention_heads",
+                         "num_key_value_heads", "head_dim"):  # fmt: skip
+                setattr(self, name, getattr(config, name))
+            self.rope_dims = config.rotary_sections
+
+    qwen.QWEN3VL_CONFIGS["qwen3vl_4b"] = Small
+    vision = in_process.pack_module("krea2_model.nano").VISION_CONFIG
+    qwen.QWEN3VL_VISION["qwen3vl_4b"] = {**vars(vision), "out_hidden_size": config.hidden_size}
+    qwen.QWEN3VL_VISION_COMMON = {}
+
+
+def encode(clip, text: str) -> Tensor:
+    """A text's conditioning, really encoded: ours would remember it."""
+    getattr(clip.cond_stage_model, "encodings", {}).clear()
+    return clip.encode_from_tokens(clip.tokenize(text))
