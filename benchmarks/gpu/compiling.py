@@ -1,0 +1,48 @@
+"""Section "compile": runs with Compile Krea 2 on and off, block by block, and what it costs first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import in_process
+
+from . import measure
+from .images import conditioning, our_run
+
+STEPS = 4
+
+
+def run_compile(worker) -> None:
+    model = worker.models.in_form("bf16")["ours"]
+    with quick_backend() if worker.tiny else contextlib.nullcontext():
+        compiled = in_process.run_node("K2Compile", model=model)[0]
+    text = worker.sizes.steps[0][1]
+    texts = (conditioning(worker, text, 1), conditioning(worker, text, 2))
+    # The second size runs by the graph of the first, which is why it comes second.
+    for pixels in (worker.sizes.image, worker.sizes.small_image):
+        runs = {name: our_run(worker, m, pixels, STEPS, 0.0, texts)
+                for name, m in (("ours", compiled), ("eager", model))}  # fmt: skip
+        first = measure.milliseconds(runs["ours"]) / 1e3
+        pairs = min(3, worker.sizes.pairs)
+        row = measure.compared(measure.in_turns(runs, pairs, warm=1))
+        error = measure.error_of(runs["ours"](), runs["eager"]())
+        worker.row(what="compiled", pixels=pixels, steps=STEPS, first_run_s=first, **row,
+                   error=error, passed=error < 0.05)  # fmt: skip
+
+
+@contextlib.contextmanager
+def quick_backend() -> Iterator[None]:
+    """Compiling without generating code, which takes half a minute on a CPU."""
+    import comfy_api.torch_helpers as helpers
+
+    chosen = helpers.set_torch_compile_wrapper
+
+    def quick(model, backend, options=None, **others):
+        chosen(model, backend="eager", **others)
+
+    helpers.set_torch_compile_wrapper = quick
+    try:
+        yield
+    finally:
+        helpers.set_torch_compile_wrapper = chosen
