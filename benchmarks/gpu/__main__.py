@@ -53,7 +53,7 @@ class Runner:
         results.content["run"] = {"date": datetime.date.today().isoformat(),
                                   "tiny": self.options.tiny}  # fmt: skip
         results.write()
-        groups = processes(self.options.only)
+        groups = processes(self.options.only, self.options.tiny)
         for index, sections in enumerate(groups):
             reserved = sum(RESERVED_S.get(later[0].process, 0) for later in groups[index + 1 :])
             self.run_process(sections, self.ends - reserved)
@@ -93,7 +93,7 @@ class Runner:
         for name in names:
             self.forget(name)
         command = [sys.executable, *inherited_flags(), "-m", "benchmarks.gpu.worker",
-                   "--process", sections[0].process, "--ends", str(ends), "--out", str(self.out),
+                   "--ends", str(ends), "--out", str(self.out),
                    "--sections", *names, *(["--tiny"] if self.options.tiny else [])]  # fmt: skip
         log = self.out / "worker.log"
         with log.open("ab") as file:

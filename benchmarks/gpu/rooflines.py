@@ -17,6 +17,7 @@ FORM_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "Q8_0": 34 / 32, "Q4_K": 144
 @dataclass
 class Ceilings:
     bytes_a_ms: float = 0.0
+    pinned_bytes_a_ms: float = 0.0
     # By (form, tokens): milliseconds of one block.
     products: dict[tuple[str, int], float] = field(default_factory=dict)
     attention: dict[int, float] = field(default_factory=dict)
@@ -84,6 +85,8 @@ def ceilings_from(rows: list[dict]) -> Ceilings:
     for row in rows:
         if row.get("what") == "copy":
             ceilings.bytes_a_ms = row["tb_s"] * 1e9
+        elif row.get("what") == "copy from pinned memory":
+            ceilings.pinned_bytes_a_ms = row["tb_s"] * 1e9
         elif row.get("what") == "products" and "ms" in row:
             ceilings.products[row["form"], row["tokens"]] = row["ms"]
         elif row.get("what") == "attention" and row.get("ms"):

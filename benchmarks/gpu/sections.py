@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 RESIDENT, DYNAMIC, STATIC = "resident", "dynamic", "static"
 
-# ComfyUI's command line flags of a process; --tiny runs all on the CPU.
+# ComfyUI's command line flags of a process.
 FLAGS: dict[str, tuple[str, ...]] = {
     RESIDENT: ("--gpu-only",),
     DYNAMIC: (),
@@ -51,13 +51,17 @@ RESERVED_S = {DYNAMIC: 60, STATIC: 60}
 LEAST_S = 12
 
 
-def processes(names: list[str]) -> list[list[Section]]:
-    """The sections by name in their order, those that share a process together."""
+def flags_of(section: Section, tiny: bool) -> tuple[str, ...]:
+    return ("--cpu",) if tiny else FLAGS[section.process]
+
+
+def processes(names: list[str], tiny: bool = False) -> list[list[Section]]:
+    """The sections by name in their order, those with the same flags in one process."""
     groups: list[list[Section]] = []
     for section in SECTIONS:
         if section.name not in names:
             continue
-        if not groups or groups[-1][0].process != section.process:
+        if not groups or flags_of(groups[-1][0], tiny) != flags_of(section, tiny):
             groups.append([])
         groups[-1].append(section)
     return groups

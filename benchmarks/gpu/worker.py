@@ -1,6 +1,6 @@
 """A process of the check: ComfyUI with the pack, and the sections that share it.
 
-    python -P -m benchmarks.gpu.worker --process resident --sections machine step --ends TIME ...
+    python -P -m benchmarks.gpu.worker --sections machine step --ends TIME ...
 
 The runner starts it. A section that raises, or passes its time limit, is recorded with its error,
 and the next one begins.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import DONE, FAILED, SKIPPED, Results
-from .sections import BY_NAME, FLAGS, LEAST_S, Section
+from .sections import BY_NAME, LEAST_S, Section, flags_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
@@ -175,7 +175,6 @@ def turn_on_dynamic_vram(headroom: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--process", choices=FLAGS, required=True)
     parser.add_argument("--sections", nargs="+", choices=BY_NAME, required=True)
     parser.add_argument("--ends", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -183,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="krea2-gpu-") as folder:
         base = Path(folder)
-        start_comfyui(base, *(("--cpu",) if options.tiny else FLAGS[options.process]))
+        start_comfyui(base, *flags_of(BY_NAME[options.sections[0]], options.tiny))
         worker = Worker(options.out, base, options.tiny)
         for name in options.sections:
             worker.run(BY_NAME[name], options.ends)
