@@ -29,4 +29,4 @@ fi
 export PYTHONPATH=$COMFYUI_PATH${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}:$ROOT
 export COMFYUI_PATH HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 # The runner keeps to its deadline; this is for the case that it cannot.
-timeout --kill-after 10 "${GPU_CHECK_SECONDS:-490}" "$PYTHON" -P -m benchmarks.gpu "$@"
+timeout --kill-after 10 "${GPU_CHECK_SECONDS:-475}" "$PYTHON" -P -m benchmarks.gpu "$@"

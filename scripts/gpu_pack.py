@@ -56,7 +56,8 @@ def belongs(path: str, size: int) -> bool:
         return True
     if path.endswith(".py"):
         return True
-    return parts[0] == "comfy" and path.endswith(DATA) and size <= LARGEST_DATA
+    is_data = path.endswith(DATA) and "_tokenizer/" not in path
+    return parts[0] == "comfy" and is_data and size <= LARGEST_DATA
 
 
 def belongs_in_package(path: str) -> bool:

@@ -23,8 +23,8 @@ from .results import FAILED, RUNNING, SKIPPED, Results
 from .sections import BY_NAME, DEADLINE_S, LEAST_S, RESERVED_S, SECTIONS, Section, processes
 
 HERE = Path(__file__).resolve().parent
-# Beyond its own limit a section has this long to notice.
-GRACE_S = 15
+# Beyond its own limit a section has this long to notice; a process has this long to begin one.
+GRACE_S, START_S = 15, 90
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,8 +50,10 @@ class Runner:
 
     def run(self) -> Results:
         results = Results(self.out)
-        results.content["run"] = {"date": datetime.date.today().isoformat(),
-                                  "tiny": self.options.tiny}  # fmt: skip
+        run = results.content["run"]
+        if run.get("tiny", self.options.tiny) != self.options.tiny:
+            results.content["sections"] = {}
+        run |= {"date": datetime.date.today().isoformat(), "tiny": self.options.tiny}
         results.write()
         groups = processes(self.options.only, self.options.tiny)
         for index, sections in enumerate(groups):
@@ -89,12 +91,9 @@ class Runner:
 
     def worker(self, sections: list[Section], ends: float) -> str:
         """One process; the end of its output. Killed where it outstays what it was given."""
-        names = [section.name for section in sections]
-        for name in names:
-            self.forget(name)
-        command = [sys.executable, *inherited_flags(), "-m", "benchmarks.gpu.worker",
-                   "--ends", str(ends), "--out", str(self.out),
-                   "--sections", *names, *(["--tiny"] if self.options.tiny else [])]  # fmt: skip
+        for section in sections:
+            self.forget(section.name)
+        command = self.command([section.name for section in sections], ends)
         log = self.out / "worker.log"
         with log.open("ab") as file:
             start = file.tell()
@@ -109,6 +108,13 @@ class Runner:
                     process.wait()
         return log.read_bytes()[start:].decode(errors="replace")[-1500:]
 
+    def command(self, names: list[str], ends: float) -> list[str]:
+        """Of a process that runs these sections; -P and -S as this one has them."""
+        flags = ["-P"] * sys.flags.safe_path + ["-S"] * sys.flags.no_site
+        tiny = ["--tiny"] if self.options.tiny else []
+        return [sys.executable, *flags, "-m", "benchmarks.gpu.worker", "--ends", str(ends),
+                "--out", str(self.out), "--sections", *names, *tiny]  # fmt: skip
+
     def watch(self, process: subprocess.Popen, ends: float) -> None:
         seen, since = None, time.time()
         while process.poll() is None and time.time() < ends + GRACE_S:
@@ -118,7 +124,7 @@ class Runner:
                 seen, since = running, time.time()
                 print(f"{time.time() - self.ends + self.options.seconds:4.0f} s  {seen or '...'}",
                       flush=True)  # fmt: skip
-            limit = BY_NAME[seen].seconds if seen else 90
+            limit = BY_NAME[seen].seconds if seen else START_S
             if time.time() - since > limit + GRACE_S:
                 return
             time.sleep(0.2)
@@ -129,13 +135,10 @@ class Runner:
             results.write()
 
 
-def inherited_flags() -> list[str]:
-    """-P and -S as this process has them, since what they keep out has to stay out."""
-    return ["-P"] * sys.flags.safe_path + ["-S"] * sys.flags.no_site
-
-
 def main() -> None:
     options = parse()
+    # So that a process of ours does not outlive us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results = Runner(options).run()
     states = {name: section["state"] for name, section in results.content["sections"].items()}
     print("\n".join(f"{state:8} {name}" for name, state in states.items()))

@@ -35,4 +35,3 @@ def measure_compiled(worker) -> None:
         error = measure.error_of(runs["ours"](), runs["eager"]())
         worker.row(what="compiled", pixels=pixels, steps=STEPS, first_run_s=first, **row,
                    error=error, passed=error < 0.05)  # fmt: skip
-

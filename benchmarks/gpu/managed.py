@@ -48,6 +48,7 @@ class Managed:
         self.worker, self.pixels = worker, worker.sizes.small_image
         text = worker.sizes.steps[0][1]
         self.texts = (conditioning(worker, text, 1), conditioning(worker, text, 2))
+        self.caps = CAPS_GB[:1] if worker.tiny else CAPS_GB
         # Of the model whole, once that is measured.
         self.step_s = 0.0
 
@@ -68,7 +69,7 @@ class Managed:
         host = self.after_unloading()
         for what, check in (
             ("LoRA, whole", self.lora_whole),
-            *((f"capped at {cap} GB", lambda c=cap: self.capped(c)) for cap in CAPS_GB),
+            *((f"capped at {cap} GB", lambda c=cap: self.capped(c)) for cap in self.caps),
             ("another model in between", self.switch),
             ("after a cancelled job", self.cancel),
             ("after running out of memory", self.out_of_memory),

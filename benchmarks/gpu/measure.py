@@ -98,9 +98,9 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def free_bytes() -> int:
     """Of the card, torch's own reserve given back first."""
-    gc.collect()
     if not has_gpu():
         return 0
+    gc.collect()
     wait()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]

@@ -96,7 +96,9 @@ def diffusers_vae(config, tensors: dict[str, Tensor]):
 class Inputs:
     """What a call of the transformer is given, the same numbers for all."""
 
-    def __init__(self, config, pixels: int, text: int, device, dtype, batch: int = 1, seed: int = 5):
+    def __init__(
+        self, config, pixels: int, text: int, device, dtype, batch: int = 1, seed: int = 5
+    ):
         generator = torch.Generator(device).manual_seed(seed)
         side, width = pixels // 8, config.num_text_layers * config.text_hidden_dim
 

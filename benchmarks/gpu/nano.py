@@ -1,6 +1,6 @@
 """Section "nano": krea2-nano's pictures through the nodes, on this device and on the CPU.
 
-    python -P -m benchmarks.gpu.nano OUT.npz     # the CPU's pictures, in a process of its own
+python -P -m benchmarks.gpu.nano OUT.npz     # the CPU's pictures, in a process of its own
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from typing import Any
 
 Row = dict[str, Any]
 
-NOT_YET = "Nothing was measured."
-
 
 def write_report(content: dict[str, Any], path: Path) -> None:
     path.write_text(report(content))
@@ -44,7 +42,7 @@ def heading(sections: dict[str, Any], run: Row) -> str:
     if run.get("tiny"):
         lines.append("**Made with --tiny: small sizes on a CPU. No number here means anything.**")
     named = ", ".join(f"{key} {value}" for key, value in software.items() if key != "what")
-    lines.append(f"{run.get('date', '')}, {card.get('name', 'unknown card')}, driver "
+    lines.append(f"{run.get('date', '')}, {run.get('card', 'unknown card')}, driver "
                  f"{card.get('driver_version', 'unknown')}. {named}.")  # fmt: skip
     return "\n\n".join(lines)
 
@@ -153,7 +151,16 @@ def part_table(rows: list[Row]) -> str:
               " / ".join(number(row.get(f"{n}_peak_gb"), ".2f") for n in ("ours", "core")) + " GB",
               number(row.get("estimate_gb"), ".2f", " GB")]
              for row in rows if "ours_ms" in row]  # fmt: skip
-    head = ["", "px or tokens", "ours", "floor", "core", "diffusers", "peak ours / core", "estimate"]
+    head = [
+        "",
+        "px or tokens",
+        "ours",
+        "floor",
+        "core",
+        "diffusers",
+        "peak ours / core",
+        "estimate",
+    ]
     return table(head, lines)
 
 

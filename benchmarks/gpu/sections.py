@@ -45,7 +45,7 @@ SECTIONS = (
 BY_NAME = {section.name: section for section in SECTIONS}
 
 # All of it, and what sections of later processes are sure to get of that.
-DEADLINE_S = 470
+DEADLINE_S = 450
 RESERVED_S = {DYNAMIC: 60, STATIC: 60}
 # A section is not begun with less left.
 LEAST_S = 12

@@ -40,6 +40,17 @@ class Worker:
         self.section: Section | None = None
         self.ends = time.time()
 
+    def name_card(self) -> None:
+        """Name the card of this run; numbers of another one are dropped, they do not mix."""
+        import torch
+
+        card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+        content = self.results.content
+        if content["run"].get("card", card) != card:
+            content["sections"] = {}
+        content["run"]["card"] = card
+        self.results.write()
+
     def row(self, **values: Any) -> None:
         """Record a row of the running section, at once."""
         assert self.section is not None
@@ -122,7 +133,9 @@ def _out_of_time(*_):
 
 def message_of(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {str(error)[:600]} ({Path(where.filename).name}:{where.lineno})"
+    return (
+        f"{type(error).__name__}: {str(error)[:600]} ({Path(where.filename).name}:{where.lineno})"
+    )
 
 
 def is_beyond_repair(error: str) -> bool:
@@ -184,6 +197,7 @@ def main() -> None:
         base = Path(folder)
         start_comfyui(base, *flags_of(BY_NAME[options.sections[0]], options.tiny))
         worker = Worker(options.out, base, options.tiny)
+        worker.name_card()
         for name in options.sections:
             worker.run(BY_NAME[name], options.ends)
 
