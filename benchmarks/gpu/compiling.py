@@ -1,4 +1,4 @@
-"""Section "compile": runs with Compile Krea 2 on and off, block by block, and what it costs first."""
+"""Section "compile": runs with Compile Krea 2 on and off, and what the first one costs."""
 
 from __future__ import annotations
 

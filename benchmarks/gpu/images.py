@@ -1,4 +1,4 @@
-"""Section "images": whole runs of the sampler, as the nodes make them, beside core and diffusers."""
+"""Section "images": whole runs of the sampler through its nodes, beside core and diffusers."""
 
 from __future__ import annotations
 
@@ -100,8 +100,9 @@ def run_images(worker) -> None:
         runs = {
             "ours": our_run(worker, pair["ours"], pixels, count, guidance, texts),
             "core": core_run(worker, pair["core"], pixels, count, guidance, texts),
-            "diffusers": diffusers_run(worker, pixels, count, guidance, texts),
         }
+        if negative is same:  # diffusers makes two calls of any
+            runs["diffusers"] = diffusers_run(worker, pixels, count, guidance, texts)
         worker.attempt(what, lambda w=what, r=runs, g=guidance, t=texts: whole(worker, w, r, g, t))
 
 
@@ -114,6 +115,6 @@ def whole(worker, what: str, runs: dict[str, Callable], guidance: float, texts) 
         samples = []
         row[f"{name}_s"] = measure.milliseconds(lambda r=run, s=samples: s.append(r())) / 1e3
         row[f"{name}_finite"] = bool(torch.isfinite(samples[0]).all())
-    for peer in ("core", "diffusers"):
+    for peer in list(runs)[1:]:
         row[f"{peer}_ratio"] = row[f"{peer}_s"] / row["ours_s"]
     worker.row(**row, passed=row["ours_finite"])

@@ -124,8 +124,8 @@ def attention(worker, config, tokens: int) -> None:
         shape = (1, count, tokens, config.attention_head_dim)
         return torch.randn(shape, device=worker.device, dtype=torch.bfloat16)
 
-    query, key, value = (heads(count) for count in (
-        config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads))  # fmt: skip
+    query = heads(config.num_attention_heads)
+    key, value = (heads(config.num_key_value_heads) for _ in range(2))
     repeats = config.num_attention_heads // config.num_key_value_heads
     pairs = {True: (key, value),
              False: tuple(t.repeat_interleave(repeats, dim=1) for t in (key, value))}  # fmt: skip

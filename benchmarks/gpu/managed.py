@@ -15,8 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management as management
+import comfy.model_prefetch
 import comfy.patcher_extension
+import comfy_aimdo.model_vbar
 import in_process
 import torch
 from safetensors.torch import save_file
@@ -29,9 +32,9 @@ CAPS_GB = (12, 8, 16)
 STEPS = 3
 # Of latents after a run. Partly loaded is the same arithmetic on the same weights, but a LoRA is
 # rounded into a weight where it is whole and added on use where it is streamed.
-LIMIT, LORA_LIMIT = 1e-2, 3e-2
+LIMIT, LORA_LIMIT = 1e-2, 5e-2
 # What may stay: contexts and workspaces of CUDA's libraries, Python's own.
-VRAM_SLACK_GB, HOST_SLACK_GB = 0.5, 2.0
+VRAM_SLACK_GB, HOST_SLACK_GB = 1.0, 2.0
 RAW_BLOCKS = 8
 
 
@@ -46,6 +49,7 @@ def run_static(worker) -> None:
 class Managed:
     def __init__(self, worker):
         self.worker, self.pixels = worker, worker.sizes.small_image
+        self.is_dynamic = bool(comfy.memory_management.aimdo_enabled)
         text = worker.sizes.steps[0][1]
         self.texts = (conditioning(worker, text, 1), conditioning(worker, text, 2))
         self.caps = CAPS_GB[:1] if worker.tiny else CAPS_GB
@@ -53,10 +57,7 @@ class Managed:
         self.step_s = 0.0
 
     def run(self) -> None:
-        import comfy.memory_management
-
-        worker = self.worker
-        is_dynamic = bool(getattr(comfy.memory_management, "aimdo_enabled", False))
+        worker, is_dynamic = self.worker, self.is_dynamic
         wanted = worker.section.name == "dynamic" and worker.device.type == "cuda"
         worker.row(what="how", dynamic=is_dynamic, passed=is_dynamic == wanted,
                    vram_state=management.vram_state.name,
@@ -91,7 +92,14 @@ class Managed:
         return patcher
 
     def picture(self, model) -> Tensor:
-        return our_run(self.worker, model, self.pixels, STEPS, 0.0, self.texts)()
+        """Latents of a run, and what ComfyUI's executor does after each node."""
+        try:
+            return our_run(self.worker, model, self.pixels, STEPS, 0.0, self.texts)()
+        finally:
+            if self.is_dynamic:
+                management.reset_cast_buffers()
+                comfy.model_prefetch.cleanup_prefetch_queues()
+                comfy_aimdo.model_vbar.vbars_reset_watermark_limits()
 
     def timed(self, what: str, make: Callable[[], Tensor], limit: float = LIMIT, **more: Any):
         """A run twice: the first has to load, the second is timed and compared."""
@@ -134,8 +142,12 @@ class Managed:
             "K2LoraLoader", model=self.model, lora="everywhere.safetensors", strength=1.0
         )[0]
         every = len(self.patched.patches) == len(shapes.state_dict())
-        self.expected_lora = self.timed("LoRA, whole", lambda: self.picture(self.patched),
-                                        patches=len(self.patched.patches), reaches_all=every)  # fmt: skip
+        self.expected_lora = self.timed(
+            "LoRA, whole",
+            lambda: self.picture(self.patched),
+            patches=len(self.patched.patches),
+            reaches_all=every,
+        )
         change = measure.error_of(self.expected_lora, self.expected)
         self.worker.row(what="LoRA changes the picture", change=change,
                         passed=every and change > 0.05)  # fmt: skip

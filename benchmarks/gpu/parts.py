@@ -39,10 +39,10 @@ def run_vae(worker) -> None:
             "decode": ours.memory_used_decode(latents.shape, ours.vae_dtype),
             "encode": ours.memory_used_encode((1, 3, pixels, pixels), ours.vae_dtype),
         }
+        labels = {"pixels": pixels, "dtype": str(ours.vae_dtype)}
         for what, functions in calls.items():
-            worker.attempt(what, lambda w=what, f=functions, p=pixels: timed(
-                worker, w, f, pixels=p, dtype=str(ours.vae_dtype),
-                estimate_gb=estimates[w] / measure.GB))  # fmt: skip
+            more = labels | {"estimate_gb": estimates[what] / measure.GB}
+            worker.attempt(what, lambda w=what, f=functions, m=more: timed(worker, w, f, **m))
 
 
 def timed(worker, what: str, calls: dict, **labels) -> None:

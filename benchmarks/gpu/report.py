@@ -11,6 +11,13 @@ from typing import Any
 
 Row = dict[str, Any]
 
+ABOUT = (
+    "Written by `bash scripts/gpu_check.sh`. Ratios are of runs in turns: the median (least to "
+    "most), above 1 where ours is faster; core is ComfyUI's own Krea 2. Weights are random ones of "
+    "the released sizes. A floor is the least that the work takes by its operations and bytes, at "
+    "the rates this card reached alone."
+)
+
 
 def write_report(content: dict[str, Any], path: Path) -> None:
     path.write_text(report(content))
@@ -35,10 +42,7 @@ def heading(sections: dict[str, Any], run: Row) -> str:
     rows = sections.get("machine", {}).get("rows", [])
     by_name = {row["what"]: row for row in rows}
     card, software = by_name.get("card", {}), by_name.get("software", {})
-    lines = ["# On a GPU", "Written by `bash scripts/gpu_check.sh`. Ratios are of runs in turns: "
-             "the median (least to most), above 1 where ours is faster; core is ComfyUI's own "
-             "Krea 2. Weights are random ones of the released sizes. A floor is the least that the "
-             "work takes by its operations and bytes, at the rates this card reached alone."]  # fmt: skip
+    lines = ["# On a GPU", ABOUT]
     if run.get("tiny"):
         lines.append("**Made with --tiny: small sizes on a CPU. No number here means anything.**")
     named = ", ".join(f"{key} {value}" for key, value in software.items() if key != "what")
@@ -123,51 +127,63 @@ def checks_table(rows: list[Row]) -> str:
     return table(["", "ours", "others", "limit", "passed"], lines)
 
 
+def beside(row: Row, what: str, form: str, unit: str) -> str:
+    """Ours / core's, the latter only where there is one."""
+    values = [number(row.get(f"{who}_{what}"), form) for who in ("ours", "core")]
+    return " / ".join(value for value in values if value) + unit
+
+
 def step_table(rows: list[Row]) -> str:
     head = ["weights", "px", "text", "ours", "floor", "over floor", "core", "diffusers", "bf16",
             "host ours / core", "peak ours / core", "estimate"]  # fmt: skip
-    lines = [[
-        row["form"], str(row["pixels"]), str(row["text"]), number(row["ours_ms"], ".1f", " ms"),
-        number(row.get("floor_ms"), ".1f", " ms"), number(row.get("of_floor"), ".2f"),
-        ratio(row.get("core_ratio")), ratio(row.get("diffusers_ratio")),
-        ratio(row.get("bf16_ratio")),
-        " / ".join(number(row.get(f"{n}_host_ms"), ".1f") for n in ("ours", "core")) + " ms",
-        " / ".join(number(row.get(f"{n}_peak_gb"), ".2f") for n in ("ours", "core")) + " GB",
-        number(row.get("estimate_gb"), ".2f", " GB")] for row in rows if "ours_ms" in row]  # fmt: skip
+    lines = []
+    for row in rows:
+        if "ours_ms" not in row:
+            continue
+        sizes = [row["form"], str(row["pixels"]), str(row["text"])]
+        times = [number(row["ours_ms"], ".1f", " ms"), number(row.get("floor_ms"), ".1f", " ms"),
+                 number(row.get("of_floor"), ".2f")]  # fmt: skip
+        ratios = [ratio(row.get(f"{peer}_ratio")) for peer in ("core", "diffusers", "bf16")]
+        costs = [beside(row, "host_ms", ".1f", " ms"), beside(row, "peak_gb", ".2f", " GB"),
+                 number(row.get("estimate_gb"), ".2f", " GB")]  # fmt: skip
+        lines.append(sizes + times + ratios + costs)
     return table(head, lines)
 
 
 def image_table(rows: list[Row]) -> str:
-    lines = [[row["what"], str(row["calls_a_step"]), number(row["ours_s"], ".2f", " s"),
-              ratio(row["core_ratio"]), ratio(row["diffusers_ratio"]), mark(row)]
-             for row in rows if "ours_s" in row]  # fmt: skip
+    lines = []
+    for row in rows:
+        if "ours_s" in row:
+            ratios = [ratio(row.get(f"{peer}_ratio")) for peer in ("core", "diffusers")]
+            ours = number(row["ours_s"], ".2f", " s")
+            lines.append([row["what"], str(row["calls_a_step"]), ours, *ratios, mark(row)])
     return table(["", "calls a step", "ours", "core", "diffusers", "finite"], lines)
 
 
 def part_table(rows: list[Row]) -> str:
-    lines = [[row["what"], str(row.get("pixels") or row.get("tokens")),
-              number(row["ours_ms"], ".1f", " ms"), number(row.get("floor_ms"), ".1f", " ms"),
-              ratio(row.get("core_ratio")), ratio(row.get("diffusers_ratio")),
-              " / ".join(number(row.get(f"{n}_peak_gb"), ".2f") for n in ("ours", "core")) + " GB",
-              number(row.get("estimate_gb"), ".2f", " GB")]
-             for row in rows if "ours_ms" in row]  # fmt: skip
-    head = [
-        "",
-        "px or tokens",
-        "ours",
-        "floor",
-        "core",
-        "diffusers",
-        "peak ours / core",
-        "estimate",
-    ]
+    head = ["", "px or tokens", "ours", "floor", "core", "diffusers", "peak ours / core",
+            "estimate"]  # fmt: skip
+    lines = []
+    for row in rows:
+        if "ours_ms" not in row:
+            continue
+        times = [number(row["ours_ms"], ".1f", " ms"), number(row.get("floor_ms"), ".1f", " ms")]
+        ratios = [ratio(row.get(f"{peer}_ratio")) for peer in ("core", "diffusers")]
+        costs = [beside(row, "peak_gb", ".2f", " GB"), number(row.get("estimate_gb"), ".2f", " GB")]
+        size = str(row.get("pixels") or row.get("tokens"))
+        lines.append([row["what"], size, *times, *ratios, *costs])
     return table(head, lines)
 
 
 def compile_table(rows: list[Row]) -> str:
-    lines = [[str(row["pixels"]), number(row["first_run_s"], ".1f", " s"),
-              number(row["ours_ms"] / row["steps"], ".1f", " ms"), ratio(row["eager_ratio"]),
-              number(row["error"], ".1e"), mark(row)] for row in rows if "ours_ms" in row]  # fmt: skip
+    lines = []
+    for row in rows:
+        if "ours_ms" in row:
+            step = number(row["ours_ms"] / row["steps"], ".1f", " ms")
+            first = number(row["first_run_s"], ".1f", " s")
+            error = number(row["error"], ".1e")
+            speed = ratio(row["eager_ratio"])
+            lines.append([str(row["pixels"]), first, step, speed, error, mark(row)])
     return table(["px", "first run", "a step", "faster by", "error", "passed"], lines)
 
 
@@ -175,15 +191,18 @@ def managed_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         error = row.get("error")
-        lines.append([
-            row["what"], number(row.get("step_s"), ".3f", " s"),
-            number(row.get("floor_s"), ".3f", " s"), number(row.get("first_s"), ".1f", " s"),
-            number(row.get("loaded_gb"), ".1f", " GB"), number(row.get("card_free_gb"), ".1f", " GB"),
-            error if isinstance(error, str) else number(error, ".1e"), mark(row)])  # fmt: skip
+        shown = code(error) if isinstance(error, str) else number(error, ".1e")
+        times = [number(row.get("step_s"), ".3f", " s"), number(row.get("floor_s"), ".3f", " s"),
+                 number(row.get("first_s"), ".1f", " s")]  # fmt: skip
+        memory = [number(row.get(f"{what}_gb"), ".1f", " GB") for what in ("loaded", "card_free")]
+        lines.append([row["what"], *times, *memory, shown, mark(row)])
     head = ["", "a step", "floor", "first run", "loaded", "card free", "error", "passed"]
-    ends = [row for row in rows if row["what"] == "afterwards"]
-    text = "".join(f"\n\nAfterwards {row['vram_gb']:.2f} GB of VRAM and {row['host_gb']:.2f} GB of "
-                   "main memory are held beyond before." for row in ends if "vram_gb" in row)  # fmt: skip
+    text = "".join(
+        f"\n\nAfterwards {row['vram_gb']:.2f} GB of VRAM and {row['host_gb']:.2f} GB of main "
+        "memory are held beyond before."
+        for row in rows
+        if "vram_gb" in row
+    )
     return table(head, lines) + text
 
 

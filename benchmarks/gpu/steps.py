@@ -1,4 +1,4 @@
-"""Sections "step", "fp8" and "formats": a step of the transformer, in turns with core, diffusers."""
+"""Sections "step", "fp8" and "formats": a step, in turns with core and diffusers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def step(worker, form: str, pixels: int, text: int, beside_bf16: bool = False) -
     row["attention_tflop"] = rooflines.attention_flops(config, tokens) / 1e12
     row["weights_gb"] = rooflines.block_bytes(config, form) / measure.GB
     for name, call in calls.items():
-        row[f"{name}_host_ms"] = measure.host_milliseconds(call)
+        if pixels <= worker.sizes.small_image:  # it does not grow with the size
+            row[f"{name}_host_ms"] = measure.host_milliseconds(call)
         row[f"{name}_peak_gb"] = measure.peak_bytes(call) / measure.GB
     model = worker.models.in_form(form)["ours"].model
     estimate = model.memory_required([1, 16, pixels // 8, pixels // 8],

@@ -116,9 +116,8 @@ def gguf_tensor(shape: tuple[int, int], form: str, device, generator) -> GGUFTen
     # six bits, and values to 15.
     size = columns**-0.5
     scales = {"Q8_0": (size / 73,), "Q4_K": (size / 300, size / 40)}[form]
-    data[:, : 2 * len(scales)] = (
-        torch.tensor(scales, dtype=torch.float16).view(torch.uint8).to(device)
-    )
+    numbers = torch.tensor(scales, dtype=torch.float16, device=device)
+    data[:, : 2 * len(scales)] = numbers.view(torch.uint8)
     return GGUFTensor(data.reshape(rows, -1), form, shape)
 
 

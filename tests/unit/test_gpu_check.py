@@ -231,8 +231,14 @@ def test_operations_of_a_step():
     assert rooflines.attention_flops(config, tokens) / 1e12 == pytest.approx(12, rel=0.02)
     # Of the model's 25.6 GB, the blocks' matrices.
     assert rooflines.block_bytes(config) / 1e9 == pytest.approx(24.3, rel=0.02)
-    rows = [{"what": "copy", "tb_s": 3.0}, {"what": "products", "form": "bf16", "tokens": 4160, "ms": 5.0},
-            {"what": "attention", "tokens": 4160, "ms": 2.0}, {"what": "attention", "tokens": 4160, "ms": 1.0}]  # fmt: skip
+    attention = {"what": "attention", "tokens": tokens}
+    rows = [
+        {"what": "copy", "tb_s": 3.0},
+        {"what": "products", "form": "bf16", "tokens": tokens, "ms": 5.0},
+        attention | {"ms": 2.0},
+        attention | {"ms": 1.0},
+        attention | {"ms": None},
+    ]
     floor = rooflines.step_floor_ms(rooflines.ceilings_from(rows), config, 1024, 64, "Q4_K")
     assert floor == pytest.approx(28 * 6.0 + 28 * 10 * 2 * 4160 * 6144 / 3e9)
 
