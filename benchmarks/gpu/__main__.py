@@ -143,8 +143,9 @@ def main() -> None:
     states = {name: section["state"] for name, section in results.content["sections"].items()}
     print("\n".join(f"{state:8} {name}" for name, state in states.items()))
     print((results.path.parent / "GPU.md").read_text())
-    wrong = [name for name, state in states.items() if state == FAILED]
-    sys.exit(1 if wrong else 0)
+    rows = [row for section in results.content["sections"].values() for row in section["rows"]]
+    failed = FAILED in states.values() or any(row.get("passed") is False for row in rows)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import contextlib
 import in_process
 import torch
 
-from . import measure
+from . import measure, rooflines
 from .images import conditioning, our_run
 
 STEPS = 4
@@ -32,6 +32,9 @@ def measure_compiled(worker) -> None:
         first = measure.milliseconds(runs["ours"]) / 1e3
         pairs = min(3, worker.sizes.pairs)
         row = measure.compared(measure.in_turns(runs, pairs, warm=1))
+        row["floor_ms"] = rooflines.step_floor_ms(
+            worker.ceilings, worker.sizes.transformer, pixels, text, "bf16"
+        )
         error = measure.error_of(runs["ours"](), runs["eager"]())
         worker.row(what="compiled", pixels=pixels, steps=STEPS, first_run_s=first, **row,
                    error=error, passed=error < 0.05)  # fmt: skip

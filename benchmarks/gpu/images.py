@@ -11,7 +11,7 @@ import torch
 
 from krea2_model.sampling import sigma_schedule
 
-from . import measure, models
+from . import measure, models, rooflines
 
 # Tokens of the negative: as many as the positive's, so that both share a call, or fewer.
 OTHER = 16
@@ -103,14 +103,20 @@ def run_images(worker) -> None:
         }
         if negative is same:  # diffusers makes two calls of any
             runs["diffusers"] = diffusers_run(worker, pixels, count, guidance, texts)
-        worker.attempt(what, lambda w=what, r=runs, g=guidance, t=texts: whole(worker, w, r, g, t))
+        floor = rooflines.step_floor_ms(
+            worker.ceilings, worker.sizes.transformer, pixels, text, "bf16"
+        )
+        floor = floor and floor * count * (1 + (guidance > 0)) / 1e3
+        worker.attempt(
+            what, lambda w=what, r=runs, g=guidance, t=texts, f=floor: whole(worker, w, r, g, t, f)
+        )
 
 
-def whole(worker, what: str, runs: dict[str, Callable], guidance: float, texts) -> None:
+def whole(worker, what: str, runs: dict[str, Callable], guidance: float, texts, floor) -> None:
     model, pixels = worker.models.in_form("bf16")["ours"], worker.sizes.image
     with counted(model.model.diffusion_model.blocks[0]) as calls:
         our_run(worker, model, pixels, 1, guidance, texts)()
-    row: dict = {"what": what, "pixels": pixels, "calls_a_step": len(calls)}
+    row: dict = {"what": what, "pixels": pixels, "calls_a_step": len(calls), "floor_s": floor}
     for name, run in runs.items():
         samples = []
         row[f"{name}_s"] = measure.milliseconds(lambda r=run, s=samples: s.append(r())) / 1e3

@@ -41,7 +41,8 @@ def run_vae(worker) -> None:
         }
         labels = {"pixels": pixels, "dtype": str(ours.vae_dtype)}
         for what, functions in calls.items():
-            more = labels | {"estimate_gb": estimates[what] / measure.GB}
+            floor = rooflines.vae_floor_ms(worker.ceilings, config, pixels, what)
+            more = labels | {"estimate_gb": estimates[what] / measure.GB, "floor_ms": floor}
             worker.attempt(what, lambda w=what, f=functions, m=more: timed(worker, w, f, **m))
 
 

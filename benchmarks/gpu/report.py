@@ -134,7 +134,8 @@ def beside(row: Row, what: str, form: str, unit: str) -> str:
 
 
 def step_table(rows: list[Row]) -> str:
-    head = ["weights", "px", "text", "ours", "floor", "over floor", "core", "diffusers", "bf16",
+    head = ["weights", "px", "text", "TFLOP", "ours", "floor", "over floor", "core", "diffusers",
+            "bf16", "clock, power",
             "host ours / core", "peak ours / core", "estimate"]  # fmt: skip
     lines = []
     for row in rows:
@@ -146,7 +147,9 @@ def step_table(rows: list[Row]) -> str:
         ratios = [ratio(row.get(f"{peer}_ratio")) for peer in ("core", "diffusers", "bf16")]
         costs = [beside(row, "host_ms", ".1f", " ms"), beside(row, "peak_gb", ".2f", " GB"),
                  number(row.get("estimate_gb"), ".2f", " GB")]  # fmt: skip
-        lines.append(sizes + times + ratios + costs)
+        work = [number(row["product_tflop"] + row["attention_tflop"])]
+        state = [", ".join(value for value in row["card"].values() if value)]
+        lines.append(sizes + work + times + ratios + state + costs)
     return table(head, lines)
 
 
@@ -155,9 +158,9 @@ def image_table(rows: list[Row]) -> str:
     for row in rows:
         if "ours_s" in row:
             ratios = [ratio(row.get(f"{peer}_ratio")) for peer in ("core", "diffusers")]
-            ours = number(row["ours_s"], ".2f", " s")
-            lines.append([row["what"], str(row["calls_a_step"]), ours, *ratios, mark(row)])
-    return table(["", "calls a step", "ours", "core", "diffusers", "finite"], lines)
+            times = [number(row.get(f"{what}_s"), ".2f", " s") for what in ("ours", "floor")]
+            lines.append([row["what"], str(row["calls_a_step"]), *times, *ratios, mark(row)])
+    return table(["", "calls a step", "ours", "floor", "core", "diffusers", "finite"], lines)
 
 
 def part_table(rows: list[Row]) -> str:
@@ -182,9 +185,9 @@ def compile_table(rows: list[Row]) -> str:
             step = number(row["ours_ms"] / row["steps"], ".1f", " ms")
             first = number(row["first_run_s"], ".1f", " s")
             error = number(row["error"], ".1e")
-            speed = ratio(row["eager_ratio"])
-            lines.append([str(row["pixels"]), first, step, speed, error, mark(row)])
-    return table(["px", "first run", "a step", "faster by", "error", "passed"], lines)
+            floor, speed = number(row["floor_ms"], ".1f", " ms"), ratio(row["eager_ratio"])
+            lines.append([str(row["pixels"]), first, step, floor, speed, error, mark(row)])
+    return table(["px", "first run", "a step", "floor", "faster by", "error", "passed"], lines)
 
 
 def managed_table(rows: list[Row]) -> str:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from krea2_model.vae import QwenImageVAE
+
 # Passes over the hidden state a block cannot do without: read and written by both norms, and
 # read, added to and written by both residuals; the rest could be fused into the products.
 PASSES_A_BLOCK = 10
@@ -18,6 +23,7 @@ FORM_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "Q8_0": 34 / 32, "Q4_K": 144
 class Ceilings:
     bytes_a_ms: float = 0.0
     pinned_bytes_a_ms: float = 0.0
+    flops_a_ms: float = 0.0
     # By (form, tokens): milliseconds of one block.
     products: dict[tuple[str, int], float] = field(default_factory=dict)
     attention: dict[int, float] = field(default_factory=dict)
@@ -79,6 +85,17 @@ def encoder_floor_ms(ceilings: Ceilings, config, tokens: int, itemsize: float) -
     return values * config.num_tapped_layers * itemsize / ceilings.bytes_a_ms
 
 
+def vae_floor_ms(ceilings: Ceilings, config, pixels: int, what: str) -> float | None:
+    """Decoding or encoding an image at the least: its operations, at the rate of the products."""
+    if not ceilings.flops_a_ms:
+        return None
+    module, side = QwenImageVAE(config, device="meta"), pixels // config.downscale
+    shapes = {"decode": (1, config.z_dim, side, side), "encode": (1, 3, pixels, pixels)}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        getattr(module, f"{what}_unnormalised")(torch.empty(shapes[what], device="meta"))
+    return counter.get_total_flops() / ceilings.flops_a_ms
+
+
 def ceilings_from(rows: list[dict]) -> Ceilings:
     """Of the rows that section "machine" wrote."""
     ceilings = Ceilings()
@@ -89,6 +106,8 @@ def ceilings_from(rows: list[dict]) -> Ceilings:
             ceilings.pinned_bytes_a_ms = row["tb_s"] * 1e9
         elif row.get("what") == "products" and "ms" in row:
             ceilings.products[row["form"], row["tokens"]] = row["ms"]
+            if row["form"] == "bf16":
+                ceilings.flops_a_ms = max(ceilings.flops_a_ms, row.get("tflops", 0.0) * 1e9)
         elif row.get("what") == "attention" and row.get("ms"):
             known = ceilings.attention.get(row["tokens"], float("inf"))
             ceilings.attention[row["tokens"]] = min(known, row["ms"])

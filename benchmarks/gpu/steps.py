@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 from . import measure, rooflines
+from .machine import card
 
 # Sizes of "step" that the quantised forms are measured at too.
 FORMATS = ("int8", "Q8_0", "Q4_K")
@@ -36,6 +37,7 @@ def step(worker, form: str, pixels: int, text: int, beside_bf16: bool = False) -
     if beside_bf16:
         calls["bf16"] = worker.models.calls("bf16", inputs, diffusers=False)["ours"]
     row = measure.compared(measure.in_turns(calls, worker.sizes.pairs))
+    row["card"] = {name: card().get(name) for name in ("clocks.sm", "power.draw")}
     config = worker.sizes.transformer
     floor = rooflines.step_floor_ms(worker.ceilings, config, pixels, text, form)
     tokens = rooflines.tokens_of(pixels, text)

@@ -55,6 +55,8 @@ def test_rows_have_their_numbers(tiny):
         assert row["ours_ms"] > 0 and row["floor_ms"] > 0 and len(row["diffusers_ratio"]) == 3
         assert row["core_ratio"][1] <= row["core_ratio"][0] <= row["core_ratio"][2]
     assert all("core_ratio" in row for row in rows["fp8"])
+    assert all(row["floor_ms"] > 0 for row in rows["vae"] + rows["encoder"] + rows["compile"])
+    assert all(row["floor_s"] > 0 for row in rows["images"])
     assert {row["form"] for row in rows["formats"]} == {"int8", "Q8_0", "Q4_K"}
     measured = {row["what"] for row in rows["machine"]}
     assert measured >= {"card", "software", "backends", "copy", "products", "attention"}
@@ -120,8 +122,12 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "BY_NAME", short)
     monkeypatch.setattr(runner, "GRACE_S", 0.5)
     started = time.monotonic()
-    sections = run_fake(monkeypatch, tmp_path, {NAMES[0]: "time.sleep(60)"})
+    pid = tmp_path / "pid"
+    hang = f"Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    sections = run_fake(monkeypatch, tmp_path, {NAMES[0]: hang})
     assert time.monotonic() - started < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
     assert [sections[name]["state"] for name in NAMES[:4]] == ["failed", *["done"] * 3]
 
 
