@@ -48,7 +48,7 @@ AV_MODULES = ("__init__", "container", "subtitles/__init__", "subtitles/stream",
 
 
 def belongs(path: str, size: int) -> bool:
-    """Whether a file of ComfyUI's, by its path inside its folder, is part of the archive."""
+    """True for a file of ComfyUI's, by its path in its folder, that the archive holds."""
     parts = path.split("/")
     if parts[0] in UNUSED or "__pycache__" in parts or parts[-1].startswith("."):
         return False
@@ -61,7 +61,7 @@ def belongs(path: str, size: int) -> bool:
 
 
 def belongs_in_package(path: str) -> bool:
-    """Whether a wheel's file is part of the archive: all but code for other devices and types."""
+    """True for a wheel's file that the archive holds: all but types and other devices' code."""
     return not (
         "/backends/hip/" in path
         or path.endswith((".pyi", "RECORD", "aimdo_rocm.so", ".dll", ".cuh", ".h"))

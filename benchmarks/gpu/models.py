@@ -94,7 +94,7 @@ def diffusers_vae(config, tensors: dict[str, Tensor]):
 
 
 class Inputs:
-    """What a call of the transformer is given, the same numbers for all."""
+    """Arguments of a call of the transformer, the same numbers for all."""
 
     def __init__(
         self, config, pixels: int, text: int, device, dtype, batch: int = 1, seed: int = 5

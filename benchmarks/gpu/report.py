@@ -52,7 +52,7 @@ def heading(sections: dict[str, Any], run: Row) -> str:
 
 
 def verdicts(sections: dict[str, Any]) -> str:
-    """What failed, first: sections that did not end, and rows that did not pass."""
+    """Failures first: sections that did not end, and rows that did not pass."""
     wrong, passed = [], 0
     for name, section in sections.items():
         if section["state"] != "done":

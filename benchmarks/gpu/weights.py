@@ -17,7 +17,7 @@ from krea2_model.vae_keys import temporal_shapes
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: the parts, and the pictures in pixels with the tokens of their text."""
+    """Sizes of the parts, and of pictures in pixels with the tokens of their text."""
 
     transformer: TransformerConfig
     encoder: TextEncoderConfig

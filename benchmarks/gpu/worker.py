@@ -35,7 +35,7 @@ class TimeLimit(BaseException):
 
 
 class Worker:
-    """What a section is given: sizes, models, where rows go, and how long it still has."""
+    """Handed to each section: sizes, models, where rows go, and how long it still has."""
 
     def __init__(self, out: Path, base: Path, tiny: bool):
         self.results, self.base, self.tiny = Results(out), base, tiny
@@ -141,7 +141,7 @@ def message_of(error: Exception) -> str:
 
 
 def is_beyond_repair(error: str) -> bool:
-    """Whether an error leaves CUDA unusable in its process."""
+    """True for an error that leaves CUDA unusable in its process."""
     signs = ("illegal memory access", "device-side assert", "unspecified launch failure",
              "misaligned address")  # fmt: skip
     return any(sign in error for sign in signs)

@@ -26,7 +26,7 @@ NAMES = [section.name for section in SECTIONS]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """What the whole check writes with --tiny, and how it ended."""
+    """The whole check with --tiny: how it ended, and all that it wrote."""
     out = tmp_path_factory.mktemp("gpu")
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui()), "PYTHON": sys.executable}
     for variable in ("PYTHONPATH", "OUT"):

@@ -1,4 +1,4 @@
-"""What travels to a machine with a GPU: enough, not too much, and no code for other GPUs."""
+"""The archive for a machine with a GPU: enough, not too much, no code for other GPUs."""
 
 from __future__ import annotations
 
