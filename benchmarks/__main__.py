@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 KEPT, REPORT = HERE / "results.json", HERE / "RESULTS.md"
@@ -141,23 +139,6 @@ def memory_report(found: dict[str, Any]) -> str:
     )
 
 
-def gpu_report(found: dict[str, Any]) -> str:
-    rows = []
-    for line in found["steps"]:
-        runs = line["runs"]
-        median = {name: statistics.median(run["seconds"]) for name, run in runs.items()}
-        peak = runs["ours"].get("peak")
-        rows.append(
-            [line["form"], str(line["pixels"]), str(line["text"]), line.get("weights", "resident"),
-             f"{1e3 * median['ours']:.1f} ms", f"{median['core'] / median['ours']:.2f}",
-             f"{median['ours'] / line['roofline']:.2f}" if "roofline" in line else "",
-             f"{peak / GB:.1f} GB" if peak else ""]
-        )  # fmt: skip
-    head = ["weights", "px", "text tokens", "held", "ours", "faster than core by"]
-    head += ["of the roofline", "peak VRAM"]
-    return f"A step at full size on {found['device']}.\n\n" + table(head, rows)
-
-
 def features_report(found: dict[str, Any]) -> str:
     names = {
         "plain": "a step without guidance",
@@ -191,12 +172,10 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "lossy": ("Faster at a price", lossy_report),
     "features": ("Weights, negatives, references", features_report),
     "load_memory": ("Loading", memory_report),
-    "gpu": ("A step on a GPU", gpu_report),
 }
-NOT_MEASURED = (
-    "On a GPU (no GPU was at hand): step time resident and offloaded, peak VRAM, ComfyUI's fused "
-    "kernels and the distance to the roofline, which benchmarks/gpu.py measures; "
-    "compilation."
+ON_A_GPU = (
+    "Nothing was measured on a GPU yet: `bash scripts/gpu_check.sh` does, and writes "
+    "benchmarks/gpu/GPU.md."
 )
 
 
@@ -250,8 +229,7 @@ def report(kept: dict[str, Any]) -> str:
             run = kept[part]
             where = f"{run['date']}, {run['machine']}. {run['versions']}."
             sections.append(f"## {title}\n\n{show(run['numbers'])}\n\n{where}")
-    if "gpu" not in kept:
-        sections.append(f"## Not measured\n\n{NOT_MEASURED}")
+    sections.append(f"## On a GPU\n\n{ON_A_GPU}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -264,9 +242,6 @@ def main() -> None:
     options = parser.parse_args()
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     for part in () if options.report else options.only:
-        if part == "gpu" and not torch.cuda.is_available():
-            print("gpu: there is none here")
-            continue
         print(f"{part} ...", flush=True)
         kept[part] = measure(part, comfyui())
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """Load and save the three parts of Krea 2.
 
 A path is a safetensors file (a part alone, with or without a prefix, or all-in-one) or a diffusers
-folder (the pipeline's or one part's, sharded or not). Tensors are mapped from the file and become
+folder (the pipeline's or one part's, sharded or not); a `Checkpoint` of tensors in memory stands
+for one too. Tensors are mapped from the file and become
 the module's weights without a copy; modules are built on the meta device and loaded strictly.
 """
 
@@ -118,7 +119,7 @@ class VAEState(NamedTuple):
 
 
 def load_transformer(
-    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, layers=None
+    path: str | Path | Checkpoint, *, device="cpu", dtype: torch.dtype | None = None, layers=None
 ) -> Krea2Transformer:
     """Load a Krea 2 transformer from a file or a diffusers folder.
 
@@ -141,7 +142,7 @@ def load_transformer(
 
 
 def load_text_encoder(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     device="cpu",
     dtype: torch.dtype | None = None,
@@ -167,7 +168,7 @@ def load_text_encoder(
 
 
 def load_vae(
-    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, layers=None
+    path: str | Path | Checkpoint, *, device="cpu", dtype: torch.dtype | None = None, layers=None
 ) -> QwenImageVAE:
     """Load the Qwen-Image VAE from a file (original or diffusers names) or a diffusers folder.
 
@@ -283,13 +284,15 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def open_checkpoint(
-    path: str | Path, component: str, read_file: ReadFile | None = None
+    path: str | Path | Checkpoint, component: str, read_file: ReadFile | None = None
 ) -> Checkpoint:
-    """Open a file, or the part `component` of a diffusers folder.
+    """Open a file, or the part `component` of a diffusers folder; a Checkpoint is open already.
 
     component: "transformer", "text_encoder" or "vae": the subfolder to take where there is one.
     read_file: reads one safetensors file to tensors and metadata; a host may bring its own.
     """
+    if isinstance(path, Checkpoint):
+        return path
     path = Path(path)
     read_file = read_file or read_safetensors
     if path == nano.TEXT_ENCODER:

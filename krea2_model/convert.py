@@ -142,17 +142,24 @@ def _refuse_lost_settings(part: str, checkpoint: Checkpoint) -> None:
 
 
 def quantise_blocks(
-    tensors: Mapping[str, Tensor], quantise: str, device: torch.device | str = "cpu"
+    tensors: Mapping[str, Tensor],
+    quantise: str,
+    device: torch.device | str = "cpu",
+    result_device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """A transformer's tensors with the matrices of its blocks in 8 bits, settings beside them.
 
-    quantise: one of `QUANTISATIONS`. device: where to calculate; the result is on the CPU.
+    quantise: one of `QUANTISATIONS`. device: where to calculate. result_device: of what was
+        quantised; the CPU by default, since a card may not hold both.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if _is_block_matrix(name, tensor):
             for entry in _quantised_entries(name, tensor.to(device), quantise):
-                result[entry.name] = entry.make().cpu()
+                made = entry.make()
+                # Settings are text, which readers want in main memory.
+                is_text = entry.name.endswith(SETTINGS)
+                result[entry.name] = made if is_text else made.to(result_device)
         else:
             result[name] = tensor
     return result

@@ -8,7 +8,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import read_text_encoder
+from ...krea2_model.checkpoint import Checkpoint, read_text_encoder
 from ...krea2_model.generation import Sampling
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
@@ -149,7 +149,9 @@ class Krea2CLIP(comfy.sd.CLIP):
         return self.patcher.patches_uuid, rows
 
 
-def load_clip(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
+def load_clip(
+    path: str | Path | Checkpoint, dtype: torch.dtype | None = None, *, disable_dynamic=False
+):
     """Load a Qwen3-VL text encoder file or folder as a CLIP.
 
     dtype: of the stored weights; None keeps the file's. Activations are float32.

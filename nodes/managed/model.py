@@ -12,7 +12,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import is_norm_or_table, read_transformer
+from ...krea2_model.checkpoint import Checkpoint, is_norm_or_table, read_transformer
 from ...krea2_model.config import Preset
 from ...krea2_model.convert import FORMATS, quantise_blocks
 from ...krea2_model.gguf import GGUFTensor
@@ -234,7 +234,7 @@ class CoreModelConfig(Krea2ModelConfig):
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     dtype: torch.dtype | None = None,
     quantise: str | None = None,
     by_core: bool = False,

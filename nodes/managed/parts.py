@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...krea2_model.checkpoint import Checkpoint
 from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
 from .gguf import GGUFOperations, wrap
@@ -29,13 +30,13 @@ class LazyPart:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Checkpoint,
         dtype: torch.dtype | None,
         make_layers: Callable,
         read: Callable,
         norm: str,
     ):
-        self.path = Path(path)
+        self.path = path if isinstance(path, Checkpoint) else Path(path)
         self._dtype, self._make_layers, self._read, self._norm = dtype, make_layers, read, norm
         self.patcher: comfy.model_patcher.ModelPatcher | None = None
 

@@ -10,7 +10,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import read_vae
+from ...krea2_model.checkpoint import Checkpoint, read_vae
 from ...krea2_model.config import VAEConfig
 from ...krea2_model.identify import VAE, WHERE, CheckpointError
 from ...krea2_model.vae import QwenImageVAE
@@ -231,7 +231,9 @@ class Krea2VAE(comfy.sd.VAE):
         return latents.to(self.output_device, self.vae_output_dtype()).unsqueeze(2)
 
 
-def load_vae(path: str | Path, dtype: torch.dtype | None = None, *, disable_dynamic=False):
+def load_vae(
+    path: str | Path | Checkpoint, dtype: torch.dtype | None = None, *, disable_dynamic=False
+):
     """Load a Qwen-Image VAE file (original or diffusers names) or folder as a VAE.
 
     Raises CheckpointError that says what the file is and what was expected.

@@ -15,7 +15,7 @@ _VALUES_A_BYTE = {"nvfp4": 2, "convrot_w4a4": 2}
 _PADDED_TO = {"nvfp4": 16, "mxfp8": 32}
 
 
-def open_part(path: str | Path, component: str) -> Checkpoint:
+def open_part(path: str | Path | Checkpoint, component: str) -> Checkpoint:
     """Open a file or a part of a diffusers folder, with ComfyUI's own reader."""
     return open_checkpoint(path, component, _read_file)
 

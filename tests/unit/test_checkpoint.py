@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from krea2_model import (
     load_vae,
     save_transformer,
 )
+from krea2_model.checkpoint import Checkpoint
 from krea2_model.identify import identify, read_header
 from krea2_model.transformer_keys import official_to_diffusers
 from krea2_model.vae_keys import vae_key_map
@@ -51,6 +53,21 @@ def test_official_file(turbo):
     assert model.blocks[1].mod.lin.weight.dtype == torch.float32
     assert model.first.weight.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tensors_in_memory_stand_for_a_file(models, turbo):
+    """Of every part, and in the same storage."""
+    for load, file, key in (
+        (load_transformer, turbo, "blocks.0.attn.wq.weight"),
+        (load_text_encoder, models / "text_encoders/qwen3vl_tiny.safetensors", None),
+        (load_vae, models / "vae/qwen_image_vae_tiny.safetensors", None),
+    ):
+        tensors = load_file(file)
+        module = load(Checkpoint(Path("krea2_turbo_in_memory.safetensors"), dict(tensors)))
+        assert same_weights(module, load(file))
+        if key:
+            assert module.variant == "turbo"
+            assert module.state_dict()[key].data_ptr() == tensors[key].data_ptr()
 
 
 def test_dtype_is_of_matrices_alone(turbo):

@@ -14,6 +14,7 @@ import tiny_checkpoints as tiny
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, load_vae
 from krea2_model.__main__ import main
 from krea2_model.convert import convert as convert_files
+from krea2_model.convert import quantise_blocks
 from krea2_model.identify import CheckpointError, read_header
 from parity import assert_close, relative_error, same_weights
 
@@ -272,3 +273,13 @@ def test_settings_that_one_file_cannot_carry(diffusers_folder, tmp_path, part, f
         convert_files(folder, tmp_path / "one.safetensors", part=part)
     convert_files(folder, tmp_path / "again", part=part)
     assert not (tmp_path / "one.safetensors").exists()
+
+
+def test_quantised_blocks_go_where_they_are_wanted():
+    """All but their settings, which are text and stay in main memory."""
+    tensors = {"blocks.0.attn.wq.weight": torch.randn(8, 16), "first.bias": torch.randn(8)}
+    made = quantise_blocks(tensors, "fp8", result_device="meta")
+    layer = "blocks.0.attn.wq"
+    assert made[f"{layer}.weight"].is_meta and made[f"{layer}.weight_scale"].is_meta
+    assert json.loads(bytes(made[f"{layer}.comfy_quant"].tolist()))["format"] == "float8_e4m3fn"
+    assert made["first.bias"] is tensors["first.bias"]
