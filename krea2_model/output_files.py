@@ -87,7 +87,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     beside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         # With the rights that a new file has here, which a temporary one would not.
-        with open(beside, "xb") as file:
+        with beside.open("xb") as file:
             image.save(file, image_format(path))
             file.flush()
             os.fsync(file.fileno())
