@@ -133,7 +133,7 @@ def kill(server: ComfyServer) -> str:
     """SIGKILL in the middle of a job, with others waiting; then a start on the same folders."""
     before = pictures(server, nano_graph(seed=5))
     folder = server.base / "output"
-    running = server.post(nano_graph(seed=6, preset="custom", steps=2000, guidance=0.0))
+    running = server.post(nano_graph(seed=6, preset="custom", steps=1000, guidance=0.0))
     for seed in (7, 8, 9):
         server.post(nano_graph(seed=seed))
     while server.job(running)["status"] != "in_progress":

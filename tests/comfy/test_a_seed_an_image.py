@@ -116,12 +116,8 @@ def test_progress_counts_the_steps_of_all_images(sampled, monkeypatch):
     assert seen == [(step, 9) for step in range(1, 10)]
 
 
-def test_samplers_that_need_not_go_alone_go_together(sampled, small, monkeypatch):
-    sizes, block = [], small.model.diffusion_model.blocks[0]
-    forward = block.forward
-    monkeypatch.setattr(
-        block, "forward", lambda hidden, *args: sizes.append(len(hidden)) or forward(hidden, *args)
-    )
+def test_samplers_that_need_not_go_alone_go_together(sampled, small, calls_of):
+    sizes = calls_of(small.model.diffusion_model.blocks[0])
     sampled("euler", 7, ALL, seeds="one an image", guidance=0.0)
     assert sizes == [3] * 3
     sizes.clear()
