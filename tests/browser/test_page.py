@@ -223,7 +223,8 @@ def test_blueprint_is_offered_and_runs(open_page, server):
     inputs = {n["class_type"]: n["inputs"] for n in api_form(page).values()}
     assert inputs["K2TextEncode"]["prompt"] == "a blue ring on a pink background"
     assert inputs["K2Loader"] == {
-        "model": "krea2-nano (built in)", "text_encoder": "auto", "vae": "auto", "dtype": "auto"
+        "model": "krea2-nano (built in)", "text_encoder": "auto", "vae": "auto", "dtype": "auto",
+        "implementation": "this pack",
     }  # fmt: skip
     run(page)
     outputs = outputs_of_run(page, server, "PreviewImage")

@@ -68,7 +68,9 @@ def system_faults(tree):
         if name in POSIX_CALLS:
             yield call.lineno, f"calls {name}"
         arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-        binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "xb") for a in arguments)
+        binary = any(
+            isinstance(a, ast.Constant) and a.value in ("rb", "wb", "xb") for a in arguments
+        )
         encoded = any(keyword.arg == "encoding" for keyword in call.keywords)
         if name in TEXT_CALLS and not (binary or encoded):
             # Windows' default is the code page of its language.
