@@ -79,12 +79,18 @@ def small_transformer(worker) -> None:
     record(worker, "fusion, float32, to core", fused, expected, FLOAT32_LIMIT)
 
 
-def full_transformer(worker) -> None:
-    """Core's modules in float32 are the reference, over the same bf16 weights."""
+def small_inputs(worker) -> tuple[models.Inputs, models.Inputs]:
+    """Those of the smallest step, and the same numbers in float32."""
     size = (worker.sizes.small_image, worker.sizes.steps[0][1])
     inputs = worker.models.inputs(*size)
     wide = models.Inputs(inputs.config, *size, worker.device, torch.float32)
     wide.latents, wide.context = inputs.latents.float(), inputs.context.float()
+    return inputs, wide
+
+
+def full_transformer(worker) -> None:
+    """Core's modules in float32 are the reference, over the same bf16 weights."""
+    inputs, wide = small_inputs(worker)
     expected = models.core_call(worker.models.reference, wide)()
     values = {name: call() for name, call in worker.models.calls("bf16", inputs).items()}
     # On a CPU all calculate in float32, and rounding is all the difference there is.
@@ -98,10 +104,7 @@ def full_transformer(worker) -> None:
 
 
 def fp8(worker) -> None:
-    size = (worker.sizes.small_image, worker.sizes.steps[0][1])
-    inputs = worker.models.inputs(*size)
-    wide = models.Inputs(inputs.config, *size, worker.device, torch.float32)
-    wide.latents, wide.context = inputs.latents.float(), inputs.context.float()
+    inputs, wide = small_inputs(worker)
     expected = models.core_call(worker.models.reference, wide)()
     values = {name: call() for name, call in worker.models.calls("fp8", inputs).items()}
     record(worker, "transformer, fp8_scaled, to float32", values, expected)

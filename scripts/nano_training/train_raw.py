@@ -10,7 +10,8 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from krea2_model.config import Preset, TransformerConfig
+from krea2_model.config import Preset
+from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_model.sampling import shift_mu, shift_time
 from krea2_model.transformer import Krea2Transformer, grid_size
 
@@ -19,14 +20,7 @@ from .loop import Run, Schedule, autocast
 
 # ComfyUI's own Krea 2 detects these sizes: it fixes the head at 128 and 20 text heads, and derives
 # the MLP widths from the others.
-CONFIG = TransformerConfig(
-    num_layers=6,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    intermediate_size=768,
-    text_hidden_dim=160,
-    text_intermediate_size=512,
-)
+CONFIG = TRANSFORMER_CONFIG
 PRESET = Preset("raw", steps=28, guidance=3.5, mu=None, size=128)
 STEPS = 5700
 CAPTIONS, DRAWS = 28, 2  # a batch; each caption is fused once and serves several draws of noise
