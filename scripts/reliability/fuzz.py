@@ -14,6 +14,7 @@ import gc
 import random
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -56,19 +57,19 @@ def run(folder: Path, kinds: list[str], count: int, seed: int = 0) -> dict[str, 
 def _try(make: Callable, sources: Sources, dice: random.Random, case: str) -> str:
     size, read = make(sources, dice)
     gc.collect(0)
-    memory = _PeakMemory()
-    started = time.process_time()
     loaded = 0
-    try:
-        loaded = read() or 0
-        outcome = "accepted"
-    except Exception as error:
-        if not _is_own(error):
-            raise Fault(f"{case} ends in {type(error).__name__}: {error}") from error
-        if len(str(error)) > 2000:
-            raise Fault(f"{case} has a message of {len(str(error))} characters") from error
-        outcome = "refused"
-    seconds, peak = time.process_time() - started, memory.grown()
+    started = time.process_time()
+    with _PeakMemory() as memory:
+        try:
+            loaded = read() or 0
+            outcome = "accepted"
+        except Exception as error:
+            if not _is_own(error):
+                raise Fault(f"{case} ends in {type(error).__name__}: {error}") from error
+            if len(str(error)) > 2000:
+                raise Fault(f"{case} has a message of {len(str(error))} characters") from error
+            outcome = "refused"
+    seconds, peak = time.process_time() - started, memory.grown
     if seconds > MOST_SECONDS:
         raise Fault(f"{case} ({outcome}) takes {seconds:.1f} s")
     if peak > LEAST_MEMORY + MOST_MEMORY * (size + loaded):
@@ -85,24 +86,52 @@ def _is_own(error: Exception) -> bool:
 
 
 class _PeakMemory:
-    """How far this process's memory rises, where Linux tells."""
+    """How far this process's memory rises within the context, where Linux tells.
 
-    def __init__(self):
-        with contextlib.suppress(OSError):
-            # Sets the highest mark back to what is there now.
-            Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._highest()
+    By the kernel's highest mark, which is set back before; where that is not allowed, by looking
+    every millisecond.
+    """
 
+    def __enter__(self) -> _PeakMemory:
+        self.has_mark = _reset_mark()
+        self.before = self.highest = _memory("VmHWM" if self.has_mark else "VmRSS")
+        if not self.has_mark:
+            self._done = threading.Event()
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.has_mark:
+            self.highest = _memory("VmHWM")
+        else:
+            self._done.set()
+            self._watcher.join()
+
+    @property
     def grown(self) -> int:
-        return self._highest() - self.before
+        return self.highest - self.before
 
-    @staticmethod
-    def _highest() -> int:
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self.highest = max(self.highest, _memory("VmRSS"))
+
+
+def _reset_mark() -> bool:
+    """Set the highest mark of memory back to what is there now; whether that worked."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return _memory("VmHWM") <= _memory("VmRSS") + LEAST_MEMORY
+    return False
+
+
+def _memory(kind: str) -> int:
+    """Bytes of "VmHWM", the most so far, or "VmRSS", those of now; 0 on other systems."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{kind}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def figures(count: int, seed: int = 1) -> str:

@@ -31,7 +31,12 @@ def test_what_the_fuzzer_would_call_a_fault(tmp_path):
         return 10, read
 
     def large(sources, dice):
-        return 10, lambda: len(bytearray(b"x") * 80_000_000) * 0
+        def read():
+            held = bytearray(b"x") * 80_000_000
+            fuzz.time.sleep(0.1)
+            del held
+
+        return 10, read
 
     for case, message, most in (
         (failing, "KeyError", 2.0), (slow, "takes 0.* s", 0.1), (large, "takes .* MB", 2.0),
@@ -41,6 +46,19 @@ def test_what_the_fuzzer_would_call_a_fault(tmp_path):
             patch.setitem(CASES, "made for it", case)
             with pytest.raises(fuzz.Fault, match=message):
                 fuzz.run(tmp_path / case.__name__, ["made for it"], 1)
+
+
+@pytest.mark.parametrize("may_reset", [True, False])
+def test_memory_is_seen_below_an_earlier_peak(monkeypatch, may_reset):
+    if not may_reset:
+        monkeypatch.setattr(fuzz, "_reset_mark", lambda: False)
+    earlier = bytearray(b"x") * 200_000_000
+    del earlier
+    with fuzz._PeakMemory() as memory:
+        held = bytearray(b"x") * 80_000_000
+        fuzz.time.sleep(0.1)
+        del held
+    assert 60e6 < memory.grown < 120e6
 
 
 def test_a_section_of_the_page_is_made_anew():
