@@ -14,22 +14,23 @@ from ...krea2_model.gguf import GGUFTensor
 from ...krea2_model.identify import TEXT_ENCODER
 from ...krea2_model.text_encoder import Qwen3VLTextEncoder
 from .gguf import GGUFOperations, KeepsBlocks, wrap
-from .image_tokens import content_of, has_images, row_length
+from .image_tokens import contents_of, has_images, row_length
 from .language import LazyTail
-from .text_model import Krea2TextModel, encoder_layers
+from .text_model import Krea2TextModel, encoder_layers, joined_rows, rows_of
 from .tokenizer import NAME, Krea2ClipTokenizer
 from .vision import LazyVision
 from .weights import check_weights, open_part
 
-# Encodings that are remembered, in main memory: 100 tokens take 12 MB, eight images of 384 px 140.
-KEPT_ENCODINGS, KEPT_BYTES = 12, 512 * 1024**2
+# Prompts whose encodings are remembered, in main memory: 100 tokens take 12 MB, eight images of
+# 384 px 140.
+KEPT_ENCODINGS, KEPT_BYTES = 32, 512 * 1024**2
 
 
 class Krea2CLIP(comfy.sd.CLIP):
-    """A CLIP that remembers its last encodings, by tokens and patches.
+    """A CLIP that remembers its last encodings, a row each, by tokens and patches.
 
     The negative of a prompt that is being worked on is asked for again and again, and without the
-    encoder there is nothing to load for it.
+    encoder there is nothing to load for it. Of a batch each different row is encoded once.
     """
 
     def clone(self, *args, **kwargs):
@@ -48,24 +49,35 @@ class Krea2CLIP(comfy.sd.CLIP):
         return self.patcher
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
-        key = self._key(tokens)
-        if key is None:
+        keys = self._keys(tokens)
+        if keys is None:
             return super().encode_from_tokens(tokens, return_pooled, return_dict)
         encodings = self.cond_stage_model.encodings
-        if key not in encodings:
-            encodings[key] = super().encode_from_tokens(tokens, return_pooled, return_dict=True)
-        encodings.move_to_end(key)
+        rows = {key: encodings[key] for key in keys if key in encodings}
+        missing = {key: row for key, row in zip(keys, tokens[NAME], strict=True) if key not in rows}
+        if missing:
+            asked = {**tokens, NAME: list(missing.values())}
+            made = super().encode_from_tokens(asked, return_dict=True)
+            rows |= zip(missing, rows_of(made["cond"], made.get("attention_mask")), strict=True)
+        states, mask = joined_rows([rows[key] for key in keys])
+        self._remember(rows)
+        if not return_dict:
+            return (states, None) if return_pooled else states
+        extra = {} if mask is None else {"attention_mask": mask}
+        return {"cond": states, "pooled_output": None, **extra}
+
+    def _remember(self, rows: dict[tuple, torch.Tensor]) -> None:
+        """Keep a call's rows, and of all the last ones that fit."""
+        encodings = self.cond_stage_model.encodings
+        for key, states in rows.items():
+            if key not in encodings and states.nbytes <= KEPT_BYTES:
+                encodings[key] = states.clone()
+            if key in encodings:
+                encodings.move_to_end(key)
         while len(encodings) > KEPT_ENCODINGS or (
-            len(encodings) > 1 and sum(map(_size, encodings.values())) > KEPT_BYTES
+            sum(states.nbytes for states in encodings.values()) > KEPT_BYTES
         ):
             encodings.popitem(last=False)
-        result = {
-            name: value.clone() if isinstance(value, torch.Tensor) else value
-            for name, value in encodings[key].items()
-        }
-        if return_dict:
-            return result
-        return (result["cond"], result["pooled_output"]) if return_pooled else result["cond"]
 
     def write(self, tokens, sampling: Sampling, max_tokens: int, seed: int = 0):
         """Yield the token ids that follow a text's; the cue for progress is each of them.
@@ -137,16 +149,19 @@ class Krea2CLIP(comfy.sd.CLIP):
             state |= {f"{NAME}.transformer.{prefix}{n}": tensor for n, tensor in tensors.items()}
         return state
 
-    def _key(self, tokens):
-        """What an encoding depends on; None where it may change with time, or by other packs."""
+    def _keys(self, tokens):
+        """What the encoding of each row depends on.
+
+        None where it may change with time, or by other packs.
+        """
         if self.patcher.forced_hooks is not None or self.apply_hooks_to_conds is not None:
             return None
         if self.cond_stage_model.is_changed:
             return None
-        rows = tuple(tuple(content_of(pair[0]) for pair in row) for row in tokens.get(NAME, ()))
-        if not all(isinstance(token, (int, tuple)) for row in rows for token in row):
+        rows = [contents_of(row) for row in tokens.get(NAME, ())]
+        if not rows or not all(isinstance(token, (int, tuple)) for row in rows for token in row):
             return None
-        return self.patcher.patches_uuid, rows
+        return [(self.patcher.patches_uuid, row) for row in rows]
 
 
 def load_clip(
@@ -187,8 +202,3 @@ def load_clip(
 
 def _load_patcher(path, dtype, disable_dynamic=False):
     return load_clip(path, dtype, disable_dynamic=disable_dynamic).patcher
-
-
-def _size(encoding: dict) -> int:
-    """Bytes of an encoding's tensors."""
-    return sum(value.nbytes for value in encoding.values() if isinstance(value, torch.Tensor))

@@ -102,16 +102,36 @@ def image_sizes(row: Iterable) -> list[int]:
     ]
 
 
-def content_of(token):
-    """What of a token an encoding depends on: of an image its pixels."""
+def contents_of(row: list) -> tuple:
+    """The tokens of a row of (token, weight), by which rows are told apart.
+
+    An image counts by its pixels, and a tensor of another pack by being the same one.
+    """
+    return tuple(_content_of(pair[0]) for pair in row)
+
+
+def _content_of(token):
     if not is_image(token):
-        return token
+        return token if isinstance(token, int) else _Same(token)
     digests = []
     for image in _images_of(token):
         data = image.detach().cpu().contiguous()
         digest = hashlib.sha256(data.view(torch.uint8).numpy().data).digest()
         digests.append((tuple(data.shape), str(data.dtype), digest))
     return "image", AS_TRAINED in token, tuple(digests)
+
+
+class _Same:
+    """Equal to itself by the identity of what it holds."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __eq__(self, other):
+        return isinstance(other, _Same) and self.held is other.held
+
+    def __hash__(self):
+        return id(self.held)
 
 
 def look(row: list, tower: Qwen3VLVisionTower | None, device) -> Look:

@@ -15,7 +15,7 @@ from ...krea2_model.tokenizer import PAD_TOKEN
 from .contract import is_replaced
 from .gguf import is_blocks
 from .hooks import encoder_attention
-from .image_tokens import image_sizes, look, row_length
+from .image_tokens import contents_of, image_sizes, look, row_length
 from .language import LazyTail, language_model
 from .layers import comfy_layers
 from .tokenizer import NAME
@@ -127,20 +127,19 @@ class Krea2TextModel(core.Krea2TEModel):
         Rows of different length are encoded alone and padded with zeros at the end; then, and
         only then, the third result holds their `attention_mask` (B, L).
         """
-        rows = [[pair[0] for pair in row] for row in token_weight_pairs[NAME]]
+        rows = token_weight_pairs[NAME]
         if len(rows) == 1 and is_replaced(core.Krea2TEModel, "encode_token_weights"):
             return super().encode_token_weights(token_weight_pairs, template_end)
-        encoded = []
-        for row in rows:
-            taps, ids = self.section.encode_row(row)
-            encoded.append(taps[_kept_from(ids) :].flatten(1))
-        lengths = [len(states) for states in encoded]
-        conditioning = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
-        conditioning = conditioning.to(comfy.model_management.intermediate_device())
-        if len(set(lengths)) == 1:
-            return conditioning, None, {}
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        return conditioning, None, {"attention_mask": mask.long().to(conditioning.device)}
+        # Of a batch of prompts many may be the same.
+        encoded: dict[tuple, torch.Tensor] = {}
+        keys = [contents_of(row) for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            if key not in encoded:
+                taps, ids = self.section.encode_row([pair[0] for pair in row])
+                states = taps[_kept_from(ids) :].flatten(1)
+                encoded[key] = states.to(comfy.model_management.intermediate_device())
+        conditioning, mask = joined_rows([encoded[key] for key in keys])
+        return conditioning, None, {} if mask is None else {"attention_mask": mask}
 
     def write(self, row: list, sampling: Sampling, max_tokens: int, seed: int):
         """Yield the tokens that follow; what is needed has to be loaded (`Krea2CLIP.write`)."""
@@ -170,6 +169,26 @@ class Krea2TextModel(core.Krea2TEModel):
         layers = config.num_tapped_layers + 1
         kept = tokens * layers * 2 * config.num_key_value_heads * config.head_dim
         return 4 * (kept + config.vocab_size * config.hidden_size)
+
+
+def joined_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows (L, D) as a new tensor (B, longest, D), padded with zeros at the end.
+
+    With the mask (B, longest) of what is theirs, or None where all are of one length.
+    """
+    lengths = [len(row) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if len(set(lengths)) == 1:
+        return padded, None
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return padded, mask.long().to(padded.device)
+
+
+def rows_of(padded: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """The rows that `joined_rows` padded."""
+    if mask is None:
+        return list(padded)
+    return [row[:length] for row, length in zip(padded, mask.sum(dim=1).tolist(), strict=True)]
 
 
 def encoder_layers(options: dict, dtype: torch.dtype | None):

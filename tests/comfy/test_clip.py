@@ -1,14 +1,12 @@
 """CLIP beside core's Krea 2 text encoder, whose sizes are patched to the small checkpoint's."""
 
-import weakref
-
 import comfy.model_management
 import pytest
 import torch
 from in_process import NODES
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from live_memory import Live
 from parity import assert_close
 
 PROMPTS = ["a fox in the snow", "", "狐狸在雪地里 🦊", "x" * 300, "two\nlines "]
@@ -208,16 +206,47 @@ def test_encodings_are_kept_by_content(pack, clip, monkeypatch):
     assert patched.add_patches({key: ("diff", (torch.full(shape, 0.1),))}, 1.0) == [key]
     assert not torch.allclose(encode("a heron at dawn", patched), before)
     assert len(calls) == 3
-    for number in range(20):
+    monkeypatch.setattr(pack("nodes.managed.clip"), "KEPT_ENCODINGS", 6)
+    for number in range(8):
         encode(f"heron number {number}")
     kept = clip.cond_stage_model.encodings
-    assert len(kept) == 12
-    # Images make them large: then fewer are kept, and the last one always.
-    size = next(iter(kept.values()))["cond"].nbytes
-    for most, count in ((5 * size, 4), (1, 1)):
+    assert len(kept) == 6
+    # Images make them large: then fewer are kept, and none that is larger than all may be.
+    size = next(iter(kept.values())).nbytes
+    for most, count in ((5 * size, 4), (1, 0)):
         monkeypatch.setattr(pack("nodes.managed.clip"), "KEPT_BYTES", most)
         encode(f"a heron in {count} words more or less")
         assert len(kept) == count
+
+
+def test_of_a_batch_each_different_prompt_is_encoded_once(pack, clip, monkeypatch):
+    calls, encode_row = [], type(clip.cond_stage_model.section).encode_row
+
+    def counting(self, row):
+        calls.append(row)
+        return encode_row(self, row)
+
+    monkeypatch.setattr(type(clip.cond_stage_model.section), "encode_row", counting)
+    prompts = ["a fox", "an owl at night", "a fox", "a heron in the reeds of a lake"]
+    tokens = clip.tokenize([prompt for prompt in prompts for _ in range(3)], always_wrap=True)
+    clip.cond_stage_model.encodings.clear()
+    batch = clip.encode_from_tokens(tokens, return_dict=True)
+    assert len(calls) == 3
+    # Without what is remembered, as under hooks, too.
+    clip.load_model(tokens)
+    states, _, extra = clip.cond_stage_model.encode_token_weights(tokens)
+    assert len(calls) == 6
+    assert torch.equal(states, batch["cond"])
+    assert torch.equal(extra["attention_mask"], batch["attention_mask"])
+    lengths = batch["attention_mask"].sum(dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = clip.encode_from_tokens(clip.tokenize(prompt, always_wrap=True))
+        assert torch.equal(batch["cond"][3 * row, : lengths[3 * row]], alone[0])
+        assert not batch["cond"][3 * row, lengths[3 * row] :].any()
+    # One line of many changed: one row is encoded.
+    before = len(calls)
+    clip.encode_from_tokens(clip.tokenize(["a fox", "an owl at noon"], always_wrap=True))
+    assert len(calls) == before + 1
 
 
 def test_a_long_prompt_in_blocks_equals_core(pack, clip, core_clip, monkeypatch):
@@ -227,25 +256,6 @@ def test_a_long_prompt_in_blocks_equals_core(pack, clip, core_clip, monkeypatch)
     ours, core = (c.encode_from_tokens(c.tokenize(prompt)) for c in (clip, core_clip))
     assert ours.shape[1] > 300
     assert_close(ours, core, 1e-5, "a prompt in blocks against core")
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of tensors made inside that are alive together."""
-
-    def __init__(self):
-        super().__init__()
-        self.most, self._sizes = 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._sizes:
-                    self._sizes[storage.data_ptr()] = storage.nbytes()
-                    weakref.finalize(storage, self._sizes.pop, storage.data_ptr(), None)
-        self.most = max(self.most, sum(self._sizes.values()))
-        return out
 
 
 def test_the_estimate_counts_what_a_long_prompt_takes(clip):

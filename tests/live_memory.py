@@ -1,0 +1,26 @@
+"""The most memory that tensors take together while some code runs, on any device and on meta."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors made inside that are alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self._sizes = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata  # on meta no storage has an address
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    weakref.finalize(storage, self._sizes.pop, key, None)
+        self.most = max(self.most, sum(self._sizes.values()))
+        return out
