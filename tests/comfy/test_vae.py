@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from live_memory import Live
 from parity import assert_close
 
 
@@ -205,3 +206,37 @@ def test_statistics_that_cannot_be(run, other_statistics, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         run("K2VAELoader", file="Other-Krea-2")
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_the_estimates_count_what_an_image_takes(pack, vae, side):
+    """Beside a constant for what kernels take as workspace, which small images do not fill."""
+    workspace = 2 * pack("krea2_model.vae").MAX_SCORE_BYTES
+    model = vae.first_stage_model
+    latents, image = torch.randn(1, 16, side // 8, side // 8), torch.randn(1, 3, side, side)
+    for what, convert, source in (
+        ("decode", model.decode_unnormalised, latents), ("encode", model.encode_unnormalised, image)
+    ):  # fmt: skip
+        estimate = getattr(vae, f"memory_used_{what}")(source.shape, torch.float32) - workspace
+        with Live() as live:
+            convert(source)
+        assert live.most <= estimate < 3 * live.most, what
+
+
+def test_the_estimates_on_a_gpu_count_the_released_vae(pack, vae, monkeypatch):
+    """On meta, with norms as a GPU has them: one kernel without a float32 copy."""
+    module = pack("krea2_model.vae")
+    monkeypatch.setattr(module.F, "rms_norm", lambda hidden, *rest: torch.empty_like(hidden))
+    model = module.QwenImageVAE(module.VAEConfig(), device="meta", dtype=torch.bfloat16)
+    monkeypatch.setattr(vae, "first_stage_model", model)
+    monkeypatch.setattr(vae, "device", torch.device("cuda"))
+    for side in (1024, 2048):
+        for what, convert, shape in (
+            ("decode", model.decode_unnormalised, (1, 16, side // 8, side // 8)),
+            ("encode", model.encode_unnormalised, (1, 3, side, side)),
+        ):
+            with Live() as live:
+                convert(torch.empty(shape, device="meta", dtype=torch.bfloat16))
+            estimate = getattr(vae, f"memory_used_{what}")(shape, torch.bfloat16)
+            workspace = 2 * module.MAX_SCORE_BYTES
+            assert 1.2 * live.most <= estimate - workspace < 1.6 * live.most, (what, side)
