@@ -89,20 +89,21 @@ def with_bias(
     before: int,
     counts: Sequence[int],
     strengths: Sequence[float],
-    like: Tensor,
+    length: int,
+    device: torch.device,
 ) -> Tensor | None:
     """A mask in which reference tokens count by their strengths.
 
     mask: (B or 1, 1, 1, L) bool, or None where every token is seen.
     before: tokens in front of the first reference; counts: tokens of each.
-    like: a tensor (B, L, D) of the device and length.
+    length: of the result, on `device`.
     Returns `mask` itself where all strengths are 1, else (B or 1, 1, 1, L) in float32, to be added.
     """
     if all(strength == 1 for strength in strengths):
         return mask
     pieces = [torch.full((count,), math.log(s)) for count, s in zip(counts, strengths, strict=True)]
     bias = torch.cat([torch.zeros(before), *pieces])
-    bias = F.pad(bias, (0, like.shape[1] - len(bias))).to(like.device)[None, None, None]
+    bias = F.pad(bias, (0, length - len(bias))).to(device)[None, None, None]
     return bias if mask is None else added_mask(mask) + bias
 
 
@@ -125,6 +126,8 @@ class RecordedReferences:
     def __init__(self):
         # Of each reference: its strength, and (key, value) (B or 1, KV, L, D) by block.
         self._references: list[tuple[float, list[tuple[Tensor, Tensor]]]] = []
+        # The mask of a call's last block with ours behind it: all blocks have the same one.
+        self._mask: tuple[tuple, Tensor | None] | None = None
 
     def recorder(self, strength: float) -> Recorder:
         """Something to attend with while one more reference goes through the blocks."""
@@ -143,17 +146,28 @@ class RecordedReferences:
     ) -> Tensor:
         """Attention in which the references' tokens stand behind the others."""
         pairs = [pairs[block] for _, pairs in self._references]
-        batch, tokens = key.shape[0], key.shape[2]
+        batch = key.shape[0]
         keys, values = (
             [t.expand(batch, -1, -1, -1) for t in side] for side in zip(*pairs, strict=True)
         )
-        strengths = [strength for strength, _ in self._references]
+        mask = self._with_references(mask, key, [k.shape[2] for k in keys])
         key, value = torch.cat((key, *keys), dim=2), torch.cat((value, *values), dim=2)
-        if mask is not None:
-            seen = True if mask.dtype is torch.bool else 0.0
-            mask = F.pad(mask, (0, key.shape[2] - tokens), value=seen)
-        counts = [k.shape[2] for k in keys]
-        return attention(query, key, value, with_bias(mask, tokens, counts, strengths, key[:, 0]))
+        return attention(query, key, value, mask)
+
+    def _with_references(self, mask: Tensor | None, key: Tensor, counts: list[int]):
+        """A mask of the keys (B, KV, L, D) with that of the references behind it."""
+        asked = (mask, key.shape[2], key.device)
+        if self._mask is None or not all(
+            now is then or (not isinstance(now, Tensor) and now == then)
+            for now, then in zip(asked, self._mask[0], strict=True)
+        ):
+            tokens, behind = key.shape[2], sum(counts)
+            if mask is not None:
+                mask = F.pad(mask, (0, behind), value=True if mask.dtype is torch.bool else 0.0)
+            strengths = [strength for strength, _ in self._references]
+            length, device = tokens + behind, key.device
+            self._mask = asked, with_bias(mask, tokens, counts, strengths, length, device)
+        return self._mask[1]
 
 
 class Recorder:

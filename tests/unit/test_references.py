@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers_reference import TINY, diffusers_transformer, load_from
 
+from krea2_model import references as references_module
 from krea2_model.attention import attend
 from krea2_model.hooks import AttentionHooks, Hooks
 from krea2_model.kernels import norm_and_rotate
@@ -146,6 +147,20 @@ def test_strength_of_what_is_kept(transformer, latents, pictures, text):
 
     strong = velocity(Reference(pictures[0], 1, 2.0))
     assert_close(strong, velocity(*[Reference(pictures[0], 1)] * 2), 1e-5, "strength apart")
+
+
+def test_the_bias_of_what_is_kept_is_made_once_a_call(
+    transformer, latents, pictures, text, monkeypatch
+):
+    made, with_bias = [], references_module.with_bias
+    monkeypatch.setattr(
+        references_module, "with_bias", lambda *given: made.append(given) or with_bias(*given)
+    )
+    recorded = transformer.record([Reference(pictures[0], strength=2.0)], text.dtype)
+    mask = torch.ones(1, text.shape[1], dtype=torch.bool)
+    for own, calls in ((None, 1), (mask, 2), (mask, 3)):
+        transformer(latents, TIME, text, own, hooks=AttentionHooks(None, recorded))
+        assert len(transformer.blocks) > 1 and len(made) == calls
 
 
 def test_what_is_kept_beside_masked_text(transformer, latents, pictures, text):
