@@ -63,12 +63,19 @@ def read_scales(
     )
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        # Random numbers without a memory would make torch import its compiler.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class TorchLayers:
     """The default layer namespace: plain torch.nn."""
 
     Linear = nn.Linear
     Conv2d = nn.Conv2d
-    Embedding = nn.Embedding
+    Embedding = Embedding
     LayerNorm = nn.LayerNorm
     RMSNorm = nn.RMSNorm
     NormScale = NormScale

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import rope_table
+from .compiler import outside_graphs
 from .config import Preset, TransformerConfig
 from .hooks import NO_HOOKS, AttentionHooks, Hooks
 from .kernels import (
@@ -412,7 +413,8 @@ class Krea2Transformer(nn.Module):
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
         kept = slice(text_tokens, text_tokens + image_tokens)
-        mask = with_bias(mask, kept.stop, counts, [r.strength for r in beside], hidden)
+        strengths, length = [r.strength for r in beside], hidden.shape[1]
+        mask = with_bias(mask, kept.stop, counts, strengths, length, hidden.device)
         hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split)
         patch = self.config.patch_size
         velocity = unpatchify(self.last(hidden, time), *grid_size(latents, patch), patch)
@@ -458,7 +460,7 @@ class Krea2Transformer(nn.Module):
         time = self.tmlp(embedding.to(dtype)[:, None])
         return time, self.tproj(time).float()
 
-    @torch.compiler.disable
+    @outside_graphs
     def _rope_for(self, positions: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
         """The rotary table of text and image positions, (1, L, 3) each; the last four are kept.
 
@@ -536,7 +538,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
-@torch.compiler.disable
+@outside_graphs
 @functools.lru_cache(maxsize=16)
 def _positions(text_tokens: int, grids: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
     """Rotary positions (1, L, 3) of text, all zero, and of images, see `grid_positions`."""

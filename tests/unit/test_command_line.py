@@ -28,11 +28,16 @@ def weights(tmp_path_factory):
 
 def test_a_prompt_gives_a_picture_with_a_progress_bar(weights, tmp_path):
     output = tmp_path / "new folder" / "fox.png"
-    command = [sys.executable, "-m", "krea2_model", "a fox", "--output", str(output), *weights]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [
+        *("-X", "importtime", "-m", "krea2_model", "a fox", "--output", str(output)),
+        *weights,
+    ]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(output)
     assert "8/8" in done.stderr
     assert Image.open(output).size == (64, 48)
+    # torch's compiler takes as long to import as torch itself.
+    assert "torch.nn" in done.stderr and "torch._dynamo" not in done.stderr
 
 
 def test_generate_is_the_default_and_several_images_are_numbered(weights, tmp_path, capsys):
