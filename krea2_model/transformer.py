@@ -408,6 +408,7 @@ class Krea2Transformer(nn.Module):
             split = text_tokens + image_tokens
 
         hidden = torch.cat((text, image), dim=1)
+        del text, image, tokens  # a hidden state less while the blocks run
         mask = None
         if text_mask is not None:
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)

@@ -14,13 +14,19 @@ class Live(TorchDispatchMode):
         self.most, self._sizes = 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in args:
+            self._note(tensor, made_inside=False)
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata  # on meta no storage has an address
-                if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    weakref.finalize(storage, self._sizes.pop, key, None)
+            self._note(tensor, made_inside=True)
         self.most = max(self.most, sum(self._sizes.values()))
         return out
+
+    def _note(self, tensor, made_inside: bool) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # on meta no storage has an address
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes() if made_inside else 0
+            weakref.finalize(storage, self._sizes.pop, key, None)

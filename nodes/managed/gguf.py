@@ -18,6 +18,9 @@ from ...krea2_model.gguf import GGUFTensor, dequantise
 
 LAYOUT = "Krea2GGUFLayout"
 
+# What blocks take on their way to numbers, the numbers included, in the format that takes most.
+BYTES_A_VALUE = 10
+
 
 class GGUFLayout(QuantizedLayout):
     @dataclass(frozen=True)

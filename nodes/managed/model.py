@@ -24,7 +24,7 @@ from . import contract
 from .branches import add_branches, file_name, take_branches
 from .core_model import CoreModel, core_patcher_class, core_unet_config
 from .diffusion_model import Krea2DiffusionModel
-from .gguf import GGUFOperations, plain, wrap
+from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
 from .once import ScheduleTimes
 from .patcher import patcher_class
@@ -182,9 +182,11 @@ class Krea2Model(comfy.model_base.Krea2):
         return transformer.fuse_context(context, mask, hooks)
 
     def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
-        """Bytes of activations: three MLP and two hidden tensors a token, and the workspace.
+        """Bytes of activations and workspace.
 
-        Beside them keys and values of references that are kept apart.
+        A block is widest in its MLP: two of its tensors, the hidden state, and the normed one; a
+        third hidden state for what patches add. Beside them keys and values of references that are
+        kept apart, and the numbers that blocks of a GGUF file become.
         """
         config = self.diffusion_model.config
         rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
@@ -193,12 +195,16 @@ class Krea2Model(comfy.model_base.Krea2):
             tokens += sum(shape[1] for shape in cond_shapes.get(kind, ()))
         for shape in cond_shapes.get("ref_latents", ()):
             tokens += shape[-1] // config.patch_size**2
-        elements = input_shape[0] * tokens * (2 * config.hidden_size + 3 * config.intermediate_size)
+        elements = input_shape[0] * tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
         kept = sum(shape[0] for shape in cond_shapes.get("reference_plan", ()))
         heads = config.num_key_value_heads * config.attention_head_dim
         elements += 2 * kept * config.num_layers * heads
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        return elements * size * 1.15 + 0.45 * 1024**3
+        workspace = 0.45 * 1024**3
+        if self.model_config.custom_operations is GGUFOperations:
+            largest = config.hidden_size * max(config.intermediate_size, config.hidden_size)
+            workspace += largest * BYTES_A_VALUE
+        return elements * size * 1.15 + workspace
 
 
 class Krea2ModelConfig(comfy.supported_models_base.BASE):

@@ -38,7 +38,9 @@ def either(request) -> Krea2Pipeline:
 
 
 def paint(pipeline, *prompts, **options) -> np.ndarray:
-    """Pictures (N, H, W, 3) in [0, 1]."""
+    """Pictures (N, H, W, 3) in [0, 1]; Raw's in half its steps, which show the same."""
+    if pipeline.preset.name == "raw" and "sigmas" not in options:
+        options = {"steps": 14} | options
     return pipeline(list(prompts), **{"output_type": "np", "seed": 1} | options)
 
 
@@ -74,8 +76,9 @@ def test_judge_reads_what_is_drawn_and_nothing_else(scene, size):
 
 
 def test_paints_combinations_it_never_saw(either, exam):
+    """By the presets, as they are."""
     prompts, scenes = zip(*exam, strict=True)
-    shares = share_right(paint(either, *prompts), scenes)
+    shares = share_right(paint(either, *prompts, steps=either.preset.steps), scenes)
     assert shares["background"] >= 0.75
     assert shares["colour"] >= 0.75
     assert shares["shape"] >= 0.6
@@ -155,22 +158,22 @@ def share_of_first(things, scenes) -> float:
     return float(np.mean(found))
 
 
-def test_weights_of_0_and_below_take_a_colour_away(either):
+def test_weights_of_0_and_below_take_a_colour_away(turbo):
     scenes = scenes_of_two_colours(12)
     found = {
         weight: share_of_first(
-            things_of(either, f"a ({{0}}:{weight}) {{3}} on a {{2}} background", scenes), scenes
+            things_of(turbo, f"a ({{0}}:{weight}) {{3}} on a {{2}} background", scenes), scenes
         )
         for weight in (1, 0, -1)
     }
     assert found[1] > 0.9 and found[0] <= 0.25 and found[-1] == 0, found
 
 
-def test_weights_above_1_strengthen_a_colour(either):
+def test_weights_above_1_strengthen_a_colour(turbo):
     """Of two colours of one thing it is the heavier that is seen, and the shape stays."""
     scenes = scenes_of_two_colours(12)
     plain, heavy = (
-        things_of(either, f"a ({{0}}:{weight}) {{1}} {{3}} on a {{2}} background", scenes)
+        things_of(turbo, f"a ({{0}}:{weight}) {{1}} {{3}} on a {{2}} background", scenes)
         for weight in (1, 1.5)
     )
     assert share_of_first(heavy, scenes) >= share_of_first(plain, scenes) + 0.25
@@ -179,10 +182,10 @@ def test_weights_above_1_strengthen_a_colour(either):
 
 
 def test_negative_without_guidance_removes_a_colour_and_nothing_else(turbo):
-    """The prompt names two colours, the negative the one that is seen without it; 24 prompts."""
-    scenes = scenes_of_two_colours(24)
+    """The prompt names two colours, the negative the one that is seen without it."""
+    scenes = scenes_of_two_colours(12)
     prompts = ["a {0} {1} {3} on a {2} background".format(*scene) for scene in scenes]
-    seeds = list(range(24))
+    seeds = list(range(12))
     before = [read_thing(picture) for picture in paint(turbo, *prompts, seed=seeds)]
     pictures = paint(
         turbo, *prompts, seed=seeds, negative_guidance=NegativeGuidance(),

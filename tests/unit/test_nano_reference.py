@@ -59,9 +59,8 @@ def verdicts(pictures, cases) -> list[dict[str, bool]]:
 
 
 def test_layout_of_the_prompt_in_the_colours_of_the_reference(turbo):
-    cases = reference_exam()
+    cases = reference_exam()[:20]
     found = verdicts(paint_cases(turbo, cases), cases)
-    assert len(found) == 40
     assert share(found, "colour", "shape", "place") >= 0.85
     assert share(found, "background") >= 0.95
     # The prompts do not say it.
@@ -72,14 +71,14 @@ def test_layout_of_the_prompt_in_the_colours_of_the_reference(turbo):
 
 def test_colours_that_have_no_name(turbo):
     """They are leant towards rather than met: nano itself knows ten colours."""
-    cases = reference_exam(20, named=False)
+    cases = reference_exam(12, named=False)
     pictures = paint_cases(turbo, cases)
     found = verdicts(pictures, cases)
     assert share(found, "shape", "place") >= 0.7
     assert share(found, "background") >= 0.85
     read = [(read_thing(picture), case) for picture, case in zip(pictures, cases, strict=True)]
     read = [(thing, case) for thing, case in read if thing is not None]
-    assert len(read) >= 18
+    assert len(read) >= 11
     shown = np.stack([thing.rgb for thing, _ in read])
     wanted = np.stack([rgb(case.scene.things[0].colour) for _, case in read])
     distances = np.linalg.norm(shown[:, None] - wanted[None], axis=2)
@@ -89,8 +88,8 @@ def test_colours_that_have_no_name(turbo):
 
 
 def test_prompts_without_a_reference_are_painted_as_before(turbo):
-    prompts, scenes = zip(*held_out_prompts()[:20], strict=True)
-    pictures = turbo(list(prompts), seed=list(range(20)), output_type="np")
+    prompts, scenes = zip(*held_out_prompts()[:12], strict=True)
+    pictures = turbo(list(prompts), seed=list(range(12)), output_type="np")
     found = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     for part in ("background", "colour", "shape", "place"):
         assert share(found, part) >= 0.85, part

@@ -7,8 +7,10 @@ import torch
 
 from krea2_model import load_text_encoder, load_transformer, load_vae, nano
 from nano_training import examples as examples_module
+from nano_training import train_lora as lora_module
 from nano_training import train_raw as raw_module
 from nano_training import train_reference as reference_module
+from nano_training import train_turbo as turbo_module
 from nano_training.examples import Examples
 from nano_training.train_lora import train_lora
 from nano_training.train_raw import train_raw
@@ -47,7 +49,9 @@ def test_raw(examples, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in trained.state_dict().values())
 
 
-def test_turbo_and_lora(examples, tmp_path):
+def test_turbo_and_lora(examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(turbo_module, "CAPTIONS", 2)
+    monkeypatch.setattr(lora_module, "CAPTIONS", 2)
     raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in raw.state_dict().items()}
     trained = train_turbo(tmp_path, examples(), raw, steps=1)
