@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .kernels import HeadNorm, modulated_norm, norm_and_rotate
+from .modulation import Modulation
 from .references import RecordedReferences, Recorder
 from .text_attention import TextAttention
 
@@ -53,14 +54,27 @@ class Hooks:
         """Called once with the embedded tokens (B, L, D) and their positions (1, L, 3)."""
         return text, image, text_positions, image_positions
 
-    def blocks(self, blocks: nn.ModuleList, hidden: Tensor, kept: slice, *conditions) -> Tensor:
-        """Run the blocks in order; `conditions` are the block's own arguments after `hidden`.
+    def blocks(
+        self,
+        blocks: nn.ModuleList,
+        hidden: Tensor,
+        kept: slice,
+        vector: Tensor,
+        rope: Tensor,
+        mask: Tensor | None,
+        split: int | None,
+        modulation: Sequence[Modulation] | None = None,
+    ) -> Tensor:
+        """Run the blocks in order, with the block's own arguments.
 
+        modulation: each block's, or None where they make it themselves.
         Returns the `kept` tokens, the only ones that the last block has to compute.
         """
-        for block in blocks[:-1]:
-            hidden = block(hidden, *conditions, self)
-        return blocks[-1](hidden, *conditions, self, kept)
+        for index, block in enumerate(blocks):
+            wanted = kept if index == len(blocks) - 1 else None
+            own = None if modulation is None else modulation[index]
+            hidden = block(hidden, vector, rope, mask, split, self, wanted, own)
+        return hidden
 
 
 class AttentionHooks(Hooks):
@@ -82,13 +96,12 @@ class AttentionHooks(Hooks):
             attention = functools.partial(self.references.attend, attend, self._block)
         return self.text.attend(attention, query, key, value, mask, kept)
 
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
-        conditions: Sequence
-        hidden, kept, *conditions = self.text.prepare(hidden, kept, rope, mask, split)
-        last = len(blocks) - 1
+    def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
+        hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
         for self._block, block in enumerate(blocks):
-            wanted = (kept,) if self._block == last else ()
-            hidden = block(hidden, vector, *conditions, self, *wanted)
+            wanted = kept if self._block == len(blocks) - 1 else None
+            own = None if modulation is None else modulation[self._block]
+            hidden = block(hidden, vector, rope, mask, split, self, wanted, own)
         return hidden
 
 

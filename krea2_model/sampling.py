@@ -18,6 +18,7 @@ from .config import Preset
 from .forecast import Forecast
 from .guidance import ALWAYS, GuidanceSchedule, SigmaAt, rescaled, unshifted
 from .hooks import AttentionHooks
+from .modulation import RunModulation
 from .references import TIME_ZERO, RecordedReferences, Reference
 from .text_attention import NegativeGuidance, TextAttention, TextStates
 from .transformer import Krea2Transformer
@@ -277,6 +278,10 @@ def _euler(
     references=None,
     sigma_at=unshifted,
 ):
+    blocks, of_run = getattr(transformer, "blocks", None), {}
+    if blocks is not None:  # what stands in for a transformer may have none
+        with torch.no_grad():
+            of_run = {"modulation": RunModulation(blocks, latents.device)}
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
         with torch.no_grad():
             if forecast.leaves_out(step - 1):
@@ -287,9 +292,10 @@ def _euler(
                     sigma, sigma_at(inside.start), sigma_at(inside.end)
                 ):
                     inside = None
-                beside = {}
+                beside = dict(of_run)
                 if references is not None:
-                    beside = references.at(sigma, sigma_at, transformer, texts[0].states.dtype)
+                    dtype = texts[0].states.dtype
+                    beside |= references.at(sigma, sigma_at, transformer, dtype)
                 factor, rescale = schedule.factor(sigma, sigma_at), schedule.rescale
                 velocity = _velocity(
                     transformer, latents, sigma, texts, guidance * factor, rescale, inside, **beside
@@ -347,7 +353,7 @@ def _velocity(
 ) -> Tensor:
     """`cond + guidance * (cond - uncond)` in float32, rescaled.
 
-    `inside` guides the attention of cond; `beside` are the references of the call.
+    `inside` guides the attention of cond; `beside` are references and modulation of the call.
     """
     timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
 

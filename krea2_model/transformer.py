@@ -33,6 +33,7 @@ from .kernels import (
     silu_gated,
 )
 from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales
+from .modulation import BlockModulation, FinalModulation, Modulation, RunModulation, fold_norms
 from .references import (
     REFERENCE_METHODS,
     TIME_ZERO,
@@ -101,19 +102,24 @@ class GatedAttention(nn.Module):
         mask: Tensor | None,
         hooks: Hooks,
         kept: slice | None = None,
+        norm: HeadNorm | None = None,
     ) -> Tensor:
-        """kept: the tokens that ask, None for all; all are asked."""
+        """Attention of tokens (B, L, D).
+
+        kept: the tokens that have a query, None for all; every token has a key.
+        norm: of queries and keys, or None to read it here.
+        """
         asking = hidden if kept is None else hidden[:, kept]
         query = self._split_heads(self.wq(asking))
         key = self._split_heads(self.wk(hidden))
         value = self._split_heads(self.wv(hidden))
-        norm = self.qknorm.multipliers(hidden.device)
+        norm = norm or self.qknorm.multipliers(hidden.device)
         out = hooks.attend(query, key, value, norm, rope, mask, kept)
         return self.wo(sigmoid_gated(out, self.gate(asking)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
         """(B, L, H * D) -> (B, H, L, D)."""
-        return hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return hidden.view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class TextFusionBlock(nn.Module):
@@ -168,25 +174,6 @@ class TextFusion(nn.Module):
         return hidden
 
 
-class BlockModulation(nn.Module):
-    """A block's table, added to the time vector that all blocks share."""
-
-    def __init__(self, dim: int, layers, **factory):
-        super().__init__()
-        self.lin = layers.ModulationTable(6 * dim, **factory)
-
-    def rows(self, vector: Tensor) -> Tensor:
-        """Scale, shift and gate of attention, then of the MLP: (B, S, 6 D) to (B, S, 6, D).
-
-        In float32.
-        """
-        return self.lin(vector).unflatten(-1, (6, -1))
-
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """The six `rows`, (B, S, D) each, in the dtype of the vector."""
-        return self.rows(vector).to(vector.dtype).unbind(-2)
-
-
 class SingleStreamBlock(nn.Module):
     """One of the transformer's blocks: modulated attention, then a modulated MLP.
 
@@ -218,16 +205,18 @@ class SingleStreamBlock(nn.Module):
         split: int | None = None,
         hooks: Hooks | None = None,
         kept: slice | None = None,
+        modulation: Modulation | None = None,
     ) -> Tensor:
         """The next hidden state, where gradients are off in the place of `hidden`.
 
         kept: the tokens whose state is wanted, before `split`; None for all.
+        modulation: the block's own of a `RunModulation`, or None to make it here.
         """
         hooks = hooks or NO_HOOKS
-        rows = self._modulation(vector).to(hidden.dtype).unbind(-2)
+        rows, norm = modulation or (self._modulation(vector).to(hidden.dtype).unbind(-2), None)
         prescale, preshift, pregate, postscale, postshift, postgate = rows
         normed = self._norm(hidden, prescale, preshift, split, hooks)
-        update = self.attn(normed, rope, mask, hooks, kept)
+        update = self.attn(normed, rope, mask, hooks, kept, norm)
         del normed  # nothing of attention is held while the MLP, the widest part, runs
         if kept is not None:
             hidden, split = hidden[:, kept], None
@@ -239,37 +228,21 @@ class SingleStreamBlock(nn.Module):
         return _residual(hidden, postgate, update, split)
 
     def _modulation(self, vector: Tensor) -> Tensor:
-        """Scale, shift and gate of both halves, (B, S, 6, D), the norms' weights in the scales.
-
-        A zero-centred norm weight w and a scale s multiply by (1 + w)(1 + s), so the scale of both
-        is s + w (1 + s).
-        """
+        """Scale, shift and gate of both halves, (B, S, 6, D), the norms' weights in the scales."""
         rows = self.mod.rows(vector)
-        scales = [rows[..., 0, :], rows[..., 3, :]]
-        multipliers = (rows[..., ::3, :] + 1).unbind(-2)
 
         def fold(*weights: Tensor) -> None:
-            torch._foreach_addcmul_(scales, weights, multipliers)
+            fold_norms(rows, torch.stack(weights))
 
         read_scales((self.prenorm.scale, self.postnorm.scale), vector.device, fold)
         return rows
 
     def _norm(self, hidden, scale, shift, split, hooks: Hooks) -> Tensor:
+        if split is None:
+            return hooks.modulated_norm(hidden, scale, shift, self.prenorm.eps)
         sides = zip(_sides(hidden, split), scale.split(1, 1), shift.split(1, 1), strict=True)
         normed = [hooks.modulated_norm(*side, self.prenorm.eps) for side in sides]
-        return normed[0] if split is None else torch.cat(normed, dim=1)
-
-
-class FinalModulation(nn.Module):
-    """Scale and shift of the output norm: the time embedding plus a table of (2, D)."""
-
-    def __init__(self, dim: int, layers, **factory):
-        super().__init__()
-        self.lin = layers.ModulationTable(2, dim, **factory)
-
-    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.lin(time).chunk(2, dim=1)
-        return scale, shift
+        return torch.cat(normed, dim=1)
 
 
 class FinalLayer(nn.Module):
@@ -369,6 +342,7 @@ class Krea2Transformer(nn.Module):
         references: Sequence[Tensor | Reference] | None = None,
         reference_method: str = TIME_ZERO,
         hooks: Hooks = NO_HOOKS,
+        modulation: RunModulation | None = None,
     ) -> Tensor:
         """Velocity at a time of the flow.
 
@@ -381,6 +355,8 @@ class Krea2Transformer(nn.Module):
         reference_method: "index_timestep_zero" modulates reference tokens as finished images
             (time 0), "index" with the step's own time.
         hooks: lets a host patch tokens, blocks and attention.
+        modulation: the blocks' weights beside their matrices, read once for many steps in which
+            they stay as they are; None reads them here.
         Returns (B, C, h, w) in the dtype of `text`.
         """
         if reference_method not in REFERENCE_METHODS:
@@ -416,7 +392,8 @@ class Krea2Transformer(nn.Module):
         kept = slice(text_tokens, text_tokens + image_tokens)
         strengths, length = [r.strength for r in beside], hidden.shape[1]
         mask = with_bias(mask, kept.stop, counts, strengths, length, hidden.device)
-        hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split)
+        own = None if modulation is None else modulation.at(vector, hidden.dtype)
+        hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split, own)
         patch = self.config.patch_size
         velocity = unpatchify(self.last(hidden, time), *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
@@ -496,16 +473,16 @@ class Krea2Transformer(nn.Module):
             )
 
 
-def _sides(hidden: Tensor, split: int | None) -> list[Tensor]:
+def _sides(hidden: Tensor, split: int) -> tuple[Tensor, ...]:
     """The tokens of each time vector."""
-    return [hidden] if split is None else list(hidden.tensor_split([split], dim=1))
+    return hidden.tensor_split([split], dim=1)
 
 
 def _residual(hidden: Tensor, gate: Tensor, update: Tensor, split: int | None) -> Tensor:
+    if split is None:
+        return gated_residual(hidden, gate, update)
     sides = zip(_sides(hidden, split), gate.split(1, 1), _sides(update, split), strict=True)
     done = [gated_residual(*side) for side in sides]
-    if split is None:
-        return done[0]
     return hidden if may_overwrite() else torch.cat(done, dim=1)
 
 

@@ -54,9 +54,17 @@ class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
     def headdim(self) -> int:
         return self.head_dim
 
-    def forward(self, x, freqs=None, mask=None, transformer_options={}, query_slice=None):  # noqa: B006
+    def forward(
+        self,
+        x,
+        freqs=None,
+        mask=None,
+        transformer_options={},  # noqa: B006
+        query_slice=None,
+        norm=None,
+    ):
         if isinstance(transformer_options, Hooks):
-            return super().forward(x, freqs, mask, transformer_options, query_slice)
+            return super().forward(x, freqs, mask, transformer_options, query_slice, norm)
         backend = transformer_options.get(BACKEND, _nobody)()
         if backend is None or is_replaced(core.Attention):
             return core.Attention.forward(
@@ -108,11 +116,11 @@ class Block(ours.SingleStreamBlock, _built_as_ours(core.SingleStreamBlock)):
         timestep_zero_index=None,
         transformer_options={},  # noqa: B006
         query_slice=None,
+        modulation=None,
     ):
         if isinstance(transformer_options, Hooks):
-            return super().forward(
-                x, vec, freqs, mask, timestep_zero_index, transformer_options, query_slice
-            )
+            conditions = (x, vec, freqs, mask, timestep_zero_index)
+            return super().forward(*conditions, transformer_options, query_slice, modulation)
         # Older versions of core have no argument for references.
         split = {} if timestep_zero_index is None else {"timestep_zero_index": timestep_zero_index}
         return core.SingleStreamBlock.forward(

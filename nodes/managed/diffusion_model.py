@@ -79,6 +79,7 @@ class Krea2DiffusionModel(contract.Transformer):
         if plan.kept is not None and references:
             hooks.references = self._recorded(plan.kept, references, text.dtype, hooks)
             references = []
+        run = kwargs.get("run_modulation")
         velocity = super().forward(
             latents,
             timesteps,
@@ -87,6 +88,7 @@ class Krea2DiffusionModel(contract.Transformer):
             references=references,
             reference_method=plan.method,
             hooks=hooks,
+            modulation=None if run is None else run.of(self, latents.device),
         )
         return velocity.reshape(x.shape)
 

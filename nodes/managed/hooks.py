@@ -153,7 +153,7 @@ class PatchHooks(Hooks):
         self.options["img_slice"] = [text.shape[1], text.shape[1] + image.shape[1]]
         return text, image, text_positions, image_positions
 
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
+    def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
         touched = [self.is_touched is not None and self.is_touched(block) for block in blocks]
         if self.text is not None:
             hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
@@ -179,11 +179,14 @@ class PatchHooks(Hooks):
             run = self._in_core_s_way(block) if touched[index] else block
             if replacement is not None:
                 hidden = self._replaced(replacement, run, hidden, *conditions)
-            elif index == last and not whole:
-                hidden = block(hidden, *conditions, self, kept)
-                kept = slice(None)
-            else:
+            elif touched[index]:
                 hidden = run(hidden, *conditions, self)
+            else:
+                own = None if modulation is None else modulation[index]
+                wanted = kept if index == last and not whole else None
+                hidden = block(hidden, *conditions, self, wanted, own)
+                if wanted is not None:
+                    kept = slice(None)
         if queue is not None:
             model_prefetch.prefetch_queue_pop(queue, device, None)
         del self.options["block_index"]

@@ -26,7 +26,7 @@ from .core_model import CoreModel, core_patcher_class, core_unet_config
 from .diffusion_model import Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
-from .once import ScheduleTimes
+from .once import ScheduleTimes, modulation_of_run
 from .patcher import patcher_class
 from .previews import latent_format
 from .references import LATENTS, SETTINGS, reference_conditions
@@ -67,6 +67,9 @@ class Krea2Model(comfy.model_base.Krea2):
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         self.diffusion_model.times = ScheduleTimes() if self._streams() else None
+        if self._may_fuse_now(kwargs):
+            kept = modulation_of_run(self.current_patcher)
+            out["run_modulation"] = comfy.conds.CONDConstant(kept)
         if "c_crossattn" not in out:
             return out
         weights = weights_of(kwargs, out["c_crossattn"].cond)

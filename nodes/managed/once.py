@@ -1,10 +1,16 @@
-"""Weights that a run reads only once: text fusion, and the time embedding of a whole schedule.
+"""Weights that a run reads only once: text fusion, time embeddings of its schedule, modulation.
 
-They are a tenth of the model. Where the weights do not fit the device together, these are the ones
-to leave outside: read once a run and not at each step, they leave their place to blocks.
+Text fusion and time embedding are a tenth of the model. Where the weights do not fit the device
+together, these are the ones to leave outside: read once a run and not at each step, they leave
+their place to blocks. Norm weights and modulation tables are small and many: ComfyUI takes longer
+to hand them out at each step than a GPU to apply them.
 """
 
+from weakref import WeakValueDictionary
+
 import torch
+
+from ...krea2_model.modulation import RunModulation
 
 _PARTS = ("txtfusion", "txtmlp", "tmlp", "tproj")
 
@@ -29,6 +35,29 @@ class ScheduleTimes:
         if None in rows:  # some samplers go to times in between
             return embed(timestep)
         return tuple(part[rows] for part in self._table)
+
+
+class ModulationOfRun:
+    """The blocks' modulation, read at the first step of a run in which weights stay as they are."""
+
+    def __init__(self):
+        self._read: tuple[torch.device, RunModulation] | None = None
+
+    @torch.compiler.disable
+    def of(self, transformer, device: torch.device) -> RunModulation:
+        if self._read is None or self._read[0] != device:
+            self._read = device, RunModulation(transformer.blocks, device)
+        return self._read[1]
+
+
+# Freed with the last conditioning of the run.
+_OF_RUNS: WeakValueDictionary[tuple, ModulationOfRun] = WeakValueDictionary()
+
+
+def modulation_of_run(patcher) -> ModulationOfRun:
+    """One for all conditionings of a run: the model's, with the patches that it has now."""
+    key = (id(patcher.model.diffusion_model), patcher.patches_uuid)
+    return _OF_RUNS.setdefault(key, ModulationOfRun())
 
 
 class LoadsThemLast:

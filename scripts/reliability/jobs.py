@@ -88,11 +88,11 @@ def armed(graph: dict, part: str, times: int = 1) -> dict:
 
 
 def make_jobs(count: int, seed: int = 0) -> list[Job]:
-    """Jobs in a random order, with the shares above, each of another seed."""
+    """Jobs in a random order, with the shares above and one at least, each of another seed."""
     dice = Random(seed)
     makers = {PICTURE: _picture, WAITING: _slow, RUNNING: _slow, REFUSED: _refused,
               FAILING: _failing}  # fmt: skip
-    kinds = [kind for kind, share in _SHARES.items() for _ in range(round(share * count))]
+    kinds = [kind for kind, share in _SHARES.items() for _ in range(max(1, round(share * count)))]
     dice.shuffle(kinds)
     return [makers[kind](kind, dice, seed * count + index) for index, kind in enumerate(kinds)]
 

@@ -100,7 +100,7 @@ def test_the_35_layers_are_held_once(clip, written, text_generate):
     assert clip.cond_stage_model.tail.patcher is tail
 
 
-def test_both_parts_are_loaded_in_one_call(clip, monkeypatch):
+def test_both_parts_are_loaded_in_one_call(clip, greedy, monkeypatch):
     """What is loaded alone may push out the other, and its patches with it."""
     calls, load = [], comfy.model_management.load_models_gpu
 
@@ -110,8 +110,8 @@ def test_both_parts_are_loaded_in_one_call(clip, monkeypatch):
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", recording)
     tokens = clip.tokenize("a fox")
-    clip.generate(tokens, max_length=1)
-    clip.generate(tokens, max_length=1000)
+    for most in (1, 1000):
+        next(clip.write(tokens, greedy, most))
     tail = clip.cond_stage_model.tail.patcher
     assert [models for models, _ in calls] == [[clip.patcher, tail]] * 2
     more = calls[1][1] - calls[0][1]

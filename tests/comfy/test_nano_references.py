@@ -48,8 +48,8 @@ def refer(run, loaded):
 
 
 def test_colours_come_from_the_reference_and_the_layout_from_the_prompt(paint, encode, refer):
-    """Every second case of the exam through the nodes; all of them are in tests/unit."""
-    cases: list[Case] = reference_exam()[::2]
+    """Some of the exam through the nodes; more of it is in tests/unit."""
+    cases: list[Case] = reference_exam()[::4]
     right = {"colour": 0, "background": 0, "shape": 0, "place": 0}
     for seed, case in enumerate(cases):
         picture = paint(refer(encode(case.prompt), case.reference), seed)
@@ -61,9 +61,9 @@ def test_colours_come_from_the_reference_and_the_layout_from_the_prompt(paint, e
 def test_strength_leads_to_the_reference(paint, encode, refer):
     """The mean distance to the reference's colours falls as the strength rises."""
     distances = []
-    for strength in (0.0, 0.1, 0.3, 1.0):
+    for strength in (0.0, 0.2, 1.0):
         found = []
-        for seed, case in enumerate(reference_exam()[:6]):
+        for seed, case in enumerate(reference_exam()[:4]):
             picture = paint(refer(encode(case.prompt), case.reference, strength=strength), seed)
             wanted = rgb(case.reference.background)
             found.append(np.linalg.norm(np.median(picture[:4], axis=(0, 1)) - wanted))
@@ -76,7 +76,7 @@ def test_two_styles_at_a_half_lie_between(paint, run, loaded):
     """Krea 2 Style Mix through references: on the way from one background to the other."""
     exam = reference_exam()
     between = []
-    for seed, (one, other) in enumerate(zip(exam[:6], exam[6:12], strict=True)):
+    for seed, (one, other) in enumerate(zip(exam[:4], exam[4:8], strict=True)):
         images = [torch.from_numpy(draw(case.reference))[None] for case in (one, other)]
 
         def background(shares, images=images, one=one, seed=seed):
@@ -90,12 +90,12 @@ def test_two_styles_at_a_half_lie_between(paint, run, loaded):
         way = second - first
         between.append(float((mixed - first) @ way / (way @ way)))
     inside = [0.1 < place < 0.9 for place in between]
-    assert sum(inside) >= 5, between
+    assert sum(inside) >= 3, between
 
 
 def test_apart_keeps_the_colours(paint, encode, refer):
     """References that see themselves alone: another picture, in the same colours mostly."""
-    cases, right, errors = reference_exam()[:8], 0, []
+    cases, right, errors = reference_exam()[:5], 0, []
     for seed, case in enumerate(cases):
         apart, beside = (
             paint(refer(encode(case.prompt), case.reference, apart=apart), seed)
@@ -103,5 +103,5 @@ def test_apart_keeps_the_colours(paint, encode, refer):
         )
         right += judge(apart, case.scene)["background"]
         errors.append(float(np.abs(apart - beside).mean() * 255))
-    assert right >= 6, right
+    assert right >= 4, right
     assert 0.01 < np.mean(errors) < 3, errors

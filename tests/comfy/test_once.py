@@ -1,5 +1,7 @@
 """Weights that a run reads once: last to the device, first from it, and read once indeed."""
 
+import sys
+
 import comfy.hooks
 import comfy.samplers
 import pytest
@@ -87,6 +89,80 @@ def test_a_schedule_is_embedded_in_one_batch_where_weights_stream(
     apart = sample(run, model, conditioning, latent)
     assert len(calls) >= 4 and set(calls) <= {1, 2}
     assert_close(together, apart, 1e-5, "time embeddings together and each alone")
+
+
+def test_modulation_is_read_once_a_run_and_block(run, pack, raw, conditioning, latent, monkeypatch):
+    """By both conditionings together, and anew where a LoRA on it came or went."""
+    leaf = pack("nodes.managed.layers").CastLeaf
+    reads, read = [], leaf._read
+    monkeypatch.setattr(
+        leaf, "_read", lambda self, *given: reads.append(self) or read(self, *given)
+    )
+    blocks = raw.model.diffusion_model.blocks
+    leaves = [part for part in blocks.modules() if isinstance(part, leaf)]
+    assert len(leaves) == 5 * len(blocks)
+
+    def sampled(model):
+        reads.clear()
+        result = sample(run, model, conditioning, latent)
+        assert [sum(part is one for one in reads) for part in leaves] == [1] * len(leaves)
+        return result
+
+    before = sampled(raw)
+    patched = raw.clone()
+    key = "diffusion_model.blocks.1.mod.lin.weight"
+    shape = raw.model.diffusion_model.blocks[1].mod.lin.weight.shape
+    patched.add_patches({key: ("diff", (torch.full(shape, 0.3),))}, 1.0)
+    changed = sampled(patched)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    assert torch.equal(sampled(raw), before)
+    # Each block by itself, as where others may change weights from step to step.
+    monkeypatch.setattr(type(raw.model), "_may_fuse_now", lambda self, conditioning: False)
+    assert_close(sample(run, patched, conditioning, latent), changed, 1e-6, "in every block")
+    assert len(reads) > 4 * len(leaves)
+
+
+def calls_a_block(model, kind: str) -> float:
+    """Calls of Python functions that a block of a class named `kind` takes in one step."""
+    inside, calls, blocks = None, 0, 0
+
+    def profile(frame, event, argument):
+        nonlocal inside, calls, blocks
+        is_forward = event == "call" and frame.f_code.co_name == "forward"
+        if is_forward and inside is None and type(frame.f_locals.get("self")).__name__ == kind:
+            inside, blocks = frame, blocks + 1
+        calls += event == "call" and inside is not None
+        if event == "return" and inside is frame:
+            inside = None
+
+    sys.setprofile(profile)
+    try:
+        model()
+    finally:
+        sys.setprofile(None)
+    return calls / blocks
+
+
+def test_a_block_takes_no_more_calls_of_python_than_core_s(run, pack, raw):
+    """What a GPU waits for where a step is short."""
+    options = {"file": "krea2_tiny_raw.safetensors", "implementation": "ComfyUI's own"}
+    core = run("K2ModelLoader", **options)[0]
+    config, kept = raw.model.diffusion_model.config, pack("nodes.managed.once").ModulationOfRun()
+    taps = torch.randn(1, 6, config.num_text_layers * config.text_hidden_dim)
+    text = torch.randn(1, 6, config.hidden_size)
+    latents, time = torch.randn(1, 16, 1, 8, 8), torch.tensor([0.5])
+    counts = {}
+    for name, patcher, context, extra in (
+        ("Block", raw, text, {"run_modulation": kept}), ("SingleStreamBlock", core, taps, {})
+    ):  # fmt: skip
+        patcher.load(CPU, full_load=True)
+
+        def step(model=patcher.model.diffusion_model, context=context, extra=extra):
+            model(latents, time, context, transformer_options={}, **extra)
+
+        step()
+        counts[name] = calls_a_block(step, name)
+    assert counts["Block"] < counts["SingleStreamBlock"], counts
 
 
 def test_times_between_those_of_the_schedule(run, streaming, conditioning, latent, monkeypatch):

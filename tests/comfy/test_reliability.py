@@ -19,8 +19,8 @@ def server(tmp_path_factory):
 
 def test_a_queue_with_cancelled_and_broken_jobs(server):
     # Memory settles later than this ends.
-    figures = checks.queue(server, 20, alone=2, most_growth=float("inf"))
-    for kind in ("16 pictures", "1 cancelled while waiting", "1 cancelled while running",
+    figures = checks.queue(server, 10, alone=2, most_growth=float("inf"))
+    for kind in ("8 pictures", "1 cancelled while waiting", "1 cancelled while running",
                  "1 refused", "1 failing"):  # fmt: skip
         assert kind in figures
 

@@ -125,7 +125,7 @@ class TwoStreams(Hooks):
     def __init__(self, negative, settings):
         self.negative, self.settings = negative, settings
 
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split):
+    def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
         own = self.negative.shape[1]
         at_text = rope[:, :, :1].expand(-1, -1, own, -1, -1, -1)
         streams = [hidden, torch.cat((self.negative, hidden[:, kept.start :]), dim=1)]
