@@ -36,19 +36,31 @@ run_pytest() {
   return "$status"
 }
 
-# Beside tests/comfy, since neither keeps two cores busy; what they print is shown afterwards.
-begin_unit_tests() {
-  "$VENV_PYTHON" -P -m pytest tests/unit "$@" >"$LOCAL/pytest-unit.log" 2>&1 &
-  unit_tests=$!
+# beside COMMAND...: runs checks in the background, since none keeps two cores busy. What they print
+# and found is shown by `join_beside`.
+beside() {
+  rm -f -- "$LOCAL/beside.results"
+  (
+    results=() closing=() failed=0
+    "$@"
+    printf '%s\n' "${results[@]}" ${closing[@]+"${closing[@]}"} >"$LOCAL/beside.results"
+    exit "$failed"
+  ) >"$LOCAL/beside.log" 2>&1 &
+  besides=$!
+  trap 'kill "$besides" 2>/dev/null || true' EXIT
 }
 
-end_unit_tests() {
-  local status=0 log=$LOCAL/pytest-unit.log
-  wait "$unit_tests" || status=$?
-  cat -- "$log"
-  if ((status == 5 && given_arguments)); then status=0; fi
-  closing+=("unit: $(tail -n 1 "$log")")
-  return "$status"
+join_beside() {
+  local status=0
+  wait "$besides" || status=$?
+  trap - EXIT
+  cat -- "$LOCAL/beside.log"
+  if ((status)); then failed=1; fi
+  if [[ -f $LOCAL/beside.results ]]; then
+    mapfile -t -O "${#results[@]}" results <"$LOCAL/beside.results"
+  else
+    results+=("FAILED  the checks beside tests/comfy ended early")
+  fi
 }
 
 # In a process of its own, where `nodes` is ComfyUI's module and not the pack's folder.
@@ -58,6 +70,17 @@ comfy_tests() {
 
 # The page itself, in a browser on a real server.
 browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "$@"; }
+
+# All that runs beside tests/comfy.
+others() {
+  check "tests/unit" run_pytest unit tests/unit "$@"
+  if find_chromium; then
+    check "tests/browser" browser_tests "$@"
+  else
+    results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
+  fi
+  check "mypy" "$VENV_PYTHON" -m mypy
+}
 
 matrix=
 if [[ ${1:-} == --matrix ]]; then
@@ -83,19 +106,11 @@ if [[ $matrix ]]; then
 else
   check "ruff check" "$VENV_PYTHON" -m ruff check --extend-exclude .local .
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
-  check "mypy" "$VENV_PYTHON" -m mypy
   cores=$(nproc 2>/dev/null || echo 2)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
-  begin_unit_tests "$@"
-  trap 'kill "$unit_tests" 2>/dev/null || true' EXIT
+  beside others "$@"
   check "tests/comfy" comfy_tests comfy "$@"
-  check "tests/unit" end_unit_tests
-  trap - EXIT
-  if find_chromium; then
-    check "tests/browser" browser_tests "$@"
-  else
-    results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
-  fi
+  join_beside
 fi
 
 printf '\n== summary\n'

@@ -8,6 +8,7 @@ import comfy.ops
 import torch
 
 from ...krea2_model.layers import ModulationTable, NormScale
+from .low_rank import WithBranches
 
 
 class _NotUntilLoaded:
@@ -63,7 +64,9 @@ def comfy_layers(operations):
     """The layer namespace for one of ComfyUI's operation sets (comfy.ops.pick_operations)."""
 
     class ComfyLayers:
-        Linear = operations.Linear
+        class Linear(WithBranches, operations.Linear):
+            pass
+
         Conv2d = operations.Conv2d
         Embedding = operations.Embedding
         LayerNorm = operations.LayerNorm

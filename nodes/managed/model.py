@@ -26,6 +26,7 @@ from .core_model import CoreModel, core_patcher_class, core_unet_config
 from .diffusion_model import Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .hooks import OVERRIDE, PatchHooks
+from .low_rank import branch_bytes
 from .once import ScheduleTimes, modulation_of_run
 from .patcher import patcher_class
 from .previews import latent_format
@@ -207,6 +208,8 @@ class Krea2Model(comfy.model_base.Krea2):
         if self.model_config.custom_operations is GGUFOperations:
             largest = config.hidden_size * max(config.intermediate_size, config.hidden_size)
             workspace += largest * BYTES_A_VALUE
+            if self.current_patcher is not None:
+                workspace += branch_bytes(self.current_patcher.patches, size)
         return elements * size * 1.15 + workspace
 
 

@@ -169,11 +169,15 @@ def dynamic_patcher(monkeypatch):
 
 @pytest.fixture
 def velocity():
-    """The transformer's answer to a fixed input, in float32: `velocity(patcher)`."""
+    """The transformer's answer to a fixed input, in float32: `velocity(patcher)`.
+
+    as_loaded: leave weights where they are, where otherwise all are loaded first.
+    """
     import comfy.model_management
 
-    def call(patcher, **load):
-        comfy.model_management.load_models_gpu([patcher], force_full_load=not load, **load)
+    def call(patcher, as_loaded=False):
+        if not as_loaded:
+            comfy.model_management.load_models_gpu([patcher], force_full_load=True)
         x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
         x = x.to(patcher.model.get_dtype_inference())
         context = random_conditioning(6, 1)[0][0].to(x.dtype)

@@ -265,7 +265,7 @@ def test_lora_on_every_quantisation(run, models, tensors, velocity, write, lora,
         size = patched.model_size()
         patched.load(torch.device("cpu"), lowvram_model_memory=size // 2)
         assert patched.model.model_lowvram
-        found = velocity(patched, minimum_memory_required=0)
+        found = velocity(patched, as_loaded=True)
     else:
         found = velocity(patched)
     limit = 1e-5 if name in GGUF else FORMATS[name][1]
@@ -276,6 +276,66 @@ def test_lora_on_every_quantisation(run, models, tensors, velocity, write, lora,
     assert likeness > (0.3 if "w4a4" in name else 0.9)
     patched.detach()
     assert torch.equal(velocity(ours), before)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "float32"])
+def test_plain_loras_on_weights_that_are_not_merged_are_branches(
+    run, pack, models, tensors, velocity, write, lora, monkeypatch, name
+):
+    """Ours and core's, two on one layer, in blocks and streamed; other kinds change the weight."""
+    patch_class = comfy.model_patcher.LowVramPatch
+    calls, call = [], patch_class.__call__
+    monkeypatch.setattr(
+        patch_class, "__call__", lambda self, w: calls.append(self) or call(self, w)
+    )
+    folder, file = models / "loras", "krea2_tiny_turbo.safetensors"
+    if name in GGUF:
+        file, _ = write(tensors, name)
+    generator = torch.Generator().manual_seed(6)
+    pairs = {
+        f"diffusion_model.blocks.0.{layer}.lora_{part}.weight": torch.randn(
+            shape, generator=generator
+        )
+        for layer in ("attn.wq", "attn.wo")
+        for part, shape in (("A", (3, 256)), ("B", (256, 3)))
+    }
+    alpha = {f"diffusion_model.blocks.0.attn.{n}.alpha": torch.tensor(2.0) for n in ("wq", "wo")}
+    save_file(pairs | alpha, folder / "branches.safetensors")
+    difference = torch.randn(256, 256, generator=generator) * 0.1
+    save_file({"diffusion_model.blocks.0.attn.wq.diff": difference}, folder / "whole.safetensors")
+    ours = run("K2ModelLoader", file=file)[0]
+    patched = run("K2LoraLoader", model=ours, lora=lora[0], strength=0.8)[0]
+    patched = run("LoraLoaderModelOnly", model=patched, lora_name="branches.safetensors",
+                  strength_model=-0.3)[0]  # fmt: skip
+    more = run("K2LoraLoader", model=patched, lora="whole.safetensors")[0]
+    memory = pack("nodes.managed.low_rank").branch_bytes
+    assert memory(patched.patches, 4) == 4 * (4 * 512 + 2 * 3 * 512)
+
+    def found(patcher):
+        comfy.model_management.unload_all_models()
+        if name not in GGUF:
+            patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+            assert patcher.model.model_lowvram
+        calls.clear()
+        result = velocity(patcher, as_loaded=name not in GGUF)
+        changed = {patch.key for patch in calls}
+        if name not in GGUF:
+            patcher.detach()
+        return result, changed
+
+    for patcher, weights in ((patched, set()), (more, {"wq"})):
+        branched, changed = found(patcher)
+        matrices = {key.split(".")[-2] for key in changed} - {"lin"}
+        assert matrices == weights
+        monkeypatch.setattr(pack("nodes.managed.low_rank"), "branches_of", lambda patch: None)
+        by_weight, changed = found(patcher)
+        monkeypatch.undo()
+        monkeypatch.setattr(
+            patch_class, "__call__", lambda self, w: calls.append(self) or call(self, w)
+        )
+        assert {"wq", "wo"} <= {key.split(".")[-2] for key in changed}
+        assert_close(branched, by_weight, 1e-5, f"branches beside {name}")
+    assert not torch.allclose(branched, velocity(ours), atol=1e-3)
 
 
 @pytest.mark.parametrize("style", ["header", "tensors"])

@@ -1,0 +1,111 @@
+"""LoRAs beside weights that ComfyUI cannot merge them into: `up (down x)` in place of a new weight.
+
+Weights that stream to the device, and blocks of GGUF files, get their patches each time they are
+used: a difference as large as the weight is made, added and dropped at every step. Of a plain LoRA
+the answer of the layer is all that is wanted, so it is added to that. Quantised layers then
+calculate with their own weights, and what a LoRA adds is not rounded to them.
+"""
+
+from typing import NamedTuple
+
+import comfy.weight_adapter
+import torch
+from comfy.model_patcher import LowVramPatch
+
+from .lora import LoraPatch
+
+
+class Branch(NamedTuple):
+    """Matrices (outputs, rank) and (rank, inputs), and what their product counts."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float
+
+    def to(self, like: torch.Tensor) -> "Branch":
+        return Branch(self.up.to(like), self.down.to(like), self.scale)
+
+
+class WithBranches:
+    """A linear layer of ComfyUI's that adds plain LoRAs to its answer, not to its weight."""
+
+    def forward(self, input, *args, **kwargs):
+        branches = self._branches(input) if self.weight_function else None
+        if branches is None:
+            return super().forward(input, *args, **kwargs)
+        functions, self.weight_function = self.weight_function, []
+        try:
+            output = super().forward(input, *args, **kwargs)
+        finally:
+            self.weight_function = functions
+        rows = output.flatten(0, -2)
+        for up, down, scale in branches:
+            inner = input.flatten(0, -2) @ down.mT
+            # Summed in the product's own precision, and rounded once.
+            rows = torch.addmm(rows, inner, up.mT, alpha=scale)
+        return rows.view_as(output)
+
+    def _branches(self, input) -> list[Branch] | None:
+        """On the input's device and in its dtype; None where a patch is anything but plain LoRAs.
+
+        Kept with the patch, which is made anew when patches change, where the weight is on the
+        device too. A weight that streams is much larger than they are.
+        """
+        if torch.is_grad_enabled() or type(input) is not torch.Tensor:
+            return None
+        result = []
+        for patch in self.weight_function:
+            kept = getattr(patch, "krea2_branches", None)
+            if kept is not None and kept[0] == (input.device, input.dtype):
+                result += kept[1]
+                continue
+            branches = branches_of(patch)
+            if branches is None:
+                return None
+            branches = [branch.to(input) for branch in branches]
+            if self.weight.device == input.device:
+                patch.krea2_branches = (input.device, input.dtype), branches
+            result += branches
+        return result
+
+
+def branches_of(patch) -> list[Branch] | None:
+    """The plain LoRAs that a patch on use is made of, or None."""
+    if type(patch) is not LowVramPatch or getattr(patch, "prepared_patches", None) is not None:
+        return None
+    branches = []
+    for strength, adapter, strength_model, offset, function in patch.patches[patch.key]:
+        if strength_model != 1.0 or offset is not None or function is not None:
+            return None
+        branch = _branch(adapter)
+        if branch is None:
+            return None
+        branches.append(branch._replace(scale=branch.scale * strength))
+    return branches
+
+
+def branch_bytes(patches: dict, size: int) -> int:
+    """What the branches of a patcher's patches take, at `size` bytes a number."""
+    branches = (_branch(entry[1]) for entries in patches.values() for entry in entries)
+    return sum(size * (b.up.numel() + b.down.numel()) for b in branches if b is not None)
+
+
+def _branch(adapter) -> Branch | None:
+    if isinstance(adapter, LoraPatch):
+        update = adapter.weights[0]
+        if update.kind != "lora" or update.magnitude is not None:
+            return None
+        up, down = update.parts["up"], update.parts["down"]
+        if update.rows is not None:
+            up = up[slice(*update.rows)]
+        return _flat(up, down, update.scale)
+    if type(adapter) is comfy.weight_adapter.LoRAAdapter:
+        up, down, alpha, *rest = adapter.weights
+        if all(extra is None for extra in rest):
+            return _flat(up, down, 1.0 if alpha is None else alpha / down.shape[0])
+    return None
+
+
+def _flat(up, down, scale) -> Branch | None:
+    up, down = up.flatten(1), down.flatten(1)
+    return Branch(up, down, float(scale)) if up.shape[1] == down.shape[0] else None
