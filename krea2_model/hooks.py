@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from .attention import attend
 from .kernels import HeadNorm, modulated_norm, norm_and_rotate
-from .modulation import Modulation
+from .modulation import StepModulation
 from .references import RecordedReferences, Recorder
 from .text_attention import TextAttention
 
@@ -63,17 +63,17 @@ class Hooks:
         rope: Tensor,
         mask: Tensor | None,
         split: int | None,
-        modulation: Sequence[Modulation] | None = None,
+        modulation: StepModulation | None = None,
     ) -> Tensor:
         """Run the blocks in order, with the block's own arguments.
 
-        modulation: each block's, or None where they make it themselves.
+        modulation: of this step, or None where the blocks make it themselves.
         Returns the `kept` tokens, the only ones that the last block has to compute.
         """
+        own = [None] * len(blocks) if modulation is None else modulation.by_block()
         for index, block in enumerate(blocks):
             wanted = kept if index == len(blocks) - 1 else None
-            own = None if modulation is None else modulation[index]
-            hidden = block(hidden, vector, rope, mask, split, self, wanted, own)
+            hidden = block(hidden, vector, rope, mask, split, self, wanted, own[index])
         return hidden
 
 
@@ -98,10 +98,10 @@ class AttentionHooks(Hooks):
 
     def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
         hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
+        own = [None] * len(blocks) if modulation is None else modulation.by_block()
         for self._block, block in enumerate(blocks):
             wanted = kept if self._block == len(blocks) - 1 else None
-            own = None if modulation is None else modulation[self._block]
-            hidden = block(hidden, vector, rope, mask, split, self, wanted, own)
+            hidden = block(hidden, vector, rope, mask, split, self, wanted, own[self._block])
         return hidden
 
 

@@ -53,6 +53,17 @@ class Modulation(NamedTuple):
     norm: HeadNorm
 
 
+class StepModulation(NamedTuple):
+    """Of one time: the rows of all blocks (N, B, S, 6, D), and their norms of queries and keys."""
+
+    rows: Tensor
+    norms: list[HeadNorm]
+
+    def by_block(self) -> list[Modulation]:
+        pairs = zip(self.rows.unbind(0), self.norms, strict=True)
+        return [Modulation(own.unbind(-2), norm) for own, norm in pairs]
+
+
 class RunModulation:
     """The blocks' tables, norm weights, and norms of queries and keys, as they are now."""
 
@@ -62,18 +73,14 @@ class RunModulation:
         norms = [norm for block in blocks for norm in (block.prenorm, block.postnorm)]
         weights = [norm.scale.read(device, torch.clone) for norm in norms]
         self._norms = torch.stack(weights).unflatten(0, (-1, 2))
-        self._heads = [block.attn.qknorm.multipliers(device) for block in blocks]
+        self._head_norms = [block.attn.qknorm.multipliers(device) for block in blocks]
 
-    def at(self, vector: Tensor, dtype: torch.dtype) -> list[Modulation]:
-        """Each block's modulation at the times of a vector (B, S, 6 D), its rows in `dtype`."""
+    def at(self, vector: Tensor, dtype: torch.dtype) -> StepModulation:
+        """Modulation at the times of a vector (B, S, 6 D), its rows in `dtype`."""
         rows = vector.float() + self._tables[:, None, None]
         rows = rows.unflatten(-1, (6, -1))
         fold_norms(rows, self._norms[:, None, None])
-        rows = rows.to(dtype)
-        return [
-            Modulation(own.unbind(-2), norm)
-            for own, norm in zip(rows.unbind(0), self._heads, strict=True)
-        ]
+        return StepModulation(rows.to(dtype), self._head_norms)
 
 
 def fold_norms(rows: Tensor, weights: Tensor) -> None:

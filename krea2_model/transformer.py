@@ -210,7 +210,7 @@ class SingleStreamBlock(nn.Module):
         """The next hidden state, where gradients are off in the place of `hidden`.
 
         kept: the tokens whose state is wanted, before `split`; None for all.
-        modulation: the block's own of a `RunModulation`, or None to make it here.
+        modulation: the block's own of a `StepModulation`, or None to make it here.
         """
         hooks = hooks or NO_HOOKS
         rows, norm = modulation or (self._modulation(vector).to(hidden.dtype).unbind(-2), None)

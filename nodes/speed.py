@@ -7,6 +7,7 @@ from .runs import check_model
 
 EVERY = {"every step": 1, "every 2nd step": 2, "every 3rd step": 3}
 EXACT, SAGE = "exact", "8 bits (SageAttention)"
+COMPILE, BOTH, GRAPH = "compile", "compile and CUDA graph", "CUDA graph"
 
 
 class K2Compile(io.ComfyNode):
@@ -20,18 +21,44 @@ class K2Compile(io.ComfyNode):
                 "Compiles the transformer's blocks with torch.compile: a wait at the first run, "
                 "faster steps from then on, for every size and prompt."
             ),
-            search_aliases=["krea", "krea2", "k2", "torch compile", "inductor", "speed", "faster"],
-            inputs=[io.Model.Input("model", tooltip="Krea 2, with its LoRAs.")],
+            search_aliases=["krea", "krea2", "k2", "torch compile", "inductor", "cuda graph",
+                            "speed", "faster"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2, with its LoRAs."),
+                io.Combo.Input(
+                    "mode",
+                    options=[COMPILE, BOTH, GRAPH],
+                    default=COMPILE,
+                    optional=True,
+                    tooltip=(
+                        "A CUDA graph starts all kernels of a step at once: for small images and "
+                        "8-bit weights on fast NVIDIA cards that hold the whole model."
+                    ),
+                ),
+            ],
             outputs=[io.Model.Output(tooltip="The transformer, compiled as it is first used.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model):
+    def execute(cls, model, mode=COMPILE):
         from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+        from .managed.graphs import CUDA_GRAPH
+
         check_model(model)
-        # A compiled block keeps the weights it was made with, which dynamic VRAM moves about.
+        if mode not in (COMPILE, BOTH, GRAPH):
+            raise ValueError(f"mode is {mode!r}; expected one of {COMPILE}, {BOTH}, {GRAPH}.")
+        # Both keep the weights they were made with, which dynamic VRAM moves about.
         compiled = model.clone(disable_dynamic=True)
+        if mode != COMPILE:
+            if compiled.load_device.type != "cuda":
+                raise ValueError(
+                    f"mode is {mode!r}, which needs a GPU with CUDA; this model runs on "
+                    f"{compiled.load_device}. Choose {COMPILE}, or leave this node out."
+                )
+            compiled.model_options["transformer_options"][CUDA_GRAPH] = True
+        if mode == GRAPH:
+            return io.NodeOutput(compiled)
         count = len(compiled.get_model_object("diffusion_model").blocks)
         set_torch_compile_wrapper(
             compiled,

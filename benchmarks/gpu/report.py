@@ -186,8 +186,10 @@ def compile_table(rows: list[Row]) -> str:
             first = number(row["first_run_s"], ".1f", " s")
             error = number(row["error"], ".1e")
             floor, speed = number(row["floor_ms"], ".1f", " ms"), ratio(row["eager_ratio"])
-            lines.append([str(row["pixels"]), first, step, floor, speed, error, mark(row)])
-    return table(["px", "first run", "a step", "floor", "faster by", "error", "passed"], lines)
+            lines.append(
+                [row["what"], str(row["pixels"]), first, step, floor, speed, error, mark(row)]
+            )
+    return table(["", "px", "first run", "a step", "floor", "faster by", "error", "passed"], lines)
 
 
 def managed_table(rows: list[Row]) -> str:

@@ -79,7 +79,8 @@ class Krea2DiffusionModel(contract.Transformer):
         if plan.kept is not None and references:
             hooks.references = self._recorded(plan.kept, references, text.dtype, hooks)
             references = []
-        run = kwargs.get("run_modulation")
+        cache = kwargs.get("run_cache")
+        hooks.graphs = None if cache is None else cache.graphs
         velocity = super().forward(
             latents,
             timesteps,
@@ -88,7 +89,7 @@ class Krea2DiffusionModel(contract.Transformer):
             references=references,
             reference_method=plan.method,
             hooks=hooks,
-            modulation=None if run is None else run.of(self, latents.device),
+            modulation=None if cache is None else cache.modulation(self, latents.device),
         )
         return velocity.reshape(x.shape)
 

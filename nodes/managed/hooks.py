@@ -15,6 +15,7 @@ from ...krea2_model.kernels import keeping_inputs, modulated_norm, norm_and_rota
 from ...krea2_model.references import RecordedReferences, Recorder, added_mask
 from ...krea2_model.text_attention import TextAttention
 from .contract import announce
+from .graphs import BlockGraphs
 from .once import ScheduleTimes
 
 try:
@@ -51,6 +52,8 @@ class PatchHooks(Hooks):
         self.padding: list[int] | None = None
         # Where time embeddings of the run's whole schedule are kept.
         self.times: ScheduleTimes | None = None
+        # Recordings of the blocks as they are without any of the following, or None.
+        self.graphs: BlockGraphs | None = None
         # What the blocks do with text beyond attending to it.
         self.text: TextAttention | None = None
         # Tells whether others changed something in a block, see `contract`; None if nobody did.
@@ -155,6 +158,25 @@ class PatchHooks(Hooks):
 
     def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
         touched = [self.is_touched is not None and self.is_touched(block) for block in blocks]
+        conditions = (kept, vector, rope, mask, split)
+        if modulation is None or mask is not None or any(touched) or not self._may_record():
+            return self._run(blocks, touched, hidden, *conditions, modulation)
+
+        def run(hidden, rows):
+            own = modulation._replace(rows=rows)
+            return self._run(blocks, touched, hidden, *conditions, own)
+
+        rows = modulation.rows
+        key = (hidden.shape, hidden.dtype, rows.shape, kept.start, kept.stop, split, id(rope))
+        return self.graphs.run(key, run, hidden, rows)
+
+    def _may_record(self) -> bool:
+        """Whether the blocks of this call depend on nothing but tokens, times and weights."""
+        others = (self.text, self.references, self.padding, self.patches, self.replacements)
+        return self.graphs is not None and OVERRIDE not in self.options and not any(others)
+
+    def _run(self, blocks, touched, hidden, kept, vector, rope, mask, split, modulation):
+        own = [None] * len(blocks) if modulation is None else modulation.by_block()
         if self.text is not None:
             hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
             self.options["img_slice"] = [self.text.front + at for at in self.options["img_slice"]]
@@ -182,9 +204,8 @@ class PatchHooks(Hooks):
             elif touched[index]:
                 hidden = run(hidden, *conditions, self)
             else:
-                own = None if modulation is None else modulation[index]
                 wanted = kept if index == last and not whole else None
-                hidden = block(hidden, *conditions, self, wanted, own)
+                hidden = block(hidden, *conditions, self, wanted, own[index])
                 if wanted is not None:
                     kept = slice(None)
         if queue is not None:

@@ -25,9 +25,10 @@ from .branches import add_branches, file_name, take_branches
 from .core_model import CoreModel, core_patcher_class, core_unet_config
 from .diffusion_model import Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
+from .graphs import CUDA_GRAPH, BlockGraphs
 from .hooks import OVERRIDE, PatchHooks
 from .low_rank import branch_bytes
-from .once import ScheduleTimes, modulation_of_run
+from .once import ScheduleTimes, run_cache
 from .patcher import patcher_class
 from .previews import latent_format
 from .references import LATENTS, SETTINGS, reference_conditions
@@ -69,8 +70,10 @@ class Krea2Model(comfy.model_base.Krea2):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         self.diffusion_model.times = ScheduleTimes() if self._streams() else None
         if self._may_fuse_now(kwargs):
-            kept = modulation_of_run(self.current_patcher)
-            out["run_modulation"] = comfy.conds.CONDConstant(kept)
+            cache = run_cache(self.current_patcher)
+            if self._records() and not self._streams():
+                cache.graphs = cache.graphs or BlockGraphs()
+            out["run_cache"] = comfy.conds.CONDConstant(cache)
         if "c_crossattn" not in out:
             return out
         weights = weights_of(kwargs, out["c_crossattn"].cond)
@@ -159,7 +162,7 @@ class Krea2Model(comfy.model_base.Krea2):
         """
         patcher = self.current_patcher
         options = patcher.model_options.get("transformer_options", {})
-        if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE)):
+        if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE, CUDA_GRAPH)):
             return False
         rows, columns = (-(-side // 2) for side in noise.shape[-2:])
         return self._streams() or noise.shape[0] * rows * columns <= SMALL_IMAGE
@@ -174,6 +177,11 @@ class Krea2Model(comfy.model_base.Krea2):
             # Dynamic VRAM takes weights up as they are used; what will fit counts.
             held = 0.9 * comfy.model_management.get_total_memory(patcher.load_device)
         return held < patcher.model_size()
+
+    def _records(self) -> bool:
+        """Whether Compile Krea 2 asks for the blocks as a CUDA graph."""
+        options = getattr(self.current_patcher, "model_options", {})
+        return CUDA_GRAPH in options.get("transformer_options", {})
 
     def _fuse_now(self, context, mask, device):
         transformer = self.diffusion_model
@@ -210,6 +218,8 @@ class Krea2Model(comfy.model_base.Krea2):
             workspace += largest * BYTES_A_VALUE
             if self.current_patcher is not None:
                 workspace += branch_bytes(self.current_patcher.patches, size)
+        if self._records():
+            elements *= 2  # a graph has a memory of its own
         return elements * size * 1.15 + workspace
 
 

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ...krea2_model.modulation import RunModulation
+from .graphs import BlockGraphs
 
 _PARTS = ("txtfusion", "txtmlp", "tmlp", "tproj")
 
@@ -37,27 +38,32 @@ class ScheduleTimes:
         return tuple(part[rows] for part in self._table)
 
 
-class ModulationOfRun:
-    """The blocks' modulation, read at the first step of a run in which weights stay as they are."""
+class RunCache:
+    """What is made once in a run in which weights stay as they are.
+
+    graphs: recordings of the blocks, or None where they are not to be recorded.
+    """
 
     def __init__(self):
         self._read: tuple[torch.device, RunModulation] | None = None
+        self.graphs: BlockGraphs | None = None
 
     @torch.compiler.disable
-    def of(self, transformer, device: torch.device) -> RunModulation:
+    def modulation(self, transformer, device: torch.device) -> RunModulation:
+        """The blocks' modulation, read at the first step."""
         if self._read is None or self._read[0] != device:
             self._read = device, RunModulation(transformer.blocks, device)
         return self._read[1]
 
 
 # Freed with the last conditioning of the run.
-_OF_RUNS: WeakValueDictionary[tuple, ModulationOfRun] = WeakValueDictionary()
+_CACHES: WeakValueDictionary[tuple, RunCache] = WeakValueDictionary()
 
 
-def modulation_of_run(patcher) -> ModulationOfRun:
+def run_cache(patcher) -> RunCache:
     """One for all conditionings of a run: the model's, with the patches that it has now."""
     key = (id(patcher.model.diffusion_model), patcher.patches_uuid)
-    return _OF_RUNS.setdefault(key, ModulationOfRun())
+    return _CACHES.setdefault(key, RunCache())
 
 
 class LoadsThemLast:

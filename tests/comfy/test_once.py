@@ -147,13 +147,13 @@ def test_a_block_takes_no_more_calls_of_python_than_core_s(run, pack, raw):
     """What a GPU waits for where a step is short."""
     options = {"file": "krea2_tiny_raw.safetensors", "implementation": "ComfyUI's own"}
     core = run("K2ModelLoader", **options)[0]
-    config, kept = raw.model.diffusion_model.config, pack("nodes.managed.once").ModulationOfRun()
+    config, kept = raw.model.diffusion_model.config, pack("nodes.managed.once").RunCache()
     taps = torch.randn(1, 6, config.num_text_layers * config.text_hidden_dim)
     text = torch.randn(1, 6, config.hidden_size)
     latents, time = torch.randn(1, 16, 1, 8, 8), torch.tensor([0.5])
     counts = {}
     for name, patcher, context, extra in (
-        ("Block", raw, text, {"run_modulation": kept}), ("SingleStreamBlock", core, taps, {})
+        ("Block", raw, text, {"run_cache": kept}), ("SingleStreamBlock", core, taps, {})
     ):  # fmt: skip
         patcher.load(CPU, full_load=True)
 

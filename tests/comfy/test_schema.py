@@ -47,7 +47,7 @@ INPUTS = {
     "K2CropForInpaint": ["image", "mask", "context", "megapixels"],
     "K2Stitch": ["stitch", "painted", "mask", "feather"],
     "K2NegativeGuidance": ["model", "negative", "strength", "blend", "start", "end", "limit"],
-    "K2Compile": ["model"],
+    "K2Compile": ["model", "mode"],
     "K2Approximate": ["model", "evaluate", "attention"],
     "K2Inspect": ["file"],
     "K2GuidanceSchedule": ["model", "start", "end", "ramp", "rescale"],
