@@ -1,0 +1,48 @@
+"""The switches of kernels that are off until a GPU has judged them."""
+
+import importlib.util
+
+import pytest
+
+from krea2_model import switches
+
+
+def test_all_are_off_and_only_for_a_while_on():
+    assert switches.on() == []
+    with switches.switched("gguf", "gate"):
+        assert switches.on() == ["gate", "gguf"] and switches.is_on("gguf")
+        with switches.switched():
+            assert switches.on() == []
+        assert not switches.is_on("cudnn")
+    assert switches.on() == []
+
+
+def test_the_variable_names_them():
+    assert switches.parse(" gguf, swiglu ") == {"gguf", "swiglu"}
+    assert switches.parse("none") == switches.parse("") == frozenset()
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'swigly'.*gguf, swiglu, gate, cudnn, quantise_once"):
+        switches.parse("gguf,swigly")
+    with pytest.raises(ValueError, match="'all'"), switches.switched("all"):
+        pass
+    assert switches.on() == []
+
+
+def test_the_environment_is_read(monkeypatch):
+    monkeypatch.setenv(switches.VARIABLE, "gate,gguf")
+    assert anew().on() == ["gate", "gguf"]
+    monkeypatch.setenv(switches.VARIABLE, "")
+    assert anew().on() == []
+    monkeypatch.setenv(switches.VARIABLE, "cuDNN")
+    with pytest.raises(ValueError, match="'cuDNN'"):
+        anew()
+
+
+def anew():
+    """The module as a fresh process imports it."""
+    spec = importlib.util.spec_from_file_location("fresh_switches", switches.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
