@@ -63,6 +63,15 @@ def read_scales(
     )
 
 
+def share_input(hidden: Tensor, *layers: nn.Module) -> Callable[[nn.Module], Tensor]:
+    """A function that gives each of these layers' output for `hidden`, which all of them read.
+
+    Here it just calls them; a host whose layers make something of their input first may do that
+    once for all.
+    """
+    return lambda layer: layer(hidden)
+
+
 class TorchLayers:
     """The default layer namespace: plain torch.nn."""
 

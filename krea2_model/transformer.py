@@ -31,7 +31,7 @@ from .kernels import (
     sigmoid_gated,
     silu_gated,
 )
-from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales
+from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales, share_input
 from .references import (
     REFERENCE_METHODS,
     TIME_ZERO,
@@ -46,6 +46,8 @@ from .references import (
 class SwiGLU(nn.Module):
     """Gated feed-forward: `down(silu(gate x) * up x)`, without biases."""
 
+    share_input = staticmethod(share_input)
+
     def __init__(self, dim: int, hidden_dim: int, layers, **factory):
         super().__init__()
         self.gate = layers.Linear(dim, hidden_dim, bias=False, **factory)
@@ -53,7 +55,10 @@ class SwiGLU(nn.Module):
         self.down = layers.Linear(hidden_dim, dim, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(silu_gated(self.gate(hidden), self.up(hidden)))
+        output = self.share_input(hidden, self.gate, self.up)
+        gated = silu_gated(output(self.gate), output(self.up))
+        del output  # and with it what a host made of the input
+        return self.down(gated)
 
 
 class QKNorm(nn.Module):
@@ -82,6 +87,8 @@ class QKNorm(nn.Module):
 class GatedAttention(nn.Module):
     """Grouped-query self-attention with q/k norm and a sigmoid gate on its output."""
 
+    share_input = staticmethod(share_input)
+
     def __init__(self, dim: int, heads: int, kv_heads: int, eps: float, layers, **factory):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
@@ -102,13 +109,15 @@ class GatedAttention(nn.Module):
         kept: slice | None = None,
     ) -> Tensor:
         """kept: the tokens that ask, None for all; all are asked."""
-        asking = hidden if kept is None else hidden[:, kept]
-        query = self._split_heads(self.wq(asking))
-        key = self._split_heads(self.wk(hidden))
-        value = self._split_heads(self.wv(hidden))
+        output = asked = self.share_input(hidden, self.wk, self.wv, self.wq, self.gate)
+        if kept is not None:
+            asked = self.share_input(hidden[:, kept], self.wq, self.gate)
+        query = self._split_heads(asked(self.wq))
+        key = self._split_heads(output(self.wk))
+        value = self._split_heads(output(self.wv))
         norm = self.qknorm.multipliers(hidden.device)
         out = hooks.attend(query, key, value, norm, rope, mask, kept)
-        return self.wo(sigmoid_gated(out, self.gate(asking)))
+        return self.wo(sigmoid_gated(out, asked(self.gate)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
         """(B, L, H * D) -> (B, H, L, D)."""
