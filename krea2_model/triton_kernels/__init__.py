@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 
 import torch
@@ -40,14 +39,14 @@ def current(tensor: Tensor) -> contextlib.AbstractContextManager:
 @functools.cache
 def _works_on(device: torch.device) -> bool:
     """Tried once a device: Triton also needs a C compiler, which not every machine has."""
-    if not torch.version.cuda or importlib.util.find_spec("triton") is None:
-        return False
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if not torch.version.cuda or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return False
     try:
         from .gates import gated
 
         gated(*torch.ones(2, 1, device=device), silu=True)
+    except ImportError:
+        return False
     except Exception as error:
         logging.warning("Triton does not work here, so plain torch runs instead: %s", error)
         return False

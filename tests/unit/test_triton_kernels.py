@@ -1,5 +1,8 @@
 """The Triton kernels beside plain torch: in Triton's interpreter, and compiled for a GPU."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,6 +190,41 @@ def test_bytes_that_torch_moves_and_one_launch_instead(launches):
     assert launches == [True, "Q4_K"]
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend that a compute capability is there, and its device has not been tried yet."""
+
+    def pretend(*capability):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        triton_kernels._works_on.cache_clear()
+        return triton_kernels._works_on(torch.device("cpu"))
+
+    yield pretend
+    triton_kernels._works_on.cache_clear()
+
+
+def test_cards_that_have_triton(card, monkeypatch, caplog):
+    assert card(8, 0) and card(9, 0) and not card(7, 5)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not triton_kernels._works_on(torch.device("cuda")), "another maker's"
+    assert not caplog.messages
+
+
+def test_where_triton_is_missing_or_broken_torch_runs(card, monkeypatch, caplog):
+    """Missing it is no fault; one that fails, as without a C compiler, is told once."""
+    from krea2_model.triton_kernels import gates
+
+    def fails(*arguments, **options):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gates, "gated", fails)
+    assert not card(9, 0) and "Failed to find C compiler" in caplog.text
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, gates.__name__, None)
+    assert not card(9, 0) and not caplog.messages
+
+
 GPUS = (80, 90)
 
 
@@ -201,9 +239,6 @@ def test_kernels_compile_for_a_gpu(name, tmp_path, monkeypatch):
 
 
 def compiled_for(name: str, capability: int) -> str:
-    import importlib
-    import sys
-
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
