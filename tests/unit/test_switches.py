@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from krea2_model import switches
+from krea2_model.check import versions
 
 
 def test_all_are_off_and_only_for_a_while_on():
@@ -38,6 +39,12 @@ def test_the_environment_is_read(monkeypatch):
     monkeypatch.setenv(switches.VARIABLE, "cuDNN")
     with pytest.raises(ValueError, match="'cuDNN'"):
         anew()
+
+
+def test_the_self_check_names_what_is_on():
+    assert not any("KREA2_KERNELS" in line for line in versions())
+    with switches.switched("swiglu", "gguf"):
+        assert "KREA2_KERNELS: gguf, swiglu" in versions()
 
 
 def anew():
