@@ -7,11 +7,11 @@ only where nobody chose: a user who narrows or reorders torch's backends keeps t
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,7 +54,7 @@ def preferred(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
     With fewer key/value heads than query heads it has to take them as they are.
     """
-    if not switches.is_on("cudnn") or mask is not None or not _is_nvidia(query):
+    if "cudnn" not in switches.active or mask is not None or not _is_nvidia(query):
         return None
     capability = torch.cuda.get_device_capability(query.device)
     backend = from_table(capability, query.dtype, key.shape[2])
@@ -68,11 +68,14 @@ def preferred(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     return backend
 
 
-def preferring(backend: SDPBackend | None) -> contextlib.AbstractContextManager:
-    """Within it torch tries this backend first; None changes nothing."""
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
+    """torch's scaled_dot_product_attention, which tries the table's backend before the others."""
+    backend = preferred(query, key, value, mask)
     if backend is None:
-        return contextlib.nullcontext()
-    return sdpa_kernel([backend, *(b for b in OTHERS if b is not backend)], set_priority=True)
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+    order = [backend, *(other for other in OTHERS if other is not backend)]
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
 def is_torchs_own_choice() -> bool:

@@ -99,7 +99,7 @@ def versions() -> list[str]:
         f"Python: {platform.python_version()}",
         f"torch: {torch.__version__}",
         *(f"{name}: {package_version(name)}" for name in packages),
-        *([f"{switches.VARIABLE}: {', '.join(switches.on())}"] if switches.on() else ()),
+        *(f"{switches.VARIABLE}: {name}" for name in sorted(switches.active)),
     ]
 
 

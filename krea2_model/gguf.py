@@ -58,7 +58,7 @@ class GGUFTensor:
 
 def dequantise(data: Tensor, name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of raw bytes in the format `name`, on their device, computed in float32."""
-    if switches.is_on("gguf") and name in FORMATS:
+    if "gguf" in switches.active and name in FORMATS:
         if not _is_traced(data):
             return _values(data, name, dtype).reshape(shape)
         if data.device.type == "cuda" or triton_kernels.INTERPRETED:

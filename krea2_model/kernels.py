@@ -70,7 +70,7 @@ def gated_residual(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
     """`values * sigmoid(gate)`, in the place of both."""
-    if _in_one_pass("gate", gate, values):
+    if "gate" in switches.active and _in_one_pass(gate, values):
         return _gated(gate, values, values, silu=False)
     if may_overwrite():
         return values.mul_(gate.sigmoid_())
@@ -79,21 +79,20 @@ def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
 
 def silu_gated(gate: Tensor, values: Tensor) -> Tensor:
     """`silu(gate) * values`, in the place of `gate`."""
-    if _in_one_pass("swiglu", gate, values):
+    if "swiglu" in switches.active and _in_one_pass(gate, values):
         return _gated(gate, values, gate, silu=True)
     if may_overwrite():
         return F.silu(gate, inplace=True).mul_(values)
     return F.silu(gate) * values
 
 
-def _in_one_pass(switch: str, gate: Tensor, values: Tensor) -> bool:
+def _in_one_pass(gate: Tensor, values: Tensor) -> bool:
     """Whether a Triton kernel takes a gated product, which has no gradients.
 
     A compiler makes one pass of the plain formula by itself.
     """
     return (
-        switches.is_on(switch)
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and gate.shape == values.shape
         and gate.dtype == values.dtype

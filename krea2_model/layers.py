@@ -63,13 +63,14 @@ def read_scales(
     )
 
 
-def share_input(hidden: Tensor, *layers: nn.Module) -> Callable[[nn.Module], Tensor]:
-    """A function that gives each of these layers' output for `hidden`, which all of them read.
+def share_input(
+    hidden: Tensor, *layers: Callable[[Tensor], Tensor]
+) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Layers that all read `hidden`, as what to call with it in their place: here themselves.
 
-    Here it just calls them; a host whose layers make something of their input first may do that
-    once for all.
+    A host whose layers make something of their input first may do that once for all.
     """
-    return lambda layer: layer(hidden)
+    return layers
 
 
 class TorchLayers:

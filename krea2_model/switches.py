@@ -39,24 +39,16 @@ def _checked(names: Iterable[str]) -> frozenset[str]:
     return names
 
 
-def is_on(name: str) -> bool:
-    return name in _on
-
-
-def on() -> list[str]:
-    """The switches that are on, by name."""
-    return sorted(_on)
-
-
 @contextmanager
 def switched(*names: str) -> Iterator[None]:
     """Within it these switches are on, and the others off, in all threads."""
-    global _on
-    before, _on = _on, _checked(names)
+    global active
+    before, active = active, _checked(names)
     try:
         yield
     finally:
-        _on = before
+        active = before
 
 
-_on = parse(os.environ[VARIABLE]) if VARIABLE in os.environ else DEFAULT
+# The switches that are on. Read in every layer of every step, so it is no function.
+active = parse(os.environ[VARIABLE]) if VARIABLE in os.environ else DEFAULT

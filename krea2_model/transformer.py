@@ -55,9 +55,9 @@ class SwiGLU(nn.Module):
         self.down = layers.Linear(hidden_dim, dim, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        output = self.share_input(hidden, self.gate, self.up)
-        gated = silu_gated(output(self.gate), output(self.up))
-        del output  # and with it what a host made of the input
+        gate, up = self.share_input(hidden, self.gate, self.up)
+        gated = silu_gated(gate(hidden), up(hidden))
+        del gate, up  # and with them what a host made of the input
         return self.down(gated)
 
 
@@ -109,15 +109,17 @@ class GatedAttention(nn.Module):
         kept: slice | None = None,
     ) -> Tensor:
         """kept: the tokens that ask, None for all; all are asked."""
-        output = asked = self.share_input(hidden, self.wk, self.wv, self.wq, self.gate)
+        asking = hidden
+        wq, wk, wv, gate = self.share_input(hidden, self.wq, self.wk, self.wv, self.gate)
         if kept is not None:
-            asked = self.share_input(hidden[:, kept], self.wq, self.gate)
-        query = self._split_heads(asked(self.wq))
-        key = self._split_heads(output(self.wk))
-        value = self._split_heads(output(self.wv))
+            asking = hidden[:, kept]
+            wq, gate = self.share_input(asking, self.wq, self.gate)
+        query = self._split_heads(wq(asking))
+        key = self._split_heads(wk(hidden))
+        value = self._split_heads(wv(hidden))
         norm = self.qknorm.multipliers(hidden.device)
         out = hooks.attend(query, key, value, norm, rope, mask, kept)
-        return self.wo(sigmoid_gated(out, asked(self.gate)))
+        return self.wo(sigmoid_gated(out, gate(asking)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
         """(B, L, H * D) -> (B, H, L, D)."""

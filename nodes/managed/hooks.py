@@ -10,6 +10,7 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 
+from ...krea2_model import switches
 from ...krea2_model.attention import attend as attend_plainly
 from ...krea2_model.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.attention_backends import preferred
@@ -101,7 +102,7 @@ class PatchHooks(Hooks):
         """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
         # Looked up at call time: command line flags and other packs choose the function.
         attend = comfy.ldm.modules.attention.optimized_attention
-        if preferred(query, key, value, mask) is not None and self._is_left_to_us(attend):
+        if "cudnn" in switches.active and self._is_left_to_table(attend, query, key, value, mask):
             return attend_plainly(query, key, value)
         if mask is not None:
             mask = _additive(mask, query.dtype)
@@ -116,14 +117,15 @@ class PatchHooks(Hooks):
             attend = comfy.ldm.modules.attention.attention_pytorch
         return attend(query, key, value, query.shape[1], **options)
 
-    def _is_left_to_us(self, attend) -> bool:
-        """Whether ComfyUI attends by plain torch, and nobody chose that, or anything else.
+    def _is_left_to_table(self, attend, query, key, value, mask) -> bool:
+        """Whether the table names a backend, ComfyUI attends by plain torch, and nobody chose that.
 
         The order in which it has torch try its backends is not a user's choice.
         """
         own = comfy.ldm.modules.attention
         return (
-            OVERRIDE not in self.options
+            preferred(query, key, value, mask) is not None
+            and OVERRIDE not in self.options
             and not comfy.model_management.args.use_pytorch_cross_attention
             and attend is own.attention_pytorch
             and attend.__module__ == own.__name__

@@ -6,40 +6,41 @@ dimensions of it, and do from there on what they do with their own. Those in int
 input is quantised inside of the product.
 """
 
+from functools import partial
+
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-from ...krea2_model import layers as ours
 from ...krea2_model import switches
 
 
 def share_input(hidden, *layers):
-    """A function that gives each layer's output for `hidden` (B, L, D), as `krea2_model` has it.
+    """What to call with `hidden` (B, L, D) in the layers' place, as `krea2_model.layers` has it.
 
     Layers that would quantise it in the same way share the result, made when the first is called.
     """
     if (
-        not switches.is_on("quantise_once")
+        "quantise_once" not in switches.active
         or torch.compiler.is_compiling()  # which joins equal operations by itself
         or torch.is_grad_enabled()
         or hidden.ndim != 3
     ):
-        return ours.share_input(hidden)
-    ways = {layer: _way(layer) for layer in layers}
-    shared = {way for way in ways.values() if list(ways.values()).count(way) > 1}
+        return layers
+    ways = [_way(layer) for layer in layers]
     made: dict = {}
+    return [
+        layer if way is None or ways.count(way) == 1 else partial(_read, layer, way, made)
+        for layer, way in zip(layers, ways, strict=True)
+    ]
 
-    def output(layer):
-        way = ways[layer]
-        if way is None or way not in shared:
-            return layer(hidden)
-        if way not in made:
-            layout, scale = way
-            scale = None if scale is None else layer.input_scale.to(hidden.device)
-            made[way] = QuantizedTensor.from_float(hidden.flatten(0, 1), layout, scale=scale)
-        return layer(made[way]).unflatten(0, hidden.shape[:2])
 
-    return output
+def _read(layer, way, made, hidden):
+    """A layer's output for an input that is quantised in its way, in `made` if one was there."""
+    if way not in made:
+        layout, scale = way
+        scale = None if scale is None else layer.input_scale.to(hidden.device)
+        made[way] = QuantizedTensor.from_float(hidden.flatten(0, 1), layout, scale=scale)
+    return layer(made[way]).unflatten(0, hidden.shape[:2])
 
 
 def _way(layer) -> tuple | None:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from krea2_model import attention, switches
 from krea2_model import attention_backends as backends
+from krea2_model import switches
 from krea2_model.attention import attend, repeat_heads
 from parity import assert_close
 
@@ -128,9 +128,9 @@ def test_the_numbers_are_the_same(backend, compiled, monkeypatch):
     monkeypatch.setattr(backends, "OTHERS", ())
     query, key, value = (torch.randn(1, heads, 70, 16) for heads in (8, 2, 2))
     expected = F.scaled_dot_product_attention(query, *repeat_heads(query, key, value))
-    monkeypatch.setattr(attention, "preferred", lambda *arguments: backend)
+    monkeypatch.setattr(backends, "preferred", lambda *arguments: backend)
     call = torch.compile(attend, backend="eager", fullgraph=True) if compiled else attend
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), switches.switched("cudnn"), torch.profiler.profile() as profile:
         result = call(query, key, value)
     assert_close(result, expected.transpose(1, 2).flatten(2), 1e-6, str(backend))
     names = {event.key for event in profile.key_averages()}
