@@ -164,7 +164,7 @@ def image_table(rows: list[Row]) -> str:
 
 
 def candidate_table(rows: list[Row]) -> str:
-    head = ["switch", "px", "off", "on", "faster by", "on", "of copy", "host off / on",
+    head = ["switch", "px", "off", "on", "faster by", "rate", "of copy", "host off / on",
             "difference", "limit", "verdict", "passed"]  # fmt: skip
     lines, bits, absent = [], [], []
     for row in rows:

@@ -51,7 +51,7 @@ def load(pack, tensors, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch, pack, velocity):
-    """`counted(model, on)`: the velocity, and how many inputs were quantised in each layout."""
+    """`counted(model, on)`: the velocity, and how many inputs were quantised for it."""
     counts: Counter = Counter()
     quantise = QuantizedTensor.from_float.__func__
 
