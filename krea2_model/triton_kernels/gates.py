@@ -1,6 +1,7 @@
 """Gated products in one pass: both factors are read once and the result is written once.
 
-In float32 and rounded once, where plain torch rounds the gate before it multiplies.
+In float32 and rounded once, where plain torch rounds the gate before it multiplies. A GPU's fast
+exponential is exact to about 1e-6 here, which shows in float32 alone.
 """
 
 from __future__ import annotations
