@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "scripts")]
+sys.path += [str(ROOT / "scripts"), str(ROOT)]
 
 import in_process  # noqa: E402
 
@@ -31,7 +31,8 @@ import comfy.ldm.modules.attention  # noqa: E402
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
 from diffusers.models.transformers import transformer_krea2 as diffusers_krea2  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from benchmarks.traffic import Counter  # noqa: E402
 
 config_module = in_process.pack_module("krea2_model.config")
 transformer = in_process.pack_module("krea2_model.transformer")
@@ -41,7 +42,6 @@ layers_module = in_process.pack_module("nodes.managed.layers")
 
 CONFIG = config_module.TransformerConfig()
 DIM, HEADS, KV, MLP = CONFIG.hidden_size, 48, 12, CONFIG.intermediate_size
-ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "zeros", "scalar_tensor")
 
 
 class Stubs:
@@ -59,64 +59,6 @@ class Stubs:
             result = self.templates[shape].clone()
         self.seconds += time.perf_counter() - started
         return result
-
-
-class Counter(TorchDispatchMode):
-    """Operators that move data, and the bytes they read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators, self.traffic = [], 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        name = function.overloadpacket.__name__
-        if name not in ALLOCATIONS and not is_view(function, arguments, result):
-            self.operators.append(name)
-            given = {k: v for k, v in (options or {}).items() if k != "out"}
-            tensors = list(flat((arguments, given)))
-            self.traffic += sum(tensor_bytes(tensor) for tensor in tensors)
-            self.traffic += sum(tensor_bytes(tensor) for tensor in flat(result))
-            if function._schema.is_mutable and not returns(function):
-                self.traffic += sum(map(tensor_bytes, mutated(function, arguments)))
-        return result
-
-
-def is_view(function, arguments, result) -> bool:
-    """Whether nothing was moved: the result lies where an argument lies, which did not change."""
-    if function._schema.is_mutable:
-        return False
-    places = {tensor.untyped_storage().data_ptr() for tensor in flat(arguments)}
-    results = list(flat(result))
-    return bool(results) and all(t.untyped_storage().data_ptr() in places for t in results)
-
-
-def returns(function) -> bool:
-    return len(function._schema.returns) > 0
-
-
-def mutated(function, arguments):
-    for argument, value in zip(function._schema.arguments, arguments, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from flat(value)
-
-
-def flat(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from flat(item)
-    elif isinstance(value, dict):
-        yield from flat(list(value.values()))
-
-
-def tensor_bytes(tensor) -> int:
-    """Bytes that are there: a broadcast dimension is read once."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count * tensor.element_size()
 
 
 def stub_linears(module, stubs, kind):

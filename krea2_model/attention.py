@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda as cuda_backend
 
+from . import attention_backends, switches
+
 # (query, key, value, mask) -> (B, L, H * D); see `attend`.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -31,7 +33,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     if not grouped:
         key, value = repeat_heads(query, key, value)
     options = {"enable_gqa": True} if grouped else {}
-    out = F.scaled_dot_product_attention(query, key, value, mask, **options)
+    by_table = "cudnn" in switches.active
+    attention = attention_backends.attention if by_table else F.scaled_dot_product_attention
+    out = attention(query, key, value, mask, **options)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from . import switches
 from .attention import takes_grouped_heads
 from .checkpoint import read_shapes
 from .identify import LORA, TEXT_ENCODER, TRANSFORMER, VAE, WHERE, CheckpointError, identify
@@ -98,6 +99,7 @@ def versions() -> list[str]:
         f"Python: {platform.python_version()}",
         f"torch: {torch.__version__}",
         *(f"{name}: {package_version(name)}" for name in packages),
+        *(f"{switches.VARIABLE}: {name}" for name in sorted(switches.active)),
     ]
 
 

@@ -1,8 +1,9 @@
 """GGUF files: tensors as they are stored, and their values.
 
-Blocks are turned into values in torch, on the device of the blocks. A block packs 32 values (256 in
-the K formats) with their scales; the layouts are those of ggml's `ggml-common.h`. Formats beyond
-`FORMATS` go through the `gguf` package of llama.cpp, on the CPU, which is slower.
+Blocks are turned into values in torch, on the device of the blocks, or there by a Triton kernel of
+the format (switch `gguf`). A block packs 32 values (256 in the K formats) with their scales; the
+layouts are those of ggml's `ggml-common.h`. Formats beyond `FORMATS` go through the `gguf` package
+of llama.cpp, on the CPU, which is slower.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import switches, triton_kernels
 from .gguf_header import MAGIC, read_gguf_header
 from .identify import CheckpointError
 
@@ -51,11 +53,26 @@ class GGUFTensor:
         return math.prod(self.shape)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dequantise(self.data, self.format, self.shape).to(dtype)
+        return dequantise(self.data, self.format, self.shape, dtype)
 
 
-def dequantise(data: Tensor, name: str, shape: Shape) -> Tensor:
-    """Values (float32) of raw bytes in the format `name`, on their device."""
+def dequantise(data: Tensor, name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of raw bytes in the format `name`, on their device, computed in float32."""
+    if "gguf" in switches.active and name in FORMATS:
+        if not _is_traced(data):
+            return _values(data, name, dtype).reshape(shape)
+        if data.device.type == "cuda" or triton_kernels.INTERPRETED:
+            return _operator(data, name, dtype).reshape(shape)
+    return _by_torch(data, name).reshape(shape).to(dtype)
+
+
+def _is_traced(data: Tensor) -> bool:
+    """Whether a compiler runs this, with tensors that may have no data."""
+    return torch.compiler.is_compiling() or type(data) not in (Tensor, torch.nn.Parameter)
+
+
+def _by_torch(data: Tensor, name: str) -> Tensor:
+    """Values (float32), in blocks or in rows."""
     form = FORMATS.get(name)
     if form is None:
         import gguf
@@ -63,9 +80,33 @@ def dequantise(data: Tensor, name: str, shape: Shape) -> Tensor:
         kind = gguf.GGMLQuantizationType[name]
         size = gguf.GGML_QUANT_SIZES[kind][1]
         values = gguf.quants.dequantize(data.cpu().reshape(-1, size).numpy(), kind)
-        return torch.from_numpy(values).to(data.device).reshape(shape)
-    blocks = data.reshape(-1, form.size)
-    return form.dequantise(blocks).reshape(shape)
+        return torch.from_numpy(values).to(data.device)
+    return form.dequantise(data.reshape(-1, form.size))
+
+
+def _values(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Values (N, values of a block) of one of `FORMATS`, by its Triton kernel where that runs.
+
+    The kernel reads scales as float16, which have to lie at even addresses.
+    """
+    is_even = data.is_contiguous() and data.data_ptr() % 2 == 0
+    if not (is_even and dtype in _PLAIN.values() and triton_kernels.takes(data)):
+        return _by_torch(data, name).to(dtype)
+    from .triton_kernels.gguf import dequantise
+
+    return dequantise(data, name, FORMATS[name].values, FORMATS[name].size, dtype)
+
+
+@torch.library.custom_op("krea2::gguf_values", mutates_args=())
+def _operator(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """`_values` as one operator, into which a compiler does not look."""
+    return _values(data, name, dtype)
+
+
+@_operator.register_fake
+def _(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    form = FORMATS[name]
+    return data.new_empty((data.numel() // form.size, form.values), dtype=dtype)
 
 
 def is_gguf(path: Path) -> bool:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import switches, triton_kernels
+
 
 class HeadNorm(NamedTuple):
     """What normalises queries and keys: multipliers (D,) in float32, and the epsilon."""
@@ -68,6 +70,8 @@ def gated_residual(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
     """`values * sigmoid(gate)`, in the place of both."""
+    if "gate" in switches.active and _in_one_pass(gate, values):
+        return _gated(gate, values, values, silu=False)
     if may_overwrite():
         return values.mul_(gate.sigmoid_())
     return values * torch.sigmoid(gate)
@@ -75,9 +79,32 @@ def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
 
 def silu_gated(gate: Tensor, values: Tensor) -> Tensor:
     """`silu(gate) * values`, in the place of `gate`."""
+    if "swiglu" in switches.active and _in_one_pass(gate, values):
+        return _gated(gate, values, gate, silu=True)
     if may_overwrite():
         return F.silu(gate, inplace=True).mul_(values)
     return F.silu(gate) * values
+
+
+def _in_one_pass(gate: Tensor, values: Tensor) -> bool:
+    """Whether a Triton kernel takes a gated product, which has no gradients.
+
+    A compiler makes one pass of the plain formula by itself.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and gate.shape == values.shape
+        and gate.dtype == values.dtype
+        and gate.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and triton_kernels.takes(gate, values)
+    )
+
+
+def _gated(gate: Tensor, values: Tensor, place: Tensor, silu: bool) -> Tensor:
+    from .triton_kernels.gates import gated
+
+    return gated(gate, values, place if may_overwrite() else None, silu=silu)
 
 
 _inputs = threading.local()

@@ -70,6 +70,16 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+def share_input(
+    hidden: Tensor, *layers: Callable[[Tensor], Tensor]
+) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Layers that all read `hidden`, as what to call with it in their place: here themselves.
+
+    A host whose layers make something of their input first may do that once for all.
+    """
+    return layers
+
+
 class TorchLayers:
     """The default layer namespace: plain torch.nn."""
 

@@ -32,7 +32,7 @@ from .kernels import (
     sigmoid_gated,
     silu_gated,
 )
-from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales
+from .layers import TorchLayers, ZeroCentredRMSNorm, read_scales, share_input
 from .modulation import BlockModulation, FinalModulation, Modulation, RunModulation, fold_norms
 from .references import (
     REFERENCE_METHODS,
@@ -48,6 +48,8 @@ from .references import (
 class SwiGLU(nn.Module):
     """Gated feed-forward: `down(silu(gate x) * up x)`, without biases."""
 
+    share_input = staticmethod(share_input)
+
     def __init__(self, dim: int, hidden_dim: int, layers, **factory):
         super().__init__()
         self.gate = layers.Linear(dim, hidden_dim, bias=False, **factory)
@@ -55,7 +57,10 @@ class SwiGLU(nn.Module):
         self.down = layers.Linear(hidden_dim, dim, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(silu_gated(self.gate(hidden), self.up(hidden)))
+        gate, up = self.share_input(hidden, self.gate, self.up)
+        gated = silu_gated(gate(hidden), up(hidden))
+        del gate, up  # and with them what a host made of the input
+        return self.down(gated)
 
 
 class QKNorm(nn.Module):
@@ -84,6 +89,8 @@ class QKNorm(nn.Module):
 class GatedAttention(nn.Module):
     """Grouped-query self-attention with q/k norm and a sigmoid gate on its output."""
 
+    share_input = staticmethod(share_input)
+
     def __init__(self, dim: int, heads: int, kv_heads: int, eps: float, layers, **factory):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
@@ -109,13 +116,17 @@ class GatedAttention(nn.Module):
         kept: the tokens that have a query, None for all; every token has a key.
         norm: of queries and keys, or None to read it here.
         """
-        asking = hidden if kept is None else hidden[:, kept]
-        query = self._split_heads(self.wq(asking))
-        key = self._split_heads(self.wk(hidden))
-        value = self._split_heads(self.wv(hidden))
+        asking = hidden
+        wq, wk, wv, gate = self.share_input(hidden, self.wq, self.wk, self.wv, self.gate)
+        if kept is not None:
+            asking = hidden[:, kept]
+            wq, gate = self.share_input(asking, self.wq, self.gate)
+        query = self._split_heads(wq(asking))
+        key = self._split_heads(wk(hidden))
+        value = self._split_heads(wv(hidden))
         norm = norm or self.qknorm.multipliers(hidden.device)
         out = hooks.attend(query, key, value, norm, rope, mask, kept)
-        return self.wo(sigmoid_gated(out, self.gate(asking)))
+        return self.wo(sigmoid_gated(out, gate(asking)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
         """(B, L, H * D) -> (B, H, L, D)."""

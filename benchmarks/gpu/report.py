@@ -163,6 +163,26 @@ def image_table(rows: list[Row]) -> str:
     return table(["", "calls a step", "ours", "floor", "core", "diffusers", "finite"], lines)
 
 
+def candidate_table(rows: list[Row]) -> str:
+    head = ["switch", "px", "off", "on", "faster by", "rate", "of copy", "host off / on",
+            "difference", "limit", "verdict", "passed"]  # fmt: skip
+    lines, bits, absent = [], [], []
+    for row in rows:
+        if "not_here" in row:
+            absent.append(f"{row['what']}: not here, {row['not_here']}")
+        elif "differs_in" in row:
+            bits.append(f"{row['what']} {'differ' if row['differs_in'] else 'are the same'}")
+        elif "on_ms" in row:
+            times = [number(row[f"{name}_ms"], ".3f", " ms") for name in ("off", "on")]
+            hosts = [number(row.get(f"{name}_host_ms"), ".1f") for name in ("off", "on")]
+            lines.append([
+                row["what"], str(row.get("pixels", "")), *times, ratio(row["off_ratio"]),
+                number(row.get("on_gb_s"), ".0f", " GB/s"), number(row.get("of_copy"), ".2f"),
+                " / ".join(filter(None, hosts)), number(row["error"], ".1e"),
+                number(row["limit"], ".1e"), row["verdict"], mark(row)])  # fmt: skip
+    return "\n\n".join(filter(None, [table(head, lines), "; ".join(bits), "; ".join(absent)]))
+
+
 def part_table(rows: list[Row]) -> str:
     head = ["", "px or tokens", "ours", "floor", "core", "diffusers", "peak ours / core",
             "estimate"]  # fmt: skip
@@ -219,6 +239,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "fp8": ("A step in fp8_scaled", step_table),
     "formats": ("A step in int8 and GGUF", step_table),
     "images": ("Whole runs of the sampler", image_table),
+    "candidates": ("Switches, off and on", candidate_table),
     "vae": ("VAE", part_table),
     "encoder": ("Text encoder", part_table),
     "compile": ("Compiled", compile_table),

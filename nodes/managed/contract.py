@@ -17,6 +17,7 @@ from torch import nn
 from ...krea2_model import kernels
 from ...krea2_model import transformer as ours
 from ...krea2_model.hooks import Hooks
+from .shared_inputs import share_input
 
 # Where transformer_options of a call of our model hold its backend, as a weak reference.
 BACKEND = "krea2_backend"
@@ -46,6 +47,8 @@ def _built_as_ours(cls: type) -> type:
 
 
 class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
+    share_input = staticmethod(share_input)
+
     @property
     def kvheads(self) -> int:
         return self.kv_heads
@@ -76,6 +79,8 @@ class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
 
 
 class SwiGLU(ours.SwiGLU, _built_as_ours(core.SwiGLU)):
+    share_input = staticmethod(share_input)
+
     def forward(self, x):
         return core.SwiGLU.forward(self, x) if is_replaced(core.SwiGLU) else super().forward(x)
 

@@ -36,8 +36,7 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata, params):
-        values = dequantise(qdata, params.format, params.orig_shape)
-        return values.to(params.orig_dtype)
+        return dequantise(qdata, params.format, params.orig_shape, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
@@ -91,8 +90,8 @@ class GGUFOperations(comfy.ops.manual_cast):
             # Only the rows that are looked up.
             rows = self.weight._qdata[tokens.to(self.weight.device).flatten()]
             shape = (*tokens.shape, params.orig_shape[1])
-            values = dequantise(rows, params.format, shape).to(tokens.device)
-            return values.to(out_dtype or params.orig_dtype)
+            dtype = out_dtype or params.orig_dtype
+            return dequantise(rows, params.format, shape, dtype).to(tokens.device)
 
 
 class KeepsBlocks:

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.ops
 import comfy.quant_ops
 import torch
 
+from ...krea2_model import switches
+from ...krea2_model.attention import attend as attend_plainly
 from ...krea2_model.attention import repeat_heads, takes_grouped_heads
+from ...krea2_model.attention_backends import preferred
 from ...krea2_model.hooks import Hooks
 from ...krea2_model.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.references import RecordedReferences, Recorder, added_mask
@@ -99,6 +103,10 @@ class PatchHooks(Hooks):
 
     def attention(self, query, key, value, mask=None):
         """Attention over heads (B, H, L, D) by the function that ComfyUI's user chose."""
+        # Looked up at call time: command line flags and other packs choose the function.
+        attend = comfy.ldm.modules.attention.optimized_attention
+        if "cudnn" in switches.active and self._is_left_to_table(attend, query, key, value, mask):
+            return attend_plainly(query, key, value)
         if mask is not None:
             mask = _additive(mask, query.dtype)
         options = {"mask": mask, "skip_reshape": True, "transformer_options": self.options}
@@ -108,11 +116,24 @@ class PatchHooks(Hooks):
                 options["enable_gqa"] = True
             else:
                 key, value = repeat_heads(query, key, value)
-        # Looked up at call time: command line flags and other packs choose the function.
-        attend = comfy.ldm.modules.attention.optimized_attention
         if mask is not None and attend.__name__ in _WITHOUT_MASKS:
             attend = comfy.ldm.modules.attention.attention_pytorch
         return attend(query, key, value, query.shape[1], **options)
+
+    def _is_left_to_table(self, attend, query, key, value, mask) -> bool:
+        """Whether the table names a backend, ComfyUI attends by plain torch, and nobody chose that.
+
+        The order in which it has torch try its backends is not a user's choice.
+        """
+        own = comfy.ldm.modules.attention
+        return (
+            preferred(query, key, value, mask) is not None
+            and OVERRIDE not in self.options
+            and not comfy.model_management.args.use_pytorch_cross_attention
+            and attend is own.attention_pytorch
+            and attend.__module__ == own.__name__
+            and comfy.ops.scaled_dot_product_attention.__module__ == comfy.ops.__name__
+        )
 
     def _attention_past_padding(self, query, key, value, mask, kept):
         """Each sequence alone and without its padding, so exact; a mask is a bias of references."""

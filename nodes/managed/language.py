@@ -54,6 +54,6 @@ def _head_of_blocks(weight, hidden: torch.Tensor) -> torch.Tensor:
     form, width = weight._params.format, weight.shape[1]
     pieces = []
     for rows in weight._qdata.reshape(weight.shape[0], -1).split(_ROWS):
-        values = dequantise(rows, form, (len(rows), width)).to(hidden.dtype)
+        values = dequantise(rows, form, (len(rows), width), hidden.dtype)
         pieces.append(torch.nn.functional.linear(hidden, values))
     return torch.cat(pieces, dim=-1)

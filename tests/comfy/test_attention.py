@@ -1,6 +1,8 @@
 """The attention seam on every attention function ComfyUI may choose."""
 
 import comfy.ldm.modules.attention as attention
+import comfy.model_management
+import comfy.ops
 import pytest
 import torch
 
@@ -32,3 +34,59 @@ def test_masks_on_every_attention_function(pack, monkeypatch, function, mask):
         query, key, value, attn_mask=masks[mask], enable_gqa=True
     )
     assert_close(ours, expected.transpose(1, 2).flatten(2), 1e-5, f"{function}, mask {mask}")
+
+
+@pytest.fixture
+def chosen(pack, monkeypatch):
+    """Pretend that the table of backends names one; how often it attended."""
+    hooks, module = pack("nodes.managed.hooks"), pack("krea2_model.attention_backends")
+    cudnn = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+    monkeypatch.setattr(hooks, "preferred", lambda *arguments: cudnn)
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+    calls, plainly = [], hooks.attend_plainly
+
+    def recorded(*heads):
+        calls.append(len(heads))
+        return plainly(*heads)
+
+    monkeypatch.setattr(hooks, "attend_plainly", recorded)
+    assert module.is_torchs_own_choice()
+
+    def attend(**options):
+        query, key = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16)
+        with pack("krea2_model.switches").switched("cudnn"):
+            out = hooks.PatchHooks(options).attention(query, key, key)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, key, enable_gqa=True
+        )
+        assert_close(out, expected.transpose(1, 2).flatten(2), 1e-5, "attention")
+        return calls
+
+    return attend
+
+
+def test_the_table_is_followed_where_comfyui_attends_by_plain_torch(chosen):
+    assert chosen() == [3]
+
+
+def test_other_functions_stay(chosen, monkeypatch):
+    for name in FUNCTIONS:
+        if name != "attention_pytorch":
+            monkeypatch.setattr(attention, "optimized_attention", getattr(attention, name))
+            assert chosen() == []
+
+
+def test_a_users_attention_stands(chosen, monkeypatch):
+    """A node's, a flag's, and a function that another pack put in the place of ComfyUI's."""
+    assert chosen(optimized_attention_override=lambda f, *args, **kw: f(*args, **kw)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_management.args, "use_pytorch_cross_attention", True)
+        assert chosen() == []
+    with monkeypatch.context() as patch:
+        replaced = torch.nn.functional.scaled_dot_product_attention
+        patch.setattr(comfy.ops, "scaled_dot_product_attention", replaced)
+        assert chosen() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "attention_pytorch", attention.attention_basic)
+        assert chosen() == []
+    assert chosen() == [3]

@@ -398,3 +398,29 @@ def test_a_saved_model_has_official_names_that_core_reads(run, models, tensors, 
         limit = 1e-5 if name.startswith("fp8") else 1e-2
         assert_close(velocity(core), expected, limit, f"{name} saved, by core")
         target.unlink()
+
+
+def test_a_compiler_leaves_blocks_to_the_kernel(pack, monkeypatch):
+    """As one operator, which it calls with the blocks themselves; same numbers."""
+    operations, module = pack("nodes.managed.gguf"), pack("krea2_model.gguf")
+    # A CPU is taken for a device of the kernels, and its numbers are torch's.
+    monkeypatch.setattr(pack("krea2_model.triton_kernels"), "INTERPRETED", True)
+    monkeypatch.setattr(pack("krea2_model.triton_kernels"), "takes", lambda *tensors: False)
+    read, values = [], module._values
+
+    def recorded(data, name, dtype):
+        read.append((type(data), name))
+        return values(data, name, dtype)
+
+    monkeypatch.setattr(module, "_values", recorded)
+    data = torch.randint(100, (4, 144), dtype=torch.uint8)
+    layer = operations.GGUFOperations.Linear(256, 4, bias=False, dtype=torch.float32)
+    stored = operations.wrap(module.GGUFTensor(data, "Q4_K", (4, 256)), torch.float32)
+    layer.weight = torch.nn.Parameter(stored, requires_grad=False)
+    hidden = torch.randn(2, 256)
+    with torch.inference_mode(False), torch.no_grad():
+        expected = layer(hidden)
+        with pack("krea2_model.switches").switched("gguf"):
+            compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+            assert torch.equal(compiled(hidden), expected)
+    assert read == [(torch.Tensor, "Q4_K")]

@@ -19,6 +19,8 @@ from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import report, rooflines, worker
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sections import SECTIONS, Section, processes
+from krea2_model.gguf import FORMATS
+from krea2_model.switches import SWITCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [section.name for section in SECTIONS]
@@ -58,6 +60,18 @@ def test_rows_have_their_numbers(tiny):
     assert all(row["floor_ms"] > 0 for row in rows["vae"] + rows["encoder"] + rows["compile"])
     assert all(row["floor_s"] > 0 for row in rows["images"])
     assert {row["form"] for row in rows["formats"]} == {"int8", "Q8_0", "Q4_K"}
+    candidates = rows["candidates"]
+    assert {row["switch"] for row in candidates} == SWITCHES.keys()
+    steps = [row for row in candidates if "a step" in row["what"]]
+    assert {row["switch"] for row in steps} == SWITCHES.keys() - {"cudnn"}
+    assert all(len(row["off_ratio"]) == 3 and row["on_host_ms"] > 0 for row in steps)
+    assert all(row["error"] == 0 for row in steps if row["switch"] in ("gguf", "quantise_once"))
+    alone = [row for row in candidates if "moved_gb" in row]
+    assert len(alone) == 4 and all(row["of_copy"] > 0 for row in alone)
+    assert [row["not_here"] for row in candidates if "not_here" in row] == [
+        "there is no NVIDIA card"
+    ]
+    assert sum("differs_in" in row for row in candidates) == len(FORMATS)
     measured = {row["what"] for row in rows["machine"]}
     assert measured >= {"card", "software", "backends", "copy", "products", "attention"}
     assert sum("errors" in row for row in rows["correct"]) >= 12

@@ -1,0 +1,114 @@
+"""Which of torch's attention kernels runs on a GPU, by a table of what is fastest there.
+
+Torch takes the first of its backends that can do a call, flash attention before all others, on
+every card. The table (switch `cudnn`) names a better one for some cards and lengths. It is followed
+only where nobody chose: a user who narrows or reorders torch's backends keeps that choice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import switches
+
+Capability = tuple[int, int]
+
+
+class Lengths(NamedTuple):
+    """From so many keys on, until the next entry, this backend is the fastest."""
+
+    least: int
+    backend: SDPBackend
+
+
+# By compute capability and dtype, lengths rising. An estimate until scripts/gpu_check.sh has
+# measured: cuDNN's kernel is made for Hopper, torch's flash attention (FA2) for the card before it.
+TABLE: dict[tuple[Capability, torch.dtype], tuple[Lengths, ...]] = {
+    ((9, 0), torch.bfloat16): (Lengths(2048, SDPBackend.CUDNN_ATTENTION),),
+    ((9, 0), torch.float16): (Lengths(2048, SDPBackend.CUDNN_ATTENTION),),
+}
+
+# What torch tries in turn where the chosen backend cannot do a call.
+OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+_SETS_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
+
+
+def from_table(capability: Capability, dtype: torch.dtype, length: int) -> SDPBackend | None:
+    """The backend for so many keys, or None where torch's own choice stands."""
+    backend = None
+    for entry in TABLE.get((capability, dtype), ()):
+        if length >= entry.least:
+            backend = entry.backend
+    return backend
+
+
+def preferred(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> SDPBackend | None:
+    """The backend that the table names for heads (B, H, L, D), if it is to be followed and can.
+
+    With fewer key/value heads than query heads it has to take them as they are.
+    """
+    if "cudnn" not in switches.active or mask is not None or not _is_nvidia(query):
+        return None
+    capability = torch.cuda.get_device_capability(query.device)
+    backend = from_table(capability, query.dtype, key.shape[2])
+    if backend is None or not _SETS_PRIORITY:
+        return None
+    # A compiler cannot ask torch; where the backend cannot do the call the next one does.
+    if not torch.compiler.is_compiling() and not (
+        is_torchs_own_choice() and _takes(backend, query, key, value)
+    ):
+        return None
+    return backend
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
+    """torch's scaled_dot_product_attention, which tries the table's backend before the others."""
+    backend = preferred(query, key, value, mask)
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+    order = [backend, *(other for other in OTHERS if other is not backend)]
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+
+
+def is_torchs_own_choice() -> bool:
+    """Whether nobody turned one of torch's backends off, or put them in another order."""
+    return _settings() == _DEFAULTS
+
+
+def _settings() -> tuple:
+    cuda = torch.backends.cuda
+    flags = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
+             cuda.cudnn_sdp_enabled())  # fmt: skip
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
+    # Backends of other makers stand last in it.
+    return *flags, *order[:4]
+
+
+# Read before any user has a say, but a host may have been earlier: the flags are all on at first.
+_DEFAULTS = (True,) * 4 + _settings()[4:]
+
+
+def _is_nvidia(query: Tensor) -> bool:
+    return query.device.type == "cuda" and torch.version.cuda is not None
+
+
+def _takes(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a backend does this call with its heads as they are, by torch's own check."""
+    cuda = torch.backends.cuda
+    grouped = query.shape[1] != key.shape[1]
+    params = cuda.SDPAParams(query, key, value, None, 0.0, False, grouped)
+    if backend is SDPBackend.CUDNN_ATTENTION:
+        return cuda.can_use_cudnn_attention(params)
+    if backend is SDPBackend.FLASH_ATTENTION:
+        return cuda.can_use_flash_attention(params)
+    if backend is SDPBackend.EFFICIENT_ATTENTION:
+        return cuda.can_use_efficient_attention(params)
+    return backend is SDPBackend.MATH
