@@ -21,6 +21,8 @@ def interpreted(package: ModuleType) -> Iterator[None]:
     Triton reads its variable where a kernel is declared. So the modules of kernels are imported
     anew, and the variable is back before anything else, torch's compiler say, may read it.
     """
+    # Whole and first: functions of Triton's own are declared as they are imported too.
+    importlib.import_module("triton.experimental.gluon")
     names = [f"{package.__name__}.{name}" for name in ("gates", "gguf")]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     before = os.environ.get(VARIABLE)

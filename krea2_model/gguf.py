@@ -97,7 +97,8 @@ def _values(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return dequantise(data, name, FORMATS[name].values, FORMATS[name].size, dtype)
 
 
-@torch.library.custom_op("krea2::gguf_values", mutates_args=())
+# By the module's name: another copy of this package has an operator of its own.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::values", mutates_args=())
 def _operator(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """`_values` as one operator, into which a compiler does not look."""
     return _values(data, name, dtype)

@@ -12,6 +12,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...krea2_model import switches
+from .low_rank import WithBranches
 
 
 def share_input(hidden, *layers):
@@ -58,8 +59,9 @@ def _way(layer) -> tuple | None:
 
 def _is_comfyuis(layer) -> bool:
     forward = type(layer).forward
+    own = super(WithBranches, layer).forward if forward is WithBranches.forward else forward
     return (
-        forward.__module__ == "comfy.ops"
+        own.__module__ == "comfy.ops"
         and getattr(layer.forward, "__func__", None) is forward
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
