@@ -1,0 +1,248 @@
+"""Parts of a pipeline on a device: all of them always, in turn, or block by block.
+
+A part lies in main memory (mapped from its file, where nobody changed it) and is on the device only
+within `Offload.use`. Whatever ends that, an error or a cancelled run too, it leaves nothing there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .activations import activations
+from .block_stream import BlockStream, pack_bytes
+from .config import RAW
+from .device_weights import Copies, Weight, bytes_of, weights_of
+from .machine_memory import GB, free_device_bytes, free_host_bytes, give_back
+from .memory_plan import (
+    BLOCKS,
+    ENCODER,
+    NONE,
+    PARTS,
+    TRANSFORMER,
+    VAE,
+    PartSize,
+    Plan,
+    check_offload,
+    plan_for,
+)
+from .text_encoder import Qwen3VLTextEncoder
+from .transformer import Krea2Transformer
+from .vae import QwenImageVAE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Part:
+    """A part that takes its turn on the device.
+
+    name: what messages call it.
+    blocks: modules of it that may stream, in the order in which they run.
+    brief: modules of it that are needed for one call a run; where blocks stream, they are on the
+        device for that call only.
+    forget: lets go of what the module made on the device for later calls.
+    """
+
+    name: str
+    module: nn.Module
+    blocks: Sequence[nn.Module] = ()
+    brief: Sequence[nn.Module] = ()
+    forget: Callable[[], None] = lambda: None
+    depth: int = field(default=0, init=False)
+
+    def weights(self, streams: bool) -> list[Weight]:
+        """Those that come with the part: all, or where it streams those of neither kind."""
+        apart = {w.key for w in weights_of([*self.blocks, *self.brief])} if streams else set()
+        return [weight for weight in weights_of([self.module]) if weight.key not in apart]
+
+    def size(self, activations: int) -> PartSize:
+        return PartSize(
+            self.name,
+            bytes_of([self.module]),
+            activations,
+            tuple(map(pack_bytes, self.blocks)),
+            bytes_of(self.brief),
+            _kind_of(self.module),
+        )
+
+
+# Bytes of activations of each part, by its name.
+Activations = Callable[[], dict[str, int]]
+
+
+class Offload:
+    """Where the parts of a pipeline are.
+
+    mode, max_memory: as `check_offload` takes them; max_memory in GB, None for all that is free.
+    default: activations of a run that nobody announced with `prepare`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        mode: str,
+        max_memory: float | None,
+        parts: Sequence[Part],
+        default: Activations,
+    ):
+        self.device = device
+        self._mode, self._max_memory, self._default = mode, max_memory, default
+        self._parts = {part.name: part for part in parts}
+        self._copies = {part.name: Copies(device) for part in parts}
+        self._streams: dict[str, BlockStream] = {}
+        self._brief: list[tuple[Any, Copies]] = []
+        self._least, self._said = NONE, ""
+        self.plan: Plan | None = None
+
+    @property
+    def in_use(self) -> bool:
+        return any(part.depth for part in self._parts.values())
+
+    def prepare(self, activations: dict[str, int]) -> None:
+        """Plan a run with so many bytes of activations a part, and say in the log how."""
+        if self._mode == NONE or self.in_use:  # in use: a run within a run
+            return
+        budget = self._budget()
+        sizes = [part.size(activations[part.name]) for part in self._parts.values()]
+        plan = plan_for(self._mode, sizes, budget, self._least)
+        if self.plan is not None and self.plan.mode == NONE != plan.mode:
+            self.take_away()
+        self.plan = plan
+        free = "" if budget is None else f", {budget / GB:.1f} GB free"
+        said = f"device {self.device}{free}: {plan.text}"
+        if plan.text != self._said:
+            logger.info("%s", said)
+        if plan.lacking:
+            logger.warning(
+                "This run needs about %.1f GB of device memory more than there is; choose a "
+                "smaller size or quantised files.",
+                plan.lacking / GB,
+            )
+        self._said = plan.text
+
+    @contextmanager
+    def use(self, name: str, *beside: nn.Module) -> Iterator[None]:
+        """Have a part, and modules that go with it, on the device.
+
+        Those that are in use already are taken as they are.
+        """
+        if self._mode == NONE:
+            yield
+            return
+        if self.plan is None:
+            self.prepare(self._default())
+        part = self._parts[name]
+        part.depth += 1
+        try:
+            if part.depth == 1:
+                self._bring(part)
+            if self._moves:
+                self._copies[name].make(weights_of(beside))
+            yield
+        except torch.OutOfMemoryError:
+            self._least = PARTS if self.plan is None or self.plan.mode == NONE else BLOCKS
+            raise
+        finally:
+            part.depth -= 1
+            if not part.depth:
+                self._leave(part)
+
+    def take_away(self) -> None:
+        """Let nothing be left on the device."""
+        for part in self._parts.values():
+            self._remove(part)
+        give_back(self.device)
+
+    def _budget(self) -> int | None:
+        free = free_device_bytes(self.device)
+        if free is not None:
+            own = (copies.bytes for copies in self._copies.values())
+            free += sum(own)
+        limit = None if self._max_memory is None else round(self._max_memory * GB)
+        return min((bytes for bytes in (free, limit) if bytes is not None), default=None)
+
+    @property
+    def _moves(self) -> bool:
+        """Whether the plan has weights copied: not where all stay in main memory."""
+        return self.plan is not None and not (self.plan.mode == NONE and self.device.type == "cpu")
+
+    def _bring(self, part: Part) -> None:
+        if not self._moves:
+            return
+        assert self.plan is not None
+        streams = part.name in self.plan.resident
+        self._copies[part.name].make(part.weights(streams))
+        if not streams:
+            return
+        for module in part.brief:
+            copies = Copies(self.device)
+            handles = (
+                module.register_forward_pre_hook(
+                    lambda module, arguments, copies=copies: copies.make(weights_of([module]))
+                ),
+                module.register_forward_hook(
+                    lambda module, arguments, result, copies=copies: copies.remove()
+                ),
+            )
+            self._brief.append((handles, copies))
+        stream = self._streams.get(part.name)
+        if stream is None:
+            # Half of what is free stays with the system, for the files of other parts.
+            stream = BlockStream(part.blocks, self.device, host_bytes=free_host_bytes() // 2)
+            self._streams[part.name] = stream
+        stream.resident = self.plan.resident[part.name]
+        stream.open()
+
+    def _leave(self, part: Part) -> None:
+        if self.plan is not None and self.plan.mode == NONE and self._least == NONE:
+            return
+        self._remove(part)
+        give_back(self.device)
+
+    def _remove(self, part: Part) -> None:
+        if part.name in self._streams:
+            self._streams[part.name].close()
+        if part.brief:
+            for handles, copies in self._brief:
+                for handle in handles:
+                    handle.remove()
+                copies.remove()
+            self._brief.clear()
+        self._copies[part.name].remove()
+        part.forget()
+
+
+def offload_parts(
+    transformer: Krea2Transformer,
+    text_encoder: Qwen3VLTextEncoder,
+    vae: QwenImageVAE,
+    device: str | torch.device,
+    offload: str | None,
+    max_memory: float | None,
+) -> Offload:
+    """The parts of a pipeline under an `Offload`, see `check_offload`."""
+    found, mode = check_offload(device, offload, max_memory)
+    size = (transformer.preset or RAW).size
+
+    def default() -> dict[str, int]:
+        return activations(transformer, text_encoder, vae, batch=1, image=(size // 16) ** 2)
+
+    brief = (transformer.txtfusion, transformer.txtmlp)
+    parts = (
+        Part(ENCODER, text_encoder, tuple(text_encoder.layers)),
+        Part(TRANSFORMER, transformer, tuple(transformer.blocks), brief, transformer.forget_tables),
+        Part(VAE, vae),
+    )
+    return Offload(found, mode, max_memory, parts, default)
+
+
+def _kind_of(module: nn.Module) -> str:
+    """How most weights are stored where that is not plain, such as fp8."""
+    return ""
