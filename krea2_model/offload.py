@@ -32,6 +32,7 @@ from .memory_plan import (
     check_offload,
     plan_for,
 )
+from .quantised_layers import kind_of
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer
 from .vae import QwenImageVAE
@@ -69,7 +70,7 @@ class Part:
             activations,
             tuple(map(pack_bytes, self.blocks)),
             bytes_of(self.brief),
-            _kind_of(self.module),
+            kind_of(self.module),
         )
 
 
@@ -104,6 +105,19 @@ class Offload:
     @property
     def in_use(self) -> bool:
         return any(part.depth for part in self._parts.values())
+
+    def before_change(self, what: str) -> None:
+        """Have the weights in main memory, for somebody who changes them.
+
+        Raises ValueError during a run, whose copies of the weights would stay as they are.
+        """
+        if self.in_use:
+            raise ValueError(
+                f"{what} was called during a run, while copies of the weights are in use; call it "
+                "between runs, or choose offload 'none'."
+            )
+        if self._mode != NONE:
+            self.take_away()
 
     def prepare(self, activations: dict[str, int]) -> None:
         """Plan a run with so many bytes of activations a part, and say in the log how."""
@@ -241,8 +255,3 @@ def offload_parts(
         Part(VAE, vae),
     )
     return Offload(found, mode, max_memory, parts, default)
-
-
-def _kind_of(module: nn.Module) -> str:
-    """How most weights are stored where that is not plain, such as fp8."""
-    return ""

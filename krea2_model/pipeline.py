@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from .lora_updates import LoraStack
 from .memory_plan import ENCODER, NONE, TRANSFORMER, VAE, check_offload
 from .offload import offload_parts
 from .pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output
-from .prompt_images import MAX_SIDE, PromptImage, grid_of, kept_images, on_white
-from .prompt_taps import PromptTaps, encode_prompts, given_taps
+from .prompt_images import MAX_SIDE, PromptImage, grid_of, kept_images
+from .prompt_taps import PromptTaps, encode_prompts, fitted_image, given_taps
 from .references import TIME_ZERO, Reference
 from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
@@ -36,7 +35,6 @@ from .text_attention import NegativeGuidance
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer
 from .vae import QwenImageVAE
-from .vision import fit_image
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +89,16 @@ class Krea2Pipeline:
         dtype: torch.dtype | None = None,
         offload: str | None = None,
         max_memory: float | None = None,
+        keep_quantised: bool = True,
     ) -> Krea2Pipeline:
         """Load a diffusers folder (model_index.json, transformer/, text_encoder/, vae/, ...).
 
         Options are those of `from_files`.
         """
         return cls.from_files(
-            path, path, path, device=device, dtype=dtype, offload=offload, max_memory=max_memory
-        )
+            path, path, path, device=device, dtype=dtype, offload=offload, max_memory=max_memory,
+            keep_quantised=keep_quantised,
+        )  # fmt: skip
 
     @classmethod
     def from_files(
@@ -112,6 +112,7 @@ class Krea2Pipeline:
         dtype: torch.dtype | None = None,
         offload: str | None = None,
         max_memory: float | None = None,
+        keep_quantised: bool = True,
     ) -> Krea2Pipeline:
         """Load each part from a file or folder; an all-in-one file may be named three times.
 
@@ -120,12 +121,16 @@ class Krea2Pipeline:
             streams what does not fit, "auto" chooses by free memory before each run and says so in
             the log. None is "auto" where device is or max_memory is given, else "none".
         max_memory: of the device, in GB (10^9 bytes); None for all that is free.
+        keep_quantised: hold quantised files as they are, each layer made plain while it calculates;
+            False makes them plain at once, which is faster and takes two to four times the memory.
         """
         found, offload = check_offload(device, offload, max_memory)
         options: dict[str, Any] = {"device": found if offload == NONE else "cpu", "dtype": dtype}
         return cls(
-            load_transformer(transformer, **options),
-            load_text_encoder(text_encoder, tokenizer=tokenizer, **options),
+            load_transformer(transformer, **options, keep_quantised=keep_quantised),
+            load_text_encoder(
+                text_encoder, tokenizer=tokenizer, **options, keep_quantised=keep_quantised
+            ),
             load_vae(vae, **options),
             device=found,
             offload=offload,
@@ -158,10 +163,8 @@ class Krea2Pipeline:
         weight infinite; the weights are then as they were.
         """
         path = Path(path)
-        shapes, text_shapes = (
-            {name: tuple(weight.shape) for name, weight in stack.weights.items()}
-            for stack in self._loras
-        )
+        self._offload.before_change("load_lora")
+        shapes, text_shapes = (stack.shapes for stack in self._loras)
         tensors, metadata = read_lora_file(path)
         updates, text_updates, report = read_lora(tensors, shapes, path.name, text_shapes, metadata)
         self._loras[0].add(updates, scale)
@@ -176,6 +179,7 @@ class Krea2Pipeline:
 
     def unload_lora(self) -> None:
         """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""
+        self._offload.before_change("unload_lora")
         for stack in self._loras:
             stack.clear()
 
@@ -286,7 +290,7 @@ class Krea2Pipeline:
         batch = count * num_images
 
         # Before anything is computed, since a picture may be none.
-        seen = [_fitted(image, max_image_side) for image in images or ()]
+        seen = [fitted_image(image, max_image_side) for image in images or ()]
         if seen and prompts is None:
             raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         looked_at = [_reference(each, max_reference_megapixels) for each in references or ()]
@@ -439,13 +443,6 @@ def _reference(given: Reference | Picture, megapixels: float) -> Reference | Ten
     if isinstance(given, Reference):
         return given
     return as_reference(pixels_of(given, "an entry of references"), megapixels)
-
-
-def _fitted(image: PromptImage | Picture, max_side: int) -> PromptImage:
-    """An image of a prompt at the size the vision tower sees it."""
-    if not isinstance(image, PromptImage):
-        image = PromptImage(pixels_of(image, "an entry of images"))
-    return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
 
 
 def _device(module: nn.Module) -> torch.device:

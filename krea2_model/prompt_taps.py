@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights
+from .pictures import Picture, pixels_of
+from .prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights, on_white
 from .prompt_weights import parse_weights, plain_prompt, token_weights
 from .taps import weigh_taps
 from .text_attention import TextStates
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer
+from .vision import fit_image
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,10 @@ def encode_prompts(
         front = image_weights(tokenizer.front(before), [grid_of(i.pixels) for i in images], images)
         weights = token_weights(marked, tokenizer, max_sequence_length, before, front)
     return PromptTaps(taps, mask, weights)
+
+
+def fitted_image(image: PromptImage | Picture, max_side: int) -> PromptImage:
+    """An image of a prompt at the size the vision tower sees it."""
+    if not isinstance(image, PromptImage):
+        image = PromptImage(pixels_of(image, "an entry of images"))
+    return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
