@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import activations
+from .activations import WRITING_BYTES, activations
 from .block_stream import BlockStream, pack_bytes
 from .config import RAW
 from .device_weights import Copies, Weight, bytes_of, weights_of
@@ -250,8 +250,24 @@ def offload_parts(
 
     brief = (transformer.txtfusion, transformer.txtmlp)
     parts = (
-        Part(ENCODER, text_encoder, tuple(text_encoder.layers)),
+        _encoder_part(text_encoder),
         Part(TRANSFORMER, transformer, tuple(transformer.blocks), brief, transformer.forget_tables),
         Part(VAE, vae),
     )
     return Offload(found, mode, max_memory, parts, default)
+
+
+def offload_encoder(
+    text_encoder: Qwen3VLTextEncoder,
+    device: str | torch.device,
+    offload: str | None,
+    max_memory: float | None,
+) -> Offload:
+    """A text encoder alone, that writes, under an `Offload`."""
+    found, mode = check_offload(device, offload, max_memory)
+    parts = (_encoder_part(text_encoder),)
+    return Offload(found, mode, max_memory, parts, lambda: {ENCODER: WRITING_BYTES})
+
+
+def _encoder_part(text_encoder: Qwen3VLTextEncoder) -> Part:
+    return Part(ENCODER, text_encoder, tuple(text_encoder.layers))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantised import SETTINGS, dequantise, quantised_weights
-from .quantised_weight import QuantisedWeight
+from .quantised_weight import VALUES_AT_A_TIME, QuantisedWeight
 from .storage import Entry
 
 if TYPE_CHECKING:  # it imports this file
@@ -78,6 +78,11 @@ class QuantisedLinear(nn.Module):
     @property
     def is_changed(self) -> bool:
         return bool(self._changes)
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether all LoRAs of the layer are one low-rank branch beside it."""
+        return "lora_down" in self._buffers
 
     @property
     def stored(self) -> QuantisedWeight:
@@ -235,6 +240,19 @@ def stored_entries(module: nn.Module) -> list[Entry]:
             make = functools.partial(getattr, layer, "weight")
             entries.append(Entry(name, layer.dtype, layer.shape, make))
     return entries
+
+
+def temporary_bytes(module: nn.Module) -> int:
+    """The most that a quantised layer of a module takes while its weight is plain."""
+    most = 0
+    for layer in module.modules():
+        if isinstance(layer, QuantisedLinear):
+            count = layer.in_features * layer.out_features
+            # In float32, and once more, while a run of rows is made; LoRAs that are no branch are
+            # applied to all of them at once.
+            values = count if layer.is_changed and not layer.has_branch else VALUES_AT_A_TIME
+            most = max(most, count * layer.dtype.itemsize + 12 * min(count, values))
+    return most
 
 
 def kind_of(module: nn.Module) -> str:

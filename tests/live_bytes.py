@@ -5,7 +5,14 @@ import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -22,12 +29,11 @@ class LiveBytes(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        for tensor in tree_leaves((arguments, options or {})):
-            if isinstance(tensor, torch.Tensor):
-                self._known.add(tensor.untyped_storage())  # made by others
+        for tensor in _tensors((*arguments, *(options or {}).values())):
+            self._known.add(tensor.untyped_storage())  # made by others
         result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device:
+        for tensor in _tensors((result,)):
+            if tensor.device.type == self._device:
                 self._count(tensor.untyped_storage())
         return result
 

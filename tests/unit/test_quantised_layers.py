@@ -79,10 +79,9 @@ def velocity(model):
 
 
 @pytest.mark.parametrize("file", FORMS, indirect=True)
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_numbers_are_those_of_plain_weights_to_the_bit(file, dtype):
-    plain = load_transformer(file, dtype=dtype)
-    quantised = load_transformer(file, dtype=dtype, keep_quantised=True)
+def test_numbers_are_those_of_plain_weights_to_the_bit(file):
+    plain = load_transformer(file)
+    quantised = load_transformer(file, keep_quantised=True)
     layers = layers_of(quantised)
     assert layers.keys() >= {f"blocks.1.{n}" for n in ("attn.wq", "attn.gate", "mlp.down")}
     for name, layer in layers.items():
@@ -107,7 +106,7 @@ def test_a_matrix_is_the_same_in_one_run_of_rows_or_many(monkeypatch):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("file", ["fp8", "int8", "Q8_0"], indirect=True)
+@pytest.mark.parametrize("file", ["fp8", "Q8_0"], indirect=True)
 def test_loading_never_holds_the_plain_weights(file):
     checkpoint = open_checkpoint(file, "transformer")
     with LiveBytes() as counted:
@@ -126,7 +125,7 @@ def test_loading_never_holds_the_plain_weights(file):
     assert counted.peak < 8 * largest < 0.8 * plain
 
 
-@pytest.mark.parametrize("file", ["fp8", "int8 convrot", "Q8_0"], indirect=True)
+@pytest.mark.parametrize("file", ["fp8", "Q8_0"], indirect=True)
 def test_moving_and_casting_leave_what_is_stored(file):
     model = load_transformer(file, keep_quantised=True)
     name, layer = next(iter(layers_of(model).items()))
@@ -154,14 +153,12 @@ def test_saved_files_hold_the_same_numbers(file, tmp_path):
     assert bool(layers_of(again)) == (file.suffix != ".gguf")
 
 
-@pytest.mark.parametrize("file", ["fp8", "Q8_0"], indirect=True)
+@pytest.mark.parametrize("file", ["Q8_0"], indirect=True)
 def test_converted_files_are_plain(file, tmp_path):
     target = tmp_path / "plain.safetensors"
-    if file.suffix == ".gguf":
-        convert(file, target)
-        assert {t.dtype for t in load_file(target).values()} <= {torch.bfloat16, torch.float32}
-        model = load_transformer(target, keep_quantised=True)
-        assert not layers_of(model)
+    convert(file, target)
+    assert {t.dtype for t in load_file(target).values()} <= {torch.bfloat16, torch.float32}
+    assert not layers_of(load_transformer(target, keep_quantised=True))
 
 
 def test_quantised_text_encoders(tmp_path):
@@ -202,8 +199,11 @@ def updates_for(model, kind, name):
     return read_lora(tensors, shapes, name)[0]
 
 
-@pytest.mark.parametrize("file", ["fp8", "Q4_K"], indirect=True)
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "diff"])
+@pytest.mark.parametrize(
+    "file, kind",
+    [("fp8", "lora"), ("Q4_K", "lora"), ("fp8", "dora"), ("Q4_K", "lokr"), ("fp8", "diff")],
+    indirect=["file"],
+)
 def test_loras_are_added_at_use_and_taken_out_exactly(file, kind):
     plain = load_transformer(file, dtype=torch.float32)
     model = load_transformer(file, dtype=torch.float32, keep_quantised=True)

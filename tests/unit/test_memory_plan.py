@@ -1,0 +1,208 @@
+"""Plans for the memory of a device, by counting: released sizes on tensors without content."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+
+from krea2_model import (
+    Krea2Transformer,
+    Qwen3VLTextEncoder,
+    QwenImageVAE,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+)
+from krea2_model.activations import activations
+from krea2_model.block_stream import PLACES, BlockStream
+from krea2_model.machine_memory import GB
+from krea2_model.memory_plan import (
+    BLOCKS,
+    ENCODER,
+    NONE,
+    PARTS,
+    RESERVE,
+    TRANSFORMER,
+    VAE,
+    PartSize,
+    plan_for,
+)
+from krea2_model.offload import offload_parts
+from krea2_model.quantised_layers import QuantisedLinear
+from krea2_model.quantised_weight import QuantisedWeight
+
+META, BF16 = torch.device("meta"), torch.bfloat16
+# Bytes a value of what is stored.
+STORED = {"float8_e4m3fn": (torch.float8_e4m3fn, 1.0), "Q4_K": (torch.uint8, 144 / 256)}
+
+
+def quantise(model, form, part):
+    """Let the matrices of blocks be stored in a form."""
+    dtype, size = STORED[form]
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and part in path:
+            rows, columns = layer.weight.shape
+            data = torch.empty(rows, round(columns * size), dtype=dtype, device=META)
+            stored = {"weight": data, "weight_scale": torch.empty((), device=META)}
+            if form == "Q4_K":
+                del stored["weight_scale"]
+            above, _, own = path.rpartition(".")
+            made = QuantisedLinear(QuantisedWeight(form, (rows, columns), stored), None, BF16)
+            model.get_submodule(above)._modules[own] = made
+    return model
+
+
+def attend(query, key, value, mask=None):
+    """As a fused kernel does it, which holds no scores."""
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1] * query.shape[3])
+
+
+@pytest.fixture(scope="module")
+def released():
+    """Makes the parts at their released sizes, blocks stored in a form or None for bf16."""
+    options = {"device": META, "dtype": BF16}
+
+    def make(form, encoder_form=None, layers=None):
+        config, encoder_config = TransformerConfig(), TextEncoderConfig()
+        if layers is not None:  # the others take no more activations
+            config = replace(config, num_layers=layers)
+            encoder_config = replace(encoder_config, tap_layers=tuple(range(12)))
+        parts = (
+            Krea2Transformer(config, **options),
+            Qwen3VLTextEncoder(encoder_config, attend=attend, **options),
+            QwenImageVAE(VAEConfig(), **options),
+        )
+        for part, stored, where in zip(
+            parts, (form, encoder_form), ("blocks.", "layers."), strict=False
+        ):
+            part.requires_grad_(False)
+            if stored is not None:
+                quantise(part, stored, where)
+        return parts
+
+    return make
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Main memory without content, to pack blocks into."""
+    memory = [torch.empty(GB, dtype=torch.uint8, device=META) for _ in range(PLACES)]
+    monkeypatch.setattr(
+        BlockStream, "_host_memory", lambda self, size: memory[len(self._staging)][:size]
+    )
+    monkeypatch.setattr("krea2_model.offload.free_host_bytes", lambda: 0)
+    monkeypatch.setattr("krea2_model.hooks.attend", attend)
+
+
+def run(parts, offload, pixels, text=512, batch=1):
+    """Go through a run's phases; the peak of each part in bytes, copies of weights among them."""
+    transformer, encoder, vae = parts
+    side = pixels // 8
+    latents = torch.empty(batch, 16, side, side, device=META)
+    peaks = {}
+    with torch.no_grad():
+        with LiveBytes("meta") as counted, offload.use(ENCODER):
+            tokens = torch.empty(1, text, device=META, dtype=torch.long)
+            taps = encoder(tokens)
+        peaks[ENCODER] = counted.peak
+        with LiveBytes("meta") as counted, offload.use(TRANSFORMER):
+            states = transformer.fuse_text(taps.expand(batch, -1, -1, -1))
+            transformer(latents, torch.empty(batch, device=META), states)
+        peaks[TRANSFORMER] = counted.peak
+        with LiveBytes("meta") as counted, offload.use(VAE):
+            vae.decode(latents[:1])
+        peaks[VAE] = counted.peak
+    return peaks
+
+
+FP8 = "float8_e4m3fn"
+CASES = {
+    "fp8, 12 GB": (FP8, None, 12, 1024, BLOCKS),
+    "fp8 with an fp8 encoder, 6 GB": (FP8, FP8, 6, 1024, BLOCKS),
+    "Q4_K, 12 GB": ("Q4_K", None, 12, 1024, PARTS),
+    "bf16, 48 GB": (None, None, 48, 1024, NONE),
+    "fp8, 24 GB": (FP8, None, 24, 2048, PARTS),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_released_sizes_run_within_a_budget(released, host, case):
+    form, encoder_form, gigabytes, pixels, mode = CASES[case]
+    parts = released(form, encoder_form)
+    offload = offload_parts(*parts, META, "auto", gigabytes)
+    offload.prepare(activations(*parts, batch=1, image=(pixels // 16) ** 2))
+    assert offload.plan.mode == mode and offload.plan.lacking == 0
+    if mode != BLOCKS:
+        return  # as a whole, which the next test counts
+    peaks = run(parts, offload, pixels)
+    budget = gigabytes * GB - RESERVE
+    assert max(peaks.values()) <= budget
+    # As many blocks are resident as there is room for.
+    assert peaks[TRANSFORMER] > 0.85 * budget
+    assert 0 <= offload.plan.resident[TRANSFORMER] < 28
+
+
+@pytest.mark.parametrize("form", [None, "Q4_K"])
+def test_activations_are_bounds(released, host, form):
+    parts = released(form, form, layers=2)
+    sizes = [sum(t.nbytes for t in part.state_dict().values()) for part in parts]
+    for batch, pixels, text in ((1, 512, 64), (2, 1024, 512))[form == "Q4_K" :]:
+        offload = offload_parts(*parts, META, "parts", None)
+        estimates = activations(*parts, batch=batch, image=(pixels // 16) ** 2, text=text)
+        offload.prepare(estimates)
+        peaks = run(parts, offload, pixels, text, batch)
+        for name, size in zip((TRANSFORMER, ENCODER, VAE), sizes, strict=True):
+            counted = peaks[name] - size
+            assert counted <= estimates[name], (name, counted, estimates[name])
+        assert peaks[TRANSFORMER] - sizes[0] > 0.7 * estimates[TRANSFORMER]
+
+
+def size(name, weights, blocks=0):
+    each = (round(0.9 * weights * GB / blocks),) * blocks if blocks else ()
+    return PartSize(name, round(weights * GB), GB // 10, each, kind="fp8" if blocks else "")
+
+
+PARTS_OF_12_GB = (size(ENCODER, 8.0, 35), size(TRANSFORMER, 12.9, 28), size(VAE, 0.3))
+
+
+@pytest.mark.parametrize(
+    "gigabytes, mode, words",
+    [
+        (None, NONE, "offload none (encoder 8.0 GB fp8, transformer 12.9 GB fp8, VAE 0.3 GB, all"),
+        (24, NONE, "all at once)"),
+        (16, PARTS, "offload parts (encoder 8.0 GB fp8, transformer 12.9 GB fp8, VAE 0.3 GB in"),
+        (11, BLOCKS, "transformer 12.9 GB fp8 with 20 of 28 blocks resident, VAE 0.3 GB in turn)"),
+        (6, BLOCKS, "encoder 8.0 GB fp8 with 20 of 35 blocks resident"),
+    ],
+)
+def test_the_first_plan_that_fits_is_chosen(gigabytes, mode, words):
+    budget = None if gigabytes is None else gigabytes * GB
+    plan = plan_for("auto", PARTS_OF_12_GB, budget)
+    assert plan.mode == mode and words in plan.text and plan.lacking == 0
+
+
+def test_asked_plans_are_followed_and_say_what_they_lack():
+    assert plan_for("parts", PARTS_OF_12_GB, None).mode == PARTS
+    assert plan_for("blocks", PARTS_OF_12_GB, None).resident == {ENCODER: 0, TRANSFORMER: 0}
+    assert plan_for("blocks", PARTS_OF_12_GB, 40 * GB).resident == {}
+    assert (
+        plan_for("parts", PARTS_OF_12_GB, 11 * GB).lacking == 12.9 * GB + GB // 10 + RESERVE - 11e9
+    )
+    assert plan_for("auto", PARTS_OF_12_GB, GB).lacking > GB
+    # After memory ran out the next plan is tried.
+    assert plan_for("auto", PARTS_OF_12_GB, 24 * GB, least=PARTS).mode == PARTS
+    assert plan_for("auto", PARTS_OF_12_GB, 24 * GB, least=BLOCKS).mode == BLOCKS
+
+
+def test_the_plan_is_said_once(released, caplog):
+    parts = released("float8_e4m3fn")
+    offload = offload_parts(*parts, META, "auto", 12)
+    with caplog.at_level(logging.INFO):
+        for pixels in (1024, 1024, 8192):
+            offload.prepare(activations(*parts, batch=1, image=(pixels // 16) ** 2))
+    said = [record.message for record in caplog.records]
+    assert said[0].startswith("device meta, 12.0 GB free: offload blocks (encoder 7.")
+    assert "transformer 13.1 GB fp8 with 21 of 28 blocks" in said[0] and len(said) == 3
+    assert "GB of device memory more than there is" in said[2]
