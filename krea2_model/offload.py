@@ -25,6 +25,7 @@ from .memory_plan import (
     ENCODER,
     NONE,
     PARTS,
+    RESERVE,
     TRANSFORMER,
     VAE,
     PartSize,
@@ -119,13 +120,25 @@ class Offload:
         if self._mode != NONE:
             self.take_away()
 
+    @property
+    def streams(self) -> bool:
+        """Whether the transformer's blocks come anew at each of its calls."""
+        return self.plan is not None and TRANSFORMER in self.plan.resident
+
+    def has_room(self, activations: dict[str, int], instead_of: dict[str, int]) -> bool:
+        """Whether a run may take more activations than it must, the plan being no other."""
+        budget = self._budget()
+        if self._mode == NONE:  # the weights are there already
+            return budget is None or activations[TRANSFORMER] + RESERVE <= budget
+        plans = [self._plan_for(each, budget) for each in (activations, instead_of)]
+        return plans[0].mode == plans[1].mode and not plans[0].lacking
+
     def prepare(self, activations: dict[str, int]) -> None:
         """Plan a run with so many bytes of activations a part, and say in the log how."""
         if self._mode == NONE or self.in_use:  # in use: a run within a run
             return
         budget = self._budget()
-        sizes = [part.size(activations[part.name]) for part in self._parts.values()]
-        plan = plan_for(self._mode, sizes, budget, self._least)
+        plan = self._plan_for(activations, budget)
         if self.plan is not None and self.plan.mode == NONE != plan.mode:
             self.take_away()
         self.plan = plan
@@ -173,6 +186,10 @@ class Offload:
         for part in self._parts.values():
             self._remove(part)
         give_back(self.device)
+
+    def _plan_for(self, activations: dict[str, int], budget: int | None) -> Plan:
+        sizes = [part.size(activations[part.name]) for part in self._parts.values()]
+        return plan_for(self._mode, sizes, budget, self._least)
 
     def _budget(self) -> int | None:
         free = free_device_bytes(self.device)

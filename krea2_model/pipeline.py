@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import nano
 from .activations import TEXT_TOKENS, activations, token_count
-from .arguments import asked_sides, negative_list, not_whole, prompt_list, seed_list
+from .arguments import asked_sides, negative_list, not_whole, prompt_list, start_noise
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
 from .expander import Expansion, OnText, PromptExpander
@@ -30,7 +30,8 @@ from .prompt_taps import PromptTaps, encode_prompts, fitted_image, given_taps
 from .references import TIME_ZERO, Reference
 from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
-from .sizes import is_far, round_size
+from .shared_calls import pays_to_share
+from .sizes import is_far
 from .text_attention import NegativeGuidance
 from .text_encoder import Qwen3VLTextEncoder
 from .transformer import Krea2Transformer
@@ -300,8 +301,10 @@ class Krea2Pipeline:
             height, width = start.shape[1:]
         elif denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
-        noise = self._noise(latents, batch, height, width, seed)
-        self._warn_of_size(*(self.vae.config.downscale * side for side in noise.shape[-2:]))
+        channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
+        shape = (batch, channels, downscale)
+        noise = start_noise(latents, shape, (height, width), self.preset.size, seed)
+        self._warn_of_size(*(downscale * side for side in noise.shape[-2:]))
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if sigmas is None:
             mu = self.preset.mu
@@ -317,7 +320,7 @@ class Krea2Pipeline:
             negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
             if negative_prompt_embeds is not None:
                 negative = given_taps(negative_prompt_embeds, negative_prompt_embeds_mask)
-        self._prepare(noise, positive, seen, looked_at)
+        may_share = self._prepare(noise, positive, seen, looked_at, guidance > 0)
         if prompts is not None or negatives is not None:
             tower = [self.text_encoder.vision_tower()] if kept_images(seen) else []
             with self._offload.use(ENCODER, *tower):
@@ -339,6 +342,8 @@ class Krea2Pipeline:
             texts = [positive.weighed(tap_weights).fused(self.transformer, num_images)]
             if negative is not None:
                 texts.append(negative.fused(self.transformer, batch // len(negative.taps)))
+            tokens = len(noise) * token_count(noise)
+            lengths = [text.states.shape[1] for text in texts]
             result = noise
             for step, current, predicted in denoising_steps(
                 self.transformer,
@@ -352,6 +357,7 @@ class Krea2Pipeline:
                 references=[each.to(noise) for each in beside],
                 reference_method=reference_method,
                 references_apart=references_apart,
+                share_calls=may_share and pays_to_share(tokens, lengths, self._offload.streams),
             ):
                 result = current
                 if callback is not None:
@@ -397,45 +403,26 @@ class Krea2Pipeline:
         positive: PromptTaps | None,
         images: Sequence[PromptImage],
         references: Sequence[Reference | Tensor],
-    ) -> None:
-        """Plan where the parts are during a run, by the size of its activations."""
+        guided: bool,
+    ) -> bool:
+        """Plan where the parts are during a run; whether both texts may share a call in it."""
         text = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text += sum(math.prod(grid_of(image.pixels)) for image in images)
         beside = [(r.latents, 1) if isinstance(r, Reference) else (r, self.vae.config.downscale)
                   for r in references]  # fmt: skip
-        self._offload.prepare(
+        one, both = (
             activations(
                 self.transformer, self.text_encoder, self.vae,
-                batch=len(noise),
+                batch=calls * len(noise),
                 image=token_count(noise),
                 text=text,
                 references=sum(token_count(each, scale) for each, scale in beside),
             )
+            for calls in (1, 2)
         )  # fmt: skip
-
-    def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
-        """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
-        size = tuple(
-            round_size(name, self.preset.size if side is None else side)
-            for name, side in (("height", height), ("width", width))
-        )
-        channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
-        shape = (batch, channels, size[0] // downscale, size[1] // downscale)
-        if latents is None:
-            seeds = seed_list(seed, batch)
-            noise = [
-                torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
-            ]
-            latents = torch.stack(noise)
-        else:
-            free = height is None and width is None and latents.ndim == 4
-            expected = shape[:2] if free else shape
-            if tuple(latents.shape[: len(expected)]) != expected or latents.ndim != 4:
-                raise ValueError(
-                    f"latents has shape {tuple(latents.shape)}; expected {shape}: {batch} images "
-                    f"of {size[0]} x {size[1]} px."
-                )
-        return latents.float()
+        shares = guided and self._offload.has_room(both, instead_of=one)
+        self._offload.prepare(both if shares else one)
+        return shares
 
 
 def _reference(given: Reference | Picture, megapixels: float) -> Reference | Tensor:

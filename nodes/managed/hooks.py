@@ -13,6 +13,7 @@ from ...krea2_model.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.hooks import Hooks
 from ...krea2_model.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.references import RecordedReferences, Recorder, added_mask
+from ...krea2_model.shared_calls import attend_past_padding
 from ...krea2_model.text_attention import TextAttention
 from .contract import announce
 from .once import ScheduleTimes
@@ -79,7 +80,7 @@ class PatchHooks(Hooks):
         else:
             query, key = norm_and_rotate(query, key, norm, rope, kept)
         if self.padding is not None and in_block:
-            return self._attention_past_padding(query, key, value, mask, kept)
+            return attend_past_padding(self.attention, self.padding, query, key, value, mask, kept)
         attention = self.attention
         if self.references is not None and in_block:
             block = self.options["block_index"]
@@ -110,20 +111,6 @@ class PatchHooks(Hooks):
         if mask is not None and attend.__name__ in _WITHOUT_MASKS:
             attend = comfy.ldm.modules.attention.attention_pytorch
         return attend(query, key, value, query.shape[1], **options)
-
-    def _attention_past_padding(self, query, key, value, mask, kept):
-        """Each sequence alone and without its padding, so exact; a mask is a bias of references."""
-        batch, heads, tokens, dim = query.shape
-        out = query.new_zeros(batch, tokens, heads * dim)
-        for index, padded in enumerate(self.padding):
-            one, first = slice(index, index + 1), padded if kept is None else 0
-            out[one, first:] = self.attention(
-                query[one, :, first:],
-                key[one, :, padded:],
-                value[one, :, padded:],
-                None if mask is None else mask[..., padded:],
-            )
-        return out
 
     def modulated_norm(self, hidden, scale, shift, eps):
         if _has_kernels(hidden):
