@@ -95,18 +95,15 @@ def check_offload(
     return find_device(device), offload or (AUTO if chooses else NONE)
 
 
-def plan_for(
-    offload: str, parts: Sequence[PartSize], budget: int | None, least: str = NONE
-) -> Plan:
+def plan_for(offload: str, parts: Sequence[PartSize], budget: int | None) -> Plan:
     """The plan for parts and so many bytes of the device.
 
     budget: None where the device's memory is main memory. Then everything stays, unless it is asked
         to move, and of blocks as few as possible are on the device.
-    least: the plan to begin with for "auto".
     """
     mode = offload
     if mode == AUTO:
-        mode = next(mode for mode in (NONE, PARTS, BLOCKS) if _fits(mode, parts, budget, least))
+        mode = next(mode for mode in (NONE, PARTS, BLOCKS) if _fits(mode, parts, budget))
     listed = ", ".join(map(str, parts))
     if mode == NONE:
         return Plan(NONE, {}, f"offload none ({listed}, all at once)")
@@ -127,9 +124,7 @@ def plan_for(
     return Plan(BLOCKS, resident, f"offload blocks ({', '.join(words)} in turn)", missing)
 
 
-def _fits(mode: str, parts: Sequence[PartSize], budget: int | None, least: str) -> bool:
-    if OFFLOADS.index(mode) < OFFLOADS.index(least):
-        return False
+def _fits(mode: str, parts: Sequence[PartSize], budget: int | None) -> bool:
     if mode == BLOCKS or budget is None:
         return True
     if mode == PARTS:

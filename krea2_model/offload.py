@@ -21,10 +21,8 @@ from .config import RAW
 from .device_weights import Copies, Weight, bytes_of, weights_of
 from .machine_memory import GB, free_device_bytes, free_host_bytes, give_back
 from .memory_plan import (
-    BLOCKS,
     ENCODER,
     NONE,
-    PARTS,
     RESERVE,
     TRANSFORMER,
     VAE,
@@ -94,13 +92,17 @@ class Offload:
         parts: Sequence[Part],
         default: Activations,
     ):
+        if mode != NONE and device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._mode, self._max_memory, self._default = mode, max_memory, default
         self._parts = {part.name: part for part in parts}
         self._copies = {part.name: Copies(device) for part in parts}
         self._streams: dict[str, BlockStream] = {}
         self._brief: list[tuple[Any, Copies]] = []
-        self._least, self._said = NONE, ""
+        self._said = ""
+        # What estimates were short of, and whether a run ended so.
+        self._spare, self._ran_out = 0, False
         self.plan: Plan | None = None
 
     @property
@@ -141,7 +143,7 @@ class Offload:
         plan = self._plan_for(activations, budget)
         if self.plan is not None and self.plan.mode == NONE != plan.mode:
             self.take_away()
-        self.plan = plan
+        self.plan, self._ran_out = plan, False
         free = "" if budget is None else f", {budget / GB:.1f} GB free"
         said = f"device {self.device}{free}: {plan.text}"
         if plan.text != self._said:
@@ -174,7 +176,8 @@ class Offload:
                 self._copies[name].make(weights_of(beside))
             yield
         except torch.OutOfMemoryError:
-            self._least = PARTS if self.plan is None or self.plan.mode == NONE else BLOCKS
+            # Of the next run less is on the device.
+            self._spare, self._ran_out = self._spare + GB, True
             raise
         finally:
             part.depth -= 1
@@ -189,13 +192,14 @@ class Offload:
 
     def _plan_for(self, activations: dict[str, int], budget: int | None) -> Plan:
         sizes = [part.size(activations[part.name]) for part in self._parts.values()]
-        return plan_for(self._mode, sizes, budget, self._least)
+        return plan_for(self._mode, sizes, budget)
 
     def _budget(self) -> int | None:
         free = free_device_bytes(self.device)
         if free is not None:
             own = (copies.bytes for copies in self._copies.values())
             free += sum(own)
+            free = max(0, free - self._spare)
         limit = None if self._max_memory is None else round(self._max_memory * GB)
         return min((bytes for bytes in (free, limit) if bytes is not None), default=None)
 
@@ -232,7 +236,7 @@ class Offload:
         stream.open()
 
     def _leave(self, part: Part) -> None:
-        if self.plan is not None and self.plan.mode == NONE and self._least == NONE:
+        if self.plan is not None and self.plan.mode == NONE and not self._ran_out:
             return
         self._remove(part)
         give_back(self.device)

@@ -45,8 +45,9 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class Krea2Pipeline:
     """The three parts of Krea 2 and the way from a prompt to images.
 
-    Each part runs on the device and in the dtype of its own weights. Raises ValueError where the
-    text encoder is not the one the transformer was trained with.
+    Each part runs on the device and in the dtype of its own weights; with `offload` they lie in
+    main memory and are on `device` only while they run, see `from_files`. Raises ValueError where
+    the text encoder is not the one the transformer was trained with.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Krea2Pipeline:
             False makes them plain at once, which is faster and takes two to four times the memory.
         """
         found, offload = check_offload(device, offload, max_memory)
+        keep_quantised = keep_quantised and found.type != "mps"  # which knows no 8-bit floats
         options: dict[str, Any] = {"device": found if offload == NONE else "cpu", "dtype": dtype}
         return cls(
             load_transformer(transformer, **options, keep_quantised=keep_quantised),
@@ -193,7 +195,9 @@ class Krea2Pipeline:
         The layer that only writing needs is read from the encoder's file on the first call. Raises
         ValueError where the encoder cannot write, as krea2-nano's.
         """
-        self._expander = self._expander or PromptExpander(self.text_encoder)
+        if self._expander is None:
+            self._offload.before_change("expand")
+            self._expander = PromptExpander(self.text_encoder)
         with self._offload.use(ENCODER, self._expander.tail):
             expansions = self._expander(prompt, on_text, **options)
         for expansion in expansions:
@@ -322,7 +326,7 @@ class Krea2Pipeline:
                 negative = given_taps(negative_prompt_embeds, negative_prompt_embeds_mask)
         may_share = self._prepare(noise, positive, seen, looked_at, guidance > 0)
         if prompts is not None or negatives is not None:
-            tower = [self.text_encoder.vision_tower()] if kept_images(seen) else []
+            tower = [self.text_encoder.unmoved_vision_tower()] if kept_images(seen) else []
             with self._offload.use(ENCODER, *tower):
                 encode = functools.partial(
                     encode_prompts, self.text_encoder,

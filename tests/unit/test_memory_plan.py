@@ -191,9 +191,23 @@ def test_asked_plans_are_followed_and_say_what_they_lack():
         plan_for("parts", PARTS_OF_12_GB, 11 * GB).lacking == 12.9 * GB + GB // 10 + RESERVE - 11e9
     )
     assert plan_for("auto", PARTS_OF_12_GB, GB).lacking > GB
-    # After memory ran out the next plan is tried.
-    assert plan_for("auto", PARTS_OF_12_GB, 24 * GB, least=PARTS).mode == PARTS
-    assert plan_for("auto", PARTS_OF_12_GB, 24 * GB, least=BLOCKS).mode == BLOCKS
+
+
+def test_after_memory_ran_out_less_is_on_the_device(released, monkeypatch):
+    parts = released(FP8)
+    monkeypatch.setattr("krea2_model.offload.free_device_bytes", lambda device: 24 * GB)
+    offload = offload_parts(*parts, META, "auto", None)
+    estimates = activations(*parts, batch=1, image=4096)
+    offload.prepare(estimates)
+    assert offload.plan.mode == NONE
+    with offload.use(VAE):
+        pass
+    assert offload._copies[VAE].bytes > 0
+    with pytest.raises(torch.OutOfMemoryError), offload.use(VAE):
+        raise torch.OutOfMemoryError("no room")
+    assert offload._copies[VAE].bytes == 0
+    offload.prepare(estimates)
+    assert offload.plan.mode == PARTS
 
 
 def test_the_plan_is_said_once(released, caplog):

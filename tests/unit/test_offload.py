@@ -303,3 +303,55 @@ def test_quantised_files_stay_quantised(plain, device, given, tmp_path):
     changed = pipeline(**given)
     pipeline.unload_lora()
     assert torch.equal(pipeline(**given), expected) and not torch.equal(changed, expected)
+
+
+class LateLane(block_stream.Lane):
+    """Copies as late as a device may: when somebody waits for them."""
+
+    def __init__(self):
+        self.jobs = []
+        # Buffers that the device may still read, as far as the host knows.
+        self.read = {}
+
+    def copy(self, target, source, after):
+        self.jobs.append((target, source))
+        self.read[source.data_ptr()] = len(self.jobs)
+        return len(self.jobs)
+
+    def wait(self, done):
+        """The device waits; the host goes on."""
+        for index, job in enumerate(self.jobs[:done]):
+            if job is not None:
+                job[0].copy_(job[1])
+                self.jobs[index] = None
+
+    def finish(self, done=None):
+        self.wait(done)
+        self.read = {at: job for at, job in self.read.items() if done is not None and job > done}
+
+
+@pytest.mark.parametrize("host_bytes", [0, 10**6])
+@pytest.mark.parametrize("resident", [0, 3])
+def test_nothing_is_used_before_it_came_or_overwritten_before_it_left(
+    monkeypatch, host_bytes, resident
+):
+    lane = LateLane()
+    monkeypatch.setattr(block_stream, "lane_for", lambda device: lane)
+    pack = BlockStream._pack
+
+    def checked(self, index, memory):
+        assert memory.data_ptr() not in lane.read
+        pack(self, index, memory)
+
+    monkeypatch.setattr(BlockStream, "_pack", checked)
+    blocks, stream = stream_of(7, host_bytes=host_bytes, resident=resident)
+    hidden, log = torch.ones(1, 4), []
+    expected = [block(hidden, log) for block in blocks]
+    stream.open()
+    for _ in range(3):
+        for block, value in zip(blocks, expected, strict=True):
+            assert torch.equal(block(hidden, log), value)
+    # The next one is on its way, and closing waits for it.
+    assert lane.jobs[-1] is not None
+    stream.close()
+    assert lane.jobs[-1] is None and len(lane.jobs) == resident + 3 * (7 - resident) + 1
