@@ -31,7 +31,9 @@ def parts_in_main_memory(worker) -> tuple:
     sizes, device, dtype = worker.sizes, worker.device, worker.models.dtype
 
     def on_host(tensors: dict[str, Any], name: str) -> Checkpoint:
-        return Checkpoint(Path(name), {key: tensor.cpu() for key, tensor in tensors.items()})
+        # Copies, since other sections make theirs in inference mode.
+        copies = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+        return Checkpoint(Path(name), copies)
 
     tokenizer = Path(comfy.__path__[0], "text_encoders", "qwen25_tokenizer")
     transformer = load_transformer(
