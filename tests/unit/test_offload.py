@@ -12,11 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_model import Krea2Pipeline, block_stream, device_weights, memory_plan, nano
+from krea2_model import (
+    Krea2Pipeline,
+    block_stream,
+    device_weights,
+    load_transformer,
+    memory_plan,
+    nano,
+)
 from krea2_model.activations import activations
 from krea2_model.block_stream import PLACES, BlockStream, pack_bytes
 from krea2_model.convert import convert
 from krea2_model.quantised_layers import QuantisedLinear
+from parity import assert_close
 
 SIZE = {"height": 64, "width": 64}
 PROMPT = "a red circle on a blue background"
@@ -103,7 +111,7 @@ RUNS = {
     "mode, run", [("parts", "guided"), ("blocks", "seen"), ("blocks", "image")]
 )
 def test_pictures_are_the_same_to_the_bit(plain, offloaded, device, mode, run):
-    options = {"steps": 2, "output_type": "pt", **SIZE, **RUNS[run]}
+    options = {"steps": 1, "output_type": "pt", **SIZE, **RUNS[run]}
     expected = plain(PROMPT, **options)
     pipeline = offloaded(mode)
     with nothing_left(pipeline, device), torch.inference_mode(run == "image"):
@@ -115,11 +123,11 @@ def test_pictures_are_the_same_to_the_bit(plain, offloaded, device, mode, run):
 def given(plain):
     """Options of a run that needs no text encoder."""
     taps, _ = plain.text_encoder.encode([PROMPT])
-    return {"prompt_embeds": taps, "steps": 2, "output_type": "latent", **SIZE}
+    return {"prompt_embeds": taps, "steps": 1, "output_type": "latent", **SIZE}
 
 
 @pytest.mark.parametrize("mode", ["parts", "blocks"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_a_run_that_breaks_off_leaves_nothing(plain, offloaded, device, given, mode, error):
     pipeline, expected = offloaded(mode), plain(**given)
 
@@ -153,9 +161,8 @@ def test_memory_that_runs_out_while_weights_come(plain, offloaded, device, given
         assert torch.equal(pipeline(**given), expected)
 
 
-@pytest.mark.parametrize("mode", ["parts", "blocks"])
-def test_loras_come_and_go(plain, offloaded, device, given, mode):
-    pipeline, before = offloaded(mode), plain(**given)
+def test_loras_come_and_go(plain, offloaded, device, given):
+    pipeline, before = offloaded("blocks"), plain(**given)
     with nothing_left(pipeline, device):
         assert torch.equal(pipeline(**given), before)
         plain.load_lora(nano.LORA, 0.7)
@@ -170,17 +177,33 @@ def test_loras_come_and_go(plain, offloaded, device, given, mode):
     assert torch.equal(plain(**given), before)
 
 
+def test_guidance_is_one_call_where_there_is_room(plain, offloaded, given, monkeypatch):
+    taps = given["prompt_embeds"]
+    pipeline = offloaded("auto")
+    options = {**given, "negative_prompt_embeds": taps[:, :4], "guidance": 2.0}
+    calls = []
+    handle = plain.transformer.blocks[0].register_forward_pre_hook(
+        lambda block, arguments: calls.append(len(arguments[0]))
+    )
+    found = pipeline(**options)
+    assert calls == [2]
+    monkeypatch.setattr(type(pipeline._offload), "has_room", lambda *a, **k: False)
+    expected = pipeline(**options)
+    handle.remove()
+    assert calls == [2, 1, 1]
+    assert_close(found, expected, 1e-5, "a pipeline's guidance in one call")
+
+
 def test_a_preview_may_be_decoded_during_a_run(plain, offloaded, device, given):
     pipeline, seen = offloaded("parts"), []
     with nothing_left(pipeline, device):
         pipeline(**given, callback=lambda step, latents, x0: seen.append(pipeline.decode(x0)))
-    assert len(seen) == 2 and seen[0].shape == (1, 3, 64, 64)
+    assert len(seen) == 1 and seen[0].shape == (1, 3, 64, 64)
 
 
-def test_a_cpu_holds_everything_once(plain, device, given, caplog):
+def test_a_cpu_holds_everything_once(offloaded, device, given, caplog):
     with caplog.at_level(logging.INFO):
-        pipeline = Krea2Pipeline.nano(device="cpu", offload="auto")
-        pipeline(**given)
+        offloaded("auto")(**given)
     assert device.copies == 0
     assert [r.message for r in caplog.records if "offload" in r.message] == [
         "device cpu: offload none (encoder 0.1 GB, transformer 0.0 GB, VAE 0.0 GB, all at once)"
@@ -194,7 +217,7 @@ def test_what_is_on_the_device_keeps_to_the_limit(plain, offloaded, device, give
     tokens = given["prompt_embeds"].shape[1]
     estimates = activations(*parts, batch=1, image=16, text=tokens)
     size = offloaded("auto")._offload._parts["transformer"].size(estimates["transformer"])
-    for count in (4, 2, 0):
+    for count in (3, 0):
         limit = (size.streaming(count) + 1000) / 1e9
         pipeline, device.most = offloaded("auto", max_memory=limit), 0
         pipeline(**given)
@@ -291,11 +314,13 @@ def test_bad_arguments_are_refused_before_any_file_is_read(options, words, monke
 
 
 def test_quantised_files_stay_quantised(plain, device, given, tmp_path):
-    convert(nano.TRANSFORMERS["turbo"], tmp_path / "turbo.safetensors", "int8")
-    files = (tmp_path / "turbo.safetensors", nano.TEXT_ENCODER, nano.VAE)
-    options = {"dtype": torch.float32, "tokenizer": plain.text_encoder.tokenizer.folder}
-    expected = Krea2Pipeline.from_files(*files, keep_quantised=False, **options)(**given)
-    pipeline = Krea2Pipeline.from_files(*files, offload="blocks", **options)
+    path = tmp_path / "turbo.safetensors"
+    convert(nano.TRANSFORMERS["turbo"], path, "int8")
+    made_plain = load_transformer(path, dtype=torch.float32)
+    expected = Krea2Pipeline(made_plain, plain.text_encoder, plain.vae)(**given)
+    pipeline = Krea2Pipeline.from_files(
+        path, nano.TEXT_ENCODER, nano.VAE, dtype=torch.float32, offload="blocks"
+    )
     assert isinstance(pipeline.transformer.blocks[0].mlp.up, QuantisedLinear)
     with nothing_left(pipeline, device):
         assert torch.equal(pipeline(**given), expected)

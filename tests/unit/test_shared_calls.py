@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny_checkpoints as tiny
-from krea2_model import Krea2Pipeline, Krea2Transformer, nano
+from krea2_model import Krea2Transformer
 from krea2_model.references import Reference
 from krea2_model.sampling import denoise, sigma_schedule
 from krea2_model.shared_calls import SMALL_IMAGE, pays_to_share
@@ -91,23 +91,3 @@ def test_when_sharing_pays():
     assert pays_to_share(4096, [12, 11], streams=True)
     assert pays_to_share(SMALL_IMAGE, [12, 11], streams=False)
     assert not pays_to_share(SMALL_IMAGE + 1, [12, 11], streams=False)
-
-
-def test_a_pipeline_guides_in_one_call(monkeypatch):
-    pipeline = Krea2Pipeline.nano("raw", offload="auto")
-    taps = torch.randn(1, 9, 12, nano.TEXT_ENCODER_CONFIG.hidden_size)
-    options = {
-        "prompt_embeds": taps, "negative_prompt_embeds": taps[:, :4], "guidance": 2.0, "steps": 2,
-        "height": 64, "width": 64, "output_type": "latent",
-    }  # fmt: skip
-    calls = []
-    pipeline.transformer.blocks[0].register_forward_pre_hook(
-        lambda block, arguments: calls.append(len(arguments[0]))
-    )
-    found = pipeline(**options)
-    assert calls == [2, 2]
-    # Without room for both, one after the other.
-    monkeypatch.setattr(type(pipeline._offload), "has_room", lambda *a, **k: False)
-    expected = pipeline(**options)
-    assert calls == [2, 2, 1, 1, 1, 1]
-    assert_close(found, expected, 1e-4, "a pipeline's guidance in one call")
