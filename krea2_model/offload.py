@@ -201,7 +201,7 @@ class Offload:
             free += sum(own)
             free = max(0, free - self._spare)
         limit = None if self._max_memory is None else round(self._max_memory * GB)
-        return min((bytes for bytes in (free, limit) if bytes is not None), default=None)
+        return min((each for each in (free, limit) if each is not None), default=None)
 
     @property
     def _moves(self) -> bool:
@@ -238,7 +238,9 @@ class Offload:
     def _leave(self, part: Part) -> None:
         if self.plan is not None and self.plan.mode == NONE and not self._ran_out:
             return
-        self._remove(part)
+        for each in self._parts.values():
+            if each is part or (self._ran_out and not each.depth):
+                self._remove(each)
         give_back(self.device)
 
     def _remove(self, part: Part) -> None:

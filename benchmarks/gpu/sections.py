@@ -35,7 +35,7 @@ SECTIONS = (
     Section("step", "steps", RESIDENT, 100),
     Section("fp8", "steps", RESIDENT, 45),
     Section("images", "images", RESIDENT, 60),
-    Section("pipeline", "pipeline", RESIDENT, 45),
+    Section("pipeline", "pipeline", RESIDENT, 60),
     Section("vae", "parts", RESIDENT, 30),
     Section("encoder", "parts", RESIDENT, 30),
     Section("formats", "steps", RESIDENT, 45),

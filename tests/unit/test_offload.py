@@ -126,8 +126,9 @@ def given(plain):
     return {"prompt_embeds": taps, "steps": 1, "output_type": "latent", **SIZE}
 
 
-@pytest.mark.parametrize("mode", ["parts", "blocks"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "mode, error", [("parts", KeyboardInterrupt), ("blocks", torch.OutOfMemoryError)]
+)
 def test_a_run_that_breaks_off_leaves_nothing(plain, offloaded, device, given, mode, error):
     pipeline, expected = offloaded(mode), plain(**given)
 

@@ -104,7 +104,7 @@ def test_a_matrix_is_the_same_in_one_run_of_rows_or_many(monkeypatch):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("file", ["fp8", "Q8_0"], indirect=True)
+@pytest.mark.parametrize("file", ["Q8_0"], indirect=True)
 def test_loading_never_holds_the_plain_weights(file):
     checkpoint = open_checkpoint(file, "transformer")
     with LiveBytes() as counted:
