@@ -1,6 +1,6 @@
 """Blocks that come to the device one after the other while a model runs.
 
-Some blocks are resident: they come at their first call and stay until the stream is closed. The
+Some blocks are resident: they come at their first call and stay until the stream stops. The
 others take turns in two places on the device: while one calculates, the next is copied, on a stream
 of its own and from pinned memory where the device is CUDA's. Resident blocks are spread evenly, so
 that copies go on while they calculate.
@@ -135,7 +135,7 @@ class _Buffer:
 
 
 class BlockStream:
-    """Streams blocks to a device from `open` to `close`.
+    """Streams blocks to a device from `start` to `stop`.
 
     resident: how many of the blocks stay on the device in between.
     host_bytes: of packs that are kept in (pinned) main memory; 0 packs anew each time.
@@ -171,7 +171,7 @@ class BlockStream:
             moving = 0
         self.streamed = [(2 * turn + 1) * total // (2 * moving) for turn in range(moving)]
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Prepare to stream; the first call of a block brings it."""
         layouts = [pack_layout(block) for block in self.blocks]
         self._layouts = [pieces for pieces, _ in layouts]
@@ -186,7 +186,7 @@ class BlockStream:
                 block.register_forward_hook(functools.partial(self._after, index)),
             ]
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Let every weight be the one in main memory again, and nothing be left on the device."""
         for handle in self._handles:
             handle.remove()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-from pathlib import Path
-
 import torch
 
 GB = 10**9
@@ -66,45 +61,12 @@ def give_back(device: torch.device) -> None:
 
 
 def free_host_bytes() -> int:
-    """Main memory that a program may still take without others being moved to disk."""
-    found = [free for free in (_free_of_system(), _free_of_container()) if free is not None]
-    return max(0, min(found, default=0))
+    """Main memory that may be taken without others being moved to disk.
 
-
-def _free_of_system() -> int | None:
+    0 where psutil, which ComfyUI brings, is not there to tell.
+    """
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if sys.platform == "win32":
-        return _free_of_windows()
-    try:
-        # What is free in between is not told; a half is a guess on the safe side.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _free_of_windows() -> int | None:
-    class Status(ctypes.Structure):
-        _fields_ = [
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *((name, ctypes.c_ulonglong) for name in ("total", "free", *"abcde")),
-        ]
-
-    status = Status()
-    status.length = ctypes.sizeof(Status)
-    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
-    return int(status.free) if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
-
-
-def _free_of_container() -> int | None:
-    """Below the limit of a control group, where there is one."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return None
+        import psutil
+    except ImportError:
+        return 0
+    return psutil.virtual_memory().available

@@ -233,7 +233,7 @@ class Offload:
             stream = BlockStream(part.blocks, self.device, host_bytes=free_host_bytes() // 2)
             self._streams[part.name] = stream
         stream.resident = self.plan.resident[part.name]
-        stream.open()
+        stream.start()
 
     def _leave(self, part: Part) -> None:
         if self.plan is not None and self.plan.mode == NONE and not self._ran_out:
@@ -245,7 +245,7 @@ class Offload:
 
     def _remove(self, part: Part) -> None:
         if part.name in self._streams:
-            self._streams[part.name].close()
+            self._streams[part.name].stop()
         if part.brief:
             for handles, copies in self._brief:
                 for handle in handles:

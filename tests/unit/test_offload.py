@@ -248,7 +248,7 @@ def test_the_next_block_comes_while_one_calculates(monkeypatch):
     monkeypatch.setattr(BlockStream, "_bring", lambda self, at: order.append(at) or bring(self, at))
     hidden = torch.ones(1, 4)
     expected = [block(hidden, []) for block in blocks]
-    stream.open()
+    stream.start()
     for _ in range(2):
         for block, value in zip(blocks, expected, strict=True):
             assert torch.equal(block(hidden, log), value)
@@ -257,7 +257,7 @@ def test_the_next_block_comes_while_one_calculates(monkeypatch):
     assert order == [0, 2, 3, 5, 0, 2, 3, 5, 0]
     assert stream._staying.keys() == {1, 4}
     assert len(stream._packs) == 4 and not stream._staging[2:]
-    stream.close()
+    stream.stop()
     assert [torch.equal(block(hidden, log), e) for block, e in zip(blocks, expected, strict=True)]
 
 
@@ -266,9 +266,9 @@ def test_packs_are_kept_until_weights_change():
     hidden, log = torch.ones(1, 4), []
 
     def run():
-        stream.open()
+        stream.start()
         values = [block(hidden, log) for block in blocks]
-        stream.close()
+        stream.stop()
         return values
 
     first = run()
@@ -289,10 +289,10 @@ def test_blocks_run_in_any_order_and_few_ones_stay():
     blocks, stream = stream_of()
     hidden, log = torch.ones(1, 4), []
     expected = [block(hidden, log) for block in blocks]
-    stream.open()
+    stream.start()
     for index in (3, 3, 0, 5, 1):
         assert torch.equal(blocks[index](hidden, log), expected[index])
-    stream.close()
+    stream.stop()
     stream.resident = 4  # two would stream, and there are two places
     assert stream.streamed == [] and stream.resident == 6
 
@@ -373,11 +373,11 @@ def test_nothing_is_used_before_it_came_or_overwritten_before_it_left(
     blocks, stream = stream_of(7, host_bytes=host_bytes, resident=resident)
     hidden, log = torch.ones(1, 4), []
     expected = [block(hidden, log) for block in blocks]
-    stream.open()
+    stream.start()
     for _ in range(3):
         for block, value in zip(blocks, expected, strict=True):
             assert torch.equal(block(hidden, log), value)
-    # The next one is on its way, and closing waits for it.
+    # The next one is on its way, and stopping waits for it.
     assert lane.jobs[-1] is not None
-    stream.close()
+    stream.stop()
     assert lane.jobs[-1] is None and len(lane.jobs) == resident + 3 * (7 - resident) + 1
