@@ -133,10 +133,11 @@ def memory_report(found: dict[str, Any]) -> str:
                  f"{held / GB:.2f} GB ({held / run['file']:.2f} of the file)",
                  f"{run['loading']['mapped'] / GB:.2f} GB"]
             )  # fmt: skip
-    return (
+    about = (
         "Peak while a transformer loads, kept as bf16 or as stored (krea2_model makes bf16 of "
-        "8-bit files).\n\n" + table(["file", "", "size", "time", "anonymous", "mapped"], rows)
+        "8-bit files unless it keeps them).\n\n"
     )
+    return about + table(["file", "", "size", "time", "anonymous", "mapped"], rows)
 
 
 def features_report(found: dict[str, Any]) -> str:

@@ -3,12 +3,14 @@
     PYTHONPATH=ComfyUI python -P benchmarks/load_memory.py     # prints JSON
 
 Files of random numbers are written into a temporary folder (8 GB); each loads in a process of its
-own, through Load Krea 2 Model, through ComfyUI's own loader and through krea2_model, then runs once
-at 256 px. null stands where a loader does not take a file.
+own, through Load Krea 2 Model, through ComfyUI's own loader and through krea2_model (making what is
+quantised plain, and keeping it), then runs once at 256 px. null stands where a loader does not take
+a file.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("bf16", "fp8", "int8_convrot", "Q8_0")
-HOW = ("ours", "core", "krea2_model")
+HOW = ("ours", "core", "krea2_model", "krea2_model, kept quantised")
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -105,9 +107,11 @@ def measure(how: str, path: Path) -> None:
     """Load and run in this process; print the peaks of both as JSON."""
     import torch
 
-    if how == "krea2_model":
+    if how.startswith("krea2_model"):
         sys.path.insert(0, str(ROOT))
-        from krea2_model.checkpoint import load_transformer as load
+        from krea2_model.checkpoint import load_transformer
+
+        load = functools.partial(load_transformer, keep_quantised=how.endswith("quantised"))
     else:
         sys.path.append(str(ROOT / "scripts"))
         import in_process
@@ -130,7 +134,7 @@ def measure(how: str, path: Path) -> None:
             seconds = time.monotonic() - started
         taps, latents = torch.randn(1, 12, 12, 2560), torch.randn(1, 16, 32, 32)
         with Peak() as running:
-            if how == "krea2_model":
+            if how.startswith("krea2_model"):
                 dtype = torch.bfloat16
                 model(latents.to(dtype), torch.ones(1), model.fuse_text(taps.to(dtype)))
             else:

@@ -17,6 +17,9 @@ from .checkpoint import load_text_encoder
 from .convert import PARTS, QUANTISATIONS, convert
 from .expander import LENGTHS, PromptExpander
 from .inspect import describe
+from .machine_memory import find_device
+from .memory_plan import AUTO, ENCODER, NONE, OFFLOADS, check_offload
+from .offload import offload_encoder
 from .output_files import check_outputs, numbered, save_image
 from .pictures import pixels_of
 from .pipeline import Krea2Pipeline
@@ -120,15 +123,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _default_device() -> str:
     """The machine's accelerator, whoever made it, or else the CPU."""
-    accelerator = getattr(torch, "accelerator", None)  # torch has it since 2.6
-    if accelerator is not None and accelerator.is_available():
-        return accelerator.current_accelerator().type
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return find_device("auto").type
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
     machine = command.add_argument_group("machine")
     machine.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    machine.add_argument(
+        "--offload", choices=OFFLOADS, default=AUTO,
+        help="none: all weights stay on the device; parts: text encoder, transformer and VAE take "
+        "turns; blocks: what does not fit streams; default: %(default)s, by free memory",
+    )  # fmt: skip
+    machine.add_argument(
+        "--max-memory", type=float, metavar="GB", help="of the device; default: all that is free"
+    )
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
 
 
@@ -165,8 +173,10 @@ def generate(args: argparse.Namespace) -> list[Path]:
         text_encoder,
         vae,
         args.tokenizer,
-        device=args.device,
         dtype=DTYPES.get(args.dtype, default_dtype),
+        device=args.device,
+        offload=args.offload,
+        max_memory=args.max_memory,
     )
     for lora in args.lora:
         name, scale = _lora_and_scale(lora)
@@ -201,11 +211,17 @@ def expand(args: argparse.Namespace) -> Iterable[str]:
     path = args.text_encoder or (nano.TEXT_ENCODER if args.model in NANO else args.model)
     if path is None:
         raise ValueError("Name the weights: --model or --text-encoder.")
+    device, offload = check_offload(args.device, args.offload, args.max_memory)
     encoder = load_text_encoder(
-        path, device=args.device, dtype=DTYPES.get(args.dtype), tokenizer=args.tokenizer
+        path,
+        device=device if offload == NONE else "cpu",
+        dtype=DTYPES.get(args.dtype),
+        tokenizer=args.tokenizer,
+        keep_quantised=True,
     )
     expander = PromptExpander(encoder)
-    with tqdm(unit="token", desc="writing") as bar:
+    places = offload_encoder(encoder, device, offload, args.max_memory)
+    with places.use(ENCODER, expander.tail), tqdm(unit="token", desc="writing") as bar:
         expansions = expander(
             args.prompt,
             lambda text: bar.update(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .sampling import MAX_SEED, check_seed
@@ -65,3 +66,37 @@ def seed_list(seed, batch: int) -> list[int]:
 def not_whole(value) -> bool:
     """Whether a value is no whole number, of Python's or NumPy's."""
     return isinstance(value, bool) or not isinstance(value, (int, np.integer))
+
+
+def start_noise(
+    latents: Tensor | None,
+    shape: tuple[int, int, int],
+    sides: tuple[int | None, int | None],
+    default: int,
+    seed,
+) -> Tensor:
+    """Start latents (B, C, h, w) in float32: the given ones, or noise of a seed an image.
+
+    shape: B, C, and the pixels of a latent's side. sides: height and width in pixels, None for
+        `default`. Noise is drawn on the CPU, so that a seed means the same everywhere.
+    """
+    batch, channels, downscale = shape
+    height, width = (
+        round_size(name, default if side is None else side)
+        for name, side in zip(("height", "width"), sides, strict=True)
+    )
+    expected = (batch, channels, height // downscale, width // downscale)
+    if latents is None:
+        noise = [
+            torch.randn(expected[1:], generator=torch.Generator().manual_seed(each))
+            for each in seed_list(seed, batch)
+        ]
+        return torch.stack(noise)
+    free = sides == (None, None) and latents.ndim == 4
+    compared = expected[:2] if free else expected
+    if tuple(latents.shape[: len(compared)]) != compared or latents.ndim != 4:
+        raise ValueError(
+            f"latents has shape {tuple(latents.shape)}; expected {expected}: {batch} images of "
+            f"{height} x {width} px."
+        )
+    return latents.float()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import nano
@@ -34,9 +33,17 @@ from .identify import (
     read_header,
 )
 from .layers import TorchLayers
-from .quantised import dequantise, refuse_integers, spell_out
+from .quantised import is_quantised, refuse_integers, spell_out
+from .quantised_layers import stored_entries, stored_names
+from .readable import PLAIN, most_common_dtype, readable
 from .settings import distilled, text_encoder_settings, transformer_settings, vae_settings
-from .storage import read_json, read_safetensors, replacing, weight_files, without_compile
+from .storage import (
+    read_json,
+    read_safetensors,
+    weight_files,
+    without_compile,
+    write_safetensors,
+)
 from .text_encoder import (
     Qwen3VLTextEncoder,
     infer_text_encoder_config,
@@ -50,6 +57,7 @@ from .transformer_keys import (
     OFFICIAL_MARKER,
     diffusers_to_official,
     infer_transformer_config,
+    is_norm_or_table,
     module_to_official,
     official_to_module,
 )
@@ -101,7 +109,7 @@ class TransformerState(NamedTuple):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of most weights; some files keep a few matrices in another."""
-        return _most_common_dtype(self.tensors)
+        return most_common_dtype(self.tensors)
 
 
 class TextEncoderState(NamedTuple):
@@ -119,25 +127,30 @@ class VAEState(NamedTuple):
 
 
 def load_transformer(
-    path: str | Path | Checkpoint, *, device="cpu", dtype: torch.dtype | None = None, layers=None
+    path: str | Path | Checkpoint,
+    *,
+    device="cpu",
+    dtype: torch.dtype | None = None,
+    layers=None,
+    keep_quantised: bool = False,
 ) -> Krea2Transformer:
     """Load a Krea 2 transformer from a file or a diffusers folder.
 
     dtype: of matrices and biases, None keeps the file's. Norm scales and modulation tables keep
         the precision they are stored in.
+    keep_quantised: let linear layers hold what a quantised file holds, see `quantised_layers`;
+        else all weights are plain. Without a meaning where layers are given.
     The result has `variant` ("raw", "turbo" or None) and `preset` (its sampling defaults or None).
     Raises CheckpointError, a ValueError, that says what the file is and what was expected.
     """
     checkpoint = open_checkpoint(path, "transformer")
     state = read_transformer(checkpoint)
-    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or _most_common_dtype(tensors)
-    tensors = {
-        name: _wide(tensor) if is_norm_or_table(name) else tensor.to(dtype)
-        for name, tensor in tensors.items()
-    }
     transformer = Krea2Transformer(state.config, layers or TorchLayers, device="meta")
     transformer.variant, transformer.preset = state.variant, state.preset
+    usual = most_common_dtype(state.tensors, PLAIN)
+    dtypes = (dtype or PLAIN, dtype or usual)
+    keep = keep_quantised and layers is None
+    tensors = readable(transformer, state.tensors, checkpoint.path, dtypes, keep)
     return assign(transformer, tensors, checkpoint.path, TRANSFORMER, device)
 
 
@@ -148,19 +161,23 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     layers=None,
     tokenizer: str | Path | None = None,
+    keep_quantised: bool = False,
 ) -> Qwen3VLTextEncoder:
     """Load the language tower of Qwen3-VL from a file or a Hugging Face or diffusers folder.
 
     tokenizer: a folder with a Qwen tokenizer; None takes the one beside the weights, else the one
         every ComfyUI carries. Where none is found, encoding says what to do.
+    keep_quantised: as `load_transformer` takes it.
     Raises CheckpointError as `load_transformer` does.
     """
     checkpoint = open_checkpoint(path, "text_encoder")
     state = read_text_encoder(checkpoint)
-    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or tensors["embed_tokens.weight"].dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
+    embedding = state.tensors["embed_tokens.weight"]
+    usual = PLAIN if is_quantised(embedding) else embedding.dtype
+    dtypes = (dtype or PLAIN, dtype or usual)
+    keep = keep_quantised and layers is None
+    tensors = readable(encoder, state.tensors, checkpoint.path, dtypes, keep)
     encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
     encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
     encoder.path = checkpoint.path
@@ -185,15 +202,14 @@ def load_vae(
 def save_transformer(transformer: Krea2Transformer, path: str | Path) -> None:
     """Save a transformer as one safetensors file in official names, with its sampling defaults.
 
-    An existing file is replaced only once the new one is whole.
+    Quantised layers keep the format of safetensors files; blocks of a GGUF file, and layers with
+    LoRAs, become plain. An existing file is replaced only once the new one is whole.
     """
-    tensors = {
-        module_to_official(name): tensor.detach().contiguous()
-        for name, tensor in transformer.state_dict().items()
-    }
     metadata = {"format": "pt", **preset_metadata(transformer.variant, transformer.preset)}
-    with replacing(Path(path)) as partial:
-        save_file(tensors, partial, metadata)
+    entries = [
+        replace(entry, name=module_to_official(entry.name)) for entry in stored_entries(transformer)
+    ]
+    write_safetensors(Path(path), entries, metadata)
 
 
 def preset_metadata(variant: str | None, preset: Preset | None) -> dict[str, str]:
@@ -326,15 +342,6 @@ def _spelled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: s
     return spell_out({without_compile(n): t for n, t in tensors.items()}, metadata, name)
 
 
-def _most_common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
-    """By numbers held; blocks of a GGUF file hold none that could be calculated with."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        if isinstance(tensor, Tensor):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
 def _plain_norms_and_tables(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """With norm scales and tables as numbers; some GGUF files quantise the last table."""
     return {
@@ -343,16 +350,6 @@ def _plain_norms_and_tables(tensors: Mapping[str, Any]) -> dict[str, Any]:
         else tensor
         for name, tensor in tensors.items()
     }
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A norm scale or table as it is stored, but in 16 bits at least."""
-    return tensor.float() if tensor.element_size() < 2 else tensor
-
-
-def is_norm_or_table(name: str) -> bool:
-    """Whether a transformer's tensor (by module or official name) is a norm scale or a table."""
-    return module_to_official(name).endswith((".scale", ".lin"))
 
 
 def assign(
@@ -364,7 +361,7 @@ def assign(
     table, bias) that holds NaN or infinity.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_tensors(wanted, tensors, path, what)
+    check_tensors(wanted, tensors, path, what, stored_names(module))
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.requires_grad_(False).eval().to(device)
 

@@ -27,7 +27,8 @@ from .checkpoint import (
 from .config import TransformerConfig, VAEConfig
 from .gguf import GGUFTensor
 from .identify import CheckpointError
-from .quantised import SETTINGS, is_quantised, rotate
+from .quantised import SETTINGS, is_quantised
+from .quantised_weight import rotate
 from .storage import Entry, write_safetensors
 from .tokenizer import find_tokenizer_folder
 from .transformer_keys import module_to_official, official_to_diffusers

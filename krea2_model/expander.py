@@ -406,8 +406,11 @@ class PromptExpander:
             )
         self._tokenizer: Krea2Tokenizer = text_encoder.tokenizer
         embedding = text_encoder.embed_tokens.weight
-        tail = load_language_tail(text_encoder.path, device=embedding.device, dtype=embedding.dtype)
-        self._model = LanguageModel(text_encoder, tail)
+        # What the encoder does not hold: a host that moves the one moves the other too.
+        self.tail = load_language_tail(
+            text_encoder.path, device=embedding.device, dtype=embedding.dtype
+        )
+        self._model = LanguageModel(text_encoder, self.tail)
 
     def __call__(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:
         """Captions for a prompt; options are those of `expand`.

@@ -102,7 +102,7 @@ class LanguageModel:
     """The whole language tower, put together from an encoder and its tail.
 
     head: how logits are made from the embedding; a host brings its own for weights it manages.
-    device: where to calculate; None is where the embedding is.
+    device: where to calculate; None is where the embedding is at each call.
     dtype: of hidden states; None is what the embedding gives.
     images: those in the prompt, which has a pad for each of their tokens.
     """
@@ -119,11 +119,15 @@ class LanguageModel:
     ):
         self.config = encoder.config
         self._images = images
-        self.device = device or encoder.embed_tokens.weight.device
+        self._device = device
         self._embedding, self._tail, self._head, self._dtype = (
             encoder.embed_tokens, tail, head, dtype,
         )  # fmt: skip
         self._layers: list[nn.Module] = [*encoder.layers, *tail.layers.values()]
+
+    @property
+    def device(self) -> torch.device:
+        return self._device or self._embedding.weight.device
 
     @torch.no_grad()
     def __call__(self, tokens: list[int], cache: KeyValueCache) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .quantised_layers import Change, QuantisedLinear
 from .transformer_keys import Shape
 
 
@@ -274,17 +275,28 @@ _OF_THE_WEIGHT = {"oft": _oft_change, "boft": _boft_change, "glora": _glora_chan
 
 
 class LoraStack:
-    """LoRAs merged into a module's weights, until they are taken out again.
+    """LoRAs in a module's weights, until they are taken out again.
 
-    Each weight is made from the original and all updates in float32 and rounded once. Originals
-    are kept where they were, so a weight that was mapped from a file takes no more memory than its
-    merged copy.
+    Into plain weights they are merged: each is made from the original and all updates in float32
+    and rounded once. Originals are kept where they were, so a weight that was mapped from a file
+    takes no more memory than its merged copy. Quantised layers hold updates beside their weights.
     """
 
     def __init__(self, module: nn.Module):
         self.weights = dict(module.named_parameters())
+        self.layers = {
+            f"{name}.weight": layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, QuantisedLinear)
+        }
         self.originals: dict[str, Tensor] = {}
         self.updates: dict[str, list[tuple[Update, float]]] = defaultdict(list)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of all weights that a LoRA may change."""
+        plain: dict[str, Shape] = {n: tuple(weight.shape) for n, weight in self.weights.items()}
+        return plain | {name: layer.shape for name, layer in self.layers.items()}
 
     def add(self, updates: Mapping[str, list[Update]], strength: float) -> None:
         """Merge updates on top of those that are there.
@@ -296,16 +308,15 @@ class LoraStack:
         done: dict[str, list[Update]] = {}
         try:
             for name, several in updates.items():
-                self.originals.setdefault(name, self.weights[name].data)
+                if name not in self.layers:
+                    self.originals.setdefault(name, self.weights[name].data)
                 self.updates[name] += [(update, strength) for update in several]
                 done[name] = several
-                merged = self._merged(name)
-                if not bool(torch.isfinite(merged).all()):
+                if not self._renew(name):
                     raise ValueError(
-                        f"The LoRA at {strength:g} makes {name} infinite in {merged.dtype}; "
+                        f"The LoRA at {strength:g} makes {name} infinite in {self._dtype(name)}; "
                         "nothing was changed. Lower its strength, or choose another LoRA."
                     )
-                self.weights[name].data = merged
         except BaseException:
             self.remove_last(done)
             raise
@@ -314,8 +325,8 @@ class LoraStack:
         """Take out what the last `add` merged."""
         for name, several in updates.items():
             del self.updates[name][-len(several) :]
-            if self.updates[name]:
-                self.weights[name].data = self._merged(name)
+            if self.updates[name] or name in self.layers:
+                self._renew(name)
             else:
                 original = self.originals.pop(name)
                 self.weights[name].data = original.to(self.weights[name].device)
@@ -323,17 +334,42 @@ class LoraStack:
     def clear(self) -> None:
         for name, original in self.originals.items():
             self.weights[name].data = original.to(self.weights[name].device)
+        for layer in self.layers.values():
+            layer.change(())
         self.originals.clear()
         self.updates.clear()
+
+    def _renew(self, name: str) -> bool:
+        """Make a weight of the original and its updates; False where it would not be finite."""
+        layer = self.layers.get(name)
+        if layer is None:
+            merged = self._merged(name)
+            if not bool(torch.isfinite(merged).all()):
+                return False
+            self.weights[name].data = merged
+            return True
+        layer.change([Change(u, strength, self._norm(u)) for u, strength in self.updates[name]])
+        # Only what might be infinite is made: float16 ends at 65504, and no sound LoRA comes near.
+        largest = sum(u.largest_change * abs(strength) for u, strength in self.updates[name])
+        if largest < torch.finfo(layer.dtype).max / 2:
+            return True
+        return bool(torch.isfinite(layer.weight).all())
 
     def _merged(self, name: str) -> Tensor:
         weight = self.originals[name]
         for update, strength in self.updates[name]:
-            norm = None
-            if update.needs_fused_weights:
-                norm = update.fused_norm({n: self._original(n) for n in update.fused})
-            weight = update.apply(weight, strength, norm)
+            weight = update.apply(weight, strength, self._norm(update))
         return weight.to(self.originals[name].dtype).to(self.weights[name].device)
 
+    def _norm(self, update: Update) -> Tensor | None:
+        if not update.needs_fused_weights:
+            return None
+        return update.fused_norm({name: self._original(name) for name in update.fused})
+
     def _original(self, name: str) -> Tensor:
+        if name in self.layers:
+            return self.layers[name].original
         return self.originals.get(name, self.weights[name].data)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.layers[name].dtype if name in self.layers else self.originals[name].dtype

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import nano
-from .arguments import asked_sides, negative_list, not_whole, prompt_list, seed_list
+from .activations import TEXT_TOKENS, activations, token_count
+from .arguments import asked_sides, negative_list, not_whole, prompt_list, start_noise
 from .checkpoint import load_text_encoder, load_transformer, load_vae
 from .config import RAW, Preset
 from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file
 from .lora_updates import LoraStack
+from .memory_plan import ENCODER, NONE, TRANSFORMER, VAE, check_offload
+from .offload import offload_parts
 from .pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output
-from .prompt_images import (
-    MAX_SIDE,
-    PromptImage,
-    grid_of,
-    image_text,
-    image_weights,
-    kept_images,
-    on_white,
-)
-from .prompt_weights import parse_weights, plain_prompt, token_weights
+from .prompt_images import MAX_SIDE, PromptImage, grid_of, kept_images
+from .prompt_taps import PromptTaps, encode_prompts, fitted_image, given_taps
 from .references import TIME_ZERO, Reference
 from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
-from .sizes import is_far, round_size
-from .taps import weigh_taps
-from .text_attention import NegativeGuidance, TextStates
+from .shared_calls import pays_to_share
+from .sizes import is_far
+from .text_attention import NegativeGuidance
 from .text_encoder import Qwen3VLTextEncoder
-from .transformer import Krea2Transformer, grid_size
+from .transformer import Krea2Transformer
 from .vae import QwenImageVAE
-from .vision import fit_image
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +45,20 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class Krea2Pipeline:
     """The three parts of Krea 2 and the way from a prompt to images.
 
-    Each part runs on the device and in the dtype of its own weights. Raises ValueError where the
-    text encoder is not the one the transformer was trained with.
+    Each part runs on the device and in the dtype of its own weights; with `offload` they lie in
+    main memory and are on `device` only while they run, see `from_files`. Raises ValueError where
+    the text encoder is not the one the transformer was trained with.
     """
 
     def __init__(
-        self, transformer: Krea2Transformer, text_encoder: Qwen3VLTextEncoder, vae: QwenImageVAE
+        self,
+        transformer: Krea2Transformer,
+        text_encoder: Qwen3VLTextEncoder,
+        vae: QwenImageVAE,
+        *,
+        device: str | torch.device | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
     ):
         wanted = (transformer.config.num_text_layers, transformer.config.text_hidden_dim)
         given = (len(text_encoder.config.tap_layers), text_encoder.config.hidden_size)
@@ -72,15 +77,30 @@ class Krea2Pipeline:
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
+        device = _device(transformer) if device is None else device
+        self._offload = offload_parts(transformer, text_encoder, vae, device, offload, max_memory)
         self._loras = LoraStack(transformer), LoraStack(text_encoder)
         self._expander: PromptExpander | None = None
 
     @classmethod
     def from_folder(
-        cls, path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
+        keep_quantised: bool = True,
     ) -> Krea2Pipeline:
-        """Load a diffusers folder (model_index.json, transformer/, text_encoder/, vae/, ...)."""
-        return cls.from_files(path, path, path, device=device, dtype=dtype)
+        """Load a diffusers folder (model_index.json, transformer/, text_encoder/, vae/, ...).
+
+        Options are those of `from_files`.
+        """
+        return cls.from_files(
+            path, path, path, device=device, dtype=dtype, offload=offload, max_memory=max_memory,
+            keep_quantised=keep_quantised,
+        )  # fmt: skip
 
     @classmethod
     def from_files(
@@ -90,27 +110,53 @@ class Krea2Pipeline:
         vae: str | Path,
         tokenizer: str | Path | None = None,
         *,
-        device="cpu",
+        device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
+        keep_quantised: bool = True,
     ) -> Krea2Pipeline:
-        """Load each part from a file or folder; an all-in-one file may be named three times."""
-        options = {"device": device, "dtype": dtype}
+        """Load each part from a file or folder; an all-in-one file may be named three times.
+
+        device: where to calculate; "auto" is the machine's accelerator, or else the CPU.
+        offload: "none" keeps all parts on the device, "parts" lets them take turns, "blocks"
+            streams what does not fit, "auto" chooses by free memory before each run and says so in
+            the log. None is "auto" where device is or max_memory is given, else "none".
+        max_memory: of the device, in GB (10^9 bytes); None for all that is free.
+        keep_quantised: hold quantised files as they are, each layer made plain while it calculates;
+            False makes them plain at once, which is faster and takes two to four times the memory.
+        """
+        found, offload = check_offload(device, offload, max_memory)
+        keep_quantised = keep_quantised and found.type != "mps"  # which knows no 8-bit floats
+        options: dict[str, Any] = {"device": found if offload == NONE else "cpu", "dtype": dtype}
         return cls(
-            load_transformer(transformer, **options),
-            load_text_encoder(text_encoder, tokenizer=tokenizer, **options),
+            load_transformer(transformer, **options, keep_quantised=keep_quantised),
+            load_text_encoder(
+                text_encoder, tokenizer=tokenizer, **options, keep_quantised=keep_quantised
+            ),
             load_vae(vae, **options),
+            device=found,
+            offload=offload,
+            max_memory=max_memory,
         )
 
     @classmethod
     def nano(
-        cls, variant: str = "turbo", *, device="cpu", dtype: torch.dtype | None = torch.float32
+        cls,
+        variant: str = "turbo",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        offload: str | None = None,
+        max_memory: float | None = None,
     ) -> Krea2Pipeline:
         """The built-in krea2-nano, "turbo" or "raw"; see `krea2_model.nano`."""
         if variant not in nano.VARIANTS:
             raise ValueError(f"variant is {variant!r}; expected one of {nano.VARIANTS}.")
         return cls.from_files(
-            nano.TRANSFORMERS[variant], nano.TEXT_ENCODER, nano.VAE, device=device, dtype=dtype
-        )
+            nano.TRANSFORMERS[variant], nano.TEXT_ENCODER, nano.VAE,
+            device=device, dtype=dtype, offload=offload, max_memory=max_memory,
+        )  # fmt: skip
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> LoraReport:
         """Merge a LoRA file of any trainer into the weights, on top of those loaded before.
@@ -120,10 +166,8 @@ class Krea2Pipeline:
         weight infinite; the weights are then as they were.
         """
         path = Path(path)
-        shapes, text_shapes = (
-            {name: tuple(weight.shape) for name, weight in stack.weights.items()}
-            for stack in self._loras
-        )
+        self._offload.before_change("load_lora")
+        shapes, text_shapes = (stack.shapes for stack in self._loras)
         tensors, metadata = read_lora_file(path)
         updates, text_updates, report = read_lora(tensors, shapes, path.name, text_shapes, metadata)
         self._loras[0].add(updates, scale)
@@ -138,6 +182,7 @@ class Krea2Pipeline:
 
     def unload_lora(self) -> None:
         """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""
+        self._offload.before_change("unload_lora")
         for stack in self._loras:
             stack.clear()
 
@@ -150,8 +195,11 @@ class Krea2Pipeline:
         The layer that only writing needs is read from the encoder's file on the first call. Raises
         ValueError where the encoder cannot write, as krea2-nano's.
         """
-        self._expander = self._expander or PromptExpander(self.text_encoder)
-        expansions = self._expander(prompt, on_text, **options)
+        if self._expander is None:
+            self._offload.before_change("expand")
+            self._expander = PromptExpander(self.text_encoder)
+        with self._offload.use(ENCODER, self._expander.tail):
+            expansions = self._expander(prompt, on_text, **options)
         for expansion in expansions:
             if note := expansion.note():
                 logger.warning("%s", note)
@@ -247,7 +295,7 @@ class Krea2Pipeline:
         batch = count * num_images
 
         # Before anything is computed, since a picture may be none.
-        seen = [_fitted(image, max_image_side) for image in images or ()]
+        seen = [fitted_image(image, max_image_side) for image in images or ()]
         if seen and prompts is None:
             raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         looked_at = [_reference(each, max_reference_megapixels) for each in references or ()]
@@ -257,50 +305,67 @@ class Krea2Pipeline:
             height, width = start.shape[1:]
         elif denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
-        noise = self._noise(latents, batch, height, width, seed)
-        self._warn_of_size(*(self.vae.config.downscale * side for side in noise.shape[-2:]))
+        channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
+        shape = (batch, channels, downscale)
+        noise = start_noise(latents, shape, (height, width), self.preset.size, seed)
+        self._warn_of_size(*(downscale * side for side in noise.shape[-2:]))
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if sigmas is None:
-            tokens = grid_size(noise, self.transformer.config.patch_size)
             mu = self.preset.mu
-            mu = shift_mu(tokens[0] * tokens[1]) if mu is None else mu
+            mu = shift_mu(token_count(noise)) if mu is None else mu
             sigmas = sigma_schedule(self.preset.steps if steps is None else steps, mu, denoise)
         else:
             sigmas = check_sigmas(sigmas)
-        if start is not None:
-            noise = torch.lerp(self.encode(start[None]).to(noise), noise, sigmas[0])
-
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
-        reading = (max_sequence_length, prompt_weights, num_images)
-        positive = self._text(
-            prompts, prompt_embeds, prompt_embeds_mask, *reading, tap_weights=tap_weights,
-            images=kept_images(seen), labels=image_labels,
-        )  # fmt: skip
-        negative = None
+        positive = None if prompt_embeds is None else given_taps(prompt_embeds, prompt_embeds_mask)
+        negative, negatives = None, None
         if guidance > 0 or negative_guidance is not None:
             negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
-            negative = self._text(
-                negatives, negative_prompt_embeds, negative_prompt_embeds_mask, *reading, batch
-            )
-        result = noise
-        for step, current, predicted in denoising_steps(
-            self.transformer,
-            noise,
-            positive,
-            negative,
-            sigmas=sigmas,
-            guidance=guidance,
-            evaluate_every=evaluate_every,
-            guidance_schedule=guidance_schedule,
-            negative_guidance=negative_guidance,
-            references=[self._encoded(each).to(noise) for each in looked_at],
-            reference_method=reference_method,
-            references_apart=references_apart,
-        ):
-            result = current
-            if callback is not None:
-                callback(step, current, predicted)
+            if negative_prompt_embeds is not None:
+                negative = given_taps(negative_prompt_embeds, negative_prompt_embeds_mask)
+        may_share = self._prepare(noise, positive, seen, looked_at, guidance > 0)
+        if prompts is not None or negatives is not None:
+            tower = [self.text_encoder.unmoved_vision_tower()] if kept_images(seen) else []
+            with self._offload.use(ENCODER, *tower):
+                encode = functools.partial(
+                    encode_prompts, self.text_encoder,
+                    max_sequence_length=max_sequence_length, weighted=prompt_weights,
+                )  # fmt: skip
+                if prompts is not None:
+                    positive = encode(prompts, images=kept_images(seen), labels=image_labels)
+                if negatives is not None:
+                    negative = encode(negatives)
+        assert positive is not None  # of prompts or of embeddings
+        with self._offload.use(VAE) if start is not None or looked_at else nullcontext():
+            if start is not None:
+                noise = torch.lerp(self.encode(start[None]).to(noise), noise, sigmas[0])
+            beside = [self._encoded(each) for each in looked_at]
+        with self._offload.use(TRANSFORMER):
+            noise = noise.to(_device(self.transformer))
+            texts = [positive.weighed(tap_weights).fused(self.transformer, num_images)]
+            if negative is not None:
+                texts.append(negative.fused(self.transformer, batch // len(negative.taps)))
+            tokens = len(noise) * token_count(noise)
+            lengths = [text.states.shape[1] for text in texts]
+            result = noise
+            for step, current, predicted in denoising_steps(
+                self.transformer,
+                noise,
+                *texts,
+                sigmas=sigmas,
+                guidance=guidance,
+                evaluate_every=evaluate_every,
+                guidance_schedule=guidance_schedule,
+                negative_guidance=negative_guidance,
+                references=[each.to(noise) for each in beside],
+                reference_method=reference_method,
+                references_apart=references_apart,
+                share_calls=may_share and pays_to_share(tokens, lengths, self._offload.streams),
+            ):
+                result = current
+                if callback is not None:
+                    callback(step, current, predicted)
         if output_type == "latent":
             return result
         return to_output(self.decode(result), output_type)
@@ -316,71 +381,19 @@ class Krea2Pipeline:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
-        weight = next(self.vae.parameters())
-        return self.vae.encode(images.to(weight) * 2 - 1)
+        with self._offload.use(VAE):
+            weight = next(self.vae.parameters())
+            return self.vae.encode(images.to(weight) * 2 - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 16, h, w) to images (B, 3, H, W) in [-1, 1], in tiles if memory runs out."""
-        latents = latents.to(_device(self.vae))
-        try:
-            return self.vae.decode(latents)
-        except torch.OutOfMemoryError:
-            logger.warning("Decoding ran out of memory; decoding in tiles instead.")
-        return self.vae.decode_tiled(latents)
-
-    def _text(
-        self,
-        prompts: list[str] | None,
-        embeds: Tensor | None,
-        mask: Tensor | None,
-        max_sequence_length: int | None,
-        weighted: bool,
-        num_images: int,
-        batch: int | None = None,
-        tap_weights: Sequence[float] | None = None,
-        images: Sequence[PromptImage] = (),
-        labels: bool = True,
-    ) -> TextStates:
-        """Fused text, its mask and weights, repeated for the images of each prompt."""
-        weights = None
-        if embeds is None:
-            read = parse_weights if weighted else plain_prompt
-            marked = [read(prompt) for prompt in prompts or [""]]
-            embeds, mask = self.text_encoder.encode(
-                [prompt.text for prompt in marked],
-                max_sequence_length=max_sequence_length,
-                images=[images] * len(marked),
-                labels=labels,
-                max_side=max((max(image.pixels.shape) for image in images), default=MAX_SIDE),
-            )
-            tokenizer = self.text_encoder.tokenizer
-            assert tokenizer is not None  # or encode had raised
-            if images or any(prompt.is_weighted for prompt in marked):
-                before = image_text([image.role for image in images], labels)
-                front = image_weights(
-                    tokenizer.front(before), [grid_of(i.pixels) for i in images], images
-                )
-                weights = token_weights(marked, tokenizer, max_sequence_length, before, front)
-        elif mask is not None and mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"The mask has shape {tuple(mask.shape)}; expected {tuple(embeds.shape[:2])}, the "
-                "first two sizes of the embeddings it belongs to."
-            )
-        if tap_weights is not None:
-            embeds = weigh_taps(embeds, tap_weights)
-        device = _device(self.transformer)
-        mask = None if mask is None else mask.to(device).bool()
-        if mask is not None and mask.all():
-            mask = None
-        text = self.transformer.fuse_text(embeds.to(device), mask)
-        repeats = num_images if batch is None else batch // len(text)
-        weights = None if weights is None else weights.to(device)
-
-        def repeated(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.repeat_interleave(repeats, dim=0)
-
-        states = text.repeat_interleave(repeats, dim=0)
-        return TextStates(states, repeated(mask), repeated(weights))
+        with self._offload.use(VAE):
+            latents = latents.to(_device(self.vae))
+            try:
+                return self.vae.decode(latents)
+            except torch.OutOfMemoryError:
+                logger.warning("Decoding ran out of memory; decoding in tiles instead.")
+            return self.vae.decode_tiled(latents)
 
     def _encoded(self, prepared: Reference | Tensor) -> Reference:
         """A reference, of pixels (3, H, W) or with latents of its own."""
@@ -388,29 +401,32 @@ class Krea2Pipeline:
             return prepared
         return Reference(self.encode(prepared[None]))
 
-    def _noise(self, latents, batch: int, height: int | None, width: int | None, seed) -> Tensor:
-        """Start latents: the given ones, or float32 noise of a seed an image, drawn on the CPU."""
-        size = tuple(
-            round_size(name, self.preset.size if side is None else side)
-            for name, side in (("height", height), ("width", width))
-        )
-        channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
-        shape = (batch, channels, size[0] // downscale, size[1] // downscale)
-        if latents is None:
-            seeds = seed_list(seed, batch)
-            noise = [
-                torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
-            ]
-            latents = torch.stack(noise)
-        else:
-            free = height is None and width is None and latents.ndim == 4
-            expected = shape[:2] if free else shape
-            if tuple(latents.shape[: len(expected)]) != expected or latents.ndim != 4:
-                raise ValueError(
-                    f"latents has shape {tuple(latents.shape)}; expected {shape}: {batch} images "
-                    f"of {size[0]} x {size[1]} px."
-                )
-        return latents.to(_device(self.transformer), torch.float32)
+    def _prepare(
+        self,
+        noise: Tensor,
+        positive: PromptTaps | None,
+        images: Sequence[PromptImage],
+        references: Sequence[Reference | Tensor],
+        guided: bool,
+    ) -> bool:
+        """Plan where the parts are during a run; whether both texts may share a call in it."""
+        text = TEXT_TOKENS if positive is None else positive.taps.shape[1]
+        text += sum(math.prod(grid_of(image.pixels)) for image in images)
+        beside = [(r.latents, 1) if isinstance(r, Reference) else (r, self.vae.config.downscale)
+                  for r in references]  # fmt: skip
+        one, both = (
+            activations(
+                self.transformer, self.text_encoder, self.vae,
+                batch=calls * len(noise),
+                image=token_count(noise),
+                text=text,
+                references=sum(token_count(each, scale) for each, scale in beside),
+            )
+            for calls in (1, 2)
+        )  # fmt: skip
+        shares = guided and self._offload.has_room(both, instead_of=one)
+        self._offload.prepare(both if shares else one)
+        return shares
 
 
 def _reference(given: Reference | Picture, megapixels: float) -> Reference | Tensor:
@@ -418,13 +434,6 @@ def _reference(given: Reference | Picture, megapixels: float) -> Reference | Ten
     if isinstance(given, Reference):
         return given
     return as_reference(pixels_of(given, "an entry of references"), megapixels)
-
-
-def _fitted(image: PromptImage | Picture, max_side: int) -> PromptImage:
-    """An image of a prompt at the size the vision tower sees it."""
-    if not isinstance(image, PromptImage):
-        image = PromptImage(pixels_of(image, "an entry of images"))
-    return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
 
 
 def _device(module: nn.Module) -> torch.device:

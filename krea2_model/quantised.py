@@ -17,6 +17,14 @@ from torch import Tensor
 
 from .gguf import GGUFTensor
 from .identify import CheckpointError
+from .quantised_weight import (
+    FLOAT8,
+    INT8,
+    QuantisedWeight,
+    check_group,
+    of_layer,
+    of_tensor,
+)
 
 SETTINGS = ".comfy_quant"
 HEADER = "_quantization_metadata"
@@ -26,13 +34,12 @@ SMOOTHING = ".pre_quant_scale"
 SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING, SETTINGS)
 # A low-rank branch beside a quantised layer: its up and down matrices.
 BRANCH = (".svdq_l1", ".svdq_l2")
+BESIDE = (*SUFFIXES, *BRANCH)
 
 # Multipliers of a weight or its input; of the first some formats have one a block.
 SCALES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING)
 # Settings are a line of JSON.
 _LONGEST_SETTINGS = 65_536
-
-FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
 
 def spell_out(
@@ -103,7 +110,7 @@ def check_quantised(
             raise CheckpointError(f"{name}: {layer} has the format {form!r:.80}; expected a name.")
         if values.get("convrot"):
             check_group(values.get("convrot_groupsize", 256), weight.shape[1], f"{name}: {layer}")
-        one_value_a_byte = form in FLOAT8 or form == "int8_tensorwise"
+        one_value_a_byte = form in FLOAT8 or form == INT8
         if one_value_a_byte and weight.element_size() != 1:
             raise CheckpointError(
                 f"{name}: {layer} is stored as {weight.dtype}, and its settings say {form}. "
@@ -142,16 +149,6 @@ def _check_scale(scale: Tensor, sizes: tuple[int, ...], weight: Tensor, what: st
         )
 
 
-def check_group(group: Any, columns: int, what: str) -> None:
-    """Refuse a rotation in groups that do not fit, before any matrix is made for it."""
-    power = type(group) is int and 0 < group <= columns and group & (group - 1) == 0
-    if not power or group.bit_length() % 2 == 0 or columns % group:
-        raise CheckpointError(
-            f"{what} is rotated in groups of {group!r:.40}, which do not fit {columns} columns; "
-            "expected a power of 4 that divides them. The file was quantised for another layer."
-        )
-
-
 def refuse_integers(tensors: Mapping[str, Any], name: str) -> None:
     """Refuse weights that are whole numbers without the settings of a quantised format."""
     for key, tensor in tensors.items():
@@ -168,87 +165,42 @@ def is_quantised(tensor) -> bool:
     return isinstance(tensor, GGUFTensor) or tensor.element_size() < 2
 
 
+def quantised_weights(tensors: Mapping[str, Any], name: str) -> dict[str, QuantisedWeight]:
+    """The quantised ones among a part's weights, by the names of their tensors.
+
+    Raises CheckpointError for formats that only ComfyUI's layers read, and settings or scales that
+    no quantiser writes.
+    """
+    settings = layer_settings(tensors)
+    check_quantised(tensors, settings, name)
+    found = {}
+    for key, tensor in tensors.items():
+        if key.endswith(BESIDE):
+            continue
+        layer = key.removesuffix(".weight")
+        if key.endswith(".weight") and layer in settings:
+            found[key] = of_layer(layer, tensors, settings[layer], name)
+        elif (weight := of_tensor(tensor)) is not None:
+            found[key] = weight
+    return found
+
+
 def dequantise(
     tensors: Mapping[str, Any], name: str, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """Plain tensors from quantised ones, a layer at a time; what stood beside weights is dropped.
 
-    dtype: of what was quantised; others are as they were. Raises CheckpointError for formats that
-    only ComfyUI's layers read.
+    dtype: of what was quantised; others are as they were. Raises CheckpointError as
+    `quantised_weights` does.
     """
-    settings = layer_settings(tensors)
-    check_quantised(tensors, settings, name)
-    result = {}
-    for key, tensor in tensors.items():
-        if key.endswith((*SUFFIXES, *BRANCH)):
-            continue
-        if isinstance(tensor, GGUFTensor):
-            result[key] = tensor.dequantise(dtype)
-        elif key.endswith(".weight") and (layer := key.removesuffix(".weight")) in settings:
-            scale = tensors.get(f"{layer}.weight_scale")
-            result[key] = _values(tensor, scale, settings[layer], f"{name}: {key}").to(dtype)
-            if f"{layer}{SMOOTHING}" in tensors:
-                result[key] = result[key] * tensors[f"{layer}{SMOOTHING}"].to(dtype)
-            up, down = (tensors.get(layer + end) for end in BRANCH)
-            if up is not None and down is not None:
-                _check_branch(up, down, result[key].shape, f"{name}: {layer}")
-                result[key] = (result[key].float() + up.float() @ down.float()).to(dtype)
-        elif tensor.dtype in FLOAT8.values():
-            result[key] = tensor.to(dtype)
-        else:
-            result[key] = tensor
+    quantised = quantised_weights(tensors, name)
+    result = {
+        key: quantised[key].values(dtype) if key in quantised else tensor
+        for key, tensor in tensors.items()
+        if not key.endswith(BESIDE)
+    }
     refuse_integers(result, name)
     return result
-
-
-def _check_branch(up: Tensor, down: Tensor, shape: tuple[int, ...], what: str) -> None:
-    fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
-    if not fits or (up.shape[0], down.shape[1]) != tuple(shape):
-        raise CheckpointError(
-            f"{what} has a low-rank branch of {tuple(up.shape)} times {tuple(down.shape)}; "
-            f"expected ({shape[0]}, rank) times (rank, {shape[1]}). Download it again."
-        )
-
-
-def _values(weight: Tensor, scale: Tensor | None, settings: Mapping, what: str) -> Tensor:
-    form = settings.get("format")
-    if form in FLOAT8:
-        values = weight.view(FLOAT8[form]) if weight.dtype == torch.uint8 else weight
-        return values.float() if scale is None else values.float() * _columns(scale)
-    if form == "int8_tensorwise":
-        if scale is None:
-            raise CheckpointError(f"{what} has no scale (weight_scale). Download the file again.")
-        values = weight.float() * _columns(scale)
-        if settings.get("convrot"):
-            values = rotate(values, settings.get("convrot_groupsize", 256))
-        return values
-    raise CheckpointError(
-        f"{what} is stored as {form}, which only ComfyUI's layers read. Without ComfyUI use a "
-        "bf16, fp8, int8 or GGUF file of the same model."
-    )
-
-
-def rotate(weight: Tensor, group: int) -> Tensor:
-    """Multiply each run of `group` columns by a Hadamard matrix, which is its own inverse.
-
-    ConvRot's is regular (all rows sum to the same): the Kronecker power of a symmetric 4 x 4 one.
-    """
-    rows, columns = weight.shape
-    check_group(group, columns, "A matrix")
-    matrix = torch.ones(1, 1, device=weight.device)
-    base = torch.tensor(
-        [[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], device=weight.device
-    )
-    while len(matrix) < group:
-        matrix = torch.kron(matrix, base)
-    groups = weight.reshape(rows, columns // group, group)
-    return (groups @ (matrix / group**0.5)).reshape(rows, columns)
-
-
-def _columns(scale: Tensor) -> Tensor:
-    """One scale, or one a row, as it multiplies a matrix."""
-    scale = scale.float()
-    return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
 
 
 def _modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

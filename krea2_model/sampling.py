@@ -20,6 +20,7 @@ from .guidance import ALWAYS, GuidanceSchedule, SigmaAt, rescaled, unshifted
 from .hooks import AttentionHooks
 from .modulation import RunModulation
 from .references import TIME_ZERO, RecordedReferences, Reference
+from .shared_calls import share
 from .text_attention import NegativeGuidance, TextAttention, TextStates
 from .transformer import Krea2Transformer
 
@@ -151,6 +152,7 @@ def denoise(
     references: Sequence[Tensor | Reference] | None = None,
     reference_method: str = TIME_ZERO,
     references_apart: bool = False,
+    share_calls: bool = False,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
@@ -170,6 +172,8 @@ def denoise(
     references, reference_method: images to look at, see `Krea2Transformer` and `Reference`.
     references_apart: they see themselves alone, so they are gone through once and not at each
         step. Faster, and not what LoRAs were trained with. Only at time 0.
+    share_calls: guide in one call of the model a step, with twice the batch, where texts have no
+        weights and attention does nothing else.
 
     Yields `(step, latents, predicted)` after each step, counted from 1; `predicted` is the image
     the model sees at that step (x0). Stop iterating to cancel.
@@ -208,6 +212,7 @@ def denoise(
         negative_guidance,
         beside,
         sigma_at,
+        share(*texts) if share_calls else None,
     )
 
 
@@ -277,6 +282,7 @@ def _euler(
     negative_guidance=None,
     references=None,
     sigma_at=unshifted,
+    shared=None,
 ):
     blocks, of_run = getattr(transformer, "blocks", None), {}
     if blocks is not None:  # what stands in for a transformer may have none
@@ -298,8 +304,9 @@ def _euler(
                     beside |= references.at(sigma, sigma_at, transformer, dtype)
                 factor, rescale = schedule.factor(sigma, sigma_at), schedule.rescale
                 velocity = _velocity(
-                    transformer, latents, sigma, texts, guidance * factor, rescale, inside, **beside
-                )
+                    transformer, latents, sigma, texts, guidance * factor, rescale, inside,
+                    shared, **beside,
+                )  # fmt: skip
                 forecast.note(sigma, velocity)
             if not torch.isfinite(velocity).all():
                 raise ValueError(
@@ -348,12 +355,14 @@ def _velocity(
     guidance,
     rescale,
     inside,
+    shared=None,
     recorded=None,
     **beside,
 ) -> Tensor:
     """`cond + guidance * (cond - uncond)` in float32, rescaled.
 
-    `inside` guides the attention of cond; `beside` are references and modulation of the call.
+    `inside` guides the attention of cond; `shared` are both texts for one call; `beside` are the
+    references and the modulation of the call.
     """
     timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
 
@@ -366,10 +375,14 @@ def _velocity(
         return transformer(latents, timestep, text.states, text.mask, **options).float()
 
     positive, negative = texts
-    conditional = velocity(positive, None if inside is None else negative)
-    if guidance == 0:
-        return conditional
-    guided = conditional + guidance * (conditional - velocity(negative))
+    if shared is not None and guidance != 0 and inside is None and recorded is None:
+        conditional, other = shared.velocities(transformer, latents, timestep, **beside)
+    else:
+        conditional = velocity(positive, None if inside is None else negative)
+        if guidance == 0:
+            return conditional
+        other = velocity(negative)
+    guided = conditional + guidance * (conditional - other)
     return rescaled(guided, conditional, rescale)
 
 

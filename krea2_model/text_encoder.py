@@ -169,17 +169,21 @@ class Qwen3VLTextEncoder(nn.Module):
 
         Raises CheckpointError where the file has none, and ValueError where there is no file.
         """
+        return self.unmoved_vision_tower().to(self.embed_tokens.weight.device)
+
+    def unmoved_vision_tower(self) -> Qwen3VLVisionTower:
+        """`vision_tower` wherever it is: in main memory when it is first loaded."""
         from .vision import load_vision_tower
 
-        weight = self.embed_tokens.weight
         if not self._tower:
             if self.path is None:
                 raise ValueError(
                     "The text encoder was not loaded from a file, so there is no vision tower for "
                     "images in prompts. Use load_text_encoder."
                 )
-            self._tower.append(load_vision_tower(self.path, dtype=weight.dtype))
-        return self._tower[0].to(weight.device)
+            dtype = self.embed_tokens.weight.dtype
+            self._tower.append(load_vision_tower(self.path, dtype=dtype))
+        return self._tower[0]
 
     @torch.no_grad()
     def encode(

@@ -468,6 +468,10 @@ class Krea2Transformer(nn.Module):
         self._rope = [*self._rope[-3:], (positions, table)]
         return table
 
+    def forget_tables(self) -> None:
+        """Let go of rotary tables, which lie on the device of the last call."""
+        self._rope = []
+
     def _pad(self, latents: Tensor) -> Tensor:
         patch = self.config.patch_size
         bottom, right = -latents.shape[-2] % patch, -latents.shape[-1] % patch

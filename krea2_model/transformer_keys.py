@@ -77,6 +77,11 @@ def module_to_official(name: str) -> str:
     return re.sub(r"\.(scale|lin)\.weight$", r".\1", name)
 
 
+def is_norm_or_table(name: str) -> bool:
+    """Whether a transformer's tensor (by module or official name) is a norm scale or a table."""
+    return module_to_official(name).endswith((".scale", ".lin"))
+
+
 def infer_transformer_config(shapes: Mapping[str, Shape], **fixed) -> TransformerConfig:
     """Sizes of a transformer from the shapes of its tensors, by official name.
 

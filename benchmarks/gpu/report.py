@@ -183,6 +183,17 @@ def candidate_table(rows: list[Row]) -> str:
     return "\n\n".join(filter(None, [table(head, lines), "; ".join(bits), "; ".join(absent)]))
 
 
+def pipeline_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if "seconds" in row:
+            times = [number(row[what], ".2f", " s") for what in ("seconds", "first_s")]
+            memory = [number(row.get(f"{what}_gb"), ".1f", " GB") for what in ("peak", "limit")]
+            lines.append([row["what"], *times, *memory, number(row["error"], ".1e"), mark(row)])
+    head = ["", "an image", "the first", "VRAM peak", "limit", "difference", "passed"]
+    return table(head, lines)
+
+
 def part_table(rows: list[Row]) -> str:
     head = ["", "px or tokens", "ours", "floor", "core", "diffusers", "peak ours / core",
             "estimate"]  # fmt: skip
@@ -240,6 +251,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "formats": ("A step in int8 and GGUF", step_table),
     "images": ("Whole runs of the sampler", image_table),
     "candidates": ("Switches, off and on", candidate_table),
+    "pipeline": ("Whole images without ComfyUI, fp8", pipeline_table),
     "vae": ("VAE", part_table),
     "encoder": ("Text encoder", part_table),
     "compile": ("Compiled", compile_table),

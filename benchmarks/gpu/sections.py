@@ -36,6 +36,7 @@ SECTIONS = (
     Section("fp8", "steps", RESIDENT, 45),
     Section("images", "images", RESIDENT, 60),
     Section("candidates", "candidates", RESIDENT, 60),
+    Section("pipeline", "pipeline", RESIDENT, 60),
     Section("vae", "parts", RESIDENT, 30),
     Section("encoder", "parts", RESIDENT, 30),
     Section("formats", "steps", RESIDENT, 45),

@@ -17,6 +17,7 @@ from ...krea2_model.attention_backends import preferred
 from ...krea2_model.hooks import Hooks
 from ...krea2_model.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.references import RecordedReferences, Recorder, added_mask
+from ...krea2_model.shared_calls import attend_past_padding
 from ...krea2_model.text_attention import TextAttention
 from .contract import announce
 from .graphs import BlockGraphs
@@ -86,7 +87,7 @@ class PatchHooks(Hooks):
         else:
             query, key = norm_and_rotate(query, key, norm, rope, kept)
         if self.padding is not None and in_block:
-            return self._attention_past_padding(query, key, value, mask, kept)
+            return attend_past_padding(self.attention, self.padding, query, key, value, mask, kept)
         attention = self.attention
         if self.references is not None and in_block:
             block = self.options["block_index"]
@@ -134,20 +135,6 @@ class PatchHooks(Hooks):
             and attend.__module__ == own.__name__
             and comfy.ops.scaled_dot_product_attention.__module__ == comfy.ops.__name__
         )
-
-    def _attention_past_padding(self, query, key, value, mask, kept):
-        """Each sequence alone and without its padding, so exact; a mask is a bias of references."""
-        batch, heads, tokens, dim = query.shape
-        out = query.new_zeros(batch, tokens, heads * dim)
-        for index, padded in enumerate(self.padding):
-            one, first = slice(index, index + 1), padded if kept is None else 0
-            out[one, first:] = self.attention(
-                query[one, :, first:],
-                key[one, :, padded:],
-                value[one, :, padded:],
-                None if mask is None else mask[..., padded:],
-            )
-        return out
 
     def modulated_norm(self, hidden, scale, shift, eps):
         if _has_kernels(hidden):

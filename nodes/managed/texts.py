@@ -12,6 +12,7 @@ import comfy.conds
 import torch
 import torch.nn.functional as F
 
+from ...krea2_model.shared_calls import SMALL_IMAGE as SMALL_IMAGE
 from ...krea2_model.text_attention import NegativeGuidance
 
 # Where CONDITIONING holds the weights (B, L) of its tokens.
@@ -19,10 +20,6 @@ TOKEN_WEIGHTS = "krea2_token_weights"
 
 # Where a MODEL's transformer_options hold (settings, conditioning, what comes with it).
 NEGATIVE_GUIDANCE = "krea2_negative_guidance"
-
-# Up to so many image tokens a call is faster shared (benchmarks/sharing.py): reading weights and
-# starting kernels weigh more than what the second text adds.
-SMALL_IMAGE = 1024
 
 
 class FusedText(comfy.conds.CONDRegular):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import tiny_checkpoints
-from krea2_model import expander
+from krea2_model import Krea2Pipeline, expander
 from krea2_model.__main__ import build_parser, main
 from nano_training.judge import read_thing
 
@@ -114,6 +114,20 @@ def test_the_default_device_is_the_accelerator_there_is(monkeypatch, there, devi
     assert build_parser().parse_args(["generate", "a fox"]).device == device
 
 
+def test_where_weights_are_can_be_chosen(monkeypatch):
+    found = {}
+
+    def load(*files, **options):
+        found.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Krea2Pipeline, "from_files", load)
+    assert main(["a fox", "--model", "nano", "--device", "auto", "--max-memory", "12"]) == 2
+    assert [found[name] for name in ("device", "offload", "max_memory")] == ["auto", "auto", 12.0]
+    assert main(["a fox", "--model", "nano", "--device", "cpu", "--offload", "parts"]) == 2
+    assert [found[name] for name in ("device", "offload", "max_memory")] == ["cpu", "parts", None]
+
+
 def test_expand_is_a_command(tokenizer_folder, tmp_path, capsys, monkeypatch):
     """Random weights write nonsense; what is said of it is that it lacks the lettering."""
     monkeypatch.setitem(expander.LENGTHS, "short", expander.Length(words=5, tokens=15))
@@ -121,8 +135,8 @@ def test_expand_is_a_command(tokenizer_folder, tmp_path, capsys, monkeypatch):
     encoder = str(tmp_path / "text_encoders/qwen3vl_tiny.safetensors")
     options = ["--text-encoder", encoder, "--dtype", "fp32", "--length", "short", "--seed", "3"]
     texts = []
-    for _ in range(2):
-        assert main(["expand", 'a sign "OPEN"', *options]) == 0
+    for offload in ("auto", "blocks"):
+        assert main(["expand", 'a sign "OPEN"', *options, "--offload", offload]) == 0
         out, error = capsys.readouterr()
         assert 'The expansion lacks "OPEN" of the prompt' in error and "token" in error
         texts.append(out)

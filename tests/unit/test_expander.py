@@ -279,6 +279,17 @@ def test_the_pipeline_writes_with_its_own_encoder(pipeline, brief, caplog):
     assert pipeline.expand("7 foxes", **{**options, "seed": 5}) != [found]
 
 
+@pytest.mark.parametrize("mode", ["parts", "blocks"])
+def test_an_offloaded_encoder_writes_the_same(pipeline, brief, mode):
+    parts = (pipeline.transformer, pipeline.text_encoder, pipeline.vae)
+    offloaded = Krea2Pipeline(*parts, offload=mode)
+    before = [weight.data_ptr() for weight in pipeline.text_encoder.parameters()]
+    options = {"length": "short", "seed": 4}
+    assert offloaded.expand("a fox", **options) == pipeline.expand("a fox", **options)
+    assert [weight.data_ptr() for weight in pipeline.text_encoder.parameters()] == before
+    assert not any(layer._forward_hooks for layer in pipeline.text_encoder.layers)
+
+
 def test_cancelling_ends_the_writing(pipeline, brief):
     seen = []
 

@@ -32,6 +32,7 @@ from krea2_model.prompt_images import (
     sheet,
     with_image_tokens,
 )
+from krea2_model.prompt_taps import encode_prompts
 from krea2_model.prompt_weights import parse_weights, token_weights
 from krea2_model.text_encoder import text_encoder_keys
 from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
@@ -418,8 +419,8 @@ def test_strengths_in_the_pipeline_weigh_images(pipeline):
     )
     plain = paint(pipeline, images=[pixels])
     assert 0 < (one - plain).norm() < (two - plain).norm()
-    weights = pipeline._text(
-        ["a fox", "a (badger:2)"], None, None, None, True, 1,
+    weights = encode_prompts(
+        pipeline.text_encoder, ["a fox", "a (badger:2)"], None, weighted=True,
         images=[PromptImage(pixels, strength=0.5)], labels=False,
     ).weights  # fmt: skip
     assert weights[:, 1:5].tolist() == [[0.5] * 4] * 2
