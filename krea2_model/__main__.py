@@ -178,9 +178,8 @@ def generate(args: argparse.Namespace) -> list[Path]:
         offload=args.offload,
         max_memory=args.max_memory,
     )
-    for lora in args.lora:
-        name, scale = _lora_and_scale(lora)
-        print(pipeline.load_lora(name, scale), file=sys.stderr)
+    for report in pipeline.load_loras([_lora_and_scale(lora) for lora in args.lora]):
+        print(report, file=sys.stderr)
     steps = pipeline.preset.steps if args.steps is None else args.steps
     with tqdm(total=steps, unit="step", desc=args.output.name) as bar:
         made = pipeline(

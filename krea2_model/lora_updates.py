@@ -274,6 +274,10 @@ def _glora_change(update: Update, weight: Tensor, strength: float) -> Tensor:
 _OF_THE_WEIGHT = {"oft": _oft_change, "boft": _boft_change, "glora": _glora_change}
 
 
+# Updates and strengths of weights by name.
+Before = Mapping[str, list[tuple[Update, float]]]
+
+
 class LoraStack:
     """LoRAs in a module's weights, until they are taken out again.
 
@@ -298,36 +302,41 @@ class LoraStack:
         plain: dict[str, Shape] = {n: tuple(weight.shape) for n, weight in self.weights.items()}
         return plain | {name: layer.shape for name, layer in self.layers.items()}
 
-    def add(self, updates: Mapping[str, list[Update]], strength: float) -> None:
-        """Merge updates on top of those that are there.
+    def add(self, *loras: tuple[Mapping[str, list[Update]], float]) -> Before:
+        """Merge LoRAs, updates and a strength each, on top of those that are there.
 
-        Raises ValueError where a weight would not stay finite; all are then as they were before.
+        Several at once make each weight once. Returns what `restore` takes them out with. Raises
+        ValueError where a weight would not stay finite; all are then as they were before.
         """
-        if not abs(strength) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"The LoRA's scale is {strength}; expected a finite number.")
-        done: dict[str, list[Update]] = {}
+        for _, strength in loras:
+            if not abs(strength) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"The LoRA's scale is {strength}; expected a finite number.")
+        before = {name: list(self.updates[name]) for updates, _ in loras for name in updates}
         try:
-            for name, several in updates.items():
+            for name in before:
                 if name not in self.layers:
                     self.originals.setdefault(name, self.weights[name].data)
-                self.updates[name] += [(update, strength) for update in several]
-                done[name] = several
+                for updates, strength in loras:
+                    self.updates[name] += [(update, strength) for update in updates.get(name, ())]
                 if not self._renew(name):
+                    strengths = ", ".join(f"{s:g}" for u, s in loras if name in u)
                     raise ValueError(
-                        f"The LoRA at {strength:g} makes {name} infinite in {self._dtype(name)}; "
+                        f"The LoRA at {strengths} makes {name} infinite in {self._dtype(name)}; "
                         "nothing was changed. Lower its strength, or choose another LoRA."
                     )
         except BaseException:
-            self.remove_last(done)
+            self.restore(before)
             raise
+        return before
 
-    def remove_last(self, updates: Mapping[str, list[Update]]) -> None:
-        """Take out what the last `add` merged."""
-        for name, several in updates.items():
-            del self.updates[name][-len(several) :]
-            if self.updates[name] or name in self.layers:
-                self._renew(name)
-            else:
+    def restore(self, before: Before) -> None:
+        """Take out what an `add` merged, none having come after it."""
+        for name, updates in before.items():
+            changed, self.updates[name] = self.updates[name] != updates, list(updates)
+            if updates or name in self.layers:
+                if changed:
+                    self._renew(name)
+            elif name in self.originals:
                 original = self.originals.pop(name)
                 self.weights[name].data = original.to(self.weights[name].device)
 

@@ -6,8 +6,8 @@ more than a GPU takes to apply them. `RunModulation` reads them once, for all bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,8 @@ class StepModulation(NamedTuple):
 class RunModulation:
     """The blocks' tables, norm weights, and norms of queries and keys, as they are now."""
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
+    def __init__(self, blocks: Iterable[Any], device: torch.device):
+        blocks = list(blocks)
         nothing = torch.zeros((), device=device)
         self._tables = torch.stack([block.mod.lin(nothing) for block in blocks])
         norms = [norm for block in blocks for norm in (block.prenorm, block.postnorm)]

@@ -165,20 +165,33 @@ class Krea2Pipeline:
         the file is not a LoRA, fits nothing or holds no numbers, and ValueError where it makes a
         weight infinite; the weights are then as they were.
         """
-        path = Path(path)
+        return self.load_loras([(path, scale)])[0]
+
+    def load_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[LoraReport]:
+        """`load_lora` for several files and their scales, which makes each weight only once."""
+        if not loras:
+            return []
         self._offload.before_change("load_lora")
         shapes, text_shapes = (stack.shapes for stack in self._loras)
-        tensors, metadata = read_lora_file(path)
-        updates, text_updates, report = read_lora(tensors, shapes, path.name, text_shapes, metadata)
-        self._loras[0].add(updates, scale)
+        updates, text_updates, reports = [], [], []
+        for path, scale in loras:
+            tensors, metadata = read_lora_file(Path(path))
+            own, text_own, report = read_lora(
+                tensors, shapes, Path(path).name, text_shapes, metadata
+            )
+            updates.append((own, scale))
+            text_updates.append((text_own, scale))
+            reports.append(report)
+        before = self._loras[0].add(*updates)
         try:
-            self._loras[1].add(text_updates, scale)
+            self._loras[1].add(*text_updates)
         except BaseException:
-            self._loras[0].remove_last(updates)
+            self._loras[0].restore(before)
             raise
-        if not report.is_complete:
-            logger.warning("%s", report)
-        return report
+        for report in reports:
+            if not report.is_complete:
+                logger.warning("%s", report)
+        return reports
 
     def unload_lora(self) -> None:
         """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""

@@ -316,7 +316,7 @@ class Krea2Transformer(nn.Module):
             self.block_class(config, layers, **factory) for _ in range(config.num_layers)
         )
         self.last = FinalLayer(config, layers, **factory)
-        self._rope: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
+        self._rope: list[tuple[tuple[Tensor, ...], Tensor]] = []
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -450,7 +450,7 @@ class Krea2Transformer(nn.Module):
         return time, self.tproj(time).float()
 
     @outside_graphs
-    def _rope_for(self, positions: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
+    def _rope_for(self, positions: tuple[Tensor, ...], device: torch.device) -> Tensor:
         """The rotary table of text and image positions, (1, L, 3) each; the last four are kept.
 
         The next step needs the same ones: for the positive, the negative and regional texts.

@@ -335,7 +335,7 @@ def lora_tensors(sources: Sources, dice: random.Random) -> tuple[int, Read]:
             found, found_metadata = read_lora_file(path)
             updates, _, report = read_lora(found, sources.shapes, path.name, None, found_metadata)
             str(report)
-            stack.add(updates, strength)
+            stack.add((updates, strength))
             finite = all(bool(w.isfinite().all()) for w in sources.model.parameters())
             assert finite, "a weight is not finite"
             stack.clear()

@@ -6,6 +6,7 @@ import torch
 from krea2_model.config import TransformerConfig
 from krea2_model.identify import CheckpointError
 from krea2_model.lora import read_lora
+from krea2_model.lora_updates import LoraStack, Update
 from krea2_model.transformer import Krea2Transformer
 from krea2_model.transformer_keys import official_to_diffusers
 from parity import assert_close
@@ -305,3 +306,39 @@ def test_text_encoder_layers(weights, shapes):
         updates, text_updates, report = read_lora(tensors, shapes, "te", text_shapes)
         assert not updates and list(text_updates) == list(text_shapes)
         assert report.text_matched == 1
+
+
+def test_several_loras_make_each_weight_once(weights, monkeypatch):
+    """The same bits as one after the other, and all of none where one cannot be."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = (torch.nn.Linear(24, 16, bias=False) for _ in range(2))
+
+    torch.manual_seed(3)
+    model = Model().requires_grad_(False)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    loras = [
+        ({name: [Update(name, "lora", {"down": random(4, 24), "up": random(16, 4)})]
+          for name in before}, 0.1 * number)
+        for number in range(1, 21)
+    ]  # fmt: skip
+    made, apply = [], Update.apply
+    monkeypatch.setattr(Update, "apply", lambda self, *a: made.append(1) or apply(self, *a))
+    stack = LoraStack(model)
+    for lora in loras:
+        stack.add(lora)
+    expected = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert len(made) == 2 * 210
+    stack.clear()
+    made.clear()
+    undo = stack.add(*loras)
+    assert len(made) == 2 * 20
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters())
+    bad = {"other.weight": [Update("other.weight", "diff", {"diff": random(16, 24) * 3e38})]}
+    with pytest.raises(ValueError, match=r"at 0.1, 2, 1e\+10 makes other.weight infinite"):
+        stack.add(loras[0], (loras[1][0], 2.0), (bad, 1e10))
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters())
+    stack.restore(undo)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())

@@ -43,7 +43,7 @@ def ours(transformer, tensors, strength=1.0):
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     updates, _, report = read_lora(tensors, shapes, "file.safetensors")
     stack = LoraStack(model)
-    stack.add(updates, strength)
+    stack.add((updates, strength))
     result = velocity(model)
     stack.clear()
     assert torch.equal(velocity(model), velocity(transformer))

@@ -210,8 +210,8 @@ def test_loras_are_added_at_use_and_taken_out_exactly(file, kind):
     stacks = LoraStack(plain), LoraStack(model)
     assert stacks[0].shapes == stacks[1].shapes
     for stack in stacks:
-        stack.add(updates_for(model, kind, "a"), 0.8)
-        stack.add(updates_for(model, "lora", "b"), -0.5)
+        first = stack.add((updates_for(model, kind, "a"), 0.8))
+        second = stack.add((updates_for(model, "lora", "b"), -0.5))
     layer, merged = model.blocks[0].attn.wq, plain.blocks[0].attn.wq.weight
     # The same formulas: merged into the plain weight, and applied to it at use.
     assert torch.equal(layer.weight, merged)
@@ -220,10 +220,10 @@ def test_loras_are_added_at_use_and_taken_out_exactly(file, kind):
     assert_close(velocity(model), changed, 1e-5, f"{kind} beside quantised weights")
     assert (before - changed).abs().max() > 1e-3
     assert not [name for name in model.state_dict() if "lora" in name]
-    stacks[1].remove_last(updates_for(model, "lora", "b"))
-    stacks[1].remove_last(updates_for(model, kind, "a"))
+    stacks[1].restore(second)
+    stacks[1].restore(first)
     assert torch.equal(velocity(model), before)
-    stacks[1].add(updates_for(model, kind, "a"), 0.8)
+    stacks[1].add((updates_for(model, kind, "a"), 0.8))
     stacks[1].clear()
     assert torch.equal(velocity(model), before)
     assert not [name for name, _ in model.named_buffers() if "lora" in name]
@@ -232,7 +232,7 @@ def test_loras_are_added_at_use_and_taken_out_exactly(file, kind):
 @pytest.mark.parametrize("file", ["fp8"], indirect=True)
 def test_a_changed_model_is_saved_merged(file, tmp_path):
     model = load_transformer(file, keep_quantised=True)
-    LoraStack(model).add(updates_for(model, "lora", "a"), 1.0)
+    LoraStack(model).add((updates_for(model, "lora", "a"), 1.0))
     save_transformer(model, tmp_path / "merged.safetensors")
     again = load_transformer(tmp_path / "merged.safetensors", keep_quantised=True)
     assert torch.equal(again.blocks[0].attn.wq.weight, model.blocks[0].attn.wq.weight)
@@ -246,5 +246,5 @@ def test_a_lora_that_makes_a_weight_infinite_changes_nothing(file):
     model = load_transformer(file, dtype=torch.float16, keep_quantised=True)
     stack, expected = LoraStack(model), velocity(model)
     with pytest.raises(ValueError, match="infinite in torch.float16; nothing was changed"):
-        stack.add(updates_for(model, "lora", "a"), 1e7)
+        stack.add((updates_for(model, "lora", "a"), 1e7))
     assert torch.equal(velocity(model), expected)
