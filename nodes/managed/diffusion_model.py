@@ -10,7 +10,6 @@ from ...krea2_model.text_attention import TextAttention, TextStates
 from . import contract
 from .hooks import PatchHooks
 from .layers import comfy_layers
-from .once import ScheduleTimes
 from .references import plan_for, tokens_of
 
 
@@ -19,8 +18,6 @@ class Krea2DiffusionModel(contract.Transformer):
 
     def __init__(self, config, dtype=None, device=None, operations=None, **unet_config):
         super().__init__(config, comfy_layers(operations), device=device, dtype=dtype)
-        # Set for runs in which weights stream to the device.
-        self.times: ScheduleTimes | None = None
 
     def forward(
         self,
@@ -62,10 +59,11 @@ class Krea2DiffusionModel(contract.Transformer):
         text, lengths = context, kwargs.get("text_lengths")
         if lengths is not None and min(lengths) < context.shape[1]:
             hooks.padding = [context.shape[1] - length for length in lengths]
+        cache = kwargs.get("run_cache")
+        if cache is not None:
+            hooks.times, hooks.graphs = cache.times, cache.graphs
         hooks.text = self._text_attention(timesteps, mask, hooks, kwargs)
-        if self.is_fused(context):
-            hooks.times = self.times
-        else:
+        if not self.is_fused(context):
             text = self.fuse_context(context.to(latents.dtype), mask, hooks)
         plan = kwargs.get("reference_plan")
         plan = plan or plan_for(ref_latents or (), kwargs.get("ref_latents_method"))
@@ -79,8 +77,6 @@ class Krea2DiffusionModel(contract.Transformer):
         if plan.kept is not None and references:
             hooks.references = self._recorded(plan.kept, references, text.dtype, hooks)
             references = []
-        cache = kwargs.get("run_cache")
-        hooks.graphs = None if cache is None else cache.graphs
         velocity = super().forward(
             latents,
             timesteps,

@@ -68,10 +68,11 @@ class Krea2Model(comfy.model_base.Krea2):
         mask = _mask_of(kwargs)
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
-        self.diffusion_model.times = ScheduleTimes() if self._streams() else None
         if self._may_fuse_now(kwargs):
             cache = run_cache(self.current_patcher)
-            if self._records() and not self._streams():
+            if self._streams():
+                cache.times = cache.times or ScheduleTimes()
+            elif self._records():
                 cache.graphs = cache.graphs or BlockGraphs()
             out["run_cache"] = comfy.conds.CONDConstant(cache)
         if "c_crossattn" not in out:

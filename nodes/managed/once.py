@@ -41,11 +41,13 @@ class ScheduleTimes:
 class RunCache:
     """What is made once in a run in which weights stay as they are.
 
+    times: time embeddings of the schedule, or None where each step makes its own.
     graphs: recordings of the blocks, or None where they are not to be recorded.
     """
 
     def __init__(self):
         self._read: tuple[torch.device, RunModulation] | None = None
+        self.times: ScheduleTimes | None = None
         self.graphs: BlockGraphs | None = None
 
     @torch.compiler.disable
