@@ -3,8 +3,9 @@
 Runs without ComfyUI and never imports it.
 """
 
-from .checkpoint import load_text_encoder, load_transformer, load_vae, save_transformer
+from .checkpoint import load_transformer, load_vae, save_transformer
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .encoder_parts import load_text_encoder
 from .expander import PromptExpander
 from .guidance import GuidanceSchedule
 from .identify import CheckpointError

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from . import nano
 from .check import check
-from .checkpoint import load_text_encoder
 from .convert import PARTS, QUANTISATIONS, convert
+from .encoder_parts import load_text_encoder
 from .expander import LENGTHS, PromptExpander
 from .inspect import describe
 from .machine_memory import find_device

@@ -33,7 +33,7 @@ from .identify import (
     read_header,
 )
 from .layers import TorchLayers
-from .quantised import is_quantised, refuse_integers, spell_out
+from .quantised import refuse_integers, spell_out
 from .quantised_layers import stored_entries, stored_names
 from .readable import PLAIN, most_common_dtype, readable
 from .settings import distilled, text_encoder_settings, transformer_settings, vae_settings
@@ -45,12 +45,10 @@ from .storage import (
     write_safetensors,
 )
 from .text_encoder import (
-    Qwen3VLTextEncoder,
     infer_text_encoder_config,
     llama_cpp_to_hugging_face,
     text_encoder_keys,
 )
-from .tokenizer import Krea2Tokenizer, find_tokenizer_folder
 from .transformer import Krea2Transformer
 from .transformer_keys import (
     DIFFUSERS_MARKER,
@@ -152,36 +150,6 @@ def load_transformer(
     keep = keep_quantised and layers is None
     tensors = readable(transformer, state.tensors, checkpoint.path, dtypes, keep)
     return assign(transformer, tensors, checkpoint.path, TRANSFORMER, device)
-
-
-def load_text_encoder(
-    path: str | Path | Checkpoint,
-    *,
-    device="cpu",
-    dtype: torch.dtype | None = None,
-    layers=None,
-    tokenizer: str | Path | None = None,
-    keep_quantised: bool = False,
-) -> Qwen3VLTextEncoder:
-    """Load the language tower of Qwen3-VL from a file or a Hugging Face or diffusers folder.
-
-    tokenizer: a folder with a Qwen tokenizer; None takes the one beside the weights, else the one
-        every ComfyUI carries. Where none is found, encoding says what to do.
-    keep_quantised: as `load_transformer` takes it.
-    Raises CheckpointError as `load_transformer` does.
-    """
-    checkpoint = open_checkpoint(path, "text_encoder")
-    state = read_text_encoder(checkpoint)
-    encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
-    embedding = state.tensors["embed_tokens.weight"]
-    usual = PLAIN if is_quantised(embedding) else embedding.dtype
-    dtypes = (dtype or PLAIN, dtype or usual)
-    keep = keep_quantised and layers is None
-    tensors = readable(encoder, state.tensors, checkpoint.path, dtypes, keep)
-    encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
-    encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
-    encoder.path = checkpoint.path
-    return encoder
 
 
 def load_vae(
@@ -448,20 +416,6 @@ def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
         raise CheckpointError(
             f"{checkpoint.path.name} carries unreadable sampling defaults ({error})."
         ) from error
-
-
-def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:
-    """The named tokenizer, the one beside the weights, or ComfyUI's; None where none is found."""
-    if explicit is not None:
-        return Krea2Tokenizer(explicit)
-    folder = path if path.is_dir() else path.parent
-    for candidate in (folder, folder.parent / "tokenizer"):
-        if (candidate / "tokenizer_config.json").is_file():
-            return Krea2Tokenizer(candidate)
-    try:
-        return Krea2Tokenizer(find_tokenizer_folder())
-    except FileNotFoundError:
-        return None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import nano
 from .generation import SEEDS, STOP_TOKENS, Sampling, generate
-from .language import LanguageModel, load_language_tail
+from .language import LanguageModel
 from .prompt_weights import WeightedPrompt, parse_weights, weigh_again
 from .text_encoder import Qwen3VLTextEncoder
 from .tokenizer import Krea2Tokenizer
@@ -398,7 +398,7 @@ class PromptExpander:
 
     def __init__(self, text_encoder: Qwen3VLTextEncoder):
         check_can_write(text_encoder.path)
-        assert text_encoder.path is not None, "check_can_write refuses these"
+        assert text_encoder.load_tail is not None, "check_can_write refuses these"
         if text_encoder.tokenizer is None:
             raise ValueError(
                 "The text encoder has no tokenizer. Name a folder with `tokenizer=` (--tokenizer "
@@ -407,9 +407,7 @@ class PromptExpander:
         self._tokenizer: Krea2Tokenizer = text_encoder.tokenizer
         embedding = text_encoder.embed_tokens.weight
         # What the encoder does not hold: a host that moves the one moves the other too.
-        self.tail = load_language_tail(
-            text_encoder.path, device=embedding.device, dtype=embedding.dtype
-        )
+        self.tail = text_encoder.load_tail(device=embedding.device, dtype=embedding.dtype)
         self._model = LanguageModel(text_encoder, self.tail)
 
     def __call__(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:

@@ -8,26 +8,19 @@ Qwen3-VL-4B is its embedding table; a file with a head of its own has that one u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attend, attend
-from .checkpoint import Checkpoint, assign, open_checkpoint, read_text_encoder
 from .config import TextEncoderConfig
 from .decoder import CausalMask, DecoderLayer, rotation_of, rotation_table
-from .gguf import GGUFTensor
-from .identify import TEXT_ENCODER, CheckpointError
 from .layers import TorchLayers
 from .prompt_images import IMAGE_PAD, axis_positions
-from .quantised import dequantise
-from .text_encoder import Qwen3VLTextEncoder, language_prefix, place_images
+from .text_encoder import Qwen3VLTextEncoder, place_images
 from .vision import ImageTokens
 
 # (embedding, hidden (B, 1, D)) to logits (B, 1, V) by the embedding's table.
@@ -158,79 +151,3 @@ class LanguageModel:
         if self._tail.lm_head is not None:
             return self._tail.lm_head(hidden)[0, -1].float()
         return self._head(self._embedding, hidden)[0, -1].float()
-
-
-class TailState(NamedTuple):
-    """A tail's weights by module name, with what its module is built from."""
-
-    config: TextEncoderConfig
-    indices: range
-    tensors: dict[str, Tensor]
-
-    def build(self, **options) -> LanguageTail:
-        return LanguageTail(self.config, self.indices, "lm_head.weight" in self.tensors, **options)
-
-
-def read_language_tail(checkpoint: Checkpoint) -> TailState:
-    """Translate what comes after the encoder's layers to module names.
-
-    Raises CheckpointError where the file is no language model or ends with the encoder.
-    """
-    config = read_text_encoder(checkpoint).config
-    first = config.num_tapped_layers
-    prefix = language_prefix(checkpoint.tensors)
-    assert prefix is not None, "read_text_encoder refuses these"
-    tensors, indices = {}, set()
-    for name, tensor in checkpoint.tensors.items():
-        ours = name.removeprefix(prefix) if name.startswith(prefix) else ""
-        layer = re.match(r"layers\.(\d+)\.", ours)
-        if layer and int(layer[1]) >= first:
-            indices.add(int(layer[1]))
-            tensors[ours] = tensor
-        elif ours.startswith("norm."):
-            tensors[ours] = tensor
-        elif _is_head(name, prefix) and not _is_tied(tensor, checkpoint, prefix):
-            tensors["lm_head." + name.rpartition(".")[2]] = tensor
-    last = max(indices, default=first - 1) + 1
-    missing = [f"layer {index}" for index in range(first, max(last, first + 1))
-               if index not in indices]  # fmt: skip
-    if "norm.weight" not in tensors:
-        missing.append("the final norm")
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.path.name} cannot write text: it lacks {' and '.join(missing)}, which "
-            "images do not need and some programs leave out. Choose a whole file, for example "
-            "qwen3vl_4b_bf16.safetensors."
-        )
-    return TailState(config, range(first, last), tensors)
-
-
-def _is_head(name: str, prefix: str) -> bool:
-    """Beside the language model, or beside what holds it: `lm_head.weight`, `model.norm.weight`."""
-    before, head, _ = name.partition("lm_head.")
-    return bool(head) and prefix.startswith(before)
-
-
-def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether a head is a copy of the embedding, which need not be held a second time."""
-    embedding = checkpoint.tensors[f"{prefix}embed_tokens.weight"]
-    if isinstance(tensor, GGUFTensor) and isinstance(embedding, GGUFTensor):
-        return tensor.format == embedding.format and torch.equal(tensor.data, embedding.data)
-    if not isinstance(tensor, Tensor) or not isinstance(embedding, Tensor):
-        return False
-    return tensor.dtype == embedding.dtype and torch.equal(tensor, embedding)
-
-
-def load_language_tail(
-    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
-) -> LanguageTail:
-    """Load what `load_text_encoder` left of the same file or folder.
-
-    Raises CheckpointError as `read_language_tail` does.
-    """
-    checkpoint = open_checkpoint(path, "text_encoder")
-    state = read_language_tail(checkpoint)
-    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or tensors["norm.weight"].dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from . import nano
 from .activations import TEXT_TOKENS, activations, token_count
 from .arguments import asked_sides, negative_list, not_whole, prompt_list, start_noise
-from .checkpoint import load_text_encoder, load_transformer, load_vae
+from .checkpoint import load_transformer, load_vae
 from .config import RAW, Preset
+from .encoder_parts import load_text_encoder
 from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
 from .lora import LoraReport, read_lora, read_lora_file

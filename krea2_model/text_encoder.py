@@ -17,10 +17,10 @@ ComfyUI's own encoder taps after it, so there tap 2 differs at the tokens of ima
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,7 @@ from .prompt_images import (
     with_image_tokens,
 )
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-
-if TYPE_CHECKING:  # they import this file
-    from .vision import ImageTokens, Qwen3VLVisionTower
+from .vision import ImageTokens, Qwen3VLVisionTower, fit_image
 
 RELEASED = TextEncoderConfig()
 _EMBEDDING = "embed_tokens.weight"
@@ -56,12 +54,15 @@ class Qwen3VLTextEncoder(nn.Module):
     layers: namespace of the layer classes, see `krea2_model.layers`.
     attend: the attention function, see `krea2_model.attention`; it is given a boolean mask.
     `tokenizer` is what `encode` uses; None until someone sets it. `path` is the file or folder that
-    the weights came from, where the rest of the language model is found (language.py) and the
-    vision tower (vision.py), or None.
+    the weights came from, or None. `load_tower` and `load_tail` load
+    the vision tower and the rest of the language model from where the weights came from, with
+    options `device` and `dtype`; None where that is not known.
     """
 
     tokenizer: Krea2Tokenizer | None
     path: Path | None
+    load_tower: Callable[..., Qwen3VLVisionTower] | None
+    load_tail: Callable[..., Any] | None
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Qwen3VLTextEncoder(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.config = config
-        self.tokenizer = self.path = None
+        self.tokenizer = self.path = self.load_tower = self.load_tail = None
         # In a list: a part of its own, neither moved nor saved with the encoder.
         self._tower: list[Qwen3VLVisionTower] = []
         self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size, **factory)
@@ -173,16 +174,14 @@ class Qwen3VLTextEncoder(nn.Module):
 
     def unmoved_vision_tower(self) -> Qwen3VLVisionTower:
         """`vision_tower` wherever it is: in main memory when it is first loaded."""
-        from .vision import load_vision_tower
-
         if not self._tower:
-            if self.path is None:
+            if self.load_tower is None:
                 raise ValueError(
                     "The text encoder was not loaded from a file, so there is no vision tower for "
                     "images in prompts. Use load_text_encoder."
                 )
             dtype = self.embed_tokens.weight.dtype
-            self._tower.append(load_vision_tower(self.path, dtype=dtype))
+            self._tower.append(self.load_tower(dtype=dtype))
         return self._tower[0]
 
     @torch.no_grad()
@@ -259,8 +258,6 @@ class Qwen3VLTextEncoder(nn.Module):
 
     def _see(self, images: Sequence[PromptImage], max_side: int) -> list[ImageTokens]:
         """What the vision tower makes of images; it is not loaded for none."""
-        from .vision import fit_image
-
         if not images:
             return []
         tower = self.vision_tower()

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import Attend, attend
-from .checkpoint import Checkpoint, assign, open_checkpoint
 from .config import VisionConfig
 from .decoder import rotate_halves
-from .gguf import GGUFTensor
-from .identify import TEXT_ENCODER, CheckpointError
 from .layers import TorchLayers
-from .quantised import dequantise
 
-_PATCHES = "patch_embed.proj.weight"
+PATCHES = "patch_embed.proj.weight"
 _ROPE_THETA = 10_000.0
 _NORM_EPS = 1e-6
 
@@ -263,9 +257,7 @@ def vision_keys(names: Iterable[str]) -> dict[str, str]:
     the file has no vision tower.
     """
     names = list(names)
-    prefixes = [
-        name.removesuffix(_PATCHES) for name in names if name.endswith("visual." + _PATCHES)
-    ]
+    prefixes = [name.removesuffix(PATCHES) for name in names if name.endswith("visual." + PATCHES)]
     if len(prefixes) != 1:
         return {}
     return {n: n.removeprefix(prefixes[0]) for n in names if n.startswith(prefixes[0])}
@@ -273,7 +265,7 @@ def vision_keys(names: Iterable[str]) -> dict[str, str]:
 
 def infer_vision_config(shapes: Mapping[str, tuple[int, ...]]) -> VisionConfig:
     """Read the sizes off the tower's tensors, given by its own names; the rest is as released."""
-    width, channels, frames, patch, _ = shapes[_PATCHES]
+    width, channels, frames, patch, _ = shapes[PATCHES]
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     mergers = len({n.split(".")[1] for n in shapes if n.startswith("deepstack_merger_list.")})
     step = depth // (mergers + 1)
@@ -290,77 +282,3 @@ def infer_vision_config(shapes: Mapping[str, tuple[int, ...]]) -> VisionConfig:
         # At 24 blocks the released 5, 11, 17.
         deepstack_visual_indexes=tuple(step * (index + 1) - 1 for index in range(mergers)),
     )
-
-
-class VisionState(NamedTuple):
-    """A tower's weights by module name, with what its module is built from."""
-
-    config: VisionConfig
-    tensors: dict[str, Any]
-
-    def build(self, **options) -> Qwen3VLVisionTower:
-        return Qwen3VLVisionTower(self.config, **options)
-
-
-def read_vision_tower(checkpoint: Checkpoint) -> VisionState:
-    """Translate a vision tower's tensors to module names and read off its sizes.
-
-    Raises CheckpointError where the file has no tower, or has it in blocks.
-    """
-    keys = vision_keys(checkpoint.tensors)
-    if not keys:
-        raise CheckpointError(
-            f"{checkpoint.path.name} has no vision tower (no {_PATCHES} under visual.), so it "
-            "cannot see images, only text. Some programs leave it out, and GGUF files keep it "
-            "apart: choose a whole file, for example qwen3vl_4b_bf16.safetensors, or take the "
-            "images out of the prompt."
-        )
-    tensors = {ours: checkpoint.tensors[name] for name, ours in keys.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    try:
-        config = infer_vision_config(shapes)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name} has a vision tower whose sizes cannot be read ({error!r}). "
-            "Download the file again, for example qwen3vl_4b_bf16.safetensors."
-        ) from error
-    patches = tensors[_PATCHES]
-    if isinstance(patches, GGUFTensor):
-        patches = patches.dequantise()
-    tensors[_PATCHES] = patches.flatten(1)
-    return VisionState(_with_settings(config, checkpoint), tensors)
-
-
-def _with_settings(config: VisionConfig, checkpoint: Checkpoint) -> VisionConfig:
-    """With what tensors cannot tell and a Hugging Face folder's configuration does."""
-    settings = checkpoint.config.get("vision_config")
-    settings = settings if isinstance(settings, dict) else {}
-    heads = settings.get("num_heads", config.num_heads)
-    indexes = settings.get("deepstack_visual_indexes", config.deepstack_visual_indexes)
-    if (
-        not isinstance(heads, int) or heads < 1 or config.hidden_size % (4 * heads)
-        or not isinstance(indexes, (list, tuple))
-        or len(indexes) != len(config.deepstack_visual_indexes)
-        or not all(isinstance(index, int) and 0 <= index < config.depth for index in indexes)
-    ):  # fmt: skip
-        raise CheckpointError(
-            f"{checkpoint.path.name} has num_heads {heads!r} and deepstack_visual_indexes "
-            f"{indexes!r} in vision_config, which do not fit a tower of {config.depth} blocks of "
-            f"width {config.hidden_size}. Take config.json and weights from one folder."
-        )
-    return replace(config, num_heads=heads, deepstack_visual_indexes=tuple(indexes))
-
-
-def load_vision_tower(
-    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
-) -> Qwen3VLVisionTower:
-    """Load the vision tower of a text encoder's file or folder.
-
-    Raises CheckpointError, a ValueError, as `read_vision_tower` does.
-    """
-    checkpoint = open_checkpoint(path, "text_encoder")
-    state = read_vision_tower(checkpoint)
-    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or tensors["merger.norm.weight"].dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)

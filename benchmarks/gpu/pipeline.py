@@ -14,7 +14,8 @@ import comfy
 import torch
 
 from krea2_model import Krea2Pipeline
-from krea2_model.checkpoint import Checkpoint, load_text_encoder, load_transformer, load_vae
+from krea2_model.checkpoint import Checkpoint, load_transformer, load_vae
+from krea2_model.encoder_parts import load_text_encoder
 from krea2_model.machine_memory import GB
 
 from . import measure, models, weights

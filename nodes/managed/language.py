@@ -11,8 +11,9 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ...krea2_model.encoder_parts import read_language_tail
 from ...krea2_model.gguf import dequantise
-from ...krea2_model.language import LanguageModel, LanguageTail, read_language_tail
+from ...krea2_model.language import LanguageModel, LanguageTail
 from ...krea2_model.vision import ImageTokens
 from .gguf import is_blocks
 from .parts import LazyPart

@@ -15,10 +15,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from krea2_model.checkpoint import load_text_encoder
+from krea2_model.encoder_parts import load_language_tail, load_text_encoder
 from krea2_model.generation import STOP_TOKENS, Sampling, generate
 from krea2_model.identify import CheckpointError
-from krea2_model.language import KeyValueCache, LanguageModel, load_language_tail
+from krea2_model.language import KeyValueCache, LanguageModel
 from krea2_model.tokenizer import Krea2Tokenizer
 from parity import assert_close
 

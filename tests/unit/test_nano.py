@@ -15,9 +15,9 @@ import torch
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, nano, sampling
 from krea2_model.config import Preset
+from krea2_model.encoder_parts import load_vision_tower
 from krea2_model.nano import encoder as nano_encoder
 from krea2_model.nano.encoder import checksum
-from krea2_model.vision import load_vision_tower
 from nano_training.judge import Reading, background_colour, colour_name, judge, read_thing, read_two
 from nano_training.scenes import COLOURS, SHAPES, Scene, Thing, draw, held_out_prompts
 

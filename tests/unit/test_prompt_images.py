@@ -16,9 +16,9 @@ from transformers import Qwen3VLConfig, Qwen3VLModel
 import formats
 from krea2_model import Krea2Pipeline
 from krea2_model.__main__ import main
-from krea2_model.checkpoint import load_text_encoder
 from krea2_model.config import TextEncoderConfig
 from krea2_model.decoder import rotation_table
+from krea2_model.encoder_parts import load_text_encoder, load_vision_tower
 from krea2_model.identify import CheckpointError
 from krea2_model.prompt_images import (
     IMAGE_PAD,
@@ -36,11 +36,7 @@ from krea2_model.prompt_taps import encode_prompts
 from krea2_model.prompt_weights import parse_weights, token_weights
 from krea2_model.text_encoder import text_encoder_keys
 from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-from krea2_model.vision import (
-    fit_image,
-    load_vision_tower,
-    vision_keys,
-)
+from krea2_model.vision import fit_image, vision_keys
 from parity import assert_close, relative_error, same_weights
 
 SMALL = TextEncoderConfig(
@@ -353,7 +349,7 @@ def test_a_file_without_a_vision_tower_is_named(reference, tmp_path, tokenizer_f
     encoder.encode(["a fox"])
     with pytest.raises(CheckpointError, match="text_only.safetensors has no vision tower.*GGUF"):
         encoder.encode(["a fox"], images=[[PromptImage(picture(32, 32))]])
-    encoder.path = None
+    encoder.load_tower = None
     with pytest.raises(ValueError, match="was not loaded from a file"):
         encoder.vision_tower()
 
