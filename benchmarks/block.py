@@ -35,8 +35,8 @@ from diffusers.models.transformers import transformer_krea2 as diffusers_krea2  
 from benchmarks.traffic import Counter  # noqa: E402
 
 config_module = in_process.pack_module("krea2_model.config")
-transformer = in_process.pack_module("krea2_model.transformer")
-attention = in_process.pack_module("krea2_model.attention")
+transformer = in_process.pack_module("krea2_model.transformer.model")
+attention = in_process.pack_module("krea2_model.nn.attention")
 hooks_module = in_process.pack_module("nodes.managed.hooks")
 layers_module = in_process.pack_module("nodes.managed.layers")
 

@@ -91,9 +91,9 @@ def diffusers_run(folder: Path) -> tuple[dict, Callable[[], object]]:
     import torch
     from diffusers import Krea2Pipeline
 
-    convert = in_process.pack_module("krea2_model.convert").convert
+    convert = in_process.pack_module("krea2_model.tools.convert").convert
     nano = in_process.pack_module("krea2_model.nano")
-    storage = in_process.pack_module("krea2_model.storage")
+    storage = in_process.pack_module("krea2_model.checkpoints.storage")
     from safetensors.torch import load_file, save_file
 
     parts = {"model.diffusion_model.": load_file(nano.TRANSFORMERS["raw"]),

@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
-from krea2_model.attention import attend  # noqa: E402
 from krea2_model.config import TransformerConfig  # noqa: E402
-from krea2_model.hooks import AttentionHooks  # noqa: E402
-from krea2_model.references import RecordedReferences  # noqa: E402
-from krea2_model.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
-from krea2_model.transformer import Krea2Transformer  # noqa: E402
+from krea2_model.nn.attention import attend  # noqa: E402
+from krea2_model.transformer.hooks import AttentionHooks  # noqa: E402
+from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
+from krea2_model.transformer.references import RecordedReferences  # noqa: E402
+from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
 
 CONFIG = TransformerConfig()
 TEXT, NEGATIVE = 128, 32

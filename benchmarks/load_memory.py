@@ -30,11 +30,11 @@ def write_files(folder: Path) -> dict[str, Path]:
     import gguf
     import torch
 
+    from krea2_model.checkpoints.storage import Entry, read_safetensors, write_safetensors
+    from krea2_model.checkpoints.transformer_keys import module_to_official
     from krea2_model.config import TransformerConfig
-    from krea2_model.convert import convert
-    from krea2_model.storage import Entry, read_safetensors, write_safetensors
-    from krea2_model.transformer import Krea2Transformer
-    from krea2_model.transformer_keys import module_to_official
+    from krea2_model.tools.convert import convert
+    from krea2_model.transformer.model import Krea2Transformer
 
     folder.mkdir(parents=True)
     sources = {}
@@ -109,7 +109,7 @@ def measure(how: str, path: Path) -> None:
 
     if how.startswith("krea2_model"):
         sys.path.insert(0, str(ROOT))
-        from krea2_model.checkpoint import load_transformer
+        from krea2_model.checkpoints.loading import load_transformer
 
         load = functools.partial(load_transformer, keep_quantised=how.endswith("quantised"))
     else:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from krea2_model import GuidanceSchedule, Krea2Pipeline, nano  # noqa: E402
-from krea2_model.contact_sheet import contact_sheet  # noqa: E402
+from krea2_model.images.contact_sheet import contact_sheet  # noqa: E402
 from nano_training.judge import judge  # noqa: E402
 from nano_training.scenes import Scene, held_out_prompts  # noqa: E402
 

@@ -34,12 +34,12 @@ def sizes() -> dict[str, int]:
     import comfy.text_encoders.krea2
     import torch
 
-    encoder = in_process.pack_module("krea2_model.text_encoder")
+    encoder = in_process.pack_module("krea2_model.text.encoder")
     config = in_process.pack_module("krea2_model.config").TextEncoderConfig()
     ours = encoder.Qwen3VLTextEncoder(config, device="meta", dtype=torch.bfloat16)
     core = comfy.text_encoders.krea2.te(dtype_llama=torch.bfloat16)
     core = core(device="meta", dtype=torch.bfloat16, model_options={})
-    language = in_process.pack_module("krea2_model.language")
+    language = in_process.pack_module("krea2_model.text.language_model")
     tail = language.LanguageTail(config, range(35, 36), device="meta", dtype=torch.bfloat16)
     return {
         "ours": module_bytes(ours),
@@ -54,9 +54,9 @@ def write_file(path: Path) -> None:
     """What a released file holds, of the vision tower only what it is known by."""
     import torch
 
-    encoder = in_process.pack_module("krea2_model.text_encoder")
+    encoder = in_process.pack_module("krea2_model.text.encoder")
     config = in_process.pack_module("krea2_model.config")
-    storage = in_process.pack_module("krea2_model.storage")
+    storage = in_process.pack_module("krea2_model.checkpoints.storage")
     whole = config.TextEncoderConfig(tap_layers=(config.TextEncoderConfig().num_hidden_layers,))
     pool = torch.randn(2**26)
 

@@ -35,7 +35,7 @@ def write_random_vae(folder: Path):
     """A full-size VAE under diffusers' names, as a file for both loaders; the module itself."""
     torch.manual_seed(0)
     module = AutoencoderKLQwenImage().eval().requires_grad_(False)
-    keys = in_process.pack_module("krea2_model.vae_keys")
+    keys = in_process.pack_module("krea2_model.checkpoints.vae_keys")
     config = in_process.pack_module("krea2_model.config").VAEConfig()
     state = module.state_dict()
     tensors = {ours: state[theirs].contiguous() for ours, theirs in keys.vae_key_map(config).items()

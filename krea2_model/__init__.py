@@ -3,20 +3,20 @@
 Runs without ComfyUI and never imports it.
 """
 
-from .checkpoint import load_transformer, load_vae, save_transformer
+from .checkpoints.encoder_parts import load_text_encoder
+from .checkpoints.identify import CheckpointError
+from .checkpoints.loading import load_transformer, load_vae, save_transformer
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
-from .encoder_parts import load_text_encoder
-from .expander import PromptExpander
 from .guidance import GuidanceSchedule
-from .identify import CheckpointError
 from .pipeline import Krea2Pipeline
-from .prompt_images import PromptImage
 from .sampling import denoise, shift_mu, sigma_schedule
-from .text_attention import NegativeGuidance
-from .text_encoder import Qwen3VLTextEncoder
-from .tokenizer import Krea2Tokenizer
-from .transformer import Krea2Transformer
-from .vae import QwenImageVAE
+from .text.encoder import Qwen3VLTextEncoder
+from .text.expander import PromptExpander
+from .text.prompt_images import PromptImage
+from .text.tokenizer import Krea2Tokenizer
+from .transformer.model import Krea2Transformer
+from .transformer.text_attention import NegativeGuidance
+from .vae.model import QwenImageVAE
 
 __all__ = [
     "PRESETS",

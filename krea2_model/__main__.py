@@ -12,18 +12,18 @@ import torch
 from tqdm import tqdm
 
 from . import nano
-from .check import check
-from .convert import PARTS, QUANTISATIONS, convert
-from .encoder_parts import load_text_encoder
-from .expander import LENGTHS, PromptExpander
-from .inspect import describe
-from .machine_memory import find_device
-from .memory_plan import AUTO, ENCODER, NONE, OFFLOADS, check_offload
-from .offload import offload_encoder
-from .output_files import check_outputs, numbered, save_image
-from .pictures import pixels_of
+from .checkpoints.encoder_parts import load_text_encoder
+from .images.output_files import check_outputs, numbered, save_image
+from .images.pictures import pixels_of
+from .memory.machine import find_device
+from .memory.offload import offload_encoder
+from .memory.plan import AUTO, ENCODER, NONE, OFFLOADS, check_offload
 from .pipeline import Krea2Pipeline
 from .sampling import check_guidance, check_seed
+from .text.expander import LENGTHS, PromptExpander
+from .tools.check import check
+from .tools.convert import PARTS, QUANTISATIONS, convert
+from .tools.inspect import describe
 
 # What --model may say instead of a path; a folder of that name is ./nano.
 NANO = {

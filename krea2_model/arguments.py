@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .images.sizes import round_size
 from .sampling import MAX_SEED, check_seed
-from .sizes import round_size
 
 
 def asked_sides(*sides: int | None) -> list[int | None]:

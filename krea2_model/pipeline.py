@@ -14,29 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from . import nano
-from .activations import TEXT_TOKENS, activations, token_count
 from .arguments import asked_sides, negative_list, not_whole, prompt_list, start_noise
-from .checkpoint import load_transformer, load_vae
+from .checkpoints.encoder_parts import load_text_encoder
+from .checkpoints.loading import load_transformer, load_vae
 from .config import RAW, Preset
-from .encoder_parts import load_text_encoder
-from .expander import Expansion, OnText, PromptExpander
 from .guidance import ALWAYS, GuidanceSchedule
-from .lora import LoraReport, read_lora, read_lora_file
-from .lora_updates import LoraStack
-from .memory_plan import ENCODER, NONE, TRANSFORMER, VAE, check_offload
-from .offload import offload_parts
-from .pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output
-from .prompt_images import MAX_SIDE, PromptImage, grid_of, kept_images
+from .images.pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output
+from .images.sizes import is_far
+from .lora.files import LoraReport, read_lora, read_lora_file
+from .lora.updates import LoraStack
+from .memory.activations import TEXT_TOKENS, activations, token_count
+from .memory.offload import offload_parts
+from .memory.plan import ENCODER, NONE, TRANSFORMER, VAE, check_offload
 from .prompt_taps import PromptTaps, encode_prompts, fitted_image, given_taps
-from .references import TIME_ZERO, Reference
 from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
-from .shared_calls import pays_to_share
-from .sizes import is_far
-from .text_attention import NegativeGuidance
-from .text_encoder import Qwen3VLTextEncoder
-from .transformer import Krea2Transformer
-from .vae import QwenImageVAE
+from .text.encoder import Qwen3VLTextEncoder
+from .text.expander import Expansion, OnText, PromptExpander
+from .text.prompt_images import MAX_SIDE, PromptImage, grid_of, kept_images
+from .transformer.model import Krea2Transformer
+from .transformer.references import TIME_ZERO, Reference
+from .transformer.shared_calls import pays_to_share
+from .transformer.text_attention import NegativeGuidance
+from .vae.model import QwenImageVAE
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .pictures import Picture, pixels_of
-from .prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights, on_white
-from .prompt_weights import parse_weights, plain_prompt, token_weights
-from .taps import weigh_taps
-from .text_attention import TextStates
-from .text_encoder import Qwen3VLTextEncoder
-from .transformer import Krea2Transformer
-from .vision import fit_image
+from .images.pictures import Picture, pixels_of
+from .text.encoder import Qwen3VLTextEncoder
+from .text.prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights, on_white
+from .text.prompt_weights import parse_weights, plain_prompt, token_weights
+from .text.taps import weigh_taps
+from .text.vision import fit_image
+from .transformer.model import Krea2Transformer
+from .transformer.text_attention import TextStates
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from torch import Tensor
 from .config import Preset
 from .forecast import Forecast
 from .guidance import ALWAYS, GuidanceSchedule, SigmaAt, rescaled, unshifted
-from .hooks import AttentionHooks
-from .modulation import RunModulation
-from .references import TIME_ZERO, RecordedReferences, Reference
-from .shared_calls import share
-from .text_attention import NegativeGuidance, TextAttention, TextStates
-from .transformer import Krea2Transformer
+from .transformer.hooks import AttentionHooks
+from .transformer.model import Krea2Transformer
+from .transformer.modulation import RunModulation
+from .transformer.references import TIME_ZERO, RecordedReferences, Reference
+from .transformer.shared_calls import share
+from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
 # The exponent of the shift is linear in image tokens through these two points.
 _MU_TOKENS = (256, 6400)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..krea2_model.wildcards import fill_in
+from ..krea2_model.text.wildcards import fill_in
 from .prompts import encode
 
 MAX_IMAGES = 4096
@@ -123,7 +123,7 @@ class K2ContactSheet(io.ComfyNode):
     def execute(cls, images, captions=("",), columns=(0,), cell=(512,), text_size=(16,)):
         import torch
 
-        from ..krea2_model.contact_sheet import contact_sheet
+        from ..krea2_model.images.contact_sheet import contact_sheet
 
         sheet = contact_sheet(
             [image.cpu().numpy() for batch in images for image in batch],

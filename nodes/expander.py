@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.expander import (
+from ..krea2_model.text.expander import (
     LENGTHS,
     MAX_VARIANTS,
     Expansion,
@@ -13,7 +13,7 @@ from ..krea2_model.expander import (
     expand,
     strip_thinking,
 )
-from ..krea2_model.generation import STOP_TOKENS
+from ..krea2_model.text.generation import STOP_TOKENS
 from .prompts import check_clip
 
 # Texts kept a text encoder, so that going back to earlier settings costs nothing.

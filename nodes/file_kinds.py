@@ -9,9 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..krea2_model.checkpoint import read_shapes
-from ..krea2_model.identify import TEXT_ENCODER, TRANSFORMER, VAE, CheckpointError, identify
-from ..krea2_model.storage import read_json
+from ..krea2_model.checkpoints.identify import (
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    CheckpointError,
+    identify,
+)
+from ..krea2_model.checkpoints.loading import read_shapes
+from ..krea2_model.checkpoints.storage import read_json
 
 Shapes = dict[str, tuple[int, ...]]
 

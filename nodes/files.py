@@ -7,9 +7,8 @@ from pathlib import Path
 import folder_paths
 
 from ..krea2_model import nano
-from ..krea2_model.check import ModelFile
-from ..krea2_model.gguf import is_gguf, require_package
-from ..krea2_model.identify import (
+from ..krea2_model.checkpoints.gguf import is_gguf, require_package
+from ..krea2_model.checkpoints.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
     VAE,
@@ -18,7 +17,8 @@ from ..krea2_model.identify import (
     identify,
     read_header,
 )
-from ..krea2_model.storage import weight_files
+from ..krea2_model.checkpoints.storage import weight_files
+from ..krea2_model.tools.check import ModelFile
 from .file_kinds import is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"

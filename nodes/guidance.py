@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..krea2_model.text_attention import NegativeGuidance
+from ..krea2_model.transformer.text_attention import NegativeGuidance
 from .runs import check_model
 
 

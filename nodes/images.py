@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.framing import FROM_IMAGE, MODES, PADDINGS
-from ..krea2_model.sizes import ASPECTS, MAX_SIZE
+from ..krea2_model.images.framing import FROM_IMAGE, MODES, PADDINGS
+from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE
 
 
 class K2FitImage(io.ComfyNode):
@@ -74,8 +74,8 @@ class K2FitImage(io.ComfyNode):
     ):
         import torch
 
-        from ..krea2_model.framing import colours, fitted, fitted_size
-        from ..krea2_model.masks import mask_for
+        from ..krea2_model.images.framing import colours, fitted, fitted_size
+        from ..krea2_model.images.masks import mask_for
 
         image = colours(image)
         rows, columns = image.shape[1:3]
@@ -147,7 +147,7 @@ class K2Outpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, left=0, top=0, right=256, bottom=0, feather=16):
-        from ..krea2_model.framing import colours, extended
+        from ..krea2_model.images.framing import colours, extended
 
         image = colours(image)
         rows, columns = image.shape[1:3]

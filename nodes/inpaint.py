@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.masks import FILLS
+from ..krea2_model.images.masks import FILLS
 from .latents import given_vae
 from .runs import SOFT_MASK
 
@@ -93,8 +93,8 @@ class K2Inpaint(io.ComfyNode):
     def execute(cls, vae, image, mask, grow=8, feather=8, soft=True, fill="original"):
         import torch
 
-        from ..krea2_model.framing import colours, whole_tokens
-        from ..krea2_model.masks import EMPTY, cell_mask, filled, mask_for, repaint_mask
+        from ..krea2_model.images.framing import colours, whole_tokens
+        from ..krea2_model.images.masks import EMPTY, cell_mask, filled, mask_for, repaint_mask
 
         vae, image = given_vae(vae), colours(image)
         mask = mask_for(mask, image)
@@ -146,8 +146,8 @@ class K2Composite(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, painted, mask, feather=8):
-        from ..krea2_model.framing import aligned, colours
-        from ..krea2_model.masks import composite
+        from ..krea2_model.images.framing import aligned, colours
+        from ..krea2_model.images.masks import composite
 
         painted = colours(painted).to(original.device)
         painted, mask = aligned(original, painted, _painted_mask(mask, original))
@@ -199,8 +199,8 @@ class K2CropForInpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, context=1.5, megapixels=1.0):
-        from ..krea2_model.framing import colours, crop
-        from ..krea2_model.masks import mask_for
+        from ..krea2_model.images.framing import colours, crop
+        from ..krea2_model.images.masks import mask_for
 
         image = colours(image)
         part, masks, cut = crop(image, mask_for(mask, image), context, megapixels)
@@ -240,7 +240,7 @@ class K2Stitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, stitch, painted, mask=None, feather=8):
-        from ..krea2_model.framing import colours, stitched
+        from ..krea2_model.images.framing import colours, stitched
 
         painted = colours(painted)
         if mask is not None:
@@ -250,7 +250,7 @@ class K2Stitch(io.ComfyNode):
 
 def _painted_mask(mask, image):
     """A mask in the size of an image. Raises ValueError where nothing of it is painted."""
-    from ..krea2_model.masks import EMPTY, mask_for
+    from ..krea2_model.images.masks import EMPTY, mask_for
 
     mask = mask_for(mask, image)
     if not mask.any():

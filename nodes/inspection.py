@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.inspect import describe
+from ..krea2_model.tools.inspect import describe
 from . import files
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.sizes import ASPECTS, MAX_SIZE, MULTIPLE, check_size, round_size, size_for
+from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE, MULTIPLE, check_size, round_size, size_for
 from .limits import check_limits, verdict
 
 CUSTOM = "custom"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..krea2_model.convert import QUANTISATIONS
-from ..krea2_model.identify import TEXT_ENCODER, TRANSFORMER, VAE
+from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
+from ..krea2_model.tools.convert import QUANTISATIONS
 from . import files
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")

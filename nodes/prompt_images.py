@@ -4,7 +4,7 @@ import math
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.prompt_images import (
+from ..krea2_model.text.prompt_images import (
     MAX_IMAGES,
     MAX_SIDE,
     PromptImage,

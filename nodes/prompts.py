@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
+from ..krea2_model.text.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
 from .reports import prompt_report
 
 # What a prompt may be cut to; nobody writes longer ones.

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.references import SHARED_TIME, TIME_ZERO, Reference
+from ..krea2_model.transformer.references import SHARED_TIME, TIME_ZERO, Reference
 from .latents import given_vae
 from .limits import check_limits, verdict
 from .reports import reference_report
@@ -190,8 +190,8 @@ def _fitted(image, fit: str, megapixels: float, latent):
     """The pictures (H, W, 3) of a batch at the size to encode."""
     import torch
 
-    from ..krea2_model.framing import fitted
-    from ..krea2_model.pictures import as_reference
+    from ..krea2_model.images.framing import fitted
+    from ..krea2_model.images.pictures import as_reference
     from .managed.vision import pictures
 
     if fit not in FITS:

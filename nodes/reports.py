@@ -4,9 +4,9 @@ Lines stay under 40 characters, for which web/js/node_text.js need not widen a n
 """
 
 from ..krea2_model.config import Preset
-from ..krea2_model.prompt_images import PromptImage
-from ..krea2_model.sizes import image_tokens
-from ..krea2_model.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
+from ..krea2_model.images.sizes import image_tokens
+from ..krea2_model.text.prompt_images import PromptImage
+from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
 
 
 def prompt_report(name: str, conditioning, images: int = 0) -> str:

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.check import Report, survey
-from ..krea2_model.check import versions as python_versions
+from ..krea2_model.tools.check import Report, survey
+from ..krea2_model.tools.check import versions as python_versions
 from . import files
 
 

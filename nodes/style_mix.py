@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
-from ..krea2_model.references import TIME_ZERO
-from ..krea2_model.style_mix import MAX_STRENGTH, shares_of
+from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
+from ..krea2_model.text.style_mix import MAX_STRENGTH, shares_of
+from ..krea2_model.transformer.references import TIME_ZERO
 from .latents import given_vae
 from .prompts import advised, check_clip, encode
 from .reports import prompt_report
@@ -238,7 +238,7 @@ class K2StyleMix(io.ComfyNode):
 
 
 def _latents(vae, styles, megapixels: float):
-    from ..krea2_model.pictures import as_reference
+    from ..krea2_model.images.pictures import as_reference
 
     for style in styles:
         yield given_vae(vae).encode(as_reference(style, megapixels).movedim(0, -1)[None])

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from krea2_model import nano  # noqa: E402
+from krea2_model.checkpoints.transformer_keys import module_to_official  # noqa: E402
+from krea2_model.checkpoints.vae_keys import temporal_shapes  # noqa: E402
 from krea2_model.config import TransformerConfig, VAEConfig  # noqa: E402
-from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
-from krea2_model.transformer import Krea2Transformer  # noqa: E402
-from krea2_model.transformer_keys import module_to_official  # noqa: E402
-from krea2_model.vae_keys import temporal_shapes  # noqa: E402
-from krea2_model.vision import Qwen3VLVisionTower  # noqa: E402
+from krea2_model.text.encoder import Qwen3VLTextEncoder  # noqa: E402
+from krea2_model.text.vision import Qwen3VLVisionTower  # noqa: E402
+from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 
 # Sizes that ComfyUI's own Krea 2 detects too: it fixes the head at 128 and 20 text heads, and
 # derives the MLP widths from the others.

@@ -30,11 +30,11 @@ from krea2_model import (  # noqa: E402
     nano,
     save_transformer,
 )
-from krea2_model.checkpoint import is_norm_or_table  # noqa: E402
-from krea2_model.text_encoder import Qwen3VLTextEncoder  # noqa: E402
-from krea2_model.transformer import Krea2Transformer  # noqa: E402
-from krea2_model.vae import QwenImageVAE  # noqa: E402
-from krea2_model.vae_keys import restore_temporal  # noqa: E402
+from krea2_model.checkpoints.loading import is_norm_or_table  # noqa: E402
+from krea2_model.checkpoints.vae_keys import restore_temporal  # noqa: E402
+from krea2_model.text.encoder import Qwen3VLTextEncoder  # noqa: E402
+from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
+from krea2_model.vae.model import QwenImageVAE  # noqa: E402
 from nano_training.examples import Examples  # noqa: E402
 from nano_training.train_lora import train_lora  # noqa: E402
 from nano_training.train_raw import train_raw  # noqa: E402

@@ -4,9 +4,9 @@ import torch
 from diffusers import Krea2Transformer2DModel
 from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
 
+from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.config import TransformerConfig
-from krea2_model.transformer import grid_size, patchify, unpatchify
-from krea2_model.transformer_keys import diffusers_to_official, official_to_module
+from krea2_model.transformer.model import grid_size, patchify, unpatchify
 
 TINY = TransformerConfig(
     num_layers=3,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.interpreter import interpreted
-from krea2_model.gguf import FORMATS
+from krea2_model.checkpoints.gguf import FORMATS
 
 from . import measure, models, weights
 
@@ -55,7 +55,7 @@ def run_candidates(worker) -> None:
 @contextlib.contextmanager
 def kernels_on_this_device(worker) -> Iterator[str]:
     """Gives why Triton's kernels do not run here, or nothing; a CPU interprets them."""
-    package = in_process.pack_module("krea2_model.triton_kernels")
+    package = in_process.pack_module("krea2_model.nn.triton_kernels")
     if importlib.util.find_spec("triton") is None:
         yield "triton is not installed"
     elif worker.device.type == "cpu":
@@ -74,7 +74,7 @@ def reason_against(worker, switch: str, without_triton: str) -> str:
     if switch == "cudnn":
         if worker.device.type != "cuda":
             return "there is no NVIDIA card"
-        backends = in_process.pack_module("krea2_model.attention_backends")
+        backends = in_process.pack_module("krea2_model.nn.attention_backends")
         config = worker.sizes.transformer
         query, key = (
             torch.empty(1, heads, 1024, config.attention_head_dim, device=worker.device,
@@ -90,12 +90,12 @@ def reason_against(worker, switch: str, without_triton: str) -> str:
 @contextlib.contextmanager
 def on(worker, switch: str) -> Iterator[None]:
     """The switch on; cuDNN at every length, so that the table learns where it begins to pay."""
-    switches = in_process.pack_module("krea2_model.switches")
+    switches = in_process.pack_module("krea2_model.nn.switches")
     with switches.switched(switch):
         if switch != "cudnn":
             yield
             return
-        backends = in_process.pack_module("krea2_model.attention_backends")
+        backends = in_process.pack_module("krea2_model.nn.attention_backends")
         table = backends.TABLE
         always = (backends.Lengths(0, backends.SDPBackend.CUDNN_ATTENTION),)
         capability = torch.cuda.get_device_capability(worker.device)
@@ -134,7 +134,7 @@ def dequantised(worker, switch: str, form: str) -> None:
     shape = (config.intermediate_size, config.hidden_size)
     generator = torch.Generator(device).manual_seed(7)
     stored = weights.gguf_tensor(shape, form, device, generator)
-    dequantise = in_process.pack_module("krea2_model.gguf").dequantise
+    dequantise = in_process.pack_module("krea2_model.checkpoints.gguf").dequantise
 
     def call() -> Tensor:
         return dequantise(stored.data, form, shape, torch.bfloat16)
@@ -148,7 +148,7 @@ def gated(worker, switch: str, form: str) -> None:
     config, device = worker.sizes.transformer, worker.device
     tokens = (worker.sizes.image // 16) ** 2 + worker.sizes.steps[0][1]
     width = config.intermediate_size if switch == "swiglu" else config.hidden_size
-    kernels = in_process.pack_module("krea2_model.kernels")
+    kernels = in_process.pack_module("krea2_model.nn.kernels")
     generator = torch.Generator(device).manual_seed(8)
     gate, values = (
         torch.randn(1, tokens, width, device=device, generator=generator).to(torch.bfloat16)
@@ -225,7 +225,7 @@ def same_bits(worker, name: str) -> None:
     count = 3 if worker.tiny else 1001
     data = torch.randint(256, (count, form.size), dtype=torch.uint8, device=worker.device,
                          generator=generator)  # fmt: skip
-    dequantise = in_process.pack_module("krea2_model.gguf").dequantise
+    dequantise = in_process.pack_module("krea2_model.checkpoints.gguf").dequantise
     shape, wrong = (count, form.values), []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         plain = dequantise(data, name, shape, dtype)

@@ -68,7 +68,7 @@ def small_transformer(worker) -> None:
     expected = models.diffusers_call(models.diffusers_model(config, tensors), inputs)()
     values = {"ours": models.our_call(ours, inputs)(), "core": models.core_call(core, inputs)()}
     record(worker, "transformer, float32, to diffusers", values, expected, FLOAT32_LIMIT)
-    load = in_process.pack_module("krea2_model.checkpoint").load_transformer
+    load = in_process.pack_module("krea2_model.checkpoints.loading").load_transformer
     plain = load(models.as_checkpoint(tensors), device=device)
     taps = inputs.context.unflatten(-1, (config.num_text_layers, config.text_hidden_dim))
     text = plain.fuse_text(taps)
@@ -156,7 +156,7 @@ def small_encoder(worker) -> None:
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     from krea2_model.config import TextEncoderConfig
-    from krea2_model.text_encoder import Qwen3VLTextEncoder, text_encoder_keys
+    from krea2_model.text.encoder import Qwen3VLTextEncoder, text_encoder_keys
 
     ours = TextEncoderConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4,
                              num_key_value_heads=2, head_dim=16, vocab_size=1000)  # fmt: skip
@@ -195,8 +195,8 @@ def run_kernels(worker) -> None:
 
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, 128
     tokens = 48 if worker.tiny else 1088
-    kernels = in_process.pack_module("krea2_model.kernels")
-    attention = in_process.pack_module("krea2_model.attention")
+    kernels = in_process.pack_module("krea2_model.nn.kernels")
+    attention = in_process.pack_module("krea2_model.nn.attention")
     hooks = in_process.pack_module("nodes.managed.hooks").PatchHooks({})
     positions = torch.randint(64, (1, tokens, 3))
     rope = attention.rope_table(positions, config.axes_dims_rope, config.rope_theta).to(device)
@@ -233,7 +233,7 @@ def run_kernels(worker) -> None:
 
     wide_heads = [random(1, 1, tokens, 384, of=torch.float32) for _ in range(3)]
     expected = F.scaled_dot_product_attention(*(part.double() for part in wide_heads))
-    vae = in_process.pack_module("krea2_model.vae")
+    vae = in_process.pack_module("krea2_model.vae.model")
     halves = [part.to(dtype) for part in wide_heads]
     worker.row(what="fused attention at head width 384", bf16=vae.has_fused_attention(*halves),
                float32=vae.has_fused_attention(*wide_heads))  # fmt: skip

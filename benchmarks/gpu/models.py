@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from diffusers.pipelines.krea2 import Krea2Pipeline
 from torch import Tensor
 
-from krea2_model.transformer import patchify, unpatchify
+from krea2_model.transformer.model import patchify, unpatchify
 
 from . import weights
 
@@ -48,14 +48,14 @@ def sharing_storage(device) -> Iterator[None]:
 
 def as_checkpoint(tensors: dict[str, Any], name: Path = NAME):
     """Tensors in memory as the pack's loaders take them."""
-    return in_process.pack_module("krea2_model.checkpoint").Checkpoint(name, dict(tensors))
+    return in_process.pack_module("krea2_model.checkpoints.loading").Checkpoint(name, dict(tensors))
 
 
 def our_model(tensors: dict[str, Any], device, dtype=None, name: Path = NAME):
     """A MODEL of ours, all of it on the device."""
     load = in_process.pack_module("nodes.managed.model").load_model
     # Blocks of a GGUF file belong to the pack's own class.
-    gguf = in_process.pack_module("krea2_model.gguf").GGUFTensor
+    gguf = in_process.pack_module("krea2_model.checkpoints.gguf").GGUFTensor
     tensors = {
         key: gguf(t.data, t.format, t.shape) if isinstance(t, weights.GGUFTensor) else t
         for key, t in tensors.items()
@@ -85,7 +85,7 @@ def diffusers_model(config, tensors: dict[str, Tensor]):
 
 
 def diffusers_vae(config, tensors: dict[str, Tensor]):
-    keys = in_process.pack_module("krea2_model.vae_keys")
+    keys = in_process.pack_module("krea2_model.checkpoints.vae_keys")
     with torch.device("meta"):
         model = AutoencoderKLQwenImage(base_dim=config.base_dim, z_dim=config.z_dim)
     state = {theirs: tensors[ours] for ours, theirs in keys.vae_key_map(config).items()}
@@ -165,7 +165,7 @@ class Models:
             return self.tensors
         if form in weights.FORMATS:
             return weights.gguf_tensors(self.config, form, self.device)
-        quantise = in_process.pack_module("krea2_model.convert").quantise_blocks
+        quantise = in_process.pack_module("krea2_model.tools.convert").quantise_blocks
         return quantise(self.tensors, form, self.device, self.device)
 
     def in_form(self, form: str) -> dict[str, Any]:

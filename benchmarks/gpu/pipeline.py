@@ -14,9 +14,9 @@ import comfy
 import torch
 
 from krea2_model import Krea2Pipeline
-from krea2_model.checkpoint import Checkpoint, load_transformer, load_vae
-from krea2_model.encoder_parts import load_text_encoder
-from krea2_model.machine_memory import GB
+from krea2_model.checkpoints.encoder_parts import load_text_encoder
+from krea2_model.checkpoints.loading import Checkpoint, load_transformer, load_vae
+from krea2_model.memory.machine import GB
 
 from . import measure, models, weights
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from krea2_model.vae import QwenImageVAE
+from krea2_model.vae.model import QwenImageVAE
 
 # Passes over the hidden state a block cannot do without: read and written by both norms, and
 # read, added to and written by both residuals; the rest could be fused into the products.

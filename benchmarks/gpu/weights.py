@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from krea2_model.checkpoints.gguf import FORMATS, GGUFTensor
+from krea2_model.checkpoints.transformer_keys import diffusers_to_official, module_to_official
+from krea2_model.checkpoints.vae_keys import temporal_shapes
 from krea2_model.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from krea2_model.gguf import FORMATS, GGUFTensor
-from krea2_model.text_encoder import Qwen3VLTextEncoder
-from krea2_model.transformer import Krea2Transformer
-from krea2_model.transformer_keys import diffusers_to_official, module_to_official
-from krea2_model.vae_keys import temporal_shapes
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.transformer.model import Krea2Transformer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ own, so memory management sees and moves them like any other.
 
 import comfy.utils
 
-from ...krea2_model.identify import CheckpointError
-from ...krea2_model.quantised import BRANCH
+from ...krea2_model.checkpoints.identify import CheckpointError
+from ...krea2_model.checkpoints.quantised import BRANCH
 
 _MODULE = "_branch"
 

@@ -8,11 +8,11 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import Checkpoint, read_text_encoder
-from ...krea2_model.generation import Sampling
-from ...krea2_model.gguf import GGUFTensor
-from ...krea2_model.identify import TEXT_ENCODER
-from ...krea2_model.text_encoder import Qwen3VLTextEncoder
+from ...krea2_model.checkpoints.gguf import GGUFTensor
+from ...krea2_model.checkpoints.identify import TEXT_ENCODER
+from ...krea2_model.checkpoints.loading import Checkpoint, read_text_encoder
+from ...krea2_model.text.encoder import Qwen3VLTextEncoder
+from ...krea2_model.text.generation import Sampling
 from .gguf import GGUFOperations, KeepsBlocks, wrap
 from .image_tokens import contents_of, has_images, row_length
 from .language import LazyTail

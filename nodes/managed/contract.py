@@ -14,9 +14,9 @@ import torch
 from comfy.ldm.flux.layers import EmbedND
 from torch import nn
 
-from ...krea2_model import kernels
-from ...krea2_model import transformer as ours
-from ...krea2_model.hooks import Hooks
+from ...krea2_model.nn import kernels
+from ...krea2_model.transformer import model as ours
+from ...krea2_model.transformer.hooks import Hooks
 from .shared_inputs import share_input
 
 # Where transformer_options of a call of our model hold its backend, as a weak reference.

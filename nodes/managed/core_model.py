@@ -11,9 +11,9 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 
+from ...krea2_model.checkpoints.identify import CheckpointError
 from ...krea2_model.config import Preset, TransformerConfig
-from ...krea2_model.identify import CheckpointError
-from ...krea2_model.transformer import Krea2Transformer
+from ...krea2_model.transformer.model import Krea2Transformer
 from .gguf import KeepsBlocks
 from .references import APART, SETTINGS
 from .texts import TOKEN_WEIGHTS

@@ -6,7 +6,7 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
-from ...krea2_model.text_attention import TextAttention, TextStates
+from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
 from .hooks import PatchHooks
 from .layers import comfy_layers

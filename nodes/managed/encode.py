@@ -1,13 +1,13 @@
 """Prompts, with weights and images, to CONDITIONING."""
 
-from ...krea2_model.prompt_images import (
+from ...krea2_model.text.prompt_images import (
     PromptImage,
     check_no_pads,
     grid_of,
     image_text,
     image_weights,
 )
-from ...krea2_model.prompt_weights import parse_weights, plain_prompt, token_weights
+from ...krea2_model.text.prompt_weights import parse_weights, plain_prompt, token_weights
 from .texts import TOKEN_WEIGHTS
 from .tokenizer import Krea2ClipTokenizer
 

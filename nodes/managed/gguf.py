@@ -14,7 +14,7 @@ from comfy.model_patcher import LowVramPatch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, register_layout_class
 
-from ...krea2_model.gguf import GGUFTensor, dequantise
+from ...krea2_model.checkpoints.gguf import GGUFTensor, dequantise
 
 LAYOUT = "Krea2GGUFLayout"
 

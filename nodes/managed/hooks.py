@@ -10,15 +10,15 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 
-from ...krea2_model import switches
-from ...krea2_model.attention import attend as attend_plainly
-from ...krea2_model.attention import repeat_heads, takes_grouped_heads
-from ...krea2_model.attention_backends import preferred
-from ...krea2_model.hooks import Hooks
-from ...krea2_model.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
-from ...krea2_model.references import RecordedReferences, Recorder, added_mask
-from ...krea2_model.shared_calls import attend_past_padding
-from ...krea2_model.text_attention import TextAttention
+from ...krea2_model.nn import switches
+from ...krea2_model.nn.attention import attend as attend_plainly
+from ...krea2_model.nn.attention import repeat_heads, takes_grouped_heads
+from ...krea2_model.nn.attention_backends import preferred
+from ...krea2_model.nn.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
+from ...krea2_model.transformer.hooks import Hooks
+from ...krea2_model.transformer.references import RecordedReferences, Recorder, added_mask
+from ...krea2_model.transformer.shared_calls import attend_past_padding
+from ...krea2_model.transformer.text_attention import TextAttention
 from .contract import announce
 from .graphs import BlockGraphs
 from .once import ScheduleTimes

@@ -11,10 +11,10 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...krea2_model.encoder_parts import read_language_tail
-from ...krea2_model.gguf import dequantise
-from ...krea2_model.language import LanguageModel, LanguageTail
-from ...krea2_model.vision import ImageTokens
+from ...krea2_model.checkpoints.encoder_parts import read_language_tail
+from ...krea2_model.checkpoints.gguf import dequantise
+from ...krea2_model.text.language_model import LanguageModel, LanguageTail
+from ...krea2_model.text.vision import ImageTokens
 from .gguf import is_blocks
 from .parts import LazyPart
 

@@ -7,7 +7,7 @@ LoRA and merges reach them like any other weight.
 import comfy.ops
 import torch
 
-from ...krea2_model.layers import ModulationTable, NormScale
+from ...krea2_model.nn.layers import ModulationTable, NormScale
 from .low_rank import WithBranches
 
 

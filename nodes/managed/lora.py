@@ -8,11 +8,11 @@ import comfy.weight_adapter
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...krea2_model.identify import CheckpointError
-from ...krea2_model.lora import read_lora, read_lora_file
-from ...krea2_model.lora_updates import Update
-from ...krea2_model.transformer import Krea2Transformer
-from ...krea2_model.transformer_keys import official_to_module
+from ...krea2_model.checkpoints.identify import CheckpointError
+from ...krea2_model.checkpoints.transformer_keys import official_to_module
+from ...krea2_model.lora.files import read_lora, read_lora_file
+from ...krea2_model.lora.updates import Update
+from ...krea2_model.transformer.model import Krea2Transformer
 
 
 class LoraPatch(comfy.weight_adapter.WeightAdapterBase):

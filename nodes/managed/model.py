@@ -12,14 +12,14 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import Checkpoint, is_norm_or_table, read_transformer
+from ...krea2_model.checkpoints.gguf import GGUFTensor
+from ...krea2_model.checkpoints.identify import TRANSFORMER
+from ...krea2_model.checkpoints.loading import Checkpoint, is_norm_or_table, read_transformer
+from ...krea2_model.checkpoints.quantised import is_quantised
+from ...krea2_model.checkpoints.transformer_keys import module_to_official, official_to_module
 from ...krea2_model.config import Preset
-from ...krea2_model.convert import FORMATS, quantise_blocks
-from ...krea2_model.gguf import GGUFTensor
-from ...krea2_model.identify import TRANSFORMER
-from ...krea2_model.quantised import is_quantised
-from ...krea2_model.transformer import Krea2Transformer
-from ...krea2_model.transformer_keys import module_to_official, official_to_module
+from ...krea2_model.tools.convert import FORMATS, quantise_blocks
+from ...krea2_model.transformer.model import Krea2Transformer
 from . import contract
 from .branches import add_branches, file_name, take_branches
 from .core_model import CoreModel, core_patcher_class, core_unet_config

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ...krea2_model.modulation import RunModulation
+from ...krea2_model.transformer.modulation import RunModulation
 from .graphs import BlockGraphs
 
 _PARTS = ("txtfusion", "txtmlp", "tmlp", "tproj")

@@ -12,9 +12,9 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ...krea2_model.checkpoint import Checkpoint
-from ...krea2_model.gguf import GGUFTensor
-from ...krea2_model.identify import TEXT_ENCODER
+from ...krea2_model.checkpoints.gguf import GGUFTensor
+from ...krea2_model.checkpoints.identify import TEXT_ENCODER
+from ...krea2_model.checkpoints.loading import Checkpoint
 from .gguf import GGUFOperations, wrap
 from .hooks import encoder_attention
 from .weights import check_weights, open_part

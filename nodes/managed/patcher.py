@@ -5,7 +5,7 @@ import logging
 import comfy.model_management
 import comfy.model_patcher
 
-from ...krea2_model.transformer_keys import module_to_official, official_to_module
+from ...krea2_model.checkpoints.transformer_keys import module_to_official, official_to_module
 from .gguf import KeepsBlocks
 from .layers import CastLeaf
 from .once import LoadsThemLast

@@ -13,7 +13,12 @@ import comfy.conds
 import torch
 
 from ...krea2_model.guidance import in_window
-from ...krea2_model.references import SHARED_TIME, TIME_ZERO, RecordedReferences, Reference
+from ...krea2_model.transformer.references import (
+    SHARED_TIME,
+    TIME_ZERO,
+    RecordedReferences,
+    Reference,
+)
 
 # Core's keys.
 LATENTS, METHOD = "reference_latents", "reference_latents_method"

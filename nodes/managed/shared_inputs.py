@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-from ...krea2_model import switches
+from ...krea2_model.nn import switches
 from .low_rank import WithBranches
 
 
 def share_input(hidden, *layers):
-    """What to call with `hidden` (B, L, D) in the layers' place, as `krea2_model.layers` has it.
+    """What to call with `hidden` (B, L, D) in the layers' place, as `krea2_model.nn.layers` has it.
 
     Layers that would quantise it in the same way share the result, made when the first is called.
     """

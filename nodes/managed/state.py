@@ -15,8 +15,8 @@ import comfy.quant_ops
 import folder_paths
 import torch
 
-from ...krea2_model.check import Report, kernel_note, main_memory_text, package_version
-from ...krea2_model.inspect import size_text
+from ...krea2_model.tools.check import Report, kernel_note, main_memory_text, package_version
+from ...krea2_model.tools.inspect import size_text
 from .gguf import LAYOUT
 from .hooks import OVERRIDE
 from .lora import LoraPatch

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from ...krea2_model.framing import fitted
-from ...krea2_model.prompt_images import IMAGE_PAD, PromptImage, grid_of, image_text
-from ...krea2_model.style_mix import mix_styles
-from ...krea2_model.vision import fit_image
+from ...krea2_model.images.framing import fitted
+from ...krea2_model.text.prompt_images import IMAGE_PAD, PromptImage, grid_of, image_text
+from ...krea2_model.text.style_mix import mix_styles
+from ...krea2_model.text.vision import fit_image
 from .encode import encode_with_images
 from .texts import TOKEN_WEIGHTS, weights_of
 
@@ -36,7 +36,7 @@ def encode_style_mix(
     labels: bool,
     weighted: bool,
 ):
-    """A prompt in the mixed style of images (3, H, W) of one size, see `krea2_model.style_mix`.
+    """A prompt in the mixed style of images (3, H, W) of one size, see `text.style_mix`.
 
     prompt: without line breaks in front, which behind an image would be tokens of their own.
     plain: the same prompt as CONDITIONING, without images.

@@ -8,10 +8,10 @@ import comfy.text_encoders.krea2 as core
 import torch
 from comfy.sd1_clip import ClipTokenWeightEncoder
 
-from ...krea2_model.decoder import mask_size
-from ...krea2_model.generation import Sampling, generate
-from ...krea2_model.text_encoder import Qwen3VLTextEncoder
-from ...krea2_model.tokenizer import PAD_TOKEN
+from ...krea2_model.text.decoder import mask_size
+from ...krea2_model.text.encoder import Qwen3VLTextEncoder
+from ...krea2_model.text.generation import Sampling, generate
+from ...krea2_model.text.tokenizer import PAD_TOKEN
 from .contract import is_replaced
 from .gguf import is_blocks
 from .hooks import encoder_attention

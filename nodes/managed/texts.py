@@ -12,8 +12,8 @@ import comfy.conds
 import torch
 import torch.nn.functional as F
 
-from ...krea2_model.shared_calls import SMALL_IMAGE as SMALL_IMAGE
-from ...krea2_model.text_attention import NegativeGuidance
+from ...krea2_model.transformer.shared_calls import SMALL_IMAGE as SMALL_IMAGE
+from ...krea2_model.transformer.text_attention import NegativeGuidance
 
 # Where CONDITIONING holds the weights (B, L) of its tokens.
 TOKEN_WEIGHTS = "krea2_token_weights"

@@ -6,8 +6,8 @@ from pathlib import Path
 import comfy.text_encoders
 import comfy.text_encoders.krea2 as core
 
-from ...krea2_model.prompt_images import IMAGE_BLOCK, IMAGE_PAD, IMAGE_PAD_TEXT, image_text
-from ...krea2_model.tokenizer import Krea2Tokenizer
+from ...krea2_model.text.prompt_images import IMAGE_BLOCK, IMAGE_PAD, IMAGE_PAD_TEXT, image_text
+from ...krea2_model.text.tokenizer import Krea2Tokenizer
 from .image_tokens import is_image, split_images, with_images
 
 # The key under which core's Krea 2 encoder keeps its tokens, weights and LoRA aliases.

@@ -10,11 +10,11 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...krea2_model.checkpoint import Checkpoint, read_vae
+from ...krea2_model.checkpoints.identify import VAE, WHERE, CheckpointError
+from ...krea2_model.checkpoints.loading import Checkpoint, read_vae
+from ...krea2_model.checkpoints.vae_keys import restore_temporal
 from ...krea2_model.config import VAEConfig
-from ...krea2_model.identify import VAE, WHERE, CheckpointError
-from ...krea2_model.vae import MAX_SCORE_BYTES, QwenImageVAE
-from ...krea2_model.vae_keys import restore_temporal
+from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE
 from .layers import comfy_layers
 from .memory import advise
 from .weights import check_weights, open_part

@@ -6,9 +6,15 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 
-from ...krea2_model.checkpoint import Checkpoint, check_tensors, open_checkpoint
-from ...krea2_model.identify import CheckpointError
-from ...krea2_model.quantised import FLOAT8, SMOOTHING, SUFFIXES, check_quantised, layer_settings
+from ...krea2_model.checkpoints.identify import CheckpointError
+from ...krea2_model.checkpoints.loading import Checkpoint, check_tensors, open_checkpoint
+from ...krea2_model.checkpoints.quantised import (
+    FLOAT8,
+    SMOOTHING,
+    SUFFIXES,
+    check_quantised,
+    layer_settings,
+)
 
 # Formats that pack several values into a byte, and those that pad sides to whole tiles.
 _VALUES_A_BYTE = {"nvfp4": 2, "convrot_w4a4": 2}

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from krea2_model.text_encoder import Qwen3VLTextEncoder
-from krea2_model.vae import QwenImageVAE
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.vae.model import QwenImageVAE
 
 from .loop import DEVICE, autocast
 from .scenes import PICTURE_SIZES, caption, draw, random_scene

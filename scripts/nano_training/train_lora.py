@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from krea2_model.transformer import Krea2Transformer
+from krea2_model.transformer.model import Krea2Transformer
 
 from .examples import Examples
 from .loop import Run, Schedule

@@ -15,9 +15,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from krea2_model.text_encoder import Qwen3VLTextEncoder
-from krea2_model.transformer import Krea2Transformer
-from krea2_model.vae import QwenImageVAE
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.transformer.model import Krea2Transformer
+from krea2_model.vae.model import QwenImageVAE
 
 from .examples import (
     LENGTH_STEP,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from krea2_model.config import TURBO
 from krea2_model.sampling import shift_time
-from krea2_model.transformer import Krea2Transformer
+from krea2_model.transformer.model import Krea2Transformer
 
 from .examples import Examples
 from .loop import DEVICE, Run, Schedule, autocast

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krea2_model.config import VAEConfig
-from krea2_model.vae import QwenImageVAE
+from krea2_model.vae.model import QwenImageVAE
 
 from .loop import DEVICE, Run, Schedule, autocast
 from .scenes import COLOURS, SHAPES, outline, paint, ruled_paper, signed_distance

@@ -16,13 +16,18 @@ from pathlib import Path
 import torch
 
 from krea2_model import CheckpointError, load_transformer, load_vae
-from krea2_model.checkpoint import assign, open_checkpoint, read_shapes, read_text_encoder
-from krea2_model.identify import TEXT_ENCODER
-from krea2_model.inspect import describe
-from krea2_model.lora import read_lora, read_lora_file
-from krea2_model.lora_updates import LoraStack
-from krea2_model.quantised import dequantise
-from krea2_model.text_encoder import Qwen3VLTextEncoder
+from krea2_model.checkpoints.identify import TEXT_ENCODER
+from krea2_model.checkpoints.loading import (
+    assign,
+    open_checkpoint,
+    read_shapes,
+    read_text_encoder,
+)
+from krea2_model.checkpoints.quantised import dequantise
+from krea2_model.lora.files import read_lora, read_lora_file
+from krea2_model.lora.updates import LoraStack
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.tools.inspect import describe
 
 from .fuzz_sources import Sources, dumps, mutate, text_tensor
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import tiny_checkpoints as tiny
 from krea2_model.config import TransformerConfig
-from krea2_model.transformer import Krea2Transformer
+from krea2_model.transformer.model import Krea2Transformer
 
 _TRANSFORMER = TransformerConfig(
     num_layers=1, attention_head_dim=32, num_attention_heads=2, num_key_value_heads=1,

@@ -39,7 +39,7 @@ def test_masks_on_every_attention_function(pack, monkeypatch, function, mask):
 @pytest.fixture
 def chosen(pack, monkeypatch):
     """Pretend that the table of backends names one; how often it attended."""
-    hooks, module = pack("nodes.managed.hooks"), pack("krea2_model.attention_backends")
+    hooks, module = pack("nodes.managed.hooks"), pack("krea2_model.nn.attention_backends")
     cudnn = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
     monkeypatch.setattr(hooks, "preferred", lambda *arguments: cudnn)
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
@@ -54,7 +54,7 @@ def chosen(pack, monkeypatch):
 
     def attend(**options):
         query, key = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16)
-        with pack("krea2_model.switches").switched("cudnn"):
+        with pack("krea2_model.nn.switches").switched("cudnn"):
             out = hooks.PatchHooks(options).attention(query, key, key)
         expected = torch.nn.functional.scaled_dot_product_attention(
             query, key, key, enable_gqa=True

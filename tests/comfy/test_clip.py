@@ -251,7 +251,7 @@ def test_of_a_batch_each_different_prompt_is_encoded_once(pack, clip, monkeypatc
 
 def test_a_long_prompt_in_blocks_equals_core(pack, clip, core_clip, monkeypatch):
     """Blocks begin at 2,049 tokens; here at 65."""
-    monkeypatch.setattr(pack("krea2_model.decoder"), "MASK_ELEMENTS", 0)
+    monkeypatch.setattr(pack("krea2_model.text.decoder"), "MASK_ELEMENTS", 0)
     prompt = "fox, " * 150
     ours, core = (c.encode_from_tokens(c.tokenize(prompt)) for c in (clip, core_clip))
     assert ours.shape[1] > 300

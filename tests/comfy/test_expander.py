@@ -25,7 +25,7 @@ def clip(models, run):
 
 @pytest.fixture
 def greedy(pack):
-    return pack("krea2_model.generation").Sampling()
+    return pack("krea2_model.text.generation").Sampling()
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def text_generate():
 @pytest.fixture
 def brief(pack, monkeypatch):
     """Short texts after a short system prompt: random weights write noise at any length."""
-    expander = pack("krea2_model.expander")
+    expander = pack("krea2_model.text.expander")
     monkeypatch.setitem(expander.LENGTHS, "short", expander.Length(words=5, tokens=8))
     monkeypatch.setattr(expander, "SYSTEM_PROMPT", "Write.")
     return {"length": "short", "prompt": "a fox"}
@@ -48,7 +48,7 @@ def brief(pack, monkeypatch):
 def written(pack, monkeypatch):
     """How many tokens were asked for, and by which model."""
     found = []
-    language = pack("krea2_model.language").LanguageModel
+    language = pack("krea2_model.text.language_model").LanguageModel
     call = language.__call__
     monkeypatch.setattr(
         language, "__call__", lambda self, *args: found.append(self) or call(self, *args)
@@ -315,7 +315,7 @@ def test_progress_and_text_come_with_each_token(clip, brief, monkeypatch):
 
 
 def test_interrupting_stops_at_the_next_token(run, clip, brief, written, pack, monkeypatch):
-    language = pack("krea2_model.language").LanguageModel
+    language = pack("krea2_model.text.language_model").LanguageModel
     call_model = language.__call__
 
     def interrupting(self, *args):

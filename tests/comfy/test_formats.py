@@ -402,10 +402,10 @@ def test_a_saved_model_has_official_names_that_core_reads(run, models, tensors, 
 
 def test_a_compiler_leaves_blocks_to_the_kernel(pack, monkeypatch):
     """As one operator, which it calls with the blocks themselves; same numbers."""
-    operations, module = pack("nodes.managed.gguf"), pack("krea2_model.gguf")
+    operations, module = pack("nodes.managed.gguf"), pack("krea2_model.checkpoints.gguf")
     # A CPU is taken for a device of the kernels, and its numbers are torch's.
-    monkeypatch.setattr(pack("krea2_model.triton_kernels"), "INTERPRETED", True)
-    monkeypatch.setattr(pack("krea2_model.triton_kernels"), "takes", lambda *tensors: False)
+    monkeypatch.setattr(pack("krea2_model.nn.triton_kernels"), "INTERPRETED", True)
+    monkeypatch.setattr(pack("krea2_model.nn.triton_kernels"), "takes", lambda *tensors: False)
     read, values = [], module._values
 
     def recorded(data, name, dtype):
@@ -420,7 +420,7 @@ def test_a_compiler_leaves_blocks_to_the_kernel(pack, monkeypatch):
     hidden = torch.randn(2, 256)
     with torch.inference_mode(False), torch.no_grad():
         expected = layer(hidden)
-        with pack("krea2_model.switches").switched("gguf"):
+        with pack("krea2_model.nn.switches").switched("gguf"):
             compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
             assert torch.equal(compiled(hidden), expected)
     assert read == [(torch.Tensor, "Q4_K")]

@@ -25,7 +25,7 @@ def files(pack):
 
 @pytest.fixture
 def kinds(pack):
-    return pack("krea2_model.identify")
+    return pack("krea2_model.checkpoints.identify")
 
 
 @pytest.fixture

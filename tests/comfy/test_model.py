@@ -385,10 +385,10 @@ def test_memory_estimate_grows_with_tokens(turbo):
 def test_memory_estimate_counts_what_the_released_model_takes(turbo, pack, monkeypatch):
     """On meta, with a GPU's kernels, which make no copies."""
     config = pack("krea2_model.config").TransformerConfig()
-    transformer = pack("krea2_model.transformer").Krea2Transformer(
+    transformer = pack("krea2_model.transformer.model").Krea2Transformer(
         config, device="meta", dtype=torch.bfloat16
     )
-    hooks = pack("krea2_model.hooks").Hooks
+    hooks = pack("krea2_model.transformer.hooks").Hooks
 
     class Fused(hooks):
         def attend(self, query, key, value, norm, rope, mask, kept=None):
@@ -413,7 +413,7 @@ def test_memory_estimate_counts_what_the_released_model_takes(turbo, pack, monke
 
 
 def test_memory_estimate_of_gguf_counts_its_numbers(turbo, pack, monkeypatch):
-    gguf, managed = pack("krea2_model.gguf"), pack("nodes.managed.gguf")
+    gguf, managed = pack("krea2_model.checkpoints.gguf"), pack("nodes.managed.gguf")
     for name, form in gguf.FORMATS.items():
         blocks = torch.zeros(512, 8 * form.size, dtype=torch.uint8)
         with Live() as live:

@@ -53,7 +53,7 @@ def taps(states):
 
 
 def krea_chat(pack, text):
-    tokenizer = pack("krea2_model.tokenizer")
+    tokenizer = pack("krea2_model.text.tokenizer")
     return tokenizer.TEMPLATE_PREFIX + text + tokenizer.TEMPLATE_SUFFIX
 
 
@@ -72,7 +72,7 @@ def test_equals_core_but_for_tap_2_at_images(clip, core_clip, pack, text, sizes)
         for c, options in ((clip, {}), (core_clip, {}), (clip, {"as_trained": True}))
     )
     assert_close(ours, core, 1e-5, "for other packs' nodes, as core")
-    tokens = pack("krea2_model.tokenizer").Krea2Tokenizer(clip.tokenizer.tokenizer.folder)
+    tokens = pack("krea2_model.text.tokenizer").Krea2Tokenizer(clip.tokenizer.tokenizer.folder)
     ids = tokens.tokenize_raw(chat)[34:]
     counts = iter(height * width // 32**2 for height, width in sizes)
     pads = [t == 151655 for t in ids for _ in range(next(counts) if t == 151655 else 1)]

@@ -41,7 +41,7 @@ def load(pack, tensors, monkeypatch):
     def call(form, change=lambda stored: None):
         stored, _, metadata = formats.WRITERS[form](tensors)
         change(stored)
-        checkpoint = pack("krea2_model.checkpoint").Checkpoint(
+        checkpoint = pack("krea2_model.checkpoints.loading").Checkpoint(
             Path("krea2_turbo_quantised.safetensors"), stored, metadata
         )
         return pack("nodes.managed.model").load_model(checkpoint)
@@ -60,7 +60,7 @@ def counted(monkeypatch, pack, velocity):
         return quantise(cls, tensor, layout, **options)
 
     monkeypatch.setattr(QuantizedTensor, "from_float", classmethod(recorded))
-    switches = pack("krea2_model.switches")
+    switches = pack("krea2_model.nn.switches")
 
     def call(model, on):
         counts.clear()
@@ -170,7 +170,7 @@ def test_a_compiler_and_gradients_see_the_plain_layers(load, pack, monkeypatch):
     hidden = torch.randn(1, 3, 256)
     made = []
     monkeypatch.setattr(module, "_way", lambda layer: made.append(layer))
-    with pack("krea2_model.switches").switched("quantise_once"):
+    with pack("krea2_model.nn.switches").switched("quantise_once"):
         with torch.inference_mode(False), torch.enable_grad():
             module.share_input(hidden, layers.wq, layers.wk)
         module.share_input(hidden[None], layers.wq, layers.wk)

@@ -185,7 +185,7 @@ def test_apart(pack, run, turbo, sampled, referenced, conditioning, latent):
     found = sampled(positive, steps=3)
     model = turbo.model
     pictures = [model.process_latent_in(t)[:, :, 0] for t in positive[0][1]["reference_latents"]]
-    references = pack("krea2_model.references")
+    references = pack("krea2_model.transformer.references")
     transformer = model.diffusion_model
     noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(5))
     sampling, turbo_mu = pack("krea2_model.sampling"), pack("krea2_model").TURBO.mu

@@ -54,7 +54,7 @@ def test_it_is_what_krea2_model_does(run, raw, inputs, pack, options):
     transformer = raw.model.diffusion_model
     texts = [transformer.fuse_text(inputs[name][0][0].unflatten(-1, (12, 160)))
              for name in ("positive", "negative")]  # fmt: skip
-    plain = pack("krea2_model.transformer").Krea2Transformer
+    plain = pack("krea2_model.transformer.model").Krea2Transformer
     velocity = lambda *args: plain.forward(transformer, *args)  # noqa: E731
     velocity.compute_dtype = transformer.compute_dtype
     noise = torch.randn((1, 16, 1, 16, 24), generator=torch.manual_seed(5))[:, :, 0]
@@ -112,7 +112,7 @@ def test_two_stages_are_those_of_krea2_model(run, raw, turbo, conditioning, late
     texts = {"positive": conditioning(6, 1), "negative": conditioning(6, 2)}
     found = run("K2TwoStage", raw=raw, turbo=turbo, latent=latent, seed=5, guidance=2.0, **texts)[0]
     sampling = pack("krea2_model.sampling")
-    plain = pack("krea2_model.transformer").Krea2Transformer
+    plain = pack("krea2_model.transformer.model").Krea2Transformer
     calls, fused = [], []
     for model in (raw, turbo):
         transformer = model.model.diffusion_model

@@ -112,7 +112,7 @@ def test_a_compiled_model_and_our_lora(check, run):
 
 
 def test_quantised_weights_are_counted(check, models, run, tmp_path, pack):
-    convert = pack("krea2_model.convert").convert
+    convert = pack("krea2_model.tools.convert").convert
     source = models / "diffusion_models" / "krea2_tiny_turbo.safetensors"
     target = source.with_name("krea2_tiny_fp8.safetensors")
     convert(source, target, "fp8")

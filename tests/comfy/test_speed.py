@@ -46,7 +46,7 @@ def test_later_steps_do_without_the_model(run, raw, inputs, calls, pack, choice,
              for name in ("positive", "negative")]  # fmt: skip
     noise = torch.randn((1, 16, 1, 16, 24), generator=torch.manual_seed(5))[:, :, 0]
     sigmas = sampling.sigma_schedule(10, sampling.shift_mu(96))
-    plain = pack("krea2_model.transformer").Krea2Transformer
+    plain = pack("krea2_model.transformer.model").Krea2Transformer
     velocity = lambda *args: plain.forward(transformer, *args)  # noqa: E731
     velocity.compute_dtype = transformer.compute_dtype
     *_, (_, expected, _) = sampling.denoise(
@@ -106,14 +106,14 @@ def test_quantised_as_it_loads_is_what_a_converted_file_holds(
     run, turbo, models, velocity, pack, dtype, quantise
 ):
     name = "krea2_tiny_turbo.safetensors"
-    if pack("krea2_model.convert").FORMATS[quantise] not in comfy.quant_ops.QUANT_ALGOS:
+    if pack("krea2_model.tools.convert").FORMATS[quantise] not in comfy.quant_ops.QUANT_ALGOS:
         with pytest.raises(ValueError, match=f"dtype {quantise} makes layers in .*Update ComfyUI"):
             run("K2ModelLoader", file=name, dtype=dtype)
         return
     loaded = run("K2ModelLoader", file=name, dtype=dtype)[0]
     folder = models / "diffusion_models"
     file = folder / f"converted_{quantise}_turbo.safetensors"
-    pack("krea2_model.convert").convert(folder / name, file, quantise)
+    pack("krea2_model.tools.convert").convert(folder / name, file, quantise)
     converted = run("K2ModelLoader", file=file.name)[0]
     assert loaded.model_size() == converted.model_size() < 0.7 * turbo.model_size()
     found = velocity(loaded)

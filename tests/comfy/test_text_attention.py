@@ -48,9 +48,9 @@ def weighted(tokens, weights, conditioning, seed=1, **extra):
 def in_krea2_model(pack, patcher, positive, negative=None, settings=None):
     """The same run by krea2_model's own loop: latents as the sampler gives them."""
     sampling = pack("krea2_model.sampling")
-    states = pack("krea2_model.text_attention").TextStates
+    states = pack("krea2_model.transformer.text_attention").TextStates
     transformer = patcher.model.diffusion_model
-    plain = pack("krea2_model.transformer").Krea2Transformer
+    plain = pack("krea2_model.transformer.model").Krea2Transformer
 
     def text(conditioning):
         if conditioning is None:

@@ -211,7 +211,7 @@ def test_statistics_that_cannot_be(run, other_statistics, change, message):
 @pytest.mark.parametrize("side", [64, 96])
 def test_the_estimates_count_what_an_image_takes(pack, vae, side):
     """Beside a constant for what kernels take as workspace, which small images do not fill."""
-    workspace = 2 * pack("krea2_model.vae").MAX_SCORE_BYTES
+    workspace = 2 * pack("krea2_model.vae.model").MAX_SCORE_BYTES
     model = vae.first_stage_model
     latents, image = torch.randn(1, 16, side // 8, side // 8), torch.randn(1, 3, side, side)
     for what, convert, source in (
@@ -225,7 +225,7 @@ def test_the_estimates_count_what_an_image_takes(pack, vae, side):
 
 def test_the_estimates_on_a_gpu_count_the_released_vae(pack, vae, monkeypatch):
     """On meta, with norms as a GPU has them: one kernel without a float32 copy."""
-    module = pack("krea2_model.vae")
+    module = pack("krea2_model.vae.model")
     monkeypatch.setattr(module.F, "rms_norm", lambda hidden, *rest: torch.empty_like(hidden))
     model = module.QwenImageVAE(module.VAEConfig(), device="meta", dtype=torch.bfloat16)
     monkeypatch.setattr(vae, "first_stage_model", model)

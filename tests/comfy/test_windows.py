@@ -46,7 +46,7 @@ def in_graph(run, raw, texts, kind, start, end, denoise):
 
 def in_python(pack, raw, texts, kind, start, end, denoise):
     transformer, sampling = raw.model.diffusion_model, pack("krea2_model.sampling")
-    plain = pack("krea2_model.transformer").Krea2Transformer
+    plain = pack("krea2_model.transformer.model").Krea2Transformer
 
     def network(*args, **options):
         return plain.forward(transformer, *args, **options)
@@ -54,11 +54,11 @@ def in_python(pack, raw, texts, kind, start, end, denoise):
     network.compute_dtype = transformer.compute_dtype
     options: dict = {"guidance": 0.0}
     if kind == "reference":
-        reference = pack("krea2_model.references").Reference
+        reference = pack("krea2_model.transformer.references").Reference
         options["references"] = [reference(torch.zeros(1, 16, 8, 8), start=start, end=end)]
         options["reference_method"] = "index"
     elif kind == "negative":
-        settings = pack("krea2_model.text_attention").NegativeGuidance
+        settings = pack("krea2_model.transformer.text_attention").NegativeGuidance
         options["negative_guidance"] = settings(start=start, end=end)
     else:
         schedule = pack("krea2_model.guidance").GuidanceSchedule

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from krea2_model import attention_backends as backends
-from krea2_model import switches
-from krea2_model.attention import attend, repeat_heads
+from krea2_model.nn import attention_backends as backends
+from krea2_model.nn import switches
+from krea2_model.nn.attention import attend, repeat_heads
 from parity import assert_close
 
 CUDNN, FLASH, MATH = (

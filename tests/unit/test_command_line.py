@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import tiny_checkpoints
-from krea2_model import Krea2Pipeline, expander
+from krea2_model import Krea2Pipeline
 from krea2_model.__main__ import build_parser, main
+from krea2_model.text import expander
 from nano_training.judge import read_thing
 
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from krea2_model.contact_sheet import MAX_CAPTION, contact_sheet
+from krea2_model.images.contact_sheet import MAX_CAPTION, contact_sheet
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [0, 1, 1]], dtype=np.float32)
 
@@ -88,7 +88,7 @@ def test_long_captions_take_no_time(caption):
 def test_no_character_of_a_caption_is_lost_up_to_the_limit(monkeypatch):
     lines = []
     monkeypatch.setattr(
-        "krea2_model.contact_sheet.ImageDraw.ImageDraw.text",
+        "krea2_model.images.contact_sheet.ImageDraw.ImageDraw.text",
         lambda self, place, text, *rest: lines.append(text),
     )
     words = ["\u72d0" * 500, "fox", "W" * 99, "x"]

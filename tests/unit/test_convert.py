@@ -13,9 +13,9 @@ import formats
 import tiny_checkpoints as tiny
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, load_vae
 from krea2_model.__main__ import main
-from krea2_model.convert import convert as convert_files
-from krea2_model.convert import quantise_blocks
-from krea2_model.identify import CheckpointError, read_header
+from krea2_model.checkpoints.identify import CheckpointError, read_header
+from krea2_model.tools.convert import convert as convert_files
+from krea2_model.tools.convert import quantise_blocks
 from parity import assert_close, relative_error, same_weights
 
 SIZE = {"height": 32, "width": 48, "steps": 2, "guidance": 1.0, "output_type": "latent"}

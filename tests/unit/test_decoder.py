@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from krea2_model import decoder
-from krea2_model.attention import attend, repeat_heads
 from krea2_model.config import TextEncoderConfig
-from krea2_model.decoder import CausalMask, causal_attention, mask_rows, mask_size
-from krea2_model.language import KeyValueCache, LanguageModel, LanguageTail
-from krea2_model.text_encoder import Qwen3VLTextEncoder
+from krea2_model.nn.attention import attend, repeat_heads
+from krea2_model.text import decoder
+from krea2_model.text.decoder import CausalMask, causal_attention, mask_rows, mask_size
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.text.language_model import KeyValueCache, LanguageModel, LanguageTail
 
 SMALL = TextEncoderConfig(
     vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3,

@@ -5,8 +5,9 @@ import time
 import pytest
 
 import tiny_checkpoints
-from krea2_model import Krea2Pipeline, Krea2Tokenizer, expander, load_text_encoder
-from krea2_model.expander import (
+from krea2_model import Krea2Pipeline, Krea2Tokenizer, load_text_encoder
+from krea2_model.text import expander
+from krea2_model.text.expander import (
     DIRECTIONS,
     LENGTHS,
     SYSTEM_PROMPT,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_model.framing import (
+from krea2_model.images.framing import (
     aligned,
     colours,
     crop,

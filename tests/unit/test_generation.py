@@ -15,11 +15,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from krea2_model.encoder_parts import load_language_tail, load_text_encoder
-from krea2_model.generation import STOP_TOKENS, Sampling, generate
-from krea2_model.identify import CheckpointError
-from krea2_model.language import KeyValueCache, LanguageModel
-from krea2_model.tokenizer import Krea2Tokenizer
+from krea2_model.checkpoints.encoder_parts import load_language_tail, load_text_encoder
+from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.text.generation import STOP_TOKENS, Sampling, generate
+from krea2_model.text.language_model import KeyValueCache, LanguageModel
+from krea2_model.text.tokenizer import Krea2Tokenizer
 from parity import assert_close
 
 TEXT = {

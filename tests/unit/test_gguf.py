@@ -6,7 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from krea2_model.gguf import FORMATS, dequantise
+from krea2_model.checkpoints.gguf import FORMATS, dequantise
 
 WRITABLE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 K_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

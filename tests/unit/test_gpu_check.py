@@ -19,8 +19,8 @@ from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import report, rooflines, worker
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sections import SECTIONS, Section, processes
-from krea2_model.gguf import FORMATS
-from krea2_model.switches import SWITCHES
+from krea2_model.checkpoints.gguf import FORMATS
+from krea2_model.nn.switches import SWITCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [section.name for section in SECTIONS]

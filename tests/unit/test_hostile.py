@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_transformer
-from krea2_model.identify import read_header
-from krea2_model.inspect import describe
-from krea2_model.lora import read_lora
+from krea2_model.checkpoints.identify import read_header
+from krea2_model.lora.files import read_lora
+from krea2_model.tools.inspect import describe
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from krea2_model import attention, kernels
-from krea2_model.attention import attend, repeat_heads, rope_table, takes_grouped_heads
 from krea2_model.config import TransformerConfig
-from krea2_model.layers import TorchLayers
-from krea2_model.transformer import (
-    Hooks,
-    Krea2Transformer,
-    SingleStreamBlock,
-    grid_positions,
-)
+from krea2_model.nn import attention, kernels
+from krea2_model.nn.attention import attend, repeat_heads, rope_table, takes_grouped_heads
+from krea2_model.nn.layers import TorchLayers
+from krea2_model.transformer.model import Hooks, Krea2Transformer, SingleStreamBlock, grid_positions
 from parity import assert_close, relative_error
 
 EPS = 1e-5

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.checkpoints.transformer_keys import official_to_diffusers
 from krea2_model.config import TransformerConfig
-from krea2_model.identify import CheckpointError
-from krea2_model.lora import read_lora
-from krea2_model.lora_updates import LoraStack, Update
-from krea2_model.transformer import Krea2Transformer
-from krea2_model.transformer_keys import official_to_diffusers
+from krea2_model.lora.files import read_lora
+from krea2_model.lora.updates import LoraStack, Update
+from krea2_model.transformer.model import Krea2Transformer
 from parity import assert_close
 
 CONFIG = TransformerConfig(

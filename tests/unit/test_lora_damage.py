@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from krea2_model import Krea2Pipeline
-from krea2_model.identify import CheckpointError
-from krea2_model.lora import read_lora
+from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.lora.files import read_lora
 
 SHAPES = {"blocks.0.attn.wq.weight": (16, 16), "blocks.0.attn.wk.weight": (8, 16),
           "blocks.0.prenorm.scale.weight": (16,)}  # fmt: skip

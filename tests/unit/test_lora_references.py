@@ -12,9 +12,9 @@ from diffusers_reference import TINY, diffusers_transformer, load_from, run_refe
 from lycoris import LycorisNetwork, create_lycoris
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from krea2_model.lora import read_lora
-from krea2_model.lora_updates import LoraStack
-from krea2_model.transformer import Krea2Transformer
+from krea2_model.lora.files import read_lora
+from krea2_model.lora.updates import LoraStack
+from krea2_model.transformer.model import Krea2Transformer
 from parity import assert_close, relative_error
 
 LATENTS = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(1))

@@ -11,10 +11,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from krea2_model.identify import CheckpointError
-from krea2_model.lora import read_lora, read_lora_file
-from krea2_model.transformer import Krea2Transformer
-from krea2_model.transformer_keys import diffusers_to_official, official_to_module
+from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
+from krea2_model.lora.files import read_lora, read_lora_file
+from krea2_model.transformer.model import Krea2Transformer
 from parity import assert_close
 
 LAYERS = ["to_q", "to_k", "img_in", "down"]

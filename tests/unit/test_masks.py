@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_model.masks import (
+from krea2_model.images.masks import (
     FILLS,
     blend_weights,
     cell_mask,

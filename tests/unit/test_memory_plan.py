@@ -15,10 +15,13 @@ from krea2_model import (
     TransformerConfig,
     VAEConfig,
 )
-from krea2_model.activations import activations
-from krea2_model.block_stream import PLACES, BlockStream
-from krea2_model.machine_memory import GB
-from krea2_model.memory_plan import (
+from krea2_model.checkpoints.quantised_layers import QuantisedLinear
+from krea2_model.checkpoints.quantised_weight import QuantisedWeight
+from krea2_model.memory.activations import activations
+from krea2_model.memory.block_stream import PLACES, BlockStream
+from krea2_model.memory.machine import GB
+from krea2_model.memory.offload import offload_parts
+from krea2_model.memory.plan import (
     BLOCKS,
     ENCODER,
     NONE,
@@ -29,9 +32,6 @@ from krea2_model.memory_plan import (
     PartSize,
     plan_for,
 )
-from krea2_model.offload import offload_parts
-from krea2_model.quantised_layers import QuantisedLinear
-from krea2_model.quantised_weight import QuantisedWeight
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 # Bytes a value of what is stored.
@@ -92,8 +92,8 @@ def host(monkeypatch):
     monkeypatch.setattr(
         BlockStream, "_host_memory", lambda self, size: memory[len(self._staging)][:size]
     )
-    monkeypatch.setattr("krea2_model.offload.free_host_bytes", lambda: 0)
-    monkeypatch.setattr("krea2_model.hooks.attend", attend)
+    monkeypatch.setattr("krea2_model.memory.offload.free_host_bytes", lambda: 0)
+    monkeypatch.setattr("krea2_model.transformer.hooks.attend", attend)
 
 
 def peak_of(function):
@@ -205,7 +205,7 @@ def test_asked_plans_are_followed_and_say_what_they_lack():
 
 def test_after_memory_ran_out_less_is_on_the_device(released, monkeypatch):
     parts = released(FP8)
-    monkeypatch.setattr("krea2_model.offload.free_device_bytes", lambda device: 24 * GB)
+    monkeypatch.setattr("krea2_model.memory.offload.free_device_bytes", lambda device: 24 * GB)
     offload = offload_parts(*parts, META, "auto", None)
     estimates = activations(*parts, batch=1, image=4096)
     offload.prepare(estimates)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline, nano
-from krea2_model.references import Reference
+from krea2_model.transformer.references import Reference
 from nano_training.judge import background_colour, judge, read_thing
 from nano_training.references import (
     coloured,

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer
-from krea2_model.inspect import describe
-from krea2_model.tokenizer import Krea2Tokenizer, find_tokenizer_folder
+from krea2_model.text.tokenizer import Krea2Tokenizer, find_tokenizer_folder
+from krea2_model.tools.inspect import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 # All that ComfyUI imports of the pack.

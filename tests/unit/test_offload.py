@@ -12,18 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_model import (
-    Krea2Pipeline,
-    block_stream,
-    device_weights,
-    load_transformer,
-    memory_plan,
-    nano,
-)
-from krea2_model.activations import activations
-from krea2_model.block_stream import PLACES, BlockStream, pack_bytes
-from krea2_model.convert import convert
-from krea2_model.quantised_layers import QuantisedLinear
+from krea2_model import Krea2Pipeline, load_transformer, nano
+from krea2_model.checkpoints.quantised_layers import QuantisedLinear
+from krea2_model.memory import block_stream, device_weights
+from krea2_model.memory import plan as memory_plan
+from krea2_model.memory.activations import activations
+from krea2_model.memory.block_stream import PLACES, BlockStream, pack_bytes
+from krea2_model.tools.convert import convert
 from parity import assert_close
 
 SIZE = {"height": 64, "width": 64}

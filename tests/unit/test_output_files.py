@@ -7,9 +7,9 @@ import stat
 import pytest
 from PIL import Image
 
-from krea2_model import output_files
 from krea2_model.__main__ import main
-from krea2_model.output_files import check_outputs, image_format, numbered, save_image
+from krea2_model.images import output_files
+from krea2_model.images.output_files import check_outputs, image_format, numbered, save_image
 
 
 def red(size=8):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_model.pictures import as_reference, pixels_of
+from krea2_model.images.pictures import as_reference, pixels_of
 
 RAMP = np.linspace(0, 1, 96, dtype=np.float32)[None].repeat(64, axis=0)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline
-from krea2_model.checkpoint import save_transformer
+from krea2_model.checkpoints.loading import save_transformer
 from krea2_model.config import RAW, TURBO
-from krea2_model.pictures import fit
-from krea2_model.references import Reference
+from krea2_model.images.pictures import fit
+from krea2_model.images.sizes import is_far
 from krea2_model.sampling import shift_mu, sigma_schedule
-from krea2_model.sizes import is_far
-from krea2_model.transformer import patchify
+from krea2_model.transformer.model import patchify
+from krea2_model.transformer.references import Reference
 from parity import assert_close, relative_error
 
 SIZE = {"height": 64, "width": 96}

@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_checkpoints
-from krea2_model.attention import rope_table
-from krea2_model.text_encoder import Qwen3VLTextEncoder
-from krea2_model.transformer import Krea2Transformer
-from krea2_model.vae import QwenImageVAE
+from krea2_model.nn.attention import rope_table
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.transformer.model import Krea2Transformer
+from krea2_model.vae.model import QwenImageVAE
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
@@ -132,7 +132,7 @@ class NoDoubles(TorchDispatchMode):
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr("krea2_model.kernels._has_complex_numbers", lambda device: False)
+    monkeypatch.setattr("krea2_model.nn.kernels._has_complex_numbers", lambda device: False)
     with NoDoubles(), torch.inference_mode():
         yield torch.device("meta")
 

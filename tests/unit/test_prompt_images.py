@@ -16,11 +16,13 @@ from transformers import Qwen3VLConfig, Qwen3VLModel
 import formats
 from krea2_model import Krea2Pipeline
 from krea2_model.__main__ import main
+from krea2_model.checkpoints.encoder_parts import load_text_encoder, load_vision_tower
+from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.config import TextEncoderConfig
-from krea2_model.decoder import rotation_table
-from krea2_model.encoder_parts import load_text_encoder, load_vision_tower
-from krea2_model.identify import CheckpointError
-from krea2_model.prompt_images import (
+from krea2_model.prompt_taps import encode_prompts
+from krea2_model.text.decoder import rotation_table
+from krea2_model.text.encoder import text_encoder_keys
+from krea2_model.text.prompt_images import (
     IMAGE_PAD,
     PromptImage,
     axis_positions,
@@ -32,11 +34,9 @@ from krea2_model.prompt_images import (
     sheet,
     with_image_tokens,
 )
-from krea2_model.prompt_taps import encode_prompts
-from krea2_model.prompt_weights import parse_weights, token_weights
-from krea2_model.text_encoder import text_encoder_keys
-from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-from krea2_model.vision import fit_image, vision_keys
+from krea2_model.text.prompt_weights import parse_weights, token_weights
+from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+from krea2_model.text.vision import fit_image, vision_keys
 from parity import assert_close, relative_error, same_weights
 
 SMALL = TextEncoderConfig(

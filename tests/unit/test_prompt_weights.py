@@ -5,8 +5,8 @@ import unicodedata
 
 import pytest
 
-from krea2_model.prompt_weights import parse_weights, token_weights, weigh_again
-from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+from krea2_model.text.prompt_weights import parse_weights, token_weights, weigh_again
+from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 
 
 def marked(prompt: str) -> tuple[str, list[tuple[str, float]]]:

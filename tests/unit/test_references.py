@@ -4,14 +4,14 @@ import pytest
 import torch
 from diffusers_reference import TINY, diffusers_transformer, load_from
 
-from krea2_model import references as references_module
-from krea2_model.attention import attend
-from krea2_model.hooks import AttentionHooks, Hooks
-from krea2_model.kernels import norm_and_rotate
-from krea2_model.references import Reference
+from krea2_model.nn.attention import attend
+from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.sampling import denoise, sigma_schedule
-from krea2_model.text_attention import NegativeGuidance, TextAttention, TextStates
-from krea2_model.transformer import Krea2Transformer
+from krea2_model.transformer import references as references_module
+from krea2_model.transformer.hooks import AttentionHooks, Hooks
+from krea2_model.transformer.model import Krea2Transformer
+from krea2_model.transformer.references import Reference
+from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 from parity import assert_close, relative_error
 
 

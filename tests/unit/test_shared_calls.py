@@ -5,10 +5,10 @@ import torch
 
 import tiny_checkpoints as tiny
 from krea2_model import Krea2Transformer
-from krea2_model.references import Reference
 from krea2_model.sampling import denoise, sigma_schedule
-from krea2_model.shared_calls import SMALL_IMAGE, pays_to_share
-from krea2_model.text_attention import TextStates
+from krea2_model.transformer.references import Reference
+from krea2_model.transformer.shared_calls import SMALL_IMAGE, pays_to_share
+from krea2_model.transformer.text_attention import TextStates
 from parity import assert_close
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from krea2_model.sizes import ASPECTS, image_tokens, round_size, size_for
+from krea2_model.images.sizes import ASPECTS, image_tokens, round_size, size_for
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_model.style_mix import mix_styles, shares_of
+from krea2_model.text.style_mix import mix_styles, shares_of
 from parity import assert_close
 
 

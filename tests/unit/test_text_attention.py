@@ -5,10 +5,10 @@ import torch
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, sigma_schedule
 from krea2_model.config import TransformerConfig
-from krea2_model.hooks import AttentionHooks, Hooks
 from krea2_model.sampling import denoise
-from krea2_model.text_attention import TextAttention, TextStates, normalised_guidance
-from krea2_model.transformer import Krea2Transformer
+from krea2_model.transformer.hooks import AttentionHooks, Hooks
+from krea2_model.transformer.model import Krea2Transformer
+from krea2_model.transformer.text_attention import TextAttention, TextStates, normalised_guidance
 from parity import assert_close
 
 CONFIG = TransformerConfig(

@@ -12,15 +12,15 @@ import torch
 from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
 
-from krea2_model import decoder
-from krea2_model.attention import attend
 from krea2_model.config import TextEncoderConfig
-from krea2_model.text_encoder import (
+from krea2_model.nn.attention import attend
+from krea2_model.text import decoder
+from krea2_model.text.encoder import (
     Qwen3VLTextEncoder,
     infer_text_encoder_config,
     text_encoder_keys,
 )
-from krea2_model.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 from parity import assert_close
 
 logger = logging.getLogger("parity")

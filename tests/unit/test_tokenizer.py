@@ -12,8 +12,8 @@ import torch
 from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
-from krea2_model import tokenizer as module
-from krea2_model.tokenizer import (
+from krea2_model.text import tokenizer as module
+from krea2_model.text.tokenizer import (
     OFFICIAL_LENGTH,
     PAD_TOKEN,
     PREFIX_TOKENS,

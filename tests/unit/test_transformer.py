@@ -11,15 +11,15 @@ from diffusers_reference import (
     run_reference,
 )
 
-from krea2_model.config import TransformerConfig
-from krea2_model.transformer import Krea2Transformer
-from krea2_model.transformer_keys import (
+from krea2_model.checkpoints.transformer_keys import (
     diffusers_to_official,
     infer_transformer_config,
     module_to_official,
     official_to_diffusers,
     official_to_module,
 )
+from krea2_model.config import TransformerConfig
+from krea2_model.transformer.model import Krea2Transformer
 from parity import assert_close, relative_error
 
 
@@ -145,7 +145,7 @@ def test_training_works_after_inference_mode(reference):
 
 @torch.no_grad()
 def test_rotary_tables_are_made_once_a_text_length(transformer, monkeypatch):
-    import krea2_model.transformer as module
+    import krea2_model.transformer.model as module
 
     made, rope_table = [], module.rope_table
     monkeypatch.setattr(module, "rope_table", lambda *a: made.append(1) or rope_table(*a))

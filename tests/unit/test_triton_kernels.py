@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import krea2_model.gguf as gguf
+import krea2_model.checkpoints.gguf as gguf
 from benchmarks.interpreter import interpreted
 from benchmarks.traffic import Counter
-from krea2_model import kernels, switches, triton_kernels
+from krea2_model.nn import kernels, switches, triton_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What one rounding to a dtype changes at most, relatively.
@@ -26,8 +26,8 @@ def on_the_cpu():
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that ran."""
-    from krea2_model.triton_kernels import gates
-    from krea2_model.triton_kernels import gguf as blocks
+    from krea2_model.nn.triton_kernels import gates
+    from krea2_model.nn.triton_kernels import gguf as blocks
 
     names: list[str] = []
 
@@ -213,7 +213,7 @@ def test_cards_that_have_triton(card, monkeypatch, caplog):
 
 def test_where_triton_is_missing_or_broken_torch_runs(card, monkeypatch, caplog):
     """Missing it is no fault; one that fails, as without a C compiler, is told once."""
-    from krea2_model.triton_kernels import gates
+    from krea2_model.nn.triton_kernels import gates
 
     def fails(*arguments, **options):
         raise RuntimeError("Failed to find C compiler")
@@ -242,7 +242,7 @@ def compiled_for(name: str, capability: int) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    module = f"krea2_model.triton_kernels.{'gates' if name == 'gated' else 'gguf'}"
+    module = f"krea2_model.nn.triton_kernels.{'gates' if name == 'gated' else 'gguf'}"
     emulated = sys.modules.pop(module)
     try:
         declared = importlib.import_module(module)

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 
-from krea2_model import vae as vae_module
-from krea2_model.config import VAEConfig
-from krea2_model.vae import QwenImageVAE, attend_in_chunks, feather_weights, plan_tiles
-from krea2_model.vae_keys import (
+from krea2_model.checkpoints.vae_keys import (
     infer_vae_config,
     restore_temporal,
     slice_temporal,
     temporal_shapes,
     vae_key_map,
 )
+from krea2_model.config import VAEConfig
+from krea2_model.vae import model as vae_module
+from krea2_model.vae.model import QwenImageVAE, attend_in_chunks, feather_weights, plan_tiles
 
 SMALL = VAEConfig(base_dim=16)
 # Fewer levels, one block a level, other multiples: nothing of the layout is a constant.

@@ -7,7 +7,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from krea2_model.config import VisionConfig
-from krea2_model.vision import Qwen3VLVisionTower, fit_image, infer_vision_config, vision_keys
+from krea2_model.text.vision import Qwen3VLVisionTower, fit_image, infer_vision_config, vision_keys
 from parity import assert_close
 
 SMALL = VisionConfig(

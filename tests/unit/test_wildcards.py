@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from krea2_model.wildcards import MAX_DEPTH, fill_in
+from krea2_model.text.wildcards import MAX_DEPTH, fill_in
 
 
 def drawn(prompt, seeds=64):

@@ -1,0 +1,223 @@
+"""The parts of a Qwen3-VL file: what Krea 2 reads, the vision tower, and the rest for writing.
+
+Each is loaded by itself; the encoder is handed how to load the other two when they are first used.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import TextEncoderConfig, VisionConfig
+from ..nn.layers import TorchLayers
+from ..text.encoder import Qwen3VLTextEncoder, language_prefix
+from ..text.language_model import LanguageTail
+from ..text.tokenizer import Krea2Tokenizer, find_tokenizer_folder
+from ..text.vision import PATCHES, Qwen3VLVisionTower, infer_vision_config, vision_keys
+from .gguf import GGUFTensor
+from .identify import TEXT_ENCODER, CheckpointError
+from .loading import Checkpoint, assign, open_checkpoint, read_text_encoder
+from .quantised import dequantise, is_quantised
+from .readable import PLAIN, readable
+
+
+def load_text_encoder(
+    path: str | Path | Checkpoint,
+    *,
+    device="cpu",
+    dtype: torch.dtype | None = None,
+    layers=None,
+    tokenizer: str | Path | None = None,
+    keep_quantised: bool = False,
+) -> Qwen3VLTextEncoder:
+    """Load the language tower of Qwen3-VL from a file or a Hugging Face or diffusers folder.
+
+    tokenizer: a folder with a Qwen tokenizer; None takes the one beside the weights, else the one
+        every ComfyUI carries. Where none is found, encoding says what to do.
+    keep_quantised: as `load_transformer` takes it.
+    Raises CheckpointError as `load_transformer` does.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder")
+    state = read_text_encoder(checkpoint)
+    encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
+    embedding = state.tensors["embed_tokens.weight"]
+    usual = PLAIN if is_quantised(embedding) else embedding.dtype
+    dtypes = (dtype or PLAIN, dtype or usual)
+    keep = keep_quantised and layers is None
+    tensors = readable(encoder, state.tensors, checkpoint.path, dtypes, keep)
+    encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
+    encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
+    encoder.path = checkpoint.path
+    encoder.load_tower = partial(load_vision_tower, checkpoint.path)
+    encoder.load_tail = partial(load_language_tail, checkpoint.path)
+    return encoder
+
+
+def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:
+    """The named tokenizer, the one beside the weights, or ComfyUI's; None where none is found."""
+    if explicit is not None:
+        return Krea2Tokenizer(explicit)
+    folder = path if path.is_dir() else path.parent
+    for candidate in (folder, folder.parent / "tokenizer"):
+        if (candidate / "tokenizer_config.json").is_file():
+            return Krea2Tokenizer(candidate)
+    try:
+        return Krea2Tokenizer(find_tokenizer_folder())
+    except FileNotFoundError:
+        return None
+
+
+class VisionState(NamedTuple):
+    """A tower's weights by module name, with what its module is built from."""
+
+    config: VisionConfig
+    tensors: dict[str, Any]
+
+    def build(self, **options) -> Qwen3VLVisionTower:
+        return Qwen3VLVisionTower(self.config, **options)
+
+
+def read_vision_tower(checkpoint: Checkpoint) -> VisionState:
+    """Translate a vision tower's tensors to module names and read off its sizes.
+
+    Raises CheckpointError where the file has no tower, or has it in blocks.
+    """
+    keys = vision_keys(checkpoint.tensors)
+    if not keys:
+        raise CheckpointError(
+            f"{checkpoint.path.name} has no vision tower (no {PATCHES} under visual.), so it "
+            "cannot see images, only text. Some programs leave it out, and GGUF files keep it "
+            "apart: choose a whole file, for example qwen3vl_4b_bf16.safetensors, or take the "
+            "images out of the prompt."
+        )
+    tensors = {ours: checkpoint.tensors[name] for name, ours in keys.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        config = infer_vision_config(shapes)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path.name} has a vision tower whose sizes cannot be read ({error!r}). "
+            "Download the file again, for example qwen3vl_4b_bf16.safetensors."
+        ) from error
+    patches = tensors[PATCHES]
+    if isinstance(patches, GGUFTensor):
+        patches = patches.dequantise()
+    tensors[PATCHES] = patches.flatten(1)
+    return VisionState(_with_settings(config, checkpoint), tensors)
+
+
+def _with_settings(config: VisionConfig, checkpoint: Checkpoint) -> VisionConfig:
+    """With what tensors cannot tell and a Hugging Face folder's configuration does."""
+    settings = checkpoint.config.get("vision_config")
+    settings = settings if isinstance(settings, dict) else {}
+    heads = settings.get("num_heads", config.num_heads)
+    indexes = settings.get("deepstack_visual_indexes", config.deepstack_visual_indexes)
+    if (
+        not isinstance(heads, int) or heads < 1 or config.hidden_size % (4 * heads)
+        or not isinstance(indexes, (list, tuple))
+        or len(indexes) != len(config.deepstack_visual_indexes)
+        or not all(isinstance(index, int) and 0 <= index < config.depth for index in indexes)
+    ):  # fmt: skip
+        raise CheckpointError(
+            f"{checkpoint.path.name} has num_heads {heads!r} and deepstack_visual_indexes "
+            f"{indexes!r} in vision_config, which do not fit a tower of {config.depth} blocks of "
+            f"width {config.hidden_size}. Take config.json and weights from one folder."
+        )
+    return replace(config, num_heads=heads, deepstack_visual_indexes=tuple(indexes))
+
+
+def load_vision_tower(
+    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+) -> Qwen3VLVisionTower:
+    """Load the vision tower of a text encoder's file or folder.
+
+    Raises CheckpointError, a ValueError, as `read_vision_tower` does.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder")
+    state = read_vision_tower(checkpoint)
+    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
+    dtype = dtype or tensors["merger.norm.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)
+
+
+class TailState(NamedTuple):
+    """A tail's weights by module name, with what its module is built from."""
+
+    config: TextEncoderConfig
+    indices: range
+    tensors: dict[str, Tensor]
+
+    def build(self, **options) -> LanguageTail:
+        return LanguageTail(self.config, self.indices, "lm_head.weight" in self.tensors, **options)
+
+
+def read_language_tail(checkpoint: Checkpoint) -> TailState:
+    """Translate what comes after the encoder's layers to module names.
+
+    Raises CheckpointError where the file is no language model or ends with the encoder.
+    """
+    config = read_text_encoder(checkpoint).config
+    first = config.num_tapped_layers
+    prefix = language_prefix(checkpoint.tensors)
+    assert prefix is not None, "read_text_encoder refuses these"
+    tensors, indices = {}, set()
+    for name, tensor in checkpoint.tensors.items():
+        ours = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        layer = re.match(r"layers\.(\d+)\.", ours)
+        if layer and int(layer[1]) >= first:
+            indices.add(int(layer[1]))
+            tensors[ours] = tensor
+        elif ours.startswith("norm."):
+            tensors[ours] = tensor
+        elif _is_head(name, prefix) and not _is_tied(tensor, checkpoint, prefix):
+            tensors["lm_head." + name.rpartition(".")[2]] = tensor
+    last = max(indices, default=first - 1) + 1
+    missing = [f"layer {index}" for index in range(first, max(last, first + 1))
+               if index not in indices]  # fmt: skip
+    if "norm.weight" not in tensors:
+        missing.append("the final norm")
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path.name} cannot write text: it lacks {' and '.join(missing)}, which "
+            "images do not need and some programs leave out. Choose a whole file, for example "
+            "qwen3vl_4b_bf16.safetensors."
+        )
+    return TailState(config, range(first, last), tensors)
+
+
+def _is_head(name: str, prefix: str) -> bool:
+    """Beside the language model, or beside what holds it: `lm_head.weight`, `model.norm.weight`."""
+    before, head, _ = name.partition("lm_head.")
+    return bool(head) and prefix.startswith(before)
+
+
+def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
+    """Whether a head is a copy of the embedding, which need not be held a second time."""
+    embedding = checkpoint.tensors[f"{prefix}embed_tokens.weight"]
+    if isinstance(tensor, GGUFTensor) and isinstance(embedding, GGUFTensor):
+        return tensor.format == embedding.format and torch.equal(tensor.data, embedding.data)
+    if not isinstance(tensor, Tensor) or not isinstance(embedding, Tensor):
+        return False
+    return tensor.dtype == embedding.dtype and torch.equal(tensor, embedding)
+
+
+def load_language_tail(
+    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+) -> LanguageTail:
+    """Load what `load_text_encoder` left of the same file or folder.
+
+    Raises CheckpointError as `read_language_tail` does.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder")
+    state = read_language_tail(checkpoint)
+    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
+    dtype = dtype or tensors["norm.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)

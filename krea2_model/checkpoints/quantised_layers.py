@@ -1,0 +1,262 @@
+"""Linear layers that hold their weights as a quantised file has them.
+
+A weight becomes plain for the moment in which it is used, one layer at a time, with the numbers
+that `quantised.dequantise` gives. What is stored are buffers, so it moves, is saved and is counted
+like any other weight. LoRAs do not change what is stored: a plain one is a branch beside the
+layer, others are applied to the plain weight each time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantised import SETTINGS, dequantise, quantised_weights
+from .quantised_weight import VALUES_AT_A_TIME, QuantisedWeight
+from .storage import Entry
+
+if TYPE_CHECKING:  # it imports this file
+    from ..lora.updates import Update
+
+# How messages call what files call otherwise.
+_KINDS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8_tensorwise": "int8"}
+
+
+class Change(NamedTuple):
+    """A LoRA's update of a weight, how much of it, and the norms that it may need of others."""
+
+    update: Update
+    strength: float
+    fused_norm: Tensor | None = None
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer whose weight is stored quantised; `weight` gives it in `dtype`.
+
+    settings: the JSON of the file's own description, which the state carries on.
+    """
+
+    def __init__(
+        self,
+        stored: QuantisedWeight,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        settings: Tensor | None = None,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = stored.shape
+        self.dtype, self.form, self._group = dtype, stored.form, stored.group
+        self._names = tuple(stored.tensors)
+        # Not by register_buffer, which refuses the name of a property.
+        self._buffers.update(stored.tensors)
+        if settings is not None:
+            self.register_buffer(SETTINGS[1:], settings)
+        self.bias = bias
+        self._changes: tuple[Change, ...] = ()
+
+    def __setattr__(self, name, value):
+        # Past register_buffer, which looks whether there is a `weight` and so makes it.
+        if name in self.__dict__.get("_buffers", ()):
+            self._buffers[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the plain weight."""
+        return self.out_features, self.in_features
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.stored.is_gguf
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(self._changes)
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether all LoRAs of the layer are one low-rank branch beside it."""
+        return "lora_down" in self._buffers
+
+    @property
+    def stored(self) -> QuantisedWeight:
+        tensors = {name: self._buffers[name] for name in self._names}
+        return QuantisedWeight(self.form, self.shape, tensors, self._group)  # type: ignore[arg-type]
+
+    @property
+    def original(self) -> Tensor:
+        """The weight without LoRAs."""
+        return self.stored.values(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with LoRAs merged, as it would be if it were plain."""
+        weight = self.original
+        for index, (update, strength, norm) in enumerate(self._changes):
+            norm = None if norm is None else norm.to(weight.device)
+            update = update.with_parts(
+                {name: self._part(index, name, part) for name, part in update.parts.items()}
+            )
+            weight = update.apply(weight, strength, norm)
+        return weight.to(self.dtype)
+
+    def change(self, changes: Sequence[Change]) -> None:
+        """Let these be the layer's LoRAs; none takes them out."""
+        for name in [name for name in self._buffers if name.startswith("lora_")]:
+            delattr(self, name)
+        self._changes = tuple(changes)
+        if not changes:
+            return
+        device = self._buffers["weight"].device  # type: ignore[union-attr]
+        if all(_is_branch(change.update) for change in changes):
+            down = [c.update.parts["down"].flatten(1).float() for c in changes]
+            up = [_scaled_up(change) for change in changes]
+            parts = {"lora_down": torch.cat(down), "lora_up": torch.cat(up, dim=1)}
+        else:
+            parts = {
+                _part_name(index, name): part
+                for index, (update, _, _) in enumerate(changes)
+                for name, part in update.parts.items()
+            }
+        branch = "lora_down" in parts
+        for name, part in parts.items():
+            part = part.to(device, self.dtype) if branch else part.to(device)
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        down = self._buffers.get("lora_down")
+        if down is None:
+            weight = self.weight if self._changes else self.original
+            return F.linear(hidden, weight, self.bias)
+        result = F.linear(hidden, self.original, self.bias)
+        up = self._buffers["lora_up"]
+        assert up is not None
+        return result.add_(F.linear(F.linear(hidden, down), up))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.form} in {self.dtype}"
+
+    def _part(self, index: int, name: str, part: Tensor) -> Tensor:
+        held = self._buffers.get(_part_name(index, name))
+        return part if held is None else held
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        """Moves what is stored; a cast changes what is calculated in, never what is stored."""
+        cast = fn(torch.empty(0, dtype=self.dtype)).dtype
+        stored = {
+            name: tensor
+            for name, tensor in self._buffers.items()
+            if tensor is not None and name not in ("lora_down", "lora_up")
+        }
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        self.dtype = cast
+        return self
+
+
+def _is_branch(update: Update) -> bool:
+    return update.kind == "lora" and update.magnitude is None
+
+
+def _scaled_up(change: Change) -> Tensor:
+    update = change.update
+    rows = slice(None) if update.rows is None else slice(*update.rows)
+    return update.parts["up"][rows].flatten(1).float() * (update.scale * change.strength)
+
+
+def _part_name(index: int, name: str) -> str:
+    return f"lora_{index}_{name}"
+
+
+def put_quantised_layers(
+    module: nn.Module, tensors: Mapping[str, Any], name: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Put quantised layers in the place of linear ones whose weights a file has quantised.
+
+    module: on meta. tensors: of the file, by the module's names. Others are made plain in `dtype`.
+    Returns the state to load, stored tensors among it. Raises CheckpointError as `dequantise`.
+    """
+    quantised = quantised_weights(tensors, name)
+    rest, state = dict(tensors), dict[str, Tensor]()
+    for key, stored in quantised.items():
+        path = key.removesuffix(".weight")
+        layer = _layer(module, path)
+        # What does not fit is left, for the check that says so.
+        if type(layer) is not nn.Linear or tuple(layer.weight.shape) != stored.shape:
+            continue
+        settings = tensors.get(f"{path}{SETTINGS}")
+        made = QuantisedLinear(stored, layer.bias, dtype, settings)
+        above, _, own = path.rpartition(".")
+        module.get_submodule(above)._modules[own] = made
+        for suffix, tensor in made._buffers.items():
+            if tensor is not None:
+                state[f"{path}.{suffix}"] = tensor
+        for suffix in (*made._buffers, "input_scale"):
+            rest.pop(f"{path}.{suffix}", None)
+    return state | dequantise(rest, name, dtype)
+
+
+def _layer(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def stored_names(module: nn.Module) -> set[str]:
+    """Names in a module's state of what quantised layers store."""
+    return {
+        f"{path}.{name}"
+        for path, layer in module.named_modules()
+        if isinstance(layer, QuantisedLinear)
+        for name in layer._buffers
+    }
+
+
+def stored_entries(module: nn.Module) -> list[Entry]:
+    """A module's state to be written to a safetensors file, one tensor at a time.
+
+    Blocks of GGUF, which such files do not know, and layers with LoRAs become plain weights.
+    """
+    entries: list[Entry] = []
+    plain: dict[str, QuantisedLinear] = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, QuantisedLinear) and (layer.is_gguf or layer.is_changed):
+            plain |= {f"{path}.{name}": layer for name in layer._buffers}
+    for name, tensor in module.state_dict().items():
+        if name not in plain:
+            entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), tensor.detach))
+        elif name.endswith(".weight"):
+            layer = plain[name]
+            make = functools.partial(getattr, layer, "weight")
+            entries.append(Entry(name, layer.dtype, layer.shape, make))
+    return entries
+
+
+def temporary_bytes(module: nn.Module) -> int:
+    """The most that a quantised layer of a module takes while its weight is plain."""
+    most = 0
+    for layer in module.modules():
+        if isinstance(layer, QuantisedLinear):
+            count = layer.in_features * layer.out_features
+            # In float32, and once more, while a run of rows is made; LoRAs that are no branch are
+            # applied to all of them at once.
+            values = count if layer.is_changed and not layer.has_branch else VALUES_AT_A_TIME
+            most = max(most, count * layer.dtype.itemsize + 12 * min(count, values))
+    return most
+
+
+def kind_of(module: nn.Module) -> str:
+    """How most of the quantised layers of a module store their weights; empty without any."""
+    forms = [part.form for part in module.modules() if isinstance(part, QuantisedLinear)]
+    most = max(set(forms), key=forms.count, default="")
+    return _KINDS.get(most, most)

@@ -1,0 +1,1 @@
+"""Pictures, sizes and masks. Knows no network."""

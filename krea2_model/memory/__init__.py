@@ -1,0 +1,1 @@
+"""Which weights are on the device while a pipeline runs."""

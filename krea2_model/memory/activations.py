@@ -1,0 +1,73 @@
+"""Estimates of the memory that parts need besides their weights, in bytes.
+
+They are upper bounds of the peaks that torch's operations reach on tensors without content, where
+attention holds no scores; tests/unit/test_memory_plan.py counts them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..checkpoints.quantised_layers import temporary_bytes
+from ..text.encoder import Qwen3VLTextEncoder
+from ..transformer.model import Krea2Transformer
+from ..vae.model import QwenImageVAE
+from .plan import ENCODER, TRANSFORMER, VAE
+
+# Text of a run that is planned before it is tokenised: the official length.
+TEXT_TOKENS = 512
+
+# Hidden states of the weights' dtype that are alive at the peak, a token: of the transformer's
+# blocks, of its text fusion (a token is one state a tap there), of the encoder beside its taps.
+_BLOCK_STATES, _FUSION_STATES, _ENCODER_STATES = 8.5, 10.1, 15
+# Keys and values of some thousand tokens, logits, and the layer and head that only writing needs.
+WRITING_BYTES = 1_500_000_000
+# Numbers a pixel of an image while the VAE decodes or encodes it.
+_PIXEL = 800
+
+
+def token_count(images: Tensor, downscale: int = 1) -> int:
+    """Tokens of an image by its latents (..., h, w), or by pixels, of which a latent has more."""
+    return math.prod(-(-side // (2 * downscale)) for side in images.shape[-2:])
+
+
+def activations(
+    transformer: Krea2Transformer,
+    text_encoder: Qwen3VLTextEncoder,
+    vae: QwenImageVAE,
+    *,
+    batch: int,
+    image: int,
+    text: int = TEXT_TOKENS,
+    references: int = 0,
+) -> dict[str, int]:
+    """Bytes by the name of the part for a run.
+
+    image, text, references: tokens of each of `batch` sequences.
+    """
+    return {
+        ENCODER: _of_encoder(text_encoder, text),
+        TRANSFORMER: _of_transformer(transformer, batch, image + text + references, text),
+        # One image at a time, so a batch needs no more.
+        VAE: _of_vae(vae, 256 * max(image, references)),
+    }
+
+
+def _of_transformer(transformer: Krea2Transformer, batch: int, tokens: int, text: int) -> int:
+    config = transformer.config
+    step = tokens * _BLOCK_STATES * config.hidden_size
+    fusion = text * _FUSION_STATES * config.num_text_layers * config.text_hidden_dim
+    numbers = batch * max(step, fusion)
+    return round(numbers * transformer.compute_dtype.itemsize) + temporary_bytes(transformer)
+
+
+def _of_encoder(encoder: Qwen3VLTextEncoder, tokens: int) -> int:
+    states = _ENCODER_STATES + len(encoder.config.tap_layers)
+    numbers = tokens * states * encoder.config.hidden_size
+    return numbers * encoder.embed_tokens.weight.element_size() + temporary_bytes(encoder)
+
+
+def _of_vae(vae: QwenImageVAE, pixels: int) -> int:
+    return pixels * _PIXEL * next(vae.parameters()).element_size()

@@ -1,0 +1,1 @@
+"""What all three networks are made of: layers, attention, element-wise kernels."""

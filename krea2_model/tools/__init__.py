@@ -1,0 +1,1 @@
+"""Convert, inspect and check, for the command line and the nodes."""

@@ -1,0 +1,411 @@
+"""Files from files: one file from a diffusers folder and back, 8-bit files from 16-bit ones.
+
+Everything goes through a tensor at a time, so memory holds the largest tensor and not the model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.gguf import GGUFTensor
+from ..checkpoints.identify import CheckpointError
+from ..checkpoints.loading import (
+    Checkpoint,
+    is_norm_or_table,
+    open_checkpoint,
+    preset_metadata,
+    read_text_encoder,
+    read_transformer,
+    read_vae,
+)
+from ..checkpoints.quantised import SETTINGS, is_quantised
+from ..checkpoints.quantised_weight import rotate
+from ..checkpoints.storage import Entry, write_safetensors
+from ..checkpoints.transformer_keys import module_to_official, official_to_diffusers
+from ..checkpoints.vae_keys import vae_key_map
+from ..config import TransformerConfig, VAEConfig
+from ..text.tokenizer import find_tokenizer_folder
+from ..text.vision import infer_vision_config, vision_keys
+
+PARTS = ("transformer", "text_encoder", "vae")
+# Where each part lies in an all-in-one file of ComfyUI.
+PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.qwen3vl_4b.transformer.",
+    "vae": "vae.",
+}
+# What a quantisation is called in a layer's settings.
+FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise", "int8_convrot": "int8_tensorwise"}
+QUANTISATIONS = tuple(FORMATS)
+
+
+def convert(
+    source: Path, target: Path, quantise: str | None = None, part: str | None = None
+) -> list[Path]:
+    """Convert a file or diffusers folder into a file (`.safetensors`) or a diffusers folder.
+
+    quantise: one of `QUANTISATIONS`, for the matrices of the transformer's blocks; None keeps what
+        is stored, and turns GGUF blocks into bfloat16.
+    part: only this one of `PARTS`; None is all that the source holds.
+    Returns the files written. Raises CheckpointError for a source without any part, and
+    ValueError for options that contradict each other.
+    """
+    if quantise not in (None, *QUANTISATIONS):
+        raise ValueError(f"quantise is {quantise!r}; expected one of {', '.join(QUANTISATIONS)}.")
+    if part not in (None, *PARTS):
+        raise ValueError(f"part is {part!r}; expected one of {', '.join(PARTS)}.")
+    source, target = Path(source), Path(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the source itself; name another target.")
+    found = _open_parts(source, (part,) if part else PARTS)
+    if target.suffix.lower() in (".safetensors", ".sft"):
+        return [_write_file(found, target, quantise)]
+    if target.suffix:
+        raise ValueError(
+            f"{target.name} ends in {target.suffix}; expected a name that ends in .safetensors, or "
+            "a folder."
+        )
+    if quantise:
+        raise ValueError("diffusers folders are not quantised; name a .safetensors target.")
+    return _write_folder(found, target)
+
+
+_READERS: dict[str, Callable[[Checkpoint], Any]] = {
+    "transformer": read_transformer, "text_encoder": read_text_encoder, "vae": read_vae,
+}  # fmt: skip
+
+
+def _open_parts(source: Path, parts: Iterable[str]) -> dict[str, Checkpoint]:
+    found, errors = {}, []
+    for part in parts:
+        is_pipeline = source.is_dir() and (source / "model_index.json").is_file()
+        if is_pipeline and not (source / part).is_dir():
+            continue
+        checkpoint = open_checkpoint(source, part)
+        try:
+            _READERS[part](checkpoint)
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            found[part] = checkpoint
+    if not found:
+        raise errors[0] if errors else CheckpointError(f"{source} holds no part of Krea 2.")
+    return found
+
+
+def _write_file(found: Mapping[str, Checkpoint], target: Path, quantise: str | None) -> Path:
+    """One file: a part alone under bare names, several under ComfyUI's prefixes."""
+    if quantise and "transformer" not in found:
+        raise ValueError("quantise is for transformers, and the source holds none.")
+    alone = len(found) == 1
+    entries: list[Entry] = []
+    metadata = {"format": "pt"}
+    for part, checkpoint in found.items():
+        _refuse_lost_settings(part, checkpoint)
+        prefix = "" if alone else PREFIXES[part]
+        if part == "transformer":
+            state = read_transformer(checkpoint)
+            metadata |= preset_metadata(state.variant, state.preset)
+            entries += _transformer_entries(state.tensors, prefix, quantise)
+        else:
+            rename = _encoder_name if part == "text_encoder" else _vae_names(checkpoint, False)
+            entries += _plain_entries(checkpoint, part, rename, prefix)
+    write_safetensors(target, entries, metadata)
+    return target
+
+
+# What only the configuration of a folder says; the rest is read off tensors.
+_SETTINGS = {
+    "transformer": ("rope_theta", "norm_eps"),
+    "text_encoder": ("tap_layers", "rope_theta", "rms_norm_eps"),
+    "vae": ("latents_mean", "latents_std"),
+}
+
+
+def _refuse_lost_settings(part: str, checkpoint: Checkpoint) -> None:
+    config = _READERS[part](checkpoint).config
+    lost = [
+        name for name in _SETTINGS[part] if getattr(config, name) != getattr(type(config), name)
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.path.name} sets {', '.join(lost)} otherwise than the released model, "
+            "which one file cannot carry. Name a folder as the target."
+        )
+
+
+def quantise_blocks(
+    tensors: Mapping[str, Tensor],
+    quantise: str,
+    device: torch.device | str = "cpu",
+    result_device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """A transformer's tensors with the matrices of its blocks in 8 bits, settings beside them.
+
+    quantise: one of `QUANTISATIONS`. device: where to calculate. result_device: of what was
+        quantised; the CPU by default, since a card may not hold both.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if _is_block_matrix(name, tensor):
+            for entry in _quantised_entries(name, tensor.to(device), quantise):
+                made = entry.make()
+                # Settings are text, which readers want in main memory.
+                is_text = entry.name.endswith(SETTINGS)
+                result[entry.name] = made if is_text else made.to(result_device)
+        else:
+            result[name] = tensor
+    return result
+
+
+def _is_block_matrix(name: str, tensor) -> bool:
+    matrix = name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2
+    return matrix and not is_norm_or_table(name)
+
+
+def _transformer_entries(
+    tensors: Mapping[str, Tensor], prefix: str, quantise: str | None
+) -> Iterator[Entry]:
+    for name, tensor in tensors.items():
+        official = prefix + module_to_official(name)
+        if quantise and _is_block_matrix(name, tensor):
+            if is_quantised(tensor) and not isinstance(tensor, GGUFTensor):
+                raise CheckpointError(
+                    f"{name} is stored as {tensor.dtype} already; quantise from the bf16 file."
+                )
+            yield from _quantised_entries(official, tensor, quantise)
+        else:
+            yield _entry(official, tensor)
+
+
+def _entry(name: str, tensor, shape: tuple[int, ...] | None = None) -> Entry:
+    shape = tuple(tensor.shape) if shape is None else shape
+    if isinstance(tensor, GGUFTensor):
+        dtype = torch.bfloat16
+        return Entry(name, dtype, shape, lambda: tensor.dequantise(dtype).reshape(shape))
+    return Entry(name, tensor.dtype, shape, lambda: tensor.reshape(shape))
+
+
+def _quantised_entries(name: str, tensor, quantise: str) -> Iterator[Entry]:
+    """A matrix in 8 bits, its scale and its settings, made when the first of them is written."""
+    made: dict[str, Tensor] = {}
+    rows, columns = tensor.shape
+    layer = name.removesuffix(".weight")
+    settings: dict[str, object] = {"format": FORMATS[quantise]}
+    dtype = torch.int8
+    scale_shape: tuple[int, ...] = (rows, 1)
+    if quantise == "fp8":
+        dtype, scale_shape = torch.float8_e4m3fn, ()
+    group = next((size for size in (256, 64, 16, 4) if columns % size == 0), None)
+    if quantise == "int8_convrot" and group:
+        settings |= {"convrot": True, "convrot_groupsize": group}
+
+    def make() -> Tensor:
+        values = tensor.dequantise() if isinstance(tensor, GGUFTensor) else tensor.float()
+        if quantise == "fp8":
+            most = torch.finfo(dtype).max
+            scale = values.abs().amax().clamp_min(1e-12) / most
+            made["scale"] = scale
+            return (values / scale).clamp(-most, most).to(dtype)
+        if group and "convrot" in settings:
+            values = rotate(values, group)
+        scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        made["scale"] = scale
+        return (values / scale).round().clamp(-127, 127).to(dtype)
+
+    text = json.dumps(settings).encode()
+    yield Entry(name, dtype, (rows, columns), make)
+    yield Entry(f"{layer}.weight_scale", torch.float32, scale_shape, lambda: made.pop("scale"))
+    yield _entry(f"{layer}{SETTINGS}", torch.tensor(list(text), dtype=torch.uint8))
+
+
+def _plain_entries(
+    checkpoint: Checkpoint, part: str, rename: Callable[[str], str | None], prefix: str
+) -> Iterator[Entry]:
+    inside = _inside(checkpoint, part)
+    for name, tensor in checkpoint.tensors.items():
+        renamed = rename(name.removeprefix(inside)) if name.startswith(inside) else None
+        if renamed is not None:
+            yield _entry(prefix + renamed, tensor)
+
+
+def _inside(checkpoint: Checkpoint, part: str) -> str:
+    """Where a part lies in an all-in-one file; nothing where it is alone."""
+    prefix = PREFIXES[part]
+    return prefix if any(name.startswith(prefix) for name in checkpoint.tensors) else ""
+
+
+def _encoder_name(name: str) -> str | None:
+    """A text encoder's tensor as Hugging Face and ComfyUI name it in one file."""
+    for tower in ("visual.", "layers.", "embed_tokens.", "norm."):
+        before, found, rest = f".{name}".partition(f".{tower}")
+        if found and not rest.startswith("."):
+            return f"model.{tower}{rest}"
+    return name if name.startswith("lm_head.") else None
+
+
+def _folder_encoder_name(name: str) -> str | None:
+    """The same as diffusers folders hold it: without a head, the language tower by its name."""
+    name = _encoder_name(name) or ""
+    if not name.startswith("model."):
+        return None
+    rest = name.removeprefix("model.")
+    return rest if rest.startswith("visual.") else f"language_model.{rest}"
+
+
+def _vae_names(checkpoint: Checkpoint, diffusers: bool) -> Callable[[str], str | None]:
+    """Renames a VAE's tensors, with their time axes, into either layout; others are left out."""
+    pairs = vae_key_map(read_vae(checkpoint).config)
+    wanted = dict(pairs) if diffusers else {theirs: ours for ours, theirs in pairs.items()}
+    kept = {name: name for name in wanted.values()}
+
+    def rename(name: str) -> str | None:
+        return kept.get(name) or wanted.get(name)
+
+    return rename
+
+
+def _write_folder(found: Mapping[str, Checkpoint], target: Path) -> list[Path]:
+    """A diffusers folder with the parts that were found."""
+    files: list[Path] = []
+    index: dict[str, object] = {"_class_name": "Krea2Pipeline"}
+    for part, checkpoint in found.items():
+        folder = target / part
+        if part == "transformer":
+            state = read_transformer(checkpoint)
+            entries = list(_diffusers_entries(state.tensors, checkpoint))
+            config = {"_class_name": "Krea2Transformer2DModel", **_diffusers_config(state.config)}
+            index |= {
+                "is_distilled": state.variant == "turbo",
+                "transformer": ["diffusers", "Krea2Transformer2DModel"],
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            }
+            _write_json(target / "scheduler" / "scheduler_config.json", _SCHEDULER)
+        elif part == "text_encoder":
+            entries = list(_plain_entries(checkpoint, part, _folder_encoder_name, ""))
+            config = checkpoint.config or _encoder_config(checkpoint, entries)
+            index |= {
+                "text_encoder_select_layers": list(read_text_encoder(checkpoint).config.tap_layers),
+                "text_encoder": ["transformers", "Qwen3VLModel"],
+                "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+            }
+            _copy_tokenizer(checkpoint.path, target / "tokenizer")
+        else:
+            entries = list(_plain_entries(checkpoint, part, _vae_names(checkpoint, True), ""))
+            config = _vae_config(read_vae(checkpoint).config)
+            index["vae"] = ["diffusers", "AutoencoderKLQwenImage"]
+        name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        files.append(folder / f"{name}.safetensors")
+        write_safetensors(files[-1], entries, {"format": "pt"})
+        _write_json(folder / "config.json", config)
+    _write_json(target / "model_index.json", index)
+    return files
+
+
+def _diffusers_entries(tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> Iterator[Entry]:
+    for name, tensor in tensors.items():
+        if is_quantised(tensor) and not isinstance(tensor, GGUFTensor):
+            raise CheckpointError(
+                f"{checkpoint.path.name} is quantised ({name} is {tensor.dtype}), which diffusers "
+                "does not read. Convert the bf16 file."
+            )
+        official = module_to_official(name)
+        shape = (6, tensor.numel() // 6) if official.endswith(".mod.lin") else None
+        yield _entry(official_to_diffusers(official), tensor, shape)
+
+
+def _diffusers_config(config: TransformerConfig) -> dict[str, object]:
+    fields = asdict(config)
+    for ours_alone in ("out_channels", "patch_size"):
+        del fields[ours_alone]
+    return fields
+
+
+_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 6400,
+}
+
+
+def _vae_config(config: VAEConfig) -> dict[str, object]:
+    return {
+        "_class_name": "AutoencoderKLQwenImage",
+        "base_dim": config.base_dim,
+        "z_dim": config.z_dim,
+        "dim_mult": config.dim_mult,
+        "num_res_blocks": config.num_res_blocks,
+        "latents_mean": config.latents_mean,
+        "latents_std": config.latents_std,
+    }
+
+
+def _encoder_config(checkpoint: Checkpoint, entries: Iterable[Entry]) -> dict[str, object]:
+    """A configuration for transformers' Qwen3VLModel, from shapes and the released values."""
+    state = read_text_encoder(checkpoint)
+    shapes = {entry.name: entry.shape for entry in entries}
+    layers = {
+        int(name.split(".")[2]) for name in shapes if name.startswith("language_model.layers.")
+    }
+    size = state.config
+    side = size.head_dim * 5 // 32
+    text = {
+        "model_type": "qwen3_vl_text",
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": size.num_attention_heads,
+        "num_key_value_heads": size.num_key_value_heads,
+        "head_dim": size.head_dim,
+        "rms_norm_eps": size.rms_norm_eps,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": size.rope_theta,
+            # Pairs of time, row and column: 24, 20 and 20 at head 128.
+            "mrope_section": [size.head_dim // 2 - 2 * side, side, side],
+            "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": True,
+    }
+    return {
+        "architectures": ["Qwen3VLModel"],
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        **_vision_config(shapes),
+    }
+
+
+def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+    keys = vision_keys(shapes)
+    if not keys:
+        return {}
+    sizes = asdict(infer_vision_config({keys[name]: shapes[name] for name in keys}))
+    return {"vision_config": {"model_type": "qwen3_vl", **sizes}}
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """The source's own tokenizer, or the one every ComfyUI carries; none where none is found."""
+    folder = source if source.is_dir() else source.parent
+    own = folder.parent / "tokenizer"
+    try:
+        tokenizer = own if (own / "tokenizer_config.json").is_file() else find_tokenizer_folder()
+    except FileNotFoundError:
+        return
+    shutil.copytree(tokenizer, target, dirs_exist_ok=True)
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

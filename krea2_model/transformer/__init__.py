@@ -1,0 +1,1 @@
+"""The Krea 2 transformer, and what its attention may do more."""
