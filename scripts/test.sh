@@ -74,11 +74,6 @@ browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "
 # All that runs beside tests/comfy.
 others() {
   check "tests/unit" run_pytest unit tests/unit "$@"
-  if find_chromium; then
-    check "tests/browser" browser_tests "$@"
-  else
-    results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
-  fi
   check "mypy" "$VENV_PYTHON" -m mypy
 }
 
@@ -111,6 +106,12 @@ else
   beside others "$@"
   check "tests/comfy" comfy_tests comfy "$@"
   join_beside
+  # Alone: a page on a busy machine takes minutes to open.
+  if find_chromium; then
+    check "tests/browser" browser_tests "$@"
+  else
+    results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
+  fi
 fi
 
 printf '\n== summary\n'

@@ -9,6 +9,7 @@ of llama.cpp, on the CPU, which is slower.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,8 @@ def _values(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return dequantise(data, name, FORMATS[name].values, FORMATS[name].size, dtype)
 
 
-# By the module's name: another copy of this package has an operator of its own.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::values", mutates_args=())
+# By the module's name, which in ComfyUI is a path: another copy of this package has its own.
+@torch.library.custom_op("krea2_" + re.sub(r"\W", "_", __name__) + "::values", mutates_args=())
 def _operator(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """`_values` as one operator, into which a compiler does not look."""
     return _values(data, name, dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import random
 import sys
@@ -93,6 +94,7 @@ class _PeakMemory:
     """
 
     def __enter__(self) -> _PeakMemory:
+        _give_back()
         self.has_mark = _reset_mark()
         self.before = self.highest = _memory("VmHWM" if self.has_mark else "VmRSS")
         if not self.has_mark:
@@ -115,6 +117,12 @@ class _PeakMemory:
     def _watch(self) -> None:
         while not self._done.wait(0.001):
             self.highest = max(self.highest, _memory("VmRSS"))
+
+
+def _give_back() -> None:
+    """Hand what the C library keeps for later back, which would hide what is taken next."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_mark() -> bool:
