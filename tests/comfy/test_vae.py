@@ -220,7 +220,7 @@ def test_the_estimates_count_what_an_image_takes(pack, vae, side):
         estimate = getattr(vae, f"memory_used_{what}")(source.shape, torch.float32) - workspace
         with Live() as live:
             convert(source)
-        assert live.most <= estimate < 3 * live.most, what
+        assert live.most <= estimate < 4 * live.most, what
 
 
 def test_the_estimates_on_a_gpu_count_the_released_vae(pack, vae, monkeypatch):
