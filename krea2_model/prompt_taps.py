@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .images.framing import on_white
 from .images.pictures import Picture, pixels_of
 from .text.encoder import Qwen3VLTextEncoder
-from .text.prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights, on_white
+from .text.prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights
 from .text.prompt_weights import parse_weights, plain_prompt, token_weights
 from .text.taps import weigh_taps
 from .text.vision import fit_image

@@ -285,3 +285,11 @@ def _extent(mask: Tensor) -> tuple[int, int, int, int] | None:
     if not len(rows):
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def on_white(pixels: Tensor) -> Tensor:
+    """An image (3 or 4, H, W) as (3, H, W): where it is transparent, white shows."""
+    if pixels.shape[0] == 3:
+        return pixels
+    alpha = pixels[3:]
+    return pixels[:3] * alpha + (1 - alpha)

@@ -11,8 +11,7 @@ from PIL import Image, ImageOps
 from PIL.Image import open as open_image
 from torch import Tensor
 
-from ..text.prompt_images import on_white
-from .framing import fitted
+from .framing import fitted, on_white
 from .sizes import MAX_SIZE, shrunk_size
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextEncoderConfig
+from ..images.framing import on_white
 from ..nn.attention import Attend, attend
 from ..nn.layers import TorchLayers
 from .decoder import CausalMask, DecoderLayer, rotation_of, rotation_table
@@ -37,7 +38,6 @@ from .prompt_images import (
     check_no_pads,
     image_text,
     kept_images,
-    on_white,
     with_image_tokens,
 )
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer

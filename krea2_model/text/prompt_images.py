@@ -127,14 +127,6 @@ def image_text(roles: Sequence[str], labels: bool) -> str:
     return text
 
 
-def on_white(pixels: Tensor) -> Tensor:
-    """An image (3 or 4, H, W) as (3, H, W): where it is transparent, white shows."""
-    if pixels.shape[0] == 3:
-        return pixels
-    alpha = pixels[3:]
-    return pixels[:3] * alpha + (1 - alpha)
-
-
 def check_no_pads(prompt: str) -> None:
     """Refuse a prompt that names the image token itself, where images are placed for it."""
     if IMAGE_PAD_TEXT in prompt:

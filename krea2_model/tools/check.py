@@ -172,7 +172,7 @@ def without_home(text: str) -> str:
 
 
 def _pack_version() -> str:
-    file = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    file = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if not file.is_file():
         return "unknown (no pyproject.toml beside it)"
     return tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"]

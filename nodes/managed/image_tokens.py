@@ -15,7 +15,8 @@ import comfy.text_encoders.qwen3vl as core
 import comfy.text_encoders.qwen_vl as core_images
 import torch
 
-from ...krea2_model.text.prompt_images import IMAGE_PAD, TOKEN_SIDE, on_white, with_image_tokens
+from ...krea2_model.images.framing import on_white
+from ...krea2_model.text.prompt_images import IMAGE_PAD, TOKEN_SIDE, with_image_tokens
 from ...krea2_model.text.vision import ImageTokens, Qwen3VLVisionTower, fit_image
 from .contract import is_replaced
 from .vision import pictures

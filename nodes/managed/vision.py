@@ -6,7 +6,7 @@ ComfyUI keeps images as (B, H, W, C) with values from 0 to 1.
 import torch
 
 from ...krea2_model.checkpoints.encoder_parts import read_vision_tower
-from ...krea2_model.text.prompt_images import on_white
+from ...krea2_model.images.framing import on_white
 from ...krea2_model.text.vision import fit_image
 from .parts import LazyPart
 

@@ -19,6 +19,7 @@ from krea2_model.__main__ import main
 from krea2_model.checkpoints.encoder_parts import load_text_encoder, load_vision_tower
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.config import TextEncoderConfig
+from krea2_model.images.framing import on_white
 from krea2_model.prompt_taps import encode_prompts
 from krea2_model.text.decoder import rotation_table
 from krea2_model.text.encoder import text_encoder_keys
@@ -28,7 +29,6 @@ from krea2_model.text.prompt_images import (
     axis_positions,
     image_text,
     image_weights,
-    on_white,
     read_roles,
     read_strengths,
     sheet,
