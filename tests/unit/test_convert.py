@@ -145,7 +145,7 @@ def test_conversion_needs_memory_for_a_tensor_and_not_for_the_file(tmp_path):
 import sys, threading, time
 from pathlib import Path
 import torch
-from krea2_model.storage import Entry, read_safetensors, write_safetensors
+from krea2_model.checkpoints.storage import Entry, read_safetensors, write_safetensors
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

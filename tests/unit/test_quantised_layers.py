@@ -160,7 +160,7 @@ def test_converted_files_are_plain(file, tmp_path):
 
 
 def test_quantised_text_encoders(tmp_path, monkeypatch):
-    monkeypatch.setattr("krea2_model.checkpoints.loading._tokenizer_for", lambda *_: None)
+    monkeypatch.setattr("krea2_model.checkpoints.encoder_parts._tokenizer_for", lambda *_: None)
     config = replace(tiny.TEXT_ENCODER, vocab_size=200)
     encoder = tiny.text_encoder_tensors(config)
     stored, _, _ = formats.float8(encoder, part="layers.")
