@@ -65,8 +65,11 @@ join_beside() {
 
 # In a process of its own, where `nodes` is ComfyUI's module and not the pack's folder.
 comfy_tests() {
-  PYTHONPATH=$COMFYUI_PATH run_pytest "$1" -c tests/comfy/pytest.ini tests/comfy "${@:2}"
+  PYTHONPATH=$COMFYUI_PATH run_pytest "$1" -c tests/comfy/pytest.ini "${@:2}"
 }
+
+# These of tests/comfy run beside the others, so that both sides take about as long.
+beside_comfy=(tests/comfy/test_reliability.py tests/comfy/test_security.py)
 
 # The page itself, in a browser on a real server.
 browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "$@"; }
@@ -74,6 +77,7 @@ browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "
 # All that runs beside tests/comfy.
 others() {
   check "tests/unit" run_pytest unit tests/unit "$@"
+  check "tests/comfy, second part" comfy_tests comfy-2 "${beside_comfy[@]}" "$@"
   check "mypy" "$VENV_PYTHON" -m mypy
 }
 
@@ -96,7 +100,7 @@ if [[ $matrix ]]; then
   for version in "${COMFYUI_VERSIONS[@]}"; do
     choose_version "$version"
     find_comfyui
-    check "tests/comfy on ComfyUI $version" comfy_tests "comfy-$version" "$@"
+    check "tests/comfy on ComfyUI $version" comfy_tests "comfy-$version" tests/comfy "$@"
   done
 else
   check "ruff check" "$VENV_PYTHON" -m ruff check --extend-exclude .local .
@@ -104,7 +108,7 @@ else
   cores=$(nproc 2>/dev/null || echo 2)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
   beside others "$@"
-  check "tests/comfy" comfy_tests comfy "$@"
+  check "tests/comfy" comfy_tests comfy tests/comfy "${beside_comfy[@]/#/--ignore=}" "$@"
   join_beside
   # Alone: a page on a busy machine takes minutes to open.
   if find_chromium; then
