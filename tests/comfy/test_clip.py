@@ -6,7 +6,7 @@ import torch
 from in_process import NODES
 from safetensors.torch import load_file, save_file
 
-from live_memory import Live
+from live_bytes import LiveBytes
 from parity import assert_close
 
 PROMPTS = ["a fox in the snow", "", "狐狸在雪地里 🦊", "x" * 300, "two\nlines "]
@@ -263,9 +263,9 @@ def test_the_estimate_counts_what_a_long_prompt_takes(clip):
     length = len(tokens["qwen3vl_4b"][0])
     estimate = clip.cond_stage_model.memory_estimation_function(tokens)
     clip.load_model(tokens)
-    with Live() as live:
+    with LiveBytes() as live:
         clip.cond_stage_model.encode_token_weights(tokens)
-    assert length > 3000 and live.most <= estimate < 4 * live.most
+    assert length > 3000 and live.peak <= estimate < 4 * live.peak
 
 
 def test_an_encode_is_cancelled_between_layers(clip):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from live_memory import Live
+from live_bytes import LiveBytes
 from parity import assert_close, relative_error
 
 SIGMA = torch.tensor([0.6])
@@ -405,20 +405,20 @@ def test_memory_estimate_counts_what_the_released_model_takes(turbo, pack, monke
     text = torch.empty(1, 128, config.hidden_size, device="meta", dtype=torch.bfloat16)
     for side in (128, 256):
         latents = torch.empty(1, 16, side, side, device="meta")
-        with Live() as live:
+        with LiveBytes("meta") as live:
             transformer(latents, torch.empty(1, device="meta"), text, hooks=Fused())
         shapes = {"c_crossattn": [(1, 128, config.hidden_size)]}
         estimate = turbo.model.memory_required([1, 16, side, side], shapes) - 0.45 * 1024**3
-        assert 1.2 * live.most <= estimate < 1.4 * live.most, side
+        assert 1.2 * live.peak <= estimate < 1.4 * live.peak, side
 
 
 def test_memory_estimate_of_gguf_counts_its_numbers(turbo, pack, monkeypatch):
     gguf, managed = pack("krea2_model.checkpoints.gguf"), pack("nodes.managed.gguf")
     for name, form in gguf.FORMATS.items():
         blocks = torch.zeros(512, 8 * form.size, dtype=torch.uint8)
-        with Live() as live:
+        with LiveBytes() as live:
             gguf.dequantise(blocks, name, (512, 8 * form.values)).to(torch.bfloat16)
-        assert live.most <= managed.BYTES_A_VALUE * 512 * 8 * form.values, name
+        assert live.peak <= managed.BYTES_A_VALUE * 512 * 8 * form.values, name
     plain = turbo.model.memory_required([1, 16, 64, 64])
     monkeypatch.setattr(
         turbo.model.model_config, "custom_operations", managed.GGUFOperations, raising=False

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from live_memory import Live
+from live_bytes import LiveBytes
 from parity import assert_close
 
 
@@ -218,9 +218,9 @@ def test_the_estimates_count_what_an_image_takes(pack, vae, side):
         ("decode", model.decode_unnormalised, latents), ("encode", model.encode_unnormalised, image)
     ):  # fmt: skip
         estimate = getattr(vae, f"memory_used_{what}")(source.shape, torch.float32) - workspace
-        with Live() as live:
+        with LiveBytes() as live:
             convert(source)
-        assert live.most <= estimate < 4 * live.most, what
+        assert live.peak <= estimate < 4 * live.peak, what
 
 
 def test_the_estimates_on_a_gpu_count_the_released_vae(pack, vae, monkeypatch):
@@ -235,8 +235,8 @@ def test_the_estimates_on_a_gpu_count_the_released_vae(pack, vae, monkeypatch):
             ("decode", model.decode_unnormalised, (1, 16, side // 8, side // 8)),
             ("encode", model.encode_unnormalised, (1, 3, side, side)),
         ):
-            with Live() as live:
+            with LiveBytes("meta") as live:
                 convert(torch.empty(shape, device="meta", dtype=torch.bfloat16))
             estimate = getattr(vae, f"memory_used_{what}")(shape, torch.bfloat16)
             workspace = 2 * module.MAX_SCORE_BYTES
-            assert 1.2 * live.most <= estimate - workspace < 1.6 * live.most, (what, side)
+            assert 1.2 * live.peak <= estimate - workspace < 1.6 * live.peak, (what, side)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 
 from krea2_model import (
     Krea2Transformer,
@@ -32,6 +31,7 @@ from krea2_model.memory.plan import (
     PartSize,
     plan_for,
 )
+from live_bytes import LiveBytes
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 # Bytes a value of what is stored.

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 
 import formats
@@ -16,6 +15,7 @@ from krea2_model.checkpoints.quantised_weight import QuantisedWeight
 from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
 from krea2_model.tools.convert import convert
+from live_bytes import LiveBytes
 from parity import assert_close
 
 
