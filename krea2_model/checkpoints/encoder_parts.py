@@ -6,6 +6,7 @@ Each is loaded by itself; the encoder is handed how to load the other two when t
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,12 +140,7 @@ def load_vision_tower(
 
     Raises CheckpointError, a ValueError, as `read_vision_tower` does.
     """
-    checkpoint = open_checkpoint(path, "text_encoder")
-    state = read_vision_tower(checkpoint)
-    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or tensors["merger.norm.weight"].dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)
+    return _load(path, read_vision_tower, "merger.norm.weight", device, dtype)
 
 
 class TailState(NamedTuple):
@@ -215,9 +211,14 @@ def load_language_tail(
 
     Raises CheckpointError as `read_language_tail` does.
     """
+    return _load(path, read_language_tail, "norm.weight", device, dtype)
+
+
+def _load(path: str | Path, read: Callable, norm: str, device, dtype: torch.dtype | None):
+    """A part as plain weights; norm: the tensor whose dtype counts where none is named."""
     checkpoint = open_checkpoint(path, "text_encoder")
-    state = read_language_tail(checkpoint)
+    state = read(checkpoint)
     tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or tensors["norm.weight"].dtype
+    dtype = dtype or tensors[norm].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)

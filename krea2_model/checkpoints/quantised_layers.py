@@ -114,9 +114,12 @@ class QuantisedLinear(nn.Module):
         if not changes:
             return
         device = self._buffers["weight"].device  # type: ignore[union-attr]
-        if all(_is_branch(change.update) for change in changes):
-            down = [c.update.parts["down"].flatten(1).float() for c in changes]
-            up = [_scaled_up(change) for change in changes]
+        branches = [change.update.branch() for change in changes]
+        if all(branch is not None for branch in branches):
+            scales = [change.update.scale * change.strength for change in changes]
+            pairs = [pair for pair in branches if pair is not None]
+            up = [u.float() * scale for (u, _), scale in zip(pairs, scales, strict=True)]
+            down = [d.float() for _, d in pairs]
             parts = {"lora_down": torch.cat(down), "lora_up": torch.cat(up, dim=1)}
         else:
             parts = {
@@ -161,16 +164,6 @@ class QuantisedLinear(nn.Module):
                 self._buffers[name] = tensor.to(moved.device)
         self.dtype = cast
         return self
-
-
-def _is_branch(update: Update) -> bool:
-    return update.kind == "lora" and update.magnitude is None
-
-
-def _scaled_up(change: Change) -> Tensor:
-    update = change.update
-    rows = slice(None) if update.rows is None else slice(*update.rows)
-    return update.parts["up"][rows].flatten(1).float() * (update.scale * change.strength)
 
 
 def _part_name(index: int, name: str) -> str:

@@ -107,6 +107,16 @@ class Update:
             columns = self.parts[f"{name}_b"].shape[1]
         return rows, columns
 
+    def branch(self) -> tuple[Tensor, Tensor] | None:
+        """Matrices (outputs, rank) and (rank, inputs) whose product times `scale` is all it adds.
+
+        None for anything but a plain LoRA.
+        """
+        if self.kind != "lora" or self.magnitude is not None:
+            return None
+        rows = slice(None) if self.rows is None else slice(*self.rows)
+        return self.parts["up"][rows].flatten(1), self.parts["down"].flatten(1)
+
     def with_parts(self, parts: Mapping[str, Tensor]) -> Update:
         """The same update with its matrices elsewhere."""
         return replace(self, parts=parts)

@@ -1,4 +1,4 @@
-"""What torch's compiler leaves alone."""
+"""Functions that torch's compiler leaves alone."""
 
 from __future__ import annotations
 

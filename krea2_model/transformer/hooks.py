@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..nn.attention import attend
 from ..nn.kernels import HeadNorm, modulated_norm, norm_and_rotate
-from .modulation import StepModulation
+from .modulation import StepModulation, for_blocks
 from .references import RecordedReferences, Recorder
 from .text_attention import TextAttention
 
@@ -70,7 +70,7 @@ class Hooks:
         modulation: of this step, or None where the blocks make it themselves.
         Returns the `kept` tokens, the only ones that the last block has to compute.
         """
-        own = [None] * len(blocks) if modulation is None else modulation.by_block()
+        own = for_blocks(modulation, len(blocks))
         for index, block in enumerate(blocks):
             wanted = kept if index == len(blocks) - 1 else None
             hidden = block(hidden, vector, rope, mask, split, self, wanted, own[index])
@@ -98,7 +98,7 @@ class AttentionHooks(Hooks):
 
     def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
         hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
-        own = [None] * len(blocks) if modulation is None else modulation.by_block()
+        own = for_blocks(modulation, len(blocks))
         for self._block, block in enumerate(blocks):
             wanted = kept if self._block == len(blocks) - 1 else None
             hidden = block(hidden, vector, rope, mask, split, self, wanted, own[self._block])

@@ -6,7 +6,7 @@ more than a GPU takes to apply them. `RunModulation` reads them once, for all bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class FinalModulation(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What one block is called with: its six rows (B, S, D), and the norm of queries and keys."""
+    """One block's: its six rows (B, S, D), and the norm of queries and keys."""
 
     rows: tuple[Tensor, ...]
     norm: HeadNorm
@@ -62,6 +62,11 @@ class StepModulation(NamedTuple):
     def by_block(self) -> list[Modulation]:
         pairs = zip(self.rows.unbind(0), self.norms, strict=True)
         return [Modulation(own.unbind(-2), norm) for own, norm in pairs]
+
+
+def for_blocks(modulation: StepModulation | None, count: int) -> Sequence[Modulation | None]:
+    """Each block's modulation of a step; None for each that is to make its own."""
+    return [None] * count if modulation is None else modulation.by_block()
 
 
 class RunModulation:

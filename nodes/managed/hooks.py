@@ -16,6 +16,7 @@ from ...krea2_model.nn.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.nn.attention_backends import preferred
 from ...krea2_model.nn.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
 from ...krea2_model.transformer.hooks import Hooks
+from ...krea2_model.transformer.modulation import for_blocks
 from ...krea2_model.transformer.references import RecordedReferences, Recorder, added_mask
 from ...krea2_model.transformer.shared_calls import attend_past_padding
 from ...krea2_model.transformer.text_attention import TextAttention
@@ -184,7 +185,7 @@ class PatchHooks(Hooks):
         return self.graphs is not None and OVERRIDE not in self.options and not any(others)
 
     def _run(self, blocks, touched, hidden, kept, vector, rope, mask, split, modulation):
-        own = [None] * len(blocks) if modulation is None else modulation.by_block()
+        own = for_blocks(modulation, len(blocks))
         if self.text is not None:
             hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
             self.options["img_slice"] = [self.text.front + at for at in self.options["img_slice"]]

@@ -93,19 +93,12 @@ def branch_bytes(patches: dict, size: int) -> int:
 def _branch(adapter) -> Branch | None:
     if isinstance(adapter, LoraPatch):
         update = adapter.weights[0]
-        if update.kind != "lora" or update.magnitude is not None:
-            return None
-        up, down = update.parts["up"], update.parts["down"]
-        if update.rows is not None:
-            up = up[slice(*update.rows)]
-        return _flat(up, down, update.scale)
+        matrices = update.branch()
+        return None if matrices is None else Branch(*matrices, update.scale)
     if type(adapter) is comfy.weight_adapter.LoRAAdapter:
         up, down, alpha, *rest = adapter.weights
         if all(extra is None for extra in rest):
-            return _flat(up, down, 1.0 if alpha is None else alpha / down.shape[0])
+            scale = 1.0 if alpha is None else float(alpha / down.shape[0])
+            up, down = up.flatten(1), down.flatten(1)
+            return Branch(up, down, scale) if up.shape[1] == down.shape[0] else None
     return None
-
-
-def _flat(up, down, scale) -> Branch | None:
-    up, down = up.flatten(1), down.flatten(1)
-    return Branch(up, down, float(scale)) if up.shape[1] == down.shape[0] else None
