@@ -37,7 +37,7 @@ from benchmarks.traffic import Counter  # noqa: E402
 config_module = in_process.pack_module("krea2_model.config")
 transformer = in_process.pack_module("krea2_model.transformer.model")
 attention = in_process.pack_module("krea2_model.nn.attention")
-hooks_module = in_process.pack_module("nodes.managed.hooks")
+backend_module = in_process.pack_module("nodes.managed.backend")
 layers_module = in_process.pack_module("nodes.managed.layers")
 
 CONFIG = config_module.TransformerConfig()
@@ -78,8 +78,8 @@ def ours(stubs, rope, vector):
 
     def run(hidden):
         # As inside a run: which block it is, and the patches there are (none).
-        hooks = hooks_module.PatchHooks({"block_index": 0})
-        return block(hidden, vector, rope, None, None, hooks)
+        backend = backend_module.ComfyBackend({"block_index": 0})
+        return block(hidden, vector, rope, None, None, backend)
 
     return run
 
@@ -175,10 +175,10 @@ def main() -> None:
             for _ in range(options.pairs):
                 for name, run in runs.items():
                     times[name].append(timed(run, stubs, hidden.clone()))
-            kernels = hooks_module._has_kernels
-            hooks_module._has_kernels = lambda tensor: True
+            kernels = backend_module._has_kernels
+            backend_module._has_kernels = lambda tensor: True
             counts = {name: counted(run, hidden.clone()) for name, run in runs.items()}
-            hooks_module._has_kernels = kernels
+            backend_module._has_kernels = kernels
         results[str(dtype).removeprefix("torch.")] = {
             name: {"milliseconds": [1e3 * seconds for seconds in times[name]],
                    "median": 1e3 * statistics.median(times[name]), **counts[name]}

@@ -22,9 +22,9 @@ sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
 from krea2_model.nn.attention import attend  # noqa: E402
-from krea2_model.transformer.hooks import AttentionHooks  # noqa: E402
+from krea2_model.transformer.backend import ExtendedBackend  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
-from krea2_model.transformer.references import RecordedReferences  # noqa: E402
+from krea2_model.transformer.references import ReferenceKVCache  # noqa: E402
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
 
 CONFIG = TransformerConfig()
@@ -34,19 +34,19 @@ FEATURES = ("plain", "weights", "negative", "reference", "apart")
 TURNS = 3
 
 
-def hooks_of(name: str, device: str, recorded: RecordedReferences) -> dict:
+def hooks_of(name: str, device: str, recorded: ReferenceKVCache) -> dict:
     """Arguments of a call with a feature that works inside attention."""
     if name in ("plain", "reference"):
         return {}
     if name == "apart":
-        return {"hooks": AttentionHooks(None, recorded)}
+        return {"backend": ExtendedBackend(None, recorded)}
     weights = torch.ones(1, TEXT, device=device)
     weights[0, 3:6] = 1.3
     if name == "weights":
-        return {"hooks": AttentionHooks(TextAttention(weights))}
+        return {"backend": ExtendedBackend(TextAttention(weights))}
     states = TextStates(torch.zeros(1, NEGATIVE, CONFIG.hidden_size, device=device))
     attention = TextAttention(negative=states, settings=NegativeGuidance())
-    return {"hooks": AttentionHooks(attention)}
+    return {"backend": ExtendedBackend(attention)}
 
 
 def operations(pixels: int) -> dict[str, float]:
@@ -81,7 +81,7 @@ def seconds(pixels: int) -> dict[str, list[float]]:
     tokens = (pixels // 16) ** 2
     vector = torch.zeros(1, 1, 6 * CONFIG.hidden_size)
     heads = torch.randn(1, CONFIG.num_key_value_heads, tokens, CONFIG.attention_head_dim)
-    recorded = RecordedReferences()
+    recorded = ReferenceKVCache()
     recorded.recorder(1.0).attend(attend, 0, heads, heads, heads, None)
     image = slice(TEXT, TEXT + tokens)
 
@@ -93,7 +93,7 @@ def seconds(pixels: int) -> dict[str, list[float]]:
         hidden = torch.randn(1, length, CONFIG.hidden_size)
         rope = torch.eye(2).expand(1, 1, length, CONFIG.attention_head_dim // 2, 2, 2)
         if options:
-            prepare = options["hooks"].text.prepare
+            prepare = options["backend"].text.prepare
             hidden, _, rope, _, _ = prepare(hidden, image, rope, None, None)
         started = time.process_time()
         with torch.no_grad():

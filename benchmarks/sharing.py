@@ -2,7 +2,8 @@
 
     PYTHONPATH=ComfyUI python -P benchmarks/sharing.py     # prints JSON
 
-krea2-nano Raw with guidance at several sizes; the rule in nodes/managed/texts.py comes from here.
+krea2-nano Raw with guidance at several sizes; the rule in
+krea2_model/transformer/shared_calls.py comes from here.
 """
 
 from __future__ import annotations

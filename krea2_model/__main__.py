@@ -21,9 +21,9 @@ from .memory.plan import AUTO, ENCODER, NONE, OFFLOADS, check_offload
 from .pipeline import Krea2Pipeline
 from .sampling import check_guidance, check_seed
 from .text.expander import LENGTHS, PromptExpander
-from .tools.check import check
 from .tools.convert import PARTS, QUANTISATIONS, convert
-from .tools.inspect import describe
+from .tools.describe import describe
+from .tools.self_check import check
 
 # What --model may say instead of a path; a folder of that name is ./nano.
 NANO = {

@@ -26,7 +26,7 @@ from .lora.updates import LoraStack
 from .memory.activations import TEXT_TOKENS, activations, token_count
 from .memory.offload import offload_parts
 from .memory.plan import ENCODER, NONE, TRANSFORMER, VAE, check_offload
-from .prompt_taps import PromptTaps, encode_prompts, fitted_image, given_taps
+from .prompt_taps import PromptTaps, encode_prompts, given_taps, resized_prompt_image
 from .sampling import check_guidance, check_sigmas, shift_mu, sigma_schedule
 from .sampling import denoise as denoising_steps
 from .text.encoder import Qwen3VLTextEncoder
@@ -256,7 +256,7 @@ class Krea2Pipeline:
         denoise: float = 1.0,
         references: Sequence[Reference | Picture] | None = None,
         reference_method: str = TIME_ZERO,
-        references_apart: bool = False,
+        cache_references: bool = False,
         max_reference_megapixels: float = 1.0,
     ):
         """Make images.
@@ -295,7 +295,7 @@ class Krea2Pipeline:
             None. denoise: how much, from above 0 to 1, where nothing of it is left; the time before
             the shift from which on the image is painted.
         references: pictures for the transformer to look at, or `Reference` with latents of its own;
-            reference_method, references_apart: see `sampling.denoise`. Larger ones are shrunk to
+            reference_method, cache_references: see `sampling.denoise`. Larger ones are shrunk to
             max_reference_megapixels, in units of 1024 x 1024 pixels.
 
         Raises ValueError that names the argument, what was expected and the remedy.
@@ -309,7 +309,7 @@ class Krea2Pipeline:
         batch = count * num_images
 
         # Before anything is computed, since a picture may be none.
-        seen = [fitted_image(image, max_image_side) for image in images or ()]
+        seen = [resized_prompt_image(image, max_image_side) for image in images or ()]
         if seen and prompts is None:
             raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         looked_at = [_reference(each, max_reference_megapixels) for each in references or ()]
@@ -374,7 +374,7 @@ class Krea2Pipeline:
                 negative_guidance=negative_guidance,
                 references=[each.to(noise) for each in beside],
                 reference_method=reference_method,
-                references_apart=references_apart,
+                cache_references=cache_references,
                 share_calls=may_share and pays_to_share(tokens, lengths, self._offload.streams),
             ):
                 result = current

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .images.framing import on_white
 from .images.pictures import Picture, pixels_of
+from .images.resize import on_white
 from .text.encoder import Qwen3VLTextEncoder
+from .text.layer_weights import weigh_taps
 from .text.prompt_images import MAX_SIDE, PromptImage, grid_of, image_text, image_weights
 from .text.prompt_weights import parse_weights, plain_prompt, token_weights
-from .text.taps import weigh_taps
-from .text.vision import fit_image
+from .text.vision import resize_for_tower
 from .transformer.model import Krea2Transformer
 from .transformer.text_attention import TextStates
 
@@ -86,8 +86,8 @@ def encode_prompts(
     return PromptTaps(taps, mask, weights)
 
 
-def fitted_image(image: PromptImage | Picture, max_side: int) -> PromptImage:
+def resized_prompt_image(image: PromptImage | Picture, max_side: int) -> PromptImage:
     """An image of a prompt at the size the vision tower sees it."""
     if not isinstance(image, PromptImage):
         image = PromptImage(pixels_of(image, "an entry of images"))
-    return replace(image, pixels=fit_image(on_white(image.pixels), max_side))
+    return replace(image, pixels=resize_for_tower(on_white(image.pixels), max_side))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .config import Preset
-from .forecast import Forecast
+from .extrapolation import VelocityExtrapolation
 from .guidance import ALWAYS, GuidanceSchedule, SigmaAt, rescaled, unshifted
-from .transformer.hooks import AttentionHooks
+from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation
-from .transformer.references import TIME_ZERO, RecordedReferences, Reference
+from .transformer.references import TIME_ZERO, Reference, ReferenceKVCache
 from .transformer.shared_calls import share
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
@@ -151,7 +151,7 @@ def denoise(
     negative_guidance: NegativeGuidance | None = None,
     references: Sequence[Tensor | Reference] | None = None,
     reference_method: str = TIME_ZERO,
-    references_apart: bool = False,
+    cache_references: bool = False,
     share_calls: bool = False,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
@@ -170,7 +170,7 @@ def denoise(
         schedule's time, see `guidance` and `schedule_of`.
     negative_guidance: leads away from the negative inside attention, also at guidance 0.
     references, reference_method: images to look at, see `Krea2Transformer` and `Reference`.
-    references_apart: they see themselves alone, so they are gone through once and not at each
+    cache_references: they see themselves alone, so they are gone through once and not at each
         step. Faster, and not what LoRAs were trained with. Only at time 0.
     share_calls: guide in one call of the model a step, with twice the batch, where texts have no
         weights and attention does nothing else.
@@ -191,23 +191,23 @@ def denoise(
             "There is negative_guidance but no negative text. Pass the fused text that is to be "
             "led away from as negative."
         )
-    if references_apart and reference_method != TIME_ZERO:
+    if cache_references and reference_method != TIME_ZERO:
         raise ValueError(
             f"References are kept apart by reference_method {reference_method!r}; expected "
             f"{TIME_ZERO!r}, since otherwise they change with every step."
         )
-    forecast = Forecast(len(sigmas) - 1, evaluate_every)
+    extrapolation = VelocityExtrapolation(len(sigmas) - 1, evaluate_every)
     rows, columns = (-(-side // 2) for side in noise.shape[-2:])
     sigma_at = schedule_of(sigmas, getattr(transformer, "preset", None), rows * columns)
     texts = _text_states(positive), _text_states(negative)
-    beside = _References(references or (), reference_method, references_apart)
+    beside = _References(references or (), reference_method, cache_references)
     return _euler(
         transformer,
         noise.float(),
         texts,
         sigmas,
         guidance,
-        forecast,
+        extrapolation,
         guidance_schedule,
         negative_guidance,
         beside,
@@ -241,7 +241,7 @@ def denoise_two_stage(
 
     def stages() -> Iterator[tuple[int, Tensor, Tensor]]:
         latents = noise.float()
-        every_step = Forecast(len(first), 1)
+        every_step = VelocityExtrapolation(len(first), 1)
         texts = tuple(map(_text_states, raw_texts))
         for step, current, predicted in _euler(raw, latents, texts, first, guidance, every_step):
             latents = current
@@ -277,7 +277,7 @@ def _euler(
     texts,
     sigmas,
     guidance,
-    forecast,
+    extrapolation,
     schedule=ALWAYS,
     negative_guidance=None,
     references=None,
@@ -290,8 +290,8 @@ def _euler(
             of_run = {"modulation": RunModulation(blocks, latents.device)}
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
         with torch.no_grad():
-            if forecast.leaves_out(step - 1):
-                velocity = forecast.velocity(sigma)
+            if extrapolation.should_skip(step - 1):
+                velocity = extrapolation.velocity(sigma)
             else:
                 inside = negative_guidance
                 if inside is not None and not inside.works_at(
@@ -307,7 +307,7 @@ def _euler(
                     transformer, latents, sigma, texts, guidance * factor, rescale, inside,
                     shared, **beside,
                 )  # fmt: skip
-                forecast.note(sigma, velocity)
+                extrapolation.record(sigma, velocity)
             if not torch.isfinite(velocity).all():
                 raise ValueError(
                     f"The model returned NaN or infinite values at step {step} (sigma {sigma:.4f}, "
@@ -326,7 +326,7 @@ class _References:
         # Each keeps its place while others come and go.
         self._references = [replace(r, index=r.index or n) for n, r in enumerate(given, 1)]
         self._method, self._apart = method, apart
-        self._recorded: dict[tuple[int, ...], RecordedReferences] = {}
+        self._recorded: dict[tuple[int, ...], ReferenceKVCache] = {}
 
     def at(
         self, sigma: float, sigma_at: SigmaAt, transformer: Krea2Transformer, dtype: torch.dtype
@@ -371,7 +371,7 @@ def _velocity(
         if text.weights is not None or against is not None or recorded is not None:
             settings = None if against is None else inside
             attention = TextAttention(text.weights, text.mask, against, settings)
-            options["hooks"] = AttentionHooks(attention, recorded)
+            options["backend"] = ExtendedBackend(attention, recorded)
         return transformer(latents, timestep, text.states, text.mask, **options).float()
 
     positive, negative = texts

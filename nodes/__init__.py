@@ -9,6 +9,7 @@ from .images import K2FitImage, K2Outpaint
 from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
 from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
+from .layer_weights import K2TapWeights
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
 from .prompt_images import K2TextEncodeImages
@@ -19,7 +20,6 @@ from .schedules import K2GuidanceSchedule, K2TwoStage
 from .self_check import K2SelfCheck
 from .speed import K2Approximate, K2Compile
 from .style_mix import K2StyleMix
-from .taps import K2TapWeights
 
 NODES = [
     K2Loader,

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..krea2_model.transformer.text_attention import NegativeGuidance
-from .runs import check_model
+from .sampler_run import check_model
 
 
 class K2NegativeGuidance(io.ComfyNode):
@@ -11,14 +11,14 @@ class K2NegativeGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="K2NegativeGuidance",
-            display_name="Krea 2 Negative without Guidance",
+            display_name="Krea 2 Negative (NAG)",
             category="Krea 2",
             description=(
                 "A negative prompt that works at guidance 0 (Turbo), inside attention and without "
                 "a second pass of the image."
             ),
-            search_aliases=["krea", "krea2", "k2", "nag", "negative", "turbo",
-                            "normalized attention guidance"],
+            search_aliases=["krea", "krea2", "k2", "nag", "negative", "negative without guidance",
+                            "turbo", "normalized attention guidance"],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2; Turbo has no other negative."),
                 io.Conditioning.Input(
@@ -78,8 +78,8 @@ class K2NegativeGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.75, limit=2.5):
+        from .managed.conditions import NEGATIVE_GUIDANCE
         from .managed.core_model import is_core
-        from .managed.texts import NEGATIVE_GUIDANCE
 
         check_model(model)
         if is_core(model):

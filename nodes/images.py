@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.framing import FROM_IMAGE, MODES, PADDINGS
+from ..krea2_model.images.resize import FROM_IMAGE, MODES, PADDINGS
 from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE
 
 
@@ -74,15 +74,15 @@ class K2FitImage(io.ComfyNode):
     ):
         import torch
 
-        from ..krea2_model.images.framing import colours, fitted, fitted_size
         from ..krea2_model.images.masks import mask_for
+        from ..krea2_model.images.resize import colours, resize_and_crop, target_size
 
         image = colours(image)
         rows, columns = image.shape[1:3]
         unmasked = mask is None
         mask = torch.zeros(1, rows, columns).to(image) if unmasked else mask_for(mask, image)
-        width, height = fitted_size(columns, rows, megapixels, aspect)
-        image, mask = fitted(image, mask, width, height, mode, padding)
+        width, height = target_size(columns, rows, megapixels, aspect)
+        image, mask = resize_and_crop(image, mask, width, height, mode, padding)
         report = f"{columns} x {rows} px,\nnow {width} x {height} px"
         return io.NodeOutput(image, mask, width, height, ui=ui.PreviewText(report))
 
@@ -147,11 +147,11 @@ class K2Outpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, left=0, top=0, right=256, bottom=0, feather=16):
-        from ..krea2_model.images.framing import colours, extended
+        from ..krea2_model.images.resize import colours, extend
 
         image = colours(image)
         rows, columns = image.shape[1:3]
-        larger, mask = extended(image, left, top, right, bottom, feather)
+        larger, mask = extend(image, left, top, right, bottom, feather)
         height, width = larger.shape[1:3]
         report = f"{columns} x {rows} px,\nnow {width} x {height} px"
         return io.NodeOutput(larger, mask, ui=ui.PreviewText(report))

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.images.masks import FILLS
 from .latents import given_vae
-from .runs import SOFT_MASK
+from .sampler_run import SOFT_MASK
 
 MAX_PIXELS = 1024
 
@@ -93,8 +93,8 @@ class K2Inpaint(io.ComfyNode):
     def execute(cls, vae, image, mask, grow=8, feather=8, soft=True, fill="original"):
         import torch
 
-        from ..krea2_model.images.framing import colours, whole_tokens
         from ..krea2_model.images.masks import EMPTY, cell_mask, filled, mask_for, repaint_mask
+        from ..krea2_model.images.resize import colours, pad_to_tokens
 
         vae, image = given_vae(vae), colours(image)
         mask = mask_for(mask, image)
@@ -110,7 +110,7 @@ class K2Inpaint(io.ComfyNode):
                 "or encode the image with Encode with the Krea 2 VAE to change all of it."
             )
         count = max(len(image), len(used))
-        whole, mask = whole_tokens(image, used)
+        whole, mask = pad_to_tokens(image, used)
         under = filled(whole.expand(count, -1, -1, -1), mask, fill)
         # One by one: core's own VAE object takes a batch for a film.
         samples = torch.cat([vae.encode(one[None]) for one in under])
@@ -146,11 +146,12 @@ class K2Composite(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, painted, mask, feather=8):
-        from ..krea2_model.images.framing import aligned, colours
+        from ..krea2_model.images.crop import align_to_original
         from ..krea2_model.images.masks import composite
+        from ..krea2_model.images.resize import colours
 
         painted = colours(painted).to(original.device)
-        painted, mask = aligned(original, painted, _painted_mask(mask, original))
+        painted, mask = align_to_original(original, painted, _painted_mask(mask, original))
         return io.NodeOutput(composite(original, painted, mask, feather))
 
 
@@ -199,8 +200,9 @@ class K2CropForInpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, context=1.5, megapixels=1.0):
-        from ..krea2_model.images.framing import colours, crop
+        from ..krea2_model.images.crop import crop
         from ..krea2_model.images.masks import mask_for
+        from ..krea2_model.images.resize import colours
 
         image = colours(image)
         part, masks, cut = crop(image, mask_for(mask, image), context, megapixels)
@@ -240,12 +242,13 @@ class K2Stitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, stitch, painted, mask=None, feather=8):
-        from ..krea2_model.images.framing import colours, stitched
+        from ..krea2_model.images.crop import stitch
+        from ..krea2_model.images.resize import colours
 
         painted = colours(painted)
         if mask is not None:
             mask = _painted_mask(mask, painted)
-        return io.NodeOutput(stitched(stitch, painted, feather, mask))
+        return io.NodeOutput(stitch(stitch, painted, feather, mask))
 
 
 def _painted_mask(mask, image):

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.tools.inspect import describe
-from . import files
+from ..krea2_model.tools.describe import describe
+from . import model_files
 
 
 class K2Inspect(io.ComfyNode):
@@ -21,7 +21,7 @@ class K2Inspect(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=files.list_everything(),
+                    options=model_files.list_everything(),
                     tooltip="Any file or diffusers folder of ComfyUI's models folders.",
                 ),
             ],
@@ -31,13 +31,13 @@ class K2Inspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None):
-        return file is None or files.problem(files.find_anything, file)
+        return file is None or model_files.problem(model_files.find_anything, file)
 
     @classmethod
     def fingerprint_inputs(cls, file=None):
-        return None if file is None else files.fingerprint(files.find_anything(file))
+        return None if file is None else model_files.fingerprint(model_files.find_anything(file))
 
     @classmethod
     def execute(cls, file):
-        text = describe(files.find_anything(file))
+        text = describe(model_files.find_anything(file))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -2,8 +2,15 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE, MULTIPLE, check_size, round_size, size_for
-from .limits import check_limits, verdict
+from ..krea2_model.images.sizes import (
+    ASPECTS,
+    MAX_SIZE,
+    MULTIPLE,
+    check_size,
+    round_size,
+    size_for_aspect,
+)
+from .inputs import check_limits, verdict
 
 CUSTOM = "custom"
 
@@ -75,7 +82,7 @@ class K2EmptyLatent(io.ComfyNode):
                     f"aspect is {aspect!r}; expected one of {', '.join((*ASPECTS, CUSTOM))}."
                 )
             if megapixels is not None:
-                size_for(aspect if aspect in ASPECTS else ASPECTS[0], megapixels)
+                size_for_aspect(aspect if aspect in ASPECTS else ASPECTS[0], megapixels)
             for name, pixels in (("width", width), ("height", height)):
                 if pixels is not None:
                     check_size(name, pixels)
@@ -89,7 +96,7 @@ class K2EmptyLatent(io.ComfyNode):
 
         check_limits(cls, megapixels=megapixels, width=width, height=height, batch=batch)
         if aspect != CUSTOM:
-            width, height = size_for(aspect, megapixels)
+            width, height = size_for_aspect(aspect, megapixels)
         if swap:
             width, height = height, width
         asked = (width, height)

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from ..krea2_model.tools.convert import QUANTISATIONS
-from . import files
+from . import model_files
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # Choices of dtype that quantise, by the name their files have.
@@ -53,7 +53,7 @@ _IMPLEMENTATION = io.Combo.Input(
     tooltip=(
         "Which code runs the transformer. This pack's is faster, and other packs' nodes work with "
         "it. ComfyUI's own is for a node that needs more of ComfyUI's model; prompt weights, "
-        "strengths of references and the negative without guidance have no effect there."
+        "strengths of references and Krea 2 Negative (NAG) have no effect there."
     ),
 )
 
@@ -88,12 +88,14 @@ def _dtype(name: str, *others: str):
 
 def _check(part: str, name: str | None):
     """True, or what is wrong with a chosen name; a linked one is not known yet."""
-    return name in (None, files.AUTO) or files.problem(files.find_model, part, name)
+    return name in (None, model_files.AUTO) or model_files.problem(
+        model_files.find_model, part, name
+    )
 
 
 def _fingerprint(part: str, name: str | None):
     """Of the file behind a chosen name; a linked one changes with what it is linked to."""
-    return None if name is None else files.fingerprint(files.find_model(part, name))
+    return None if name is None else model_files.fingerprint(model_files.find_model(part, name))
 
 
 class K2Loader(io.ComfyNode):
@@ -106,17 +108,19 @@ class K2Loader(io.ComfyNode):
             description="Loads all of Krea 2: transformer, text encoder and VAE.",
             search_aliases=["krea", "krea2", "k2", "turbo", "raw", "qwen", "checkpoint"],
             inputs=[
-                io.Combo.Input("model", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
+                io.Combo.Input(
+                    "model", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
+                ),
                 io.Combo.Input(
                     "text_encoder",
-                    options=[files.AUTO, *files.list_models(TEXT_ENCODER)],
-                    default=files.AUTO,
+                    options=[model_files.AUTO, *model_files.list_models(TEXT_ENCODER)],
+                    default=model_files.AUTO,
                     tooltip=_ENCODER_TIP + _AUTO_TIP,
                 ),
                 io.Combo.Input(
                     "vae",
-                    options=[files.AUTO, *files.list_models(VAE)],
-                    default=files.AUTO,
+                    options=[model_files.AUTO, *model_files.list_models(VAE)],
+                    default=model_files.AUTO,
                     tooltip=_VAE_TIP + _AUTO_TIP,
                 ),
                 _MODEL_DTYPE,
@@ -145,14 +149,14 @@ class K2Loader(io.ComfyNode):
     def fingerprint_inputs(cls, model=None, text_encoder=None, vae=None, **others):
         if None in (model, text_encoder, vae):
             return None
-        return files.fingerprint(*_find_parts(model, text_encoder, vae))
+        return model_files.fingerprint(*_find_parts(model, text_encoder, vae))
 
     @classmethod
     def execute(
         cls,
         model,
-        text_encoder=files.AUTO,
-        vae=files.AUTO,
+        text_encoder=model_files.AUTO,
+        vae=model_files.AUTO,
         dtype="auto",
         implementation=next(iter(IMPLEMENTATIONS)),  # noqa: B008 - a constant
     ):
@@ -160,7 +164,7 @@ class K2Loader(io.ComfyNode):
         from .managed.vae import load_vae
 
         transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
-        files.check_pair(transformer, encoder)
+        model_files.check_pair(transformer, encoder)
         return io.NodeOutput(
             _load_transformer(transformer, dtype, implementation),
             load_clip(encoder),
@@ -170,11 +174,11 @@ class K2Loader(io.ComfyNode):
 
 def _find_parts(model: str, text_encoder: str, vae: str) -> list[Path]:
     """Where transformer, text encoder and VAE are, the last two by choice or by what fits."""
-    transformer = files.find_model(TRANSFORMER, model)
+    transformer = model_files.find_model(TRANSFORMER, model)
     others = (
-        files.find_fitting(part, transformer)
-        if name == files.AUTO
-        else files.find_model(part, name)
+        model_files.find_fitting(part, transformer)
+        if name == model_files.AUTO
+        else model_files.find_model(part, name)
         for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
     )
     return [transformer, *others]
@@ -190,7 +194,9 @@ class K2ModelLoader(io.ComfyNode):
             description="Loads a Krea 2 transformer, Raw or Turbo.",
             search_aliases=["krea", "krea2", "k2", "turbo", "raw", "unet", "diffusion model"],
             inputs=[
-                io.Combo.Input("file", options=files.list_models(TRANSFORMER), tooltip=_MODEL_TIP),
+                io.Combo.Input(
+                    "file", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
+                ),
                 _MODEL_DTYPE,
                 _IMPLEMENTATION,
             ],
@@ -207,7 +213,7 @@ class K2ModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, dtype="auto", implementation=next(iter(IMPLEMENTATIONS))):  # noqa: B008
-        path = files.find_model(TRANSFORMER, file)
+        path = model_files.find_model(TRANSFORMER, file)
         return io.NodeOutput(_load_transformer(path, dtype, implementation))
 
 
@@ -222,7 +228,7 @@ class K2TextEncoderLoader(io.ComfyNode):
             search_aliases=["krea", "krea2", "k2", "qwen", "qwen3", "clip"],
             inputs=[
                 io.Combo.Input(
-                    "file", options=files.list_models(TEXT_ENCODER), tooltip=_ENCODER_TIP
+                    "file", options=model_files.list_models(TEXT_ENCODER), tooltip=_ENCODER_TIP
                 ),
                 _dtype_input("How weights are kept in memory; activations are always float32."),
             ],
@@ -241,7 +247,7 @@ class K2TextEncoderLoader(io.ComfyNode):
     def execute(cls, file, dtype="auto"):
         from .managed.clip import load_clip
 
-        return io.NodeOutput(load_clip(files.find_model(TEXT_ENCODER, file), _dtype(dtype)))
+        return io.NodeOutput(load_clip(model_files.find_model(TEXT_ENCODER, file), _dtype(dtype)))
 
 
 class K2VAELoader(io.ComfyNode):
@@ -254,7 +260,7 @@ class K2VAELoader(io.ComfyNode):
             description="Loads the Qwen-Image VAE for single images, without its parts for video.",
             search_aliases=["krea", "krea2", "k2", "qwen", "wan"],
             inputs=[
-                io.Combo.Input("file", options=files.list_models(VAE), tooltip=_VAE_TIP),
+                io.Combo.Input("file", options=model_files.list_models(VAE), tooltip=_VAE_TIP),
                 _dtype_input("What the VAE runs in. auto follows the device and ComfyUI's flags."),
             ],
             outputs=[io.Vae.Output(tooltip="The VAE.")],
@@ -272,4 +278,4 @@ class K2VAELoader(io.ComfyNode):
     def execute(cls, file, dtype="auto"):
         from .managed.vae import load_vae
 
-        return io.NodeOutput(load_vae(files.find_model(VAE, file), _dtype(dtype)))
+        return io.NodeOutput(load_vae(model_files.find_model(VAE, file), _dtype(dtype)))

@@ -4,7 +4,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from . import files
+from . import model_files
 
 
 class K2LoraLoader(io.ComfyNode):
@@ -28,7 +28,7 @@ class K2LoraLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora",
-                    options=files.list_loras(),
+                    options=model_files.list_loras(),
                     tooltip="A file of models/loras, or one that krea2-nano brings.",
                 ),
                 io.Float.Input(
@@ -58,17 +58,17 @@ class K2LoraLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora=None):
-        return lora is None or files.problem(files.find_lora, lora)
+        return lora is None or model_files.problem(model_files.find_lora, lora)
 
     @classmethod
     def fingerprint_inputs(cls, lora=None, **others):
-        return None if lora is None else files.fingerprint(files.find_lora(lora))
+        return None if lora is None else model_files.fingerprint(model_files.find_lora(lora))
 
     @classmethod
     def execute(cls, model, lora, strength=1.0, clip=None, clip_strength=1.0):
         from .managed.lora import apply_lora
 
-        path = files.find_lora(lora)
+        path = model_files.find_lora(lora)
         model, clip, report = apply_lora(model, clip, path, strength, clip_strength)
         log = logging.info if report.is_complete else logging.warning
         log("Krea 2 LoRA: %s", report)

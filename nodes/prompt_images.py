@@ -170,14 +170,14 @@ class K2TextEncodeImages(io.ComfyNode):
         from comfy_execution.graph_utils import ExecutionBlocker
 
         from .managed.encode import encode_with_images
-        from .managed.vision import fitted
+        from .managed.vision import resize_all
 
         check_clip(clip)
         if not 32 <= max_side <= MAX_MAX_SIDE:
             raise ValueError(f"max_side is {max_side}; expected 32 to {MAX_MAX_SIDE}.")
         options = length_options(official_length, max_tokens)
         given = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
-        seen = fitted([batch for batch in given if batch is not None], max_side)
+        seen = resize_all([batch for batch in given if batch is not None], max_side)
         whole = zip(
             seen, read_roles(roles, len(seen)), read_strengths(strengths, len(seen)), strict=True
         )

@@ -3,8 +3,8 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.transformer.references import SHARED_TIME, TIME_ZERO, Reference
+from .inputs import check_limits, verdict
 from .latents import given_vae
-from .limits import check_limits, verdict
 from .reports import reference_report
 
 # What LoRAs of each family were trained with; their weights do not tell.
@@ -190,8 +190,8 @@ def _fitted(image, fit: str, megapixels: float, latent):
     """The pictures (H, W, 3) of a batch at the size to encode."""
     import torch
 
-    from ..krea2_model.images.framing import fitted
     from ..krea2_model.images.pictures import as_reference
+    from ..krea2_model.images.resize import resize_and_crop
     from .managed.vision import pictures
 
     if fit not in FITS:
@@ -206,4 +206,4 @@ def _fitted(image, fit: str, megapixels: float, latent):
         )
     height, width = (8 * side for side in latent["samples"].shape[-2:])
     mode = "crop" if fit == CROP else "stretch"
-    return fitted(images, images[..., 0], width, height, mode)[0]
+    return resize_and_crop(images, images[..., 0], width, height, mode)[0]

@@ -56,7 +56,7 @@ def unused_negative_report(negative) -> str:
     """For a negative at guidance 0, where nobody reads it; empty where it says nothing."""
     if all(states.shape[1] <= SUFFIX_TOKENS for states, _ in negative):
         return ""
-    return "not used: negative, at guidance 0\n(Krea 2 Negative without Guidance would)"
+    return "not used: negative, at guidance 0\n(Krea 2 Negative (NAG) would)"
 
 
 def unknown_report(unknown: list[str]) -> str:

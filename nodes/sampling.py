@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.sizes import MAX_SIZE, check_size, image_tokens, round_size
 from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, check_guidance, sigma_schedule
-from .limits import check_limits, verdict
+from .inputs import check_limits, verdict
 from .reports import (
     sampling_report,
     shift_report,
@@ -14,7 +14,7 @@ from .reports import (
     unused_negative_report,
     unused_report,
 )
-from .runs import (
+from .sampler_run import (
     AUTO,
     BY_SIZE,
     CUSTOM,

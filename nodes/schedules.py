@@ -7,8 +7,8 @@ from comfy_api.latest import io, ui
 from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, part_at, rescaled
 from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
-from .limits import check_limits, verdict
-from .runs import (
+from .inputs import check_limits, verdict
+from .sampler_run import (
     check_model,
     latent_tokens,
     noise_for,

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.tools.check import Report, survey
-from ..krea2_model.tools.check import versions as python_versions
-from . import files
+from ..krea2_model.tools.self_check import Report, survey
+from ..krea2_model.tools.self_check import versions as python_versions
+from . import model_files
 
 
 class K2SelfCheck(io.ComfyNode):
@@ -50,21 +50,21 @@ def self_check(model=None, clip=None) -> Report:
     """Check this ComfyUI and, where they are given, a MODEL and a CLIP."""
     import comfy.model_management as management
 
-    from .managed import state
+    from .managed import describe
 
     report = Report()
-    report.add("Versions", lambda: [*python_versions(), *state.versions()])
-    report.add("Devices", lambda: state.devices(report))
-    report.add("Acceleration", lambda: state.accelerations(report))
-    report.add("What this ComfyUI knows", lambda: state.capabilities(report))
-    report.add("Replaced by custom nodes", state.replaced)
+    report.add("Versions", lambda: [*python_versions(), *describe.versions()])
+    report.add("Devices", lambda: describe.devices(report))
+    report.add("Acceleration", lambda: describe.accelerations(report))
+    report.add("What this ComfyUI knows", lambda: describe.capabilities(report))
+    report.add("Replaced by custom nodes", describe.replaced)
     device = management.get_torch_device()
     # An Apple GPU's memory is the processor's.
     own = not (management.is_device_cpu(device) or management.is_device_mps(device))
     memory = management.get_total_memory(device) if own else 0
-    report.add("Model files", lambda: survey(files.own_files(), report, memory))
+    report.add("Model files", lambda: survey(model_files.own_files(), report, memory))
     if model is not None:
-        report.add("MODEL", lambda: state.model(model))
+        report.add("MODEL", lambda: describe.model(model))
     if clip is not None:
-        report.add("CLIP", lambda: state.clip(clip))
+        report.add("CLIP", lambda: describe.clip(clip))
     return report

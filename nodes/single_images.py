@@ -53,7 +53,7 @@ def latent_of(latent: dict, index: int) -> dict:
 
 def model_of(model, index: int):
     """The model for one image: its row of a negative that stands in for guidance."""
-    from .managed.texts import NEGATIVE_GUIDANCE
+    from .managed.conditions import NEGATIVE_GUIDANCE
 
     chosen = model.model_options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
     if chosen is None or len(chosen[1]) < 2:

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..krea2_model.forecast import Forecast
-from .runs import check_model
+from ..krea2_model.extrapolation import VelocityExtrapolation
+from .sampler_run import check_model
 
 EVERY = {"every step": 1, "every 2nd step": 2, "every 3rd step": 3}
 EXACT, SAGE = "exact", "8 bits (SageAttention)"
@@ -76,14 +76,14 @@ class K2Approximate(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="K2Approximate",
-            display_name="Krea 2 Faster, Not Exact",
+            display_name="Krea 2 Step Skipping",
             category="Krea 2",
             description=(
                 "Trades accuracy for speed: later steps without the model, attention in 8 bits. "
                 "Everything is off until it is chosen here."
             ),
             search_aliases=["krea", "krea2", "k2", "cache", "easycache", "teacache", "speed",
-                            "faster", "sage", "skip steps"],
+                            "faster, not exact", "sage", "skip steps"],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2; for evaluate, Raw with its many steps."),
                 io.Combo.Input(
@@ -140,21 +140,21 @@ class _LeavesOutSteps:
         self._every = every
         self._sigmas = None
         self._steps: dict[float, int] = {}
-        self._forecast: Forecast | None = None
+        self._extrapolation: VelocityExtrapolation | None = None
 
     def __call__(self, executor, x, timestep, model_options, seed):
         sigmas = model_options["transformer_options"]["sample_sigmas"]
         if sigmas is not self._sigmas:  # another run
             self._sigmas = sigmas
             self._steps = {time: step for step, time in enumerate(sigmas.float().tolist())}
-            self._forecast = Forecast(len(sigmas) - 1, self._every)
+            self._extrapolation = VelocityExtrapolation(len(sigmas) - 1, self._every)
         time = timestep.flatten()[0].float().item()
         step = self._steps.get(time)
-        if step is not None and self._forecast.leaves_out(step):
-            return x - time * self._forecast.velocity(time)
+        if step is not None and self._extrapolation.should_skip(step):
+            return x - time * self._extrapolation.velocity(time)
         predicted = executor(x, timestep, model_options, seed)
         if step is not None:
-            self._forecast.note(time, (x - predicted) / time)
+            self._extrapolation.record(time, (x - predicted) / time)
         return predicted
 
 

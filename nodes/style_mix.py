@@ -179,7 +179,7 @@ class K2StyleMix(io.ComfyNode):
         **images,
     ):
         from .managed.references import add_references
-        from .managed.styles import encode_style_mix, same_size
+        from .managed.style_mix import encode_style_mix, same_size
         from .managed.vision import pictures
 
         check_clip(clip)

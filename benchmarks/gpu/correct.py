@@ -197,7 +197,7 @@ def run_kernels(worker) -> None:
     tokens = 48 if worker.tiny else 1088
     kernels = in_process.pack_module("krea2_model.nn.kernels")
     attention = in_process.pack_module("krea2_model.nn.attention")
-    hooks = in_process.pack_module("nodes.managed.hooks").PatchHooks({})
+    backend = in_process.pack_module("nodes.managed.backend").ComfyBackend({})
     positions = torch.randint(64, (1, tokens, 3))
     rope = attention.rope_table(positions, config.axes_dims_rope, config.rope_theta).to(device)
     query, key = random(1, heads, tokens, dim), random(1, groups, tokens, dim)
@@ -219,13 +219,13 @@ def run_kernels(worker) -> None:
     with kernels.keeping_inputs():
         exact_norm = kernels.modulated_norm(hidden.float(), scale, shift, config.norm_eps)
         plain_norm = kernels.modulated_norm(hidden, scale, shift, config.norm_eps)
-    values = {"ours": hooks.modulated_norm(hidden.clone(), scale, shift, config.norm_eps),
+    values = {"ours": backend.modulated_norm(hidden.clone(), scale, shift, config.norm_eps),
               "plain torch": plain_norm}  # fmt: skip
     record(worker, "modulated norm, bf16", values, exact_norm, BF16_LIMIT)
 
     wide = [part.float() for part in (query, *attention.repeat_heads(query, key, value))]
     expected = F.scaled_dot_product_attention(*wide).transpose(1, 2).flatten(2)
-    values = {"ours": hooks.attention(query, key, value),
+    values = {"ours": backend.attention(query, key, value),
               "repeated heads": attention.attend(*(part.to(dtype) for part in wide))}  # fmt: skip
     record(worker, "attention with grouped heads, bf16", values, expected, BF16_LIMIT)
     worker.row(what="grouped heads are taken", passed=attention.takes_grouped_heads(query)

@@ -120,9 +120,9 @@ def our_call(patcher, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def our_fusion(patcher, inputs: Inputs) -> Callable[[], Tensor]:
-    hooks = in_process.pack_module("nodes.managed.hooks").PatchHooks({})
+    backend = in_process.pack_module("nodes.managed.backend").ComfyBackend({})
     inner = patcher.model.diffusion_model
-    return lambda: inner.fuse_context(inputs.context, None, hooks)
+    return lambda: inner.fuse_context(inputs.context, None, backend)
 
 
 def core_call(patcher, inputs: Inputs) -> Callable[[], Tensor]:

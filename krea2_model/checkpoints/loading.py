@@ -36,7 +36,7 @@ from .identify import (
     identify,
     read_header,
 )
-from .quantised import refuse_integers, spell_out
+from .quantised import normalise_metadata, refuse_integers
 from .quantised_layers import stored_entries, stored_names
 from .readable import PLAIN, most_common_dtype, readable
 from .settings import distilled, text_encoder_settings, transformer_settings, vae_settings
@@ -58,7 +58,7 @@ VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY, SIZE_KEY = (
 )  # fmt: skip
 
 # Left over from training in some files, and used by no one.
-STRAYS = frozenset(("last.down.weight", "last.up.weight"))
+TRAINING_LEFTOVERS = frozenset(("last.down.weight", "last.up.weight"))
 
 _VAE_MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
 
@@ -189,11 +189,11 @@ def read_transformer(checkpoint: Checkpoint) -> TransformerState:
     ):
         prefix = prefix_of(checkpoint, (marker,))
         if prefix is not None:
-            found = {translate(n): t for n, t in _under(checkpoint.tensors, prefix).items()}
+            found = {translate(n): t for n, t in strip_prefix(checkpoint.tensors, prefix).items()}
             break
     else:
-        _refuse(checkpoint, TRANSFORMER)
-    for stray in STRAYS & found.keys():
+        _raise_wrong_kind(checkpoint, TRANSFORMER)
+    for stray in TRAINING_LEFTOVERS & found.keys():
         del found[stray]
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     settings = transformer_settings(checkpoint.config, checkpoint.config_name)
@@ -218,7 +218,7 @@ def read_text_encoder(checkpoint: Checkpoint) -> TextEncoderState:
         # The first layer tells the sizes, also where only the embedding is tapped.
         names = text_encoder_keys(checkpoint.tensors, num_layers=max(count, 1))
         if not names:
-            _refuse(checkpoint, TEXT_ENCODER)
+            _raise_wrong_kind(checkpoint, TEXT_ENCODER)
         shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
         config = infer_text_encoder_config(shapes, **settings)
     tensors = {
@@ -233,8 +233,8 @@ def read_vae(checkpoint: Checkpoint) -> VAEState:
     """Translate a VAE's tensors to module names, slice its kernels and read off its sizes."""
     prefix = prefix_of(checkpoint, _VAE_MARKERS)
     if prefix is None:
-        _refuse(checkpoint, VAE)
-    tensors = _under(checkpoint.tensors, prefix)
+        _raise_wrong_kind(checkpoint, VAE)
+    tensors = strip_prefix(checkpoint.tensors, prefix)
     with _misshapen(checkpoint.path, VAE):
         config = infer_vae_config({name: tuple(t.shape) for name, t in tensors.items()})
         settings = vae_settings(checkpoint.config, config.z_dim, checkpoint.config_name)
@@ -297,7 +297,7 @@ def open_checkpoint(
 
 
 def _spelled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str):
-    return spell_out({without_compile(n): t for n, t in tensors.items()}, metadata, name)
+    return normalise_metadata({without_compile(n): t for n, t in tensors.items()}, metadata, name)
 
 
 def _plain_norms_and_tables(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,7 +365,7 @@ def prefix_of(checkpoint: Checkpoint, markers: tuple[str, ...]) -> str | None:
     return None
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
 
 
@@ -424,7 +424,7 @@ def _misshapen(path: Path, what: str) -> Iterator[None]:
         _refuse_parts(path, what, "its tensors have shapes that do not belong together")
 
 
-def _refuse(checkpoint: Checkpoint, expected: str) -> NoReturn:
+def _raise_wrong_kind(checkpoint: Checkpoint, expected: str) -> NoReturn:
     found = identify(checkpoint.tensors)
     raise CheckpointError(
         f"{checkpoint.path.name} is {found}; expected {expected}, for example {WHERE[expected]}."

@@ -2,8 +2,8 @@
 
 ComfyUI's files keep a layer's format and settings as JSON, in a tensor `<layer>.comfy_quant` or in
 the header (`_quantization_metadata`); older ones only have a marker `scaled_fp8` and a
-`scale_weight` a layer. `spell_out` brings all of them to the first form. `dequantise` gives plain
-tensors where no layers that calculate with quantised weights are at hand.
+`scale_weight` a layer. `normalise_metadata` brings all of them to the first form. `dequantise`
+gives plain tensors where no layers that calculate with quantised weights are at hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCALES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING)
 _LONGEST_SETTINGS = 65_536
 
 
-def spell_out(
+def normalise_metadata(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str
 ) -> dict[str, Tensor]:
     """Tensors with the settings of each quantised layer beside it, under the file's prefix or none.
@@ -66,7 +66,7 @@ def spell_out(
 
 
 def layer_settings(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Settings by layer, with the format under "format", of tensors that `spell_out` gave."""
+    """Settings by layer, the format as "format", from the result of `normalise_metadata`."""
     settings = {}
     for name, tensor in tensors.items():
         if name.endswith(SETTINGS):

@@ -69,7 +69,7 @@ class QuantisedWeight:
                 scale.reshape(-1, 1)[part] if scale.numel() > 1 else scale.reshape(())
             )
         if self.group is not None:
-            values = rotate(values, self.group)
+            values = hadamard_rotate(values, self.group)
         values = values.to(dtype)
         if SMOOTHING in stored:
             values = values * stored[SMOOTHING].to(dtype)
@@ -140,7 +140,7 @@ def check_group(group: Any, columns: int, what: str) -> None:
         )
 
 
-def rotate(weight: Tensor, group: int) -> Tensor:
+def hadamard_rotate(weight: Tensor, group: int) -> Tensor:
     """Multiply each run of `group` columns by a Hadamard matrix, which is its own inverse.
 
     ConvRot's is regular (all rows sum to the same): the Kronecker power of a symmetric 4 x 4 one.

@@ -37,7 +37,7 @@ def readable(
     return {
         name: tensor
         if name in stored
-        else _wide(tensor)
+        else _at_least_16_bit(tensor)
         if is_norm_or_table(name)
         else tensor.to(dtypes[1])
         for name, tensor in tensors.items()
@@ -60,6 +60,6 @@ def most_common_dtype(
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _at_least_16_bit(tensor: Tensor) -> Tensor:
     """A norm scale or table as it is stored, but in 16 bits at least."""
     return tensor.float() if tensor.element_size() < 2 else tensor

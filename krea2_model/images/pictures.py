@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from PIL.Image import open as open_image
 from torch import Tensor
 
-from .framing import fitted, on_white
-from .sizes import MAX_SIZE, shrunk_size
+from .resize import on_white, resize_and_crop
+from .sizes import MAX_SIZE, limit_area
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -53,19 +53,19 @@ def pixels_of(picture: Picture, name: str) -> Tensor:
 
 def fit(pixels: Tensor, width: int | None, height: int | None) -> Tensor:
     """A picture (3, H, W) cropped to a size; to its own in whole tokens where it is None."""
-    own = shrunk_size(pixels.shape[2], pixels.shape[1], math.prod(pixels.shape[1:]) / 1024**2)
+    own = limit_area(pixels.shape[2], pixels.shape[1], math.prod(pixels.shape[1:]) / 1024**2)
     image = pixels.movedim(0, -1)[None]
-    made = fitted(image, image[..., 0], width or own[0], height or own[1], "crop")[0]
+    made = resize_and_crop(image, image[..., 0], width or own[0], height or own[1], "crop")[0]
     return made[0].movedim(-1, 0)
 
 
 def as_reference(pixels: Tensor, megapixels: float) -> Tensor:
     """A picture (3, H, W) as the transformer looks at it as a reference, the one way to prepare it.
 
-    At its own shape and of at most an area, see `shrunk_size`: scaled evenly, and cut at both ends
+    At its own shape and of at most an area, see `limit_area`: scaled evenly, and cut at both ends
     to whole tokens, which is less than 16 pixels of the result.
     """
-    width, height = shrunk_size(pixels.shape[2], pixels.shape[1], megapixels)
+    width, height = limit_area(pixels.shape[2], pixels.shape[1], megapixels)
     return fit(pixels, width, height)
 
 

@@ -49,7 +49,7 @@ def is_far(width: int, height: int, size: int) -> bool:
     return not (0.75 <= area <= 1.25 and max(width, height) <= 5 / 3 * min(width, height))
 
 
-def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
+def size_for_aspect(aspect: str, megapixels: float) -> tuple[int, int]:
     """Width and height, in multiples of 16, nearest to an aspect ratio and an area.
 
     aspect: "W:H"; megapixels: in units of 1024 x 1024 pixels, so 1 and "1:1" give 1024 x 1024.
@@ -57,10 +57,10 @@ def size_for(aspect: str, megapixels: float) -> tuple[int, int]:
     if aspect not in ASPECTS:
         raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}.")
     across, down = (int(part) for part in aspect.split(":"))
-    return size_near(across, down, megapixels)
+    return size_for_area(across, down, megapixels)
 
 
-def size_near(across: float, down: float, megapixels: float) -> tuple[int, int]:
+def size_for_area(across: float, down: float, megapixels: float) -> tuple[int, int]:
     """Width and height, in multiples of 16, nearest to the aspect across : down and an area."""
     unit = math.sqrt(_pixels(megapixels) / (across * down))
     sides = (max(1, round(side * unit / MULTIPLE)) * MULTIPLE for side in (across, down))
@@ -73,10 +73,11 @@ def size_near(across: float, down: float, megapixels: float) -> tuple[int, int]:
     return width, height
 
 
-def shrunk_size(width: int, height: int, megapixels: float) -> tuple[int, int]:
+def limit_area(width: int, height: int, megapixels: float) -> tuple[int, int]:
     """Sides of a picture, in multiples of 16, at its own shape and of at most an area.
 
-    It is never made larger, but for sides under 16 pixels. megapixels: as `size_for` takes them.
+    It is never made larger, but for sides under 16 pixels.
+    megapixels: as in `size_for_aspect`.
     """
     scale = min(1.0, math.sqrt(_pixels(megapixels) / (width * height)))
     across, down = (max(1, int(side * scale / MULTIPLE)) for side in (width, height))

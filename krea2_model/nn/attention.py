@@ -1,7 +1,7 @@
 """Rotary positions and the one attention function.
 
 Every attention of this package passes through `attend`; a host brings its own where it chooses the
-backend or lets others patch queries and keys (`Hooks` in transformer.py).
+backend or lets others patch queries and keys (`Backend` in transformer.py).
 """
 
 from __future__ import annotations

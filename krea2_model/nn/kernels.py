@@ -39,24 +39,24 @@ def norm_and_rotate(
     key: Tensor,
     norm: HeadNorm,
     rope: Tensor | None = None,
-    kept: slice | None = None,
+    query_slice: slice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMS norm over each head, then rotary positions: query (B, H, L, D), key (B, KV, L, D).
 
     rope: a `rope_table` of the keys, or None for no positions.
-    kept: the tokens that the queries are of, None for all.
+    query_slice: the tokens that the queries are of, None for all.
     """
     of_keys = None if rope is None else _rotations(rope)
     of_queries = of_keys
-    if of_keys is not None and kept is not None:
-        of_queries = of_keys[:, :, kept]
+    if of_keys is not None and query_slice is not None:
+        of_queries = of_keys[:, :, query_slice]
     return (
         _norm_and_rotate(query, norm.query, norm.eps, of_queries),
         _norm_and_rotate(key, norm.key, norm.eps, of_keys),
     )
 
 
-def rotate(heads: Tensor, rope: Tensor) -> Tensor:
+def apply_rope(heads: Tensor, rope: Tensor) -> Tensor:
     """Rotate interleaved channel pairs: (B, H, L, D) by a `rope_table`, in float32."""
     return _turned(heads.float(), _rotations(rope)).to(heads.dtype)
 

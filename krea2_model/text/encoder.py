@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextEncoderConfig
-from ..images.framing import on_white
+from ..images.resize import on_white
 from ..nn.attention import Attend, attend
 from ..nn.layers import TorchLayers
 from .decoder import CausalMask, DecoderLayer, rotation_of, rotation_table
@@ -36,12 +36,12 @@ from .prompt_images import (
     PromptImage,
     axis_positions,
     check_no_pads,
+    expand_image_tokens,
     image_text,
     kept_images,
-    with_image_tokens,
 )
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-from .vision import ImageTokens, Qwen3VLVisionTower, fit_image
+from .vision import ImageTokens, Qwen3VLVisionTower, resize_for_tower
 
 RELEASED = TextEncoderConfig()
 _EMBEDDING = "embed_tokens.weight"
@@ -234,7 +234,7 @@ class Qwen3VLTextEncoder(nn.Module):
             ids = self.tokenizer.tokenize(prompt, max_sequence_length, before)
             tokens = self._see(kept, max_side)
             if kept:
-                ids = with_image_tokens(ids, [image.grid for image in tokens])
+                ids = expand_image_tokens(ids, [image.grid for image in tokens])
             batch.append(ids)
             seen.append(tokens)
         if max(map(max, batch)) >= self.config.vocab_size:
@@ -262,7 +262,9 @@ class Qwen3VLTextEncoder(nn.Module):
             return []
         tower = self.vision_tower()
         weight = tower.merger.linear_fc2.weight
-        return [tower(fit_image(on_white(image.pixels), max_side).to(weight)) for image in images]
+        return [
+            tower(resize_for_tower(on_white(image.pixels), max_side).to(weight)) for image in images
+        ]
 
 
 def place_images(

@@ -136,7 +136,7 @@ def check_no_pads(prompt: str) -> None:
         )
 
 
-def with_image_tokens(tokens: Sequence[int], grids: Sequence[Grid]) -> list[int]:
+def expand_image_tokens(tokens: Sequence[int], grids: Sequence[Grid]) -> list[int]:
     """Token ids in which each pad is repeated for all tokens of its image.
 
     Raises ValueError unless there are as many pads as images.

@@ -149,14 +149,15 @@ class Qwen3VLVisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> ImageTokens:
         """The tokens of one image.
 
-        pixels: (3, H, W) in [0, 1], both sides multiples of `config.token_side`, see `fit_image`.
+        pixels: (3, H, W) in [0, 1], both sides multiples of `config.token_side`, as
+            `resize_for_tower` makes them.
         Raises ValueError for another shape.
         """
         side = self.config.token_side
         if pixels.ndim != 3 or pixels.shape[0] != 3 or any(n % side for n in pixels.shape[1:]):
             raise ValueError(
                 f"The image has shape {tuple(pixels.shape)}; expected (3, height, width), both "
-                f"sides multiples of {side}, as fit_image makes them."
+                f"sides multiples of {side}, as resize_for_tower makes them."
             )
         rows, columns = (n // self.config.patch_size for n in pixels.shape[1:])
         return self.see(self._patches(pixels), rows, columns)
@@ -219,7 +220,7 @@ class Qwen3VLVisionTower(nn.Module):
         return rearrange(grid, "c (h i) (w j) -> c (h w i j)", i=merge, j=merge)
 
 
-def fit_image(
+def resize_for_tower(
     pixels: Tensor, max_side: int = 384, side: int = 32, *, enlarge: bool = False
 ) -> Tensor:
     """An image (3, H, W) in [0, 1] at the size the tower sees it, of about its own proportions.

@@ -27,7 +27,7 @@ from ..checkpoints.loading import (
     read_vae,
 )
 from ..checkpoints.quantised import SETTINGS, is_quantised
-from ..checkpoints.quantised_weight import rotate
+from ..checkpoints.quantised_weight import hadamard_rotate
 from ..checkpoints.storage import Entry, write_safetensors
 from ..checkpoints.transformer_keys import module_to_official, official_to_diffusers
 from ..checkpoints.vae_keys import vae_key_map
@@ -216,7 +216,7 @@ def _quantised_entries(name: str, tensor, quantise: str) -> Iterator[Entry]:
             made["scale"] = scale
             return (values / scale).clamp(-most, most).to(dtype)
         if group and "convrot" in settings:
-            values = rotate(values, group)
+            values = hadamard_rotate(values, group)
         scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
         made["scale"] = scale
         return (values / scale).round().clamp(-127, 127).to(dtype)

@@ -26,16 +26,16 @@ from ..nn.attention import rope_table
 from ..nn.compiler import outside_graphs
 from ..nn.kernels import HeadNorm, gated_residual, may_overwrite, sigmoid_gated, silu_gated
 from ..nn.layers import TorchLayers, ZeroCentredRMSNorm, read_scales, share_input
-from .hooks import NO_HOOKS, AttentionHooks, Hooks
+from .backend import TORCH_BACKEND, Backend, ExtendedBackend
 from .modulation import BlockModulation, FinalModulation, Modulation, RunModulation, fold_norms
 from .references import (
     REFERENCE_METHODS,
     TIME_ZERO,
-    RecordedReferences,
-    Recorder,
+    KVRecorder,
     Reference,
-    placed,
-    with_bias,
+    ReferenceKVCache,
+    add_strength_bias,
+    with_indices,
 )
 
 
@@ -101,25 +101,25 @@ class GatedAttention(nn.Module):
         hidden: Tensor,
         rope: Tensor | None,
         mask: Tensor | None,
-        hooks: Hooks,
-        kept: slice | None = None,
+        backend: Backend,
+        query_slice: slice | None = None,
         norm: HeadNorm | None = None,
     ) -> Tensor:
         """Attention of tokens (B, L, D).
 
-        kept: the tokens that have a query, None for all; every token has a key.
+        query_slice: the tokens that have a query, None for all; every token has a key.
         norm: of queries and keys, or None to read it here.
         """
         asking = hidden
         wq, wk, wv, gate = self.share_input(hidden, self.wq, self.wk, self.wv, self.gate)
-        if kept is not None:
-            asking = hidden[:, kept]
+        if query_slice is not None:
+            asking = hidden[:, query_slice]
             wq, gate = self.share_input(asking, self.wq, self.gate)
         query = self._split_heads(wq(asking))
         key = self._split_heads(wk(hidden))
         value = self._split_heads(wv(hidden))
         norm = norm or self.qknorm.multipliers(hidden.device)
-        out = hooks.attend(query, key, value, norm, rope, mask, kept)
+        out = backend.attend(query, key, value, norm, rope, mask, query_slice)
         return self.wo(sigmoid_gated(out, gate(asking)))
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ class TextFusionBlock(nn.Module):
         self.attn = self.attention_class(dim, heads, kv_heads, eps, layers, **factory)
         self.mlp = self.mlp_class(dim, config.text_intermediate_size, layers, **factory)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
-        hidden = hidden + self.attn(self.prenorm(hidden), None, mask, hooks)
+    def forward(self, hidden: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
+        hidden = hidden + self.attn(self.prenorm(hidden), None, mask, backend)
         return hidden + self.mlp(self.postnorm(hidden))
 
 
@@ -165,17 +165,17 @@ class TextFusion(nn.Module):
             for _ in range(config.num_refiner_text_blocks)
         )
 
-    def forward(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
+    def forward(self, taps: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
         """taps (B, L, T, D), mask (B, L) bool or None -> (B, L, D)."""
         batch = taps.shape[0]
         hidden = taps.flatten(0, 1)
         for block in self.layerwise_blocks:
-            hidden = block(hidden, None, hooks)
+            hidden = block(hidden, None, backend)
         hidden = self.projector(hidden.transpose(1, 2)).squeeze(-1)
         hidden = hidden.unflatten(0, (batch, -1))
         keys = None if mask is None else mask[:, None, None, :]
         for block in self.refiner_blocks:
-            hidden = block(hidden, keys, hooks)
+            hidden = block(hidden, keys, backend)
         return hidden
 
 
@@ -208,28 +208,28 @@ class SingleStreamBlock(nn.Module):
         rope: Tensor,
         mask: Tensor | None = None,
         split: int | None = None,
-        hooks: Hooks | None = None,
-        kept: slice | None = None,
+        backend: Backend | None = None,
+        query_slice: slice | None = None,
         modulation: Modulation | None = None,
     ) -> Tensor:
         """The next hidden state, where gradients are off in the place of `hidden`.
 
-        kept: the tokens whose state is wanted, before `split`; None for all.
+        query_slice: the tokens whose state is wanted, before `split`; None for all.
         modulation: the block's own of a `StepModulation`, or None to make it here.
         """
-        hooks = hooks or NO_HOOKS
+        backend = backend or TORCH_BACKEND
         rows, norm = modulation or (self._modulation(vector).to(hidden.dtype).unbind(-2), None)
         prescale, preshift, pregate, postscale, postshift, postgate = rows
-        normed = self._norm(hidden, prescale, preshift, split, hooks)
-        update = self.attn(normed, rope, mask, hooks, kept, norm)
+        normed = self._norm(hidden, prescale, preshift, split, backend)
+        update = self.attn(normed, rope, mask, backend, query_slice, norm)
         del normed  # nothing of attention is held while the MLP, the widest part, runs
-        if kept is not None:
-            hidden, split = hidden[:, kept], None
+        if query_slice is not None:
+            hidden, split = hidden[:, query_slice], None
             pregate, postgate = pregate[:, :1], postgate[:, :1]
             postscale, postshift = postscale[:, :1], postshift[:, :1]
         hidden = _residual(hidden, pregate, update, split)
         del update
-        update = self.mlp(self._norm(hidden, postscale, postshift, split, hooks))
+        update = self.mlp(self._norm(hidden, postscale, postshift, split, backend))
         return _residual(hidden, postgate, update, split)
 
     def _modulation(self, vector: Tensor) -> Tensor:
@@ -242,11 +242,11 @@ class SingleStreamBlock(nn.Module):
         read_scales((self.prenorm.scale, self.postnorm.scale), vector.device, fold)
         return rows
 
-    def _norm(self, hidden, scale, shift, split, hooks: Hooks) -> Tensor:
+    def _norm(self, hidden, scale, shift, split, backend: Backend) -> Tensor:
         if split is None:
-            return hooks.modulated_norm(hidden, scale, shift, self.prenorm.eps)
+            return backend.modulated_norm(hidden, scale, shift, self.prenorm.eps)
         sides = zip(_sides(hidden, split), scale.split(1, 1), shift.split(1, 1), strict=True)
-        normed = [hooks.modulated_norm(*side, self.prenorm.eps) for side in sides]
+        normed = [backend.modulated_norm(*side, self.prenorm.eps) for side in sides]
         return torch.cat(normed, dim=1)
 
 
@@ -318,11 +318,11 @@ class Krea2Transformer(nn.Module):
         return self.first.weight.dtype
 
     def fuse_text(
-        self, taps: Tensor, mask: Tensor | None = None, hooks: Hooks = NO_HOOKS
+        self, taps: Tensor, mask: Tensor | None = None, backend: Backend = TORCH_BACKEND
     ) -> Tensor:
         """Fuse tapped text-encoder states into text tokens of the transformer's width.
 
-        taps: (B, L, T, text width) with T tapped layers, kept tokens only.
+        taps: (B, L, T, text width) with T tapped layers, without the template's prefix.
         mask: (B, L) bool, True for real tokens, or None where every token is real.
         Returns (B, L, width). Rows of masked tokens hold no meaning.
         Raises ValueError where the taps are not those of this model's text encoder.
@@ -335,7 +335,7 @@ class Krea2Transformer(nn.Module):
                 f"text encoder of width {expected[1]}. Use the text encoder that belongs to it "
                 "(Qwen3-VL-4B for the released Krea 2)."
             )
-        return self._fuse(taps.to(self.compute_dtype), mask, hooks)
+        return self._fuse(taps.to(self.compute_dtype), mask, backend)
 
     def forward(
         self,
@@ -346,7 +346,7 @@ class Krea2Transformer(nn.Module):
         *,
         references: Sequence[Tensor | Reference] | None = None,
         reference_method: str = TIME_ZERO,
-        hooks: Hooks = NO_HOOKS,
+        backend: Backend = TORCH_BACKEND,
         modulation: RunModulation | None = None,
     ) -> Tensor:
         """Velocity at a time of the flow.
@@ -359,7 +359,7 @@ class Krea2Transformer(nn.Module):
             or `Reference`, which may have a strength and an index of its own.
         reference_method: "index_timestep_zero" modulates reference tokens as finished images
             (time 0), "index" with the step's own time.
-        hooks: lets a host patch tokens, blocks and attention.
+        backend: lets a host patch tokens, blocks and attention.
         modulation: the blocks' weights beside their matrices, read once for many steps in which
             they stay as they are; None reads them here.
         Returns (B, C, h, w) in the dtype of `text`.
@@ -368,7 +368,7 @@ class Krea2Transformer(nn.Module):
             raise ValueError(
                 f"reference_method is {reference_method!r}; expected one of {REFERENCE_METHODS}."
             )
-        beside = placed(references)
+        beside = with_indices(references)
         images = [(0, latents), *((r.index, r.latents) for r in beside)]
         patches = [self._patches(image, text.dtype) for _, image in images]
         image_tokens, *counts = (part.shape[1] for part in patches)
@@ -376,15 +376,15 @@ class Krea2Transformer(nn.Module):
         del patches
         grids = tuple((at, *grid_size(image, self.config.patch_size)) for at, image in images)
         positions = _positions(text.shape[1], grids)
-        text, image, *patched = hooks.tokens(text, tokens, *positions)
+        text, image, *patched = backend.prepare_tokens(text, tokens, *positions)
         text_tokens = text.shape[1]
         rope = self._rope_for(tuple(patched), text.device)
 
         embed = functools.partial(self._embed_time, dtype=text.dtype)
-        time, vector = hooks.embed_time(embed, timestep)
+        time, vector = backend.embed_time(embed, timestep)
         split = None
         if beside and reference_method == TIME_ZERO:
-            _, vector_at_zero = hooks.embed_time(embed, torch.zeros_like(timestep))
+            _, vector_at_zero = backend.embed_time(embed, torch.zeros_like(timestep))
             vector = torch.cat((vector, vector_at_zero), dim=1)
             split = text_tokens + image_tokens
 
@@ -394,11 +394,13 @@ class Krea2Transformer(nn.Module):
         if text_mask is not None:
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
-        kept = slice(text_tokens, text_tokens + image_tokens)
+        query_slice = slice(text_tokens, text_tokens + image_tokens)
         strengths, length = [r.strength for r in beside], hidden.shape[1]
-        mask = with_bias(mask, kept.stop, counts, strengths, length, hidden.device)
+        mask = add_strength_bias(mask, query_slice.stop, counts, strengths, length, hidden.device)
         own = None if modulation is None else modulation.at(vector, hidden.dtype)
-        hidden = hooks.blocks(self.blocks, hidden, kept, vector, rope, mask, split, own)
+        hidden = backend.run_blocks(
+            self.blocks, hidden, query_slice, vector, rope, mask, split, own
+        )
         patch = self.config.patch_size
         velocity = unpatchify(self.last(hidden, time), *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
@@ -407,26 +409,28 @@ class Krea2Transformer(nn.Module):
         self,
         references: Sequence[Tensor | Reference],
         dtype: torch.dtype,
-        hooks_for: Callable[[Recorder], Hooks] = lambda recorder: AttentionHooks(None, recorder),
-    ) -> RecordedReferences:
+        backend_for: Callable[[KVRecorder], Backend] = lambda recorder: ExtendedBackend(
+            None, recorder
+        ),
+    ) -> ReferenceKVCache:
         """What attention reads of references at time 0 that see themselves alone, for many steps.
 
-        Pass the result to `AttentionHooks` of each step instead of `references` to the call. It
+        Pass the result to `ExtendedBackend` of each step instead of `references` to the call. It
         holds 2 x layers x key/value width values a token. dtype: that of the text.
         """
-        result = RecordedReferences()
-        for reference in placed(references):
+        result = ReferenceKVCache()
+        for reference in with_indices(references):
             latents = reference.latents
             image = self.first(self._patches(latents, dtype))
             grid = (reference.index, *grid_size(latents, self.config.patch_size))
-            hooks = hooks_for(result.recorder(reference.strength))
+            backend = backend_for(result.recorder(reference.strength))
             embed = functools.partial(self._embed_time, dtype=dtype)
             none, positions = image[:, :0], _positions(0, (grid,))
-            text, image, *patched = hooks.tokens(none, image, *positions)
-            _, vector = hooks.embed_time(embed, torch.zeros(len(latents), device=latents.device))
+            text, image, *patched = backend.prepare_tokens(none, image, *positions)
+            _, vector = backend.embed_time(embed, torch.zeros(len(latents), device=latents.device))
             rope = self._rope_for(tuple(patched), image.device)
-            kept = slice(0, image.shape[1])
-            hooks.blocks(self.blocks, image, kept, vector, rope, None, None)
+            query_slice = slice(0, image.shape[1])
+            backend.run_blocks(self.blocks, image, query_slice, vector, rope, None, None)
         return result
 
     def _patches(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -434,8 +438,8 @@ class Krea2Transformer(nn.Module):
         self._check_latents(latents)
         return patchify(self._pad(latents).to(dtype), self.config.patch_size)
 
-    def _fuse(self, taps: Tensor, mask: Tensor | None, hooks: Hooks) -> Tensor:
-        return self.txtmlp(self.txtfusion(taps, mask, hooks))
+    def _fuse(self, taps: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
+        return self.txtmlp(self.txtfusion(taps, mask, backend))
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The time embedding (B, 1, D) and the blocks' shared vector (B, 1, 6 D), float32."""
@@ -445,7 +449,7 @@ class Krea2Transformer(nn.Module):
 
     @outside_graphs
     def _rope_for(self, positions: tuple[Tensor, ...], device: torch.device) -> Tensor:
-        """The rotary table of text and image positions, (1, L, 3) each; the last four are kept.
+        """The rotary table of text and image positions, (1, L, 3) each; the last four are cached.
 
         The next step needs the same ones: for the positive, the negative and regional texts.
         """

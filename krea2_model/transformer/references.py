@@ -73,7 +73,7 @@ class Reference:
         return self.strength > 0 and in_window(sigma, first, last)
 
 
-def placed(references: Sequence[Tensor | Reference] | None) -> list[Reference]:
+def with_indices(references: Sequence[Tensor | Reference] | None) -> list[Reference]:
     """References with their indices, without those of strength 0."""
     result = []
     for place, reference in enumerate(references or (), 1):
@@ -84,7 +84,7 @@ def placed(references: Sequence[Tensor | Reference] | None) -> list[Reference]:
     return result
 
 
-def with_bias(
+def add_strength_bias(
     mask: Tensor | None,
     before: int,
     counts: Sequence[int],
@@ -104,10 +104,10 @@ def with_bias(
     pieces = [torch.full((count,), math.log(s)) for count, s in zip(counts, strengths, strict=True)]
     bias = torch.cat([torch.zeros(before), *pieces])
     bias = F.pad(bias, (0, length - len(bias))).to(device)[None, None, None]
-    return bias if mask is None else added_mask(mask) + bias
+    return bias if mask is None else additive_mask(mask) + bias
 
 
-def added_mask(mask: Tensor) -> Tensor:
+def additive_mask(mask: Tensor) -> Tensor:
     """A boolean mask as what is added to scores; one that is added already stays."""
     if mask.dtype is not torch.bool:
         return mask
@@ -116,7 +116,7 @@ def added_mask(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, hidden)
 
 
-class RecordedReferences:
+class ReferenceKVCache:
     """Keys and values, a pair a block, of references that see themselves alone.
 
     In time-zero references nothing then depends on the step, so they are made once a run. That is
@@ -129,11 +129,11 @@ class RecordedReferences:
         # The mask of a call's last block with ours behind it: all blocks have the same one.
         self._mask: tuple[tuple, Tensor | None] | None = None
 
-    def recorder(self, strength: float) -> Recorder:
+    def recorder(self, strength: float) -> KVRecorder:
         """Something to attend with while one more reference goes through the blocks."""
         pairs: list[tuple[Tensor, Tensor]] = []
         self._references.append((strength, pairs))
-        return Recorder(pairs)
+        return KVRecorder(pairs)
 
     def attend(
         self,
@@ -166,11 +166,11 @@ class RecordedReferences:
                 mask = F.pad(mask, (0, behind), value=True if mask.dtype is torch.bool else 0.0)
             strengths = [strength for strength, _ in self._references]
             length, device = tokens + behind, key.device
-            self._mask = asked, with_bias(mask, tokens, counts, strengths, length, device)
+            self._mask = asked, add_strength_bias(mask, tokens, counts, strengths, length, device)
         return self._mask[1]
 
 
-class Recorder:
+class KVRecorder:
     """Attends as usual and keeps the keys and values."""
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..nn.attention import Attend, attend
 from ..nn.kernels import norm_and_rotate
-from .hooks import NO_HOOKS, Hooks
+from .backend import TORCH_BACKEND, Backend
 from .references import Reference
 from .text_attention import TextStates
 
@@ -40,18 +40,18 @@ def attend_past_padding(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    kept: slice | None = None,
+    query_slice: slice | None = None,
 ) -> Tensor:
     """Attention of each sequence alone and without its padding, so exact; (B, L, H * D).
 
     padding: tokens at the front of each sequence that are there for others' sake alone.
     mask: None, or a bias that is the same for all sequences.
-    kept: the tokens that the queries are of, behind the padding; None for all.
+    query_slice: the tokens that the queries are of, behind the padding; None for all.
     """
     batch, heads, tokens, dim = query.shape
     out = query.new_zeros(batch, tokens, heads * dim)
     for index, padded in enumerate(padding):
-        one, first = slice(index, index + 1), padded if kept is None else 0
+        one, first = slice(index, index + 1), padded if query_slice is None else 0
         out[one, first:] = attention(
             query[one, :, first:],
             key[one, :, padded:],
@@ -61,15 +61,15 @@ def attend_past_padding(
     return out
 
 
-class PaddedHooks(Hooks):
+class PaddedBackend(Backend):
     """A call whose sequences have padding in front."""
 
     def __init__(self, padding: Sequence[int]):
         self.padding = padding
 
-    def attend(self, query, key, value, norm, rope, mask, kept=None):
-        query, key = norm_and_rotate(query, key, norm, rope, kept)
-        return attend_past_padding(attend, self.padding, query, key, value, mask, kept)
+    def attend(self, query, key, value, norm, rope, mask, query_slice=None):
+        query, key = norm_and_rotate(query, key, norm, rope, query_slice)
+        return attend_past_padding(attend, self.padding, query, key, value, mask, query_slice)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class SharedTexts:
 
     states: Tensor
     mask: Tensor | None
-    hooks: Hooks
+    backend: Backend
 
     def velocities(
         self,
@@ -96,7 +96,7 @@ class SharedTexts:
                 for r in references
             ]
         velocity = transformer(
-            both, timestep.repeat(2), self.states, self.mask, hooks=self.hooks, **options
+            both, timestep.repeat(2), self.states, self.mask, backend=self.backend, **options
         )
         positive, negative = velocity.float().chunk(2)
         return positive, negative
@@ -118,12 +118,12 @@ def share(positive: TextStates | None, negative: TextStates | None) -> SharedTex
             F.pad(t.states, (0, 0, count, 0)) for t, count in zip(texts, missing, strict=True)
         ]
         padding = [count for t, count in zip(texts, missing, strict=True) for _ in t.states]
-        hooks = PaddedHooks(padding) if any(missing) else NO_HOOKS
-        return SharedTexts(torch.cat(states), None, hooks)
+        backend = PaddedBackend(padding) if any(missing) else TORCH_BACKEND
+        return SharedTexts(torch.cat(states), None, backend)
     masks, states = [], []
     for text, count in zip(texts, missing, strict=True):
         real = text.states.new_ones(text.states.shape[:2], dtype=torch.bool)
         real = real if text.mask is None else text.mask.bool()
         masks.append(F.pad(real, (0, count), value=False))
         states.append(F.pad(text.states, (0, 0, 0, count)))
-    return SharedTexts(torch.cat(states), torch.cat(masks), NO_HOOKS)
+    return SharedTexts(torch.cat(states), torch.cat(masks), TORCH_BACKEND)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..guidance import in_window
 from ..nn.attention import Attend
-from .references import added_mask
+from .references import additive_mask
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class TextAttention:
             if weights is not None
         ]
 
-    def prepare(self, hidden: Tensor, kept: slice, rope: Tensor, mask: Tensor | None, split):
-        """The blocks' arguments with the negative's tokens in front, see `Hooks.blocks`."""
-        self._text_tokens, front = kept.start, self.front
+    def prepare(self, hidden: Tensor, query_slice: slice, rope: Tensor, mask: Tensor | None, split):
+        """The blocks' arguments with the negative's tokens in front, see `Backend.run_blocks`."""
+        self._text_tokens, front = query_slice.start, self.front
         if self._negative is None:
-            return hidden, kept, rope, mask, split
+            return hidden, query_slice, rope, mask, split
         hidden = torch.cat((self._negative.states.to(hidden.dtype), hidden), dim=1)
         # All text stands at position zero: any row of text will do.
         rope = torch.cat((rope[:, :, :1].expand(-1, -1, front, -1, -1, -1), rope), dim=2)
@@ -136,10 +136,10 @@ class TextAttention:
             before = plain.expand(-1, -1, -1, front) if own is None else own[:, None, None, :]
             after = plain.expand(-1, -1, -1, hidden.shape[1] - front) if mask is None else mask
             if after.dtype is not torch.bool:
-                before = added_mask(before)
+                before = additive_mask(before)
             mask = torch.cat([part.expand(rows, -1, -1, -1) for part in (before, after)], dim=3)
-        kept = slice(kept.start + front, kept.stop + front)
-        return hidden, kept, rope, mask, None if split is None else split + front
+        query_slice = slice(query_slice.start + front, query_slice.stop + front)
+        return hidden, query_slice, rope, mask, None if split is None else split + front
 
     def attend(
         self,
@@ -148,9 +148,9 @@ class TextAttention:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        kept: slice | None,
+        query_slice: slice | None,
     ) -> Tensor:
-        """Attention over normed and rotated heads; `kept` as in `Hooks.attend`."""
+        """Attention over normed and rotated heads; `kept` as in `Backend.attend`."""
         for first, weights, shares in self._weights:
             value = _weighed(value, first, weights, shares)
         if self._settings is None:
@@ -163,18 +163,18 @@ class TextAttention:
             return torch.cat((heads[..., :front, :], heads[..., front + text :, :]), dim=-2)
 
         plain = attention(
-            query if kept is not None else query[:, :, positive],
+            query if query_slice is not None else query[:, :, positive],
             key[:, :, positive],
             value[:, :, positive],
             None if mask is None else mask[..., positive],
         )
         against = attention(
-            query if kept is not None else past_text(query),
+            query if query_slice is not None else past_text(query),
             past_text(key),
             past_text(value),
             None if mask is None else past_text(mask.mT).mT,
         )
-        if kept is not None:
+        if query_slice is not None:
             return normalised_guidance(plain, against, self._settings)
         image = normalised_guidance(plain[:, text:], against[:, front:], self._settings)
         return torch.cat((against[:, :front], plain[:, :text], image), dim=1)

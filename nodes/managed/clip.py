@@ -13,13 +13,13 @@ from ...krea2_model.checkpoints.identify import TEXT_ENCODER
 from ...krea2_model.checkpoints.loading import Checkpoint, read_text_encoder
 from ...krea2_model.text.encoder import Qwen3VLTextEncoder
 from ...krea2_model.text.generation import Sampling
-from .gguf import GGUFOperations, KeepsBlocks, wrap
-from .image_tokens import contents_of, has_images, row_length
-from .language import LazyTail
+from .checkpoint import check_weights, open_part
+from .gguf import GGUFOperations, GGUFPatcher, wrap
+from .image_tokens import cache_key, has_images, row_length
+from .language_tail import LazyTail
 from .text_model import Krea2TextModel, encoder_layers, joined_rows, rows_of
 from .tokenizer import NAME, Krea2ClipTokenizer
 from .vision import LazyVision
-from .weights import check_weights, open_part
 
 # Prompts whose encodings are remembered, in main memory: 100 tokens take 12 MB, eight images of
 # 384 px 140.
@@ -158,7 +158,7 @@ class Krea2CLIP(comfy.sd.CLIP):
             return None
         if self.cond_stage_model.is_changed:
             return None
-        rows = [contents_of(row) for row in tokens.get(NAME, ())]
+        rows = [cache_key(row) for row in tokens.get(NAME, ())]
         if not rows or not all(isinstance(token, (int, tuple)) for row in rows for token in row):
             return None
         return [(self.patcher.patches_uuid, row) for row in rows]
@@ -193,7 +193,7 @@ def load_clip(
         disable_dynamic=disable_dynamic or blocks,
     )
     if blocks:
-        clip.patcher.__class__ = type("BlockPatcher", (KeepsBlocks, type(clip.patcher)), {})
+        clip.patcher.__class__ = type("BlockPatcher", (GGUFPatcher, type(clip.patcher)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     clip.cond_stage_model.tail = LazyTail(path, dtype, encoder_layers)
     clip.cond_stage_model.section.vision = LazyVision(path, dtype, encoder_layers)

@@ -2,7 +2,7 @@
 
 Other packs ask for core's classes, read their attributes, call blocks and attention by themselves,
 replace `forward` of a part, or rebuild the whole forward pass. So each part here is a subclass of
-core's that is built as ours. Called in our own way (with `Hooks`), it runs our code. Called in
+core's that is built as ours. Called in our own way (with `Backend`), it runs our code. Called in
 core's way (with `transformer_options`), it runs core's function on our weights, whatever others
 made of that function: nothing that they hold is overwritten, and what they replaced is called.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 from ...krea2_model.nn import kernels
 from ...krea2_model.transformer import model as ours
-from ...krea2_model.transformer.hooks import Hooks
+from ...krea2_model.transformer.backend import Backend
 from .shared_inputs import share_input
 
 # Where transformer_options of a call of our model hold its backend, as a weak reference.
@@ -66,7 +66,7 @@ class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
         query_slice=None,
         norm=None,
     ):
-        if isinstance(transformer_options, Hooks):
+        if isinstance(transformer_options, Backend):
             return super().forward(x, freqs, mask, transformer_options, query_slice, norm)
         backend = transformer_options.get(BACKEND, _nobody)()
         if backend is None or is_replaced(core.Attention):
@@ -90,7 +90,7 @@ class TextFusionBlock(ours.TextFusionBlock, _built_as_ours(core.TextFusionBlock)
     mlp_class = SwiGLU
 
     def forward(self, x, mask=None, transformer_options={}):  # noqa: B006
-        if isinstance(transformer_options, Hooks):
+        if isinstance(transformer_options, Backend):
             return super().forward(x, mask, transformer_options)
         return core.TextFusionBlock.forward(
             self, x, mask=mask, transformer_options=transformer_options
@@ -101,7 +101,7 @@ class TextFusion(ours.TextFusion, _built_as_ours(core.TextFusionTransformer)):
     block_class = TextFusionBlock
 
     def forward(self, x, mask=None, transformer_options={}):  # noqa: B006
-        if isinstance(transformer_options, Hooks):
+        if isinstance(transformer_options, Backend):
             return super().forward(x, mask, transformer_options)
         return core.TextFusionTransformer.forward(
             self, x, mask=mask, transformer_options=transformer_options
@@ -123,7 +123,7 @@ class Block(ours.SingleStreamBlock, _built_as_ours(core.SingleStreamBlock)):
         query_slice=None,
         modulation=None,
     ):
-        if isinstance(transformer_options, Hooks):
+        if isinstance(transformer_options, Backend):
             conditions = (x, vec, freqs, mask, timestep_zero_index)
             return super().forward(*conditions, transformer_options, query_slice, modulation)
         # Older versions of core have no argument for references.
@@ -159,11 +159,11 @@ class Transformer(ours.Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
         part = getattr(part, "_orig_mod", part)
         return is_touched(part, self._types) or any(map(is_replaced, _CLASSES))
 
-    def _fuse(self, taps, mask, hooks):
+    def _fuse(self, taps, mask, backend):
         if not self.is_touched(self.txtfusion):
-            return super()._fuse(taps, mask, hooks)
+            return super()._fuse(taps, mask, backend)
         keys = None if mask is None else mask[:, None, None, :]
-        fused = self.txtfusion(taps, mask=keys, transformer_options=hooks.options)
+        fused = self.txtfusion(taps, mask=keys, transformer_options=backend.options)
         return self.txtmlp(fused)
 
 
@@ -212,6 +212,6 @@ def _nobody() -> None:
     """In the place of a weak reference to a backend."""
 
 
-def announce(backend: Hooks, options: dict) -> None:
+def announce(backend: Backend, options: dict) -> None:
     """Let parts that others call with these options find the backend of the call."""
     options[BACKEND] = ref(backend)

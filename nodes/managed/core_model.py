@@ -14,9 +14,9 @@ import comfy.model_patcher
 from ...krea2_model.checkpoints.identify import CheckpointError
 from ...krea2_model.config import Preset, TransformerConfig
 from ...krea2_model.transformer.model import Krea2Transformer
-from .gguf import KeepsBlocks
+from .conditions import TOKEN_WEIGHTS
+from .gguf import GGUFPatcher
 from .references import APART, SETTINGS
-from .texts import TOKEN_WEIGHTS
 
 # Of text fusion's two kinds of blocks, core builds so many each.
 _FUSION_BLOCKS = 2
@@ -82,7 +82,7 @@ def core_patcher_class(load_device, disable_dynamic: bool, blocks: bool):
     base = comfy.model_patcher.CoreModelPatcher
     if disable_dynamic or blocks or comfy.model_management.is_device_cpu(load_device):
         base = comfy.model_patcher.ModelPatcher
-    return type("BlockPatcher", (KeepsBlocks, base), {}) if blocks else base
+    return type("BlockPatcher", (GGUFPatcher, base), {}) if blocks else base
 
 
 def is_core(model) -> bool:

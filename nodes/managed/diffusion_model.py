@@ -8,7 +8,7 @@ import torch
 
 from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
-from .hooks import PatchHooks
+from .backend import ComfyBackend
 from .layers import comfy_layers
 from .references import plan_for, tokens_of
 
@@ -54,17 +54,19 @@ class Krea2DiffusionModel(contract.Transformer):
         latents = _single_frame(x)
         mask = None if attention_mask is None else attention_mask > 0.5
         # Text is fused before a run only where nobody touches the model during it.
-        hooks = PatchHooks(transformer_options, None if self.is_fused(context) else self.is_touched)
+        backend = ComfyBackend(
+            transformer_options, None if self.is_fused(context) else self.is_touched
+        )
         # The latents come in the dtype that ComfyUI chose for this run.
         text, lengths = context, kwargs.get("text_lengths")
         if lengths is not None and min(lengths) < context.shape[1]:
-            hooks.padding = [context.shape[1] - length for length in lengths]
+            backend.padding = [context.shape[1] - length for length in lengths]
         cache = kwargs.get("run_cache")
         if cache is not None:
-            hooks.times, hooks.graphs = cache.times, cache.graphs
-        hooks.text = self._text_attention(timesteps, mask, hooks, kwargs)
+            backend.times, backend.graphs = cache.times, cache.graphs
+        backend.text = self._text_attention(timesteps, mask, backend, kwargs)
         if not self.is_fused(context):
-            text = self.fuse_context(context.to(latents.dtype), mask, hooks)
+            text = self.fuse_context(context.to(latents.dtype), mask, backend)
         plan = kwargs.get("reference_plan")
         plan = plan or plan_for(ref_latents or (), kwargs.get("ref_latents_method"))
         references = []
@@ -73,9 +75,11 @@ class Krea2DiffusionModel(contract.Transformer):
             beside = [comfy.utils.repeat_to_batch_size(latent, len(latents)) for latent in beside]
             references = plan.references_at(timesteps[0].item(), beside)
         if references:
-            hooks.options["reference_image_num_tokens"] = [tokens_of(r.latents) for r in references]
+            backend.options["reference_image_num_tokens"] = [
+                tokens_of(r.latents) for r in references
+            ]
         if plan.kept is not None and references:
-            hooks.references = self._recorded(plan.kept, references, text.dtype, hooks)
+            backend.references = self._recorded(plan.kept, references, text.dtype, backend)
             references = []
         velocity = super().forward(
             latents,
@@ -84,17 +88,17 @@ class Krea2DiffusionModel(contract.Transformer):
             mask,
             references=references,
             reference_method=plan.method,
-            hooks=hooks,
+            backend=backend,
             modulation=None if cache is None else cache.modulation(self, latents.device),
         )
         return velocity.reshape(x.shape)
 
-    def _recorded(self, kept, references, dtype, hooks):
+    def _recorded(self, kept, references, dtype, backend):
         """What attention reads of references that see themselves alone, made once a run."""
 
-        def hooks_for(recorder):
-            recording = PatchHooks(hooks.options, hooks.is_touched)
-            recording.references, recording.times = recorder, hooks.times
+        def backend_for(recorder):
+            recording = ComfyBackend(backend.options, backend.is_touched)
+            recording.references, recording.times = recorder, backend.times
             return recording
 
         # The images of a batch mostly have the same references, which need not be kept twice.
@@ -105,9 +109,9 @@ class Krea2DiffusionModel(contract.Transformer):
             for r in references
         ]
         key = tuple((r.index, len(r.latents)) for r in single)
-        return kept.recorded(key, lambda: self.record(single, dtype, hooks_for))
+        return kept.recorded(key, lambda: self.record(single, dtype, backend_for))
 
-    def _text_attention(self, timesteps, mask, hooks, conditions) -> TextAttention | None:
+    def _text_attention(self, timesteps, mask, backend, conditions) -> TextAttention | None:
         """What the call's conditions ask of the blocks beyond attending to text, if anything."""
         weights, negative = conditions.get("token_weights"), conditions.get("negative_text")
         window = conditions.get("negative_window")
@@ -116,7 +120,7 @@ class Krea2DiffusionModel(contract.Transformer):
         own = conditions.get("negative_mask")
         own = None if own is None else own > 0.5
         if not self.is_fused(negative):
-            negative = self.fuse_context(negative, own, hooks)
+            negative = self.fuse_context(negative, own, backend)
         states = TextStates(negative, own, conditions.get("negative_weights"))
         return TextAttention(weights, mask, states, window.settings)
 
@@ -128,7 +132,7 @@ class Krea2DiffusionModel(contract.Transformer):
         """Whether a context holds text tokens of the transformer's width, made before the run."""
         return context is not None and context.shape[-1] == self.config.hidden_size
 
-    def fuse_context(self, context, mask, hooks):
+    def fuse_context(self, context, mask, backend):
         """Conditioning (B, L, T * D), the tap axis outermost, to text tokens (B, L, width)."""
         taps, width = self.txtlayers, self.txtdim
         if context is None or not self.takes(context):
@@ -138,7 +142,7 @@ class Krea2DiffusionModel(contract.Transformer):
                 f"{taps * width}. Encode the prompt with the Qwen3-VL text encoder that belongs "
                 "to it, through Load Krea 2 Text Encoder (or CLIPLoader of type krea2)."
             )
-        return self._fuse(context.unflatten(-1, (taps, width)), mask, hooks)
+        return self._fuse(context.unflatten(-1, (taps, width)), mask, backend)
 
 
 def _single_frame(latents):

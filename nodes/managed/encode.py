@@ -8,7 +8,7 @@ from ...krea2_model.text.prompt_images import (
     image_weights,
 )
 from ...krea2_model.text.prompt_weights import parse_weights, plain_prompt, token_weights
-from .texts import TOKEN_WEIGHTS
+from .conditions import TOKEN_WEIGHTS
 from .tokenizer import Krea2ClipTokenizer
 
 
@@ -37,8 +37,8 @@ def encode_with_images(
 ):
     """A prompt with images in front of it to CONDITIONING, by a CLIP of ours.
 
-    images: in sizes that the tower takes (`vision.fitted`), with strengths other than 0; strengths
-        other than 1 travel as weights of the images' tokens, like those of words.
+    images: in sizes that the tower takes (`vision.resize_all`), with strengths other than 0. A
+        strength other than 1 becomes the weight of the image's tokens, like a word's.
     labels, weighted, options: see `prompt_images.image_text` and `encode_prompts`.
 
     Raises ValueError for another CLIP, and CheckpointError where its file has no vision tower.

@@ -59,7 +59,7 @@ def wrap(tensor, dtype: torch.dtype):
     return QuantizedTensor(tensor.data, LAYOUT, params)
 
 
-def is_blocks(weight) -> bool:
+def is_gguf(weight) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
 
 
@@ -80,7 +80,7 @@ class GGUFOperations(comfy.ops.manual_cast):
 
     class Embedding(comfy.ops.manual_cast.Embedding):
         def forward(self, tokens, out_dtype=None):
-            if not is_blocks(self.weight):
+            if not is_gguf(self.weight):
                 return super().forward(tokens, out_dtype=out_dtype)
             params = self.weight._params
             if len(self.weight._qdata) != params.orig_shape[0]:
@@ -94,19 +94,19 @@ class GGUFOperations(comfy.ops.manual_cast):
             return dequantise(rows, params.format, shape, dtype).to(tokens.device)
 
 
-class KeepsBlocks:
+class GGUFPatcher:
     """A patcher that adds patches to a block weight on use, also where it is loaded whole."""
 
     def load(self, *args, **kwargs):
         super().load(*args, **kwargs)
         # Afterwards, since loading takes away the patches of layers that were there already.
         for key in self.patches:
-            layer = self._block_layer(key)
+            layer = self._gguf_layer(key)
             if layer is not None and not any(is_patch(f) for f in layer.weight_function):
                 layer.weight_function = [LowVramPatch(key, self.patches), *layer.weight_function]
 
     def patch_weight_to_device(self, key, device_to=None, *args, return_weight=False, **kwargs):
-        if return_weight or key not in self.patches or self._block_layer(key) is None:
+        if return_weight or key not in self.patches or self._gguf_layer(key) is None:
             return super().patch_weight_to_device(
                 key, device_to, *args, return_weight=return_weight, **kwargs
             )
@@ -116,13 +116,13 @@ class KeepsBlocks:
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for layer in self.model.modules():
-                if is_blocks(getattr(layer, "weight", None)):
+                if is_gguf(getattr(layer, "weight", None)):
                     layer.weight_function = []
 
-    def _block_layer(self, key):
+    def _gguf_layer(self, key):
         name, _, parameter = key.rpartition(".")
         layer = comfy.utils.get_attr(self.model, name)
-        return layer if parameter == "weight" and is_blocks(layer.weight) else None
+        return layer if parameter == "weight" and is_gguf(layer.weight) else None
 
 
 def is_patch(function) -> bool:
@@ -131,4 +131,4 @@ def is_patch(function) -> bool:
 
 def plain(tensor):
     """Blocks as numbers, for saving; others as they are."""
-    return tensor.dequantize() if is_blocks(tensor) else tensor
+    return tensor.dequantize() if is_gguf(tensor) else tensor

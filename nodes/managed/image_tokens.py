@@ -15,9 +15,9 @@ import comfy.text_encoders.qwen3vl as core
 import comfy.text_encoders.qwen_vl as core_images
 import torch
 
-from ...krea2_model.images.framing import on_white
-from ...krea2_model.text.prompt_images import IMAGE_PAD, TOKEN_SIDE, with_image_tokens
-from ...krea2_model.text.vision import ImageTokens, Qwen3VLVisionTower, fit_image
+from ...krea2_model.images.resize import on_white
+from ...krea2_model.text.prompt_images import IMAGE_PAD, TOKEN_SIDE, expand_image_tokens
+from ...krea2_model.text.vision import ImageTokens, Qwen3VLVisionTower, resize_for_tower
 from .contract import is_replaced
 from .vision import pictures
 
@@ -48,13 +48,13 @@ def with_images(tokens: list[int], images, as_trained: bool) -> list:
     """
     entries = split_images(images)
     if as_trained:
-        entries = [fit_image(p, _CORE_SIDE).movedim(0, -1)[None] for p in pictures(images)]
+        entries = [resize_for_tower(p, _CORE_SIDE).movedim(0, -1)[None] for p in pictures(images)]
     elif isinstance(images, (list, tuple)) and tokens.count(IMAGE_PAD) == len(images):
         # Of a batch in one place, core sees the first image.
         entries = list(images)
     if not entries:
         return tokens
-    with_image_tokens(tokens, [(1, 1)] * len(entries))
+    expand_image_tokens(tokens, [(1, 1)] * len(entries))
     left = iter(entries)
     mark = {AS_TRAINED: True} if as_trained else {}
     return [
@@ -90,10 +90,10 @@ def has_images(rows) -> bool:
 
 def row_length(row: list) -> int:
     """Tokens of a row, those of its images included."""
-    return len(row) + sum(image_sizes(row)) // TOKEN_SIDE**2
+    return len(row) + sum(image_pixel_counts(row)) // TOKEN_SIDE**2
 
 
-def image_sizes(row: Iterable) -> list[int]:
+def image_pixel_counts(row: Iterable) -> list[int]:
     """Pixels of each image in a row of tokens."""
     return [
         image.shape[1] * image.shape[2]
@@ -103,15 +103,15 @@ def image_sizes(row: Iterable) -> list[int]:
     ]
 
 
-def contents_of(row: list) -> tuple:
+def cache_key(row: list) -> tuple:
     """The tokens of a row of (token, weight), by which rows are told apart.
 
     An image counts by its pixels, and a tensor of another pack by being the same one.
     """
-    return tuple(_content_of(pair[0]) for pair in row)
+    return tuple(_token_key(pair[0]) for pair in row)
 
 
-def _content_of(token):
+def _token_key(token):
     if not is_image(token):
         return token if isinstance(token, int) else _Same(token)
     digests = []
@@ -143,7 +143,7 @@ def look(row: list, tower: Qwen3VLVisionTower | None, device) -> Look:
     assert tower is not None  # it is loaded with the encoder where a row has an image
     if all(AS_TRAINED in token for token in images) or not _CORE_SEES:
         seen = [
-            tower(fit_image(picture, _CORE_SIDE).to(device, torch.float32))
+            tower(resize_for_tower(picture, _CORE_SIDE).to(device, torch.float32))
             for token in images
             for picture in pictures(_images_of(token)[:1])
         ]
@@ -215,4 +215,4 @@ def _opaque(image: torch.Tensor) -> torch.Tensor:
 def _ids(row: list, seen: list[ImageTokens]) -> list[int]:
     """Token ids of a row in which each image has its places."""
     ids = [IMAGE_PAD if is_image(token) else token for token in row]
-    return with_image_tokens(ids, [image.grid for image in seen])
+    return expand_image_tokens(ids, [image.grid for image in seen])

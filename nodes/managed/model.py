@@ -21,18 +21,9 @@ from ...krea2_model.config import Preset
 from ...krea2_model.tools.convert import FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
 from . import contract
-from .branches import add_branches, file_name, take_branches
-from .core_model import CoreModel, core_patcher_class, core_unet_config
-from .diffusion_model import Krea2DiffusionModel
-from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
-from .graphs import CUDA_GRAPH, BlockGraphs
-from .hooks import OVERRIDE, PatchHooks
-from .low_rank import branch_bytes
-from .once import ScheduleTimes, run_cache
-from .patcher import patcher_class
-from .previews import latent_format
-from .references import LATENTS, SETTINGS, reference_conditions
-from .texts import (
+from .backend import OVERRIDE, ComfyBackend
+from .checkpoint import check_format, check_weights, open_part
+from .conditions import (
     NEGATIVE_GUIDANCE,
     SMALL_IMAGE,
     FusedText,
@@ -40,7 +31,16 @@ from .texts import (
     TextLengths,
     weights_of,
 )
-from .weights import check_format, check_weights, open_part
+from .core_model import CoreModel, core_patcher_class, core_unet_config
+from .diffusion_model import Krea2DiffusionModel
+from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
+from .graphs import CUDA_GRAPH, BlockGraphs
+from .low_rank import branch_bytes
+from .patcher import patcher_class
+from .previews import latent_format
+from .references import LATENTS, SETTINGS, reference_conditions
+from .run_cache import ScheduleTimes, run_cache
+from .svdquant import add_branches, file_name, take_branches
 
 
 class Krea2Model(comfy.model_base.Krea2):
@@ -100,7 +100,7 @@ class Krea2Model(comfy.model_base.Krea2):
         return {"ref_latents": [1, 16, sum(latent.numel() for latent in references) // 16]}
 
     def _against(self, conditioning) -> dict:
-        """The conditions of Krea 2 Negative without Guidance, for what is not a negative itself."""
+        """The conditions of Krea 2 Negative (NAG), for what is not a negative itself."""
         options = getattr(self.current_patcher, "model_options", {})
         chosen = options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
         if chosen is None or conditioning.get("prompt_type") == "negative":
@@ -156,7 +156,7 @@ class Krea2Model(comfy.model_base.Krea2):
         )
 
     def _may_share_calls(self, noise) -> bool:
-        """Whether texts of different length should share a call, see `managed.texts`.
+        """Whether texts of different length should share a call, see `managed.conditions`.
 
         Where weights stream to the device they then stream once a step, and a small image takes
         no longer to read them for than to calculate with them. Patches see plain calls.
@@ -189,10 +189,10 @@ class Krea2Model(comfy.model_base.Krea2):
         if transformer.is_fused(context):
             return context
         options = self.current_patcher.model_options.get("transformer_options", {})
-        hooks = PatchHooks(options)
+        backend = ComfyBackend(options)
         context = context.to(device, self.get_dtype_inference())
         mask = None if mask is None else mask.to(device) > 0.5
-        return transformer.fuse_context(context, mask, hooks)
+        return transformer.fuse_context(context, mask, backend)
 
     def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
         """Bytes of activations and workspace.

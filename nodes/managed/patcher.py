@@ -6,9 +6,9 @@ import comfy.model_management
 import comfy.model_patcher
 
 from ...krea2_model.checkpoints.transformer_keys import module_to_official, official_to_module
-from .gguf import KeepsBlocks
+from .gguf import GGUFPatcher
 from .layers import CastLeaf
-from .once import LoadsThemLast
+from .load_order import LoadRunConstantsLast
 
 
 class _OfficialAlias(list):
@@ -74,9 +74,9 @@ def patcher_class(load_device, disable_dynamic: bool, blocks: bool):
         # The dynamic patcher bakes patches into weights, which blocks do not allow.
         base = comfy.model_patcher.ModelPatcher
     if blocks:
-        base = type("BlockPatcher", (KeepsBlocks, base), {})
+        base = type("BlockPatcher", (GGUFPatcher, base), {})
     return _krea2_patcher(base)
 
 
 def _krea2_patcher(base):
-    return type("Krea2ModelPatcher", (_OfficialNames, LoadsThemLast, base), {})
+    return type("Krea2ModelPatcher", (_OfficialNames, LoadRunConstantsLast, base), {})

@@ -16,8 +16,8 @@ from ...krea2_model.guidance import in_window
 from ...krea2_model.transformer.references import (
     SHARED_TIME,
     TIME_ZERO,
-    RecordedReferences,
     Reference,
+    ReferenceKVCache,
 )
 
 # Core's keys.
@@ -26,14 +26,14 @@ LATENTS, METHOD = "reference_latents", "reference_latents_method"
 SETTINGS, APART = "krea2_references", "krea2_references_apart"
 
 
-class KeptReferences:
+class ReferenceCaches:
     """What is kept of references during a run, for all conditionings with the same ones."""
 
     def __init__(self, latents):
         self._latents = latents  # They are told apart by identity, so they have to live as long.
-        self._recorded: dict[tuple, RecordedReferences] = {}
+        self._recorded: dict[tuple, ReferenceKVCache] = {}
 
-    def recorded(self, key: tuple, record) -> RecordedReferences:
+    def recorded(self, key: tuple, record) -> ReferenceKVCache:
         """What `record()` made of those that are there, made once."""
         if key not in self._recorded:
             self._recorded[key] = record()
@@ -41,7 +41,7 @@ class KeptReferences:
 
 
 # Freed with the last conditioning of the run.
-_KEPT: WeakValueDictionary[tuple, KeptReferences] = WeakValueDictionary()
+_KEPT: WeakValueDictionary[tuple, ReferenceCaches] = WeakValueDictionary()
 
 
 class Place(NamedTuple):
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
     places: tuple[Place, ...]
     method: str
-    kept: KeptReferences | None = None
+    kept: ReferenceCaches | None = None
 
     def references_at(self, time: float, latents: list[torch.Tensor]) -> list[Reference]:
         """Those that a call at a time looks at; latents (B, C, h, w) of each."""
@@ -128,7 +128,7 @@ def reference_conditions(model, conditioning: dict) -> dict:
                 "switch apart off."
             )
         key = (id(model), *map(id, given), *places)
-        plan = plan._replace(kept=_KEPT.setdefault(key, KeptReferences(given)))
+        plan = plan._replace(kept=_KEPT.setdefault(key, ReferenceCaches(given)))
         tokens = sum(map(tokens_of, given))
     return {
         "ref_latents": comfy.conds.CONDList([model.process_latent_in(latent) for latent in given]),

@@ -12,11 +12,11 @@ from ...krea2_model.text.decoder import mask_size
 from ...krea2_model.text.encoder import Qwen3VLTextEncoder
 from ...krea2_model.text.generation import Sampling, generate
 from ...krea2_model.text.tokenizer import PAD_TOKEN
+from .backend import encoder_attention
 from .contract import is_replaced
-from .gguf import is_blocks
-from .hooks import encoder_attention
-from .image_tokens import contents_of, image_sizes, look, row_length
-from .language import LazyTail, language_model
+from .gguf import is_gguf
+from .image_tokens import cache_key, image_pixel_counts, look, row_length
+from .language_tail import LazyTail, language_model
 from .layers import comfy_layers
 from .tokenizer import NAME
 from .vision import LazyVision
@@ -132,7 +132,7 @@ class Krea2TextModel(core.Krea2TEModel):
             return super().encode_token_weights(token_weight_pairs, template_end)
         # Of a batch of prompts many may be the same.
         encoded: dict[tuple, torch.Tensor] = {}
-        keys = [contents_of(row) for row in rows]
+        keys = [cache_key(row) for row in rows]
         for key, row in zip(keys, rows, strict=True):
             if key not in encoded:
                 taps, ids = self.section.encode_row([pair[0] for pair in row])
@@ -150,7 +150,7 @@ class Krea2TextModel(core.Krea2TEModel):
 
     def load_sd(self, sd):
         # Blocks of a GGUF file cannot be copied into a weight of numbers, only take its place.
-        assign = getattr(self, "can_assign_sd", False) or any(map(is_blocks, sd.values()))
+        assign = getattr(self, "can_assign_sd", False) or any(map(is_gguf, sd.values()))
         return self.encoder.load_state_dict(sd, strict=False, assign=assign)
 
     def memory_estimation_function(self, token_weight_pairs, device=None):
@@ -158,7 +158,7 @@ class Krea2TextModel(core.Krea2TEModel):
         rows = [[pair[0] for pair in row] for row in token_weight_pairs.get(NAME, ())]
         length = max(map(row_length, rows), default=0)
         width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
-        seeing = max((max(image_sizes(row), default=0) for row in rows), default=0)
+        seeing = max((max(image_pixel_counts(row), default=0) for row in rows), default=0)
         states = length * (width + 3 * self.config.intermediate_size) * 4
         scoring = _BYTES_A_MASK + self.config.num_attention_heads * _BYTES_A_SCORE
         return states + mask_size(length) * scoring + seeing * _BYTES_A_PIXEL

@@ -15,9 +15,9 @@ from ...krea2_model.checkpoints.loading import Checkpoint, read_vae
 from ...krea2_model.checkpoints.vae_keys import restore_temporal
 from ...krea2_model.config import VAEConfig
 from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE
+from .checkpoint import check_weights, open_part
 from .layers import comfy_layers
 from .memory import advise
-from .weights import check_weights, open_part
 
 # Tile sides in pixels that are tried in turn when memory runs out: the larger, the closer to the
 # whole image, since each tile loses the attention over all of it.

@@ -6,9 +6,9 @@ ComfyUI keeps images as (B, H, W, C) with values from 0 to 1.
 import torch
 
 from ...krea2_model.checkpoints.encoder_parts import read_vision_tower
-from ...krea2_model.images.framing import on_white
-from ...krea2_model.text.vision import fit_image
-from .parts import LazyPart
+from ...krea2_model.images.resize import on_white
+from ...krea2_model.text.vision import resize_for_tower
+from .lazy_parts import LazyPart
 
 
 class LazyVision(LazyPart):
@@ -44,6 +44,6 @@ def pictures(images) -> list[torch.Tensor]:
     return found
 
 
-def fitted(images, max_side: int) -> list[torch.Tensor]:
+def resize_all(images, max_side: int) -> list[torch.Tensor]:
     """Each image of batches as (3, H, W) in the size that the tower sees, on the CPU."""
-    return [fit_image(picture.cpu(), max_side) for picture in pictures(images)]
+    return [resize_for_tower(picture.cpu(), max_side) for picture in pictures(images)]

@@ -27,7 +27,7 @@ from krea2_model.checkpoints.quantised import dequantise
 from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.updates import LoraStack
 from krea2_model.text.encoder import Qwen3VLTextEncoder
-from krea2_model.tools.inspect import describe
+from krea2_model.tools.describe import describe
 
 from .fuzz_sources import Sources, dumps, mutate, text_tensor
 

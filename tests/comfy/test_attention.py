@@ -15,7 +15,7 @@ FUNCTIONS = ("attention_basic", "attention_pytorch", "attention_split", "attenti
 @pytest.mark.parametrize("mask", ["none", "keys", "causal", "float"])
 def test_masks_on_every_attention_function(pack, monkeypatch, function, mask):
     monkeypatch.setattr(attention, "optimized_attention", getattr(attention, function))
-    hooks = pack("nodes.managed.hooks").PatchHooks({})
+    backend = pack("nodes.managed.backend").ComfyBackend({})
     query, key, value = (
         torch.randn(2, 4, 40, 16),
         torch.randn(2, 2, 40, 16),
@@ -29,7 +29,7 @@ def test_masks_on_every_attention_function(pack, monkeypatch, function, mask):
         "causal": torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(),
         "float": torch.randn(2, 1, 1, 40),
     }
-    ours = hooks.attention(query, key, value, masks[mask])
+    ours = backend.attention(query, key, value, masks[mask])
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=masks[mask], enable_gqa=True
     )
@@ -39,23 +39,23 @@ def test_masks_on_every_attention_function(pack, monkeypatch, function, mask):
 @pytest.fixture
 def chosen(pack, monkeypatch):
     """Pretend that the table of backends names one; how often it attended."""
-    hooks, module = pack("nodes.managed.hooks"), pack("krea2_model.nn.attention_backends")
+    backend, module = pack("nodes.managed.backend"), pack("krea2_model.nn.attention_backends")
     cudnn = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
-    monkeypatch.setattr(hooks, "preferred", lambda *arguments: cudnn)
+    monkeypatch.setattr(backend, "preferred", lambda *arguments: cudnn)
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
-    calls, plainly = [], hooks.attend_plainly
+    calls, plainly = [], backend.attend_plainly
 
     def recorded(*heads):
         calls.append(len(heads))
         return plainly(*heads)
 
-    monkeypatch.setattr(hooks, "attend_plainly", recorded)
+    monkeypatch.setattr(backend, "attend_plainly", recorded)
     assert module.is_torchs_own_choice()
 
     def attend(**options):
         query, key = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16)
         with pack("krea2_model.nn.switches").switched("cudnn"):
-            out = hooks.PatchHooks(options).attention(query, key, key)
+            out = backend.ComfyBackend(options).attention(query, key, key)
         expected = torch.nn.functional.scaled_dot_product_attention(
             query, key, key, enable_gqa=True
         )

@@ -292,7 +292,7 @@ def test_an_encode_is_cancelled_between_layers(clip):
 
 def test_attention_of_the_encoder_is_cancelled_within_a_layer(pack):
     """Layers of newer ComfyUIs ask for a cancel too, but not between the blocks of one."""
-    attend, heads = pack("nodes.managed.hooks").encoder_attention(), torch.randn(1, 2, 4, 8)
+    attend, heads = pack("nodes.managed.backend").encoder_attention(), torch.randn(1, 2, 4, 8)
     expected = attend(heads, heads, heads)
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):

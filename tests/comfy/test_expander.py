@@ -119,7 +119,7 @@ def test_both_parts_are_loaded_in_one_call(clip, greedy, monkeypatch):
 
 
 def test_cards_with_bfloat16_write_in_it(clip, pack, monkeypatch):
-    language, seen = pack("nodes.managed.language"), []
+    language, seen = pack("nodes.managed.language_tail"), []
     head = language.tied_head
 
     def recording(embedding, hidden):

@@ -20,7 +20,7 @@ TURBO, ENCODER, VAE = (
 
 @pytest.fixture
 def files(pack):
-    return pack("nodes.files")
+    return pack("nodes.model_files")
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_single_loaders_take_folders_and_checkpoints(run, folder_model, all_in_o
 
 
 def test_lists_show_what_fits(pack, models, folder_model, all_in_one):
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     (models / "vae" / "weights.pt").write_bytes(b"pickle")
     (models / "vae" / "broken.safetensors").write_bytes(b"cut off")
     lists = {
@@ -128,7 +128,7 @@ def test_lists_show_what_fits(pack, models, folder_model, all_in_one):
 
 
 def test_loras_of_nano_are_listed(pack):
-    files = pack("nodes.files")
+    files = pack("nodes.model_files")
     names = ["krea2-nano notebook (built in)", "krea2-nano reference (built in)"]
     assert files.list_loras()[-2:] == names
     found = [files.find_lora(name) for name in names]
@@ -136,7 +136,7 @@ def test_loras_of_nano_are_listed(pack):
 
 
 def test_shared_workflows_may_spell_paths_with_either_slash(run, pack, folder_model, all_in_one):
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     for name in (all_in_one, folder_model):
         found = files.find_model(kinds.TRANSFORMER, name)
         assert files.find_model(kinds.TRANSFORMER, name.replace("/", "\\")) == found
@@ -145,7 +145,7 @@ def test_shared_workflows_may_spell_paths_with_either_slash(run, pack, folder_mo
 @pytest.mark.parametrize("name", ["krea2/v1/a.safetensors", "krea2\\v1/a.safetensors"])
 def test_windows_opens_workflows_of_linux(pack, monkeypatch, models, name):
     """As ComfyUI names files there: by backslashes, in its lists and where it looks them up."""
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     known = {"krea2\\v1\\a.safetensors": str(models / TURBO)}
     monkeypatch.setattr(files, "os", SimpleNamespace(sep="\\", walk=os.walk))
     monkeypatch.setattr(files.folder_paths, "get_full_path", lambda key, name: known.get(name))
@@ -181,7 +181,7 @@ def test_a_saved_checkpoint_holds_all_parts(run, base, models, expected):
 
 def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
     """An all-in-one file without a text encoder still brings its VAE."""
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     tensors = load_file(models / "checkpoints" / all_in_one)
     partial = models / "checkpoints" / "with_vae_only.safetensors"
     save_file({k: v for k, v in tensors.items() if not k.startswith("text_encoders.")}, partial)
@@ -191,7 +191,7 @@ def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
 
 def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeypatch):
     """A vision tower tells it from Qwen3-4B, which comes first in this list."""
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     bare, seeing = (
         (models / ENCODER).with_name(f"{name}.safetensors") for name in ("bare", "seeing")
     )
@@ -206,7 +206,7 @@ def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeyp
 
 
 def test_auto_with_a_folder_that_lacks_the_encoder(pack, models, folder_model, tmp_path):
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     for part in ("transformer", "vae"):
         (tmp_path / part).symlink_to(models / "diffusers" / folder_model / part)
     assert files.find_fitting(kinds.VAE, tmp_path) == tmp_path
@@ -217,7 +217,7 @@ def test_auto_passes_over_relatives_of_other_sizes(pack, models):
     """A VAE for images with transparency, and an encoder of another width, come first by name."""
     from dataclasses import replace
 
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     layered = tiny_checkpoints.vae_tensors(replace(tiny_checkpoints.VAE, image_channels=4))
     save_file(layered, models / "vae" / "a_layered_vae.safetensors")
     wide = replace(tiny_checkpoints.TEXT_ENCODER, hidden_size=80, vocab_size=100)
@@ -229,7 +229,7 @@ def test_auto_passes_over_relatives_of_other_sizes(pack, models):
 
 
 def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     foreign = models / "diffusers" / "Flux"
     (foreign / "transformer").mkdir(parents=True)
     tensors = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}
@@ -242,7 +242,7 @@ def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
 
 
 def test_nothing_that_fits_says_what_to_get(pack, monkeypatch, models):
-    files, kinds = pack("nodes.files"), pack("krea2_model.checkpoints.identify")
+    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
     monkeypatch.setattr(files, "_list_own", lambda part: [])
     with pytest.raises(ValueError, match="Nothing that fits .*qwen3vl_4b_bf16.safetensors"):
         files.find_fitting(kinds.TEXT_ENCODER, models / TURBO)

@@ -388,10 +388,10 @@ def test_memory_estimate_counts_what_the_released_model_takes(turbo, pack, monke
     transformer = pack("krea2_model.transformer.model").Krea2Transformer(
         config, device="meta", dtype=torch.bfloat16
     )
-    hooks = pack("krea2_model.transformer.hooks").Hooks
+    backend = pack("krea2_model.transformer.backend").Backend
 
-    class Fused(hooks):
-        def attend(self, query, key, value, norm, rope, mask, kept=None):
+    class Fused(backend):
+        def attend(self, query, key, value, norm, rope, mask, query_slice=None):
             return query.transpose(1, 2).flatten(2).clone()
 
         def modulated_norm(self, hidden, scale, shift, eps):
@@ -406,7 +406,7 @@ def test_memory_estimate_counts_what_the_released_model_takes(turbo, pack, monke
     for side in (128, 256):
         latents = torch.empty(1, 16, side, side, device="meta")
         with LiveBytes("meta") as live:
-            transformer(latents, torch.empty(1, device="meta"), text, hooks=Fused())
+            transformer(latents, torch.empty(1, device="meta"), text, backend=Fused())
         shapes = {"c_crossattn": [(1, 128, config.hidden_size)]}
         estimate = turbo.model.memory_required([1, 16, side, side], shapes) - 0.45 * 1024**3
         assert 1.2 * live.peak <= estimate < 1.4 * live.peak, side
@@ -433,10 +433,10 @@ def test_memory_estimate_of_gguf_counts_its_numbers(turbo, pack, monkeypatch):
 )
 def test_kernels_of_comfyui_give_the_same_image(turbo, conditioning, pack, monkeypatch):
     """The path of a GPU with ComfyUI's fused kernels, run by their plain forms."""
-    hooks = pack("nodes.managed.hooks")
+    backend = pack("nodes.managed.backend")
     expected = velocity(turbo, conditioning)
     calls = []
-    monkeypatch.setattr(hooks, "_has_kernels", lambda tensor: calls.append(tensor) or True)
+    monkeypatch.setattr(backend, "_has_kernels", lambda tensor: calls.append(tensor) or True)
     assert_close(velocity(turbo, conditioning), expected, 1e-5, "fused kernels")
     assert len(calls) >= 4
 
@@ -444,14 +444,14 @@ def test_kernels_of_comfyui_give_the_same_image(turbo, conditioning, pack, monke
 @pytest.mark.parametrize("missing", ["rms_adaln", "rms_rope_"])
 def test_kernels_that_an_older_comfyui_lacks_are_not_called(pack, monkeypatch, missing):
     """On a GPU, where some of them are there, our own take their place."""
-    hooks, kernels = pack("nodes.managed.hooks"), comfy.quant_ops.ck
+    backend, kernels = pack("nodes.managed.backend"), comfy.quant_ops.ck
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(kernels.registry, "is_available", lambda name: True)
     for name in ("rms_adaln", "rms_rope_"):
         monkeypatch.setattr(kernels, name, lambda *args: None, raising=False)
-    assert hooks._has_kernels(on_gpu)
+    assert backend._has_kernels(on_gpu)
     monkeypatch.delattr(kernels, missing)
-    assert not hooks._has_kernels(on_gpu)
+    assert not backend._has_kernels(on_gpu)
 
 
 def test_patches_may_keep_what_they_saw(turbo, conditioning):

@@ -205,7 +205,7 @@ def test_apart(pack, run, turbo, sampled, referenced, conditioning, latent):
         sigmas=sampling.sigma_schedule(3, turbo_mu),
         guidance=0.0,
         references=[references.Reference(p, strength=0.5) for p in pictures],
-        references_apart=True,
+        cache_references=True,
     )
     assert_close(
         model.process_latent_in(found)[:, :, 0], expected, 1e-4, "apart against krea2_model"

@@ -191,7 +191,7 @@ def test_pickles_are_refused_by_any_name(use, outside, models, tmp_path, key, mo
 
 
 def test_pickles_are_not_listed(pack, models, outside):
-    files = pack("nodes.files")
+    files = pack("nodes.model_files")
     kinds = pack("krea2_model.checkpoints.identify")
     names = [f"old{suffix}" for suffix in (".ckpt", ".pt", ".bin", ".pth", ".pkl")]
     try:

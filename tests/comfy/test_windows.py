@@ -93,7 +93,7 @@ def test_one_window(
 
 
 def test_python_s_schedule_is_comfyui_s(pack, raw):
-    sampling, shifted = pack("krea2_model.sampling"), pack("nodes.runs").shifted
+    sampling, shifted = pack("krea2_model.sampling"), pack("nodes.sampler_run").shifted
     for mu in (0.58, 1.15, 2.2):
         core = shifted(raw, mu).get_model_object("model_sampling").percent_to_sigma
         ours = sampling.schedule_of(sampling.sigma_schedule(12, mu, 0.4))

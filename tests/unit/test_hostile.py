@@ -16,7 +16,7 @@ import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_transformer
 from krea2_model.checkpoints.identify import read_header
 from krea2_model.lora.files import read_lora
-from krea2_model.tools.inspect import describe
+from krea2_model.tools.describe import describe
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,12 @@ from krea2_model.config import TransformerConfig
 from krea2_model.nn import attention, kernels
 from krea2_model.nn.attention import attend, repeat_heads, rope_table, takes_grouped_heads
 from krea2_model.nn.layers import TorchLayers
-from krea2_model.transformer.model import Hooks, Krea2Transformer, SingleStreamBlock, grid_positions
+from krea2_model.transformer.model import (
+    Backend,
+    Krea2Transformer,
+    SingleStreamBlock,
+    grid_positions,
+)
 from parity import assert_close, relative_error
 
 EPS = 1e-5
@@ -44,15 +49,15 @@ def test_modulated_norm(dtype, limit):
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize("kept", [None, slice(2, 5)])
+@pytest.mark.parametrize("query_slice", [None, slice(2, 5)])
 @pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("numbers", ["complex", "real"])
-def test_norm_and_rotate(dtype, limit, kept, rotated, numbers, monkeypatch):
+def test_norm_and_rotate(dtype, limit, query_slice, rotated, numbers, monkeypatch):
     """With complex numbers and, as on devices without them, with real ones."""
     monkeypatch.setattr(kernels, "_has_complex_numbers", lambda device: numbers == "complex")
     heads, tokens, dim = 6, 12, 16
     table = rope_table(grid_positions([(0, 3, 4)])[None], (4, 6, 6), 1000.0) if rotated else None
-    asked = tokens if kept is None else 3
+    asked = tokens if query_slice is None else 3
     query = random(1, asked, heads * dim).to(dtype).unflatten(-1, (heads, dim)).transpose(1, 2)
     key = random(1, tokens, 2 * dim).to(dtype).unflatten(-1, (2, dim)).transpose(1, 2)
     norm = kernels.HeadNorm(random(dim) + 1, random(dim, seed=1) + 1, EPS)
@@ -64,16 +69,16 @@ def test_norm_and_rotate(dtype, limit, kept, rotated, numbers, monkeypatch):
         pairs = normed.unflatten(-1, (-1, 2))
         return torch.einsum("blpij,bhlpj->bhlpi", rope[:, 0].double(), pairs).flatten(-2)
 
-    own = None if table is None else table if kept is None else table[:, :, kept]
+    own = None if table is None else table if query_slice is None else table[:, :, query_slice]
     expected = exact(query, norm.query, own), exact(key, norm.key, table)
-    for results in both_ways(lambda q, k: kernels.norm_and_rotate(q, k, norm, table, kept),
+    for results in both_ways(lambda q, k: kernels.norm_and_rotate(q, k, norm, table, query_slice),
                              query, key):  # fmt: skip
         for result, reference in zip(results, expected, strict=True):
             assert result.dtype == dtype
             assert_close(result, reference, limit, "norm and rotation")
-    if rotated and kept is None:
+    if rotated and query_slice is None:
         plain, _ = kernels.norm_and_rotate(query.clone(), key.clone(), norm)
-        assert_close(kernels.rotate(plain, table), expected[0], 2 * limit, "rotation alone")
+        assert_close(kernels.apply_rope(plain, table), expected[0], 2 * limit, "rotation alone")
 
 
 def test_gates_and_residual():
@@ -155,11 +160,11 @@ def test_the_peak_of_a_block():
             most = max(most, sum(n for place, n in sizes.items() if place not in weights))
             return result
 
-    class FusedAttention(Hooks):
+    class FusedAttention(Backend):
         """As on devices with a fused kernel; on meta torch would write the scores down."""
 
-        def attend(self, query, key, value, norm, rope, mask, kept=None):
-            query, _ = kernels.norm_and_rotate(query, key, norm, rope, kept)
+        def attend(self, query, key, value, norm, rope, mask, query_slice=None):
+            query, _ = kernels.norm_and_rotate(query, key, norm, rope, query_slice)
             return torch.empty_like(query).transpose(1, 2).flatten(2)
 
     with torch.device("meta"):

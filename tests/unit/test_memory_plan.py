@@ -93,7 +93,7 @@ def host(monkeypatch):
         BlockStream, "_host_memory", lambda self, size: memory[len(self._staging)][:size]
     )
     monkeypatch.setattr("krea2_model.memory.offload.free_host_bytes", lambda: 0)
-    monkeypatch.setattr("krea2_model.transformer.hooks.attend", attend)
+    monkeypatch.setattr("krea2_model.transformer.backend.attend", attend)
 
 
 def peak_of(function):

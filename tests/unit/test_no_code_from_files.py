@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer
 from krea2_model.text.tokenizer import Krea2Tokenizer, find_tokenizer_folder
-from krea2_model.tools.inspect import describe
+from krea2_model.tools.describe import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 # All that ComfyUI imports of the pack.

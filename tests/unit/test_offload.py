@@ -97,7 +97,7 @@ def picture(seed=3):
 
 RUNS = {
     "guided": {"guidance": 2.0, "negative_prompt": "a blue square", "num_images": 2},
-    "seen": {"images": [picture(4)], "references_apart": True, "references": [picture(2)]},
+    "seen": {"images": [picture(4)], "cache_references": True, "references": [picture(2)]},
     "image": {"start_image": picture(1), "denoise": 0.6, "references": [picture(2)]},
 }
 

@@ -312,7 +312,7 @@ def test_references_are_looked_at(pipeline):
     assert relative_error(found, none) > 1e-3
     off = Reference(shrunk.latents, strength=0)
     assert torch.equal(pipeline("a fox", references=[off], **options), none)
-    apart = pipeline("a fox", references=[image], references_apart=True, **options)
+    apart = pipeline("a fox", references=[image], cache_references=True, **options)
     assert relative_error(apart, found) > 1e-4
     shared = pipeline("a fox", references=[image], reference_method="index", **options)
     assert relative_error(shared, found) > 1e-4

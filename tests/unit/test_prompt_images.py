@@ -19,7 +19,7 @@ from krea2_model.__main__ import main
 from krea2_model.checkpoints.encoder_parts import load_text_encoder, load_vision_tower
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.config import TextEncoderConfig
-from krea2_model.images.framing import on_white
+from krea2_model.images.resize import on_white
 from krea2_model.prompt_taps import encode_prompts
 from krea2_model.text.decoder import rotation_table
 from krea2_model.text.encoder import text_encoder_keys
@@ -27,16 +27,16 @@ from krea2_model.text.prompt_images import (
     IMAGE_PAD,
     PromptImage,
     axis_positions,
+    expand_image_tokens,
     image_text,
     image_weights,
     read_roles,
     read_strengths,
     sheet,
-    with_image_tokens,
 )
 from krea2_model.text.prompt_weights import parse_weights, token_weights
 from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-from krea2_model.text.vision import fit_image, vision_keys
+from krea2_model.text.vision import resize_for_tower, vision_keys
 from parity import assert_close, relative_error, same_weights
 
 SMALL = TextEncoderConfig(
@@ -125,7 +125,7 @@ def theirs(reference, rows, pictures, mask=None):
 
 def tokens_of(tokenizer, text, pictures):
     grids = [(p.shape[1] // 32, p.shape[2] // 32) for p in pictures]
-    return with_image_tokens(tokenizer.tokenize_raw(text), grids)
+    return expand_image_tokens(tokenizer.tokenize_raw(text), grids)
 
 
 def assert_taps_close(taps, expected, what):
@@ -260,8 +260,8 @@ def test_encode_places_images(encoder, tokenizer):
     images = [PromptImage(picture(70, 100)), PromptImage(picture(1, 1), role="the style")]
     taps, mask = encoder.encode(["a fox"], images=[images])
     before = image_text(["", "the style"], labels=True)
-    ids = with_image_tokens(tokenizer.tokenize("a fox", before=before), [(2, 3), (1, 1)])
-    seen = [encoder.vision_tower()(fit_image(image.pixels)) for image in images]
+    ids = expand_image_tokens(tokenizer.tokenize("a fox", before=before), [(2, 3), (1, 1)])
+    seen = [encoder.vision_tower()(resize_for_tower(image.pixels)) for image in images]
     with torch.no_grad():
         assert torch.equal(taps, encoder(torch.tensor([ids]), images=seen)[:, PREFIX_TOKENS:])
     assert mask is None
@@ -328,7 +328,7 @@ def test_prompts_that_do_not_fit_their_images_are_named(encoder):
     with pytest.raises(ValueError, match="stands for an image; expected text"):
         encoder.encode(["a <|image_pad|>"], images=[[image]])
     with pytest.raises(ValueError, match="places for 0 images .* and 1 images are given"):
-        with_image_tokens([1, 2], [(1, 1)])
+        expand_image_tokens([1, 2], [(1, 1)])
 
 
 def test_the_tower_is_neither_held_nor_saved_with_the_encoder(folder, tokenizer_folder):

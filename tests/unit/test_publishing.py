@@ -76,7 +76,7 @@ def test_the_archive_runs_without_the_repository(tmp_path):
     """The package imports and describes a file, with nothing else of the repository in reach."""
     pack = copy_archive(tmp_path / "krea2-kit")
     code = (
-        "from krea2_model import nano; from krea2_model.tools.inspect import describe;"
+        "from krea2_model import nano; from krea2_model.tools.describe import describe;"
         "print(describe(nano.TRANSFORMERS['raw']))"
     )
     command = [sys.executable, "-c", code]

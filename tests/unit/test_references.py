@@ -8,7 +8,7 @@ from krea2_model.nn.attention import attend
 from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.sampling import denoise, sigma_schedule
 from krea2_model.transformer import references as references_module
-from krea2_model.transformer.hooks import AttentionHooks, Hooks
+from krea2_model.transformer.backend import Backend, ExtendedBackend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.references import Reference
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates
@@ -90,8 +90,8 @@ def test_strength_beside_a_negative(transformer, latents, pictures, text, masked
 
     def velocity(references):
         attention = TextAttention(None, None, TextStates(states, own), NegativeGuidance())
-        hooks = AttentionHooks(attention)
-        return transformer(latents, TIME, text, references=references, hooks=hooks)
+        backend = ExtendedBackend(attention)
+        return transformer(latents, TIME, text, references=references, backend=backend)
 
     first, second = pictures
     copies = velocity([Reference(first, 1)] * 2 + [Reference(second, 2)])
@@ -107,7 +107,7 @@ def test_the_index_is_a_place(transformer, latents, pictures, text):
     assert relative_error(velocity(7), velocity(1)) > 1e-4
 
 
-class Apart(Hooks):
+class Apart(Backend):
     """References that see themselves alone, by a mask for every pair of tokens."""
 
     def __init__(self, before: int, counts: list[int]):
@@ -119,22 +119,22 @@ class Apart(Hooks):
             self.mask[own, own] = True
             first += count
 
-    def attend(self, query, key, value, norm, rope, mask, kept=None):
-        query, key = norm_and_rotate(query, key, norm, rope, kept)
-        rows = self.mask if kept is None else self.mask[kept]
+    def attend(self, query, key, value, norm, rope, mask, query_slice=None):
+        query, key = norm_and_rotate(query, key, norm, rope, query_slice)
+        rows = self.mask if query_slice is None else self.mask[query_slice]
         return attend(query, key, value, rows[None, None])
 
 
 def test_apart_is_a_mask_and_read_once(transformer, latents, pictures, text):
-    """At every time: what is kept does not depend on it."""
+    """At every time: what is cached does not depend on it."""
     recorded = transformer.record(pictures, text.dtype)
     counts = [picture.shape[-2] * picture.shape[-1] // 4 for picture in pictures]
     image_tokens = latents.shape[-2] * latents.shape[-1] // 4
     for time in (0.9, 0.2):
         time = torch.tensor([time])
-        hooks = Apart(text.shape[1] + image_tokens, counts)
-        expected = transformer(latents, time, text, references=pictures, hooks=hooks)
-        found = transformer(latents, time, text, hooks=AttentionHooks(None, recorded))
+        backend = Apart(text.shape[1] + image_tokens, counts)
+        expected = transformer(latents, time, text, references=pictures, backend=backend)
+        found = transformer(latents, time, text, backend=ExtendedBackend(None, recorded))
         assert_close(found, expected, 1e-5, f"references apart at {time.item():.1f}")
         exact = transformer(latents, time, text, references=pictures)
         assert relative_error(found, exact) > 1e-3, "it is not exact"
@@ -143,7 +143,7 @@ def test_apart_is_a_mask_and_read_once(transformer, latents, pictures, text):
 def test_strength_of_what_is_kept(transformer, latents, pictures, text):
     def velocity(*references):
         recorded = transformer.record(references, text.dtype)
-        return transformer(latents, TIME, text, hooks=AttentionHooks(None, recorded))
+        return transformer(latents, TIME, text, backend=ExtendedBackend(None, recorded))
 
     strong = velocity(Reference(pictures[0], 1, 2.0))
     assert_close(strong, velocity(*[Reference(pictures[0], 1)] * 2), 1e-5, "strength apart")
@@ -152,14 +152,16 @@ def test_strength_of_what_is_kept(transformer, latents, pictures, text):
 def test_the_bias_of_what_is_kept_is_made_once_a_call(
     transformer, latents, pictures, text, monkeypatch
 ):
-    made, with_bias = [], references_module.with_bias
+    made, add_strength_bias = [], references_module.add_strength_bias
     monkeypatch.setattr(
-        references_module, "with_bias", lambda *given: made.append(given) or with_bias(*given)
+        references_module,
+        "add_strength_bias",
+        lambda *given: made.append(given) or add_strength_bias(*given),
     )
     recorded = transformer.record([Reference(pictures[0], strength=2.0)], text.dtype)
     mask = torch.ones(1, text.shape[1], dtype=torch.bool)
     for own, calls in ((None, 1), (mask, 2), (mask, 3)):
-        transformer(latents, TIME, text, own, hooks=AttentionHooks(None, recorded))
+        transformer(latents, TIME, text, own, backend=ExtendedBackend(None, recorded))
         assert len(transformer.blocks) > 1 and len(made) == calls
 
 
@@ -168,8 +170,8 @@ def test_what_is_kept_beside_masked_text(transformer, latents, pictures, text):
     mask = torch.tensor([[False] * 2 + [True] * text.shape[1]])
     for strength in (1.0, 0.4):
         recorded = transformer.record([Reference(pictures[0], strength=strength)], text.dtype)
-        expected = transformer(latents, TIME, text, hooks=AttentionHooks(None, recorded))
-        found = transformer(latents, TIME, padded, mask, hooks=AttentionHooks(None, recorded))
+        expected = transformer(latents, TIME, text, backend=ExtendedBackend(None, recorded))
+        found = transformer(latents, TIME, padded, mask, backend=ExtendedBackend(None, recorded))
         assert_close(found, expected, 1e-5, f"apart with a text mask, strength {strength}")
 
 
@@ -199,7 +201,7 @@ def test_denoise_with_references_apart(transformer, latents, pictures, text):
     """With guidance: positive and negative read the same, and it is read twice in all."""
     calls, blocks = [], transformer.blocks[0].forward
     transformer.blocks[0].forward = lambda *a, **k: calls.append(len(a[0][0])) or blocks(*a, **k)
-    options = {"sigmas": sigma_schedule(3, 0.5), "guidance": 2.0, "references_apart": True}
+    options = {"sigmas": sigma_schedule(3, 0.5), "guidance": 2.0, "cache_references": True}
     references = [Reference(pictures[0], end=0.5), Reference(pictures[1])]
     list(denoise(transformer, latents, text, text, references=references, **options))
     del transformer.blocks[0].forward
@@ -227,7 +229,7 @@ def test_bad_settings_are_refused(settings):
 def test_apart_needs_time_zero(transformer, latents, pictures, text):
     options = {"sigmas": [1.0, 0.0], "guidance": 0.0, "reference_method": "index"}
     with pytest.raises(ValueError, match="index_timestep_zero"):
-        denoise(transformer, latents, text, references=pictures, references_apart=True, **options)
+        denoise(transformer, latents, text, references=pictures, cache_references=True, **options)
 
 
 def test_references_of_other_channels_are_refused(transformer, latents, text):

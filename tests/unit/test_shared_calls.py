@@ -78,7 +78,7 @@ def test_one_call_gives_what_two_give(transformer, calls, case):
 def test_calls_of_other_attention_stay_apart(transformer, calls):
     positive, negative = text(transformer, 7), text(transformer, 7, seed=2)
     weighted = TextStates(positive, weights=torch.full((2, 7), 1.5))
-    for options in ({}, {"references": [reference(1)], "references_apart": True}):
+    for options in ({}, {"references": [reference(1)], "cache_references": True}):
         first = weighted if not options else positive
         expected = run(transformer, first, negative, **options)
         assert torch.equal(run(transformer, first, negative, share_calls=True, **options), expected)

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from krea2_model.nn import switches
-from krea2_model.tools.check import versions
+from krea2_model.tools.self_check import versions
 
 
 def test_all_are_off_and_only_for_a_while_on():

@@ -6,7 +6,7 @@ import torch
 from krea2_model import Krea2Pipeline, NegativeGuidance, sigma_schedule
 from krea2_model.config import TransformerConfig
 from krea2_model.sampling import denoise
-from krea2_model.transformer.hooks import AttentionHooks, Hooks
+from krea2_model.transformer.backend import Backend, ExtendedBackend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.text_attention import TextAttention, TextStates, normalised_guidance
 from parity import assert_close
@@ -45,10 +45,12 @@ def text(tokens, seed, batch=1):
 
 
 def velocity(model, states, *, mask=None, batch=1, references=None, **attention):
-    hooks = {"hooks": AttentionHooks(TextAttention(mask=mask, **attention))} if attention else {}
+    backend = (
+        {"backend": ExtendedBackend(TextAttention(mask=mask, **attention))} if attention else {}
+    )
     with torch.no_grad():
         return model(random(batch, 16, 8, 6), torch.full((batch,), 0.7), states, mask,
-                     references=references, **hooks)  # fmt: skip
+                     references=references, **backend)  # fmt: skip
 
 
 def test_a_weight_moves_the_value_of_its_token():
@@ -101,13 +103,13 @@ def test_batches_with_weights_keep_texts_apart(model):
     together = velocity(model, states, mask=mask, batch=2, weights=weights)
     latents = random(2, 16, 8, 6)
     for item, alone in enumerate((long, short)):
-        hooks = AttentionHooks(TextAttention(weights[item : item + 1, : alone.shape[1]]))
+        backend = ExtendedBackend(TextAttention(weights[item : item + 1, : alone.shape[1]]))
         with torch.no_grad():
-            single = model(latents[item : item + 1], torch.tensor([0.7]), alone, hooks=hooks)
+            single = model(latents[item : item + 1], torch.tensor([0.7]), alone, backend=backend)
         assert_close(together[item : item + 1], single, 1e-5, f"text {item} of a batch")
 
 
-class Recorder(Hooks):
+class Recorder(Backend):
     """Keeps what attention gives, or puts something else in its place."""
 
     def __init__(self, instead=None):
@@ -118,31 +120,31 @@ class Recorder(Hooks):
         return self.out.clone() if self.instead is None else self.instead
 
 
-class TwoStreams(Hooks):
+class TwoStreams(Backend):
     """The method spelled out: each text with an image of its own, and after each attention the
     image tokens of both set to the guided ones."""
 
     def __init__(self, negative, settings):
         self.negative, self.settings = negative, settings
 
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
+    def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
         own = self.negative.shape[1]
         at_text = rope[:, :, :1].expand(-1, -1, own, -1, -1, -1)
-        streams = [hidden, torch.cat((self.negative, hidden[:, kept.start :]), dim=1)]
-        tables = [rope, torch.cat((at_text, rope[:, :, kept.start :]), dim=2)]
-        firsts = [kept.start, own]
+        streams = [hidden, torch.cat((self.negative, hidden[:, query_slice.start :]), dim=1)]
+        tables = [rope, torch.cat((at_text, rope[:, :, query_slice.start :]), dim=2)]
+        firsts = [query_slice.start, own]
         for block in blocks:
             seen = []
             for stream, table in zip(streams, tables, strict=True):
                 recorder = Recorder()
-                block(stream.clone(), vector, table, hooks=recorder)
+                block(stream.clone(), vector, table, backend=recorder)
                 seen.append(recorder.out)
             images = [out[:, first:] for out, first in zip(seen, firsts, strict=True)]
             guided = normalised_guidance(*images, self.settings)
             for index, first in enumerate(firsts):
                 out = torch.cat((seen[index][:, :first], guided), dim=1)
-                streams[index] = block(streams[index], vector, tables[index], hooks=Recorder(out))
-        return streams[0][:, kept]
+                streams[index] = block(streams[index], vector, tables[index], backend=Recorder(out))
+        return streams[0][:, query_slice]
 
 
 def test_negative_guidance_equals_two_whole_streams(model):
@@ -150,7 +152,7 @@ def test_negative_guidance_equals_two_whole_streams(model):
     found = velocity(model, positive, negative=TextStates(negative), settings=SETTINGS)
     with torch.no_grad():
         expected = model(random(1, 16, 8, 6), torch.full((1,), 0.7), positive,
-                         hooks=TwoStreams(negative, SETTINGS))  # fmt: skip
+                         backend=TwoStreams(negative, SETTINGS))  # fmt: skip
     assert_close(found, expected, 1e-5, "one sequence with both texts against two")
     assert not torch.allclose(found, velocity(model, positive), atol=1e-3)
 
@@ -201,10 +203,10 @@ def test_batches_with_negatives_keep_texts_apart(model):
         one = slice(item, item + 1)
         long, short = positives[item].shape[1], negatives[item].shape[1]
         negative = TextStates(negatives[item], None, own_weights[one, :short])
-        hooks = AttentionHooks(TextAttention(weights[one, :long], None, negative, SETTINGS))
+        backend = ExtendedBackend(TextAttention(weights[one, :long], None, negative, SETTINGS))
         with torch.no_grad():
             single = model(random(2, 16, 8, 6)[one], torch.tensor([0.7]), positives[item],
-                           references=[references[0][one]], hooks=hooks)  # fmt: skip
+                           references=[references[0][one]], backend=backend)  # fmt: skip
         assert_close(together[one], single, 1e-5, f"text {item} of a batch")
 
 
@@ -281,9 +283,9 @@ def test_pipeline_reads_weights_where_asked(pipeline):
 
 
 def test_attention_of_the_package_is_the_plain_one(model):
-    """With nothing to do, hooks of text attention are the default's, to the bit."""
+    """With nothing to do, a backend of text attention is the default's, to the bit."""
     states = text(7, 3)
-    hooks = AttentionHooks(TextAttention())
+    backend = ExtendedBackend(TextAttention())
     with torch.no_grad():
-        found = model(random(1, 16, 8, 6), torch.full((1,), 0.7), states, hooks=hooks)
+        found = model(random(1, 16, 8, 6), torch.full((1,), 0.7), states, backend=backend)
     assert torch.equal(found, velocity(model, states))

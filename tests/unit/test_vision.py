@@ -7,7 +7,12 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from krea2_model.config import VisionConfig
-from krea2_model.text.vision import Qwen3VLVisionTower, fit_image, infer_vision_config, vision_keys
+from krea2_model.text.vision import (
+    Qwen3VLVisionTower,
+    infer_vision_config,
+    resize_for_tower,
+    vision_keys,
+)
 from parity import assert_close
 
 SMALL = VisionConfig(
@@ -100,7 +105,7 @@ def test_names_in_files(ours, prefix):
 ])  # fmt: skip
 def test_fitted_sizes(size, options, expected):
     limit = options.get("max_side", 384)
-    fitted = fit_image(picture(*size), **options)
+    fitted = resize_for_tower(picture(*size), **options)
     assert tuple(fitted.shape[1:]) == expected
     assert expected[0] * expected[1] <= max(limit**2, 32 * max(size) + 32 * 32)
     assert fitted.min() >= 0 and fitted.max() <= 1
@@ -108,11 +113,11 @@ def test_fitted_sizes(size, options, expected):
 
 def test_a_fitted_image_is_the_same_picture():
     smooth = torch.linspace(0, 1, 512).expand(3, 512, 512)
-    fitted = fit_image(smooth)
+    fitted = resize_for_tower(smooth)
     expected = torch.linspace(0, 1, 384).expand(3, 384, 384)
     assert (fitted - expected).abs().max() < 0.01
     exact = picture(64, 96)
-    assert fit_image(exact) is exact
+    assert resize_for_tower(exact) is exact
 
 
 @pytest.mark.parametrize("shape, message", [
@@ -121,11 +126,11 @@ def test_a_fitted_image_is_the_same_picture():
 ])  # fmt: skip
 def test_bad_images_are_named(shape, message):
     with pytest.raises(ValueError, match=message):
-        fit_image(torch.zeros(shape))
+        resize_for_tower(torch.zeros(shape))
 
 
 def test_sizes_the_tower_cannot_take_are_named(ours):
     with pytest.raises(ValueError, match="shape .3, 40, 64.*both sides multiples of 32"):
         ours(torch.zeros(3, 40, 64))
     with pytest.raises(ValueError, match="max_side is 16; expected at least 32"):
-        fit_image(torch.zeros(3, 64, 64), max_side=16)
+        resize_for_tower(torch.zeros(3, 64, 64), max_side=16)

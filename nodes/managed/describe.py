@@ -15,10 +15,10 @@ import comfy.quant_ops
 import folder_paths
 import torch
 
-from ...krea2_model.tools.check import Report, kernel_note, main_memory_text, package_version
-from ...krea2_model.tools.inspect import size_text
+from ...krea2_model.tools.describe import size_text
+from ...krea2_model.tools.self_check import Report, kernel_note, main_memory_text, package_version
+from .backend import OVERRIDE
 from .gguf import LAYOUT
-from .hooks import OVERRIDE
 from .lora import LoraPatch
 
 _OPTIONS = "transformer_options"

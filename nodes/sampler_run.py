@@ -35,8 +35,8 @@ def check_model(model) -> None:
 
 
 def has_other_negative(model) -> bool:
-    """Whether Krea 2 Negative without Guidance gives the model a negative."""
-    from .managed.texts import NEGATIVE_GUIDANCE
+    """Whether Krea 2 Negative (NAG) gives the model a negative."""
+    from .managed.conditions import NEGATIVE_GUIDANCE
 
     return NEGATIVE_GUIDANCE in model.model_options.get("transformer_options", {})
 

@@ -15,7 +15,7 @@ def test_layers_are_weighed_in_their_order(run, pack, conditioning):
     given = conditioning(6, 1, batch=2) + conditioning(4, 2)
     mixed = run("K2TapWeights", conditioning=given, layer_2=0.0, layer_35=3.0)[0]
     weights = [0.0] + [1.0] * 10 + [3.0]
-    weigh = pack("krea2_model.text.taps").weigh_taps
+    weigh = pack("krea2_model.text.layer_weights").weigh_taps
     for (before, _), (after, _) in zip(given, mixed, strict=True):
         assert after.shape == before.shape and after[..., :160].eq(0).all()
         expected = weigh(before.unflatten(-1, (12, 160)), weights).flatten(2)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..krea2_model.text.taps import weigh_taps
+from ..krea2_model.text.layer_weights import weigh_taps
 
 # The layers of the text encoder that Krea 2 reads, in the order in which it reads them.
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)

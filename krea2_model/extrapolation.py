@@ -12,7 +12,7 @@ import math
 from torch import Tensor
 
 
-class Forecast:
+class VelocityExtrapolation:
     """Says which steps of a run may do without the model, and what the velocity is there.
 
     steps: how many the run has.
@@ -29,12 +29,12 @@ class Forecast:
         self._first = max(2, math.ceil(steps / 5))
         self._known: list[tuple[float, Tensor]] = []
 
-    def leaves_out(self, step: int) -> bool:
+    def should_skip(self, step: int) -> bool:
         """Whether a step, counted from 0, is to do without the model; the last never is."""
         late = self._first <= step < self._steps - 1 and len(self._known) == 2
         return late and (step - self._first + 1) % self._every != 0
 
-    def note(self, time: float, velocity: Tensor) -> None:
+    def record(self, time: float, velocity: Tensor) -> None:
         """Keep what the model said at a time; the last word counts where it is asked again."""
         if self._every > 1:
             earlier = [entry for entry in self._known if entry[0] != time]

@@ -20,7 +20,7 @@ from ..checkpoints.identify import (
     identify,
 )
 from ..checkpoints.loading import (
-    STRAYS,
+    TRAINING_LEFTOVERS,
     Checkpoint,
     open_checkpoint,
     prefix_of,
@@ -104,7 +104,7 @@ def _transformer_lines(checkpoint: Checkpoint) -> list[str]:
     )
     wanted = Krea2Transformer(config, device="meta").state_dict()
     lines += _weights_lines(state.tensors, wanted)
-    strays = sorted(name for name in checkpoint.tensors if name.endswith(tuple(STRAYS)))
+    strays = sorted(name for name in checkpoint.tensors if name.endswith(tuple(TRAINING_LEFTOVERS)))
     if strays:
         lines.append(f"    ignored: {', '.join(strays)} (left over from training)")
     return lines

@@ -15,9 +15,9 @@ import torch
 from ...krea2_model.checkpoints.gguf import GGUFTensor
 from ...krea2_model.checkpoints.identify import TEXT_ENCODER
 from ...krea2_model.checkpoints.loading import Checkpoint
+from .backend import encoder_attention
+from .checkpoint import check_weights, open_part
 from .gguf import GGUFOperations, wrap
-from .hooks import encoder_attention
-from .weights import check_weights, open_part
 
 
 class LazyPart:

@@ -28,7 +28,7 @@ from ..checkpoints.identify import (
 from ..checkpoints.loading import read_shapes
 from ..nn import switches
 from ..nn.attention import takes_grouped_heads
-from .inspect import PARTS, describe, size_text
+from .describe import PARTS, describe, size_text
 
 # Folders of ComfyUI's models folder in which loaders look for each part.
 FOLDERS = {

@@ -3,18 +3,15 @@
 import pytest
 import torch
 
-from krea2_model.images.framing import (
-    aligned,
+from krea2_model.images.crop import align_to_original, crop, crop_boxes, stitch
+from krea2_model.images.resize import (
     colours,
-    crop,
-    crop_boxes,
-    extended,
-    fitted,
-    fitted_size,
-    padded,
-    resized,
-    stitched,
-    whole_tokens,
+    extend,
+    pad,
+    pad_to_tokens,
+    resize,
+    resize_and_crop,
+    target_size,
 )
 
 
@@ -45,20 +42,20 @@ def spot(height, width, top, left, rows, columns):
     ],
 )
 def test_sizes_follow_the_image(size, megapixels, aspect, expected):
-    assert fitted_size(*size, megapixels, aspect) == expected
+    assert target_size(*size, megapixels, aspect) == expected
 
 
 @pytest.mark.parametrize("megapixels", [-1.0, float("nan")])
 def test_bad_areas(megapixels):
     with pytest.raises(ValueError, match="megapixels is"):
-        fitted_size(100, 100, megapixels, "image")
+        target_size(100, 100, megapixels, "image")
 
 
 def test_impossible_aspects_are_named():
     with pytest.raises(ValueError, match="aspect is '5:1'; expected image or one of 1:1"):
-        fitted_size(100, 100, 1.0, "5:1")
+        target_size(100, 100, 1.0, "5:1")
     with pytest.raises(ValueError, match="at most 16384 a side"):
-        fitted_size(20000, 1, 1.0, "image")
+        target_size(20000, 1, 1.0, "image")
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (200, 33), (1, 1)])
@@ -67,7 +64,7 @@ def test_impossible_aspects_are_named():
 def test_images_and_masks_have_the_size_that_was_asked_for(size, mode, target):
     width, height = size
     mask = torch.zeros(1, height, width)
-    image, mask = fitted(ramps(height, width), mask, *target, mode)
+    image, mask = resize_and_crop(ramps(height, width), mask, *target, mode)
     assert image.shape == (1, target[1], target[0], 3) and mask.shape == image.shape[:3]
     assert image.min() >= 0 and image.max() <= 1
     assert (mask.any() and mode == "pad") or not mask.any() or size == (1, 1)
@@ -76,32 +73,32 @@ def test_images_and_masks_have_the_size_that_was_asked_for(size, mode, target):
 def test_crop_cuts_both_ends_alike_and_pad_continues_them():
     wide = ramps(32, 96)
     mask = torch.zeros(1, 32, 96)
-    cut, _ = fitted(wide, mask, 32, 32, "crop")
+    cut, _ = resize_and_crop(wide, mask, 32, 32, "crop")
     assert torch.equal(cut, wide[:, :, 32:64]), "where nothing is scaled, to the bit"
-    whole, new = fitted(wide, mask, 96, 64, "pad")
+    whole, new = resize_and_crop(wide, mask, 96, 64, "pad")
     assert torch.equal(whole[:, 16:48], wide)
     assert torch.equal(whole[:, :16], wide[:, :1].expand(-1, 16, -1, -1))
     assert new[:, :16].eq(1).all() and new[:, 48:].eq(1).all() and not new[:, 16:48].any()
-    grey, _ = fitted(wide, mask, 96, 64, "pad", "grey")
+    grey, _ = resize_and_crop(wide, mask, 96, 64, "pad", "grey")
     assert grey[:, :16].eq(0.5).all()
-    flat, _ = fitted(wide, mask, 48, 64, "stretch")
+    flat, _ = resize_and_crop(wide, mask, 48, 64, "stretch")
     assert flat[0, 32, :, 0].diff().min() > 0 and flat[0, 0, -1, 0] > 0.97
 
 
 def test_bad_modes_are_named():
     image, mask = ramps(32, 32), torch.zeros(1, 32, 32)
     with pytest.raises(ValueError, match="mode is 'fill'; expected one of crop, pad, stretch"):
-        fitted(image, mask, 32, 32, "fill")
+        resize_and_crop(image, mask, 32, 32, "fill")
     with pytest.raises(ValueError, match="padding is 'blue'; expected one of edge, grey"):
-        padded(image, 1, 1, 1, 1, "blue")
+        pad(image, 1, 1, 1, 1, "blue")
 
 
 def test_shrinking_has_no_aliasing():
     """Stripes of a pixel each become their mean."""
     stripes = torch.zeros(1, 64, 64, 3)
     stripes[:, :, ::2] = 1
-    assert (resized(stripes, 16, 16) - 0.5).abs().max() < 0.1
-    assert resized(stripes, 64, 64) is stripes
+    assert (resize(stripes, 16, 16) - 0.5).abs().max() < 0.1
+    assert resize(stripes, 64, 64) is stripes
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -117,19 +114,19 @@ def test_what_is_no_image_is_named(shape):
 
 def test_extended_images_hold_the_original_and_mask_what_is_new():
     image = torch.rand(2, 40, 50, 3)
-    larger, mask = extended(image, 24, 8, 0, 0)
+    larger, mask = extend(image, 24, 8, 0, 0)
     # 24 and 8 more for multiples of 16, where the image grows anyway.
     assert larger.shape == (2, 48, 80, 3) and mask.shape == (2, 48, 80)
     assert torch.equal(larger[:, 8:, 30:], image)
     assert not mask[:, 8:, 30:].any() and mask.sum() == 2 * (48 * 80 - 40 * 50)
     assert torch.equal(larger[:, 20, 0], larger[:, 20, 30]), "the outermost pixels go on"
-    right, _ = extended(image, 0, 0, 16, 0)
+    right, _ = extend(image, 0, 0, 16, 0)
     assert right.shape == (2, 48, 80, 3) and torch.equal(right[:, :40, :50], image)
 
 
 def test_the_feather_of_an_extended_image_reaches_into_it_where_it_grew():
     image = torch.rand(1, 64, 64, 3)
-    _, mask = extended(image, 0, 0, 16, 0, feather=3)
+    _, mask = extend(image, 0, 0, 16, 0, feather=3)
     row = mask[0, 32]
     assert row[64:].eq(1).all() and not row[:61].any()
     assert row[61:64].tolist() == pytest.approx([0.25, 0.5, 0.75])
@@ -145,11 +142,11 @@ def test_the_feather_of_an_extended_image_reaches_into_it_where_it_grew():
 )
 def test_impossible_extensions(sides, message):
     with pytest.raises(ValueError, match=message):
-        extended(torch.rand(1, 32, 32, 3), *sides)
+        extend(torch.rand(1, 32, 32, 3), *sides)
 
 
 def test_sides_are_continued_to_whole_tokens():
-    image, mask = whole_tokens(torch.rand(1, 17, 1, 3), torch.ones(1, 17, 1))
+    image, mask = pad_to_tokens(torch.rand(1, 17, 1, 3), torch.ones(1, 17, 1))
     assert image.shape == (1, 32, 16, 3) and mask.shape == (1, 32, 16) and mask.all()
 
 
@@ -196,7 +193,7 @@ def test_what_is_stitched_leaves_the_rest_to_the_bit(megapixels, feather):
     masks = torch.cat([spot(300, 400, 30, 50, 40, 60), spot(300, 400, 250, 300, 50, 50)])
     part, part_mask, cut = crop(image, masks, 1.5, megapixels)
     assert part.shape[:3] == part_mask.shape and len(part) == 2
-    whole = stitched(cut, torch.ones_like(part), feather)
+    whole = stitch(cut, torch.ones_like(part), feather)
     assert torch.equal(whole[masks == 0], image[masks == 0])
     assert (whole[masks == 1] != image[masks == 1]).any(dim=-1).all()
     middle = whole[0, 48:52, 78:82], whole[1, 280:299, 320:330]
@@ -209,7 +206,7 @@ def test_what_comes_back_unchanged_lies_where_it_was():
     image, mask = ramps(300, 400), spot(300, 400, 100, 150, 60, 90)
     part, _, cut = crop(image, mask, 1.5, 0.1)
     assert part.shape[1:3] != (cut.boxes[0].height, cut.boxes[0].width)
-    assert (stitched(cut, part) - image).abs().max() < 0.5 / 400
+    assert (stitch(cut, part) - image).abs().max() < 0.5 / 400
 
 
 def test_a_stitch_with_another_mask():
@@ -217,7 +214,7 @@ def test_a_stitch_with_another_mask():
     part, part_mask, cut = crop(image, mask, 2.0, 0.0)
     grown = torch.ones_like(part_mask)
     box = cut.boxes[0]
-    whole = stitched(cut, torch.ones_like(part), mask=grown)
+    whole = stitch(cut, torch.ones_like(part), mask=grown)
     inside = torch.zeros(200, 200, dtype=torch.bool)
     inside[box.top : box.top + box.height, box.left : box.left + box.width] = True
     assert whole[0][inside].eq(1).all() and torch.equal(whole[0][~inside], image[0][~inside])
@@ -226,21 +223,21 @@ def test_a_stitch_with_another_mask():
 def test_a_crop_takes_many_paintings_and_a_batch_one_each():
     image, mask = torch.rand(1, 100, 100, 3), spot(100, 100, 40, 40, 10, 10)
     part, _, cut = crop(image, mask, 1.5, 0.0)
-    many = stitched(cut, torch.rand(3, *part.shape[1:]))
+    many = stitch(cut, torch.rand(3, *part.shape[1:]))
     assert many.shape == (3, 100, 100, 3) and not torch.equal(many[0], many[1])
     _, _, two = crop(image.expand(2, -1, -1, -1), mask, 1.5, 0.0)
     with pytest.raises(ValueError, match="3 painted images for 2 that were cropped"):
-        stitched(two, torch.rand(3, *part.shape[1:]))
+        stitch(two, torch.rand(3, *part.shape[1:]))
 
 
 def test_sizes_that_were_cropped_or_continued_are_aligned():
     original = torch.rand(1, 100, 50, 3)
     mask = torch.ones(1, 100, 50)
-    same, whole = aligned(original, torch.cat([original, original[:, -12:]], dim=1), mask)
+    same, whole = align_to_original(original, torch.cat([original, original[:, -12:]], dim=1), mask)
     assert torch.equal(same, original) and whole.all()
     # As the VAE crops: 96 rows from the second on, 48 columns from the first on.
-    cropped, part = aligned(original, original[:, 2:98, 1:49], mask)
+    cropped, part = align_to_original(original, original[:, 2:98, 1:49], mask)
     assert torch.equal(cropped[:, 2:98, 1:49], original[:, 2:98, 1:49])
     assert part.sum() == 96 * 48 and part[:, 2:98, 1:49].all()
     with pytest.raises(ValueError, match="painted image is 64 x 64 px and the original 50 x 100"):
-        aligned(original, torch.rand(1, 64, 64, 3), mask)
+        align_to_original(original, torch.rand(1, 64, 64, 3), mask)

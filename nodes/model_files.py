@@ -18,7 +18,7 @@ from ..krea2_model.checkpoints.identify import (
     read_header,
 )
 from ..krea2_model.checkpoints.storage import weight_files
-from ..krea2_model.tools.check import ModelFile
+from ..krea2_model.tools.self_check import ModelFile
 from .file_kinds import is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"

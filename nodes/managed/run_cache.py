@@ -1,9 +1,7 @@
-"""Weights that a run reads only once: text fusion, time embeddings of its schedule, modulation.
+"""Results that stay the same during a run: time embeddings, modulation, CUDA graphs.
 
-Text fusion and time embedding are a tenth of the model. Where the weights do not fit the device
-together, these are the ones to leave outside: read once a run and not at each step, they leave
-their place to blocks. Norm weights and modulation tables are small and many: ComfyUI takes longer
-to hand them out at each step than a GPU to apply them.
+Norm weights and modulation tables are small and many: ComfyUI takes longer to hand them out at each
+step than a GPU to apply them.
 """
 
 from weakref import WeakValueDictionary
@@ -12,8 +10,6 @@ import torch
 
 from ...krea2_model.transformer.modulation import RunModulation
 from .graphs import BlockGraphs
-
-_PARTS = ("txtfusion", "txtmlp", "tmlp", "tproj")
 
 
 class ScheduleTimes:
@@ -66,33 +62,3 @@ def run_cache(patcher) -> RunCache:
     """One for all conditionings of a run: the model's, with the patches that it has now."""
     key = (id(patcher.model.diffusion_model), patcher.patches_uuid)
     return _CACHES.setdefault(key, RunCache())
-
-
-class LoadsThemLast:
-    """A patcher that takes these weights to the device after, and from it before, all others."""
-
-    def _load_list(self, for_dynamic=False, **options):
-        if for_dynamic:
-            options["for_dynamic"] = True
-        return _LoadList(super()._load_list(**options), for_dynamic)
-
-
-class _LoadList(list):
-    """Modules `(..., name, module, parameters)`, which ComfyUI sorts before it goes through them.
-
-    It loads from the front, of a list in falling order (in rising order where dynamic VRAM gives
-    priorities), and unloads from the front of one in rising order.
-    """
-
-    def __init__(self, entries, for_dynamic: bool):
-        super().__init__(entries)
-        self._for_dynamic = for_dynamic
-
-    def sort(self, *, key=None, reverse=False):
-        super().sort(key=key, reverse=reverse)
-        last = reverse or self._for_dynamic
-        super().sort(key=lambda entry: _read_once(entry[-3]) == last)
-
-
-def _read_once(name: str) -> bool:
-    return name.removeprefix("diffusion_model.").startswith(_PARTS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_model.text.taps import weigh_taps
+from krea2_model.text.layer_weights import weigh_taps
 
 WEIGHTS = [1.0, 0.0, 2.0, 0.5] + [1.0] * 8
 

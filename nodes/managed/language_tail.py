@@ -15,8 +15,8 @@ from ...krea2_model.checkpoints.encoder_parts import read_language_tail
 from ...krea2_model.checkpoints.gguf import dequantise
 from ...krea2_model.text.language_model import LanguageModel, LanguageTail
 from ...krea2_model.text.vision import ImageTokens
-from .gguf import is_blocks
-from .parts import LazyPart
+from .gguf import is_gguf
+from .lazy_parts import LazyPart
 
 # Rows of a head in blocks that are turned into numbers at a time.
 _ROWS = 16384
@@ -41,7 +41,7 @@ def language_model(
 def tied_head(embedding, hidden: torch.Tensor) -> torch.Tensor:
     """Logits by the embedding's table, wherever and however ComfyUI holds it."""
     weight, _, stream = comfy.ops.cast_bias_weight(embedding, hidden, offloadable=True)
-    if is_blocks(weight):
+    if is_gguf(weight):
         logits = _head_of_blocks(weight, hidden)
     else:
         plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight

@@ -4,22 +4,22 @@ import math
 
 import torch
 
-from ...krea2_model.images.framing import fitted
+from ...krea2_model.images.resize import resize_and_crop
 from ...krea2_model.text.prompt_images import IMAGE_PAD, PromptImage, grid_of, image_text
 from ...krea2_model.text.style_mix import mix_styles
-from ...krea2_model.text.vision import fit_image
+from ...krea2_model.text.vision import resize_for_tower
+from .conditions import TOKEN_WEIGHTS, weights_of
 from .encode import encode_with_images
-from .texts import TOKEN_WEIGHTS, weights_of
 
 
 def same_size(images: list[torch.Tensor], max_side: int) -> list[torch.Tensor]:
     """Images (3, H, W) in one size that the vision tower takes, cropped to the first's shape."""
-    first = fit_image(images[0], max_side)
+    first = resize_for_tower(images[0], max_side)
     height, width = first.shape[1:]
     result = [first]
     for image in images[1:]:
         batch = image.movedim(0, -1)[None]
-        cut = fitted(batch, batch[..., 0], width, height, "crop")[0]
+        cut = resize_and_crop(batch, batch[..., 0], width, height, "crop")[0]
         result.append(cut[0].movedim(-1, 0).contiguous())
     return result
 

@@ -12,8 +12,8 @@ import tiny_checkpoints
 from formats import gguf_file
 from krea2_model.__main__ import main
 from krea2_model.checkpoints.identify import CheckpointError
-from krea2_model.tools import check as checking
-from krea2_model.tools.check import Report, check
+from krea2_model.tools import self_check as checking
+from krea2_model.tools.self_check import Report, check
 
 
 @pytest.fixture(scope="module")

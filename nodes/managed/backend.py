@@ -14,15 +14,15 @@ from ...krea2_model.nn import switches
 from ...krea2_model.nn.attention import attend as attend_plainly
 from ...krea2_model.nn.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.nn.attention_backends import preferred
-from ...krea2_model.nn.kernels import keeping_inputs, modulated_norm, norm_and_rotate, rotate
-from ...krea2_model.transformer.hooks import Hooks
+from ...krea2_model.nn.kernels import apply_rope, keeping_inputs, modulated_norm, norm_and_rotate
+from ...krea2_model.transformer.backend import Backend
 from ...krea2_model.transformer.modulation import for_blocks
-from ...krea2_model.transformer.references import RecordedReferences, Recorder, added_mask
+from ...krea2_model.transformer.references import KVRecorder, ReferenceKVCache, additive_mask
 from ...krea2_model.transformer.shared_calls import attend_past_padding
 from ...krea2_model.transformer.text_attention import TextAttention
 from .contract import announce
 from .graphs import BlockGraphs
-from .once import ScheduleTimes
+from .run_cache import ScheduleTimes
 
 try:
     import comfy.model_prefetch as model_prefetch
@@ -42,7 +42,7 @@ _KNOWS_GROUPED_HEADS = (
 _WITHOUT_MASKS = ("attention_sage", "attention3_sage", "attention_flash")
 
 
-class PatchHooks(Hooks):
+class ComfyBackend(Backend):
     """Applies a run's `transformer_options`, with ComfyUI's kernels and choice of attention.
 
     Honoured are the attention override, `post_input`, `attn1_patch` (queries and keys normed, not
@@ -66,9 +66,9 @@ class PatchHooks(Hooks):
         self.is_touched = is_touched
         self._has_attended = False
         # References that see themselves alone, or what keeps them while they are gone through.
-        self.references: RecordedReferences | Recorder | None = None
+        self.references: ReferenceKVCache | KVRecorder | None = None
 
-    def attend(self, query, key, value, norm, rope, mask, kept=None):
+    def attend(self, query, key, value, norm, rope, mask, query_slice=None):
         self._has_attended = True
         in_block = "block_index" in self.options
         patches = self.patches.get("attn1_patch", ()) if in_block else ()
@@ -81,20 +81,22 @@ class PatchHooks(Hooks):
                 query, key, value = out.get("q", query), out.get("k", key), out.get("v", value)
                 rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
             if rope is not None:
-                query, key = rotate(query, rope), rotate(key, rope)
-        elif rope is not None and kept is None and _has_kernels(query):
+                query, key = apply_rope(query, rope), apply_rope(key, rope)
+        elif rope is not None and query_slice is None and _has_kernels(query):
             kernels = comfy.quant_ops.ck
             query, key = kernels.rms_rope_(query, key, rope, norm.query, norm.key, norm.eps)
         else:
-            query, key = norm_and_rotate(query, key, norm, rope, kept)
+            query, key = norm_and_rotate(query, key, norm, rope, query_slice)
         if self.padding is not None and in_block:
-            return attend_past_padding(self.attention, self.padding, query, key, value, mask, kept)
+            return attend_past_padding(
+                self.attention, self.padding, query, key, value, mask, query_slice
+            )
         attention = self.attention
         if self.references is not None and in_block:
             block = self.options["block_index"]
             attention = functools.partial(self.references.attend, attention, block)
         if self.text is not None and in_block:
-            out = self.text.attend(attention, query, key, value, mask, kept)
+            out = self.text.attend(attention, query, key, value, mask, query_slice)
         else:
             out = attention(query, key, value, mask)
         patches = self.patches.get("attn1_output_patch", ()) if in_block else ()
@@ -148,7 +150,7 @@ class PatchHooks(Hooks):
             return embed(timestep)
         return self.times.embed(embed, timestep, sigmas)
 
-    def tokens(self, text, image, text_positions, image_positions):
+    def prepare_tokens(self, text, image, text_positions, image_positions):
         for patch in self.patches.get("post_input", ()):
             batch = len(image)
             out = patch(
@@ -165,9 +167,9 @@ class PatchHooks(Hooks):
         self.options["img_slice"] = [text.shape[1], text.shape[1] + image.shape[1]]
         return text, image, text_positions, image_positions
 
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
+    def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
         touched = [self.is_touched is not None and self.is_touched(block) for block in blocks]
-        conditions = (kept, vector, rope, mask, split)
+        conditions = (query_slice, vector, rope, mask, split)
         if modulation is None or mask is not None or any(touched) or not self._may_record():
             return self._run(blocks, touched, hidden, *conditions, modulation)
 
@@ -176,7 +178,15 @@ class PatchHooks(Hooks):
             return self._run(blocks, touched, hidden, *conditions, own)
 
         rows = modulation.rows
-        key = (hidden.shape, hidden.dtype, rows.shape, kept.start, kept.stop, split, id(rope))
+        key = (
+            hidden.shape,
+            hidden.dtype,
+            rows.shape,
+            query_slice.start,
+            query_slice.stop,
+            split,
+            id(rope),
+        )
         return self.graphs.run(key, run, hidden, rows)
 
     def _may_record(self) -> bool:
@@ -184,10 +194,12 @@ class PatchHooks(Hooks):
         others = (self.text, self.references, self.padding, self.patches, self.replacements)
         return self.graphs is not None and OVERRIDE not in self.options and not any(others)
 
-    def _run(self, blocks, touched, hidden, kept, vector, rope, mask, split, modulation):
+    def _run(self, blocks, touched, hidden, query_slice, vector, rope, mask, split, modulation):
         own = for_blocks(modulation, len(blocks))
         if self.text is not None:
-            hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
+            hidden, query_slice, rope, mask, split = self.text.prepare(
+                hidden, query_slice, rope, mask, split
+            )
             self.options["img_slice"] = [self.text.front + at for at in self.options["img_slice"]]
         self.options["total_blocks"] = len(blocks)
         self.options["block_type"] = "single"
@@ -213,14 +225,14 @@ class PatchHooks(Hooks):
             elif touched[index]:
                 hidden = run(hidden, *conditions, self)
             else:
-                wanted = kept if index == last and not whole else None
+                wanted = query_slice if index == last and not whole else None
                 hidden = block(hidden, *conditions, self, wanted, own[index])
                 if wanted is not None:
-                    kept = slice(None)
+                    query_slice = slice(None)
         if queue is not None:
             model_prefetch.prefetch_queue_pop(queue, device, None)
         del self.options["block_index"]
-        return hidden[:, kept]
+        return hidden[:, query_slice]
 
     def _in_core_s_way(self, block):
         """A block that others changed, called as ComfyUI's own Krea 2 calls it."""
@@ -239,7 +251,7 @@ class PatchHooks(Hooks):
             if not self._has_attended and (self.text is not None or self.references is not None):
                 raise ValueError(
                     "A node of another pack has put attention of its own into the model, where "
-                    "weights in the prompt, Krea 2 Negative without Guidance and references kept "
+                    "weights in the prompt, Krea 2 Negative (NAG) and references kept "
                     "apart have no effect. Remove that node, or these."
                 )
             return out
@@ -263,7 +275,7 @@ def encoder_attention() -> Callable:
 
     So a long prompt or a large image is cancelled within a layer, and not when it is encoded.
     """
-    attention = PatchHooks({}).attention
+    attention = ComfyBackend({}).attention
 
     def attend(query, key, value, mask=None):
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -274,7 +286,7 @@ def encoder_attention() -> Callable:
 
 def _additive(mask, dtype):
     """A mask as numbers to add: some attention functions would add a boolean one as 0 and 1."""
-    return added_mask(mask).clamp(min=torch.finfo(dtype).min).to(dtype)
+    return additive_mask(mask).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _has_kernels(tensor) -> bool:

@@ -147,7 +147,7 @@ def test_a_block_takes_no_more_calls_of_python_than_core_s(run, pack, raw):
     """What a GPU waits for where a step is short."""
     options = {"file": "krea2_tiny_raw.safetensors", "implementation": "ComfyUI's own"}
     core = run("K2ModelLoader", **options)[0]
-    config, kept = raw.model.diffusion_model.config, pack("nodes.managed.once").RunCache()
+    config, kept = raw.model.diffusion_model.config, pack("nodes.managed.run_cache").RunCache()
     taps = torch.randn(1, 6, config.num_text_layers * config.text_hidden_dim)
     text = torch.randn(1, 6, config.hidden_size)
     latents, time = torch.randn(1, 16, 1, 8, 8), torch.tensor([0.5])

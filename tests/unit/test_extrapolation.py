@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline
-from krea2_model.forecast import Forecast
+from krea2_model.extrapolation import VelocityExtrapolation
 from krea2_model.sampling import denoise, sigma_schedule
 from parity import assert_close
 
 
 def asked(steps, every):
     """The steps at which a run asks the model."""
-    forecast, found = Forecast(steps, every), []
+    extrapolation, found = VelocityExtrapolation(steps, every), []
     for step in range(steps):
-        if not forecast.leaves_out(step):
+        if not extrapolation.should_skip(step):
             found.append(step)
-            forecast.note(1 - step / steps, torch.zeros(1))
+            extrapolation.record(1 - step / steps, torch.zeros(1))
     return found
 
 
@@ -29,25 +29,25 @@ def test_which_steps_ask_the_model():
 
 
 def test_a_velocity_that_is_linear_in_time_is_met_exactly():
-    forecast = Forecast(10, 2)
+    extrapolation = VelocityExtrapolation(10, 2)
     slope = torch.randn(2, 3)
     for time in (0.9, 0.6):
-        forecast.note(time, 1.0 + slope * time)
-    assert_close(forecast.velocity(0.45), 1.0 + slope * 0.45, 1e-6, "on the line")
+        extrapolation.record(time, 1.0 + slope * time)
+    assert_close(extrapolation.velocity(0.45), 1.0 + slope * 0.45, 1e-6, "on the line")
 
 
 def test_a_time_asked_twice_counts_once():
     """Samplers of higher order ask again where they are."""
-    forecast = Forecast(10, 2)
+    extrapolation = VelocityExtrapolation(10, 2)
     for time, value in ((0.9, 5.0), (0.8, 1.0), (0.8, 2.0)):
-        forecast.note(time, torch.tensor(value))
-    assert forecast.velocity(0.7).item() == pytest.approx(-1.0)
+        extrapolation.record(time, torch.tensor(value))
+    assert extrapolation.velocity(0.7).item() == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_bad_values_are_named(every):
     with pytest.raises(ValueError, match="evaluate_every is .*expected a whole number"):
-        Forecast(8, every)
+        VelocityExtrapolation(8, every)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..nn.attention import attend
 from ..nn.kernels import HeadNorm, modulated_norm, norm_and_rotate
 from .modulation import StepModulation, for_blocks
-from .references import RecordedReferences, Recorder
+from .references import KVRecorder, ReferenceKVCache
 from .text_attention import TextAttention
 
 
-class Hooks:
+class Backend:
     """What a host may do inside a forward pass; this one, the default, does the plain thing.
 
     Hosts that let others patch the model (ComfyUI does), or that have kernels of their own, hand a
@@ -29,14 +29,14 @@ class Hooks:
         norm: HeadNorm,
         rope: Tensor | None,
         mask: Tensor | None,
-        kept: slice | None = None,
+        query_slice: slice | None = None,
     ) -> Tensor:
         """Attention over heads as projected, (B, H, L, D), to be normed and rotated here.
 
-        kept: the tokens that the queries are of, None for all.
+        query_slice: the tokens that the queries are of, None for all.
         Returns (B, L, H * D), which the caller may overwrite.
         """
-        return attend(*norm_and_rotate(query, key, norm, rope, kept), value, mask)
+        return attend(*norm_and_rotate(query, key, norm, rope, query_slice), value, mask)
 
     def modulated_norm(self, hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         """`rms_norm(hidden) * (1 + scale) + shift`, a new tensor."""
@@ -48,17 +48,17 @@ class Hooks:
         """The time embedding (B, 1, D) and the blocks' vector (B, 1, 6 D) of times (B,)."""
         return embed(timestep)
 
-    def tokens(
+    def prepare_tokens(
         self, text: Tensor, image: Tensor, text_positions: Tensor, image_positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Called once with the embedded tokens (B, L, D) and their positions (1, L, 3)."""
         return text, image, text_positions, image_positions
 
-    def blocks(
+    def run_blocks(
         self,
         blocks: nn.ModuleList,
         hidden: Tensor,
-        kept: slice,
+        query_slice: slice,
         vector: Tensor,
         rope: Tensor,
         mask: Tensor | None,
@@ -72,37 +72,39 @@ class Hooks:
         """
         own = for_blocks(modulation, len(blocks))
         for index, block in enumerate(blocks):
-            wanted = kept if index == len(blocks) - 1 else None
+            wanted = query_slice if index == len(blocks) - 1 else None
             hidden = block(hidden, vector, rope, mask, split, self, wanted, own[index])
         return hidden
 
 
-class AttentionHooks(Hooks):
-    """One call in which attention does more: weights of text, a negative, references kept apart."""
+class ExtendedBackend(Backend):
+    """One call in which attention does more: text weights, NAG, cached references."""
 
     def __init__(
         self,
         text: TextAttention | None = None,
-        references: RecordedReferences | Recorder | None = None,
+        references: ReferenceKVCache | KVRecorder | None = None,
     ):
         self.text = text or TextAttention()
         self.references = references
         self._block = 0
 
-    def attend(self, query, key, value, norm, rope, mask, kept=None):
-        query, key = norm_and_rotate(query, key, norm, rope, kept)
+    def attend(self, query, key, value, norm, rope, mask, query_slice=None):
+        query, key = norm_and_rotate(query, key, norm, rope, query_slice)
         attention = attend
         if self.references is not None:
             attention = functools.partial(self.references.attend, attend, self._block)
-        return self.text.attend(attention, query, key, value, mask, kept)
+        return self.text.attend(attention, query, key, value, mask, query_slice)
 
-    def blocks(self, blocks, hidden, kept, vector, rope, mask, split, modulation=None):
-        hidden, kept, rope, mask, split = self.text.prepare(hidden, kept, rope, mask, split)
+    def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
+        hidden, query_slice, rope, mask, split = self.text.prepare(
+            hidden, query_slice, rope, mask, split
+        )
         own = for_blocks(modulation, len(blocks))
         for self._block, block in enumerate(blocks):
-            wanted = kept if self._block == len(blocks) - 1 else None
+            wanted = query_slice if self._block == len(blocks) - 1 else None
             hidden = block(hidden, vector, rope, mask, split, self, wanted, own[self._block])
         return hidden
 
 
-NO_HOOKS = Hooks()
+TORCH_BACKEND = Backend()

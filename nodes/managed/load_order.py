@@ -1,0 +1,38 @@
+"""The order in which ComfyUI loads our weights: those read once a run last, and first to leave.
+
+Text fusion and time embedding are a tenth of the model. Where the weights do not fit the device
+together, these are the ones to offload: they are read once a run and not at each step, and leave
+their place to blocks.
+"""
+
+_PARTS = ("txtfusion", "txtmlp", "tmlp", "tproj")
+
+
+class LoadRunConstantsLast:
+    """A patcher that takes these weights to the device after, and from it before, all others."""
+
+    def _load_list(self, for_dynamic=False, **options):
+        if for_dynamic:
+            options["for_dynamic"] = True
+        return _LoadList(super()._load_list(**options), for_dynamic)
+
+
+class _LoadList(list):
+    """Modules `(..., name, module, parameters)`, which ComfyUI sorts before it goes through them.
+
+    It loads from the front, of a list in falling order (in rising order where dynamic VRAM gives
+    priorities), and unloads from the front of one in rising order.
+    """
+
+    def __init__(self, entries, for_dynamic: bool):
+        super().__init__(entries)
+        self._for_dynamic = for_dynamic
+
+    def sort(self, *, key=None, reverse=False):
+        super().sort(key=key, reverse=reverse)
+        last = reverse or self._for_dynamic
+        super().sort(key=lambda entry: _read_once(entry[-3]) == last)
+
+
+def _read_once(name: str) -> bool:
+    return name.removeprefix("diffusion_model.").startswith(_PARTS)
