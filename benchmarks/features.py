@@ -59,7 +59,7 @@ def operations(pixels: int) -> dict[str, float]:
         torch.zeros(1, TEXT, CONFIG.hidden_size, device="meta"),
     )
     with torch.no_grad():
-        recorded = model.record([latents], torch.float32)
+        recorded = model.cache_references([latents], torch.float32)
     found = {}
     for name in FEATURES:
         options = hooks_of(name, "meta", recorded)

@@ -3,18 +3,21 @@
 Runs without ComfyUI and never imports it.
 """
 
+from .arguments import PromptImages, References
 from .checkpoints.encoder_parts import load_text_encoder
 from .checkpoints.identify import CheckpointError
 from .checkpoints.loading import load_transformer, load_vae, save_transformer
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
 from .guidance import GuidanceSchedule
 from .pipeline import Krea2Pipeline
-from .sampling import denoise, shift_mu, sigma_schedule
+from .sampling import denoise
+from .schedule import shift_mu, sigma_schedule
 from .text.encoder import Qwen3VLTextEncoder
 from .text.expander import PromptExpander
 from .text.prompt_images import PromptImage
 from .text.tokenizer import Krea2Tokenizer
 from .transformer.model import Krea2Transformer
+from .transformer.references import Reference, ReferenceSettings
 from .transformer.text_attention import NegativeGuidance
 from .vae.model import QwenImageVAE
 
@@ -31,8 +34,12 @@ __all__ = [
     "Preset",
     "PromptExpander",
     "PromptImage",
+    "PromptImages",
     "Qwen3VLTextEncoder",
     "QwenImageVAE",
+    "Reference",
+    "ReferenceSettings",
+    "References",
     "TextEncoderConfig",
     "TransformerConfig",
     "VAEConfig",

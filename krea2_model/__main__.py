@@ -19,7 +19,7 @@ from .memory.machine import find_device
 from .memory.offload import offload_encoder
 from .memory.plan import AUTO, ENCODER, NONE, OFFLOADS, check_offload
 from .pipeline import Krea2Pipeline
-from .sampling import check_guidance, check_seed
+from .schedule import check_guidance, check_seed
 from .text.expander import LENGTHS, PromptExpander
 from .tools.convert import PARTS, QUANTISATIONS, convert
 from .tools.describe import describe

@@ -1,17 +1,85 @@
-"""Arguments of `Krea2Pipeline` as lists: one entry a prompt or an image, or what is wrong."""
+"""Arguments of `Krea2Pipeline`: checked, and as lists of one entry a prompt or an image."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .images.pictures import Picture, pixels_of, reference_pixels
 from .images.sizes import round_size
-from .sampling import MAX_SEED, check_seed
+from .schedule import MAX_SEED, check_seed
+from .text.prompt_images import MAX_SIDE, PromptImage, nonzero_images
+from .transformer.references import TIME_ZERO, Reference
 
 
-def asked_sides(*sides: int | None) -> list[int | None]:
-    """Sides in pixels as they will be; one of two is not enough to crop by."""
+@dataclass(frozen=True)
+class PromptImages:
+    """Images in front of a prompt.
+
+    images: PIL images, paths, tensors (3 or 4, H, W) in [0, 1], or `PromptImage`.
+    labels: number them, `Picture 1: `, as in the training of LoRAs that read images.
+    max_side: images with more pixels than a square of this side are reduced.
+    """
+
+    images: Sequence[PromptImage | Picture] = ()
+    labels: bool = True
+    max_side: int = MAX_SIDE
+
+    @classmethod
+    def of(cls, images: PromptImages | Sequence[PromptImage | Picture] | None) -> PromptImages:
+        return images if isinstance(images, PromptImages) else cls(images or ())
+
+    def prepared(self) -> list[PromptImage]:
+        """The images at the size that the vision tower reads, without those of strength 0.
+
+        Raises ValueError for what is no image.
+        """
+        images = [
+            image
+            if isinstance(image, PromptImage)
+            else PromptImage(pixels_of(image, "an entry of images"))
+            for image in self.images
+        ]
+        return [image.resized(self.max_side) for image in nonzero_images(images)]
+
+
+@dataclass(frozen=True)
+class References:
+    """Reference images of a run.
+
+    images: PIL images, paths, tensors (3, H, W) in [0, 1], or `Reference`.
+    method, cache: see `sampling.denoise`.
+    max_megapixels: larger images are reduced to this area, in units of 1024 x 1024 pixels.
+    """
+
+    images: Sequence[Reference | Picture] = ()
+    method: str = TIME_ZERO
+    cache: bool = False
+    max_megapixels: float = 1.0
+
+    @classmethod
+    def of(cls, references: References | Sequence[Reference | Picture] | None) -> References:
+        return references if isinstance(references, References) else cls(references or ())
+
+    def prepared(self) -> list[Reference | Tensor]:
+        """`Reference`s as they are, of other images the pixels (3, H, W) at their final size.
+
+        Raises ValueError for what is no image.
+        """
+        return [
+            image
+            if isinstance(image, Reference)
+            else reference_pixels(pixels_of(image, "an entry of references"), self.max_megapixels)
+            for image in self.images
+        ]
+
+
+def start_sides(*sides: int | None) -> list[int | None]:
+    """Width and height of a start image, rounded to tokens; None for both keeps its own size."""
     if sides.count(None) == 1:
         raise ValueError("Give both height and width with start_image, or neither.")
     return [
@@ -21,7 +89,7 @@ def asked_sides(*sides: int | None) -> list[int | None]:
 
 
 def prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:
-    """Prompts, or None where embeddings stand for them."""
+    """Prompts as a list, or None where there are embeddings."""
     if (prompt is None) == (embeds is None):
         raise ValueError("Give either prompt or prompt_embeds, and not both.")
     if embeds is not None:
@@ -33,7 +101,7 @@ def prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:
 
 
 def negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | None:
-    """Negatives of `count` prompts, or None where embeddings stand for them."""
+    """Negatives of `count` prompts, or None where there are embeddings."""
     if embeds is not None:
         if len(embeds) not in (1, count):
             raise ValueError(
@@ -51,7 +119,7 @@ def negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | No
 
 
 def seed_list(seed, batch: int) -> list[int]:
-    """The seed of each image; behind the last seed that there is comes 0."""
+    """The seed of each image; after the largest seed follows 0."""
     if not not_whole(seed):
         first = check_seed(seed)
         return [(first + i) % (MAX_SEED + 1) for i in range(batch)]
@@ -64,7 +132,7 @@ def seed_list(seed, batch: int) -> list[int]:
 
 
 def not_whole(value) -> bool:
-    """Whether a value is no whole number, of Python's or NumPy's."""
+    """True unless a value is an integer of Python's or NumPy's."""
     return isinstance(value, bool) or not isinstance(value, (int, np.integer))
 
 
@@ -75,10 +143,10 @@ def start_noise(
     default: int,
     seed,
 ) -> Tensor:
-    """Start latents (B, C, h, w) in float32: the given ones, or noise of a seed an image.
+    """Noise (B, C, h, w) in float32: the given latents, or noise of a seed an image.
 
-    shape: B, C, and the pixels of a latent's side. sides: height and width in pixels, None for
-        `default`. Noise is drawn on the CPU, so that a seed means the same everywhere.
+    shape: B, C, and the VAE's downscale factor. sides: height and width in pixels, None for
+        `default`. Noise is drawn on the CPU, so that a seed gives the same everywhere.
     """
     batch, channels, downscale = shape
     height, width = (

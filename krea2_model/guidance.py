@@ -1,12 +1,12 @@
-"""Windows of a run, and guidance that changes along it: only in a window, with a ramp, rescaled.
+"""Step windows, and guidance that changes along a run: in a window, with a ramp, rescaled.
 
-`start` and `end` mean one thing everywhere, ComfyUI's: parts of the schedule's own time, before its
-shift, from 0 (noise) to 1 (image). They count from where a whole run begins, so one at denoise 0.6
-begins at 0.4 and does half of its steps before 0.7. Sigmas are called sigma.
+`start` and `end` mean one thing everywhere, as in ComfyUI: fractions of the schedule's time, before
+its shift, from 0 (noise) to 1 (image). They count from the start of a whole run, so a run at
+denoise 0.6 begins at 0.4 and does half of its steps before 0.7. Sigmas are called sigma.
 
-Outside the interval the negative is not asked for, which saves its pass. Early steps fix the
-composition and late ones the finest grain; guidance does its work in between (Kynkäänniemi et al.,
-"Applying Guidance in a Limited Interval", arXiv 2404.07724).
+Outside the window the negative prompt is not evaluated. Early steps fix the composition and late
+ones the finest grain; guidance does its work in between (Kynkäänniemi et al., "Applying Guidance in
+a Limited Interval", arXiv 2404.07724).
 """
 
 from __future__ import annotations
@@ -14,42 +14,56 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-# The sigma at a part of a schedule's time; ComfyUI's models call it percent_to_sigma.
+# The sigma at a fraction of a schedule's time; ComfyUI's models call it percent_to_sigma.
 SigmaAt = Callable[[float], float]
 
-# What the factor on guidance does between the start of the window and its end.
+# The factor on guidance by the fraction of the window that has passed.
 RAMPS = {
-    "constant": lambda done: 1.0,
-    "rising": lambda done: done,
-    "falling": lambda done: 1.0 - done,
-    "hill": lambda done: math.sin(math.pi * done),
+    "constant": lambda passed: 1.0,
+    "rising": lambda passed: passed,
+    "falling": lambda passed: 1.0 - passed,
+    "hill": lambda passed: math.sin(math.pi * passed),
 }
 
-
-# Two sigmas that are this close are one: they are float32 where they come from.
+# Two sigmas that are this close are one: they come from float32.
 _SAME_SIGMA = 1e-6
 
 
-def unshifted(part: float) -> float:
-    """The sigma at a part of the time of a schedule without a shift."""
-    return 1.0 - part
+def unshifted(fraction: float) -> float:
+    """The sigma at a fraction of the time of a schedule without a shift."""
+    return 1.0 - fraction
 
 
-def in_window(sigma: float, first: float, last: float) -> bool:
-    """Whether a step that begins at a sigma lies between two, the last of them left out.
+class StepWindow(NamedTuple):
+    """The steps that begin at sigmas from `first` down to `last`, `last` excluded.
 
-    So of windows that meet, one step belongs to just one.
+    So of two windows that meet, a step belongs to one.
     """
-    return last + _SAME_SIGMA < sigma <= first + _SAME_SIGMA
+
+    first: float
+    last: float
+
+    @classmethod
+    def between(cls, start: float, end: float, sigma_at: SigmaAt = unshifted) -> StepWindow:
+        """The window between two fractions of a schedule's time."""
+        return cls(float(sigma_at(start)), float(sigma_at(end)))
+
+    def contains(self, sigma: float) -> bool:
+        """True for a step that begins at this sigma."""
+        return self.last + _SAME_SIGMA < sigma <= self.first + _SAME_SIGMA
 
 
-def part_at(sigma: float, sigma_at: SigmaAt) -> float:
-    """The part of a schedule's time at which it has a sigma: the inverse of `sigma_at`.
+ALL_STEPS, NEVER = StepWindow(math.inf, -1.0), StepWindow(0.0, 0.0)
 
-    By halving, so that it serves every schedule that a node may give a model.
+
+def fraction_at(sigma: float, sigma_at: SigmaAt) -> float:
+    """The fraction of a schedule's time at which it has a sigma: the inverse of `sigma_at`.
+
+    By bisection, which works for any schedule that a node gives a model.
     """
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -60,10 +74,10 @@ def part_at(sigma: float, sigma_at: SigmaAt) -> float:
 
 @dataclass(frozen=True)
 class GuidanceSchedule:
-    """How much of the guidance counts at a sigma.
+    """A factor on guidance that depends on sigma.
 
-    start, end: the parts of the schedule's time between which it counts, 0 (noise) to 1 (image). A
-        step that begins at the end is outside.
+    start, end: fractions of the schedule's time between which guidance is on, 0 (noise) to 1
+        (image). A step that begins at the end is outside.
     ramp: one of `RAMPS`, over the window, in time.
     rescale: 0 to 1, how far the guided velocity is brought back to the contrast of the
         conditional one, see `rescaled`.
@@ -78,7 +92,7 @@ class GuidanceSchedule:
     def __post_init__(self):
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(
-                f"The window of guidance is start {self.start}, end {self.end}; expected parts of "
+                f"Guidance has start {self.start} and end {self.end}; expected fractions of "
                 "the schedule's time with 0 <= start <= end <= 1: 0 is noise, 1 the image. For a "
                 "sigma take 1 - unshift_time(sigma, mu)."
             )
@@ -88,11 +102,11 @@ class GuidanceSchedule:
             raise ValueError(f"rescale is {self.rescale}; expected 0 (off) to 1.")
 
     def factor(self, sigma: float, sigma_at: SigmaAt = unshifted) -> float:
-        """What guidance is multiplied by at a sigma of a schedule; 0 needs no negative."""
-        if not in_window(sigma, sigma_at(self.start), sigma_at(self.end)):
+        """The factor on guidance at a sigma of a schedule; at 0 no negative is needed."""
+        if not StepWindow.between(self.start, self.end, sigma_at).contains(sigma):
             return 0.0
-        done = (part_at(sigma, sigma_at) - self.start) / (self.end - self.start)
-        return RAMPS[self.ramp](min(1.0, max(0.0, done)))
+        passed = (fraction_at(sigma, sigma_at) - self.start) / (self.end - self.start)
+        return RAMPS[self.ramp](min(1.0, max(0.0, passed)))
 
 
 ALWAYS = GuidanceSchedule()
@@ -103,7 +117,7 @@ def rescaled(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
 
     Strong guidance inflates contrast; this takes it back (Lin et al., "Common Diffusion Noise
     Schedules and Sample Steps are Flawed", arXiv 2305.08891, section 3.4). Tensors are (B, ...);
-    each image has a deviation of its own.
+    each image has its own deviation.
     """
     if amount == 0:
         return guided

@@ -9,7 +9,7 @@ from ..krea2_model.text.prompt_images import (
     MAX_SIDE,
     PromptImage,
     grid_of,
-    kept_images,
+    nonzero_images,
     read_roles,
     read_strengths,
     sheet,
@@ -182,7 +182,7 @@ class K2TextEncodeImages(io.ComfyNode):
             seen, read_roles(roles, len(seen)), read_strengths(strengths, len(seen)), strict=True
         )
         placed = [PromptImage(*each) for each in whole]
-        kept = kept_images(placed)
+        kept = nonzero_images(placed)
         if kept:
             with advised(_REMEDY):
                 positive = encode_with_images(

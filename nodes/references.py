@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.transformer.references import SHARED_TIME, TIME_ZERO, Reference
+from ..krea2_model.transformer.references import SHARED_TIME, TIME_ZERO, ReferenceSettings
 from .inputs import check_limits, verdict
 from .latents import given_vae
 from .reports import reference_report
@@ -129,11 +129,11 @@ class K2Reference(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, strength=None, start=None, end=None, index=None):
         def check():
-            _check_settings(
+            ReferenceSettings(
+                index or None,
                 1.0 if strength is None else strength,
                 0.0 if start is None else start,
                 1.0 if end is None else end,
-                index or 0,
             )
 
         return verdict(cls, check, strength=strength, start=start, end=end, index=index)
@@ -157,7 +157,7 @@ class K2Reference(io.ComfyNode):
     ):
         from .managed.references import add_references
 
-        _check_settings(strength, start, end, index)
+        settings = ReferenceSettings(index or None, strength, start, end)
         check_limits(cls, strength=strength, megapixels=megapixels)
         if family not in FAMILIES:
             raise ValueError(f"family is {family!r}; expected one of {', '.join(FAMILIES)}.")
@@ -169,9 +169,6 @@ class K2Reference(io.ComfyNode):
             )
         pictures = _fitted(image, fit, megapixels, latent)
         latents = [given_vae(vae).encode(picture[None]) for picture in pictures]
-        settings = {"strength": strength, "start": start, "end": end}
-        if index:
-            settings["index"] = index
         results = [
             conditioning and add_references(conditioning, latents, settings, method, apart)
             for conditioning in (positive, negative)
@@ -180,24 +177,18 @@ class K2Reference(io.ComfyNode):
         return io.NodeOutput(*results, ui=ui.PreviewText("\n".join(report)))
 
 
-def _check_settings(strength, start, end, index):
-    import torch
-
-    Reference(torch.empty(0), index or None, strength, start, end)
-
-
 def _fitted(image, fit: str, megapixels: float, latent):
     """The pictures (H, W, 3) of a batch at the size to encode."""
     import torch
 
-    from ..krea2_model.images.pictures import as_reference
+    from ..krea2_model.images.pictures import reference_pixels
     from ..krea2_model.images.resize import resize_and_crop
     from .managed.vision import pictures
 
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}.")
     if fit == KEEP_SHAPE:
-        return [as_reference(picture, megapixels).movedim(0, -1) for picture in pictures(image)]
+        return [reference_pixels(picture, megapixels).movedim(0, -1) for picture in pictures(image)]
     images = torch.stack([picture.movedim(0, -1) for picture in pictures(image)])
     if latent is None:
         raise ValueError(

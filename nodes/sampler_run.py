@@ -5,7 +5,7 @@ import logging
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.images.sizes import is_far
-from ..krea2_model.sampling import MAX_SEED, check_guidance, shift_mu, sigma_schedule, unshift_time
+from ..krea2_model.schedule import MAX_SEED, check_guidance, shift_mu, sigma_schedule, unshift_time
 from .reports import far_size_report, size_report
 from .single_images import conditioning_of, latent_of, model_of
 

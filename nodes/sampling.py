@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.sizes import MAX_SIZE, check_size, image_tokens, round_size
-from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, check_guidance, sigma_schedule
+from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED, check_guidance, sigma_schedule
 from .inputs import check_limits, verdict
 from .reports import (
     sampling_report,

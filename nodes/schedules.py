@@ -5,8 +5,8 @@ from dataclasses import replace
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
-from ..krea2_model.guidance import RAMPS, GuidanceSchedule, part_at, rescaled
-from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
+from ..krea2_model.guidance import RAMPS, GuidanceSchedule, fraction_at, rescaled
+from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
 from .inputs import check_limits, verdict
 from .sampler_run import (
     check_model,
@@ -100,7 +100,7 @@ class K2GuidanceSchedule(io.ComfyNode):
             sigma_at = guider.inner_model.model_sampling.percent_to_sigma
             now = schedule
             if start > end:
-                first, last = (part_at(sigma, sigma_at) for sigma in (start, end))
+                first, last = (fraction_at(sigma, sigma_at) for sigma in (start, end))
                 now = replace(schedule, start=first, end=last)
             # At cfg 1 ComfyUI does without the negative.
             factor = now.factor(timestep.flatten()[0].item(), sigma_at)

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
 from ..krea2_model.text.style_mix import MAX_STRENGTH, shares_of
-from ..krea2_model.transformer.references import TIME_ZERO
+from ..krea2_model.transformer.references import TIME_ZERO, ReferenceSettings
 from .latents import given_vae
 from .prompts import advised, check_clip, encode
 from .reports import prompt_report
@@ -227,10 +227,9 @@ class K2StyleMix(io.ComfyNode):
         if through != PROMPT and strength > 0:
             for latent, part in zip(_latents(vae, styles, megapixels), parts, strict=True):
                 # All at one place, with strengths that add up: two equal images are one.
-                settings = {"strength": strength * part, "index": 1}
+                settings = ReferenceSettings(index=1, strength=strength * part)
                 positive, away = (
-                    add_references(text, [latent], settings, TIME_ZERO, False)
-                    for text in (positive, away)
+                    add_references(text, [latent], settings, TIME_ZERO) for text in (positive, away)
                 )
         report = [prompt_report("prompt", plain)]
         report += [f"style {n}: {part:.0%}" for n, part in enumerate(parts, 1)]
@@ -238,7 +237,7 @@ class K2StyleMix(io.ComfyNode):
 
 
 def _latents(vae, styles, megapixels: float):
-    from ..krea2_model.images.pictures import as_reference
+    from ..krea2_model.images.pictures import reference_pixels
 
     for style in styles:
-        yield given_vae(vae).encode(as_reference(style, megapixels).movedim(0, -1)[None])
+        yield given_vae(vae).encode(reference_pixels(style, megapixels).movedim(0, -1)[None])

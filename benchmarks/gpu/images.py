@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import in_process
 import torch
 
-from krea2_model.sampling import sigma_schedule
+from krea2_model.schedule import sigma_schedule
 
 from . import measure, models, rooflines
 

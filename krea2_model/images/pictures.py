@@ -59,19 +59,18 @@ def fit(pixels: Tensor, width: int | None, height: int | None) -> Tensor:
     return made[0].movedim(-1, 0)
 
 
-def as_reference(pixels: Tensor, megapixels: float) -> Tensor:
-    """A picture (3, H, W) as the transformer looks at it as a reference, the one way to prepare it.
+def reference_pixels(pixels: Tensor, megapixels: float) -> Tensor:
+    """A picture (3, H, W) at the size that it has as a reference, for pipeline and nodes.
 
-    At its own shape and of at most an area, see `limit_area`: scaled evenly, and cut at both ends
-    to whole tokens, which is less than 16 pixels of the result.
+    At its own aspect and of at most an area, see `limit_area`: scaled evenly, and cropped at both
+    ends to whole tokens, which is less than 16 pixels of the result.
     """
     width, height = limit_area(pixels.shape[2], pixels.shape[1], megapixels)
     return fit(pixels, width, height)
 
 
 def to_output(images: Tensor, output_type: str):
-    """Images (B, 3, H, W) in [-1, 1] to what the caller asked for."""
-    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    """Images (B, 3, H, W) in [0, 1] as one of `OUTPUT_TYPES`."""
     if output_type == "pt":
         return images
     array = images.permute(0, 2, 3, 1).cpu().numpy()

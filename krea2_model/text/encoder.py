@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextEncoderConfig
-from ..images.resize import on_white
 from ..nn.attention import Attend, attend
 from ..nn.layers import TorchLayers
 from .decoder import CausalMask, DecoderLayer, rotation_of, rotation_table
@@ -35,13 +34,11 @@ from .prompt_images import (
     MAX_SIDE,
     PromptImage,
     axis_positions,
-    check_no_pads,
-    expand_image_tokens,
-    image_text,
-    kept_images,
+    nonzero_images,
 )
+from .prompt_tokens import PromptTokens, tokenize_prompt
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
-from .vision import ImageTokens, Qwen3VLVisionTower, resize_for_tower
+from .vision import ImageTokens, Qwen3VLVisionTower
 
 RELEASED = TextEncoderConfig()
 _EMBEDDING = "embed_tokens.weight"
@@ -214,57 +211,71 @@ class Qwen3VLTextEncoder(nn.Module):
             raise ValueError(
                 f"prompts is {prompts!r}; expected a list of one or more texts, such as ['a fox']."
             )
-        if self.tokenizer is None:
-            raise ValueError(
-                "The text encoder has no tokenizer. Load a model folder that has its own "
-                "tokenizer/, name a folder with `tokenizer=` (--tokenizer on the command line), or "
-                "set COMFYUI_PATH to a ComfyUI folder."
-            )
         if images is not None and len(images) != len(prompts):
             raise ValueError(
                 f"images has {len(images)} lists; expected {len(prompts)}, one a prompt."
             )
+        tokenizer = self.get_tokenizer()
+        tokens = [
+            tokenize_prompt(
+                tokenizer, prompt,
+                images=[image.resized(max_side) for image in nonzero_images(own)],
+                labels=labels,
+                max_sequence_length=max_sequence_length,
+            )
+            for prompt, own in zip(prompts, images or [()] * len(prompts), strict=True)
+        ]  # fmt: skip
+        return self.encode_tokens(tokens)
+
+    @torch.no_grad()
+    def encode_tokens(self, prompts: Sequence[PromptTokens]) -> tuple[Tensor, Tensor | None]:
+        """Taps and mask of prompts that are laid out already, as `encode` returns them.
+
+        Raises ValueError for tokens of another model, and for images without a vision tower.
+        """
         device = self.embed_tokens.weight.device
-        batch, seen = [], []
-        for item, prompt in enumerate(prompts):
-            kept = kept_images(images[item] if images is not None else ())
-            before = image_text([image.role for image in kept], labels)
-            if kept:
-                check_no_pads(prompt)
-            ids = self.tokenizer.tokenize(prompt, max_sequence_length, before)
-            tokens = self._see(kept, max_side)
-            if kept:
-                ids = expand_image_tokens(ids, [image.grid for image in tokens])
-            batch.append(ids)
-            seen.append(tokens)
-        if max(map(max, batch)) >= self.config.vocab_size:
+        largest = max(max(prompt.ids) for prompt in prompts)
+        if largest >= self.config.vocab_size:
             # On a GPU the lookup would fail later, and take the process's CUDA context with it.
             raise ValueError(
-                f"The tokenizer in {self.tokenizer.folder} makes token {max(map(max, batch))}, but "
-                f"the text encoder knows {self.config.vocab_size}. Use the tokenizer of this model."
+                f"The tokenizer{self._tokenizer_folder()} makes token {largest}, but the text "
+                f"encoder knows {self.config.vocab_size}. Use the tokenizer of this model."
             )
-        lengths = [len(ids) - PREFIX_TOKENS for ids in batch]
+        images = [self._image_tokens(prompt.images) for prompt in prompts]
+        lengths = [len(prompt.expanded_ids) - PREFIX_TOKENS for prompt in prompts]
         taps = None
-        for item, (ids, length) in enumerate(zip(batch, lengths, strict=True)):
-            states = self(torch.tensor([ids], device=device), images=seen[item])[0, PREFIX_TOKENS:]
+        for item, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt.expanded_ids], device=device)
+            states = self(ids, images=images[item])[0, PREFIX_TOKENS:]
             if taps is None:
-                taps = states.new_zeros(len(batch), max(lengths), *states.shape[1:])
-            taps[item, :length] = states
+                taps = states.new_zeros(len(prompts), max(lengths), *states.shape[1:])
+            taps[item, : lengths[item]] = states
         assert taps is not None
         if min(lengths) == max(lengths):
             return taps, None
         counts = torch.tensor(lengths, device=device)
         return taps, torch.arange(max(lengths), device=device) < counts[:, None]
 
-    def _see(self, images: Sequence[PromptImage], max_side: int) -> list[ImageTokens]:
-        """What the vision tower makes of images; it is not loaded for none."""
+    def get_tokenizer(self) -> Krea2Tokenizer:
+        """The tokenizer. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "The text encoder has no tokenizer. Load a model folder that has its own "
+                "tokenizer/, name a folder with `tokenizer=` (--tokenizer on the command line), or "
+                "set COMFYUI_PATH to a ComfyUI folder."
+            )
+        return self.tokenizer
+
+    def _tokenizer_folder(self) -> str:
+        return "" if self.tokenizer is None else f" in {self.tokenizer.folder}"
+
+    def _image_tokens(self, images: Sequence[PromptImage]) -> list[ImageTokens]:
+        """The vision tower's output for images; without images it is not loaded."""
         if not images:
             return []
         tower = self.vision_tower()
         weight = tower.merger.linear_fc2.weight
-        return [
-            tower(resize_for_tower(on_white(image.pixels), max_side).to(weight)) for image in images
-        ]
+        return [tower(image.pixels.to(weight)) for image in images]
 
 
 def place_images(

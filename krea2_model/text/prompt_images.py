@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..images.resize import on_white
 from .prompt_weights import MAX_WEIGHT
+from .vision import resize_for_tower
 
 IMAGE_PAD = 151655
 IMAGE_PAD_TEXT = "<|image_pad|>"
@@ -73,6 +75,10 @@ class PromptImage:
                 "as 'the style', without chat markers."
             )
 
+    def resized(self, max_side: int) -> PromptImage:
+        """The image at the size that the vision tower reads, on white where it is transparent."""
+        return replace(self, pixels=resize_for_tower(on_white(self.pixels), max_side))
+
 
 def read_strengths(text: str, count: int) -> list[float]:
     """Strengths of `count` images from numbers with commas, spaces or lines between; 1 without.
@@ -103,15 +109,15 @@ def _one_each(name: str, values: list, count: int, usual) -> list:
     return [*values[:count], *[usual] * (count - len(values))]
 
 
-def kept_images(images: Iterable[PromptImage]) -> list[PromptImage]:
-    """Those that have a strength. Raises ValueError for more than `MAX_IMAGES`."""
-    kept = [image for image in images if image.strength != 0]
-    if len(kept) > MAX_IMAGES:
+def nonzero_images(images: Iterable[PromptImage]) -> list[PromptImage]:
+    """Images of a strength other than 0. Raises ValueError for more than `MAX_IMAGES`."""
+    result = [image for image in images if image.strength != 0]
+    if len(result) > MAX_IMAGES:
         raise ValueError(
-            f"There are {len(kept)} images in the prompt; expected at most {MAX_IMAGES}. Leave "
+            f"There are {len(result)} images in the prompt; expected at most {MAX_IMAGES}. Leave "
             "some out."
         )
-    return kept
+    return result
 
 
 def image_text(roles: Sequence[str], labels: bool) -> str:

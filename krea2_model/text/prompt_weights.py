@@ -15,11 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 
-import torch
-from torch import Tensor
-
-from .tokenizer import Krea2Tokenizer
-
 # Above 2 shapes come apart (measured on krea2-nano); far beyond, a number is a slip of the pen.
 MAX_WEIGHT = 10.0
 
@@ -167,35 +162,19 @@ def plain_prompt(prompt: str) -> WeightedPrompt:
     return WeightedPrompt(prompt, (1.0,) * len(prompt))
 
 
-def token_weights(
-    prompts: Sequence[WeightedPrompt],
-    tokenizer: Krea2Tokenizer,
-    max_sequence_length: int | None = None,
-    before: str = "",
-    front: Sequence[float] = (),
-) -> Tensor | None:
-    """Weights (B, L) of the kept tokens of sentences, 1 for padding; None where all are 1.
+def token_weights(prompt: WeightedPrompt, spans: Sequence[tuple[int, int]]) -> list[float]:
+    """Weights of tokens by the characters they stand for, see `Krea2Tokenizer.spans`.
 
-    before: what stands in front of each sentence, see `Krea2Tokenizer.tokenize`; its tokens weigh
-        `front`, those of images included (`prompt_images.image_weights`).
+    A token weighs as its characters do, spaces left out; their mean where they differ.
     """
-    rows = [
-        [*front]
-        + [_of_token(prompt, s) for s in tokenizer.spans(prompt.text, max_sequence_length, before)]
-        for prompt in prompts
-    ]
-    if all(weight == 1 for row in rows for weight in row):
-        return None
-    longest = max(map(len, rows))
-    return torch.tensor([row + [1.0] * (longest - len(row)) for row in rows])
+    return [_mean_weight(prompt, span) for span in spans]
 
 
-def _of_token(prompt: WeightedPrompt, span: tuple[int, int]) -> float:
-    """The weight of a token's characters, spaces left out; their mean where they differ."""
-    found = [
+def _mean_weight(prompt: WeightedPrompt, span: tuple[int, int]) -> float:
+    weights = [
         prompt.weights[index] for index in range(*span) if not prompt.text[index].isspace()
     ] or [1.0]
-    return found[0] if len(set(found)) == 1 else sum(found) / len(found)
+    return weights[0] if len(set(weights)) == 1 else sum(weights) / len(weights)
 
 
 def _weight(number: str, mark: str) -> float:

@@ -1,4 +1,8 @@
-"""What a host may do inside a forward pass of the transformer, and what attention may do more."""
+"""The backend of a forward pass: attention, norms and the loop over blocks, for a host to replace.
+
+`Backend` is plain torch. `ExtendedBackend` adds text weights, normalised attention guidance and
+cached references.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from .text_attention import TextAttention
 
 
 class Backend:
-    """What a host may do inside a forward pass; this one, the default, does the plain thing.
+    """The default backend.
 
-    Hosts that let others patch the model (ComfyUI does), or that have kernels of their own, hand a
+    Hosts that let others patch the model (ComfyUI does), or that bring their own kernels, pass a
     subclass to `Krea2Transformer`.
     """
 
@@ -31,9 +35,9 @@ class Backend:
         mask: Tensor | None,
         query_slice: slice | None = None,
     ) -> Tensor:
-        """Attention over heads as projected, (B, H, L, D), to be normed and rotated here.
+        """Attention over projected heads (B, H, L, D), which are normed and rotated here.
 
-        query_slice: the tokens that the queries are of, None for all.
+        query_slice: the tokens that have a query, None for all. Keys and values cover all tokens.
         Returns (B, L, H * D), which the caller may overwrite.
         """
         return attend(*norm_and_rotate(query, key, norm, rope, query_slice), value, mask)
@@ -65,20 +69,21 @@ class Backend:
         split: int | None,
         modulation: StepModulation | None = None,
     ) -> Tensor:
-        """Run the blocks in order, with the block's own arguments.
+        """Run the blocks in order, with the arguments of `SingleStreamBlock.forward`.
 
-        modulation: of this step, or None where the blocks make it themselves.
-        Returns the `kept` tokens, the only ones that the last block has to compute.
+        modulation: of this step, or None where blocks compute it themselves.
+        Returns the tokens of `query_slice`, the only ones that the last block has to compute.
         """
-        own = for_blocks(modulation, len(blocks))
+        by_block = for_blocks(modulation, len(blocks))
+        last = len(blocks) - 1
         for index, block in enumerate(blocks):
-            wanted = query_slice if index == len(blocks) - 1 else None
-            hidden = block(hidden, vector, rope, mask, split, self, wanted, own[index])
+            queries = query_slice if index == last else None
+            hidden = block(hidden, vector, rope, mask, split, self, queries, by_block[index])
         return hidden
 
 
 class ExtendedBackend(Backend):
-    """One call in which attention does more: text weights, NAG, cached references."""
+    """A backend for one call with text weights, NAG or cached references."""
 
     def __init__(
         self,
@@ -97,13 +102,13 @@ class ExtendedBackend(Backend):
         return self.text.attend(attention, query, key, value, mask, query_slice)
 
     def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
-        hidden, query_slice, rope, mask, split = self.text.prepare(
-            hidden, query_slice, rope, mask, split
-        )
-        own = for_blocks(modulation, len(blocks))
+        prepared = self.text.prepare(hidden, query_slice, rope, mask, split)
+        hidden, query_slice, rope, mask, split = prepared
+        by_block = for_blocks(modulation, len(blocks))
+        last = len(blocks) - 1
         for self._block, block in enumerate(blocks):
-            wanted = query_slice if self._block == len(blocks) - 1 else None
-            hidden = block(hidden, vector, rope, mask, split, self, wanted, own[self._block])
+            queries = query_slice if self._block == last else None
+            hidden = block(hidden, vector, rope, mask, split, self, queries, by_block[self._block])
         return hidden
 
 

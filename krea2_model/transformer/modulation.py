@@ -1,7 +1,7 @@
-"""How the time changes the blocks: a shared vector, and what each block adds to it.
+"""Modulation by time: a vector that all blocks share, plus a table of each block.
 
-Norm weights and tables are small and many: reading them of each block in each step costs a host
-more than a GPU takes to apply them. `RunModulation` reads them once, for all blocks and steps.
+Norm weights and tables are small and many: a host takes longer to hand them out at each step than a
+GPU to apply them. `RunModulation` reads them once, for all blocks and steps.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ class FinalModulation(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """One block's: its six rows (B, S, D), and the norm of queries and keys."""
+    """Modulation of one block: its six rows (B, S, D), and the norm of queries and keys."""
 
     rows: tuple[Tensor, ...]
     norm: HeadNorm
 
 
 class StepModulation(NamedTuple):
-    """Of one time: the rows of all blocks (N, B, S, 6, D), and their norms of queries and keys."""
+    """Modulation at one time: rows of all blocks (N, B, S, 6, D), norms of queries and keys."""
 
     rows: Tensor
     norms: list[HeadNorm]
 
     def by_block(self) -> list[Modulation]:
         pairs = zip(self.rows.unbind(0), self.norms, strict=True)
-        return [Modulation(own.unbind(-2), norm) for own, norm in pairs]
+        return [Modulation(rows.unbind(-2), norm) for rows, norm in pairs]
 
 
 def for_blocks(modulation: StepModulation | None, count: int) -> Sequence[Modulation | None]:
-    """Each block's modulation of a step; None for each that is to make its own."""
+    """The modulation of each block at a step, or None each where blocks compute their own."""
     return [None] * count if modulation is None else modulation.by_block()
 
 
 class RunModulation:
-    """The blocks' tables, norm weights, and norms of queries and keys, as they are now."""
+    """A copy of the blocks' tables, norm weights, and norms of queries and keys."""
 
     def __init__(self, blocks: Iterable[Any], device: torch.device):
         blocks = list(blocks)
-        nothing = torch.zeros((), device=device)
-        self._tables = torch.stack([block.mod.lin(nothing) for block in blocks])
+        zero = torch.zeros((), device=device)
+        self._tables = torch.stack([block.mod.lin(zero) for block in blocks])
         norms = [norm for block in blocks for norm in (block.prenorm, block.postnorm)]
         weights = [norm.scale.read(device, torch.clone) for norm in norms]
         self._norms = torch.stack(weights).unflatten(0, (-1, 2))

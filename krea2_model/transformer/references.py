@@ -1,25 +1,25 @@
-"""Reference images: latents beside the image that is made, for it to look at.
+"""Reference images: latents beside the image that the transformer attends to.
 
-The base model was not trained to look at them; LoRAs teach it, in two families that their weights
-do not tell apart. Edit and style LoRAs (ai-toolkit) modulate the tokens of a reference as those of
-a finished image, at time 0; identity LoRAs with the step's own time. Every reference has a place of
-its own on the first rotary axis, where the image is at 0.
+The base model was not trained on references; LoRAs teach it, in two families that their weights do
+not tell apart. Edit and style LoRAs (ai-toolkit) modulate the tokens of a reference as those of a
+finished image, at time 0; identity LoRAs with the step's own time. Every reference has its own
+index on the first rotary axis, where the image is at 0.
 
-A strength s adds log(s) to what attention scores a reference's tokens by, which multiplies their
-share before shares are made to sum to 1: at 1 nothing is added, at 0 the reference is left out.
+A strength s adds log(s) to the attention scores of a reference's tokens, which multiplies their
+share before shares are normalised: 1 adds nothing, 0 leaves the reference out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..guidance import in_window
+from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
 from ..nn.attention import Attend
 
 TIME_ZERO, SHARED_TIME = "index_timestep_zero", "index"
@@ -27,18 +27,16 @@ REFERENCE_METHODS = (TIME_ZERO, SHARED_TIME)
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A reference image and how it is looked at.
+class ReferenceSettings:
+    """Use of one reference image.
 
-    latents: (B or 1, C, h, w), normalised; of any size.
-    index: place on the first rotary axis, 1 or more; None is its place in the list.
+    index: on the first rotary axis, 1 to 255; None is its place in the list.
     strength: 1 leaves attention as it is, 0 leaves the reference out.
-    start, end: the parts of the schedule's time between which it is there, see `guidance`.
+    start, end: fractions of the schedule's time between which it is attended to, see `guidance`.
 
     Raises ValueError for values out of range.
     """
 
-    latents: Tensor
     index: int | None = None
     strength: float = 1.0
     start: float = 0.0
@@ -55,60 +53,134 @@ class Reference:
             )
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(
-                f"A reference is there from {self.start!r} to {self.end!r} of the schedule; "
-                "expected 0 <= start <= end <= 1."
+                f"A reference has start {self.start!r} and end {self.end!r}; expected fractions of "
+                "the schedule with 0 <= start <= end <= 1."
             )
 
+    def window(self, sigma_at: SigmaAt = unshifted) -> StepWindow:
+        """The steps of a schedule that attend to it."""
+        return StepWindow.between(self.start, self.end, sigma_at) if self.strength > 0 else NEVER
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference image: latents (B or 1, C, h, w), normalised, of any size, and its settings."""
+
+    latents: Tensor
+    settings: ReferenceSettings = field(default_factory=ReferenceSettings)
+
     def to(self, like: Tensor) -> Reference:
-        """With latents on the device and in the dtype of a tensor."""
+        """The reference with latents on the device and in the dtype of a tensor."""
         return replace(self, latents=self.latents.to(like))
-
-    def is_there(self, sigma: float, first: float | None = None, last: float | None = None) -> bool:
-        """Whether a step that begins at a sigma looks at it.
-
-        first, last: the schedule's sigmas at `start` and `end`; None for one without a shift.
-        """
-        first = 1 - self.start if first is None else first
-        last = 1 - self.end if last is None else last
-        return self.strength > 0 and in_window(sigma, first, last)
 
 
 def with_indices(references: Sequence[Tensor | Reference] | None) -> list[Reference]:
-    """References with their indices, without those of strength 0."""
+    """References with their indices filled in, without those of strength 0."""
     result = []
     for place, reference in enumerate(references or (), 1):
         if isinstance(reference, Tensor):
             reference = Reference(reference)
-        if reference.strength > 0:
-            result.append(replace(reference, index=reference.index or place))
+        settings = reference.settings
+        if settings.strength > 0:
+            settings = replace(settings, index=settings.index or place)
+            result.append(replace(reference, settings=settings))
     return result
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """The references of a run: settings and step window of each, and how they are computed.
+
+    method: one of `REFERENCE_METHODS`.
+    caches: compute keys and values of each reference once a run, from itself alone; None computes
+        them at each step from all tokens, as LoRAs were trained.
+
+    Raises ValueError for caches with a method whose tokens change with the step.
+    """
+
+    settings: tuple[ReferenceSettings, ...] = ()
+    windows: tuple[StepWindow, ...] = ()
+    method: str = TIME_ZERO
+    caches: ReferenceCaches | None = None
+
+    def __post_init__(self):
+        if self.caches is not None and self.method != TIME_ZERO:
+            raise ValueError(
+                f"References are cached with the method {self.method!r}; expected {TIME_ZERO!r}, "
+                "since otherwise they change with every step. Choose it, or switch caching off "
+                "(cache_references, in Krea 2 Reference apart)."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        settings: Sequence[ReferenceSettings],
+        sigma_at: SigmaAt,
+        method: str = TIME_ZERO,
+        caches: ReferenceCaches | None = None,
+    ) -> ReferencePlan:
+        """The plan for a schedule; references without an index take their place in the list."""
+        indexed = tuple(replace(s, index=s.index or place) for place, s in enumerate(settings, 1))
+        return cls(indexed, tuple(s.window(sigma_at) for s in indexed), method, caches)
+
+    def active(self, sigma: float, latents: Sequence[Tensor]) -> list[Reference]:
+        """The references that a step which begins at a sigma attends to.
+
+        latents: (B or 1, C, h, w) of each reference of the plan.
+        """
+        return [
+            Reference(own, settings)
+            for own, settings, window in zip(latents, self.settings, self.windows, strict=True)
+            if window.contains(sigma)
+        ]
+
+
+class ReferenceCaches:
+    """The KV caches of a run, one for each set of active references.
+
+    latents: of all references, held for as long, where a host tells references apart by identity.
+    """
+
+    def __init__(self, latents: Sequence[Tensor] = ()):
+        self._latents = latents
+        self._caches: dict[tuple[tuple[int | None, int], ...], ReferenceKVCache] = {}
+
+    def get(
+        self, references: Sequence[Reference], compute: Callable[[], ReferenceKVCache]
+    ) -> ReferenceKVCache:
+        """The cache of these references, computed on first use."""
+        key = tuple((r.settings.index, len(r.latents)) for r in references)
+        if key not in self._caches:
+            self._caches[key] = compute()
+        return self._caches[key]
 
 
 def add_strength_bias(
     mask: Tensor | None,
-    before: int,
+    first: int,
     counts: Sequence[int],
     strengths: Sequence[float],
     length: int,
     device: torch.device,
 ) -> Tensor | None:
-    """A mask in which reference tokens count by their strengths.
+    """A mask with the bias of reference strengths.
 
-    mask: (B or 1, 1, 1, L) bool, or None where every token is seen.
-    before: tokens in front of the first reference; counts: tokens of each.
+    mask: (B or 1, 1, 1, L) bool, or None where every token is attended to.
+    first: tokens before the first reference; counts: tokens of each.
     length: of the result, on `device`.
-    Returns `mask` itself where all strengths are 1, else (B or 1, 1, 1, L) in float32, to be added.
+    Returns `mask` itself where all strengths are 1, else an additive mask (B or 1, 1, 1, L) in
+    float32.
     """
     if all(strength == 1 for strength in strengths):
         return mask
     pieces = [torch.full((count,), math.log(s)) for count, s in zip(counts, strengths, strict=True)]
-    bias = torch.cat([torch.zeros(before), *pieces])
+    bias = torch.cat([torch.zeros(first), *pieces])
     bias = F.pad(bias, (0, length - len(bias))).to(device)[None, None, None]
     return bias if mask is None else additive_mask(mask) + bias
 
 
 def additive_mask(mask: Tensor) -> Tensor:
-    """A boolean mask as what is added to scores; one that is added already stays."""
+    """A boolean mask as values to add to attention scores; an additive mask is returned as is."""
     if mask.dtype is not torch.bool:
         return mask
     # Half of the largest: a bias on top must not make it infinite.
@@ -117,20 +189,20 @@ def additive_mask(mask: Tensor) -> Tensor:
 
 
 class ReferenceKVCache:
-    """Keys and values, a pair a block, of references that see themselves alone.
+    """Keys and values of references that attend only to themselves, a pair a block.
 
-    In time-zero references nothing then depends on the step, so they are made once a run. That is
-    not what LoRAs were trained with, where references see the image too.
+    For references at time zero nothing then depends on the step, so they are computed once a run.
+    LoRAs were trained otherwise: their references attend to the image too.
     """
 
     def __init__(self):
         # Of each reference: its strength, and (key, value) (B or 1, KV, L, D) by block.
         self._references: list[tuple[float, list[tuple[Tensor, Tensor]]]] = []
-        # The mask of a call's last block with ours behind it: all blocks have the same one.
+        # The last mask and its extension by the references: all blocks of a call share it.
         self._mask: tuple[tuple, Tensor | None] | None = None
 
     def recorder(self, strength: float) -> KVRecorder:
-        """Something to attend with while one more reference goes through the blocks."""
+        """Attention for one more reference on its pass through the blocks."""
         pairs: list[tuple[Tensor, Tensor]] = []
         self._references.append((strength, pairs))
         return KVRecorder(pairs)
@@ -144,34 +216,35 @@ class ReferenceKVCache:
         value: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """Attention in which the references' tokens stand behind the others."""
+        """Attention with the cached tokens appended to keys and values."""
         pairs = [pairs[block] for _, pairs in self._references]
         batch = key.shape[0]
         keys, values = (
             [t.expand(batch, -1, -1, -1) for t in side] for side in zip(*pairs, strict=True)
         )
-        mask = self._with_references(mask, key, [k.shape[2] for k in keys])
+        mask = self._extended_mask(mask, key, [k.shape[2] for k in keys])
         key, value = torch.cat((key, *keys), dim=2), torch.cat((value, *values), dim=2)
         return attention(query, key, value, mask)
 
-    def _with_references(self, mask: Tensor | None, key: Tensor, counts: list[int]):
-        """A mask of the keys (B, KV, L, D) with that of the references behind it."""
-        asked = (mask, key.shape[2], key.device)
+    def _extended_mask(self, mask: Tensor | None, key: Tensor, counts: list[int]):
+        """The mask of keys (B, KV, L, D), extended by the references' tokens."""
+        inputs = (mask, key.shape[2], key.device)
         if self._mask is None or not all(
             now is then or (not isinstance(now, Tensor) and now == then)
-            for now, then in zip(asked, self._mask[0], strict=True)
+            for now, then in zip(inputs, self._mask[0], strict=True)
         ):
-            tokens, behind = key.shape[2], sum(counts)
+            tokens, added = key.shape[2], sum(counts)
             if mask is not None:
-                mask = F.pad(mask, (0, behind), value=True if mask.dtype is torch.bool else 0.0)
+                mask = F.pad(mask, (0, added), value=True if mask.dtype is torch.bool else 0.0)
             strengths = [strength for strength, _ in self._references]
-            length, device = tokens + behind, key.device
-            self._mask = asked, add_strength_bias(mask, tokens, counts, strengths, length, device)
+            length, device = tokens + added, key.device
+            bias = add_strength_bias(mask, tokens, counts, strengths, length, device)
+            self._mask = inputs, bias
         return self._mask[1]
 
 
 class KVRecorder:
-    """Attends as usual and keeps the keys and values."""
+    """Plain attention that records its keys and values."""
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]):
         self._pairs = pairs

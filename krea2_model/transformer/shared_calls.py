@@ -1,8 +1,7 @@
 """Positive and negative text in one call of the transformer, so that weights are read once a step.
 
-Texts of one length stand beside each other in the batch. Shorter ones are padded: in front, where
-attention then leaves the padding of each sequence out, so an image is what it would be alone; or
-behind, where a mask hides padding anyway.
+Texts of different length are padded: at the front, where attention then leaves out the padding of
+each sequence, so an image is the same as alone; or at the end, where there is a mask anyway.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ SMALL_IMAGE = 1024
 
 
 def pays_to_share(image_tokens: int, lengths: Sequence[int], streams: bool) -> bool:
-    """Whether texts of these lengths should share a call.
+    """True if one call for texts of these lengths is faster than two.
 
-    image_tokens: of all images of one text. streams: weights come to the device at each call.
+    image_tokens: of all images of one text. streams: weights are copied to the device at each call.
     """
     return streams or image_tokens <= SMALL_IMAGE or min(lengths) == max(lengths)
 
@@ -42,11 +41,11 @@ def attend_past_padding(
     mask: Tensor | None,
     query_slice: slice | None = None,
 ) -> Tensor:
-    """Attention of each sequence alone and without its padding, so exact; (B, L, H * D).
+    """Exact attention of each sequence by itself, without its padding; (B, L, H * D).
 
-    padding: tokens at the front of each sequence that are there for others' sake alone.
+    padding: number of padding tokens at the front of each sequence.
     mask: None, or a bias that is the same for all sequences.
-    query_slice: the tokens that the queries are of, behind the padding; None for all.
+    query_slice: the tokens that have a query, after the padding; None for all.
     """
     batch, heads, tokens, dim = query.shape
     out = query.new_zeros(batch, tokens, heads * dim)
@@ -62,7 +61,7 @@ def attend_past_padding(
 
 
 class PaddedBackend(Backend):
-    """A call whose sequences have padding in front."""
+    """A backend for sequences with padding at the front."""
 
     def __init__(self, padding: Sequence[int]):
         self.padding = padding
@@ -88,7 +87,7 @@ class SharedTexts:
         references: Sequence[Reference] = (),
         **options,
     ) -> tuple[Tensor, Tensor]:
-        """Of the positives and of the negatives (B, C, h, w), in float32."""
+        """Velocities (B, C, h, w) for the positives and for the negatives, in float32."""
         both = torch.cat((latents, latents))
         if references:
             options["references"] = [
@@ -103,7 +102,7 @@ class SharedTexts:
 
 
 def share(positive: TextStates | None, negative: TextStates | None) -> SharedTexts | None:
-    """Both texts as those of one call; None where one is missing or has weights."""
+    """Both texts stacked for one call; None where one is missing or has weights."""
     if (
         positive is None
         or negative is None

@@ -1,15 +1,14 @@
-"""How the blocks attend to text: weights of single tokens, and a negative beside the positive.
+"""Attention to text: weights of single tokens, and normalised attention guidance (NAG).
 
-Both act inside attention and nowhere else. Scaled text states would do little good: every block
-normalises them, and what is left of the scale is distortion.
+Both act inside attention. Scaling text states instead would do little: every block normalises them.
 
-- A weight w moves the value of a token along the line through the mean of the tokens without a
-  weight: `v <- mean + w (v - mean)`. At 0 a token says nothing of its own, below 0 the opposite.
-  Keys stay as they are, so no attention needs a mask for it.
-- Normalised attention guidance (Chen and others, 2025, arXiv:2505.21179) gives a model without
-  guidance a negative: the image attends to the positive and to the negative text, and what it gets
-  is led away from the second, token by token and within a limit. The negative passes through the
-  blocks beside the positive; the image does so once.
+- A weight w moves the value of a token along the line through the mean of the unweighted tokens:
+  `v <- mean + w (v - mean)`. At 0 a token adds nothing of its own, below 0 the opposite. Keys stay
+  as they are, so no mask is needed.
+- NAG (Chen and others, 2025, arXiv:2505.21179) gives a model without guidance a negative prompt:
+  the image attends to the positive and to the negative text, and the output of attention is
+  extrapolated from the second to the first, token by token and within a limit. Both texts pass
+  through the blocks, the image once.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..guidance import in_window
+from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
 from ..nn.attention import Attend
 from .references import additive_mask
 
 
 @dataclass(frozen=True)
 class NegativeGuidance:
-    """Settings of normalised attention guidance: scale, limit and blend are its authors'.
+    """Settings of NAG; scale, limit and blend have the authors' defaults.
 
-    scale (phi): how far to lead away from the negative, 0 not at all.
-    limit (tau): how many times as large as without it the result may become.
-    blend (alpha): the share of the result in what the image gets, 0 not at all.
-    start, end: the parts of the schedule's time between which it works, see `guidance`.
+    scale (phi): extrapolation away from the negative, 0 for none.
+    limit (tau): largest norm of the result, as a multiple of the norm without NAG.
+    blend (alpha): share of the result in the output of attention, 0 for none.
+    start, end: fractions of the schedule's time between which NAG is on, see `guidance`.
 
     Raises ValueError for values out of range.
     """
@@ -60,14 +59,9 @@ class NegativeGuidance:
     def is_off(self) -> bool:
         return self.scale == 0 or self.blend == 0 or self.start >= self.end
 
-    def works_at(self, sigma: float, first: float | None = None, last: float | None = None) -> bool:
-        """Whether a step that begins at a sigma is among those of `start` to `end`.
-
-        first, last: the schedule's sigmas at `start` and `end`; None for one without a shift.
-        """
-        first = 1 - self.start if first is None else first
-        last = 1 - self.end if last is None else last
-        return not self.is_off and in_window(sigma, first, last)
+    def window(self, sigma_at: SigmaAt = unshifted) -> StepWindow:
+        """The steps of a schedule in which it is on."""
+        return NEVER if self.is_off else StepWindow.between(self.start, self.end, sigma_at)
 
 
 @dataclass(frozen=True)
@@ -80,22 +74,26 @@ class TextStates:
 
 
 def normalised_guidance(positive: Tensor, negative: Tensor, settings: NegativeGuidance) -> Tensor:
-    """What the image gets (B, L, D) from the positive text, led away from what the negative gives.
+    """NAG of attention outputs (B, L, D) for the positive and the negative text.
 
-    `z + scale (z - z-)`, shrunk where its L1 norm is over `limit` times that of z, blended with z.
+    `z + scale (z - z-)`, scaled down where its L1 norm exceeds `limit` times that of z, blended
+    with z.
     """
-    led = torch.lerp(negative, positive, 1 + settings.scale)
-    norm, led_norm = (t.abs().sum(dim=-1, keepdim=True, dtype=torch.float32)
-                      for t in (positive, led))  # fmt: skip
-    shrink = (settings.limit * norm / led_norm.clamp(min=1e-12)).clamp(max=1.0)
-    return torch.lerp(positive, led * shrink.to(led.dtype), settings.blend)
+
+    def l1_norm(output: Tensor) -> Tensor:
+        return output.abs().sum(dim=-1, keepdim=True, dtype=torch.float32)
+
+    extrapolated = torch.lerp(negative, positive, 1 + settings.scale)
+    limit = settings.limit * l1_norm(positive)
+    factor = (limit / l1_norm(extrapolated).clamp(min=1e-12)).clamp(max=1.0)
+    return torch.lerp(positive, extrapolated * factor.to(extrapolated.dtype), settings.blend)
 
 
 class TextAttention:
-    """What one call of the model does with text beyond attending to it.
+    """Text weights and NAG of one call of the model.
 
-    text: weights (B, L) of the call's text tokens and their mask, each or None.
-    negative: text to lead away from, and how; None for none. Its tokens stand in front of all.
+    weights, mask: (B, L) of the call's text tokens, each or None.
+    negative, settings: the negative text of NAG, whose tokens come first, or None without NAG.
 
     `prepare` is called once, before the blocks, and `attend` in each of them.
     """
@@ -109,35 +107,35 @@ class TextAttention:
     ):
         self._negative, self._settings = negative, settings
         self._text_tokens = 0
-        # How many tokens `prepare` puts in front.
+        # Tokens that `prepare` prepends.
         self.front = 0 if negative is None else negative.states.shape[1]
-        marked = [(0, weights, mask)]
+        texts = [(0, weights, mask)]
         if negative is not None:
-            marked = [(self.front, weights, mask), (0, negative.weights, negative.mask)]
-        # Where tokens with weights begin, those weights, and what makes the mean of the others.
+            texts = [(self.front, weights, mask), (0, negative.weights, negative.mask)]
+        # Of each weighted text: its first token, the weights, and the shares of the mean.
         self._weights = [
             (first, weights, _shares(weights, mask))
-            for first, weights, mask in marked
+            for first, weights, mask in texts
             if weights is not None
         ]
 
     def prepare(self, hidden: Tensor, query_slice: slice, rope: Tensor, mask: Tensor | None, split):
-        """The blocks' arguments with the negative's tokens in front, see `Backend.run_blocks`."""
+        """The blocks' arguments with the negative's tokens first, see `Backend.run_blocks`."""
         self._text_tokens, front = query_slice.start, self.front
         if self._negative is None:
             return hidden, query_slice, rope, mask, split
         hidden = torch.cat((self._negative.states.to(hidden.dtype), hidden), dim=1)
-        # All text stands at position zero: any row of text will do.
+        # All text has position zero: any row of text will do.
         rope = torch.cat((rope[:, :, :1].expand(-1, -1, front, -1, -1, -1), rope), dim=2)
-        own = self._negative.mask
-        if own is not None or mask is not None:
-            rows = max(1 if part is None else len(part) for part in (own, mask))
-            plain = hidden.new_ones(rows, 1, 1, 1, dtype=torch.bool)
-            before = plain.expand(-1, -1, -1, front) if own is None else own[:, None, None, :]
-            after = plain.expand(-1, -1, -1, hidden.shape[1] - front) if mask is None else mask
-            if after.dtype is not torch.bool:
-                before = additive_mask(before)
-            mask = torch.cat([part.expand(rows, -1, -1, -1) for part in (before, after)], dim=3)
+        negative_mask = self._negative.mask
+        if negative_mask is not None or mask is not None:
+            rows = max(1 if part is None else len(part) for part in (negative_mask, mask))
+            ones = hidden.new_ones(rows, 1, 1, hidden.shape[1], dtype=torch.bool)
+            left = ones[..., :front] if negative_mask is None else negative_mask[:, None, None, :]
+            right = ones[..., front:] if mask is None else mask
+            if right.dtype is not torch.bool:
+                left = additive_mask(left)
+            mask = torch.cat([part.expand(rows, -1, -1, -1) for part in (left, right)], dim=3)
         query_slice = slice(query_slice.start + front, query_slice.stop + front)
         return hidden, query_slice, rope, mask, None if split is None else split + front
 
@@ -152,36 +150,36 @@ class TextAttention:
     ) -> Tensor:
         """Attention over normed and rotated heads; `kept` as in `Backend.attend`."""
         for first, weights, shares in self._weights:
-            value = _weighed(value, first, weights, shares)
+            value = _apply_weights(value, first, weights, shares)
         if self._settings is None:
             return attention(query, key, value, mask)
         front, text = self.front, self._text_tokens
         positive = slice(front, None)
 
-        def past_text(heads: Tensor) -> Tensor:
-            """Without the positive text: tokens are the last axis but one."""
+        def without_text(heads: Tensor) -> Tensor:
+            """All tokens (the last axis but one) except the positive text."""
             return torch.cat((heads[..., :front, :], heads[..., front + text :, :]), dim=-2)
 
-        plain = attention(
+        positive_out = attention(
             query if query_slice is not None else query[:, :, positive],
             key[:, :, positive],
             value[:, :, positive],
             None if mask is None else mask[..., positive],
         )
-        against = attention(
-            query if query_slice is not None else past_text(query),
-            past_text(key),
-            past_text(value),
-            None if mask is None else past_text(mask.mT).mT,
+        negative_out = attention(
+            query if query_slice is not None else without_text(query),
+            without_text(key),
+            without_text(value),
+            None if mask is None else without_text(mask.mT).mT,
         )
         if query_slice is not None:
-            return normalised_guidance(plain, against, self._settings)
-        image = normalised_guidance(plain[:, text:], against[:, front:], self._settings)
-        return torch.cat((against[:, :front], plain[:, :text], image), dim=1)
+            return normalised_guidance(positive_out, negative_out, self._settings)
+        image = normalised_guidance(positive_out[:, text:], negative_out[:, front:], self._settings)
+        return torch.cat((negative_out[:, :front], positive_out[:, :text], image), dim=1)
 
 
 def _shares(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """The shares (B, L) of tokens in the mean: of real ones without a weight, else of all."""
+    """Shares (B, L) of tokens in the mean: of real unweighted tokens, or of all without any."""
     plain = weights == 1
     if mask is not None:
         plain = plain & mask
@@ -189,8 +187,8 @@ def _shares(weights: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(counts > 0, plain / counts.clamp(min=1), 1 / weights.shape[1])
 
 
-def _weighed(value: Tensor, first: int, weights: Tensor, shares: Tensor) -> Tensor:
-    """Values (B, KV, L, D) in which the tokens from `first` on have their weights."""
+def _apply_weights(value: Tensor, first: int, weights: Tensor, shares: Tensor) -> Tensor:
+    """Values (B, KV, L, D) with the weights of the tokens from `first` on applied."""
     last = first + weights.shape[1]
     values = value[:, :, first:last]
     weights, shares = (t[:, None, :, None].to(value.dtype) for t in (weights, shares))

@@ -49,24 +49,33 @@ class ComfyBackend(Backend):
     yet rotated), `attn1_output_patch` and `patches_replace["dit"][("single_block", i)]`.
     """
 
-    def __init__(self, transformer_options, is_touched: Callable | None = None):
+    def __init__(
+        self,
+        transformer_options: dict,
+        is_touched: Callable | None = None,
+        *,
+        text: TextAttention | None = None,
+        references: ReferenceKVCache | KVRecorder | None = None,
+        padding: list[int] | None = None,
+        times: ScheduleTimes | None = None,
+        graphs: BlockGraphs | None = None,
+    ):
+        """A backend for one call.
+
+        is_touched: tells whether others changed something in a block, see `contract`; None where
+            nobody did.
+        text: weights and NAG. references: their KV cache, or its recorder.
+        padding: padding tokens at the front of each sequence.
+        times: time embeddings of the run's schedule. graphs: CUDA graphs of the run's blocks.
+        """
         self.options = transformer_options.copy()
         announce(self, self.options)
         self.patches = self.options.get("patches", {})
         self.replacements = self.options.get("patches_replace", {}).get("dit", {})
-        # How many tokens at the front of each sequence are there for others' sake alone.
-        self.padding: list[int] | None = None
-        # Where time embeddings of the run's whole schedule are kept.
-        self.times: ScheduleTimes | None = None
-        # Recordings of the blocks as they are without any of the following, or None.
-        self.graphs: BlockGraphs | None = None
-        # What the blocks do with text beyond attending to it.
-        self.text: TextAttention | None = None
-        # Tells whether others changed something in a block, see `contract`; None if nobody did.
         self.is_touched = is_touched
+        self.text, self.references, self.padding = text, references, padding
+        self.times, self.graphs = times, graphs
         self._has_attended = False
-        # References that see themselves alone, or what keeps them while they are gone through.
-        self.references: ReferenceKVCache | KVRecorder | None = None
 
     def attend(self, query, key, value, norm, rope, mask, query_slice=None):
         self._has_attended = True
@@ -102,7 +111,7 @@ class ComfyBackend(Backend):
         patches = self.patches.get("attn1_output_patch", ()) if in_block else ()
         for patch in patches:
             out = patch(out, self.options.copy())
-        # The caller overwrites it, and what others have seen they may have kept.
+        # The caller overwrites it, and other packs may hold what they were passed.
         return out.clone() if patches or OVERRIDE in self.options else out
 
     def attention(self, query, key, value, mask=None):
@@ -125,9 +134,9 @@ class ComfyBackend(Backend):
         return attend(query, key, value, query.shape[1], **options)
 
     def _is_left_to_table(self, attend, query, key, value, mask) -> bool:
-        """Whether the table names a backend, ComfyUI attends by plain torch, and nobody chose that.
+        """True if the table names a kernel, ComfyUI attends by plain torch, and nobody chose that.
 
-        The order in which it has torch try its backends is not a user's choice.
+        The order in which ComfyUI has torch try its kernels is not a user's choice.
         """
         own = comfy.ldm.modules.attention
         return (
@@ -174,8 +183,8 @@ class ComfyBackend(Backend):
             return self._run(blocks, touched, hidden, *conditions, modulation)
 
         def run(hidden, rows):
-            own = modulation._replace(rows=rows)
-            return self._run(blocks, touched, hidden, *conditions, own)
+            step = modulation._replace(rows=rows)
+            return self._run(blocks, touched, hidden, *conditions, step)
 
         rows = modulation.rows
         key = (
@@ -190,12 +199,12 @@ class ComfyBackend(Backend):
         return self.graphs.run(key, run, hidden, rows)
 
     def _may_record(self) -> bool:
-        """Whether the blocks of this call depend on nothing but tokens, times and weights."""
+        """True if the blocks of this call depend on nothing but tokens, times and weights."""
         others = (self.text, self.references, self.padding, self.patches, self.replacements)
         return self.graphs is not None and OVERRIDE not in self.options and not any(others)
 
     def _run(self, blocks, touched, hidden, query_slice, vector, rope, mask, split, modulation):
-        own = for_blocks(modulation, len(blocks))
+        by_block = for_blocks(modulation, len(blocks))
         if self.text is not None:
             hidden, query_slice, rope, mask, split = self.text.prepare(
                 hidden, query_slice, rope, mask, split
@@ -208,7 +217,7 @@ class ComfyBackend(Backend):
             queue = model_prefetch.make_prefetch_queue(list(blocks), device, self.options)
         last = len(blocks) - 1
         # Others' attention may expect a query for every key.
-        whole = (
+        needs_all = (
             touched[last]
             or OVERRIDE in self.options
             or any(self.patches.get(kind) for kind in ("attn1_patch", "attn1_output_patch"))
@@ -225,9 +234,9 @@ class ComfyBackend(Backend):
             elif touched[index]:
                 hidden = run(hidden, *conditions, self)
             else:
-                wanted = query_slice if index == last and not whole else None
-                hidden = block(hidden, *conditions, self, wanted, own[index])
-                if wanted is not None:
+                queries = query_slice if index == last and not needs_all else None
+                hidden = block(hidden, *conditions, self, queries, by_block[index])
+                if queries is not None:
                     query_slice = slice(None)
         if queue is not None:
             model_prefetch.prefetch_queue_pop(queue, device, None)
@@ -241,7 +250,7 @@ class ComfyBackend(Backend):
             options = {"transformer_options": self.options}
             if split is not None:
                 options["timestep_zero_index"] = split
-            # The vectors of the step and of time 0 stand behind each other in the batch.
+            # Core stacks the vectors of the step and of time zero in the batch.
             vector = torch.cat(vector.to(hidden.dtype).split(1, dim=1))
             if mask is not None:
                 mask = _additive(mask, hidden.dtype)
@@ -250,9 +259,9 @@ class ComfyBackend(Backend):
                 out = block(hidden, vector, rope, mask, **options)
             if not self._has_attended and (self.text is not None or self.references is not None):
                 raise ValueError(
-                    "A node of another pack has put attention of its own into the model, where "
-                    "weights in the prompt, Krea 2 Negative (NAG) and references kept "
-                    "apart have no effect. Remove that node, or these."
+                    "A node of another pack has replaced the model's attention, where prompt "
+                    "weights, Krea 2 Negative (NAG) and cached references have no effect. Remove "
+                    "that node, or these."
                 )
             return out
 
@@ -260,20 +269,20 @@ class ComfyBackend(Backend):
 
     def _replaced(self, replacement, block, hidden, vector, rope, mask, split):
         def original(args):
-            # A copy: blocks work in place, and a patch may use what it passes once more.
+            # A copy: blocks work in place, and a patch may use its tensor again.
             conditions = (args["vec"], args["pe"], args.get("attn_mask"), split)
             return {"img": block(args["img"].clone(), *conditions, self)}
 
         args = {"img": hidden, "vec": vector, "pe": rope, "attn_mask": mask}
         args["transformer_options"] = self.options
-        # The next block overwrites it, and the patch may have kept it.
+        # The next block overwrites it, and the patch may hold it.
         return replacement(args, {"original_block": original})["img"].clone()
 
 
 def encoder_attention() -> Callable:
-    """Attention for the text encoder and its parts, which ends where the run is cancelled.
+    """Attention for the text encoder and its parts, which raises where the run is cancelled.
 
-    So a long prompt or a large image is cancelled within a layer, and not when it is encoded.
+    So encoding a long prompt or a large image is cancelled within a layer.
     """
     attention = ComfyBackend({}).attention
 
@@ -285,12 +294,12 @@ def encoder_attention() -> Callable:
 
 
 def _additive(mask, dtype):
-    """A mask as numbers to add: some attention functions would add a boolean one as 0 and 1."""
+    """An additive mask: some attention functions would add a boolean one as 0 and 1."""
     return additive_mask(mask).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _has_kernels(tensor) -> bool:
-    """Whether ComfyUI brings fused kernels, which have no gradients, for a tensor's device."""
+    """True if ComfyUI has fused kernels, which have no gradients, for a tensor's device."""
     kernels = getattr(comfy.quant_ops, "ck", None)
     return (
         tensor.device.type == "cuda"

@@ -1,29 +1,33 @@
-"""What of text travels to the model: fused tokens, their weights, a negative to lead away from.
+"""What a run of the model is given beside latents and time, as ComfyUI's conditions.
 
 ComfyUI calls a model once for the positive and once for the negative conditioning unless both have
 one shape, and so reads every weight twice a step. Texts that were fused before the run may share a
-call: the shorter ones are padded in front, and attention leaves the padding out, so an image is
-what it would be alone.
+call: the shorter ones are padded at the front, and attention leaves the padding out, so an image is
+the same as alone.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.conds
 import torch
 import torch.nn.functional as F
 
+from ...krea2_model.guidance import StepWindow
+from ...krea2_model.transformer.references import ReferencePlan
 from ...krea2_model.transformer.shared_calls import SMALL_IMAGE as SMALL_IMAGE
 from ...krea2_model.transformer.text_attention import NegativeGuidance
+from .run_cache import RunCache
 
 # Where CONDITIONING holds the weights (B, L) of its tokens.
 TOKEN_WEIGHTS = "krea2_token_weights"
 
-# Where a MODEL's transformer_options hold (settings, conditioning, what comes with it).
+# Where a MODEL's transformer_options hold (settings, states, options) of a negative for NAG.
 NEGATIVE_GUIDANCE = "krea2_negative_guidance"
 
 
 class FusedText(comfy.conds.CONDRegular):
-    """Text tokens (B, L, width); `shared` says whether other lengths may join in a call."""
+    """Text tokens (B, L, width); `shared` allows texts of other lengths in one call."""
 
     def __init__(self, cond, shared: bool):
         super().__init__(cond)
@@ -49,7 +53,7 @@ class FusedText(comfy.conds.CONDRegular):
 
 
 class TextLengths(comfy.conds.CONDRegular):
-    """How many tokens of each text of a call are its own: plain numbers, on no device."""
+    """Lengths of the texts of a call without padding: plain numbers, on no device."""
 
     def process_cond(self, batch_size, **kwargs):
         return self._copy_with(tuple(self.cond[i % len(self.cond)] for i in range(batch_size)))
@@ -64,21 +68,93 @@ class TextLengths(comfy.conds.CONDRegular):
         return [len(self.cond)]
 
 
-class NegativeWindow(NamedTuple):
-    """Settings of a negative, and the sigmas at the ends of the steps in which it works."""
+class PlanCondition(comfy.conds.CONDConstant):
+    """A reference plan, whose size is the number of cached tokens."""
 
+    def __init__(self, cond: ReferencePlan, tokens: int = 0):
+        super().__init__(cond)
+        self.tokens = tokens
+
+    def _copy_with(self, cond):
+        return type(self)(cond, self.tokens)
+
+    def size(self):
+        return [self.tokens]
+
+
+@dataclass(frozen=True)
+class NegativeText:
+    """The negative of NAG: text (B, L, width or features), mask and weights (B, L) or None."""
+
+    states: torch.Tensor
     settings: NegativeGuidance
-    first: float
-    last: float
+    window: StepWindow
+    mask: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
-    def holds(self, sigma: float) -> bool:
-        return self.settings.works_at(sigma, self.first, self.last)
+
+@dataclass(frozen=True)
+class RunConditions:
+    """Conditions of our model beyond those of core's Krea 2.
+
+    text_lengths: of the texts of a call, where they may be padded at the front.
+    token_weights: (B, L) of the call's text.
+    cached_tokens: of references whose keys and values are cached, for the memory estimate.
+    """
+
+    cache: RunCache | None = None
+    text_lengths: tuple[int, ...] | None = None
+    token_weights: torch.Tensor | None = None
+    negative: NegativeText | None = None
+    references: ReferencePlan | None = None
+    cached_tokens: int = 0
+
+    def to_conds(self) -> dict[str, Any]:
+        """ComfyUI's conditions, which it batches, repeats and moves by their own rules."""
+        constant, regular = comfy.conds.CONDConstant, comfy.conds.CONDRegular
+        conds: dict[str, Any] = {}
+        if self.cache is not None:
+            conds["run_cache"] = constant(self.cache)
+        if self.text_lengths is not None:
+            conds["text_lengths"] = TextLengths(self.text_lengths)
+        if self.token_weights is not None:
+            conds["token_weights"] = regular(self.token_weights)
+        if self.references is not None:
+            conds["reference_plan"] = PlanCondition(self.references, self.cached_tokens)
+        negative = self.negative
+        if negative is not None:
+            conds["negative_text"] = regular(negative.states)
+            conds["negative_guidance"] = constant((negative.settings, negative.window))
+            if negative.mask is not None:
+                conds["negative_mask"] = regular(negative.mask)
+            if negative.weights is not None:
+                conds["negative_weights"] = regular(negative.weights)
+        return conds
+
+    @classmethod
+    def from_kwargs(cls, kwargs: dict[str, Any]) -> "RunConditions":
+        """The conditions of a call of the model, from its keyword arguments."""
+        negative = None
+        if "negative_text" in kwargs:
+            negative = NegativeText(
+                kwargs["negative_text"],
+                *kwargs["negative_guidance"],
+                kwargs.get("negative_mask"),
+                kwargs.get("negative_weights"),
+            )
+        return cls(
+            kwargs.get("run_cache"),
+            kwargs.get("text_lengths"),
+            kwargs.get("token_weights"),
+            negative,
+            kwargs.get("reference_plan"),
+        )
 
 
 def weights_of(extra: dict, context: torch.Tensor) -> torch.Tensor | None:
-    """The weights that come with a conditioning, (B, L) as it has tokens, or None.
+    """The token weights (B, L) of a conditioning of L tokens, or None.
 
-    Nodes that join texts keep what came with the first: tokens behind it have no weight.
+    Nodes that join texts keep the options of the first: later tokens have no weight.
     """
     weights = extra.get(TOKEN_WEIGHTS)
     if weights is None:

@@ -1,10 +1,10 @@
 """Our transformer under the contract of ComfyUI's own Krea 2 (`comfy.ldm.krea2.model`).
 
-Other packs ask for core's classes, read their attributes, call blocks and attention by themselves,
-replace `forward` of a part, or rebuild the whole forward pass. So each part here is a subclass of
-core's that is built as ours. Called in our own way (with `Backend`), it runs our code. Called in
-core's way (with `transformer_options`), it runs core's function on our weights, whatever others
-made of that function: nothing that they hold is overwritten, and what they replaced is called.
+Other packs check for core's classes, read their attributes, call blocks and attention by
+themselves, replace `forward` of a part, or rebuild the whole forward pass. So each layer here is a
+subclass of core's that is built as ours. Called in our own way (with a `Backend`), it runs our
+code. Called in core's way (with `transformer_options`), it runs core's function on our weights, as
+others may have replaced it: nothing that they hold is overwritten.
 """
 
 from weakref import ref
@@ -15,8 +15,9 @@ from comfy.ldm.flux.layers import EmbedND
 from torch import nn
 
 from ...krea2_model.nn import kernels
-from ...krea2_model.transformer import model as ours
+from ...krea2_model.transformer import blocks as ours
 from ...krea2_model.transformer.backend import Backend
+from ...krea2_model.transformer.model import Krea2Transformer
 from .shared_inputs import share_input
 
 # Where transformer_options of a call of our model hold its backend, as a weak reference.
@@ -32,7 +33,7 @@ _CLASSES = (
 
 
 def is_replaced(cls: type, method: str = "forward") -> bool:
-    """Whether another pack has put a function of its own into a class of core's."""
+    """True if another pack has replaced a method of a class of core's."""
     function = getattr(cls, method)
     if function.__module__ != cls.__module__:
         return True
@@ -133,7 +134,7 @@ class Block(ours.SingleStreamBlock, _built_as_ours(core.SingleStreamBlock)):
         )
 
 
-class Transformer(ours.Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
+class Transformer(Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
     """With the attributes that core's has; `forward` is for the subclass."""
 
     block_class = Block
@@ -153,7 +154,7 @@ class Transformer(ours.Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
 
     @torch.compiler.disable
     def is_touched(self, part: nn.Module | None = None) -> bool:
-        """Whether others replaced, or listen to, something in a part of this model, or in it."""
+        """True if others replaced a module of this model, or of a part of it, or hook into it."""
         part = self if part is None else part
         # A compiled block is still ours.
         part = getattr(part, "_orig_mod", part)
@@ -168,7 +169,7 @@ class Transformer(ours.Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
 
 
 def has_foreign_forward() -> bool:
-    """Whether another pack has put a forward pass of its own into core's transformer."""
+    """True if another pack has replaced the forward pass of core's transformer."""
     return is_replaced(core.SingleStreamDiT, "_forward")
 
 
@@ -178,11 +179,11 @@ def foreign_forward(transformer: Transformer, *inputs, **conditions):
 
 
 def is_touched(module: nn.Module, types: frozenset[type]) -> bool:
-    """Whether others replaced, or listen to, something in a module.
+    """True if others replaced a module in this one, or hook into it.
 
     types: of all modules in it as it was built.
     """
-    # Asked at each step of every block, so what nobody touched is passed quickly.
+    # Called at each step for every block, so an untouched module is passed quickly.
     left = [module]
     while left:
         part = left.pop()
@@ -200,7 +201,7 @@ def is_touched(module: nn.Module, types: frozenset[type]) -> bool:
 
 
 def _is_own(forward, module: nn.Module) -> bool:
-    """Whether it is the module's own method: ComfyUI puts it back as an attribute."""
+    """True for the module's own method: ComfyUI restores it as an attribute."""
     return getattr(forward, "__func__", None) is type(module).forward
 
 

@@ -16,7 +16,7 @@ from ...krea2_model.config import Preset, TransformerConfig
 from ...krea2_model.transformer.model import Krea2Transformer
 from .conditions import TOKEN_WEIGHTS
 from .gguf import GGUFPatcher
-from .references import APART, SETTINGS
+from .references import CACHED, SETTINGS
 
 # Of text fusion's two kinds of blocks, core builds so many each.
 _FUSION_BLOCKS = 2
@@ -99,9 +99,8 @@ def unknown_to(model, *conditionings) -> list[str]:
     if any(TOKEN_WEIGHTS in extra for extra in extras):
         found.append("weights in the prompt")
     settings = [each for extra in extras for each in extra.get(SETTINGS, ())]
-    usual = {"strength": 1.0, "start": 0.0, "end": 1.0}
-    if any(each.get(name, value) != value for each in settings for name, value in usual.items()):
+    if any((each.strength, each.start, each.end) != (1.0, 0.0, 1.0) for each in settings):
         found.append("strength, start and end of references")
-    if any(extra.get(APART) for extra in extras):
+    if any(extra.get(CACHED) for extra in extras):
         found.append("references kept apart")
     return found

@@ -6,11 +6,14 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.transformer.references import ReferenceKVCache
 from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
 from .backend import ComfyBackend
+from .conditions import RunConditions
 from .layers import comfy_layers
-from .references import plan_for, tokens_of
+from .references import default_plan, tokens_of
+from .run_cache import RunCache
 
 
 class Krea2DiffusionModel(contract.Transformer):
@@ -53,34 +56,38 @@ class Krea2DiffusionModel(contract.Transformer):
             )  # fmt: skip
         latents = _single_frame(x)
         mask = None if attention_mask is None else attention_mask > 0.5
+        conditions = RunConditions.from_kwargs(kwargs)
         # Text is fused before a run only where nobody touches the model during it.
-        backend = ComfyBackend(
-            transformer_options, None if self.is_fused(context) else self.is_touched
-        )
-        # The latents come in the dtype that ComfyUI chose for this run.
-        text, lengths = context, kwargs.get("text_lengths")
-        if lengths is not None and min(lengths) < context.shape[1]:
-            backend.padding = [context.shape[1] - length for length in lengths]
-        cache = kwargs.get("run_cache")
-        if cache is not None:
-            backend.times, backend.graphs = cache.times, cache.graphs
-        backend.text = self._text_attention(timesteps, mask, backend, kwargs)
+        is_touched = None if self.is_fused(context) else self.is_touched
+        text = context
         if not self.is_fused(context):
-            text = self.fuse_context(context.to(latents.dtype), mask, backend)
-        plan = kwargs.get("reference_plan")
-        plan = plan or plan_for(ref_latents or (), kwargs.get("ref_latents_method"))
-        references = []
-        if ref_latents:
-            beside = [_single_frame(latent) for latent in ref_latents]
-            beside = [comfy.utils.repeat_to_batch_size(latent, len(latents)) for latent in beside]
-            references = plan.references_at(timesteps[0].item(), beside)
+            # The latents come in the dtype that ComfyUI chose for this run.
+            fusing = ComfyBackend(transformer_options, is_touched)
+            text = self.fuse_context(context.to(latents.dtype), mask, fusing)
+        attention = self._text_attention(
+            conditions, timesteps, mask, transformer_options, is_touched
+        )
+        lengths, padding = conditions.text_lengths, None
+        if lengths is not None and min(lengths) < context.shape[1]:
+            padding = [context.shape[1] - length for length in lengths]
+        plan = conditions.references or default_plan(
+            len(ref_latents or ()), kwargs.get("ref_latents_method")
+        )
+        frames = [_single_frame(latent) for latent in ref_latents or ()]
+        frames = [comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames]
+        references = plan.active(timesteps[0].item(), frames)
+        options = transformer_options
         if references:
-            backend.options["reference_image_num_tokens"] = [
-                tokens_of(r.latents) for r in references
-            ]
-        if plan.kept is not None and references:
-            backend.references = self._recorded(plan.kept, references, text.dtype, backend)
+            counts = [tokens_of(reference.latents) for reference in references]
+            options = {**options, "reference_image_num_tokens": counts}
+        cache, kv_cache = conditions.cache or RunCache(), None
+        if plan.caches is not None and references:
+            kv_cache = self._kv_cache(plan.caches, references, text.dtype, options, cache.times)
             references = []
+        backend = ComfyBackend(
+            options, is_touched, text=attention, references=kv_cache, padding=padding,
+            times=cache.times, graphs=cache.graphs,
+        )  # fmt: skip
         velocity = super().forward(
             latents,
             timesteps,
@@ -89,47 +96,45 @@ class Krea2DiffusionModel(contract.Transformer):
             references=references,
             reference_method=plan.method,
             backend=backend,
-            modulation=None if cache is None else cache.modulation(self, latents.device),
+            modulation=cache.modulation(self, latents.device) if conditions.cache else None,
         )
         return velocity.reshape(x.shape)
 
-    def _recorded(self, kept, references, dtype, backend):
-        """What attention reads of references that see themselves alone, made once a run."""
-
-        def backend_for(recorder):
-            recording = ComfyBackend(backend.options, backend.is_touched)
-            recording.references, recording.times = recorder, backend.times
-            return recording
-
-        # The images of a batch mostly have the same references, which need not be kept twice.
+    def _kv_cache(self, caches, references, dtype, options, times) -> ReferenceKVCache:
+        """Keys and values of cached references, computed once a run."""
+        # The images of a batch mostly have the same references, which are then cached once.
         single = [
             replace(r, latents=r.latents[:1])
             if torch.equal(r.latents, r.latents[:1].expand_as(r.latents))
             else r
             for r in references
         ]
-        key = tuple((r.index, len(r.latents)) for r in single)
-        return kept.recorded(key, lambda: self.record(single, dtype, backend_for))
 
-    def _text_attention(self, timesteps, mask, backend, conditions) -> TextAttention | None:
-        """What the call's conditions ask of the blocks beyond attending to text, if anything."""
-        weights, negative = conditions.get("token_weights"), conditions.get("negative_text")
-        window = conditions.get("negative_window")
-        if negative is None or not window.holds(timesteps[0].item()):
+        def backend_for(recorder):
+            return ComfyBackend(options, self.is_touched, references=recorder, times=times)
+
+        return caches.get(single, lambda: self.cache_references(single, dtype, backend_for))
+
+    def _text_attention(
+        self, conditions, timesteps, mask, options, is_touched
+    ) -> TextAttention | None:
+        """Text weights and NAG of a call, None without either."""
+        weights, negative = conditions.token_weights, conditions.negative
+        if negative is None or not negative.window.contains(timesteps[0].item()):
             return None if weights is None else TextAttention(weights, mask)
-        own = conditions.get("negative_mask")
-        own = None if own is None else own > 0.5
-        if not self.is_fused(negative):
-            negative = self.fuse_context(negative, own, backend)
-        states = TextStates(negative, own, conditions.get("negative_weights"))
-        return TextAttention(weights, mask, states, window.settings)
+        negative_mask = None if negative.mask is None else negative.mask > 0.5
+        states = negative.states
+        if not self.is_fused(states):
+            states = self.fuse_context(states, negative_mask, ComfyBackend(options, is_touched))
+        text = TextStates(states, negative_mask, negative.weights)
+        return TextAttention(weights, mask, text, negative.settings)
 
     def takes(self, context) -> bool:
-        """Whether a context has the features of this model's text encoder."""
+        """True if a context has the features of this model's text encoder."""
         return context.shape[-1] == self.txtlayers * self.txtdim
 
     def is_fused(self, context) -> bool:
-        """Whether a context holds text tokens of the transformer's width, made before the run."""
+        """True if a context is text of the transformer's width, fused before the run."""
         return context is not None and context.shape[-1] == self.config.hidden_size
 
     def fuse_context(self, context, mask, backend):

@@ -1,13 +1,8 @@
 """Prompts, with weights and images, to CONDITIONING."""
 
-from ...krea2_model.text.prompt_images import (
-    PromptImage,
-    check_no_pads,
-    grid_of,
-    image_text,
-    image_weights,
-)
-from ...krea2_model.text.prompt_weights import parse_weights, plain_prompt, token_weights
+from ...krea2_model.text.prompt_images import PromptImage
+from ...krea2_model.text.prompt_tokens import PromptTokens, stack_weights, tokenize_prompt
+from ...krea2_model.text.prompt_weights import parse_weights
 from .conditions import TOKEN_WEIGHTS
 from .tokenizer import Krea2ClipTokenizer
 
@@ -15,8 +10,8 @@ from .tokenizer import Krea2ClipTokenizer
 def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     """Prompts to CONDITIONING, one for each image of a batch, by our CLIP or core's.
 
-    weighted: read `(word:1.3)`; the sentence is encoded without the marks, once, and the weights of
-    its tokens travel beside it. options: `max_sequence_length`, for our CLIP.
+    weighted: read `(word:1.3)`; the sentence is encoded once, without the marks, and the weights of
+    its tokens go with it. options: `max_sequence_length`, for our CLIP.
     """
     marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
     texts = [prompt.text for prompt in marked] or list(prompts)
@@ -24,12 +19,16 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if not any(prompt.is_weighted for prompt in marked):
         return conditioning
-    ours = clip.tokenizer if isinstance(clip.tokenizer, Krea2ClipTokenizer) else None
-    limit = options.get("max_sequence_length") if ours is not None else None
-    weights = token_weights(marked, (ours or Krea2ClipTokenizer()).tokenizer, limit)
-    if weights is None:  # what has a weight was cut
-        return conditioning
-    return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]
+    # Core's CLIP has no tokenizer with spans, and never cuts.
+    if isinstance(clip.tokenizer, Krea2ClipTokenizer):
+        tokenizer, limit = clip.tokenizer.tokenizer, options.get("max_sequence_length")
+    else:
+        tokenizer, limit = Krea2ClipTokenizer().tokenizer, None
+    layouts = [
+        tokenize_prompt(tokenizer, prompt, weighted=True, max_sequence_length=limit)
+        for prompt in prompts
+    ]
+    return _with_weights(conditioning, layouts)
 
 
 def encode_with_images(
@@ -39,34 +38,31 @@ def encode_with_images(
 
     images: in sizes that the tower takes (`vision.resize_all`), with strengths other than 0. A
         strength other than 1 becomes the weight of the image's tokens, like a word's.
-    labels, weighted, options: see `prompt_images.image_text` and `encode_prompts`.
+    labels, weighted, options: see `tokenize_prompt`.
 
     Raises ValueError for another CLIP, and CheckpointError where its file has no vision tower.
+    """
+    layout = layout_with_images(clip, prompt, images, labels=labels, weighted=weighted, **options)
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenizer.rows([layout]))
+    return _with_weights(conditioning, [layout])
+
+
+def layout_with_images(clip, prompt: str, images: list[PromptImage], **options) -> PromptTokens:
+    """The tokens of a prompt with images in front; arguments of `tokenize_prompt`.
+
+    Raises ValueError for a CLIP that is not ours.
     """
     if not isinstance(clip.tokenizer, Krea2ClipTokenizer):
         raise ValueError(
             "clip is not from a Krea 2 loader of this pack; images in prompts need one. Connect "
             "Load Krea 2 or Load Krea 2 Text Encoder."
         )
-    marked = parse_weights(prompt) if weighted else plain_prompt(prompt)
-    check_no_pads(marked.text)
-    roles = [image.role for image in images]
-    pixels = [image.pixels.movedim(0, -1)[None] for image in images]
-    tokens = clip.tokenize(
-        marked.text,
-        always_wrap=True,
-        as_trained=True,
-        images=pixels,
-        roles=roles,
-        labels=labels,
-        **options,
-    )
-    conditioning = clip.encode_from_tokens_scheduled(tokens)
-    tokenizer, before = clip.tokenizer.tokenizer, image_text(roles, labels)
-    grids = [grid_of(image.pixels) for image in images]
-    front = image_weights(tokenizer.front(before), grids, images)
-    limit = options.get("max_sequence_length")
-    weights = token_weights([marked], tokenizer, limit, before, front)
+    return tokenize_prompt(clip.tokenizer.tokenizer, prompt, images=images, **options)
+
+
+def _with_weights(conditioning, layouts: list[PromptTokens]):
+    """A CONDITIONING with the weights of its tokens; as it is where all are 1."""
+    weights = stack_weights(layouts)
     if weights is None:
         return conditioning
     return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]

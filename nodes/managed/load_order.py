@@ -9,7 +9,7 @@ _PARTS = ("txtfusion", "txtmlp", "tmlp", "tproj")
 
 
 class LoadRunConstantsLast:
-    """A patcher that takes these weights to the device after, and from it before, all others."""
+    """A patcher that loads these weights after, and offloads them before, all others."""
 
     def _load_list(self, for_dynamic=False, **options):
         if for_dynamic:
@@ -20,8 +20,10 @@ class LoadRunConstantsLast:
 class _LoadList(list):
     """Modules `(..., name, module, parameters)`, which ComfyUI sorts before it goes through them.
 
-    It loads from the front, of a list in falling order (in rising order where dynamic VRAM gives
-    priorities), and unloads from the front of one in rising order.
+    It loads from the front of a list sorted in descending order (ascending with dynamic VRAM), and
+    unloads from the front of one in ascending order. Other columns of an entry are its memory, by
+    which ComfyUI also calculates, so they cannot hold another key. Entries of an unknown form keep
+    ComfyUI's order.
     """
 
     def __init__(self, entries, for_dynamic: bool):
@@ -31,8 +33,9 @@ class _LoadList(list):
     def sort(self, *, key=None, reverse=False):
         super().sort(key=key, reverse=reverse)
         last = reverse or self._for_dynamic
-        super().sort(key=lambda entry: _read_once(entry[-3]) == last)
+        if all(len(entry) > 2 and isinstance(entry[-3], str) for entry in self):
+            super().sort(key=lambda entry: _is_run_constant(entry[-3]) == last)
 
 
-def _read_once(name: str) -> bool:
+def _is_run_constant(name: str) -> bool:
     return name.removeprefix("diffusion_model.").startswith(_PARTS)

@@ -1,5 +1,6 @@
 """MODEL: our transformer under ComfyUI's model management."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.conds
@@ -27,8 +28,8 @@ from .conditions import (
     NEGATIVE_GUIDANCE,
     SMALL_IMAGE,
     FusedText,
-    NegativeWindow,
-    TextLengths,
+    NegativeText,
+    RunConditions,
     weights_of,
 )
 from .core_model import CoreModel, core_patcher_class, core_unet_config
@@ -38,8 +39,8 @@ from .graphs import CUDA_GRAPH, BlockGraphs
 from .low_rank import branch_bytes
 from .patcher import patcher_class
 from .previews import latent_format
-from .references import LATENTS, SETTINGS, reference_conditions
-from .run_cache import ScheduleTimes, run_cache
+from .references import LATENTS, SETTINGS, reference_plan, tokens_of
+from .run_cache import RunCache, ScheduleTimes, run_cache
 from .svdquant import add_branches, file_name, take_branches
 
 
@@ -63,34 +64,45 @@ class Krea2Model(comfy.model_base.Krea2):
 
     def extra_conds(self, **kwargs):
         out = super().extra_conds(**kwargs)
+        references, cached_tokens = None, 0
         if not self._has_foreign_references(kwargs):
-            out |= reference_conditions(self, kwargs)
+            references = reference_plan(self, kwargs)
+        if references is not None:
+            latents = kwargs[LATENTS]
+            out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(t) for t in latents])
+            # As core gives it, for nodes that wrap the model; ours reads the plan.
+            out["ref_latents_method"] = comfy.conds.CONDConstant(references.method)
+            if references.caches is not None:
+                cached_tokens = sum(map(tokens_of, latents))
         mask = _mask_of(kwargs)
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
-        if self._may_fuse_now(kwargs):
-            cache = run_cache(self.current_patcher)
-            if self._streams():
-                cache.times = cache.times or ScheduleTimes()
-            elif self._records():
-                cache.graphs = cache.graphs or BlockGraphs()
-            out["run_cache"] = comfy.conds.CONDConstant(cache)
+        may_fuse = self._may_fuse_now(kwargs)
+        conditions = RunConditions(
+            cache=self._run_cache() if may_fuse else None,
+            references=references,
+            cached_tokens=cached_tokens,
+        )
         if "c_crossattn" not in out:
-            return out
-        weights = weights_of(kwargs, out["c_crossattn"].cond)
-        if weights is not None:
-            out["token_weights"] = comfy.conds.CONDRegular(weights)
-        against = self._against(kwargs)
-        out.update(against)
-        # One that does not fit is refused where it is used: a negative without guidance never is.
-        if self._may_fuse_now(kwargs) and self.diffusion_model.takes(out["c_crossattn"].cond):
-            text = self._fuse_now(out["c_crossattn"].cond, mask, kwargs["device"])
-            apart = out.get("reference_plan") and out["reference_plan"].cond.kept
-            plain = mask is None and not against and not apart
-            out["c_crossattn"] = FusedText(text, plain and self._may_share_calls(kwargs["noise"]))
+            return out | conditions.to_conds()
+        context = out["c_crossattn"].cond
+        conditions = replace(
+            conditions, token_weights=weights_of(kwargs, context), negative=self._negative(kwargs)
+        )
+        # Text that does not fit is refused where it is used: a negative at guidance 0 never is.
+        if may_fuse and self.diffusion_model.takes(context):
+            text = self._fuse_now(context, mask, kwargs["device"])
+            shared = (
+                mask is None
+                and conditions.token_weights is None
+                and conditions.negative is None
+                and cached_tokens == 0
+                and self._may_share_calls(kwargs["noise"])
+            )
+            out["c_crossattn"] = FusedText(text, shared)
             if mask is None:
-                out["text_lengths"] = TextLengths((text.shape[1],) * len(text))
-        return out
+                conditions = replace(conditions, text_lengths=(text.shape[1],) * len(text))
+        return out | conditions.to_conds()
 
     def extra_conds_shapes(self, **kwargs):
         """Sizes of the reference latents, for `memory_required`, as core gives them."""
@@ -99,29 +111,29 @@ class Krea2Model(comfy.model_base.Krea2):
             return {}
         return {"ref_latents": [1, 16, sum(latent.numel() for latent in references) // 16]}
 
-    def _against(self, conditioning) -> dict:
-        """The conditions of Krea 2 Negative (NAG), for what is not a negative itself."""
+    def _run_cache(self) -> RunCache:
+        cache = run_cache(self.current_patcher)
+        if self._streams():
+            cache.times = cache.times or ScheduleTimes()
+        elif self._records():
+            cache.graphs = cache.graphs or BlockGraphs()
+        return cache
+
+    def _negative(self, conditioning) -> NegativeText | None:
+        """The negative of Krea 2 Negative (NAG), for any conditioning but a negative."""
         options = getattr(self.current_patcher, "model_options", {})
         chosen = options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
         if chosen is None or conditioning.get("prompt_type") == "negative":
-            return {}
+            return None
         settings, context, extra = chosen
-        regular, out = comfy.conds.CONDRegular, {}
         mask, weights = _mask_of(extra), weights_of(extra, context)
-        if mask is not None:
-            out["negative_mask"] = regular(mask)
-        if weights is not None:
-            out["negative_weights"] = regular(weights)
         if self._may_fuse_now(conditioning):
             context = self._fuse_now(context, mask, conditioning["device"])
-        out["negative_text"] = regular(context)
-        sigma_of = self.model_sampling.percent_to_sigma
-        first, last = (float(sigma_of(part)) for part in (settings.start, settings.end))
-        out["negative_window"] = comfy.conds.CONDConstant(NegativeWindow(settings, first, last))
-        return out
+        window = settings.window(self.model_sampling.percent_to_sigma)
+        return NegativeText(context, settings, window, mask, weights)
 
     def _has_foreign_references(self, conditioning) -> bool:
-        """Whether another pack has a way of its own with the references of a conditioning."""
+        """True if another pack's forward pass handles the references of a conditioning."""
         return bool(
             conditioning.get(LATENTS)
             and SETTINGS not in conditioning
@@ -129,12 +141,11 @@ class Krea2Model(comfy.model_base.Krea2):
         )
 
     def _may_fuse_now(self, conditioning) -> bool:
-        """Whether text can be fused once, here, for a whole run instead of at each step.
+        """True if text can be fused here, once a run, instead of at each step.
 
-        ComfyUI calls this once a run, the model loaded and patched. Not where weights change with
-        the step (hooks), where gradients are wanted, or where others may want to see or change the
-        encoder's states at each step (wrappers that are not ComfyUI's own, ControlNets, parts of
-        the model that somebody replaced).
+        ComfyUI calls this once a run, the model loaded and patched. False where weights change with
+        the step (hooks), with gradients, or where others may read or change the encoder's states at
+        each step (wrappers of other packs, ControlNets, replaced parts of the model).
         """
         if self.current_patcher is None:
             return False
@@ -169,18 +180,18 @@ class Krea2Model(comfy.model_base.Krea2):
         return self._streams() or noise.shape[0] * rows * columns <= SMALL_IMAGE
 
     def _streams(self) -> bool:
-        """Whether the device cannot hold all weights, so that some come anew at each step."""
+        """True if the device cannot hold all weights, so that some are copied at each step."""
         patcher = self.current_patcher
         if patcher is None:
             return False
         held = patcher.loaded_size()
         if getattr(patcher, "is_dynamic", bool)():
-            # Dynamic VRAM takes weights up as they are used; what will fit counts.
+            # Dynamic VRAM loads weights as they are used; what will fit counts.
             held = 0.9 * comfy.model_management.get_total_memory(patcher.load_device)
         return held < patcher.model_size()
 
     def _records(self) -> bool:
-        """Whether Compile Krea 2 asks for the blocks as a CUDA graph."""
+        """True if Compile Krea 2 asks for the blocks as a CUDA graph."""
         options = getattr(self.current_patcher, "model_options", {})
         return CUDA_GRAPH in options.get("transformer_options", {})
 
@@ -198,8 +209,8 @@ class Krea2Model(comfy.model_base.Krea2):
         """Bytes of activations and workspace.
 
         A block is widest in its MLP: two of its tensors, the hidden state, and the normed one; a
-        third hidden state for what patches add. Beside them keys and values of references that are
-        kept apart, and the numbers that blocks of a GGUF file become.
+        third hidden state for what patches add. Then keys and values of cached references, and the
+        dequantised matrix of a GGUF file.
         """
         config = self.diffusion_model.config
         rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
@@ -209,9 +220,9 @@ class Krea2Model(comfy.model_base.Krea2):
         for shape in cond_shapes.get("ref_latents", ()):
             tokens += shape[-1] // config.patch_size**2
         elements = input_shape[0] * tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
-        kept = sum(shape[0] for shape in cond_shapes.get("reference_plan", ()))
+        cached = sum(shape[0] for shape in cond_shapes.get("reference_plan", ()))
         heads = config.num_key_value_heads * config.attention_head_dim
-        elements += 2 * kept * config.num_layers * heads
+        elements += 2 * cached * config.num_layers * heads
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
         workspace = 0.45 * 1024**3
         if self.model_config.custom_operations is GGUFOperations:
@@ -220,7 +231,7 @@ class Krea2Model(comfy.model_base.Krea2):
             if self.current_patcher is not None:
                 workspace += branch_bytes(self.current_patcher.patches, size)
         if self._records():
-            elements *= 2  # a graph has a memory of its own
+            elements *= 2  # a graph has its own memory
         return elements * size * 1.15 + workspace
 
 
@@ -279,7 +290,7 @@ def load_model(
         check_format(FORMATS[quantise], f"dtype {quantise}")
         tensors = quantise_blocks(tensors, quantise, comfy.model_management.get_torch_device())
     quantisation = check_weights(bare, tensors, checkpoint.path, TRANSFORMER)
-    blocks = any(isinstance(tensor, GGUFTensor) for tensor in tensors.values())
+    is_gguf = any(isinstance(tensor, GGUFTensor) for tensor in tensors.values())
 
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -293,7 +304,7 @@ def load_model(
         )
     model_config.quant_config = quantisation
     supported = model_config.supported_inference_dtypes
-    weight_dtype = None if quantisation or blocks else state.weight_dtype
+    weight_dtype = None if quantisation or is_gguf else state.weight_dtype
     if dtype is None:
         parameters = sum(weight.numel() for weight in bare.parameters())
         dtype = management.unet_dtype(
@@ -303,7 +314,7 @@ def load_model(
         None if quantisation else dtype, load_device, supported
     )
     model_config.set_inference_dtype(dtype, manual_cast)
-    if blocks:
+    if is_gguf:
         model_config.custom_operations = GGUFOperations
     tensors = {
         name: tensor.float() if is_norm_or_table(name) else wrap(tensor, manual_cast or dtype)
@@ -315,12 +326,12 @@ def load_model(
     model.preset = state.preset
     model.latent_format = latent_format(state.config) or model.latent_format
     make_class = core_patcher_class if by_core else patcher_class
-    patcher = make_class(load_device, disable_dynamic, blocks)(
+    patcher = make_class(load_device, disable_dynamic, is_gguf)(
         model, load_device=load_device, offload_device=offload_device
     )
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(tensors, "", assign=blocks or patcher.is_dynamic())
+    model.load_model_weights(tensors, "", assign=is_gguf or patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantise, by_core))
     return patcher
 

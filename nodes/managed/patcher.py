@@ -66,14 +66,14 @@ def _to_module_key(key):
     return (official_to_module(key[0]), *key[1:])
 
 
-def patcher_class(load_device, disable_dynamic: bool, blocks: bool):
+def patcher_class(load_device, disable_dynamic: bool, is_gguf: bool):
     # ComfyUI rebinds CoreModelPatcher at start-up, and its dynamic patcher turns into the plain
     # class on a CPU, so the base is looked up here.
     base = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic or blocks or comfy.model_management.is_device_cpu(load_device):
+    if disable_dynamic or is_gguf or comfy.model_management.is_device_cpu(load_device):
         # The dynamic patcher bakes patches into weights, which blocks do not allow.
         base = comfy.model_patcher.ModelPatcher
-    if blocks:
+    if is_gguf:
         base = type("BlockPatcher", (GGUFPatcher, base), {})
     return _krea2_patcher(base)
 

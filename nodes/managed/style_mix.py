@@ -1,15 +1,13 @@
 """Style mixes as CONDITIONING."""
 
-import math
-
 import torch
 
 from ...krea2_model.images.resize import resize_and_crop
-from ...krea2_model.text.prompt_images import IMAGE_PAD, PromptImage, grid_of, image_text
+from ...krea2_model.text.prompt_images import PromptImage
 from ...krea2_model.text.style_mix import mix_styles
 from ...krea2_model.text.vision import resize_for_tower
 from .conditions import TOKEN_WEIGHTS, weights_of
-from .encode import encode_with_images
+from .encode import encode_with_images, layout_with_images
 
 
 def same_size(images: list[torch.Tensor], max_side: int) -> list[torch.Tensor]:
@@ -42,24 +40,21 @@ def encode_style_mix(
     plain: the same prompt as CONDITIONING, without images.
     The images' own tokens count in attention by the strength, like words with a weight.
     """
-    seen = [
-        encode_with_images(clip, prompt, [PromptImage(image)], labels=labels, weighted=weighted)
-        for image in images
-    ]
-    front = clip.tokenizer.tokenizer.front(image_text([""], labels))
-    start = front.index(IMAGE_PAD)
-    placed = slice(start, start + math.prod(grid_of(images[0])))
+    options = {"labels": labels, "weighted": weighted}
+    encoded = [encode_with_images(clip, prompt, [PromptImage(i)], **options) for i in images]
+    # All images have one size, so their tokens have one place.
+    layout = layout_with_images(clip, prompt, [PromptImage(images[0])], **options)
+    (image_tokens,) = layout.image_slices
     result = []
-    for (text, extra), *others in zip(plain, *seen, strict=True):
-        mixed = mix_styles(
-            text, [states for states, _ in others], placed, shares, strength, suppression
-        )
+    for (text, extra), *with_image in zip(plain, *encoded, strict=True):
+        states = [states for states, _ in with_image]
+        mixed = mix_styles(text, states, image_tokens, shares, strength, suppression)
         weights = torch.ones(1, mixed.shape[1])
         if TOKEN_WEIGHTS in extra:
             weights[:, -text.shape[1] :] = weights_of(extra, text)
-        weights[:, placed] = strength
-        kept = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
+        weights[:, image_tokens] = strength
+        extra = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
         if bool((weights != 1).any()):
-            kept[TOKEN_WEIGHTS] = weights
-        result.append([mixed, kept])
+            extra[TOKEN_WEIGHTS] = weights
+        result.append([mixed, extra])
     return result

@@ -7,6 +7,7 @@ import comfy.text_encoders
 import comfy.text_encoders.krea2 as core
 
 from ...krea2_model.text.prompt_images import IMAGE_BLOCK, IMAGE_PAD, IMAGE_PAD_TEXT, image_text
+from ...krea2_model.text.prompt_tokens import PromptTokens
 from ...krea2_model.text.tokenizer import Krea2Tokenizer
 from .image_tokens import is_image, split_images, with_images
 
@@ -89,6 +90,15 @@ class Krea2ClipTokenizer(core.Krea2Tokenizer):
             if return_word_ids:
                 row = [(*pair, index) for index, pair in enumerate(row, start=1)]
             rows.append(row)
+        return {NAME: rows}
+
+    def rows(self, prompts: list[PromptTokens]) -> dict:
+        """Prompts that are laid out already, as `tokenize_with_weights` returns them."""
+        rows = []
+        for prompt in prompts:
+            images = [image.pixels.movedim(0, -1)[None] for image in prompt.images]
+            tokens = with_images(prompt.ids, images, as_trained=True)
+            rows.append([(token, 1.0) for token in tokens])
         return {NAME: rows}
 
     def untokenize(self, token_weight_pair):

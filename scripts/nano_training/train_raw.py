@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from krea2_model.config import Preset
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
-from krea2_model.sampling import shift_mu, shift_time
+from krea2_model.schedule import shift_mu, shift_time
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 
 from .examples import Batch, Examples

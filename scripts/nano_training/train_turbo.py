@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from krea2_model.config import TURBO
-from krea2_model.sampling import shift_time
+from krea2_model.schedule import shift_time
 from krea2_model.transformer.model import Krea2Transformer
 
 from .examples import Examples

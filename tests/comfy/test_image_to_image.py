@@ -61,8 +61,8 @@ def test_a_run_starts_at_the_sigma_that_is_asked_for(run, pack, turbo, latent, s
     sigmas = run("K2Sigmas", start_sigma=sigma, denoise=0.2, **inputs)[0]
     assert sigmas[0] == torch.tensor(sigma) and sigmas[-1] == 0
     assert len(sigmas) == len(run("K2Sigmas", **inputs)[0]), "no step is left out"
-    time = pack("krea2_model.sampling").unshift_time(
-        sigma, 1.15 if preset == "turbo" else pack("krea2_model.sampling").shift_mu(96)
+    time = pack("krea2_model.schedule").unshift_time(
+        sigma, 1.15 if preset == "turbo" else pack("krea2_model.schedule").shift_mu(96)
     )
     by_denoise = run("K2Sigmas", denoise=time, **inputs)[0]
     assert torch.allclose(sigmas, by_denoise, atol=1e-6)

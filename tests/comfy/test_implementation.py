@@ -83,14 +83,15 @@ def test_loras_of_our_loader_reach_it(run, core_s, turbo, base, velocity):
     assert_close(found, expected, 1e-5, "a LoRA on core's implementation")
 
 
-def test_what_has_no_effect_there_is_said(run, core_s, turbo, conditioning, latent):
+def test_what_has_no_effect_there_is_said(run, pack, core_s, turbo, conditioning, latent):
+    settings = pack("krea2_model.transformer.references").ReferenceSettings(strength=2.0)
     model = core_s()
     with pytest.raises(ValueError, match="implementation this pack"):
         run("K2NegativeGuidance", model=model, negative=conditioning(4, 2))
     reference = {
         "reference_latents": [torch.zeros(1, 16, 1, 8, 8)],
         "reference_latents_method": "index",
-        "krea2_references": [{"strength": 2.0}],
+        "krea2_references": [settings],
     }
     weights = {"krea2_token_weights": torch.full((1, 6), 2.0)}
 

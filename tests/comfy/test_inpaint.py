@@ -186,7 +186,7 @@ def test_cores_differential_diffusion_agrees_where_it_counts_in_sigma(
     ours = run("K2Sampler", model=turbo, positive=text, latent=latent, seed=5)[0]["samples"]
     model = run("K2ModelSampling", model=turbo, width=192, height=128)[0]
     (model,) = DifferentialDiffusion.execute(model).result
-    shift_time = pack("krea2_model.sampling").shift_time
+    shift_time = pack("krea2_model.schedule").shift_time
     in_sigma = mask.clone().apply_(lambda time: shift_time(time, 1.15))
 
     def stock(noise_mask):

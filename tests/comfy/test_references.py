@@ -186,14 +186,16 @@ def test_apart(pack, run, turbo, sampled, referenced, conditioning, latent):
     model = turbo.model
     pictures = [model.process_latent_in(t)[:, :, 0] for t in positive[0][1]["reference_latents"]]
     references = pack("krea2_model.transformer.references")
+    settings = references.ReferenceSettings(strength=0.5)
     transformer = model.diffusion_model
     noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(5))
-    sampling, turbo_mu = pack("krea2_model.sampling"), pack("krea2_model").TURBO.mu
+    sampling, schedule = pack("krea2_model.sampling"), pack("krea2_model.schedule")
+    turbo_mu = pack("krea2_model").TURBO.mu
     fused = transformer.fuse_text(positive[0][0].unflatten(-1, (12, 160)))
 
     class Native:
         compute_dtype = torch.float32
-        record = staticmethod(transformer.record)
+        cache_references = staticmethod(transformer.cache_references)
 
         def __call__(self, *args, **kwargs):
             return pack("krea2_model").Krea2Transformer.forward(transformer, *args, **kwargs)
@@ -202,16 +204,16 @@ def test_apart(pack, run, turbo, sampled, referenced, conditioning, latent):
         Native(),
         noise[:, :, 0],
         fused,
-        sigmas=sampling.sigma_schedule(3, turbo_mu),
+        sigmas=schedule.sigma_schedule(3, turbo_mu),
         guidance=0.0,
-        references=[references.Reference(p, strength=0.5) for p in pictures],
+        references=[references.Reference(p, settings) for p in pictures],
         cache_references=True,
     )
     assert_close(
         model.process_latent_in(found)[:, :, 0], expected, 1e-4, "apart against krea2_model"
     )
     gc.collect()
-    assert not pack("nodes.managed.references")._KEPT
+    assert not pack("nodes.managed.references")._CACHES
 
 
 def test_apart_at_strength_0(sampled, referenced, conditioning):
@@ -313,7 +315,7 @@ def test_references_of_one_conditioning_agree(referenced):
 def test_the_method_changed_behind_apart(run, sampled, referenced):
     node = "FluxKontextMultiReferenceLatentMethod"
     changed = run(node, conditioning=referenced(apart=True), reference_latents_method="index")[0]
-    with pytest.raises(ValueError, match="switch apart off"):
+    with pytest.raises(ValueError, match="apart"):
         sampled(changed)
 
 
@@ -331,11 +333,12 @@ def test_one_photo_is_the_same_reference_everywhere(run, pack, conditioning, siz
     by_mix = run("K2StyleMix", prompt="a star", megapixels=0.03, **mix)[0][0][1]
     assert torch.equal(by_node, by_mix["reference_latents"][0])
     # With the pipeline's own way from a picture to a reference.
-    made, pipeline = [], pack("krea2_model.pipeline").Krea2Pipeline.nano()
-    monitor = pipeline._encoded
-    pipeline._encoded = lambda pixels: made.append(monitor(pixels)) or made[-1]
-    pipeline("a star", steps=1, references=[photo[0].movedim(-1, 0)], output_type="latent",
-             max_reference_megapixels=0.03)  # fmt: skip
-    latents = made[0].latents[:, :, None]
+    made, krea2_model = [], pack("krea2_model")
+    pipeline = krea2_model.Krea2Pipeline.nano()
+    encode = pipeline.encode
+    pipeline.encode = lambda pixels: made.append(encode(pixels)) or made[-1]
+    references = krea2_model.References([photo[0].movedim(-1, 0)], max_megapixels=0.03)
+    pipeline("a star", steps=1, references=references, output_type="latent")
+    latents = made[0][:, :, None]
     raw = run("K2Loader", model="krea2-nano (built in)")[0].model.process_latent_out(latents)
     assert_close(by_node, raw, 1e-4, "a reference in the graph and in Python")

@@ -119,7 +119,7 @@ def test_other_samplers_equal_stock(run, turbo, conditioning, latent, sampler):
 
 def official(pack, model, latent, texts, guidance, steps, seed=5):
     """The same run without ComfyUI: krea2_model's schedule, guidance and Euler loop."""
-    sampling = pack("krea2_model.sampling")
+    sampling, schedule = pack("krea2_model.sampling"), pack("krea2_model.schedule")
     transformer = model.model.diffusion_model
     native = type(transformer).__mro__[1]
 
@@ -133,7 +133,7 @@ def official(pack, model, latent, texts, guidance, steps, seed=5):
     samples = latent["samples"]
     noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(seed))
     tokens = samples.shape[-2] * samples.shape[-1] // 4
-    sigmas = sampling.sigma_schedule(steps, sampling.shift_mu(tokens))
+    sigmas = schedule.sigma_schedule(steps, schedule.shift_mu(tokens))
     run = sampling.denoise(Native(), noise[:, :, 0], *fused, sigmas=sigmas, guidance=guidance)
     *_, (_, latents, _) = run
     return model.model.process_latent_out(latents.unsqueeze(2))

@@ -50,7 +50,7 @@ def test_an_interval_does_without_the_negative_outside(run, raw, inputs, images_
 def test_it_is_what_krea2_model_does(run, raw, inputs, pack, options):
     scheduled = run("K2GuidanceSchedule", model=raw, **options)[0]
     found = sampled(run, scheduled, **inputs)
-    sampling = pack("krea2_model.sampling")
+    sampling, schedule = pack("krea2_model.sampling"), pack("krea2_model.schedule")
     transformer = raw.model.diffusion_model
     texts = [transformer.fuse_text(inputs[name][0][0].unflatten(-1, (12, 160)))
              for name in ("positive", "negative")]  # fmt: skip
@@ -59,7 +59,7 @@ def test_it_is_what_krea2_model_does(run, raw, inputs, pack, options):
     velocity.compute_dtype = transformer.compute_dtype
     noise = torch.randn((1, 16, 1, 16, 24), generator=torch.manual_seed(5))[:, :, 0]
     *_, (_, expected, _) = sampling.denoise(
-        velocity, noise, *texts, sigmas=sampling.sigma_schedule(8, sampling.shift_mu(96)),
+        velocity, noise, *texts, sigmas=schedule.sigma_schedule(8, schedule.shift_mu(96)),
         guidance=2.0, guidance_schedule=pack("krea2_model.guidance").GuidanceSchedule(**options),
     )  # fmt: skip
     latents = raw.model.process_latent_in(found)[:, :, 0]
@@ -111,7 +111,7 @@ def test_two_stages(run, raw, turbo, conditioning, latent, monkeypatch):
 def test_two_stages_are_those_of_krea2_model(run, raw, turbo, conditioning, latent, pack):
     texts = {"positive": conditioning(6, 1), "negative": conditioning(6, 2)}
     found = run("K2TwoStage", raw=raw, turbo=turbo, latent=latent, seed=5, guidance=2.0, **texts)[0]
-    sampling = pack("krea2_model.sampling")
+    sampling, schedule = pack("krea2_model.sampling"), pack("krea2_model.schedule")
     plain = pack("krea2_model.transformer.model").Krea2Transformer
     calls, fused = [], []
     for model in (raw, turbo):
@@ -121,10 +121,14 @@ def test_two_stages_are_those_of_krea2_model(run, raw, turbo, conditioning, late
         calls.append(call)
         fused.append([transformer.fuse_text(text[0][0].unflatten(-1, (12, 160)))
                       for text in texts.values()])  # fmt: skip
-    sigmas = sampling.two_stage_sigmas(28, sampling.shift_mu(96), 8, 1.15, 5)
+    sigmas = schedule.two_stage_sigmas(28, schedule.shift_mu(96), 8, 1.15, 5)
     noise = torch.randn((1, 16, 1, 16, 24), generator=torch.manual_seed(5))[:, :, 0]
-    *_, (_, expected, _) = sampling.denoise_two_stage(
-        *calls, noise, tuple(fused[0]), fused[1][0], sigmas=sigmas, guidance=2.0
+    first, second = sigmas
+    *_, (_, begun, _) = sampling.denoise(
+        calls[0], noise, *fused[0], sigmas=first, guidance=2.0, partial=True
+    )
+    *_, (_, expected, _) = sampling.denoise(
+        calls[1], begun, fused[1][0], sigmas=second, guidance=0.0
     )
     latents = turbo.model.process_latent_in(found["samples"])[:, :, 0]
     assert_close(latents, expected, 1e-4, "two stages, here and in krea2_model")

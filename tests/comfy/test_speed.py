@@ -40,12 +40,12 @@ def test_later_steps_do_without_the_model(run, raw, inputs, calls, pack, choice,
     exact = run("K2Sampler", model=raw, **inputs)[0]["samples"]
     assert len(calls) == 10 and relative_error(found, exact) > 1e-4
 
-    sampling = pack("krea2_model.sampling")
+    sampling, schedule = pack("krea2_model.sampling"), pack("krea2_model.schedule")
     transformer = raw.model.diffusion_model
     texts = [transformer.fuse_text(inputs[name][0][0].unflatten(-1, (12, 160)))
              for name in ("positive", "negative")]  # fmt: skip
     noise = torch.randn((1, 16, 1, 16, 24), generator=torch.manual_seed(5))[:, :, 0]
-    sigmas = sampling.sigma_schedule(10, sampling.shift_mu(96))
+    sigmas = schedule.sigma_schedule(10, schedule.shift_mu(96))
     plain = pack("krea2_model.transformer.model").Krea2Transformer
     velocity = lambda *args: plain.forward(transformer, *args)  # noqa: E731
     velocity.compute_dtype = transformer.compute_dtype

@@ -134,8 +134,8 @@ def test_references_share_the_strength(mix, vae, run, turbo, latent):
     one = sampled(image(1), strength=1.5)
     assert_close(sampled(image(1), image(1), strength=1.5), one, 1e-5, "equal references")
     settings = mix(image(1), image(2), through="references", vae=vae, shares="3 1")[1]
-    assert [s["strength"] for s in settings["krea2_references"]] == [0.75, 0.25]
-    assert {s["index"] for s in settings["krea2_references"]} == {1}
+    assert [s.strength for s in settings["krea2_references"]] == [0.75, 0.25]
+    assert {s.index for s in settings["krea2_references"]} == {1}
 
 
 def test_the_negative_gets_the_references(run, clip, vae):

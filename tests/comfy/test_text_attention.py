@@ -47,7 +47,7 @@ def weighted(tokens, weights, conditioning, seed=1, **extra):
 
 def in_krea2_model(pack, patcher, positive, negative=None, settings=None):
     """The same run by krea2_model's own loop: latents as the sampler gives them."""
-    sampling = pack("krea2_model.sampling")
+    sampling, schedule = pack("krea2_model.sampling"), pack("krea2_model.schedule")
     states = pack("krea2_model.transformer.text_attention").TextStates
     transformer = patcher.model.diffusion_model
     plain = pack("krea2_model.transformer.model").Krea2Transformer
@@ -63,7 +63,7 @@ def in_krea2_model(pack, patcher, positive, negative=None, settings=None):
     noise = torch.randn((1, 16, 1, 16, 16), generator=torch.manual_seed(SETTINGS["seed"]))
     *_, (_, latents, _) = sampling.denoise(
         velocity, noise[:, :, 0], text(positive), text(negative),
-        sigmas=sampling.sigma_schedule(SETTINGS["steps"], 1.15), guidance=0.0,
+        sigmas=schedule.sigma_schedule(SETTINGS["steps"], 1.15), guidance=0.0,
         negative_guidance=settings,
     )  # fmt: skip
     return patcher.model.process_latent_out(latents[:, :, None])

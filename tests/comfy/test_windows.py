@@ -26,13 +26,15 @@ def steps_of(sizes):
     return [step for step, size in enumerate(sizes) if size > smallest]
 
 
-def in_graph(run, raw, texts, kind, start, end, denoise):
+def in_graph(run, pack, raw, texts, kind, start, end, denoise):
     positive, negative = texts
     model, guidance = raw, 0.0
     if kind == "reference":
+        references = pack("krea2_model.transformer.references")
+        settings = references.ReferenceSettings(start=start, end=end)
         extra = {
             "reference_latents": [torch.zeros(1, 16, 1, 8, 8)],
-            "reference_latents_method": "index", "krea2_references": [{"start": start, "end": end}],
+            "reference_latents_method": "index", "krea2_references": [settings],
         }  # fmt: skip
         positive = [[positive[0][0], extra]]
     elif kind == "negative":
@@ -46,6 +48,7 @@ def in_graph(run, raw, texts, kind, start, end, denoise):
 
 def in_python(pack, raw, texts, kind, start, end, denoise):
     transformer, sampling = raw.model.diffusion_model, pack("krea2_model.sampling")
+    schedule = pack("krea2_model.schedule")
     plain = pack("krea2_model.transformer.model").Krea2Transformer
 
     def network(*args, **options):
@@ -54,17 +57,18 @@ def in_python(pack, raw, texts, kind, start, end, denoise):
     network.compute_dtype = transformer.compute_dtype
     options: dict = {"guidance": 0.0}
     if kind == "reference":
-        reference = pack("krea2_model.transformer.references").Reference
-        options["references"] = [reference(torch.zeros(1, 16, 8, 8), start=start, end=end)]
+        references = pack("krea2_model.transformer.references")
+        settings = references.ReferenceSettings(start=start, end=end)
+        options["references"] = [references.Reference(torch.zeros(1, 16, 8, 8), settings)]
         options["reference_method"] = "index"
     elif kind == "negative":
         settings = pack("krea2_model.transformer.text_attention").NegativeGuidance
         options["negative_guidance"] = settings(start=start, end=end)
     else:
-        schedule = pack("krea2_model.guidance").GuidanceSchedule
-        options |= {"guidance": 2.0, "guidance_schedule": schedule(start, end)}
+        changing = pack("krea2_model.guidance").GuidanceSchedule(start, end)
+        options |= {"guidance": 2.0, "guidance_schedule": changing}
     fused = [transformer.fuse_text(text[0][0].unflatten(-1, (12, 160))) for text in texts]
-    sigmas = sampling.sigma_schedule(STEPS, sampling.shift_mu(64), denoise)
+    sigmas = schedule.sigma_schedule(STEPS, schedule.shift_mu(64), denoise)
     for _ in sampling.denoise(network, torch.rand(1, 16, 16, 16), *fused, sigmas=sigmas, **options):
         pass
 
@@ -77,7 +81,7 @@ def test_one_window(
 ):
     texts = conditioning(6, 1), conditioning(6, 2)
     if where == "graph":
-        in_graph(run, raw, texts, kind, start, end, denoise)
+        in_graph(run, pack, raw, texts, kind, start, end, denoise)
     else:
         in_python(pack, raw, texts, kind, start, end, denoise)
     sizes = calls
@@ -93,10 +97,10 @@ def test_one_window(
 
 
 def test_python_s_schedule_is_comfyui_s(pack, raw):
-    sampling, shifted = pack("krea2_model.sampling"), pack("nodes.sampler_run").shifted
+    schedule, shifted = pack("krea2_model.schedule"), pack("nodes.sampler_run").shifted
     for mu in (0.58, 1.15, 2.2):
         core = shifted(raw, mu).get_model_object("model_sampling").percent_to_sigma
-        ours = sampling.schedule_of(sampling.sigma_schedule(12, mu, 0.4))
+        ours = schedule.schedule_of(schedule.sigma_schedule(12, mu, 0.4))
         for part in (0.0, 0.1, 0.37, 0.5, 0.99, 1.0):
             assert ours(part) == pytest.approx(core(part), abs=1e-6)
 
@@ -111,6 +115,6 @@ def test_workflows_with_sigmas_keep_their_steps(run, pack, raw, conditioning, ca
     run("K2Sampler", model=output.result[0], positive=conditioning(6, 1), seed=1, preset="custom",
         negative=conditioning(6, 2), latent={"samples": torch.zeros(1, 16, 1, 16, 16)},
         steps=STEPS, guidance=2.0)  # fmt: skip
-    sampling = pack("krea2_model.sampling")
-    sigmas = sampling.sigma_schedule(STEPS, sampling.shift_mu(64))
+    schedule = pack("krea2_model.schedule")
+    sigmas = schedule.sigma_schedule(STEPS, schedule.shift_mu(64))
     assert steps_of(calls) == [step for step in range(STEPS) if sigmas[step] >= 0.5]

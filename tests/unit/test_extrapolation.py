@@ -5,7 +5,8 @@ import torch
 
 from krea2_model import Krea2Pipeline
 from krea2_model.extrapolation import VelocityExtrapolation
-from krea2_model.sampling import denoise, sigma_schedule
+from krea2_model.sampling import denoise
+from krea2_model.schedule import sigma_schedule
 from parity import assert_close
 
 

@@ -8,15 +8,8 @@ import torch
 from krea2_model import GuidanceSchedule, Krea2Pipeline
 from krea2_model.config import RAW, TURBO
 from krea2_model.guidance import rescaled, unshifted
-from krea2_model.sampling import (
-    denoise,
-    denoise_two_stage,
-    schedule_of,
-    shift_mu,
-    shift_time,
-    sigma_schedule,
-    two_stage_sigmas,
-)
+from krea2_model.sampling import denoise
+from krea2_model.schedule import schedule_of, shift_mu, shift_time, sigma_schedule, two_stage_sigmas
 from parity import assert_close
 
 
@@ -72,7 +65,7 @@ def test_other_sigmas_are_the_checkpoint_s(sigmas):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"start": 0.4, "end": 0.2}, "start 0.4, end 0.2; expected parts of the schedule's time"),
+    ({"start": 0.4, "end": 0.2}, "start 0.4 and end 0.2; expected"),
     ({"start": 1.5}, "start 1.5"),
     ({"end": float("nan")}, "end nan"),
     ({"ramp": "square"}, "ramp is 'square'; expected one of constant"),
@@ -133,16 +126,18 @@ def test_two_stages_are_the_runs_they_are_made_of(raw):
     first, second = two_stage_sigmas(28, shift_mu(64), 8, 1.15, 5)
     assert first[0] == 1 and second[-1] == 0 and first[-1] == second[0]
     assert second == sigma_schedule(8, 1.15)[3:] and first[-2] > first[-1]
-    steps = list(denoise_two_stage(raw.transformer, turbo.transformer, noise, texts, turbo_text,
-                                   sigmas=(first, second), guidance=3.5))  # fmt: skip
-    assert [step for step, _, _ in steps] == list(range(1, len(first) + len(second) - 1))
-    # The same by denoise: Raw's run left where Turbo begins.
-    begun = list(denoise(raw.transformer, noise, *texts, sigmas=[*first, 0.0], guidance=3.5))
-    latents = begun[len(first) - 2][1]
+    *_, (last, latents, _) = denoise(
+        raw.transformer, noise, *texts, sigmas=first, guidance=3.5, partial=True
+    )
+    *_, (_, found, _) = denoise(turbo.transformer, latents, turbo_text, sigmas=second, guidance=0.0)
+    assert last == len(first) - 1
+    # Raw's whole run, left where Turbo begins.
+    whole = list(denoise(raw.transformer, noise, *texts, sigmas=[*first, 0.0], guidance=3.5))
+    assert torch.equal(latents, whole[len(first) - 2][1])
     for now, after in zip(second, second[1:], strict=False):
         velocity = turbo.transformer(latents, torch.tensor([now]), turbo_text)
         latents = latents + (after - now) * velocity
-    assert_close(steps[-1][1], latents, 1e-5, "two stages, and by hand")
+    assert_close(found, latents, 1e-5, "two stages, and by hand")
 
 
 @pytest.mark.parametrize("last", [0, 8, 9])
@@ -151,11 +146,8 @@ def test_turbo_needs_a_part_of_its_steps(last):
         two_stage_sigmas(28, 0.9, 8, 1.15, last)
 
 
-def test_stages_have_to_meet(raw):
-    text = fused(raw, "a star")
-    with pytest.raises(ValueError, match="Raw ends at sigma 0.5 and Turbo begins at 0.4"):
-        denoise_two_stage(raw.transformer, raw.transformer, torch.zeros(1, 16, 8, 8), (text, text),
-                          text, sigmas=([1.0, 0.5], [0.4, 0.0]), guidance=1.0)  # fmt: skip
-    with pytest.raises(ValueError, match="raw_texts has no negative"):
-        denoise_two_stage(raw.transformer, raw.transformer, torch.zeros(1, 16, 8, 8), (text, None),
-                          text, sigmas=([1.0, 0.5], [0.5, 0.0]), guidance=1.0)  # fmt: skip
+@pytest.mark.parametrize("sigmas, partial", [([1.0, 0.5], False), ([1.0, -0.5], True)])
+def test_only_a_partial_run_ends_above_0(raw, sigmas, partial):
+    with pytest.raises(ValueError, match="end in 0"):
+        denoise(raw.transformer, torch.zeros(1, 16, 8, 8), fused(raw, "a star"), sigmas=sigmas,
+                guidance=0.0, partial=partial)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which folders of krea2_model know of which: networks know no files, pictures no networks."""
+"""The layers of krea2_model: networks know no files, images no networks, and nothing a circle."""
 
 import ast
 from pathlib import Path
@@ -36,9 +36,35 @@ def imported(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_a_folder_knows_only_what_stands_below_it(folder):
+def test_a_folder_imports_only_what_is_below_it(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for file in files:
         others = imported(file) - {folder, "config"} - MAY_IMPORT[folder]
         assert not others, f"{file.relative_to(ROOT)} imports {', '.join(sorted(others))}"
+
+
+def modules_imported(file: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it, by their dotted names."""
+    here, names = file.relative_to(ROOT).parts[:-1], set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
+            for alias in node.names:
+                for parts in ([*base, alias.name], base):
+                    path = ROOT.joinpath(*filter(None, parts))
+                    if path.with_suffix(".py").is_file():
+                        names.add(".".join(filter(None, parts)))
+                        break
+    return names
+
+
+def test_no_module_imports_itself_through_others():
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py")}
+    left = {name: modules_imported(file) - {name} for name, file in files.items()}
+    assert any(left.values())
+    while left:
+        free = [name for name, imports in left.items() if not imports & left.keys()]
+        assert free, f"these import each other: {', '.join(sorted(left))}"
+        for name in free:
+            del left[name]

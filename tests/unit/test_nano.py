@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from krea2_model import Krea2Pipeline, NegativeGuidance, nano, sampling
+from krea2_model import Krea2Pipeline, NegativeGuidance, nano, schedule
 from krea2_model.checkpoints.encoder_parts import load_vision_tower
 from krea2_model.config import Preset
 from krea2_model.nano import encoder as nano_encoder
@@ -120,7 +120,7 @@ def test_guidance_strengthens_the_prompt(raw):
 
 def test_turbo_has_guidance_built_in(raw, turbo):
     """In the same eight steps without guidance, Raw follows the prompt less."""
-    sigmas = sampling.sigma_schedule(8, 1.15)
+    sigmas = schedule.sigma_schedule(8, 1.15)
     borrowed = share_of_named_colour(raw, sigmas=sigmas, guidance=0)
     assert share_of_named_colour(turbo) > 1.3 * borrowed
 
@@ -229,7 +229,7 @@ def test_other_aspect_ratios(either, width, height):
 
 def test_turbo_is_the_same_by_its_preset_and_by_hand(turbo):
     prompt = "a black triangle at the bottom"
-    by_hand = paint(turbo, prompt, sigmas=sampling.sigma_schedule(8, 1.15), guidance=0)
+    by_hand = paint(turbo, prompt, sigmas=schedule.sigma_schedule(8, 1.15), guidance=0)
     assert np.array_equal(paint(turbo, prompt), by_hand)
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from krea2_model import Krea2Pipeline, load_transformer, nano
+from krea2_model.arguments import References
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.memory import block_stream, device_weights
 from krea2_model.memory import plan as memory_plan
@@ -97,7 +98,7 @@ def picture(seed=3):
 
 RUNS = {
     "guided": {"guidance": 2.0, "negative_prompt": "a blue square", "num_images": 2},
-    "seen": {"images": [picture(4)], "cache_references": True, "references": [picture(2)]},
+    "seen": {"images": [picture(4)], "references": References([picture(2)], cache=True)},
     "image": {"start_image": picture(1), "denoise": 0.6, "references": [picture(2)]},
 }
 

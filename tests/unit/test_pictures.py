@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_model.images.pictures import as_reference, pixels_of
+from krea2_model.images.pictures import pixels_of, reference_pixels
 
 RAMP = np.linspace(0, 1, 96, dtype=np.float32)[None].repeat(64, axis=0)
 
@@ -180,7 +180,7 @@ def test_a_reference_is_cut_and_not_stretched(width, height):
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     away = ((rows - height / 2) ** 2 + (columns - width / 2) ** 2).sqrt()
     disc = (away < min(width, height) * 0.4).float().expand(3, -1, -1)
-    made = as_reference(disc, 0.05)
+    made = reference_pixels(disc, 0.05)
     assert made.shape[1] % 16 == made.shape[2] % 16 == 0
     assert made.shape[1] * made.shape[2] <= max(0.05 * 1024**2, 16 * made.shape[2])
     inside = made[0] > 0.5

@@ -1,19 +1,21 @@
 """The whole way from prompt to image beside diffusers' Krea2Pipeline, and every argument."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from krea2_model import Krea2Pipeline
+from krea2_model.arguments import References
 from krea2_model.checkpoints.loading import save_transformer
 from krea2_model.config import RAW, TURBO
 from krea2_model.images.pictures import fit
 from krea2_model.images.sizes import is_far
-from krea2_model.sampling import shift_mu, sigma_schedule
+from krea2_model.schedule import shift_mu, sigma_schedule
 from krea2_model.transformer.model import patchify
-from krea2_model.transformer.references import Reference
+from krea2_model.transformer.references import Reference, ReferenceSettings
 from parity import assert_close, relative_error
 
 SIZE = {"height": 64, "width": 96}
@@ -310,13 +312,13 @@ def test_references_are_looked_at(pipeline):
     assert_close(found, pipeline("a fox", references=[shrunk], **options), 1e-6, "as latents")
     none = pipeline("a fox", **options)
     assert relative_error(found, none) > 1e-3
-    off = Reference(shrunk.latents, strength=0)
+    off = Reference(shrunk.latents, ReferenceSettings(strength=0))
     assert torch.equal(pipeline("a fox", references=[off], **options), none)
-    apart = pipeline("a fox", references=[image], cache_references=True, **options)
+    apart = pipeline("a fox", references=References([image], cache=True), **options)
     assert relative_error(apart, found) > 1e-4
-    shared = pipeline("a fox", references=[image], reference_method="index", **options)
+    shared = pipeline("a fox", references=References([image], "index"), **options)
     assert relative_error(shared, found) > 1e-4
-    small = pipeline("a fox", references=[image], max_reference_megapixels=0.001, **options)
+    small = pipeline("a fox", references=References([image], max_megapixels=0.001), **options)
     assert relative_error(small, found) > 1e-4
     with pytest.raises(ValueError, match="an entry of references is str"):
         pipeline("a fox", references=["fox.png"], **options)
@@ -332,3 +334,39 @@ def test_sizes_that_a_checkpoint_does_not_know_are_warned_of(caplog, width, heig
     nano("a star", width=width, height=height, steps=1, output_type="latent")
     assert ("far from the 128 x 128 this checkpoint" not in caplog.text) == known
     assert not is_far(2048, 2048, 1024) and not is_far(512, 2048, 1024) and is_far(2064, 2048, 1024)
+
+
+def test_the_stages_are_the_call(pipeline):
+    options = {"steps": 2, "guidance": 1.5}
+    expected = pipeline("a fox", "rain", seed=3, output_type="pt", **options, **SIZE)
+    positive, negative = (pipeline.encode_prompt([text]) for text in ("a fox", "rain"))
+    latents = pipeline.prepare_latents(seed=3, **SIZE)
+    sigmas, seen = pipeline.schedule(latents, steps=2), []
+    latents = pipeline.denoise(
+        latents, positive, negative, sigmas=sigmas, guidance=1.5,
+        callback=lambda step, latents, predicted: seen.append(step),
+    )  # fmt: skip
+    assert seen == [1, 2] and torch.equal(pipeline.decode(latents), expected)
+    # Half of the way in one call, the rest in another.
+    latents = pipeline.prepare_latents(seed=3, **SIZE)
+    for part in (sigmas[:2], sigmas[1:]):
+        latents = pipeline.denoise(
+            latents, positive, negative, sigmas=part, guidance=1.5, partial=True
+        )
+    assert torch.equal(pipeline.decode(latents), expected)
+
+
+def test_start_latents_are_image_and_noise(pipeline):
+    image = picture(64, 32)
+    encoded = pipeline.encode(image[None])
+    start = pipeline.prepare_latents(2, start_image=image, sigma=0.25, seed=4)
+    noise = pipeline.prepare_latents(2, seed=4, height=start.shape[2] * 8, width=start.shape[3] * 8)
+    assert_close(start, 0.75 * encoded + 0.25 * noise, 1e-6, "start at sigma 0.25")
+    decoded = pipeline.decode(encoded)
+    assert decoded.dtype == torch.float32 and decoded.min() >= 0 and decoded.max() <= 1
+
+
+def test_embeds_check_their_mask(pipeline):
+    positive = pipeline.encode_prompt(["a fox", "a fox in the snow"])
+    with pytest.raises(ValueError, match="mask"):
+        replace(positive, mask=positive.mask[:1])

@@ -16,11 +16,12 @@ from transformers import Qwen3VLConfig, Qwen3VLModel
 import formats
 from krea2_model import Krea2Pipeline
 from krea2_model.__main__ import main
+from krea2_model.arguments import PromptImages
 from krea2_model.checkpoints.encoder_parts import load_text_encoder, load_vision_tower
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.config import TextEncoderConfig
 from krea2_model.images.resize import on_white
-from krea2_model.prompt_taps import encode_prompts
+from krea2_model.prompt_embeds import encode_prompts
 from krea2_model.text.decoder import rotation_table
 from krea2_model.text.encoder import text_encoder_keys
 from krea2_model.text.prompt_images import (
@@ -29,12 +30,11 @@ from krea2_model.text.prompt_images import (
     axis_positions,
     expand_image_tokens,
     image_text,
-    image_weights,
     read_roles,
     read_strengths,
     sheet,
 )
-from krea2_model.text.prompt_weights import parse_weights, token_weights
+from krea2_model.text.prompt_tokens import tokenize_prompt
 from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 from krea2_model.text.vision import resize_for_tower, vision_keys
 from parity import assert_close, relative_error, same_weights
@@ -287,14 +287,16 @@ def test_strength_zero_is_no_image(encoder):
 
 def test_weights_of_images_and_words(tokenizer):
     images = [PromptImage(picture(64, 32), strength=0.5), PromptImage(picture(32, 32))]
-    before = image_text([image.role for image in images], labels=False)
-    front = image_weights(tokenizer.front(before), [(2, 1), (1, 1)], images)
-    assert front == [1, 0.5, 0.5, 1, 1, 1, 1]
-    weights = token_weights([parse_weights("a (fox:1.3)")], tokenizer, None, before, front)
-    assert weights[0].tolist() == pytest.approx([*front, 1, 1.3, 1, 1, 1, 1, 1])
-    assert weights.shape[0] == 1
-    plain = image_weights(tokenizer.front(before), [(2, 1), (1, 1)], [images[1]] * 2)
-    assert token_weights([parse_weights("a fox")], tokenizer, None, before, plain) is None
+    options = {"labels": False, "weighted": True}
+    tokens = tokenize_prompt(tokenizer, "a (fox:1.3)", images=images, **options)
+    front = [1, 0.5, 0.5, 1, 1, 1, 1]
+    assert tokens.weights == pytest.approx((*front, 1, 1.3, 1, 1, 1, 1, 1))
+    assert tokens.grids == [(2, 1), (1, 1)]
+    assert tokens.image_slices == [slice(1, 3), slice(5, 6)]
+    pads = [tokens.expanded_ids[PREFIX_TOKENS:][part] for part in tokens.image_slices]
+    assert pads == [[IMAGE_PAD] * 2, [IMAGE_PAD]]
+    plain = tokenize_prompt(tokenizer, "a fox", images=images[1:], **options)
+    assert plain.weights is None and plain.image_slices == [slice(1, 2)]
 
 
 def test_alpha_shows_white_and_sheets_are_padded():
@@ -404,8 +406,9 @@ def test_the_pipeline_takes_images_of_any_kind(pipeline):
     assert not torch.equal(made[0], plain)
     assert torch.equal(paint(pipeline, images=[PromptImage(pixels, strength=0)]), plain)
     assert torch.equal(paint(pipeline, images=[]), plain)
-    for other in ({"image_labels": False}, {"max_image_side": 32}):
-        assert not torch.equal(paint(pipeline, images=[pixels], **other), made[0])
+    for other in ({"labels": False}, {"max_side": 32}):
+        changed = paint(pipeline, images=PromptImages([pixels], **other))
+        assert not torch.equal(changed, made[0])
 
 
 def test_strengths_in_the_pipeline_weigh_images(pipeline):
@@ -416,7 +419,7 @@ def test_strengths_in_the_pipeline_weigh_images(pipeline):
     plain = paint(pipeline, images=[pixels])
     assert 0 < (one - plain).norm() < (two - plain).norm()
     weights = encode_prompts(
-        pipeline.text_encoder, ["a fox", "a (badger:2)"], None, weighted=True,
+        pipeline.text_encoder, ["a fox", "a (badger:2)"], weighted=True,
         images=[PromptImage(pixels, strength=0.5)], labels=False,
     ).weights  # fmt: skip
     assert weights[:, 1:5].tolist() == [[0.5] * 4] * 2

@@ -5,7 +5,8 @@ import unicodedata
 
 import pytest
 
-from krea2_model.text.prompt_weights import parse_weights, token_weights, weigh_again
+from krea2_model.text.prompt_tokens import stack_weights, tokenize_prompt
+from krea2_model.text.prompt_weights import parse_weights, weigh_again
 from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 
 
@@ -113,10 +114,9 @@ PROMPTS = [
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_weights_reach_the_tokens_of_their_words(tokenizer, prompt):
     """The words' tokens as the tokenizer itself decodes them."""
-    parsed = parse_weights(prompt)
-    ids = tokenizer.tokenize(parsed.text)[PREFIX_TOKENS:]
-    (weights,) = token_weights([parsed], tokenizer).tolist()
-    assert len(ids) == len(weights)
+    parsed, tokens = parse_weights(prompt), tokenize_prompt(tokenizer, prompt, weighted=True)
+    ids, weights = tokens.ids[PREFIX_TOKENS:], list(tokens.weights)
+    assert len(ids) == len(weights) and tokens.ids == tokenizer.tokenize(parsed.text)
     inside = [i for i, w in enumerate(parsed.weights) if w != 1]
     words = parsed.text[inside[0] : inside[-1] + 1]
     heavy = tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w != 1])
@@ -128,28 +128,31 @@ def test_weights_reach_the_tokens_of_their_words(tokenizer, prompt):
 
 
 def test_a_token_of_two_weights_takes_the_mean(tokenizer):
-    parsed = parse_weights("(unb:2)elievable")
-    (weights,) = token_weights([parsed], tokenizer).tolist()
-    ids = tokenizer.tokenize(parsed.text)[PREFIX_TOKENS:]
-    pieces = [tokenizer.decode([i]) for i in ids]
+    tokens = tokenize_prompt(tokenizer, "(unb:2)elievable", weighted=True)
+    pieces = [tokenizer.decode([i]) for i in tokens.ids[PREFIX_TOKENS:]]
     assert pieces[:2] == ["un", "belie"]
-    assert weights[:3] == pytest.approx([2.0, 1.2, 1.0])
+    assert tokens.weights[:3] == pytest.approx([2.0, 1.2, 1.0])
 
 
 def test_cut_prompts_keep_weights_and_tokens_together(tokenizer):
-    parsed = parse_weights("a (red:1.5) fox in (deep:0.5) snow")
-    whole = token_weights([parsed], tokenizer)[0].tolist()
-    cut = token_weights([parsed], tokenizer, 8)[0].tolist()
-    assert len(cut) == len(tokenizer.tokenize(parsed.text, 8)) - PREFIX_TOKENS == 8
-    assert cut == whole[:3] + [1.0] * 5
+    prompt = "a (red:1.5) fox in (deep:0.5) snow"
+    whole = tokenize_prompt(tokenizer, prompt, weighted=True)
+    cut = tokenize_prompt(tokenizer, prompt, weighted=True, max_sequence_length=8)
+    assert len(cut.weights) == len(cut.ids) - PREFIX_TOKENS == 8
+    assert cut.weights == (*whole.weights[:3], *[1.0] * 5)
+    gone = "a fox in (deep:0.5) snow"
+    assert tokenize_prompt(tokenizer, gone, weighted=True, max_sequence_length=7).weights is None
 
 
 def test_a_batch_is_padded_with_1_and_none_where_nothing_weighs(tokenizer):
-    long, short = parse_weights("a fox in the snow"), parse_weights("a (fox:0)")
-    weights = token_weights([long, short], tokenizer)
+    long, short, plain = (
+        tokenize_prompt(tokenizer, prompt, weighted=True)
+        for prompt in ("a fox in the snow", "a (fox:0)", "a (fox:1)")
+    )
+    weights = stack_weights([long, short])
     assert weights.shape == (2, 10) and weights[0].eq(1).all()
     assert weights[1].tolist() == [1.0, 0.0] + [1.0] * 8
-    assert token_weights([long, parse_weights("a (fox:1)")], tokenizer) is None
+    assert stack_weights([long, plain]) is None
 
 
 def test_parts_are_the_weighted_words():

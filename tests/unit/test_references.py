@@ -6,13 +6,18 @@ from diffusers_reference import TINY, diffusers_transformer, load_from
 
 from krea2_model.nn.attention import attend
 from krea2_model.nn.kernels import norm_and_rotate
-from krea2_model.sampling import denoise, sigma_schedule
+from krea2_model.sampling import denoise
+from krea2_model.schedule import sigma_schedule
 from krea2_model.transformer import references as references_module
 from krea2_model.transformer.backend import Backend, ExtendedBackend
 from krea2_model.transformer.model import Krea2Transformer
-from krea2_model.transformer.references import Reference
+from krea2_model.transformer.references import Reference, ReferenceSettings
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 from parity import assert_close, relative_error
+
+
+def referring(latents, *settings, **options):
+    return Reference(latents, ReferenceSettings(*settings, **options))
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +56,11 @@ def test_strength_1_is_a_plain_reference(transformer, latents, pictures, text):
 
 def test_strength_0_is_no_reference(transformer, latents, pictures, text):
     none = transformer(latents, TIME, text)
-    given = [Reference(picture, strength=0) for picture in pictures]
+    given = [referring(picture, strength=0) for picture in pictures]
     assert torch.equal(none, transformer(latents, TIME, text, references=given))
     # The second keeps its place when the first is left out.
     left = transformer(latents, TIME, text, references=[given[0], Reference(pictures[1])])
-    alone = transformer(latents, TIME, text, references=[Reference(pictures[1], index=2)])
+    alone = transformer(latents, TIME, text, references=[referring(pictures[1], index=2)])
     assert torch.equal(left, alone)
 
 
@@ -67,8 +72,8 @@ def test_strength_counts_like_copies(transformer, latents, pictures, text, metho
         return transformer(latents, TIME, text, references=references, reference_method=method)
 
     first, second = pictures
-    copies = velocity(*[Reference(first, 1)] * 3, Reference(second, 2))
-    strong = velocity(Reference(first, 1, 3.0), Reference(second, 2))
+    copies = velocity(*[referring(first, 1)] * 3, referring(second, 2))
+    strong = velocity(referring(first, 1, 3.0), referring(second, 2))
     assert_close(strong, copies, 1e-5, "strength 3 against three copies")
     assert relative_error(strong, velocity(*pictures)) > 1e-3
 
@@ -76,7 +81,7 @@ def test_strength_counts_like_copies(transformer, latents, pictures, text, metho
 def test_strength_beside_masked_text(transformer, latents, pictures, text):
     padded = torch.cat((torch.randn(1, 2, text.shape[2]), text), dim=1)
     mask = torch.tensor([[False] * 2 + [True] * text.shape[1]])
-    given = [Reference(picture, strength=0.4) for picture in pictures]
+    given = [referring(picture, strength=0.4) for picture in pictures]
     expected = transformer(latents, TIME, text, references=given)
     found = transformer(latents, TIME, padded, mask, references=given)
     assert_close(found, expected, 1e-5, "strength with a text mask")
@@ -94,14 +99,14 @@ def test_strength_beside_a_negative(transformer, latents, pictures, text, masked
         return transformer(latents, TIME, text, references=references, backend=backend)
 
     first, second = pictures
-    copies = velocity([Reference(first, 1)] * 2 + [Reference(second, 2)])
-    strong = velocity([Reference(first, 1, 2.0), Reference(second, 2)])
+    copies = velocity([referring(first, 1)] * 2 + [referring(second, 2)])
+    strong = velocity([referring(first, 1, 2.0), referring(second, 2)])
     assert_close(strong, copies, 1e-5, "strength beside a negative")
 
 
 def test_the_index_is_a_place(transformer, latents, pictures, text):
     def velocity(index):
-        return transformer(latents, TIME, text, references=[Reference(pictures[0], index)])
+        return transformer(latents, TIME, text, references=[referring(pictures[0], index)])
 
     assert torch.equal(velocity(None), velocity(1))
     assert relative_error(velocity(7), velocity(1)) > 1e-4
@@ -127,7 +132,7 @@ class Apart(Backend):
 
 def test_apart_is_a_mask_and_read_once(transformer, latents, pictures, text):
     """At every time: what is cached does not depend on it."""
-    recorded = transformer.record(pictures, text.dtype)
+    recorded = transformer.cache_references(pictures, text.dtype)
     counts = [picture.shape[-2] * picture.shape[-1] // 4 for picture in pictures]
     image_tokens = latents.shape[-2] * latents.shape[-1] // 4
     for time in (0.9, 0.2):
@@ -142,11 +147,16 @@ def test_apart_is_a_mask_and_read_once(transformer, latents, pictures, text):
 
 def test_strength_of_what_is_kept(transformer, latents, pictures, text):
     def velocity(*references):
-        recorded = transformer.record(references, text.dtype)
+        recorded = transformer.cache_references(references, text.dtype)
         return transformer(latents, TIME, text, backend=ExtendedBackend(None, recorded))
 
-    strong = velocity(Reference(pictures[0], 1, 2.0))
-    assert_close(strong, velocity(*[Reference(pictures[0], 1)] * 2), 1e-5, "strength apart")
+    strong = velocity(referring(pictures[0], 1, 2.0))
+    assert_close(
+        strong,
+        velocity(*[referring(pictures[0], 1)] * 2),
+        1e-5,
+        "strength apart",
+    )
 
 
 def test_the_bias_of_what_is_kept_is_made_once_a_call(
@@ -158,7 +168,7 @@ def test_the_bias_of_what_is_kept_is_made_once_a_call(
         "add_strength_bias",
         lambda *given: made.append(given) or add_strength_bias(*given),
     )
-    recorded = transformer.record([Reference(pictures[0], strength=2.0)], text.dtype)
+    recorded = transformer.cache_references([referring(pictures[0], strength=2.0)], text.dtype)
     mask = torch.ones(1, text.shape[1], dtype=torch.bool)
     for own, calls in ((None, 1), (mask, 2), (mask, 3)):
         transformer(latents, TIME, text, own, backend=ExtendedBackend(None, recorded))
@@ -169,7 +179,9 @@ def test_what_is_kept_beside_masked_text(transformer, latents, pictures, text):
     padded = torch.cat((torch.randn(1, 2, text.shape[2]), text), dim=1)
     mask = torch.tensor([[False] * 2 + [True] * text.shape[1]])
     for strength in (1.0, 0.4):
-        recorded = transformer.record([Reference(pictures[0], strength=strength)], text.dtype)
+        recorded = transformer.cache_references(
+            [referring(pictures[0], strength=strength)], text.dtype
+        )
         expected = transformer(latents, TIME, text, backend=ExtendedBackend(None, recorded))
         found = transformer(latents, TIME, padded, mask, backend=ExtendedBackend(None, recorded))
         assert_close(found, expected, 1e-5, f"apart with a text mask, strength {strength}")
@@ -178,13 +190,16 @@ def test_what_is_kept_beside_masked_text(transformer, latents, pictures, text):
 def test_denoise_looks_at_references_in_their_window(transformer, latents, pictures, text):
     """Step by step against the model itself."""
     sigmas = sigma_schedule(4, 0.5)
-    first = Reference(pictures[0], end=0.5)
-    second = Reference(pictures[1], strength=2.0, start=0.25)
+    first = referring(pictures[0], end=0.5)
+    second = referring(pictures[1], strength=2.0, start=0.25)
     options = {"sigmas": sigmas, "guidance": 0.0, "reference_method": "index"}
     run = denoise(transformer, latents, text, references=[first, second], **options)
     expected = latents
     there = [[0], [0, 1], [1], [1]]
-    placed = [Reference(pictures[0], 1), Reference(pictures[1], 2, 2.0)]
+    placed = [
+        referring(pictures[0], 1),
+        referring(pictures[1], 2, 2.0),
+    ]
     for (_, found, _), seen, now, then in zip(run, there, sigmas, sigmas[1:], strict=False):
         velocity = transformer(
             expected,
@@ -202,7 +217,7 @@ def test_denoise_with_references_apart(transformer, latents, pictures, text):
     calls, blocks = [], transformer.blocks[0].forward
     transformer.blocks[0].forward = lambda *a, **k: calls.append(len(a[0][0])) or blocks(*a, **k)
     options = {"sigmas": sigma_schedule(3, 0.5), "guidance": 2.0, "cache_references": True}
-    references = [Reference(pictures[0], end=0.5), Reference(pictures[1])]
+    references = [referring(pictures[0], end=0.5), Reference(pictures[1])]
     list(denoise(transformer, latents, text, text, references=references, **options))
     del transformer.blocks[0].forward
     image = text.shape[1] + 12
@@ -223,7 +238,7 @@ def test_denoise_with_references_apart(transformer, latents, pictures, text):
 )
 def test_bad_settings_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
-        Reference(torch.zeros(1, 16, 4, 4), **settings)
+        Reference(torch.zeros(1, 16, 4, 4), ReferenceSettings(**settings))
 
 
 def test_apart_needs_time_zero(transformer, latents, pictures, text):

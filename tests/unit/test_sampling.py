@@ -5,14 +5,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from krea2_model.sampling import (
-    check_sigmas,
-    denoise,
-    shift_mu,
-    shift_time,
-    sigma_schedule,
-    unshift_time,
-)
+from krea2_model.sampling import denoise
+from krea2_model.schedule import check_sigmas, shift_mu, shift_time, sigma_schedule, unshift_time
 
 SIZES = [(256, 256), (512, 512), (768, 1344), (1024, 1024), (1280, 1280), (2048, 2048)]
 STEPS = [1, 4, 8, 13, 28, 52]

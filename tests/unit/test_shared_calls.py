@@ -5,8 +5,9 @@ import torch
 
 import tiny_checkpoints as tiny
 from krea2_model import Krea2Transformer
-from krea2_model.sampling import denoise, sigma_schedule
-from krea2_model.transformer.references import Reference
+from krea2_model.sampling import denoise
+from krea2_model.schedule import sigma_schedule
+from krea2_model.transformer.references import Reference, ReferenceSettings
 from krea2_model.transformer.shared_calls import SMALL_IMAGE, pays_to_share
 from krea2_model.transformer.text_attention import TextStates
 from parity import assert_close
@@ -48,7 +49,8 @@ def run(transformer, positive, negative, **options):
 
 def reference(batch, strength=1.0):
     generator = torch.Generator().manual_seed(4)
-    return Reference(torch.randn(batch, 16, 4, 4, generator=generator), strength=strength)
+    latents = torch.randn(batch, 16, 4, 4, generator=generator)
+    return Reference(latents, ReferenceSettings(strength=strength))
 
 
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])

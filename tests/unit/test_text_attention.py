@@ -6,6 +6,7 @@ import torch
 from krea2_model import Krea2Pipeline, NegativeGuidance, sigma_schedule
 from krea2_model.config import TransformerConfig
 from krea2_model.sampling import denoise
+from krea2_model.schedule import schedule_of
 from krea2_model.transformer.backend import Backend, ExtendedBackend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.text_attention import TextAttention, TextStates, normalised_guidance
@@ -213,12 +214,13 @@ def test_batches_with_negatives_keep_texts_apart(model):
 def test_steps_of_the_window():
     half = NegativeGuidance(start=0.25, end=0.75)
     times = sigma_schedule(8, 0.0)[:-1]
-    assert [half.works_at(t) for t in times] == [False] * 2 + [True] * 4 + [False] * 2
+    expected = [False] * 2 + [True] * 4 + [False] * 2
+    assert [half.window().contains(t) for t in times] == expected
     shifted = sigma_schedule(8, 1.15)
-    found = [half.works_at(t, shifted[2], shifted[6]) for t in shifted[:-1]]
-    assert found == [False] * 2 + [True] * 4 + [False] * 2
-    assert all(NegativeGuidance(end=1.0).works_at(t) for t in times)
-    assert not any(NegativeGuidance(scale=0.0).works_at(t) for t in times)
+    window = half.window(schedule_of(shifted))
+    assert [window.contains(t) for t in shifted[:-1]] == expected
+    assert all(NegativeGuidance(end=1.0).window().contains(t) for t in times)
+    assert not any(NegativeGuidance(scale=0.0).window().contains(t) for t in times)
 
 
 @pytest.mark.parametrize("off", [{"scale": 0.0}, {"blend": 0.0}, {"start": 0.5, "end": 0.5}])

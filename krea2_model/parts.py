@@ -1,0 +1,213 @@
+"""The parts of a pipeline: files, devices, LoRAs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from . import nano
+from .checkpoints.encoder_parts import load_text_encoder
+from .checkpoints.loading import load_transformer, load_vae
+from .config import RAW, Preset
+from .lora.files import LoraReport, read_lora, read_lora_file
+from .lora.updates import LoraStack
+from .memory.offload import offload_parts
+from .memory.plan import ENCODER, NONE, check_offload
+from .text.encoder import Qwen3VLTextEncoder
+from .text.expander import Expansion, OnText, PromptExpander
+from .transformer.model import Krea2Transformer
+from .vae.model import QwenImageVAE
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedParts:
+    """The three parts of Krea 2: loading, LoRAs, and writing with the text encoder.
+
+    device, offload, max_memory: see `from_files`.
+
+    Raises ValueError for a text encoder or a VAE of another model than the transformer.
+    """
+
+    def __init__(
+        self,
+        transformer: Krea2Transformer,
+        text_encoder: Qwen3VLTextEncoder,
+        vae: QwenImageVAE,
+        *,
+        device: str | torch.device | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
+    ):
+        wanted = (transformer.config.num_text_layers, transformer.config.text_hidden_dim)
+        given = (len(text_encoder.config.tap_layers), text_encoder.config.hidden_size)
+        if wanted != given:
+            raise ValueError(
+                f"The text encoder gives {given[0]} layers of width {given[1]}; this transformer "
+                f"needs {wanted[0]} of width {wanted[1]}. Use the encoder that belongs to it "
+                "(Qwen3-VL-4B for the released Krea 2)."
+            )
+        if vae.config.z_dim != transformer.config.latent_channels:
+            raise ValueError(
+                f"The VAE has {vae.config.z_dim} latent channels; this transformer needs "
+                f"{transformer.config.latent_channels}. Use the VAE that belongs to it "
+                "(Qwen-Image's for the released Krea 2)."
+            )
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        device = device_of(transformer) if device is None else device
+        self._offload = offload_parts(transformer, text_encoder, vae, device, offload, max_memory)
+        self._loras = LoraStack(transformer), LoraStack(text_encoder)
+        self._expander: PromptExpander | None = None
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
+        keep_quantised: bool = True,
+    ) -> Self:
+        """Load a diffusers folder (model_index.json, transformer/, text_encoder/, vae/, ...).
+
+        Options are those of `from_files`.
+        """
+        return cls.from_files(
+            path, path, path, device=device, dtype=dtype, offload=offload, max_memory=max_memory,
+            keep_quantised=keep_quantised,
+        )  # fmt: skip
+
+    @classmethod
+    def from_files(
+        cls,
+        transformer: str | Path,
+        text_encoder: str | Path,
+        vae: str | Path,
+        tokenizer: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
+        keep_quantised: bool = True,
+    ) -> Self:
+        """Load each part from a file or folder; an all-in-one file may be named three times.
+
+        device: where to calculate; "auto" is the machine's accelerator, or else the CPU.
+        offload: "none" keeps all parts on the device, "parts" lets them take turns, "blocks"
+            streams what does not fit, "auto" chooses by free memory before each run and says so in
+            the log. None is "auto" where device is or max_memory is given, else "none".
+        max_memory: of the device, in GB (10^9 bytes); None for all that is free.
+        keep_quantised: hold quantised files as they are, each layer made plain while it calculates;
+            False makes them plain at once, which is faster and takes two to four times the memory.
+        """
+        found, offload = check_offload(device, offload, max_memory)
+        keep_quantised = keep_quantised and found.type != "mps"  # which knows no 8-bit floats
+        options: dict[str, Any] = {"device": found if offload == NONE else "cpu", "dtype": dtype}
+        return cls(
+            load_transformer(transformer, **options, keep_quantised=keep_quantised),
+            load_text_encoder(
+                text_encoder, tokenizer=tokenizer, **options, keep_quantised=keep_quantised
+            ),
+            load_vae(vae, **options),
+            device=found,
+            offload=offload,
+            max_memory=max_memory,
+        )
+
+    @classmethod
+    def nano(
+        cls,
+        variant: str = "turbo",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        offload: str | None = None,
+        max_memory: float | None = None,
+    ) -> Self:
+        """The built-in krea2-nano, "turbo" or "raw"; see `krea2_model.nano`."""
+        if variant not in nano.VARIANTS:
+            raise ValueError(f"variant is {variant!r}; expected one of {nano.VARIANTS}.")
+        return cls.from_files(
+            nano.TRANSFORMERS[variant], nano.TEXT_ENCODER, nano.VAE,
+            device=device, dtype=dtype, offload=offload, max_memory=max_memory,
+        )  # fmt: skip
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> LoraReport:
+        """Merge a LoRA file of any trainer into the weights, on top of those loaded before.
+
+        scale: how much of it; may be negative. Returns what matched. Raises CheckpointError where
+        the file is not a LoRA, fits nothing or holds no numbers, and ValueError where it makes a
+        weight infinite; the weights are then as they were.
+        """
+        return self.load_loras([(path, scale)])[0]
+
+    def load_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[LoraReport]:
+        """`load_lora` for several files and their scales, which makes each weight only once."""
+        if not loras:
+            return []
+        self._offload.before_change("load_lora")
+        shapes, text_shapes = (stack.shapes for stack in self._loras)
+        updates, text_updates, reports = [], [], []
+        for path, scale in loras:
+            tensors, metadata = read_lora_file(Path(path))
+            own, text_own, report = read_lora(
+                tensors, shapes, Path(path).name, text_shapes, metadata
+            )
+            updates.append((own, scale))
+            text_updates.append((text_own, scale))
+            reports.append(report)
+        before = self._loras[0].add(*updates)
+        try:
+            self._loras[1].add(*text_updates)
+        except BaseException:
+            self._loras[0].restore(before)
+            raise
+        for report in reports:
+            if not report.is_complete:
+                logger.warning("%s", report)
+        return reports
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""
+        self._offload.before_change("unload_lora")
+        for stack in self._loras:
+            stack.clear()
+
+    def expand(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:
+        """Write dense captions for a short prompt with the text encoder's language model.
+
+        on_text: called after each token with the text so far.
+        options: creativity, length, seed, variants, style, language; see `expander.expand`.
+
+        The layer that only writing needs is read from the encoder's file on the first call. Raises
+        ValueError where the encoder cannot write, as krea2-nano's.
+        """
+        if self._expander is None:
+            self._offload.before_change("expand")
+            self._expander = PromptExpander(self.text_encoder)
+        with self._offload.use(ENCODER, self._expander.tail):
+            expansions = self._expander(prompt, on_text, **options)
+        for expansion in expansions:
+            if note := expansion.note():
+                logger.warning("%s", note)
+        return expansions
+
+    @property
+    def preset(self) -> Preset:
+        """Sampling defaults of the loaded checkpoint; Raw's where it does not say what it is."""
+        return self.transformer.preset or RAW
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's weights."""
+    return next(module.parameters()).device

@@ -1,0 +1,75 @@
+"""Encoded prompts, before the transformer fuses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .text.encoder import Qwen3VLTextEncoder
+from .text.layer_weights import weigh_taps
+from .text.prompt_images import PromptImage
+from .text.prompt_tokens import stack_weights, tokenize_prompt
+from .transformer.model import Krea2Transformer
+from .transformer.text_attention import TextStates
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Taps (B, L, taps, D) of prompts, with mask (B, L) bool and token weights (B, L), or None.
+
+    Raises ValueError where the mask is not of the taps' size.
+    """
+
+    taps: Tensor
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __post_init__(self):
+        if self.mask is not None and self.mask.shape != self.taps.shape[:2]:
+            raise ValueError(
+                f"The mask has shape {tuple(self.mask.shape)}; expected "
+                f"{tuple(self.taps.shape[:2])}, the first two sizes of the embeddings it belongs "
+                "to."
+            )
+
+    def with_layer_weights(self, weights: Sequence[float] | None) -> PromptEmbeds:
+        """Taps scaled by a weight for each tapped layer; None leaves them as they are."""
+        return self if weights is None else replace(self, taps=weigh_taps(self.taps, weights))
+
+    def fuse(self, transformer: Krea2Transformer, repeats: int = 1) -> TextStates:
+        """Fused text on the transformer's device, each prompt `repeats` times."""
+        device = next(transformer.parameters()).device
+        mask = None if self.mask is None else self.mask.to(device).bool()
+        if mask is not None and mask.all():
+            mask = None
+        text = transformer.fuse_text(self.taps.to(device), mask)
+        weights = None if self.weights is None else self.weights.to(device)
+
+        def repeated(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.repeat_interleave(repeats, dim=0)
+
+        states = text.repeat_interleave(repeats, dim=0)
+        return TextStates(states, repeated(mask), repeated(weights))
+
+
+def encode_prompts(
+    encoder: Qwen3VLTextEncoder,
+    prompts: Sequence[str],
+    *,
+    images: Sequence[PromptImage] = (),
+    labels: bool = True,
+    weighted: bool = False,
+    max_sequence_length: int | None = None,
+) -> PromptEmbeds:
+    """Encode prompts, each with the same images in front; arguments of `tokenize_prompt`."""
+    tokens = [
+        tokenize_prompt(
+            encoder.get_tokenizer(), prompt, images=images, labels=labels, weighted=weighted,
+            max_sequence_length=max_sequence_length,
+        )
+        for prompt in prompts
+    ]  # fmt: skip
+    taps, mask = encoder.encode_tokens(tokens)
+    return PromptEmbeds(taps, mask, stack_weights(tokens))

@@ -1,0 +1,142 @@
+"""A graph and the same call in Python give one picture, for each feature that both have.
+
+The graph runs ComfyUI's sampler on ComfyUI's managed model, Python the pipeline's own loop.
+"""
+
+import pytest
+import torch
+
+from parity import assert_close
+
+PROMPT, NEGATIVE = "a (red:1.4) circle", "a blue star"
+SIZE, SEED, STEPS = 64, 7, 3
+
+
+def picture(seed):
+    return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class Graph:
+    """The nodes of a run, from loader to decoder."""
+
+    def __init__(self, run, variant):
+        self.run = run
+        name = "krea2-nano (built in)" if variant == "turbo" else "krea2-nano Raw (built in)"
+        self.model, self.clip, self.vae = run("K2Loader", model=name)
+        self.positive, self.negative = run(
+            "K2TextEncode", clip=self.clip, prompt=PROMPT, negative=NEGATIVE
+        )[:2]
+        self.latent = run("K2EmptyLatent", aspect="custom", width=SIZE, height=SIZE)[0]
+        self.sampler = {"preset": "custom", "steps": STEPS, "guidance": 0.0, "seed": SEED}
+
+    def encode(self, node, **options):
+        options = {"prompt": PROMPT, "negative": NEGATIVE, **options}
+        self.positive, self.negative = self.run(node, clip=self.clip, **options)[:2]
+
+    def refer(self, **options):
+        self.positive, self.negative = self.run(
+            "K2Reference", positive=self.positive, negative=self.negative, vae=self.vae,
+            image=picture(1), megapixels=1.0, **options,
+        )[:2]  # fmt: skip
+
+    def picture(self):
+        samples = self.run(
+            "K2Sampler", model=self.model, positive=self.positive, negative=self.negative,
+            latent=self.latent, **self.sampler,
+        )[0]  # fmt: skip
+        return self.run("K2VAEDecode", samples=samples, vae=self.vae)[0].movedim(-1, 1)
+
+
+def guided(graph, krea2_model):
+    graph.sampler["guidance"] = 2.0
+    return {"guidance": 2.0}
+
+
+def layer_mix(graph, krea2_model):
+    weights = [1.0] * 11 + [4.0]
+    (graph.positive,) = graph.run("K2TapWeights", conditioning=graph.positive, layer_35=4.0)[:1]
+    return {"layer_weights": weights}
+
+
+def prompt_images(graph, krea2_model):
+    graph.encode(
+        "K2TextEncodeImages", image_1=picture(1), image_2=picture(2), strengths="1, 0.5",
+        roles="the style", max_side=32, labels=False,
+    )  # fmt: skip
+    images = [
+        krea2_model.PromptImage(picture(1)[0].movedim(-1, 0), "the style"),
+        krea2_model.PromptImage(picture(2)[0].movedim(-1, 0), strength=0.5),
+    ]
+    return {"images": krea2_model.PromptImages(images, labels=False, max_side=32)}
+
+
+def references(graph, krea2_model):
+    graph.refer()
+    return {"references": [picture(1)[0].movedim(-1, 0)]}
+
+
+def references_at_the_step_s_time(graph, krea2_model):
+    graph.refer(family="identity LoRAs (shared time)")
+    images = [picture(1)[0].movedim(-1, 0)]
+    return {"references": krea2_model.References(images, method="index")}
+
+
+def cached_references(graph, krea2_model):
+    graph.refer(apart=True)
+    images = [picture(1)[0].movedim(-1, 0)]
+    return {"references": krea2_model.References(images, cache=True)}
+
+
+def nag(graph, krea2_model):
+    (graph.model,) = graph.run("K2NegativeGuidance", model=graph.model, negative=graph.negative)[:1]
+    return {"negative_guidance": krea2_model.NegativeGuidance()}
+
+
+def guidance_schedule(graph, krea2_model):
+    options = {"start": 0.2, "end": 0.9, "rescale": 0.5}
+    (graph.model,) = graph.run("K2GuidanceSchedule", model=graph.model, ramp="falling", **options)[
+        :1
+    ]
+    schedule = krea2_model.GuidanceSchedule(ramp="falling", **options)
+    return guided(graph, krea2_model) | {"guidance_schedule": schedule}
+
+
+def step_skipping(graph, krea2_model):
+    (graph.model,) = graph.run("K2Approximate", model=graph.model, evaluate="every 2nd step")[:1]
+    graph.sampler["steps"] = 6
+    return guided(graph, krea2_model) | {"steps": 6, "evaluate_every": 2}
+
+
+def start_image(graph, krea2_model):
+    (graph.latent,) = graph.run("K2VAEEncode", pixels=picture(3), vae=graph.vae)[:1]
+    graph.sampler["denoise"] = 0.6
+    return {"start_image": picture(3)[0].movedim(-1, 0), "denoise": 0.6}
+
+
+FEATURES = {
+    "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
+              references_at_the_step_s_time, cached_references, nag, start_image],
+    "raw": [guided, guidance_schedule, step_skipping],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variant, feature", [(variant, f) for variant, fs in FEATURES.items() for f in fs],
+    ids=lambda value: getattr(value, "__name__", value).strip("<>"),
+)  # fmt: skip
+def test_graph_and_python_give_one_picture(run, pack, variant, feature):
+    krea2_model, graph = pack("krea2_model"), Graph(run, variant)
+    graph.sampler |= {"shift": "fixed", "mu": 1.15}
+    plain = graph.picture()
+    options = {"guidance": 0.0, "steps": STEPS} | feature(graph, krea2_model)
+    found = graph.picture()
+    sigmas = krea2_model.sigma_schedule(options.pop("steps"), 1.15, options.get("denoise", 1.0))
+    pipeline = krea2_model.Krea2Pipeline.nano(variant)
+    size = {} if "start_image" in options else {"height": SIZE, "width": SIZE}
+    expected = pipeline(
+        PROMPT, NEGATIVE, seed=SEED, prompt_weights=True, output_type="pt", sigmas=sigmas,
+        **size, **options,
+    )  # fmt: skip
+    assert_close(found, expected, 1e-3, "graph and Python")
+    if feature.__name__ != "<lambda>":
+        assert not torch.allclose(found, plain, atol=1e-3), "the feature changes the picture"
