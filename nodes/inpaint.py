@@ -242,13 +242,13 @@ class K2Stitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, stitch, painted, mask=None, feather=8):
-        from ..krea2_model.images.crop import stitch
+        from ..krea2_model.images.crop import stitch as stitch_crop
         from ..krea2_model.images.resize import colours
 
         painted = colours(painted)
         if mask is not None:
             mask = _painted_mask(mask, painted)
-        return io.NodeOutput(stitch(stitch, painted, feather, mask))
+        return io.NodeOutput(stitch_crop(stitch, painted, feather, mask))
 
 
 def _painted_mask(mask, image):
