@@ -1,7 +1,9 @@
 """Many at once: a prompt an image in one batch, and the pictures side by side."""
 
+import torch
 from comfy_api.latest import io
 
+from ..krea2_model.images.contact_sheet import contact_sheet
 from ..krea2_model.text.wildcards import fill_in
 from .prompts import encode
 
@@ -121,10 +123,6 @@ class K2ContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, captions=("",), columns=(0,), cell=(512,), text_size=(16,)):
-        import torch
-
-        from ..krea2_model.images.contact_sheet import contact_sheet
-
         sheet = contact_sheet(
             [image.cpu().numpy() for batch in images for image in batch],
             [line for text in captions for line in text.splitlines()],

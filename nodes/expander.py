@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 
+from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..krea2_model.text.expander import (
@@ -176,8 +177,6 @@ class _Writer:
         return kept[key]
 
     def _write(self, tokens, sampling, max_tokens, seed):
-        from comfy.utils import ProgressBar
-
         progress, written = ProgressBar(max_tokens), []
         for token in self._clip.write(tokens, sampling, max_tokens, seed):
             written.append(token)
@@ -203,6 +202,7 @@ class _Writer:
 
     def _show(self, text: str) -> None:
         """Put the text so far onto the node; there is no page where there is no server."""
+        # Imported here: tests and benchmarks run nodes without the server, which is slow to load.
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)

@@ -1,8 +1,18 @@
 """Images on their way in: cut or padded to a size the model takes, or extended on any side."""
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.resize import FROM_IMAGE, MODES, PADDINGS
+from ..krea2_model.images.masks import mask_for
+from ..krea2_model.images.resize import (
+    FROM_IMAGE,
+    MODES,
+    PADDINGS,
+    colours,
+    extend,
+    resize_and_crop,
+    target_size,
+)
 from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE
 
 
@@ -72,11 +82,6 @@ class K2FitImage(io.ComfyNode):
     def execute(
         cls, image, mask=None, megapixels=1.0, aspect=FROM_IMAGE, mode="crop", padding="edge"
     ):
-        import torch
-
-        from ..krea2_model.images.masks import mask_for
-        from ..krea2_model.images.resize import colours, resize_and_crop, target_size
-
         image = colours(image)
         rows, columns = image.shape[1:3]
         unmasked = mask is None
@@ -147,8 +152,6 @@ class K2Outpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, left=0, top=0, right=256, bottom=0, feather=16):
-        from ..krea2_model.images.resize import colours, extend
-
         image = colours(image)
         rows, columns = image.shape[1:3]
         larger, mask = extend(image, left, top, right, bottom, feather)

@@ -1,8 +1,20 @@
 """Inpainting: a latent with its mask, crops of large images, and the way back."""
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.masks import FILLS
+from ..krea2_model.images.crop import align_to_original, crop
+from ..krea2_model.images.crop import stitch as stitch_crop
+from ..krea2_model.images.masks import (
+    EMPTY,
+    FILLS,
+    cell_mask,
+    composite,
+    filled,
+    mask_for,
+    repaint_mask,
+)
+from ..krea2_model.images.resize import colours, pad_to_tokens
 from .latents import given_vae
 from .sampler_run import SOFT_MASK
 
@@ -91,11 +103,6 @@ class K2Inpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, image, mask, grow=8, feather=8, soft=True, fill="original"):
-        import torch
-
-        from ..krea2_model.images.masks import EMPTY, cell_mask, filled, mask_for, repaint_mask
-        from ..krea2_model.images.resize import colours, pad_to_tokens
-
         vae, image = given_vae(vae), colours(image)
         mask = mask_for(mask, image)
         used = repaint_mask(mask, grow, feather, soft)
@@ -146,10 +153,6 @@ class K2Composite(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, painted, mask, feather=8):
-        from ..krea2_model.images.crop import align_to_original
-        from ..krea2_model.images.masks import composite
-        from ..krea2_model.images.resize import colours
-
         painted = colours(painted).to(original.device)
         painted, mask = align_to_original(original, painted, _painted_mask(mask, original))
         return io.NodeOutput(composite(original, painted, mask, feather))
@@ -200,10 +203,6 @@ class K2CropForInpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, context=1.5, megapixels=1.0):
-        from ..krea2_model.images.crop import crop
-        from ..krea2_model.images.masks import mask_for
-        from ..krea2_model.images.resize import colours
-
         image = colours(image)
         part, masks, cut = crop(image, mask_for(mask, image), context, megapixels)
         box, (height, width) = cut.boxes[0], part.shape[1:3]
@@ -242,9 +241,6 @@ class K2Stitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, stitch, painted, mask=None, feather=8):
-        from ..krea2_model.images.crop import stitch as stitch_crop
-        from ..krea2_model.images.resize import colours
-
         painted = colours(painted)
         if mask is not None:
             mask = _painted_mask(mask, painted)
@@ -253,8 +249,6 @@ class K2Stitch(io.ComfyNode):
 
 def _painted_mask(mask, image):
     """A mask in the size of an image. Raises ValueError where nothing of it is painted."""
-    from ..krea2_model.images.masks import EMPTY, mask_for
-
     mask = mask_for(mask, image)
     if not mask.any():
         raise ValueError(

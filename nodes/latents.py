@@ -1,5 +1,7 @@
 """Latents: empty ones by size, and the way to and from images."""
 
+import comfy.model_management
+import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.images.sizes import (
@@ -91,9 +93,6 @@ class K2EmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, aspect="1:1", megapixels=1.0, width=1024, height=1024, batch=1, swap=False):
-        import comfy.model_management
-        import torch
-
         check_limits(cls, megapixels=megapixels, width=width, height=height, batch=batch)
         if aspect != CUSTOM:
             width, height = size_for_aspect(aspect, megapixels)

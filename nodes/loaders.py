@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import torch
 from comfy_api.latest import io
 
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from ..krea2_model.tools.convert import QUANTISATIONS
 from . import model_files
+from .managed.clip import load_clip
+from .managed.model import load_model
+from .managed.vae import load_vae
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # Choices of dtype that quantise, by the name their files have.
@@ -59,8 +63,6 @@ _IMPLEMENTATION = io.Combo.Input(
 
 
 def _load_transformer(path, dtype: str, implementation: str):
-    from .managed.model import load_model
-
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}."
@@ -72,8 +74,6 @@ def _load_transformer(path, dtype: str, implementation: str):
 
 
 def _dtype(name: str, *others: str):
-    import torch
-
     dtypes = {
         "auto": None,
         "bf16": torch.bfloat16,
@@ -160,9 +160,6 @@ class K2Loader(io.ComfyNode):
         dtype="auto",
         implementation=next(iter(IMPLEMENTATIONS)),  # noqa: B008 - a constant
     ):
-        from .managed.clip import load_clip
-        from .managed.vae import load_vae
-
         transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
         model_files.check_pair(transformer, encoder)
         return io.NodeOutput(
@@ -245,8 +242,6 @@ class K2TextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, dtype="auto"):
-        from .managed.clip import load_clip
-
         return io.NodeOutput(load_clip(model_files.find_model(TEXT_ENCODER, file), _dtype(dtype)))
 
 
@@ -276,6 +271,4 @@ class K2VAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, dtype="auto"):
-        from .managed.vae import load_vae
-
         return io.NodeOutput(load_vae(model_files.find_model(VAE, file), _dtype(dtype)))

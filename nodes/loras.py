@@ -5,6 +5,7 @@ import logging
 from comfy_api.latest import io, ui
 
 from . import model_files
+from .managed.lora import apply_lora
 
 
 class K2LoraLoader(io.ComfyNode):
@@ -66,8 +67,6 @@ class K2LoraLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora, strength=1.0, clip=None, clip_strength=1.0):
-        from .managed.lora import apply_lora
-
         path = model_files.find_lora(lora)
         model, clip, report = apply_lora(model, clip, path, strength, clip_strength)
         log = logging.info if report.is_complete else logging.warning

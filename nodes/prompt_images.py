@@ -3,6 +3,7 @@
 import math
 
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..krea2_model.text.prompt_images import (
     MAX_IMAGES,
@@ -14,6 +15,8 @@ from ..krea2_model.text.prompt_images import (
     read_strengths,
     sheet,
 )
+from .managed.encode import encode_with_images
+from .managed.vision import resize_all
 from .prompts import MAX_TOKENS, advised, check_clip, encode, length_options
 from .reports import image_report, prompt_report
 
@@ -167,11 +170,6 @@ class K2TextEncodeImages(io.ComfyNode):
         weights=True,
         **images,
     ):
-        from comfy_execution.graph_utils import ExecutionBlocker
-
-        from .managed.encode import encode_with_images
-        from .managed.vision import resize_all
-
         check_clip(clip)
         if not 32 <= max_side <= MAX_MAX_SIDE:
             raise ValueError(f"max_side is {max_side}; expected 32 to {MAX_MAX_SIDE}.")

@@ -3,6 +3,8 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.text.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
+from .managed.encode import encode_prompts
+from .managed.memory import advise
 from .reports import prompt_report
 
 # What a prompt may be cut to; nobody writes longer ones.
@@ -112,8 +114,6 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
 
     weights: read `(word:1.3)` as weights. options go to the CLIP's tokenizer.
     """
-    from .managed.encode import encode_prompts
-
     check_clip(clip)
     with advised(_REMEDY):
         return encode_prompts(clip, prompts, weighted=weights, **options)
@@ -121,6 +121,4 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
 
 def advised(remedy: str):
     """A context in which the text encoder's running out of memory says what helps."""
-    from .managed.memory import advise
-
     return advise("The text encoder", remedy)

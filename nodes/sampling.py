@@ -1,11 +1,13 @@
 """Sampling: Krea 2's schedule and guidance on ComfyUI's samplers."""
 
+import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.sizes import MAX_SIZE, check_size, image_tokens, round_size
 from ..krea2_model.sampling import MAX_GUIDANCE, MAX_SEED, check_guidance, sigma_schedule
 from .inputs import check_limits, verdict
+from .managed.core_model import unknown_to
 from .reports import (
     sampling_report,
     shift_report,
@@ -107,8 +109,6 @@ _MU_INPUT = io.Float.Input(
 class K2Sampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        import comfy.samplers
-
         return io.Schema(
             node_id="K2Sampler",
             display_name="Krea 2 Sampler",
@@ -199,8 +199,6 @@ class K2Sampler(io.ComfyNode):
         seeds=ONE_STREAM,
         start_sigma=0.0,
     ):
-        from .managed.core_model import unknown_to
-
         check_model(model)
         numbers = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
         check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers)

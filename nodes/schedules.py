@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import comfy.patcher_extension
+import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
@@ -85,8 +87,6 @@ class K2GuidanceSchedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, start=0.0, end=1.0, ramp="constant", rescale=0.0):
-        import comfy.patcher_extension
-
         check_model(model)
         schedule = _schedule(start, end, ramp, rescale)
         report = []
@@ -202,8 +202,6 @@ class K2TwoStage(io.ComfyNode):
         raw_steps=0,
         guidance=-1.0,
     ):
-        import torch
-
         check_limits(cls, turbo_last=turbo_last, seed=seed, raw_steps=raw_steps, guidance=guidance)
         first, second = _known(raw, "raw"), _known(turbo, "turbo")
         if "noise_mask" in latent:

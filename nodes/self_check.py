@@ -1,10 +1,12 @@
 """What is wrong here? The self-check of krea2_model with what ComfyUI knows, as a node."""
 
+import comfy.model_management as management
 from comfy_api.latest import io, ui
 
 from ..krea2_model.tools.self_check import Report, survey
 from ..krea2_model.tools.self_check import versions as python_versions
 from . import model_files
+from .managed import describe
 
 
 class K2SelfCheck(io.ComfyNode):
@@ -48,10 +50,6 @@ class K2SelfCheck(io.ComfyNode):
 
 def self_check(model=None, clip=None) -> Report:
     """Check this ComfyUI and, where they are given, a MODEL and a CLIP."""
-    import comfy.model_management as management
-
-    from .managed import describe
-
     report = Report()
     report.add("Versions", lambda: [*python_versions(), *describe.versions()])
     report.add("Devices", lambda: describe.devices(report))

@@ -1,8 +1,12 @@
 """What makes sampling faster and is not on by itself."""
 
+import comfy.ldm.modules.attention
+import comfy.patcher_extension
 from comfy_api.latest import io
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from ..krea2_model.extrapolation import VelocityExtrapolation
+from .managed.graphs import CUDA_GRAPH
 from .sampler_run import check_model
 
 EVERY = {"every step": 1, "every 2nd step": 2, "every 3rd step": 3}
@@ -41,10 +45,6 @@ class K2Compile(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode=COMPILE):
-        from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-        from .managed.graphs import CUDA_GRAPH
-
         check_model(model)
         if mode not in (COMPILE, BOTH, GRAPH):
             raise ValueError(f"mode is {mode!r}; expected one of {COMPILE}, {BOTH}, {GRAPH}.")
@@ -111,8 +111,6 @@ class K2Approximate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, evaluate="every step", attention=EXACT):
-        import comfy.patcher_extension
-
         check_model(model)
         for name, value, options in (
             ("evaluate", evaluate, [*EVERY]),
@@ -160,15 +158,14 @@ class _LeavesOutSteps:
 
 def _sage_attention():
     """ComfyUI's attention by SageAttention, as an override of whatever it would use."""
-    import comfy.ldm.modules.attention as attention
-
-    if not attention.SAGE_ATTENTION_IS_AVAILABLE:
+    module = comfy.ldm.modules.attention
+    if not module.SAGE_ATTENTION_IS_AVAILABLE:
         raise ValueError(
             f"attention is {SAGE!r}, which needs a package that this ComfyUI does not have. "
             "Install sageattention into ComfyUI's Python (NVIDIA cards only) and restart, or "
             "choose exact."
         )
-    return lambda function, *args, **options: attention.attention_sage(*args, **options)
+    return lambda function, *args, **options: module.attention_sage(*args, **options)
 
 
 def _without_options(guards):

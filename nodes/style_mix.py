@@ -2,10 +2,14 @@
 
 from comfy_api.latest import io, ui
 
+from ..krea2_model.images.pictures import as_reference
 from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
 from ..krea2_model.text.style_mix import MAX_STRENGTH, shares_of
 from ..krea2_model.transformer.references import TIME_ZERO
 from .latents import given_vae
+from .managed.references import add_references
+from .managed.style_mix import encode_style_mix, same_size
+from .managed.vision import pictures
 from .prompts import advised, check_clip, encode
 from .reports import prompt_report
 
@@ -178,10 +182,6 @@ class K2StyleMix(io.ComfyNode):
         weights=True,
         **images,
     ):
-        from .managed.references import add_references
-        from .managed.style_mix import encode_style_mix, same_size
-        from .managed.vision import pictures
-
         check_clip(clip)
         if preset != CUSTOM:
             if preset not in PRESETS:
@@ -238,7 +238,5 @@ class K2StyleMix(io.ComfyNode):
 
 
 def _latents(vae, styles, megapixels: float):
-    from ..krea2_model.images.pictures import as_reference
-
     for style in styles:
         yield given_vae(vae).encode(as_reference(style, megapixels).movedim(0, -1)[None])
