@@ -11,6 +11,7 @@ from . import model_files
 from .managed.clip import load_clip
 from .managed.model import load_model
 from .managed.vae import load_vae
+from .pairing import check_pair, find_fitting
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # Choices of dtype that quantise, by the name their files have.
@@ -161,7 +162,7 @@ class K2Loader(io.ComfyNode):
         implementation=next(iter(IMPLEMENTATIONS)),  # noqa: B008 - a constant
     ):
         transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
-        model_files.check_pair(transformer, encoder)
+        check_pair(transformer, encoder)
         return io.NodeOutput(
             _load_transformer(transformer, dtype, implementation),
             load_clip(encoder),
@@ -173,7 +174,7 @@ def _find_parts(model: str, text_encoder: str, vae: str) -> list[Path]:
     """Where transformer, text encoder and VAE are, the last two by choice or by what fits."""
     transformer = model_files.find_model(TRANSFORMER, model)
     others = (
-        model_files.find_fitting(part, transformer)
+        find_fitting(part, transformer)
         if name == model_files.AUTO
         else model_files.find_model(part, name)
         for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
