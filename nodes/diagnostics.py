@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..krea2_model.tools.describe import describe as describe_file
 from ..krea2_model.tools.self_check import Report, survey
 from ..krea2_model.tools.self_check import versions as python_versions
-from . import model_files
+from . import inputs, model_files
 from .managed import describe
 
 
@@ -21,7 +21,7 @@ class K2Inspect(io.ComfyNode):
                 "Says what a model file is: kind, variant, layout, quantisation, and what is "
                 "missing or too much."
             ),
-            search_aliases=["krea", "krea2", "k2", "inspect", "what is this file", "metadata"],
+            search_aliases=inputs.aliases("inspect, what is this file, metadata"),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -58,7 +58,7 @@ class K2SelfCheck(io.ComfyNode):
                 "Says what is wrong and how to put it right, with versions, devices, files and "
                 "patches, as text for a bug report."
             ),
-            search_aliases=["krea", "krea2", "k2", "diagnose", "debug", "bug report", "versions"],
+            search_aliases=inputs.aliases("diagnose, debug, bug report, versions"),
             inputs=[
                 io.Model.Input(
                     "model",

@@ -15,6 +15,7 @@ from ..krea2_model.text.expander import (
     strip_thinking,
 )
 from ..krea2_model.text.generation import STOP_TOKENS
+from . import inputs
 from .prompts import check_clip
 
 # Texts kept a text encoder, so that going back to earlier settings costs nothing.
@@ -33,20 +34,16 @@ class K2PromptExpander(io.ComfyNode):
                 "was trained on. Quoted texts and numbers are checked. Needs a real encoder: "
                 "krea2-nano's cannot write."
             ),
-            search_aliases=["krea", "krea2", "k2", "expand", "enhance", "upsample", "caption",
-                            "llm", "magic prompt", "rewrite"],
+            search_aliases=inputs.aliases(
+                "expand, enhance, upsample, caption, llm, magic prompt, rewrite"
+            ),
             inputs=[
                 io.Clip.Input(
                     "clip", tooltip="The text encoder; the same weights write that encode."
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip=(
-                        'What the image shows, in a few words. Text in quotation marks ("OPEN") '
-                        "and numbers have to come back as they are."
-                    ),
+                inputs.prompt(
+                    'What the image shows, in a few words. Text in quotation marks ("OPEN") '
+                    "and numbers have to come back as they are."
                 ),
                 io.Float.Input(
                     "creativity",
@@ -65,14 +62,7 @@ class K2PromptExpander(io.ComfyNode):
                     default="medium",
                     tooltip="About 60, 120 or 200 words. A longer prompt is kept whole.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the first variant; the others count on from it.",
-                ),
+                inputs.seed("Of the first variant; the others count on from it."),
                 io.Int.Input(
                     "variants",
                     default=1,
@@ -105,7 +95,7 @@ class K2PromptExpander(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

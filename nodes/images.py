@@ -14,6 +14,7 @@ from ..krea2_model.images.resize import (
     target_size,
 )
 from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE
+from . import inputs
 
 
 class K2FitImage(io.ComfyNode):
@@ -27,8 +28,9 @@ class K2FitImage(io.ComfyNode):
                 "Brings an image to a size the model is good at and its sides to multiples of 16, "
                 "in the image's own aspect or another. The mask goes along."
             ),
-            search_aliases=["krea", "krea2", "k2", "resize", "scale image", "crop", "pad",
-                            "aspect ratio", "megapixels", "image to image"],
+            search_aliases=inputs.aliases(
+                "resize, scale image, crop, pad, aspect ratio, megapixels, image to image"
+            ),
             inputs=[
                 io.Image.Input("image", tooltip="One or many; alpha is dropped."),
                 io.Mask.Input(
@@ -36,16 +38,9 @@ class K2FitImage(io.ComfyNode):
                     optional=True,
                     tooltip="Cut and scaled with the image. What is padded is masked as well.",
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.05,
-                    tooltip=(
-                        "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
-                        "0 keeps the image's."
-                    ),
+                inputs.megapixels(
+                    "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
+                    "0 keeps the image's."
                 ),
                 io.Combo.Input(
                     "aspect",
@@ -76,7 +71,7 @@ class K2FitImage(io.ComfyNode):
                 io.Int.Output(display_name="width", tooltip="Pixels, a multiple of 16."),
                 io.Int.Output(display_name="height", tooltip="Pixels, a multiple of 16."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -103,7 +98,7 @@ class K2Outpaint(io.ComfyNode):
                 "Makes an image larger on any side and masks what is new, for Krea 2 Inpaint. The "
                 "new part goes on with the image's outermost pixels until it is painted."
             ),
-            search_aliases=["krea", "krea2", "k2", "outpaint", "extend", "uncrop", "pad image"],
+            search_aliases=inputs.aliases("outpaint, extend, uncrop, pad image"),
             inputs=[
                 io.Image.Input("image", tooltip="One or many; alpha is dropped."),
                 *(
@@ -133,15 +128,11 @@ class K2Outpaint(io.ComfyNode):
                     step=8,
                     tooltip="Pixels to add at the bottom; more where the height needs it.",
                 ),
-                io.Int.Input(
-                    "feather",
+                inputs.feather(
+                    "How far the mask reaches into the image, falling off, to hide the seam. "
+                    "0 keeps every pixel of the image.",
                     default=16,
-                    min=0,
-                    max=256,
-                    tooltip=(
-                        "How far the mask reaches into the image, falling off, to hide the seam. "
-                        "0 keeps every pixel of the image."
-                    ),
+                    highest=256,
                 ),
             ],
             outputs=[

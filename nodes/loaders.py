@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from ..krea2_model.tools.convert import QUANTISATIONS
-from . import model_files
+from . import inputs, model_files
 from .managed.clip import load_clip
 from .managed.model import load_model
 from .managed.vae import load_vae
@@ -107,7 +107,7 @@ class K2Loader(io.ComfyNode):
             display_name="Load Krea 2",
             category="Krea 2",
             description="Loads all of Krea 2: transformer, text encoder and VAE.",
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "qwen", "checkpoint"],
+            search_aliases=inputs.aliases("turbo, raw, qwen, checkpoint"),
             inputs=[
                 io.Combo.Input(
                     "model", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
@@ -190,7 +190,7 @@ class K2ModelLoader(io.ComfyNode):
             display_name="Load Krea 2 Model",
             category="Krea 2",
             description="Loads a Krea 2 transformer, Raw or Turbo.",
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "unet", "diffusion model"],
+            search_aliases=inputs.aliases("turbo, raw, unet, diffusion model"),
             inputs=[
                 io.Combo.Input(
                     "file", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
@@ -223,7 +223,7 @@ class K2TextEncoderLoader(io.ComfyNode):
             display_name="Load Krea 2 Text Encoder",
             category="Krea 2",
             description="Loads the Qwen3-VL-4B text encoder, without the parts text does not need.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "qwen3", "clip"],
+            search_aliases=inputs.aliases("qwen, qwen3, clip"),
             inputs=[
                 io.Combo.Input(
                     "file", options=model_files.list_models(TEXT_ENCODER), tooltip=_ENCODER_TIP
@@ -254,7 +254,7 @@ class K2VAELoader(io.ComfyNode):
             display_name="Load Krea 2 VAE",
             category="Krea 2",
             description="Loads the Qwen-Image VAE for single images, without its parts for video.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "wan"],
+            search_aliases=inputs.aliases("qwen, wan"),
             inputs=[
                 io.Combo.Input("file", options=model_files.list_models(VAE), tooltip=_VAE_TIP),
                 _dtype_input("What the VAE runs in. auto follows the device and ComfyUI's flags."),

@@ -4,7 +4,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from . import model_files
+from . import inputs, model_files
 from .managed.lora import apply_lora
 
 
@@ -19,7 +19,7 @@ class K2LoraLoader(io.ComfyNode):
                 "Applies a LoRA of any trainer to Krea 2, on any quantisation, and reports what of "
                 "it fits. Chain several, each with its own strength."
             ),
-            search_aliases=["krea", "krea2", "k2", "lora", "lokr", "loha", "dora", "lycoris"],
+            search_aliases=inputs.aliases("lora, lokr, loha, dora, lycoris"),
             inputs=[
                 io.Model.Input("model", tooltip="The transformer."),
                 io.Clip.Input(

@@ -15,6 +15,7 @@ from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.images.sizes import is_far
 from ..krea2_model.sampling import MAX_SEED, check_guidance, shift_mu, sigma_schedule, unshift_time
+from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
 from .managed.conditions import NEGATIVE_GUIDANCE
 from .managed.memory import advise
 from .reports import far_size_report, size_report
@@ -22,8 +23,6 @@ from .single_images import conditioning_of, latent_of, model_of
 
 logger = logging.getLogger(__name__)
 
-AUTO, CUSTOM = "auto", "custom"
-BY_SIZE, FIXED = "by size", "fixed"
 ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
 # An entry of a latent: its mask says how much of the run each cell takes part in.
 SOFT_MASK = "krea2_soft_mask"

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from ..krea2_model.extrapolation import VelocityExtrapolation
+from . import inputs
 from .managed.graphs import CUDA_GRAPH
 from .sampler_run import check_model
 
@@ -25,8 +26,7 @@ class K2Compile(io.ComfyNode):
                 "Compiles the transformer's blocks with torch.compile: a wait at the first run, "
                 "faster steps from then on, for every size and prompt."
             ),
-            search_aliases=["krea", "krea2", "k2", "torch compile", "inductor", "cuda graph",
-                            "speed", "faster"],
+            search_aliases=inputs.aliases("torch compile, inductor, cuda graph, speed, faster"),
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2, with its LoRAs."),
                 io.Combo.Input(
@@ -41,7 +41,7 @@ class K2Compile(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The transformer, compiled as it is first used.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, mode=COMPILE):
@@ -82,8 +82,12 @@ class K2Approximate(io.ComfyNode):
                 "Trades accuracy for speed: later steps without the model, attention in 8 bits. "
                 "Everything is off until it is chosen here."
             ),
-            search_aliases=["krea", "krea2", "k2", "cache", "easycache", "teacache", "speed",
-                            "faster, not exact", "sage", "skip steps"],
+            search_aliases=[
+                *inputs.aliases("cache, easycache, teacache, speed"),
+                "faster, not exact",
+                "sage",
+                "skip steps",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2; for evaluate, Raw with its many steps."),
                 io.Combo.Input(
@@ -107,7 +111,7 @@ class K2Approximate(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, for the sampler.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, evaluate="every step", attention=EXACT):
