@@ -5,6 +5,7 @@ link, against the schema: `check_limits` and `verdict` do.
 """
 
 import math
+from typing import cast
 
 from comfy_api.latest import io
 
@@ -17,7 +18,7 @@ from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE
 AUTO, CUSTOM = "auto", "custom"
 BY_SIZE, FIXED = "by size", "fixed"
 
-TURBO_MU = PRESETS["turbo"].mu
+TURBO_MU = cast(float, PRESETS["turbo"].mu)
 
 # The highest max_side, max_tokens, and distance in pixels.
 MAX_MAX_SIDE = 2048

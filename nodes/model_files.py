@@ -19,7 +19,7 @@ from ..krea2_model.checkpoints.identify import (
 )
 from ..krea2_model.checkpoints.storage import weight_files
 from ..krea2_model.tools.self_check import ModelFile
-from .file_kinds import is_krea_folder, kind_of, shapes_of, stamp, walk
+from .file_kinds import Shapes, is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"
 
@@ -286,10 +286,10 @@ def _diffusers_folders() -> dict[str, Path]:
     return dict(sorted(folders.items()))
 
 
-def shapes_of_part(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+def shapes_of_part(path: Path, part: str) -> Shapes:
     """Shapes of the tensors of a file, or of `part` of a diffusers folder."""
     files = [path] if path.is_file() else weight_files(path / COMPONENTS[part])
-    shapes = {}
+    shapes: Shapes = {}
     for file in files:
         shapes |= shapes_of(file)
     return shapes

@@ -138,11 +138,12 @@ class K2Approximate(io.ComfyNode):
 class _LeavesOutSteps:
     """Around a guider's prediction of the image, which guidance is part of already."""
 
+    _extrapolation: VelocityExtrapolation  # set with _sigmas, at the first step of a run
+
     def __init__(self, every: int):
         self._every = every
         self._sigmas = None
         self._steps: dict[float, int] = {}
-        self._extrapolation: VelocityExtrapolation | None = None
 
     def __call__(self, executor, x, timestep, model_options, seed):
         sigmas = model_options["transformer_options"]["sample_sigmas"]

@@ -174,7 +174,8 @@ class K2StyleMix(io.ComfyNode):
             )
         parts = shares_of(read_strengths(shares, len(styles)))
         # Who has no share is not looked at.
-        styles, parts = zip(*[(s, p) for s, p in zip(styles, parts, strict=True) if p], strict=True)
+        styles = [style for style, part in zip(styles, parts, strict=True) if part]
+        parts = [part for part in parts if part]
         if through != PROMPT and strength > 0 and vae is None:
             raise ValueError(
                 f"The images are to be references (preset {preset}, through {through}) but vae is "

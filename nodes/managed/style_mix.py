@@ -55,8 +55,8 @@ def encode_style_mix(
             text, [states for states, _ in others], placed, shares, strength, suppression
         )
         weights = torch.ones(1, mixed.shape[1])
-        if TOKEN_WEIGHTS in extra:
-            weights[:, -text.shape[1] :] = weights_of(extra, text)
+        if (text_weights := weights_of(extra, text)) is not None:
+            weights[:, -text.shape[1] :] = text_weights
         weights[:, placed] = strength
         kept = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
         if bool((weights != 1).any()):
