@@ -3,11 +3,11 @@
 from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
+from .diagnostics import K2Inspect, K2SelfCheck
 from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
 from .images import K2FitImage, K2Outpaint
 from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
-from .inspection import K2Inspect
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .layer_weights import K2TapWeights
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
@@ -17,7 +17,6 @@ from .prompts import K2TextEncode
 from .references import K2Reference
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
-from .self_check import K2SelfCheck
 from .speed import K2Approximate, K2Compile
 from .style_mix import K2StyleMix
 

@@ -1,8 +1,11 @@
 """Many at once: a prompt an image in one batch, and the pictures side by side."""
 
+import torch
 from comfy_api.latest import io
 
+from ..krea2_model.images.contact_sheet import contact_sheet
 from ..krea2_model.text.wildcards import fill_in
+from . import inputs
 from .prompts import encode
 
 MAX_IMAGES = 4096
@@ -19,9 +22,9 @@ class K2PromptBatch(io.ComfyNode):
                 "Encodes many prompts, one a line, as one batch in which each image has its own. "
                 "Wildcards are drawn anew for each image."
             ),
-            search_aliases=["krea", "krea2", "k2", "prompts", "wildcard", "list", "xy plot"],
+            search_aliases=inputs.aliases("prompts, wildcard, list, xy plot"),
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder."),
+                inputs.CLIP,
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -40,13 +43,9 @@ class K2PromptBatch(io.ComfyNode):
                     max=MAX_IMAGES,
                     tooltip="How many images each line gets, one after the other.",
                 ),
-                io.Int.Input(
+                inputs.seed(
+                    "What wildcards are drawn with: image i of the batch by seed + i.",
                     "wildcard_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="What wildcards are drawn with: image i of the batch by seed + i.",
                 ),
             ],
             outputs=[
@@ -87,7 +86,7 @@ class K2ContactSheet(io.ComfyNode):
             display_name="Krea 2 Contact Sheet",
             category="Krea 2",
             description="Puts the images of a batch, or of several, on one sheet with captions.",
-            search_aliases=["krea", "krea2", "k2", "grid", "contact sheet", "captions", "xy plot"],
+            search_aliases=inputs.aliases("grid, contact sheet, captions, xy plot"),
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="A batch, or a list of batches of any size."),
@@ -121,10 +120,6 @@ class K2ContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, captions=("",), columns=(0,), cell=(512,), text_size=(16,)):
-        import torch
-
-        from ..krea2_model.images.contact_sheet import contact_sheet
-
         sheet = contact_sheet(
             [image.cpu().numpy() for batch in images for image in batch],
             [line for text in captions for line in text.splitlines()],

@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 
+from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..krea2_model.text.expander import (
@@ -14,6 +15,7 @@ from ..krea2_model.text.expander import (
     strip_thinking,
 )
 from ..krea2_model.text.generation import STOP_TOKENS
+from . import inputs
 from .prompts import check_clip
 
 # Texts kept a text encoder, so that going back to earlier settings costs nothing.
@@ -32,20 +34,16 @@ class K2PromptExpander(io.ComfyNode):
                 "was trained on. Quoted texts and numbers are checked. Needs a real encoder: "
                 "krea2-nano's cannot write."
             ),
-            search_aliases=["krea", "krea2", "k2", "expand", "enhance", "upsample", "caption",
-                            "llm", "magic prompt", "rewrite"],
+            search_aliases=inputs.aliases(
+                "expand, enhance, upsample, caption, llm, magic prompt, rewrite"
+            ),
             inputs=[
                 io.Clip.Input(
                     "clip", tooltip="The text encoder; the same weights write that encode."
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip=(
-                        'What the image shows, in a few words. Text in quotation marks ("OPEN") '
-                        "and numbers have to come back as they are."
-                    ),
+                inputs.prompt(
+                    'What the image shows, in a few words. Text in quotation marks ("OPEN") '
+                    "and numbers have to come back as they are."
                 ),
                 io.Float.Input(
                     "creativity",
@@ -64,14 +62,7 @@ class K2PromptExpander(io.ComfyNode):
                     default="medium",
                     tooltip="About 60, 120 or 200 words. A longer prompt is kept whole.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the first variant; the others count on from it.",
-                ),
+                inputs.seed("Of the first variant; the others count on from it."),
                 io.Int.Input(
                     "variants",
                     default=1,
@@ -104,7 +95,7 @@ class K2PromptExpander(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -176,8 +167,6 @@ class _Writer:
         return kept[key]
 
     def _write(self, tokens, sampling, max_tokens, seed):
-        from comfy.utils import ProgressBar
-
         progress, written = ProgressBar(max_tokens), []
         for token in self._clip.write(tokens, sampling, max_tokens, seed):
             written.append(token)
@@ -203,6 +192,7 @@ class _Writer:
 
     def _show(self, text: str) -> None:
         """Put the text so far onto the node; there is no page where there is no server."""
+        # Imported here: tests and benchmarks run nodes without the server, which is slow to load.
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)

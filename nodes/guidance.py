@@ -3,6 +3,9 @@
 from comfy_api.latest import io
 
 from ..krea2_model.transformer.text_attention import NegativeGuidance
+from . import inputs
+from .managed.conditions import NEGATIVE_GUIDANCE
+from .managed.core_model import is_core
 from .sampler_run import check_model
 
 
@@ -17,8 +20,9 @@ class K2NegativeGuidance(io.ComfyNode):
                 "A negative prompt that works at guidance 0 (Turbo), inside attention and without "
                 "a second pass of the image."
             ),
-            search_aliases=["krea", "krea2", "k2", "nag", "negative", "negative without guidance",
-                            "turbo", "normalized attention guidance"],
+            search_aliases=inputs.aliases(
+                "nag, negative, negative without guidance, turbo, normalized attention guidance"
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2; Turbo has no other negative."),
                 io.Conditioning.Input(
@@ -41,27 +45,17 @@ class K2NegativeGuidance(io.ComfyNode):
                     tooltip="The share of the result that the image gets; raise it where strength "
                     "no longer does more.",
                 ),
-                io.Float.Input(
+                inputs.window(
                     "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "The part of the schedule's time after which it begins, as in ComfyUI: a "
-                        "run at denoise 0.6 begins at 0.4."
-                    ),
+                    0.0,
+                    "The part of the schedule's time after which it begins, as in ComfyUI: a "
+                    "run at denoise 0.6 begins at 0.4.",
                 ),
-                io.Float.Input(
+                inputs.window(
                     "end",
-                    default=0.75,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "The part of the schedule's time after which it ends; later steps cost "
-                        "nothing more. What is in the picture is settled early."
-                    ),
+                    0.75,
+                    "The part of the schedule's time after which it ends; later steps cost "
+                    "nothing more. What is in the picture is settled early.",
                 ),
                 io.Float.Input(
                     "limit",
@@ -74,13 +68,10 @@ class K2NegativeGuidance(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with the negative.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.75, limit=2.5):
-        from .managed.conditions import NEGATIVE_GUIDANCE
-        from .managed.core_model import is_core
-
         check_model(model)
         if is_core(model):
             raise ValueError(

@@ -1,9 +1,20 @@
 """Images on their way in: cut or padded to a size the model takes, or extended on any side."""
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.resize import FROM_IMAGE, MODES, PADDINGS
+from ..krea2_model.images.masks import mask_for
+from ..krea2_model.images.resize import (
+    FROM_IMAGE,
+    MODES,
+    PADDINGS,
+    colours,
+    extend,
+    resize_and_crop,
+    target_size,
+)
 from ..krea2_model.images.sizes import ASPECTS, MAX_SIZE
+from . import inputs
 
 
 class K2FitImage(io.ComfyNode):
@@ -17,8 +28,9 @@ class K2FitImage(io.ComfyNode):
                 "Brings an image to a size the model is good at and its sides to multiples of 16, "
                 "in the image's own aspect or another. The mask goes along."
             ),
-            search_aliases=["krea", "krea2", "k2", "resize", "scale image", "crop", "pad",
-                            "aspect ratio", "megapixels", "image to image"],
+            search_aliases=inputs.aliases(
+                "resize, scale image, crop, pad, aspect ratio, megapixels, image to image"
+            ),
             inputs=[
                 io.Image.Input("image", tooltip="One or many; alpha is dropped."),
                 io.Mask.Input(
@@ -26,16 +38,9 @@ class K2FitImage(io.ComfyNode):
                     optional=True,
                     tooltip="Cut and scaled with the image. What is padded is masked as well.",
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.05,
-                    tooltip=(
-                        "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
-                        "0 keeps the image's."
-                    ),
+                inputs.megapixels(
+                    "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
+                    "0 keeps the image's."
                 ),
                 io.Combo.Input(
                     "aspect",
@@ -66,17 +71,12 @@ class K2FitImage(io.ComfyNode):
                 io.Int.Output(display_name="width", tooltip="Pixels, a multiple of 16."),
                 io.Int.Output(display_name="height", tooltip="Pixels, a multiple of 16."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
         cls, image, mask=None, megapixels=1.0, aspect=FROM_IMAGE, mode="crop", padding="edge"
     ):
-        import torch
-
-        from ..krea2_model.images.masks import mask_for
-        from ..krea2_model.images.resize import colours, resize_and_crop, target_size
-
         image = colours(image)
         rows, columns = image.shape[1:3]
         unmasked = mask is None
@@ -98,7 +98,7 @@ class K2Outpaint(io.ComfyNode):
                 "Makes an image larger on any side and masks what is new, for Krea 2 Inpaint. The "
                 "new part goes on with the image's outermost pixels until it is painted."
             ),
-            search_aliases=["krea", "krea2", "k2", "outpaint", "extend", "uncrop", "pad image"],
+            search_aliases=inputs.aliases("outpaint, extend, uncrop, pad image"),
             inputs=[
                 io.Image.Input("image", tooltip="One or many; alpha is dropped."),
                 *(
@@ -128,15 +128,11 @@ class K2Outpaint(io.ComfyNode):
                     step=8,
                     tooltip="Pixels to add at the bottom; more where the height needs it.",
                 ),
-                io.Int.Input(
-                    "feather",
+                inputs.feather(
+                    "How far the mask reaches into the image, falling off, to hide the seam. "
+                    "0 keeps every pixel of the image.",
                     default=16,
-                    min=0,
-                    max=256,
-                    tooltip=(
-                        "How far the mask reaches into the image, falling off, to hide the seam. "
-                        "0 keeps every pixel of the image."
-                    ),
+                    highest=256,
                 ),
             ],
             outputs=[
@@ -147,8 +143,6 @@ class K2Outpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, left=0, top=0, right=256, bottom=0, feather=16):
-        from ..krea2_model.images.resize import colours, extend
-
         image = colours(image)
         rows, columns = image.shape[1:3]
         larger, mask = extend(image, left, top, right, bottom, feather)

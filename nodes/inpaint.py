@@ -1,22 +1,27 @@
 """Inpainting: a latent with its mask, crops of large images, and the way back."""
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.masks import FILLS
+from ..krea2_model.images.crop import align_to_original, crop
+from ..krea2_model.images.crop import stitch as stitch_crop
+from ..krea2_model.images.masks import (
+    EMPTY,
+    FILLS,
+    cell_mask,
+    composite,
+    filled,
+    mask_for,
+    repaint_mask,
+)
+from ..krea2_model.images.resize import colours, pad_to_tokens
+from . import inputs
 from .latents import given_vae
 from .sampler_run import SOFT_MASK
 
-MAX_PIXELS = 1024
-
-_FEATHER_INPUT = io.Int.Input(
-    "feather",
-    default=8,
-    min=0,
-    max=MAX_PIXELS,
-    tooltip=(
-        "Pixels inside the mask's edge over which the painted image fades in. Outside of the mask "
-        "every pixel stays as it is."
-    ),
+_FEATHER = inputs.feather(
+    "Pixels inside the mask's edge over which the painted image fades in. Outside of the mask "
+    "every pixel stays as it is."
 )
 
 Stitch = io.Custom("KREA2_STITCH")
@@ -33,10 +38,12 @@ class K2Inpaint(io.ComfyNode):
                 "A latent of which the sampler paints only what is masked. Lay the decoded image "
                 "over the original with Krea 2 Composite and the mask from here."
             ),
-            search_aliases=["krea", "krea2", "k2", "inpaint", "mask", "differential diffusion",
-                            "soft inpainting", "set latent noise mask", "vae encode for inpaint"],
+            search_aliases=inputs.aliases(
+                "inpaint, mask, differential diffusion, soft inpainting, "
+                "set latent noise mask, vae encode for inpaint"
+            ),
             inputs=[
-                io.Vae.Input("vae", tooltip="The VAE."),
+                inputs.VAE,
                 io.Image.Input("image", tooltip="The image; any size, one or many."),
                 io.Mask.Input(
                     "mask",
@@ -49,17 +56,11 @@ class K2Inpaint(io.ComfyNode):
                     "grow",
                     default=8,
                     min=0,
-                    max=MAX_PIXELS,
+                    max=inputs.MAX_PIXELS,
                     tooltip="Pixels to paint around what is masked by half or more.",
                 ),
-                io.Int.Input(
-                    "feather",
-                    default=8,
-                    min=0,
-                    max=MAX_PIXELS,
-                    tooltip=(
-                        "Pixels beyond that, over which less and less changes; with soft only."
-                    ),
+                inputs.feather(
+                    "Pixels beyond that, over which less and less changes; with soft only."
                 ),
                 io.Boolean.Input(
                     "soft",
@@ -87,15 +88,10 @@ class K2Inpaint(io.ComfyNode):
                     tooltip="The mask as it was used, for Krea 2 Composite or Krea 2 Stitch."
                 ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, vae, image, mask, grow=8, feather=8, soft=True, fill="original"):
-        import torch
-
-        from ..krea2_model.images.masks import EMPTY, cell_mask, filled, mask_for, repaint_mask
-        from ..krea2_model.images.resize import colours, pad_to_tokens
-
         vae, image = given_vae(vae), colours(image)
         mask = mask_for(mask, image)
         used = repaint_mask(mask, grow, feather, soft)
@@ -133,23 +129,20 @@ class K2Composite(io.ComfyNode):
                 "Lays a painted image over the original: inside the mask what was painted, outside "
                 "the original, every pixel as it was."
             ),
-            search_aliases=["krea", "krea2", "k2", "inpaint", "composite", "blend", "paste back",
-                            "image composite masked"],
+            search_aliases=inputs.aliases(
+                "inpaint, composite, blend, paste back, image composite masked"
+            ),
             inputs=[
                 io.Image.Input("original", tooltip="The image before."),
                 io.Image.Input("painted", tooltip="The decoded image."),
                 io.Mask.Input("mask", tooltip="From Krea 2 Inpaint; any value above 0 counts."),
-                _FEATHER_INPUT,
+                _FEATHER,
             ],
             outputs=[io.Image.Output(tooltip="The original with what was painted.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, original, painted, mask, feather=8):
-        from ..krea2_model.images.crop import align_to_original
-        from ..krea2_model.images.masks import composite
-        from ..krea2_model.images.resize import colours
-
         painted = colours(painted).to(original.device)
         painted, mask = align_to_original(original, painted, _painted_mask(mask, original))
         return io.NodeOutput(composite(original, painted, mask, feather))
@@ -166,8 +159,7 @@ class K2CropForInpaint(io.ComfyNode):
                 "Cuts out what is around a mask and brings it to the size the model is best at, "
                 "for small parts of large images. Krea 2 Stitch puts it back."
             ),
-            search_aliases=["krea", "krea2", "k2", "inpaint crop", "crop and stitch", "detailer",
-                            "only masked"],
+            search_aliases=inputs.aliases("inpaint crop, crop and stitch, detailer, only masked"),
             inputs=[
                 io.Image.Input("image", tooltip="The whole image, one or many."),
                 io.Mask.Input("mask", tooltip="What is to be painted: one for all, or one each."),
@@ -179,16 +171,9 @@ class K2CropForInpaint(io.ComfyNode):
                     step=0.1,
                     tooltip="How many times as wide and high as the mask the part is that is cut.",
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.05,
-                    tooltip=(
-                        "Area to work at, in units of 1024 x 1024 pixels: 1 for Raw, 1 to 4 for "
-                        "Turbo. 0 does not scale."
-                    ),
+                inputs.megapixels(
+                    "Area to work at, in units of 1024 x 1024 pixels: 1 for Raw, 1 to 4 for "
+                    "Turbo. 0 does not scale."
                 ),
             ],
             outputs=[
@@ -196,14 +181,10 @@ class K2CropForInpaint(io.ComfyNode):
                 io.Mask.Output(tooltip="Its mask, for Krea 2 Inpaint."),
                 Stitch.Output(display_name="stitch", tooltip="For Krea 2 Stitch."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, image, mask, context=1.5, megapixels=1.0):
-        from ..krea2_model.images.crop import crop
-        from ..krea2_model.images.masks import mask_for
-        from ..krea2_model.images.resize import colours
-
         image = colours(image)
         part, masks, cut = crop(image, mask_for(mask, image), context, megapixels)
         box, (height, width) = cut.boxes[0], part.shape[1:3]
@@ -222,8 +203,7 @@ class K2Stitch(io.ComfyNode):
                 "Puts a part that Krea 2 Crop for Inpaint cut out back into its image. Outside of "
                 "the mask every pixel stays as it was."
             ),
-            search_aliases=["krea", "krea2", "k2", "inpaint stitch", "crop and stitch", "uncrop",
-                            "paste back"],
+            search_aliases=inputs.aliases("inpaint stitch, crop and stitch, uncrop, paste back"),
             inputs=[
                 Stitch.Input("stitch", tooltip="From Krea 2 Crop for Inpaint."),
                 io.Image.Input("painted", tooltip="The part, painted and decoded."),
@@ -235,26 +215,21 @@ class K2Stitch(io.ComfyNode):
                         "the mask that was cut."
                     ),
                 ),
-                _FEATHER_INPUT,
+                _FEATHER,
             ],
             outputs=[io.Image.Output(tooltip="The whole image.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, stitch, painted, mask=None, feather=8):
-        from ..krea2_model.images.crop import stitch
-        from ..krea2_model.images.resize import colours
-
         painted = colours(painted)
         if mask is not None:
             mask = _painted_mask(mask, painted)
-        return io.NodeOutput(stitch(stitch, painted, feather, mask))
+        return io.NodeOutput(stitch_crop(stitch, painted, feather, mask))
 
 
 def _painted_mask(mask, image):
     """A mask in the size of an image. Raises ValueError where nothing of it is painted."""
-    from ..krea2_model.images.masks import EMPTY, mask_for
-
     mask = mask_for(mask, image)
     if not mask.any():
         raise ValueError(

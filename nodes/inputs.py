@@ -1,10 +1,225 @@
-"""The limits of a node's schema, for values that ComfyUI does not check against it.
+"""Inputs that several nodes share, and the limits of a schema.
 
-ComfyUI leaves the numbers alone that a node's `validate_inputs` names, and those that come through
-a link. What a schema says holds for them too, from here and for every node alike.
+ComfyUI does not check numbers that a node's `validate_inputs` names, nor those that come through a
+link, against the schema: `check_limits` and `verdict` do.
 """
 
 import math
+from typing import cast
+
+from comfy_api.latest import io
+
+from ..krea2_model.config import PRESETS
+from ..krea2_model.images.sizes import MAX_SIZE, MULTIPLE
+from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED
+from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE
+
+# Choices of preset and shift.
+AUTO, CUSTOM = "auto", "custom"
+BY_SIZE, FIXED = "by size", "fixed"
+
+TURBO_MU = cast(float, PRESETS["turbo"].mu)
+
+# The highest max_side, max_tokens, and distance in pixels.
+MAX_MAX_SIDE = 2048
+MAX_TOKENS = 100_000
+MAX_PIXELS = 1024
+
+
+def aliases(words: str) -> list[str]:
+    """Search words of a node: those of all nodes, then `words`, with commas between them."""
+    return ["krea", "krea2", "k2", *words.split(", ")]
+
+
+MODEL = io.Model.Input("model", tooltip="Krea 2, Raw or Turbo.")
+VAE = io.Vae.Input("vae", tooltip="The VAE.")
+CLIP = io.Clip.Input("clip", tooltip="The text encoder.")
+VISION_CLIP = io.Clip.Input(
+    "clip", tooltip="The text encoder of a Krea 2 loader, from a file with a vision tower."
+)
+POSITIVE = io.Conditioning.Input("positive", tooltip="What the image shows.")
+
+
+def prompt(tooltip: str):
+    return io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip=tooltip)
+
+
+def negative_prompt(
+    tooltip="What guidance leads away from; without effect at guidance 0 (Turbo).",
+):
+    return io.String.Input(
+        "negative", multiline=True, dynamic_prompts=True, default="", tooltip=tooltip
+    )
+
+
+def images(tooltip: str, first: int = 1):
+    """image_1 to image_8, or from a later one, all optional."""
+    names = (f"image_{number}" for number in range(first, MAX_IMAGES + 1))
+    return [io.Image.Input(name, optional=True, tooltip=tooltip) for name in names]
+
+
+def max_side(tooltip: str, advanced: bool | None = None):
+    return io.Int.Input(
+        "max_side",
+        default=MAX_SIDE,
+        min=32,
+        max=MAX_MAX_SIDE,
+        step=32,
+        advanced=advanced,
+        tooltip=tooltip,
+    )
+
+
+def official_length(tooltip: str, optional: bool = False):
+    return io.Boolean.Input(
+        "official_length", default=False, optional=optional, advanced=True, tooltip=tooltip
+    )
+
+
+def max_tokens(tooltip: str):
+    return io.Int.Input(
+        "max_tokens",
+        default=0,
+        min=0,
+        max=MAX_TOKENS,
+        optional=True,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+WEIGHTS = io.Boolean.Input(
+    "weights",
+    default=True,
+    optional=True,
+    advanced=True,
+    tooltip=(
+        "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, at 0 not at all, "
+        "below 0 the picture avoids them. Off, brackets are text."
+    ),
+)
+
+
+def seed(tooltip: str, name: str = "seed"):
+    return io.Int.Input(
+        name, default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip
+    )
+
+
+PRESET = io.Combo.Input(
+    "preset",
+    options=[AUTO, *PRESETS, CUSTOM],
+    default=AUTO,
+    tooltip=(
+        "Steps and guidance: auto takes what the checkpoint was made for, raw is 28 steps at "
+        "guidance 4.5, turbo 8 steps at 0, custom the values below. The node shows what was taken."
+    ),
+)
+STEPS = io.Int.Input(
+    "steps", default=28, min=1, max=1000, tooltip="Steps; used with preset custom only."
+)
+
+
+def guidance(default: float, tooltip: str, lowest: float = 0.0, advanced: bool | None = None):
+    return io.Float.Input(
+        "guidance",
+        default=default,
+        min=lowest,
+        max=MAX_GUIDANCE,
+        step=0.1,
+        round=0.01,
+        advanced=advanced,
+        tooltip=tooltip,
+    )
+
+
+DENOISE = io.Float.Input(
+    "denoise",
+    default=1.0,
+    min=0.01,
+    max=1.0,
+    step=0.01,
+    tooltip=(
+        "Where to start: 1 from pure noise; below, the latent image keeps part of itself, the more "
+        "the lower."
+    ),
+)
+START_SIGMA = io.Float.Input(
+    "start_sigma",
+    default=0.0,
+    min=0.0,
+    max=1.0,
+    step=0.001,
+    round=False,
+    optional=True,
+    advanced=True,
+    tooltip=(
+        "The sigma to start from, in place of denoise: 1 is pure noise, 0 leaves it to denoise. "
+        "The same sigma adds the same noise at every size and shift."
+    ),
+)
+
+
+def shift(advanced: bool = True):
+    return io.Combo.Input(
+        "shift",
+        options=[AUTO, BY_SIZE, FIXED],
+        default=AUTO,
+        advanced=advanced,
+        tooltip=(
+            "The time shift: auto is the preset's, fixed 1.15 for Turbo and by size for Raw, as "
+            "Krea trained them; fixed takes mu from below."
+        ),
+    )
+
+
+MU = io.Float.Input(
+    "mu",
+    default=TURBO_MU,
+    min=-10.0,
+    max=10.0,
+    step=0.01,
+    advanced=True,
+    tooltip="The shift's exponent, for shift fixed. At 1024 x 1024 Raw's is 0.90625.",
+)
+
+
+def window(name: str, default: float, tooltip: str, advanced: bool | None = None):
+    """start or end of a part of the run, in the schedule's time."""
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.01, advanced=advanced, tooltip=tooltip
+    )
+
+
+def width_and_height(tooltip: str):
+    """tooltip: {side} is the name of either."""
+    return [
+        io.Int.Input(
+            side,
+            default=1024,
+            min=MULTIPLE,
+            max=MAX_SIZE,
+            step=MULTIPLE,
+            tooltip=tooltip.format(side=side),
+        )
+        for side in ("width", "height")
+    ]
+
+
+def megapixels(tooltip: str, lowest: float = 0.0, step: float = 0.05, advanced: bool | None = None):
+    return io.Float.Input(
+        "megapixels",
+        default=1.0,
+        min=lowest,
+        max=16.0,
+        step=step,
+        advanced=advanced,
+        tooltip=tooltip,
+    )
+
+
+def feather(tooltip: str, default: int = 8, highest: int = MAX_PIXELS):
+    return io.Int.Input("feather", default=default, min=0, max=highest, tooltip=tooltip)
 
 
 def limit_error(node, **values) -> str | None:

@@ -1,18 +1,18 @@
 """Latents: empty ones by size, and the way to and from images."""
 
+import comfy.model_management
+import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.images.sizes import (
     ASPECTS,
-    MAX_SIZE,
     MULTIPLE,
     check_size,
     round_size,
     size_for_aspect,
 )
-from .inputs import check_limits, verdict
-
-CUSTOM = "custom"
+from . import inputs
+from .inputs import CUSTOM, check_limits, verdict
 
 
 class K2EmptyLatent(io.ComfyNode):
@@ -26,10 +26,9 @@ class K2EmptyLatent(io.ComfyNode):
                 "An empty latent by aspect ratio and area, or by width and height. Raw is good "
                 "to about 1 megapixel, Turbo to 4 (2048 x 2048)."
             ),
-            search_aliases=[
-                *("krea", "krea2", "k2", "turbo", "raw"),
-                *("empty latent", "resolution", "aspect ratio", "megapixels", "portrait"),
-            ],
+            search_aliases=inputs.aliases(
+                "turbo, raw, empty latent, resolution, aspect ratio, megapixels, portrait"
+            ),
             inputs=[
                 io.Combo.Input(
                     "aspect",
@@ -37,27 +36,13 @@ class K2EmptyLatent(io.ComfyNode):
                     default="1:1",
                     tooltip='Width to height. "custom" takes width and height from below.',
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.05,
-                    max=16.0,
-                    step=0.05,
-                    tooltip=(
-                        "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
-                        "Without effect on custom sizes."
-                    ),
+                inputs.megapixels(
+                    "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
+                    "Without effect on custom sizes.",
+                    lowest=0.05,
                 ),
-                *(
-                    io.Int.Input(
-                        side,
-                        default=1024,
-                        min=MULTIPLE,
-                        max=MAX_SIZE,
-                        step=MULTIPLE,
-                        tooltip=f"Pixels, for custom; rounded up to multiples of {MULTIPLE}.",
-                    )
-                    for side in ("width", "height")
+                *inputs.width_and_height(
+                    f"Pixels, for custom; rounded up to multiples of {MULTIPLE}."
                 ),
                 io.Int.Input("batch", default=1, min=1, max=64, tooltip="How many images."),
                 io.Boolean.Input(
@@ -91,9 +76,6 @@ class K2EmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, aspect="1:1", megapixels=1.0, width=1024, height=1024, batch=1, swap=False):
-        import comfy.model_management
-        import torch
-
         check_limits(cls, megapixels=megapixels, width=width, height=height, batch=batch)
         if aspect != CUSTOM:
             width, height = size_for_aspect(aspect, megapixels)
@@ -123,10 +105,10 @@ class K2VAEDecode(io.ComfyNode):
             display_name="Decode with the Krea 2 VAE",
             category="Krea 2",
             description="Latents to images; in tiles of its own accord where memory runs out.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "vae decode", "latent to image"],
+            search_aliases=inputs.aliases("qwen, vae decode, latent to image"),
             inputs=[
                 io.Latent.Input("samples", tooltip="What the sampler gives."),
-                io.Vae.Input("vae", tooltip="The VAE."),
+                inputs.VAE,
             ],
             outputs=[io.Image.Output(tooltip="The images.")],
         )
@@ -146,12 +128,12 @@ class K2VAEEncode(io.ComfyNode):
             display_name="Encode with the Krea 2 VAE",
             category="Krea 2",
             description="Images to latents; with the Krea 2 VAE, one latent an image.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "vae encode", "image to latent"],
+            search_aliases=inputs.aliases("qwen, vae encode, image to latent"),
             inputs=[
                 io.Image.Input(
                     "pixels", tooltip="The images; sides are cropped to multiples of 8."
                 ),
-                io.Vae.Input("vae", tooltip="The VAE."),
+                inputs.VAE,
             ],
             outputs=[io.Latent.Output(tooltip="Latents for the sampler.")],
         )

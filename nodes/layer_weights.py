@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..krea2_model.text.layer_weights import weigh_taps
+from . import inputs
 
 # The layers of the text encoder that Krea 2 reads, in the order in which it reads them.
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
@@ -19,26 +20,23 @@ class K2TapWeights(io.ComfyNode):
                 "Weighs the twelve layers of the text encoder that a prompt is made of; each token "
                 "keeps its size. All equal, the prompt stays as it is."
             ),
-            search_aliases=["krea", "krea2", "k2", "taps", "layers", "rebalance", "hidden states"],
+            search_aliases=inputs.aliases("taps, layers, rebalance, hidden states"),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="An encoded prompt."),
                 *(
                     io.Float.Input(
-                        name,
+                        f"layer_{layer}",
                         default=1.0,
                         min=0.0,
                         max=8.0,
                         step=0.05,
                         tooltip="How much this layer counts beside the others; 0 leaves it out.",
                     )
-                    for name in (
-                        "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17",
-                        "layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35",
-                    )
+                    for layer in LAYERS
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="The same prompt in another mix.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, conditioning, **layers):

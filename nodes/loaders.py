@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import torch
 from comfy_api.latest import io
 
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from ..krea2_model.tools.convert import QUANTISATIONS
-from . import model_files
+from . import inputs, model_files
+from .managed.clip import load_clip
+from .managed.model import load_model
+from .managed.vae import load_vae
+from .pairing import check_pair, find_fitting
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # Choices of dtype that quantise, by the name their files have.
@@ -59,8 +64,6 @@ _IMPLEMENTATION = io.Combo.Input(
 
 
 def _load_transformer(path, dtype: str, implementation: str):
-    from .managed.model import load_model
-
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}."
@@ -72,8 +75,6 @@ def _load_transformer(path, dtype: str, implementation: str):
 
 
 def _dtype(name: str, *others: str):
-    import torch
-
     dtypes = {
         "auto": None,
         "bf16": torch.bfloat16,
@@ -106,7 +107,7 @@ class K2Loader(io.ComfyNode):
             display_name="Load Krea 2",
             category="Krea 2",
             description="Loads all of Krea 2: transformer, text encoder and VAE.",
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "qwen", "checkpoint"],
+            search_aliases=inputs.aliases("turbo, raw, qwen, checkpoint"),
             inputs=[
                 io.Combo.Input(
                     "model", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
@@ -160,11 +161,8 @@ class K2Loader(io.ComfyNode):
         dtype="auto",
         implementation=next(iter(IMPLEMENTATIONS)),  # noqa: B008 - a constant
     ):
-        from .managed.clip import load_clip
-        from .managed.vae import load_vae
-
         transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
-        model_files.check_pair(transformer, encoder)
+        check_pair(transformer, encoder)
         return io.NodeOutput(
             _load_transformer(transformer, dtype, implementation),
             load_clip(encoder),
@@ -176,7 +174,7 @@ def _find_parts(model: str, text_encoder: str, vae: str) -> list[Path]:
     """Where transformer, text encoder and VAE are, the last two by choice or by what fits."""
     transformer = model_files.find_model(TRANSFORMER, model)
     others = (
-        model_files.find_fitting(part, transformer)
+        find_fitting(part, transformer)
         if name == model_files.AUTO
         else model_files.find_model(part, name)
         for part, name in ((TEXT_ENCODER, text_encoder), (VAE, vae))
@@ -192,7 +190,7 @@ class K2ModelLoader(io.ComfyNode):
             display_name="Load Krea 2 Model",
             category="Krea 2",
             description="Loads a Krea 2 transformer, Raw or Turbo.",
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "unet", "diffusion model"],
+            search_aliases=inputs.aliases("turbo, raw, unet, diffusion model"),
             inputs=[
                 io.Combo.Input(
                     "file", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
@@ -225,7 +223,7 @@ class K2TextEncoderLoader(io.ComfyNode):
             display_name="Load Krea 2 Text Encoder",
             category="Krea 2",
             description="Loads the Qwen3-VL-4B text encoder, without the parts text does not need.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "qwen3", "clip"],
+            search_aliases=inputs.aliases("qwen, qwen3, clip"),
             inputs=[
                 io.Combo.Input(
                     "file", options=model_files.list_models(TEXT_ENCODER), tooltip=_ENCODER_TIP
@@ -245,8 +243,6 @@ class K2TextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, dtype="auto"):
-        from .managed.clip import load_clip
-
         return io.NodeOutput(load_clip(model_files.find_model(TEXT_ENCODER, file), _dtype(dtype)))
 
 
@@ -258,7 +254,7 @@ class K2VAELoader(io.ComfyNode):
             display_name="Load Krea 2 VAE",
             category="Krea 2",
             description="Loads the Qwen-Image VAE for single images, without its parts for video.",
-            search_aliases=["krea", "krea2", "k2", "qwen", "wan"],
+            search_aliases=inputs.aliases("qwen, wan"),
             inputs=[
                 io.Combo.Input("file", options=model_files.list_models(VAE), tooltip=_VAE_TIP),
                 _dtype_input("What the VAE runs in. auto follows the device and ComfyUI's flags."),
@@ -276,6 +272,4 @@ class K2VAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, dtype="auto"):
-        from .managed.vae import load_vae
-
         return io.NodeOutput(load_vae(model_files.find_model(VAE, file), _dtype(dtype)))

@@ -4,7 +4,8 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from . import model_files
+from . import inputs, model_files
+from .managed.lora import apply_lora
 
 
 class K2LoraLoader(io.ComfyNode):
@@ -18,7 +19,7 @@ class K2LoraLoader(io.ComfyNode):
                 "Applies a LoRA of any trainer to Krea 2, on any quantisation, and reports what of "
                 "it fits. Chain several, each with its own strength."
             ),
-            search_aliases=["krea", "krea2", "k2", "lora", "lokr", "loha", "dora", "lycoris"],
+            search_aliases=inputs.aliases("lora, lokr, loha, dora, lycoris"),
             inputs=[
                 io.Model.Input("model", tooltip="The transformer."),
                 io.Clip.Input(
@@ -66,8 +67,6 @@ class K2LoraLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora, strength=1.0, clip=None, clip_strength=1.0):
-        from .managed.lora import apply_lora
-
         path = model_files.find_lora(lora)
         model, clip, report = apply_lora(model, clip, path, strength, clip_strength)
         log = logging.info if report.is_complete else logging.warning

@@ -19,14 +19,14 @@ from ..krea2_model.checkpoints.identify import (
 )
 from ..krea2_model.checkpoints.storage import weight_files
 from ..krea2_model.tools.self_check import ModelFile
-from .file_kinds import is_krea_folder, kind_of, shapes_of, stamp, walk
+from .file_kinds import Shapes, is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"
 
 # What the pack brings along.
 NANO = "krea2-nano (built in)"
 NANO_RAW = "krea2-nano Raw (built in)"
-_BUILT_IN = {
+BUILT_IN = {
     TRANSFORMER: {NANO: nano.TRANSFORMERS["turbo"], NANO_RAW: nano.TRANSFORMERS["raw"]},
     TEXT_ENCODER: {NANO: nano.TEXT_ENCODER},
     VAE: {NANO: nano.VAE},
@@ -43,7 +43,7 @@ _FOLDERS = {
     TEXT_ENCODER: ("text_encoders", "checkpoints"),
     VAE: ("vae", "checkpoints"),
 }
-_COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "vae"}
+COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "vae"}
 _SUFFIXES = (".safetensors", ".sft")
 _GGUF = ".gguf"
 
@@ -53,10 +53,10 @@ _FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras"
 
 def list_models(part: str) -> list[str]:
     """Names for `part`: the user's files and folders, then what is built in."""
-    return [*_list_own(part), *_BUILT_IN[part]]
+    return [*list_user_models(part), *BUILT_IN[part]]
 
 
-def _list_own(part: str) -> list[str]:
+def list_user_models(part: str) -> list[str]:
     """Names of the files and diffusers folders that may hold `part`.
 
     Pickles, shards, and files whose header says that they are something else are left out. A file
@@ -94,8 +94,8 @@ def find_model(part: str, name: str) -> Path:
     Raises CheckpointError where there is none, or where it is something else.
     """
     _check_text(name)
-    if name in _BUILT_IN[part]:
-        return _BUILT_IN[part][name]
+    if name in BUILT_IN[part]:
+        return BUILT_IN[part][name]
     for spelled in _spellings(name):
         places = [path for key in _FOLDERS[part] for path in _places(key, spelled)]
         if places:
@@ -188,39 +188,6 @@ def find_anything(name: str) -> Path:
     )
 
 
-def find_fitting(part: str, model: Path) -> Path:
-    """The `part` that belongs to the transformer `model`, for the choice "auto".
-
-    It is in the same file or folder, or else the first of the user's whose sizes fit; the built-in
-    model has its own. Raises CheckpointError where none does.
-
-    Text encoders with a vision tower come first: without it Qwen3-VL-4B cannot be told from the
-    Qwen3-4B that other models use, whose states mean nothing to Krea 2.
-    """
-    if model in _BUILT_IN[TRANSFORMER].values():
-        return _BUILT_IN[part][NANO]
-    if holds(model, part):
-        return model
-    second_best = None
-    for name in _list_own(part):
-        try:
-            path = find_model(part, name)
-            if not _fits(path, part, model):
-                continue
-            if part != TEXT_ENCODER or _has_vision_tower(path):
-                return path
-            second_best = second_best or path
-        except (CheckpointError, OSError):
-            # Lists show broken files too, for their owners to choose and learn why.
-            continue
-    if second_best is not None:
-        return second_best
-    raise CheckpointError(
-        f"Nothing that fits {model.name} was found for {_COMPONENTS[part]}. Download "
-        f'{WHERE[part]}, or choose a file instead of "auto".'
-    )
-
-
 def fingerprint(*paths: Path) -> tuple:
     """Another value where a file, or one in a folder, was replaced under its name.
 
@@ -229,29 +196,19 @@ def fingerprint(*paths: Path) -> tuple:
     return tuple((str(path), *map(stamp, _files_of(path))) for path in paths)
 
 
-def check_pair(model: Path, encoder: Path) -> None:
-    """Raise CheckpointError where a text encoder's width is not what the transformer needs."""
-    wanted, found = _text_width(model), _encoder_width(encoder)
-    if None not in (wanted, found) and wanted != found:
-        raise CheckpointError(
-            f"{encoder.name} gives text of width {found}; {model.name} needs {wanted}. Use the "
-            f"text encoder that belongs to it, for example {WHERE[TEXT_ENCODER]}."
-        )
-
-
 def holds(path: Path, part: str) -> bool:
     """Whether a file or a diffusers folder holds `part`, as far as headers tell. Never raises."""
     if path.is_file():
         return part in kind_of(path).name
     try:
-        files = weight_files(path / _COMPONENTS[part])
+        files = weight_files(path / COMPONENTS[part])
     except (CheckpointError, OSError):
         return False
     if len(files) == 1:
         return part in kind_of(files[0]).name
     # What tells a part may lie in any of its shards.
     try:
-        return part in identify(_shapes(path, part))
+        return part in identify(shapes_of_part(path, part))
     except (CheckpointError, OSError):
         return False
 
@@ -269,7 +226,7 @@ def _checked(path: Path, part: str) -> Path:
         if is_gguf(path):
             require_package(path)
     else:
-        kind = identify(_shapes(path, part))
+        kind = identify(shapes_of_part(path, part))
     if part not in kind:
         raise CheckpointError(f"{path.name} is {kind}; expected {part}, for example {WHERE[part]}.")
     return path
@@ -329,10 +286,10 @@ def _diffusers_folders() -> dict[str, Path]:
     return dict(sorted(folders.items()))
 
 
-def _shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+def shapes_of_part(path: Path, part: str) -> Shapes:
     """Shapes of the tensors of a file, or of `part` of a diffusers folder."""
-    files = [path] if path.is_file() else weight_files(path / _COMPONENTS[part])
-    shapes = {}
+    files = [path] if path.is_file() else weight_files(path / COMPONENTS[part])
+    shapes: Shapes = {}
     for file in files:
         shapes |= shapes_of(file)
     return shapes
@@ -344,38 +301,3 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     found = (Path(folder, name) for folder, _, names in walk(path) for name in names)
     return sorted(file for file in found if file.exists())
-
-
-def _fits(path: Path, part: str, model: Path) -> bool:
-    if part == TEXT_ENCODER:
-        return _encoder_width(path) == _text_width(model)
-    # Relatives of this VAE differ in the channels of images or latents.
-    first = _size(_shapes(path, part), "encoder.conv1.weight", "encoder.conv_in.weight", axis=1)
-    last = _size(_shapes(path, part), "conv2.weight", "post_quant_conv.weight", axis=0)
-    return (first, last) == (3, 16)
-
-
-def _has_vision_tower(encoder: Path) -> bool:
-    return any("visual." in name for name in _shapes(encoder, TEXT_ENCODER))
-
-
-def _text_width(model: Path) -> int | None:
-    names = (
-        "txtfusion.layerwise_blocks.0.prenorm.scale",
-        "text_fusion.layerwise_blocks.0.norm1.weight",
-    )
-    return _size(_shapes(model, TRANSFORMER), *names)
-
-
-def _encoder_width(encoder: Path) -> int | None:
-    if encoder == nano.TEXT_ENCODER:
-        return nano.TEXT_ENCODER_CONFIG.hidden_size
-    return _size(_shapes(encoder, TEXT_ENCODER), "layers.0.input_layernorm.weight")
-
-
-def _size(shapes, *endings: str, axis: int = 0) -> int | None:
-    """One size of the first tensor whose name, after any prefix, is one of `endings`."""
-    for name, shape in shapes.items():
-        if any(name == end or name.endswith(f".{end}") for end in endings):
-            return shape[axis]
-    return None

@@ -3,6 +3,7 @@
 import math
 
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..krea2_model.text.prompt_images import (
     MAX_IMAGES,
@@ -14,10 +15,12 @@ from ..krea2_model.text.prompt_images import (
     read_strengths,
     sheet,
 )
-from .prompts import MAX_TOKENS, advised, check_clip, encode, length_options
+from . import inputs
+from .inputs import MAX_MAX_SIDE
+from .managed.encode import encode_with_images
+from .managed.vision import resize_all
+from .prompts import advised, check_clip, encode, length_options
 from .reports import image_report, prompt_report
-
-MAX_MAX_SIDE = 2048
 
 _REMEDY = (
     "Lower max_side, leave images out, load a smaller file of the text encoder (fp8_scaled), or "
@@ -37,39 +40,18 @@ class K2TextEncodeImages(io.ComfyNode):
                 "sees. Made for LoRAs that were trained to read images (style, editing); Krea 2 "
                 "alone was trained on text."
             ),
-            search_aliases=["krea", "krea2", "k2", "prompt", "image prompt", "style reference",
-                            "vision", "edit", "qwen vl", "ip adapter"],
+            search_aliases=inputs.aliases(
+                "prompt, image prompt, style reference, vision, edit, qwen vl, ip adapter"
+            ),
             inputs=[
-                io.Clip.Input(
-                    "clip",
-                    tooltip="The text encoder of a Krea 2 loader, from a file with a vision tower.",
+                inputs.VISION_CLIP,
+                inputs.prompt(
+                    "What the image shows. It may speak of Picture 1, Picture 2 and so on."
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="What the image shows. It may speak of Picture 1, Picture 2 and so on.",
-                ),
-                *(
-                    io.Image.Input(
-                        name,
-                        optional=True,
-                        tooltip="An image of the prompt; each of a batch is one. Eight in all.",
-                    )
-                    for name in (
-                        "image_1", "image_2", "image_3", "image_4",
-                        "image_5", "image_6", "image_7", "image_8",
-                    )
-                ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip=(
-                        "What guidance leads away from, as text alone; without effect at guidance "
-                        "0 (Turbo)."
-                    ),
+                *inputs.images("An image of the prompt; each of a batch is one. Eight in all."),
+                inputs.negative_prompt(
+                    "What guidance leads away from, as text alone; without effect at guidance "
+                    "0 (Turbo)."
                 ),
                 io.Boolean.Input(
                     "labels",
@@ -79,16 +61,9 @@ class K2TextEncodeImages(io.ComfyNode):
                         "read images were trained. Off, images stand alone."
                     ),
                 ),
-                io.Int.Input(
-                    "max_side",
-                    default=MAX_SIDE,
-                    min=32,
-                    max=MAX_MAX_SIDE,
-                    step=32,
-                    tooltip=(
-                        "Larger images are made as small as a square of this side; none is "
-                        "enlarged. 384 is what LoRAs were trained with, and 144 tokens."
-                    ),
+                inputs.max_side(
+                    "Larger images are made as small as a square of this side; none is "
+                    "enlarged. 384 is what LoRAs were trained with, and 144 tokens."
                 ),
                 io.String.Input(
                     "roles",
@@ -107,35 +82,15 @@ class K2TextEncodeImages(io.ComfyNode):
                         "2 counts double. Images without a number have 1."
                     ),
                 ),
-                io.Boolean.Input(
-                    "official_length",
-                    default=False,
+                inputs.official_length(
+                    "Cut the text at the 507 tokens the model was trained with; images do not "
+                    "count. Off, longer ones are used whole, with a warning in the log.",
                     optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Cut the text at the 507 tokens the model was trained with; images do not "
-                        "count. Off, longer ones are used whole, with a warning in the log."
-                    ),
                 ),
-                io.Int.Input(
-                    "max_tokens",
-                    default=0,
-                    min=0,
-                    max=MAX_TOKENS,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Cut the text after so many tokens, 0 for never; images do not count.",
+                inputs.max_tokens(
+                    "Cut the text after so many tokens, 0 for never; images do not count."
                 ),
-                io.Boolean.Input(
-                    "weights",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, "
-                        "at 0 not at all, below 0 the picture avoids them. Off, brackets are text."
-                    ),
-                ),
+                inputs.WEIGHTS,
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -150,7 +105,7 @@ class K2TextEncodeImages(io.ComfyNode):
                     ),
                 ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -167,11 +122,6 @@ class K2TextEncodeImages(io.ComfyNode):
         weights=True,
         **images,
     ):
-        from comfy_execution.graph_utils import ExecutionBlocker
-
-        from .managed.encode import encode_with_images
-        from .managed.vision import resize_all
-
         check_clip(clip)
         if not 32 <= max_side <= MAX_MAX_SIDE:
             raise ValueError(f"max_side is {max_side}; expected 32 to {MAX_MAX_SIDE}.")

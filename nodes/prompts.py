@@ -3,10 +3,11 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.text.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
+from . import inputs
+from .inputs import MAX_TOKENS
+from .managed.encode import encode_prompts
+from .managed.memory import advise
 from .reports import prompt_report
-
-# What a prompt may be cut to; nobody writes longer ones.
-MAX_TOKENS = 100_000
 
 _REMEDY = (
     "Shorten the prompt, load a smaller file of the text encoder (fp8_scaled), or close what else "
@@ -25,53 +26,20 @@ class K2TextEncode(io.ComfyNode):
                 "Encodes a prompt and a negative prompt in Krea 2's chat template. The negative "
                 "counts only where guidance is above 0 (Raw); left empty it is the empty prompt."
             ),
-            search_aliases=["krea", "krea2", "k2", "prompt", "text encode", "qwen"],
+            search_aliases=inputs.aliases("prompt, text encode, qwen"),
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="What the image shows. Whole sentences work best, up to 507 tokens.",
+                inputs.CLIP,
+                inputs.prompt("What the image shows. Whole sentences work best, up to 507 tokens."),
+                inputs.negative_prompt(),
+                inputs.official_length(
+                    "Cut prompts at the 507 tokens the model was trained with. Off, longer "
+                    "ones are used whole, with a warning in the log."
                 ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What guidance leads away from; without effect at guidance 0 (Turbo).",
+                inputs.max_tokens(
+                    "Cut prompts after so many tokens, 0 for never: steps get faster and what "
+                    "stands behind the cut is lost."
                 ),
-                io.Boolean.Input(
-                    "official_length",
-                    default=False,
-                    advanced=True,
-                    tooltip=(
-                        "Cut prompts at the 507 tokens the model was trained with. Off, longer "
-                        "ones are used whole, with a warning in the log."
-                    ),
-                ),
-                io.Int.Input(
-                    "max_tokens",
-                    default=0,
-                    min=0,
-                    max=MAX_TOKENS,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Cut prompts after so many tokens, 0 for never: steps get faster and what "
-                        "stands behind the cut is lost."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "weights",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, "
-                        "at 0 not at all, below 0 the picture avoids them. Off, brackets are text."
-                    ),
-                ),
+                inputs.WEIGHTS,
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt, encoded."),
@@ -112,8 +80,6 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
 
     weights: read `(word:1.3)` as weights. options go to the CLIP's tokenizer.
     """
-    from .managed.encode import encode_prompts
-
     check_clip(clip)
     with advised(_REMEDY):
         return encode_prompts(clip, prompts, weighted=weights, **options)
@@ -121,6 +87,4 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
 
 def advised(remedy: str):
     """A context in which the text encoder's running out of memory says what helps."""
-    from .managed.memory import advise
-
     return advise("The text encoder", remedy)

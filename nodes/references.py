@@ -1,13 +1,19 @@
 """Reference images for the transformer to look at."""
 
+import torch
 from comfy_api.latest import io, ui
 
+from ..krea2_model.images.pictures import reference_pixels
+from ..krea2_model.images.resize import resize_and_crop
 from ..krea2_model.transformer.references import SHARED_TIME, TIME_ZERO, ReferenceSettings
+from . import inputs
 from .inputs import check_limits, verdict
 from .latents import given_vae
+from .managed.references import add_references
+from .managed.vision import pictures
 from .reports import reference_report
 
-# What LoRAs of each family were trained with; their weights do not tell.
+# The method of each family of LoRAs; their weights do not tell it.
 FAMILIES = {"edit and style LoRAs (time 0)": TIME_ZERO, "identity LoRAs (shared time)": SHARED_TIME}
 KEEP_SHAPE, CROP, STRETCH = "keep its shape", "crop to the latent", "stretch to the latent"
 FITS = (KEEP_SHAPE, CROP, STRETCH)
@@ -24,12 +30,11 @@ class K2Reference(io.ComfyNode):
                 "Adds a reference image that the model looks at while it paints. Takes a LoRA that "
                 "was trained for it; several nodes in a row add several images."
             ),
-            search_aliases=[
-                *("krea", "krea2", "k2", "reference", "reference latent", "edit", "style"),
-                *("identity", "kontext", "image prompt"),
-            ],
+            search_aliases=inputs.aliases(
+                "reference, reference latent, edit, style, identity, kontext, image prompt"
+            ),
             inputs=[
-                io.Conditioning.Input("positive", tooltip="What the image shows."),
+                inputs.POSITIVE,
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
@@ -54,26 +59,18 @@ class K2Reference(io.ComfyNode):
                     step=0.05,
                     tooltip="How much attention goes to it: 1 as trained, 0 leaves it out.",
                 ),
-                io.Float.Input(
+                inputs.window(
                     "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.0,
+                    "The part of the schedule's time after which it comes in, as in ComfyUI: "
+                    "a run at denoise 0.6 begins at 0.4.",
                     advanced=True,
-                    tooltip=(
-                        "The part of the schedule's time after which it comes in, as in ComfyUI: "
-                        "a run at denoise 0.6 begins at 0.4."
-                    ),
                 ),
-                io.Float.Input(
+                inputs.window(
                     "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    1.0,
+                    "The part of the schedule's time after which it is left out.",
                     advanced=True,
-                    tooltip="The part of the schedule's time after which it is left out.",
                 ),
                 io.Combo.Input(
                     "fit",
@@ -85,17 +82,12 @@ class K2Reference(io.ComfyNode):
                         "the size of the latent."
                     ),
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.01,
-                    max=16.0,
+                inputs.megapixels(
+                    "The largest area, in units of 1024 x 1024 pixels. Twice the area takes "
+                    "twice the tokens and more than twice the time.",
+                    lowest=0.01,
                     step=0.01,
                     advanced=True,
-                    tooltip=(
-                        "The largest area, in units of 1024 x 1024 pixels. Twice the area takes "
-                        "twice the tokens and more than twice the time."
-                    ),
                 ),
                 io.Latent.Input(
                     "latent",
@@ -155,8 +147,6 @@ class K2Reference(io.ComfyNode):
         index=0,
         apart=False,
     ):
-        from .managed.references import add_references
-
         settings = ReferenceSettings(index or None, strength, start, end)
         check_limits(cls, strength=strength, megapixels=megapixels)
         if family not in FAMILIES:
@@ -167,24 +157,18 @@ class K2Reference(io.ComfyNode):
                 "apart is on with references at the step's time, which change with every step. "
                 f"Switch it off, or choose {next(iter(FAMILIES))}."
             )
-        pictures = _fitted(image, fit, megapixels, latent)
-        latents = [given_vae(vae).encode(picture[None]) for picture in pictures]
+        resized = _resized(image, fit, megapixels, latent)
+        latents = [given_vae(vae).encode(picture[None]) for picture in resized]
         results = [
             conditioning and add_references(conditioning, latents, settings, method, apart)
             for conditioning in (positive, negative)
         ]
-        report = [reference_report(*p.shape[1::-1], strength) for p in pictures]
+        report = [reference_report(p.shape[1], p.shape[0], strength) for p in resized]
         return io.NodeOutput(*results, ui=ui.PreviewText("\n".join(report)))
 
 
-def _fitted(image, fit: str, megapixels: float, latent):
+def _resized(image, fit: str, megapixels: float, latent):
     """The pictures (H, W, 3) of a batch at the size to encode."""
-    import torch
-
-    from ..krea2_model.images.pictures import reference_pixels
-    from ..krea2_model.images.resize import resize_and_crop
-    from .managed.vision import pictures
-
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}.")
     if fit == KEEP_SHAPE:

@@ -2,17 +2,27 @@
 
 import logging
 
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.images.sizes import is_far
 from ..krea2_model.schedule import MAX_SEED, check_guidance, shift_mu, sigma_schedule, unshift_time
+from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
+from .managed.conditions import NEGATIVE_GUIDANCE
+from .managed.memory import advise
 from .reports import far_size_report, size_report
 from .single_images import conditioning_of, latent_of, model_of
 
 logger = logging.getLogger(__name__)
 
-AUTO, CUSTOM = "auto", "custom"
-BY_SIZE, FIXED = "by size", "fixed"
 ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
 # An entry of a latent: its mask says how much of the run each cell takes part in.
 SOFT_MASK = "krea2_soft_mask"
@@ -24,8 +34,6 @@ _MEMORY_REMEDY = (
 
 
 def check_model(model) -> None:
-    import comfy.model_base
-
     family = type(model.model)
     if not issubclass(family, getattr(comfy.model_base, "Krea2", ())):
         raise ValueError(
@@ -36,8 +44,6 @@ def check_model(model) -> None:
 
 def has_other_negative(model) -> bool:
     """Whether Krea 2 Negative (NAG) gives the model a negative."""
-    from .managed.conditions import NEGATIVE_GUIDANCE
-
     return NEGATIVE_GUIDANCE in model.model_options.get("transformer_options", {})
 
 
@@ -101,9 +107,6 @@ def schedule(
 
     start_sigma: where it starts, in place of denoise; 0 leaves that to denoise.
     """
-    import comfy.samplers
-    import torch
-
     if start_sigma:
         denoise = unshift_time(start_sigma, mu)
     if sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS:
@@ -127,7 +130,6 @@ def latent_report(samples) -> str:
 
 def shifted(model, mu: float):
     """A clone of the model whose own schedule has this shift: percentages and samplers use it."""
-    import comfy.model_sampling
 
     class Shifted(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
         pass
@@ -141,8 +143,6 @@ def shifted(model, mu: float):
 
 def start_of(model, latent):
     """The latent image as the sampler takes it: (B, 16, 1, h, w)."""
-    import comfy.sample
-
     samples = comfy.sample.fix_empty_latent_channels(
         model,
         latent["samples"],
@@ -159,9 +159,6 @@ def start_of(model, latent):
 
 def noise_for(start, seed: int, latent, seeds: str = ONE_STREAM):
     """Noise for a batch (B, 16, 1, h, w), on the CPU and in float32."""
-    import comfy.sample
-    import torch
-
     if seeds == ONE_STREAM:
         return comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     if seeds != ONE_EACH:
@@ -189,8 +186,6 @@ def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, *
 
     seed is that of the first; see `single_images`.
     """
-    import torch
-
     latent, seed, total = (options.pop(name) for name in ("latent", "seed", "total"))
     samples = []
     for index, own in enumerate(seeds_of(start, seed, latent)):
@@ -236,14 +231,6 @@ def sample(
     guidance is in Krea's convention and needs a negative above 0; mu is the shift that other nodes
     see. `total` steps are shown, `before` of which were done by others.
     """
-    import comfy.model_management
-    import comfy.samplers
-    import comfy.utils
-    import latent_preview
-    import torch
-
-    from .managed.memory import advise
-
     model = shifted(model, mu)
     mask = _noise_mask(latent, model)
     if latent.get(SOFT_MASK) and "denoise_mask_function" not in model.model_options:

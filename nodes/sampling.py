@@ -1,11 +1,14 @@
 """Sampling: Krea 2's schedule and guidance on ComfyUI's samplers."""
 
+import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
-from ..krea2_model.images.sizes import MAX_SIZE, check_size, image_tokens, round_size
-from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED, check_guidance, sigma_schedule
-from .inputs import check_limits, verdict
+from ..krea2_model.images.sizes import check_size, image_tokens, round_size
+from ..krea2_model.schedule import check_guidance, sigma_schedule
+from . import inputs
+from .inputs import AUTO, CUSTOM, TURBO_MU, check_limits, verdict
+from .managed.core_model import unknown_to
 from .reports import (
     sampling_report,
     shift_report,
@@ -15,10 +18,6 @@ from .reports import (
     unused_report,
 )
 from .sampler_run import (
-    AUTO,
-    BY_SIZE,
-    CUSTOM,
-    FIXED,
     ONE_EACH,
     ONE_STREAM,
     check_mask,
@@ -39,76 +38,10 @@ from .sampler_run import (
 )
 from .single_images import SIDE_BY_SIDE
 
-TURBO_MU = PRESETS["turbo"].mu
-
-_PRESET_INPUT = io.Combo.Input(
-    "preset",
-    options=[AUTO, *PRESETS, CUSTOM],
-    default=AUTO,
-    tooltip=(
-        "Steps and guidance: auto takes what the checkpoint was made for, raw is 28 steps at "
-        "guidance 4.5, turbo 8 steps at 0, custom the values below. The node shows what was taken."
-    ),
-)
-_STEPS_INPUT = io.Int.Input(
-    "steps", default=28, min=1, max=1000, tooltip="Steps; used with preset custom only."
-)
-_DENOISE_INPUT = io.Float.Input(
-    "denoise",
-    default=1.0,
-    min=0.01,
-    max=1.0,
-    step=0.01,
-    tooltip=(
-        "Where to start: 1 from pure noise; below, the latent image keeps part of itself, the more "
-        "the lower."
-    ),
-)
-_START_INPUT = io.Float.Input(
-    "start_sigma",
-    default=0.0,
-    min=0.0,
-    max=1.0,
-    step=0.001,
-    round=False,
-    optional=True,
-    advanced=True,
-    tooltip=(
-        "The sigma to start from, in place of denoise: 1 is pure noise, 0 leaves it to denoise. "
-        "The same sigma adds the same noise at every size and shift."
-    ),
-)
-
-
-def _shift_input(advanced: bool = True):
-    return io.Combo.Input(
-        "shift",
-        options=[AUTO, BY_SIZE, FIXED],
-        default=AUTO,
-        advanced=advanced,
-        tooltip=(
-            "The time shift: auto is the preset's, fixed 1.15 for Turbo and by size for Raw, as "
-            "Krea trained them; fixed takes mu from below."
-        ),
-    )
-
-
-_MU_INPUT = io.Float.Input(
-    "mu",
-    default=TURBO_MU,
-    min=-10.0,
-    max=10.0,
-    step=0.01,
-    advanced=True,
-    tooltip="The shift's exponent, for shift fixed. At 1024 x 1024 Raw's is 0.90625.",
-)
-
 
 class K2Sampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        import comfy.samplers
-
         return io.Schema(
             node_id="K2Sampler",
             display_name="Krea 2 Sampler",
@@ -117,39 +50,25 @@ class K2Sampler(io.ComfyNode):
                 "Samples with the schedule and the guidance Krea 2 was trained with, chosen by "
                 "the checkpoint and the size."
             ),
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "ksampler", "image to image"],
+            search_aliases=inputs.aliases("turbo, raw, ksampler, image to image"),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2, Raw or Turbo."),
-                io.Conditioning.Input("positive", tooltip="What the image shows."),
+                inputs.MODEL,
+                inputs.POSITIVE,
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="What guidance leads away from; needed where guidance is above 0.",
                 ),
                 io.Latent.Input("latent", tooltip="An empty latent, or an image to change."),
-                _PRESET_INPUT,
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise to start from.",
+                inputs.PRESET,
+                inputs.seed("The noise to start from."),
+                inputs.STEPS,
+                inputs.guidance(
+                    4.5,
+                    "Used with preset custom only; in Krea's convention: 0 is off. "
+                    "ComfyUI cfg = guidance + 1.",
                 ),
-                _STEPS_INPUT,
-                io.Float.Input(
-                    "guidance",
-                    default=4.5,
-                    min=0.0,
-                    max=MAX_GUIDANCE,
-                    step=0.1,
-                    round=0.01,
-                    tooltip=(
-                        "Used with preset custom only; in Krea's convention: 0 is off. "
-                        "ComfyUI cfg = guidance + 1."
-                    ),
-                ),
-                _DENOISE_INPUT,
+                inputs.DENOISE,
                 io.Combo.Input(
                     "sampler",
                     options=list(comfy.samplers.KSampler.SAMPLERS),
@@ -157,8 +76,8 @@ class K2Sampler(io.ComfyNode):
                     advanced=True,
                     tooltip="ComfyUI's samplers; euler is what Krea uses.",
                 ),
-                _shift_input(),
-                _MU_INPUT,
+                inputs.shift(),
+                inputs.MU,
                 io.Combo.Input(
                     "seeds",
                     options=[ONE_STREAM, ONE_EACH],
@@ -171,7 +90,7 @@ class K2Sampler(io.ComfyNode):
                         "that draw noise then make one image after the other."
                     ),
                 ),
-                _START_INPUT,
+                inputs.START_SIGMA,
             ],
             outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
         )
@@ -199,8 +118,6 @@ class K2Sampler(io.ComfyNode):
         seeds=ONE_STREAM,
         start_sigma=0.0,
     ):
-        from .managed.core_model import unknown_to
-
         check_model(model)
         numbers = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
         check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers)
@@ -261,16 +178,16 @@ class K2Sigmas(io.ComfyNode):
                 "Krea 2's sigmas, for SamplerCustomAdvanced and its like. Krea 2 Sampler makes "
                 "them by itself."
             ),
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "scheduler", "sigmas"],
+            search_aliases=inputs.aliases("turbo, raw, scheduler, sigmas"),
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2, for what the checkpoint was made for."),
                 io.Latent.Input("latent", tooltip="For its size."),
-                _PRESET_INPUT,
-                _STEPS_INPUT,
-                _DENOISE_INPUT,
-                _shift_input(),
-                _MU_INPUT,
-                _START_INPUT,
+                inputs.PRESET,
+                inputs.STEPS,
+                inputs.DENOISE,
+                inputs.shift(),
+                inputs.MU,
+                inputs.START_SIGMA,
             ],
             outputs=[io.Sigmas.Output(tooltip="From noise to 0.")],
         )
@@ -313,22 +230,14 @@ class K2ModelSampling(io.ComfyNode):
                 "Gives the model Krea 2's time shift for a size, so that KSampler with scheduler "
                 "simple follows the right schedule. Krea 2 Sampler does this by itself."
             ),
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "model sampling", "mu"],
+            search_aliases=inputs.aliases("turbo, raw, model sampling, mu"),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2, Raw or Turbo."),
-                *(
-                    io.Int.Input(
-                        side,
-                        default=1024,
-                        min=16,
-                        max=MAX_SIZE,
-                        step=16,
-                        tooltip=f"The image's {side} in pixels, for example from Krea 2 Size.",
-                    )
-                    for side in ("width", "height")
+                inputs.MODEL,
+                *inputs.width_and_height(
+                    "The image's {side} in pixels, for example from Krea 2 Size."
                 ),
-                _shift_input(advanced=False),
-                _MU_INPUT,
+                inputs.shift(advanced=False),
+                inputs.MU,
             ],
             outputs=[io.Model.Output(tooltip="The model with its shift set.")],
         )

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import comfy.patcher_extension
+import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, fraction_at, rescaled
-from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED, shift_mu, two_stage_sigmas
+from ..krea2_model.schedule import shift_mu, two_stage_sigmas
+from . import inputs
 from .inputs import check_limits, verdict
 from .sampler_run import (
     check_model,
@@ -32,27 +35,17 @@ class K2GuidanceSchedule(io.ComfyNode):
                 "Guidance only in a part of the run, with a ramp, or rescaled. Steps outside the "
                 "part do without the negative, which is half of their work."
             ),
-            search_aliases=["krea", "krea2", "k2", "cfg", "interval", "rescale", "ramp"],
+            search_aliases=inputs.aliases("cfg, interval, rescale, ramp"),
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2 Raw, or Turbo where guidance is on."),
-                io.Float.Input(
+                inputs.window(
                     "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "The part of the schedule's time after which guidance counts: 0 is pure "
-                        "noise. A run at denoise 0.6 begins at 0.4."
-                    ),
+                    0.0,
+                    "The part of the schedule's time after which guidance counts: 0 is pure "
+                    "noise. A run at denoise 0.6 begins at 0.4.",
                 ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The part of the schedule's time after which it no longer counts.",
+                inputs.window(
+                    "end", 1.0, "The part of the schedule's time after which it no longer counts."
                 ),
                 io.Combo.Input(
                     "ramp",
@@ -85,8 +78,6 @@ class K2GuidanceSchedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, start=0.0, end=1.0, ramp="constant", rescale=0.0):
-        import comfy.patcher_extension
-
         check_model(model)
         schedule = _schedule(start, end, ramp, rescale)
         report = []
@@ -137,11 +128,11 @@ class K2TwoStage(io.ComfyNode):
                 "Begins an image with Raw and guidance and finishes it with Turbo: Raw's variety "
                 "between seeds, its negative prompt, and Turbo's finish."
             ),
-            search_aliases=["krea", "krea2", "k2", "turbo", "raw", "two stage", "variety"],
+            search_aliases=inputs.aliases("turbo, raw, two stage, variety"),
             inputs=[
                 io.Model.Input("raw", tooltip="Krea 2 Raw, which begins."),
                 io.Model.Input("turbo", tooltip="Krea 2 Turbo, which finishes."),
-                io.Conditioning.Input("positive", tooltip="What the image shows."),
+                inputs.POSITIVE,
                 io.Conditioning.Input(
                     "negative", tooltip="What Raw's guidance leads away from; may be empty text."
                 ),
@@ -156,14 +147,7 @@ class K2TwoStage(io.ComfyNode):
                         "less to Raw; at 5 it goes down to sigma 0.84."
                     ),
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise to start from.",
-                ),
+                inputs.seed("The noise to start from."),
                 io.Int.Input(
                     "raw_steps",
                     default=0,
@@ -172,22 +156,16 @@ class K2TwoStage(io.ComfyNode):
                     advanced=True,
                     tooltip="Of a whole run of Raw, which ends early here; 0 takes its preset.",
                 ),
-                io.Float.Input(
-                    "guidance",
-                    default=-1.0,
-                    min=-1.0,
-                    max=MAX_GUIDANCE,
-                    step=0.1,
-                    round=0.01,
+                inputs.guidance(
+                    -1.0,
+                    "Of Raw, in Krea's convention: ComfyUI cfg = guidance + 1. 0 is off, -1 "
+                    "takes its preset.",
+                    lowest=-1.0,
                     advanced=True,
-                    tooltip=(
-                        "Of Raw, in Krea's convention: ComfyUI cfg = guidance + 1. 0 is off, -1 "
-                        "takes its preset."
-                    ),
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -202,8 +180,6 @@ class K2TwoStage(io.ComfyNode):
         raw_steps=0,
         guidance=-1.0,
     ):
-        import torch
-
         check_limits(cls, turbo_last=turbo_last, seed=seed, raw_steps=raw_steps, guidance=guidance)
         first, second = _known(raw, "raw"), _known(turbo, "turbo")
         if "noise_mask" in latent:

@@ -7,6 +7,8 @@ is the one that its seed makes alone, with every sampler that there is or will b
 
 import torch
 
+from .managed.conditions import NEGATIVE_GUIDANCE
+
 # Samplers that neither draw noise nor look at the batch as a whole: their images go together. What
 # is not known here, of other packs or later versions, goes one by one.
 SIDE_BY_SIDE = frozenset({
@@ -53,8 +55,6 @@ def latent_of(latent: dict, index: int) -> dict:
 
 def model_of(model, index: int):
     """The model for one image: its row of a negative that stands in for guidance."""
-    from .managed.conditions import NEGATIVE_GUIDANCE
-
     chosen = model.model_options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
     if chosen is None or len(chosen[1]) < 2:
         return model

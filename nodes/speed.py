@@ -1,8 +1,13 @@
 """What makes sampling faster and is not on by itself."""
 
+import comfy.ldm.modules.attention
+import comfy.patcher_extension
 from comfy_api.latest import io
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from ..krea2_model.extrapolation import VelocityExtrapolation
+from . import inputs
+from .managed.graphs import CUDA_GRAPH
 from .sampler_run import check_model
 
 EVERY = {"every step": 1, "every 2nd step": 2, "every 3rd step": 3}
@@ -21,8 +26,7 @@ class K2Compile(io.ComfyNode):
                 "Compiles the transformer's blocks with torch.compile: a wait at the first run, "
                 "faster steps from then on, for every size and prompt."
             ),
-            search_aliases=["krea", "krea2", "k2", "torch compile", "inductor", "cuda graph",
-                            "speed", "faster"],
+            search_aliases=inputs.aliases("torch compile, inductor, cuda graph, speed, faster"),
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2, with its LoRAs."),
                 io.Combo.Input(
@@ -37,14 +41,10 @@ class K2Compile(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The transformer, compiled as it is first used.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, mode=COMPILE):
-        from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-        from .managed.graphs import CUDA_GRAPH
-
         check_model(model)
         if mode not in (COMPILE, BOTH, GRAPH):
             raise ValueError(f"mode is {mode!r}; expected one of {COMPILE}, {BOTH}, {GRAPH}.")
@@ -82,8 +82,12 @@ class K2Approximate(io.ComfyNode):
                 "Trades accuracy for speed: later steps without the model, attention in 8 bits. "
                 "Everything is off until it is chosen here."
             ),
-            search_aliases=["krea", "krea2", "k2", "cache", "easycache", "teacache", "speed",
-                            "faster, not exact", "sage", "skip steps"],
+            search_aliases=[
+                *inputs.aliases("cache, easycache, teacache, speed"),
+                "faster, not exact",
+                "sage",
+                "skip steps",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2; for evaluate, Raw with its many steps."),
                 io.Combo.Input(
@@ -107,12 +111,10 @@ class K2Approximate(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, for the sampler.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, evaluate="every step", attention=EXACT):
-        import comfy.patcher_extension
-
         check_model(model)
         for name, value, options in (
             ("evaluate", evaluate, [*EVERY]),
@@ -136,11 +138,12 @@ class K2Approximate(io.ComfyNode):
 class _LeavesOutSteps:
     """Around a guider's prediction of the image, which guidance is part of already."""
 
+    _extrapolation: VelocityExtrapolation  # set with _sigmas, at the first step of a run
+
     def __init__(self, every: int):
         self._every = every
         self._sigmas = None
         self._steps: dict[float, int] = {}
-        self._extrapolation: VelocityExtrapolation | None = None
 
     def __call__(self, executor, x, timestep, model_options, seed):
         sigmas = model_options["transformer_options"]["sample_sigmas"]
@@ -160,15 +163,14 @@ class _LeavesOutSteps:
 
 def _sage_attention():
     """ComfyUI's attention by SageAttention, as an override of whatever it would use."""
-    import comfy.ldm.modules.attention as attention
-
-    if not attention.SAGE_ATTENTION_IS_AVAILABLE:
+    module = comfy.ldm.modules.attention
+    if not module.SAGE_ATTENTION_IS_AVAILABLE:
         raise ValueError(
             f"attention is {SAGE!r}, which needs a package that this ComfyUI does not have. "
             "Install sageattention into ComfyUI's Python (NVIDIA cards only) and restart, or "
             "choose exact."
         )
-    return lambda function, *args, **options: attention.attention_sage(*args, **options)
+    return lambda function, *args, **options: module.attention_sage(*args, **options)
 
 
 def _without_options(guards):

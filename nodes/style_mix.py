@@ -2,15 +2,20 @@
 
 from comfy_api.latest import io, ui
 
+from ..krea2_model.images.pictures import reference_pixels
 from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE, read_strengths
 from ..krea2_model.text.style_mix import MAX_STRENGTH, shares_of
 from ..krea2_model.transformer.references import TIME_ZERO, ReferenceSettings
+from . import inputs
+from .inputs import CUSTOM
 from .latents import given_vae
+from .managed.references import add_references
+from .managed.style_mix import encode_style_mix, same_size
+from .managed.vision import pictures
 from .prompts import advised, check_clip, encode
 from .reports import prompt_report
 
 PROMPT, REFERENCES, BOTH = "prompt", "references", "prompt and references"
-CUSTOM = "custom"
 # Way of the style, labels, suppression. The LoRAs were trained with both ways and with labels.
 PRESETS = {
     "style-reference LoRA": (BOTH, True, 0.0),
@@ -35,29 +40,16 @@ class K2StyleMix(io.ComfyNode):
                 "average of what the prompt becomes behind each of them. Made for LoRAs that were "
                 "trained to read style images."
             ),
-            search_aliases=["krea", "krea2", "k2", "style", "style transfer", "style reference",
-                            "moodboard", "mood", "ip adapter", "image prompt"],
+            search_aliases=inputs.aliases(
+                "style, style transfer, style reference, moodboard, mood, ip adapter, image prompt"
+            ),
             inputs=[
-                io.Clip.Input(
-                    "clip",
-                    tooltip="The text encoder of a Krea 2 loader, from a file with a vision tower.",
-                ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="What the image shows.",
-                ),
+                inputs.VISION_CLIP,
+                inputs.prompt("What the image shows."),
                 io.Image.Input(
                     "image_1", tooltip="A style; each image of a batch is one. Eight in all."
                 ),
-                *(
-                    io.Image.Input(name, optional=True, tooltip="Another style, or a batch.")
-                    for name in (
-                        "image_2", "image_3", "image_4",
-                        "image_5", "image_6", "image_7", "image_8",
-                    )
-                ),
+                *inputs.images("Another style, or a batch.", first=2),
                 io.String.Input(
                     "shares",
                     default="",
@@ -84,13 +76,7 @@ class K2StyleMix(io.ComfyNode):
                         "below."
                     ),
                 ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What guidance leads away from; without effect at guidance 0 (Turbo).",
-                ),
+                inputs.negative_prompt(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -124,26 +110,16 @@ class K2StyleMix(io.ComfyNode):
                         "so that their style stays and their content does not; 1 is all of it."
                     ),
                 ),
-                io.Int.Input(
-                    "max_side",
-                    default=MAX_SIDE,
-                    min=32,
-                    max=2048,
-                    step=32,
+                inputs.max_side(
+                    "Larger images are made as small as a square of this side for the text "
+                    "encoder; LoRAs were trained with 384.",
                     advanced=True,
-                    tooltip=(
-                        "Larger images are made as small as a square of this side for the text "
-                        "encoder; LoRAs were trained with 384."
-                    ),
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.01,
-                    max=16.0,
+                inputs.megapixels(
+                    "The largest area of a reference, in units of 1024 x 1024 pixels.",
+                    lowest=0.01,
                     step=0.01,
                     advanced=True,
-                    tooltip="The largest area of a reference, in units of 1024 x 1024 pixels.",
                 ),
                 io.Boolean.Input(
                     "weights",
@@ -158,7 +134,7 @@ class K2StyleMix(io.ComfyNode):
                     display_name="negative", tooltip="The negative, with the same references."
                 ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -178,10 +154,6 @@ class K2StyleMix(io.ComfyNode):
         weights=True,
         **images,
     ):
-        from .managed.references import add_references
-        from .managed.style_mix import encode_style_mix, same_size
-        from .managed.vision import pictures
-
         check_clip(clip)
         if preset != CUSTOM:
             if preset not in PRESETS:
@@ -202,7 +174,8 @@ class K2StyleMix(io.ComfyNode):
             )
         parts = shares_of(read_strengths(shares, len(styles)))
         # Who has no share is not looked at.
-        styles, parts = zip(*[(s, p) for s, p in zip(styles, parts, strict=True) if p], strict=True)
+        styles = [style for style, part in zip(styles, parts, strict=True) if part]
+        parts = [part for part in parts if part]
         if through != PROMPT and strength > 0 and vae is None:
             raise ValueError(
                 f"The images are to be references (preset {preset}, through {through}) but vae is "
@@ -237,7 +210,5 @@ class K2StyleMix(io.ComfyNode):
 
 
 def _latents(vae, styles, megapixels: float):
-    from ..krea2_model.images.pictures import reference_pixels
-
     for style in styles:
         yield given_vae(vae).encode(reference_pixels(style, megapixels).movedim(0, -1)[None])

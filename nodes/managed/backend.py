@@ -179,7 +179,8 @@ class ComfyBackend(Backend):
     def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
         touched = [self.is_touched is not None and self.is_touched(block) for block in blocks]
         conditions = (query_slice, vector, rope, mask, split)
-        if modulation is None or mask is not None or any(touched) or not self._may_record():
+        graphs = self.graphs if self._may_record() else None
+        if graphs is None or modulation is None or mask is not None or any(touched):
             return self._run(blocks, touched, hidden, *conditions, modulation)
 
         def run(hidden, rows):
@@ -196,12 +197,12 @@ class ComfyBackend(Backend):
             split,
             id(rope),
         )
-        return self.graphs.run(key, run, hidden, rows)
+        return graphs.run(key, run, hidden, rows)
 
     def _may_record(self) -> bool:
         """True if the blocks of this call depend on nothing but tokens, times and weights."""
         others = (self.text, self.references, self.padding, self.patches, self.replacements)
-        return self.graphs is not None and OVERRIDE not in self.options and not any(others)
+        return OVERRIDE not in self.options and not any(others)
 
     def _run(self, blocks, touched, hidden, query_slice, vector, rope, mask, split, modulation):
         by_block = for_blocks(modulation, len(blocks))
@@ -302,7 +303,8 @@ def _has_kernels(tensor) -> bool:
     """True if ComfyUI has fused kernels, which have no gradients, for a tensor's device."""
     kernels = getattr(comfy.quant_ops, "ck", None)
     return (
-        tensor.device.type == "cuda"
+        kernels is not None
+        and tensor.device.type == "cuda"
         and not torch.is_grad_enabled()
         and hasattr(kernels, "rms_rope_")
         and hasattr(kernels, "rms_adaln")

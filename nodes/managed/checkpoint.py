@@ -44,7 +44,8 @@ def check_weights(module, tensors: dict, path: Path, what: str):
         for layer, settings in settings_of.items():
             name = f"{layer}.weight"
             if name in wanted and name in weights:
-                wanted[name] = _stored_shape(wanted[name], weights[name], settings.get("format"))
+                form = str(settings.get("format"))
+                wanted[name] = _stored_shape(wanted[name], weights[name], form)
     quantised = {f"{layer}.weight" for layer in settings_of}
     check_tensors(wanted, weights, path, what, quantised)
     return quantisation

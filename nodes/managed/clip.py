@@ -1,6 +1,7 @@
 """CLIP: our Qwen3-VL text encoder under ComfyUI's model management."""
 
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -177,7 +178,8 @@ def load_clip(
     bare = Qwen3VLTextEncoder(state.config, device="meta")
     quantisation = check_weights(bare, state.tensors, checkpoint.path, TEXT_ENCODER)
     # Of a norm: embeddings and matrices may be in 8 bits, which is no dtype for the rest.
-    options = {"dtype": dtype or state.tensors["layers.0.input_layernorm.weight"].dtype}
+    stored = state.tensors["layers.0.input_layernorm.weight"].dtype
+    options: dict[str, Any] = {"dtype": dtype or stored}
     if quantisation is not None:
         options["quantization_metadata"] = quantisation
     blocks = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())

@@ -136,12 +136,9 @@ class RunConditions:
         """The conditions of a call of the model, from its keyword arguments."""
         negative = None
         if "negative_text" in kwargs:
-            negative = NegativeText(
-                kwargs["negative_text"],
-                *kwargs["negative_guidance"],
-                kwargs.get("negative_mask"),
-                kwargs.get("negative_weights"),
-            )
+            settings, window = kwargs["negative_guidance"]
+            masks = kwargs.get("negative_mask"), kwargs.get("negative_weights")
+            negative = NegativeText(kwargs["negative_text"], settings, window, *masks)
         return cls(
             kwargs.get("run_cache"),
             kwargs.get("text_lengths"),

@@ -7,6 +7,7 @@ code. Called in core's way (with `transformer_options`), it runs core's function
 others may have replaced it: nothing that they hold is overwritten.
 """
 
+from typing import Any
 from weakref import ref
 
 import comfy.ldm.krea2.model as core
@@ -23,6 +24,7 @@ from .shared_inputs import share_input
 # Where transformer_options of a call of our model hold its backend, as a weak reference.
 BACKEND = "krea2_backend"
 
+_INIT: Any = vars(nn.Module)["__init__"]
 _PACK = __name__.rpartition(".nodes.")[0]
 
 # The functions of these are called on our weights where somebody replaced them.
@@ -39,15 +41,23 @@ def is_replaced(cls: type, method: str = "forward") -> bool:
         return True
     # A decorator may have given it the old one's name and module.
     code = getattr(function, "__code__", None)
-    return code is None or code.co_filename != cls.__init__.__code__.co_filename
+    return code is None or code.co_filename != vars(cls)["__init__"].__code__.co_filename
 
 
-def _built_as_ours(cls: type) -> type:
+def _built_as_ours(cls: type) -> Any:
     """A class of core's as a base: its type and its methods, none of its weights."""
-    return type(cls.__name__, (cls,), {"__init__": nn.Module.__init__})
+    return type(cls.__name__, (cls,), {"__init__": _INIT})
 
 
-class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
+_Attention: Any = _built_as_ours(core.Attention)
+_SwiGLU: Any = _built_as_ours(core.SwiGLU)
+_TextFusionBlock: Any = _built_as_ours(core.TextFusionBlock)
+_TextFusionTransformer: Any = _built_as_ours(core.TextFusionTransformer)
+_SingleStreamBlock: Any = _built_as_ours(core.SingleStreamBlock)
+_SingleStreamDiT: Any = _built_as_ours(core.SingleStreamDiT)
+
+
+class Attention(ours.GatedAttention, _Attention):
     share_input = staticmethod(share_input)
 
     @property
@@ -79,14 +89,14 @@ class Attention(ours.GatedAttention, _built_as_ours(core.Attention)):
             return super().forward(x, freqs, mask, backend)
 
 
-class SwiGLU(ours.SwiGLU, _built_as_ours(core.SwiGLU)):
+class SwiGLU(ours.SwiGLU, _SwiGLU):
     share_input = staticmethod(share_input)
 
     def forward(self, x):
         return core.SwiGLU.forward(self, x) if is_replaced(core.SwiGLU) else super().forward(x)
 
 
-class TextFusionBlock(ours.TextFusionBlock, _built_as_ours(core.TextFusionBlock)):
+class TextFusionBlock(ours.TextFusionBlock, _TextFusionBlock):
     attention_class = Attention
     mlp_class = SwiGLU
 
@@ -98,7 +108,7 @@ class TextFusionBlock(ours.TextFusionBlock, _built_as_ours(core.TextFusionBlock)
         )
 
 
-class TextFusion(ours.TextFusion, _built_as_ours(core.TextFusionTransformer)):
+class TextFusion(ours.TextFusion, _TextFusionTransformer):
     block_class = TextFusionBlock
 
     def forward(self, x, mask=None, transformer_options={}):  # noqa: B006
@@ -109,7 +119,7 @@ class TextFusion(ours.TextFusion, _built_as_ours(core.TextFusionTransformer)):
         )
 
 
-class Block(ours.SingleStreamBlock, _built_as_ours(core.SingleStreamBlock)):
+class Block(ours.SingleStreamBlock, _SingleStreamBlock):
     attention_class = Attention
     mlp_class = SwiGLU
 
@@ -134,7 +144,7 @@ class Block(ours.SingleStreamBlock, _built_as_ours(core.SingleStreamBlock)):
         )
 
 
-class Transformer(Krea2Transformer, _built_as_ours(core.SingleStreamDiT)):
+class Transformer(Krea2Transformer, _SingleStreamDiT):
     """With the attributes that core's has; `forward` is for the subclass."""
 
     block_class = Block

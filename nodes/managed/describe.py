@@ -12,6 +12,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.quant_ops
+import comfyui_version
 import folder_paths
 import torch
 
@@ -28,11 +29,7 @@ _FORMATS = ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4"
 
 
 def versions() -> Iterable[str]:
-    try:
-        from comfyui_version import __version__ as version
-    except ImportError:
-        version = "unknown (it has no comfyui_version)"
-    yield f"ComfyUI: {version}"
+    yield f"ComfyUI: {comfyui_version.__version__}"
     yield f"frontend: {package_version('comfyui-frontend-package')}"
     yield f"comfy-aimdo: {package_version('comfy-aimdo')}"
     # Values may be paths or addresses; numbers are neither.

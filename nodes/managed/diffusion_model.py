@@ -22,7 +22,7 @@ class Krea2DiffusionModel(contract.Transformer):
     def __init__(self, config, dtype=None, device=None, operations=None, **unet_config):
         super().__init__(config, comfy_layers(operations), device=device, dtype=dtype)
 
-    def forward(
+    def forward(  # type: ignore[override] # as core's
         self,
         x,
         timesteps,

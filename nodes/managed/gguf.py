@@ -7,6 +7,7 @@ merges) are never baked in: they are added each time a layer is used.
 
 from dataclasses import dataclass
 
+import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -94,7 +95,7 @@ class GGUFOperations(comfy.ops.manual_cast):
             return dequantise(rows, params.format, shape, dtype).to(tokens.device)
 
 
-class GGUFPatcher:
+class GGUFPatcher(comfy.model_patcher.ModelPatcher):
     """A patcher that adds patches to a block weight on use, also where it is loaded whole."""
 
     def load(self, *args, **kwargs):

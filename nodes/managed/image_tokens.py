@@ -9,7 +9,7 @@ tap behind DeepStack, and lists of images that share one span.
 
 import hashlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.text_encoders.qwen3vl as core
 import comfy.text_encoders.qwen_vl as core_images
@@ -152,7 +152,8 @@ def look(row: list, tower: Qwen3VLVisionTower | None, device) -> Look:
 
 
 def _look_as_core(row: list, images: list, tower: Qwen3VLVisionTower, device) -> Look:
-    eyes, seen, places = _Eyes(tower), [], []
+    eyes, seen = _Eyes(tower), []
+    places: list[dict[str, Any]] = []
     for token in images:
         tokens, extra = _embeds(eyes, token, device)
         tokens, deepstack = tokens.view(-1, tokens.shape[-1]), tuple(extra["deepstack"])

@@ -64,7 +64,7 @@ def comfy_layers(operations):
     """The layer namespace for one of ComfyUI's operation sets (comfy.ops.pick_operations)."""
 
     class ComfyLayers:
-        class Linear(WithBranches, operations.Linear):
+        class Linear(WithBranches, operations.Linear):  # type: ignore[name-defined]
             pass
 
         Conv2d = operations.Conv2d

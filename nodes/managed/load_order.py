@@ -14,7 +14,8 @@ class LoadRunConstantsLast:
     def _load_list(self, for_dynamic=False, **options):
         if for_dynamic:
             options["for_dynamic"] = True
-        return _LoadList(super()._load_list(**options), for_dynamic)
+        entries = super()._load_list(**options)  # type: ignore[misc] # of the patcher beside it
+        return _LoadList(entries, for_dynamic)
 
 
 class _LoadList(list):

@@ -26,8 +26,11 @@ class Branch(NamedTuple):
         return Branch(self.up.to(like), self.down.to(like), self.scale)
 
 
-class WithBranches:
+class WithBranches(torch.nn.Module):
     """A linear layer of ComfyUI's that adds plain LoRAs to its answer, not to its weight."""
+
+    weight: torch.Tensor
+    weight_function: list
 
     def forward(self, input, *args, **kwargs):
         branches = self._branches(input) if self.weight_function else None
@@ -94,7 +97,10 @@ def _branch(adapter) -> Branch | None:
     if isinstance(adapter, LoraPatch):
         update = adapter.weights[0]
         matrices = update.branch()
-        return None if matrices is None else Branch(*matrices, update.scale)
+        if matrices is None:
+            return None
+        up, down = matrices
+        return Branch(up, down, update.scale)
     if type(adapter) is comfy.weight_adapter.LoRAAdapter:
         up, down, alpha, *rest = adapter.weights
         if all(extra is None for extra in rest):

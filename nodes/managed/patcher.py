@@ -15,7 +15,7 @@ class _OfficialAlias(list):
     """Key patches under an official name, for models of core; ours already has the module's."""
 
 
-class _OfficialNames:
+class _OfficialNames(comfy.model_patcher.ModelPatcher):
     """A patcher that takes and gives official key names beside the module's own.
 
     Our norm scales and tables are leaf modules (`...scale.weight`), core's are bare parameters

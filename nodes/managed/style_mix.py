@@ -50,8 +50,8 @@ def encode_style_mix(
         states = [states for states, _ in with_image]
         mixed = mix_styles(text, states, image_tokens, shares, strength, suppression)
         weights = torch.ones(1, mixed.shape[1])
-        if TOKEN_WEIGHTS in extra:
-            weights[:, -text.shape[1] :] = weights_of(extra, text)
+        if (text_weights := weights_of(extra, text)) is not None:
+            weights[:, -text.shape[1] :] = text_weights
         weights[:, image_tokens] = strength
         extra = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
         if bool((weights != 1).any()):

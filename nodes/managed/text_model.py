@@ -32,6 +32,14 @@ _BYTES_A_PIXEL = 256
 _BYTES_A_MASK, _BYTES_A_SCORE = 16, 8
 
 
+class _Transformer(torch.nn.Module):
+    """The encoder under the name that core has for it."""
+
+    def __init__(self, encoder: Qwen3VLTextEncoder):
+        super().__init__()
+        self.model = encoder
+
+
 class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
     """The encoder where core's Krea 2 has it, under the names and the interface of core's.
 
@@ -42,8 +50,7 @@ class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
 
     def __init__(self, encoder: Qwen3VLTextEncoder):
         super().__init__()
-        self.transformer = torch.nn.Module()
-        self.transformer.model = encoder
+        self.transformer = _Transformer(encoder)
         self.execution_device = None
         self.vision: LazyVision | None = None
 
@@ -144,6 +151,7 @@ class Krea2TextModel(core.Krea2TEModel):
     def write(self, row: list, sampling: Sampling, max_tokens: int, seed: int):
         """Yield the tokens that follow; what is needed has to be loaded (`Krea2CLIP.write`)."""
         seen = self.section.look(row)
+        assert self.tail is not None and self.tail.patcher is not None
         tail = self.tail.patcher.model
         model = language_model(self.encoder, tail, self.section.device, seen.images)
         yield from generate(model, seen.ids, sampling, max_tokens=max_tokens, seed=seed)
@@ -203,8 +211,8 @@ def encoder_layers(options: dict, dtype: torch.dtype | None):
         )
     operations = operations or comfy.ops.manual_cast
 
-    class Layers(comfy_layers(operations)):
-        class Embedding(operations.Embedding):
+    class Layers(comfy_layers(operations)):  # type: ignore[misc]
+        class Embedding(operations.Embedding):  # type: ignore[name-defined]
             def forward(self, tokens):
                 return super().forward(tokens, out_dtype=torch.float32)
 

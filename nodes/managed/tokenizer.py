@@ -86,7 +86,7 @@ class Krea2ClipTokenizer(core.Krea2Tokenizer):
                 tokens = self.tokenizer.tokenize(prompt, max_sequence_length, before)
                 if no_thought:
                     tokens += self.tokenizer.tokenize_raw(no_thought)
-            row = [(token, 1.0) for token in with_images(tokens, images, as_trained)]
+            row: list[tuple] = [(token, 1.0) for token in with_images(tokens, images, as_trained)]
             if return_word_ids:
                 row = [(*pair, index) for index, pair in enumerate(row, start=1)]
             rows.append(row)

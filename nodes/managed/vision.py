@@ -19,7 +19,7 @@ class LazyVision(LazyPart):
 
     def file_tensors(self, like):
         """Files hold the patch embedding in the shape of a convolution."""
-        tensors, config = super().file_tensors(like), self.patcher.model.config
+        tensors, config = super().file_tensors(like), self.load(like).model.config
         patch = (config.in_channels, config.temporal_patch_size, *[config.patch_size] * 2)
         name = "patch_embed.proj.weight"
         return tensors | {name: tensors[name].reshape(-1, *patch)}

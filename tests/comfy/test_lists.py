@@ -51,9 +51,11 @@ def place(models):
 
 def everything(pack):
     """All lists that the nodes make for /object_info."""
-    loaders, loras, inspection = (pack(f"nodes.{n}") for n in ("loaders", "loras", "inspection"))
+    loaders, loras, diagnostics = (
+        pack(f"nodes.{name}") for name in ("loaders", "loras", "diagnostics")
+    )
     for node in (loaders.K2Loader, loaders.K2ModelLoader, loaders.K2TextEncoderLoader,
-                 loaders.K2VAELoader, loras.K2LoraLoader, inspection.K2Inspect):  # fmt: skip
+                 loaders.K2VAELoader, loras.K2LoraLoader, diagnostics.K2Inspect):  # fmt: skip
         node.define_schema()
         assert node.GET_NODE_INFO_V1()
 

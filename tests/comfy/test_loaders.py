@@ -181,17 +181,18 @@ def test_a_saved_checkpoint_holds_all_parts(run, base, models, expected):
 
 def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
     """An all-in-one file without a text encoder still brings its VAE."""
-    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
+    pairing, kinds = pack("nodes.pairing"), pack("krea2_model.checkpoints.identify")
     tensors = load_file(models / "checkpoints" / all_in_one)
     partial = models / "checkpoints" / "with_vae_only.safetensors"
     save_file({k: v for k, v in tensors.items() if not k.startswith("text_encoders.")}, partial)
-    assert files.find_fitting(kinds.VAE, partial) == partial
-    assert files.find_fitting(kinds.TEXT_ENCODER, partial).name == os.path.basename(ENCODER)
+    assert pairing.find_fitting(kinds.VAE, partial) == partial
+    assert pairing.find_fitting(kinds.TEXT_ENCODER, partial).name == os.path.basename(ENCODER)
 
 
 def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeypatch):
     """A vision tower tells it from Qwen3-4B, which comes first in this list."""
-    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
+    files, pairing = pack("nodes.model_files"), pack("nodes.pairing")
+    kinds = pack("krea2_model.checkpoints.identify")
     bare, seeing = (
         (models / ENCODER).with_name(f"{name}.safetensors") for name in ("bare", "seeing")
     )
@@ -199,33 +200,35 @@ def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeyp
     save_file(tensors, bare)
     save_file({**tensors, "model.visual.patch_embed.proj.weight": torch.zeros(2)}, seeing)
     for listed, expected in (([bare, seeing], seeing), ([bare], bare)):
-        monkeypatch.setattr(files, "_list_own", lambda part, x=listed: [path.name for path in x])
-        assert files.find_fitting(kinds.TEXT_ENCODER, models / TURBO) == expected
+        monkeypatch.setattr(
+            files, "list_user_models", lambda part, x=listed: [path.name for path in x]
+        )
+        assert pairing.find_fitting(kinds.TEXT_ENCODER, models / TURBO) == expected
     bare.unlink()
     seeing.unlink()
 
 
 def test_auto_with_a_folder_that_lacks_the_encoder(pack, models, folder_model, tmp_path):
-    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
+    pairing, kinds = pack("nodes.pairing"), pack("krea2_model.checkpoints.identify")
     for part in ("transformer", "vae"):
         (tmp_path / part).symlink_to(models / "diffusers" / folder_model / part)
-    assert files.find_fitting(kinds.VAE, tmp_path) == tmp_path
-    assert files.find_fitting(kinds.TEXT_ENCODER, tmp_path).name == os.path.basename(ENCODER)
+    assert pairing.find_fitting(kinds.VAE, tmp_path) == tmp_path
+    assert pairing.find_fitting(kinds.TEXT_ENCODER, tmp_path).name == os.path.basename(ENCODER)
 
 
 def test_auto_passes_over_relatives_of_other_sizes(pack, models):
     """A VAE for images with transparency, and an encoder of another width, come first by name."""
     from dataclasses import replace
 
-    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
+    pairing, kinds = pack("nodes.pairing"), pack("krea2_model.checkpoints.identify")
     layered = tiny_checkpoints.vae_tensors(replace(tiny_checkpoints.VAE, image_channels=4))
     save_file(layered, models / "vae" / "a_layered_vae.safetensors")
     wide = replace(tiny_checkpoints.TEXT_ENCODER, hidden_size=80, vocab_size=100)
     encoder = tiny_checkpoints.text_encoder_tensors(wide)
     save_file(encoder, models / "text_encoders" / "a_narrow_encoder.safetensors")
     model = models / TURBO
-    assert files.find_fitting(kinds.VAE, model).name == os.path.basename(VAE)
-    assert files.find_fitting(kinds.TEXT_ENCODER, model).name == os.path.basename(ENCODER)
+    assert pairing.find_fitting(kinds.VAE, model).name == os.path.basename(VAE)
+    assert pairing.find_fitting(kinds.TEXT_ENCODER, model).name == os.path.basename(ENCODER)
 
 
 def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
@@ -242,10 +245,11 @@ def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
 
 
 def test_nothing_that_fits_says_what_to_get(pack, monkeypatch, models):
-    files, kinds = pack("nodes.model_files"), pack("krea2_model.checkpoints.identify")
-    monkeypatch.setattr(files, "_list_own", lambda part: [])
+    files, pairing = pack("nodes.model_files"), pack("nodes.pairing")
+    kinds = pack("krea2_model.checkpoints.identify")
+    monkeypatch.setattr(files, "list_user_models", lambda part: [])
     with pytest.raises(ValueError, match="Nothing that fits .*qwen3vl_4b_bf16.safetensors"):
-        files.find_fitting(kinds.TEXT_ENCODER, models / TURBO)
+        pairing.find_fitting(kinds.TEXT_ENCODER, models / TURBO)
 
 
 def test_norms_stay_float32_in_files_of_bfloat16(run, models):

@@ -1,10 +1,50 @@
-"""What is wrong here? The self-check of krea2_model with what ComfyUI knows, as a node."""
+"""Nodes for finding faults: the kind of a model file, and a self-check of the installation."""
 
+import comfy.model_management as management
 from comfy_api.latest import io, ui
 
+from ..krea2_model.tools.describe import describe as describe_file
 from ..krea2_model.tools.self_check import Report, survey
 from ..krea2_model.tools.self_check import versions as python_versions
-from . import model_files
+from . import inputs, model_files
+from .managed import describe
+
+
+class K2Inspect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2Inspect",
+            display_name="Inspect a Krea 2 File",
+            category="Krea 2",
+            description=(
+                "Says what a model file is: kind, variant, layout, quantisation, and what is "
+                "missing or too much."
+            ),
+            search_aliases=inputs.aliases("inspect, what is this file, metadata"),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=model_files.list_everything(),
+                    tooltip="Any file or diffusers folder of ComfyUI's models folders.",
+                ),
+            ],
+            outputs=[io.String.Output("text", display_name="text", tooltip="What it is.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return file is None or model_files.problem(model_files.find_anything, file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None):
+        return None if file is None else model_files.fingerprint(model_files.find_anything(file))
+
+    @classmethod
+    def execute(cls, file):
+        text = describe_file(model_files.find_anything(file))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
 class K2SelfCheck(io.ComfyNode):
@@ -18,7 +58,7 @@ class K2SelfCheck(io.ComfyNode):
                 "Says what is wrong and how to put it right, with versions, devices, files and "
                 "patches, as text for a bug report."
             ),
-            search_aliases=["krea", "krea2", "k2", "diagnose", "debug", "bug report", "versions"],
+            search_aliases=inputs.aliases("diagnose, debug, bug report, versions"),
             inputs=[
                 io.Model.Input(
                     "model",
@@ -48,10 +88,6 @@ class K2SelfCheck(io.ComfyNode):
 
 def self_check(model=None, clip=None) -> Report:
     """Check this ComfyUI and, where they are given, a MODEL and a CLIP."""
-    import comfy.model_management as management
-
-    from .managed import describe
-
     report = Report()
     report.add("Versions", lambda: [*python_versions(), *describe.versions()])
     report.add("Devices", lambda: describe.devices(report))
