@@ -15,8 +15,8 @@ from .tokenizer import Krea2ClipTokenizer
 def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     """Prompts to CONDITIONING, one for each image of a batch, by our CLIP or core's.
 
-    weighted: read `(word:1.3)`; the sentence is encoded without the marks, once, and the weights of
-    its tokens travel beside it. options: `max_sequence_length`, for our CLIP.
+    weighted: read `(word:1.3)`; the sentence is encoded once, without the marks, and the weights of
+    its tokens travel with the conditioning. options: `max_sequence_length`, for our CLIP.
     """
     marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
     texts = [prompt.text for prompt in marked] or list(prompts)
@@ -27,7 +27,7 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     ours = clip.tokenizer if isinstance(clip.tokenizer, Krea2ClipTokenizer) else None
     limit = options.get("max_sequence_length") if ours is not None else None
     weights = token_weights(marked, (ours or Krea2ClipTokenizer()).tokenizer, limit)
-    if weights is None:  # what has a weight was cut
+    if weights is None:  # all weighted words were cut
         return conditioning
     return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]
 
@@ -62,11 +62,11 @@ def encode_with_images(
         **options,
     )
     conditioning = clip.encode_from_tokens_scheduled(tokens)
-    tokenizer, before = clip.tokenizer.tokenizer, image_text(roles, labels)
+    tokenizer, prefix = clip.tokenizer.tokenizer, image_text(roles, labels)
     grids = [grid_of(image.pixels) for image in images]
-    front = image_weights(tokenizer.front(before), grids, images)
+    front = image_weights(tokenizer.front(prefix), grids, images)
     limit = options.get("max_sequence_length")
-    weights = token_weights([marked], tokenizer, limit, before, front)
+    weights = token_weights([marked], tokenizer, limit, prefix, front)
     if weights is None:
         return conditioning
     return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]

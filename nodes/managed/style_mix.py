@@ -38,28 +38,28 @@ def encode_style_mix(
 ):
     """A prompt in the mixed style of images (3, H, W) of one size, see `text.style_mix`.
 
-    prompt: without line breaks in front, which behind an image would be tokens of their own.
+    prompt: without leading line breaks, which after an image would be tokens of their own.
     plain: the same prompt as CONDITIONING, without images.
-    The images' own tokens count in attention by the strength, like words with a weight.
+    The images' own tokens have the strength as their weight in attention.
     """
-    seen = [
+    with_image = [
         encode_with_images(clip, prompt, [PromptImage(image)], labels=labels, weighted=weighted)
         for image in images
     ]
     front = clip.tokenizer.tokenizer.front(image_text([""], labels))
     start = front.index(IMAGE_PAD)
-    placed = slice(start, start + math.prod(grid_of(images[0])))
+    image_slice = slice(start, start + math.prod(grid_of(images[0])))
     result = []
-    for (text, extra), *others in zip(plain, *seen, strict=True):
+    for (text, extra), *others in zip(plain, *with_image, strict=True):
         mixed = mix_styles(
-            text, [states for states, _ in others], placed, shares, strength, suppression
+            text, [states for states, _ in others], image_slice, shares, strength, suppression
         )
         weights = torch.ones(1, mixed.shape[1])
         if (text_weights := weights_of(extra, text)) is not None:
             weights[:, -text.shape[1] :] = text_weights
-        weights[:, placed] = strength
-        kept = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
+        weights[:, image_slice] = strength
+        options = {name: value for name, value in extra.items() if name != TOKEN_WEIGHTS}
         if bool((weights != 1).any()):
-            kept[TOKEN_WEIGHTS] = weights
-        result.append([mixed, kept])
+            options[TOKEN_WEIGHTS] = weights
+        result.append([mixed, options])
     return result
