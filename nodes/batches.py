@@ -72,10 +72,10 @@ class K2PromptBatch(io.ComfyNode):
                 f"{len(lines)} prompts with {images_per_prompt} images each are {count}; expected "
                 f"1 to {MAX_IMAGES} images."
             )
-        repeated = [line for line in lines for _ in range(images_per_prompt)]
-        filled = [fill_in(line, wildcard_seed + index) for index, line in enumerate(repeated)]
-        positive, away = encode(clip, filled), encode(clip, [negative])
-        return io.NodeOutput(positive, away, count, "\n".join(filled))
+        line_of_image = [line for line in lines for _ in range(images_per_prompt)]
+        texts = [fill_in(line, wildcard_seed + index) for index, line in enumerate(line_of_image)]
+        positive, encoded_negative = encode(clip, texts), encode(clip, [negative])
+        return io.NodeOutput(positive, encoded_negative, count, "\n".join(texts))
 
 
 class K2ContactSheet(io.ComfyNode):

@@ -77,7 +77,7 @@ class K2SelfCheck(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs):
-        # Files and memory change without an input's doing; this is unlike anything before it.
+        # Files and memory change without an input's doing; NaN differs from every value before it.
         return float("nan")
 
     @classmethod
@@ -96,8 +96,8 @@ def self_check(model=None, clip=None) -> Report:
     report.add("Replaced by custom nodes", describe.replaced)
     device = management.get_torch_device()
     # An Apple GPU's memory is the processor's.
-    own = not (management.is_device_cpu(device) or management.is_device_mps(device))
-    memory = management.get_total_memory(device) if own else 0
+    has_memory = not (management.is_device_cpu(device) or management.is_device_mps(device))
+    memory = management.get_total_memory(device) if has_memory else 0
     report.add("Model files", lambda: survey(model_files.own_files(), report, memory))
     if model is not None:
         report.add("MODEL", lambda: describe.model(model))

@@ -18,8 +18,8 @@ from ..krea2_model.text.generation import STOP_TOKENS
 from . import inputs
 from .prompts import check_clip
 
-# Texts kept a text encoder, so that going back to earlier settings costs nothing.
-KEPT_TEXTS = 64
+# Texts remembered for each text encoder, so that earlier settings cost nothing.
+MAX_TEXTS = 64
 
 
 class K2PromptExpander(io.ComfyNode):
@@ -136,7 +136,7 @@ def _report(expansions: list[Expansion]) -> str:
 
 
 class _Writer:
-    """Writes with a CLIP: ours a token at a time and onto the node, core's in one go."""
+    """Generates text with a CLIP: ours token by token, shown on the node; core's in one call."""
 
     def __init__(self, clip, node_id):
         self._clip = clip
@@ -155,16 +155,16 @@ class _Writer:
         if not hasattr(self._clip, "write"):
             return self._by_core(tokens, sampling, max_tokens, seed)
         patcher = self._clip.patcher
-        if patcher.forced_hooks is not None:  # they may change with time
+        if patcher.forced_hooks is not None:  # hooks may change with time
             return self._write(tokens, sampling, max_tokens, seed)
-        kept: OrderedDict = self._model.texts
+        texts: OrderedDict = self._model.texts
         key = patcher.patches_uuid, chat, sampling, max_tokens, seed if sampling.temperature else 0
-        if key not in kept:
-            kept[key] = self._write(tokens, sampling, max_tokens, seed)
-        kept.move_to_end(key)
-        while len(kept) > KEPT_TEXTS:
-            kept.popitem(last=False)
-        return kept[key]
+        if key not in texts:
+            texts[key] = self._write(tokens, sampling, max_tokens, seed)
+        texts.move_to_end(key)
+        while len(texts) > MAX_TEXTS:
+            texts.popitem(last=False)
+        return texts[key]
 
     def _write(self, tokens, sampling, max_tokens, seed):
         progress, written = ProgressBar(max_tokens), []
@@ -191,7 +191,7 @@ class _Writer:
         return self._clip.decode(written), written[-1] in STOP_TOKENS
 
     def _show(self, text: str) -> None:
-        """Put the text so far onto the node; there is no page where there is no server."""
+        """Show the text so far on the node; without a server there is no page."""
         # Imported here: tests and benchmarks run nodes without the server, which is slow to load.
         from server import PromptServer
 

@@ -1,4 +1,4 @@
-"""Images on their way in: cut or padded to a size the model takes, or extended on any side."""
+"""Input images: cropped or padded to a size the model takes, or extended on any side."""
 
 import torch
 from comfy_api.latest import io, ui

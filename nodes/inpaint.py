@@ -1,4 +1,4 @@
-"""Inpainting: a latent with its mask, crops of large images, and the way back."""
+"""Inpainting: latents with a mask, crops of large images, and stitching them back."""
 
 import torch
 from comfy_api.latest import io, ui
@@ -94,8 +94,8 @@ class K2Inpaint(io.ComfyNode):
     def execute(cls, vae, image, mask, grow=8, feather=8, soft=True, fill="original"):
         vae, image = given_vae(vae), colours(image)
         mask = mask_for(mask, image)
-        used = repaint_mask(mask, grow, feather, soft)
-        if not used.any():
+        repaint = repaint_mask(mask, grow, feather, soft)
+        if not repaint.any():
             if mask.any():
                 raise ValueError(
                     f"Nothing is masked by half or more (at most {mask.max():.2f}), and soft is "
@@ -105,17 +105,17 @@ class K2Inpaint(io.ComfyNode):
                 f"{EMPTY}nothing would be painted. Paint a mask (Open in Mask Editor), "
                 "or encode the image with Encode with the Krea 2 VAE to change all of it."
             )
-        count = max(len(image), len(used))
-        whole, mask = pad_to_tokens(image, used)
-        under = filled(whole.expand(count, -1, -1, -1), mask, fill)
-        # One by one: core's own VAE object takes a batch for a film.
+        count = max(len(image), len(repaint))
+        padded, mask = pad_to_tokens(image, repaint)
+        under = filled(padded.expand(count, -1, -1, -1), mask, fill)
+        # One by one: core's own VAE takes a batch for a video.
         samples = torch.cat([vae.encode(one[None]) for one in under])
         cells = cell_mask(mask)
         latent = {"samples": samples, "noise_mask": cells[:, None, None], SOFT_MASK: soft}
         share = cells.gt(0).float().mean().item()
-        height, width = whole.shape[1:3]
+        height, width = padded.shape[1:3]
         report = f"{width} x {height} px,\n{share:.0%} of it to paint"
-        return io.NodeOutput(latent, used, ui=ui.PreviewText(report))
+        return io.NodeOutput(latent, repaint, ui=ui.PreviewText(report))
 
 
 class K2Composite(io.ComfyNode):
@@ -229,7 +229,7 @@ class K2Stitch(io.ComfyNode):
 
 
 def _painted_mask(mask, image):
-    """A mask in the size of an image. Raises ValueError where nothing of it is painted."""
+    """A mask at the size of an image. Raises ValueError where it is empty."""
     mask = mask_for(mask, image)
     if not mask.any():
         raise ValueError(

@@ -223,9 +223,9 @@ def feather(tooltip: str, default: int = 8, highest: int = MAX_PIXELS):
 
 
 def limit_error(node, **values) -> str | None:
-    """What is wrong with the first value outside of its input's limits, or None.
+    """The error for the first value outside of its input's limits, or None.
 
-    node: its class. values: by input; None is not known yet.
+    node: the node's class. values: by input id; None for a linked input, not known yet.
     """
     # Not GET_SCHEMA, which writes to the class: ComfyUI runs nodes on a locked copy of it.
     for entry in node.define_schema().inputs:
@@ -247,9 +247,9 @@ def check_limits(node, **values) -> None:
 
 
 def verdict(node, check, **values):
-    """The answer of a `validate_inputs`: True, or what is wrong with a value.
+    """The result of `validate_inputs`: True, or an error message.
 
-    check: raises ValueError with more to say than a limit, and goes first.
+    check: raises ValueError; called first, since its messages say more than a limit.
     """
     try:
         check()

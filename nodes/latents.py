@@ -1,4 +1,4 @@
-"""Latents: empty ones by size, and the way to and from images."""
+"""Latents: empty ones by size, and the VAE."""
 
 import comfy.model_management
 import torch
@@ -81,7 +81,7 @@ class K2EmptyLatent(io.ComfyNode):
             width, height = size_for_aspect(aspect, megapixels)
         if swap:
             width, height = height, width
-        asked = (width, height)
+        unrounded = (width, height)
         width, height = round_size("width", width), round_size("height", height)
         latent = torch.zeros(
             batch,
@@ -92,8 +92,8 @@ class K2EmptyLatent(io.ComfyNode):
             device=comfy.model_management.intermediate_device(),
         )
         note = f"{width} x {height} px, {width * height / 1024**2:.2f} megapixels"
-        if asked != (width, height):
-            note += f",\nrounded up from {asked[0]} x {asked[1]}"
+        if unrounded != (width, height):
+            note += f",\nrounded up from {unrounded[0]} x {unrounded[1]}"
         return io.NodeOutput({"samples": latent}, width, height, ui=ui.PreviewText(note))
 
 
@@ -144,7 +144,7 @@ class K2VAEEncode(io.ComfyNode):
 
 
 def given_vae(vae):
-    """The VAE, or what is wrong where a checkpoint loader found none."""
+    """The VAE. Raises ValueError for the empty one of a checkpoint without a VAE."""
     if vae is None:
         raise ValueError("vae is empty: this checkpoint holds no VAE. Connect Load Krea 2 VAE.")
     return vae

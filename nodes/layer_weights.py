@@ -1,11 +1,11 @@
-"""The mix of encoder layers that a prompt is made of."""
+"""Weights of the encoder layers (taps) that a prompt is made of."""
 
 from comfy_api.latest import io
 
 from ..krea2_model.text.layer_weights import weigh_taps
 from . import inputs
 
-# The layers of the text encoder that Krea 2 reads, in the order in which it reads them.
+# The layers of the text encoder that Krea 2 reads, in order.
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 
 

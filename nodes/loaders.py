@@ -14,10 +14,10 @@ from .managed.vae import load_vae
 from .pairing import check_pair, find_fitting
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-# Choices of dtype that quantise, by the name their files have.
+# Choices of dtype that quantise at loading: the names of file formats to those of `convert`.
 QUANTISED = {"fp8_scaled" if name == "fp8" else name: name for name in QUANTISATIONS}
 
-# Whether ComfyUI's own code runs the transformer.
+# Choices of implementation: True for ComfyUI's own.
 IMPLEMENTATIONS = {"this pack": False, "ComfyUI's own": True}
 
 _MODEL_TIP = (
@@ -88,14 +88,14 @@ def _dtype(name: str, *others: str):
 
 
 def _check(part: str, name: str | None):
-    """True, or what is wrong with a chosen name; a linked one is not known yet."""
+    """True, or the error for a chosen name; a linked one is not known yet."""
     return name in (None, model_files.AUTO) or model_files.problem(
         model_files.find_model, part, name
     )
 
 
 def _fingerprint(part: str, name: str | None):
-    """Of the file behind a chosen name; a linked one changes with what it is linked to."""
+    """Fingerprint of the file of a chosen name; None for a linked one, not known yet."""
     return None if name is None else model_files.fingerprint(model_files.find_model(part, name))
 
 
@@ -136,9 +136,9 @@ class K2Loader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None, text_encoder=None, vae=None):
-        given = {"model": model, "text_encoder": text_encoder, "vae": vae}
+        names = {"model": model, "text_encoder": text_encoder, "vae": vae}
         for part, (field, name) in zip(
-            (TRANSFORMER, TEXT_ENCODER, VAE), given.items(), strict=True
+            (TRANSFORMER, TEXT_ENCODER, VAE), names.items(), strict=True
         ):
             message = _check(part, name)
             if message is not True:
@@ -171,7 +171,7 @@ class K2Loader(io.ComfyNode):
 
 
 def _find_parts(model: str, text_encoder: str, vae: str) -> list[Path]:
-    """Where transformer, text encoder and VAE are, the last two by choice or by what fits."""
+    """Paths of transformer, text encoder and VAE; "auto" takes what fits the transformer."""
     transformer = model_files.find_model(TRANSFORMER, model)
     others = (
         find_fitting(part, transformer)

@@ -1,4 +1,4 @@
-"""Model files in ComfyUI's folders: what the loaders list, and where a name leads."""
+"""Model files in ComfyUI's folders: the lists of the loaders, and the paths of names."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from .file_kinds import Shapes, is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"
 
-# What the pack brings along.
+# Models that the pack contains.
 NANO = "krea2-nano (built in)"
 NANO_RAW = "krea2-nano Raw (built in)"
 BUILT_IN = {
@@ -47,7 +47,7 @@ COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "va
 _SUFFIXES = (".safetensors", ".sft")
 _GGUF = ".gguf"
 
-# What Inspect lists one by one; diffusers folders come beside them.
+# Folder keys of the files that Inspect lists, besides diffusers folders.
 _FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
 
 
@@ -59,8 +59,8 @@ def list_models(part: str) -> list[str]:
 def list_user_models(part: str) -> list[str]:
     """Names of the files and diffusers folders that may hold `part`.
 
-    Pickles, shards, and files whose header says that they are something else are left out. A file
-    that cannot be read stays in the list, since choosing it is how its owner learns why.
+    Pickles, shards, and files whose header is of another kind are left out. A file that cannot be
+    read stays in the list: choosing it shows why.
     """
     names: dict[str, None] = {}
     for key in _FOLDERS[part]:
@@ -74,7 +74,7 @@ def list_user_models(part: str) -> list[str]:
 def _places(key: str, name: str) -> Iterator[Path]:
     """The files of a name in all folders of a key, ComfyUI's choice first.
 
-    ComfyUI itself looks no further than the first, which may be a file of another kind.
+    ComfyUI itself takes the first, which may be a file of another kind.
     """
     first = folder_paths.get_full_path(key, name)
     if first:
@@ -99,9 +99,9 @@ def find_model(part: str, name: str) -> Path:
     for spelled in _spellings(name):
         places = [path for key in _FOLDERS[part] for path in _places(key, spelled)]
         if places:
-            # The one that the list has it for; where there is none, the first says why.
-            right = (path for path in places if part in kind_of(path).name)
-            return _checked(next(right, places[0]), part)
+            # The first of the right kind; where there is none, the first one's error says why.
+            fitting = (path for path in places if part in kind_of(path).name)
+            return _checked(next(fitting, places[0]), part)
         folder = _diffusers_folders().get(spelled.replace(os.sep, "/"))
         if folder:
             return _checked(folder, part)
@@ -113,7 +113,7 @@ def find_model(part: str, name: str) -> Path:
 
 
 def problem(find: Callable[..., Path], *arguments: str) -> bool | str:
-    """What `find(*arguments)` has against a name, for a node's validation; True where nothing."""
+    """The error that `find(*arguments)` raises, for a node's validation; True where none."""
     try:
         find(*arguments)
     except (ValueError, OSError) as error:
@@ -122,7 +122,7 @@ def problem(find: Callable[..., Path], *arguments: str) -> bool | str:
 
 
 def list_loras() -> list[str]:
-    """Names of the files of models/loras, whatever model they are for, then what is built in.
+    """Names of the files of models/loras, for any model, then what is built in.
 
     Pickles are left out.
     """
@@ -159,16 +159,16 @@ def list_everything() -> list[str]:
 
 
 def own_files() -> list[ModelFile]:
-    """What `list_everything` names, with its places."""
-    found = []
-    for listed in list_everything():
-        key, _, name = listed.partition("/")
+    """The files of `list_everything`, with their paths."""
+    files = []
+    for entry in list_everything():
+        key, _, name = entry.partition("/")
         try:
-            path = find_anything(listed)
+            path = find_anything(entry)
         except CheckpointError:
-            path = Path(listed)  # a link that leads nowhere: reading it tells
-        found.append(ModelFile(key, name, path))
-    return found
+            path = Path(entry)  # a broken link: reading it gives the error
+        files.append(ModelFile(key, name, path))
+    return files
 
 
 def find_anything(name: str) -> Path:
@@ -177,7 +177,7 @@ def find_anything(name: str) -> Path:
     key, _, rest = name.replace("\\", "/").partition("/")
     if key == "diffusers" and rest in _diffusers_folders():
         return _diffusers_folders()[rest]
-    # ComfyUI has keys for folders of other things too, such as custom_nodes.
+    # ComfyUI has keys for other folders too, such as custom_nodes.
     if key in _FILE_KEYS and rest:
         for spelled in _spellings(rest):
             if path := folder_paths.get_full_path(key, spelled):
@@ -189,15 +189,15 @@ def find_anything(name: str) -> Path:
 
 
 def fingerprint(*paths: Path) -> tuple:
-    """Another value where a file, or one in a folder, was replaced under its name.
+    """A value that changes when a file, or one in a folder, is replaced under its name.
 
-    ComfyUI keeps what a loader gave for as long as this stays the same.
+    ComfyUI caches a loader's outputs for as long as this stays the same.
     """
     return tuple((str(path), *map(stamp, _files_of(path))) for path in paths)
 
 
 def holds(path: Path, part: str) -> bool:
-    """Whether a file or a diffusers folder holds `part`, as far as headers tell. Never raises."""
+    """True if a file or a diffusers folder holds `part`, by its headers. Never raises."""
     if path.is_file():
         return part in kind_of(path).name
     try:
@@ -206,7 +206,7 @@ def holds(path: Path, part: str) -> bool:
         return False
     if len(files) == 1:
         return part in kind_of(files[0]).name
-    # What tells a part may lie in any of its shards.
+    # The tensors that identify a part may be in any of its shards.
     try:
         return part in identify(shapes_of_part(path, part))
     except (CheckpointError, OSError):
@@ -242,13 +242,13 @@ def _checked_lora(path: Path) -> Path:
 
 
 def _check_text(name: object) -> None:
-    """A program may post anything for a name."""
+    """Raise CheckpointError for a name that is no text: a program may post anything."""
     if not isinstance(name, str):
         raise CheckpointError(f"The file is {name!r}; expected a name from the list.")
 
 
 def _spellings(name: str) -> Iterable[str]:
-    """A name with the system's slashes, whichever machine its workflow was made on."""
+    """A name with either kind of slash, since its workflow may come from another system."""
     return dict.fromkeys((name, name.replace("\\", os.sep), name.replace("/", os.sep)))
 
 
@@ -258,7 +258,7 @@ def _may_hold(path: Path, part: str) -> bool:
     if "-of-0" in path.name and any(path.parent.glob("*.safetensors.index.json")):
         return False
     kind = kind_of(path)
-    # Choosing a file that cannot be read is how its owner learns why.
+    # Choosing a file that cannot be read shows why.
     return bool(kind.problem) or part in kind.name
 
 
@@ -266,8 +266,8 @@ def _gguf_files(key: str) -> list[str]:
     """GGUF files of a folder key by relative name; ComfyUI's own lists leave them out."""
     names = set()
     for root in folder_paths.get_folder_paths(key):
-        for found, _, files in walk(root):
-            relative = Path(found).relative_to(root)
+        for folder, _, files in walk(root):
+            relative = Path(folder).relative_to(root)
             names |= {str(relative / file) for file in files if file.lower().endswith(_GGUF)}
     return sorted(names)
 
@@ -276,11 +276,11 @@ def _diffusers_folders() -> dict[str, Path]:
     """Krea 2's diffusers folders by relative name."""
     folders: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths("diffusers"):
-        for found, children, files in walk(root):
+        for name, children, files in walk(root):
             if "model_index.json" not in files:
                 continue
             children.clear()
-            folder = Path(found)
+            folder = Path(name)
             if is_krea_folder(folder):
                 folders.setdefault(folder.relative_to(root).as_posix(), folder)
     return dict(sorted(folders.items()))
@@ -299,5 +299,5 @@ def _files_of(path: Path) -> list[Path]:
     """A file itself, or all files of a folder."""
     if path.is_file():
         return [path]
-    found = (Path(folder, name) for folder, _, names in walk(path) for name in names)
-    return sorted(file for file in found if file.exists())
+    files = (Path(folder, name) for folder, _, names in walk(path) for name in names)
+    return sorted(file for file in files if file.exists())

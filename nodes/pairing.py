@@ -11,8 +11,8 @@ from .model_files import shapes_of_part
 def find_fitting(part: str, model: Path) -> Path:
     """The `part` that belongs to the transformer `model`, for the choice "auto".
 
-    It is in the same file or folder, or else the first of the user's whose sizes fit; the built-in
-    model has its own. Raises CheckpointError where none does.
+    The one in the same file or folder, or else the first of the user's whose sizes fit; the
+    built-in model has its own. Raises CheckpointError where none does.
 
     Text encoders with a vision tower come first: without it Qwen3-VL-4B cannot be told from the
     Qwen3-4B that other models use, whose states mean nothing to Krea 2.
@@ -31,7 +31,7 @@ def find_fitting(part: str, model: Path) -> Path:
                 return path
             second_best = second_best or path
         except (CheckpointError, OSError):
-            # Lists show broken files too, for their owners to choose and learn why.
+            # Lists show broken files too.
             continue
     if second_best is not None:
         return second_best
@@ -43,10 +43,10 @@ def find_fitting(part: str, model: Path) -> Path:
 
 def check_pair(model: Path, encoder: Path) -> None:
     """Raise CheckpointError where a text encoder's width is not what the transformer needs."""
-    wanted, found = _text_width(model), _encoder_width(encoder)
-    if None not in (wanted, found) and wanted != found:
+    needed, actual = _text_width(model), _encoder_width(encoder)
+    if None not in (needed, actual) and needed != actual:
         raise CheckpointError(
-            f"{encoder.name} gives text of width {found}; {model.name} needs {wanted}. Use the "
+            f"{encoder.name} gives text of width {actual}; {model.name} needs {needed}. Use the "
             f"text encoder that belongs to it, for example {WHERE[TEXT_ENCODER]}."
         )
 

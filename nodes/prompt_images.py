@@ -126,26 +126,27 @@ class K2TextEncodeImages(io.ComfyNode):
         if not 32 <= max_side <= MAX_MAX_SIDE:
             raise ValueError(f"max_side is {max_side}; expected 32 to {MAX_MAX_SIDE}.")
         options = length_options(official_length, max_tokens)
-        given = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
-        seen = resize_all([batch for batch in given if batch is not None], max_side)
-        whole = zip(
-            seen, read_roles(roles, len(seen)), read_strengths(strengths, len(seen)), strict=True
+        batches = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
+        pixels = resize_all([batch for batch in batches if batch is not None], max_side)
+        count = len(pixels)
+        fields = zip(
+            pixels, read_roles(roles, count), read_strengths(strengths, count), strict=True
         )
-        placed = [PromptImage(*each) for each in whole]
-        kept = nonzero_images(placed)
-        if kept:
+        all_images = [PromptImage(*each) for each in fields]
+        used_images = nonzero_images(all_images)
+        if used_images:
             with advised(_REMEDY):
                 positive = encode_with_images(
-                    clip, prompt, kept, labels=labels, weighted=weights, **options
+                    clip, prompt, used_images, labels=labels, weighted=weights, **options
                 )
         else:
             positive = encode(clip, [prompt], weights, **options)
-        away = encode(clip, [negative], weights, **options)
-        tokens = [math.prod(grid_of(image.pixels)) for image in kept]
+        encoded_negative = encode(clip, [negative], weights, **options)
+        tokens = [math.prod(grid_of(image.pixels)) for image in used_images]
         lines = [prompt_report("prompt", positive, sum(tokens))]
-        lines += [image_report(n, image) for n, image in enumerate(placed, start=1)]
-        lines += [prompt_report("negative", away)] if negative else []
+        lines += [image_report(n, image) for n, image in enumerate(all_images, start=1)]
+        lines += [prompt_report("negative", encoded_negative)] if negative else []
         view = ExecutionBlocker(None)
-        if kept:
-            view = sheet([image.pixels for image in kept]).movedim(1, -1).contiguous().cpu()
-        return io.NodeOutput(positive, away, view, ui=ui.PreviewText("\n".join(lines)))
+        if used_images:
+            view = sheet([image.pixels for image in used_images]).movedim(1, -1).contiguous().cpu()
+        return io.NodeOutput(positive, encoded_negative, view, ui=ui.PreviewText("\n".join(lines)))

@@ -57,7 +57,7 @@ class K2TextEncode(io.ComfyNode):
 
 
 def length_options(official_length: bool, max_tokens: int) -> dict[str, int]:
-    """What the CLIP's tokenizer is told of the length of prompts."""
+    """Options of the CLIP's tokenizer for the length of prompts."""
     if not 0 <= max_tokens <= MAX_TOKENS:
         raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
     limits = [OFFICIAL_LENGTH] if official_length else []
@@ -67,7 +67,7 @@ def length_options(official_length: bool, max_tokens: int) -> dict[str, int]:
 
 
 def check_clip(clip) -> None:
-    """Refuse the empty CLIP of a checkpoint without a text encoder."""
+    """Raise ValueError for the empty CLIP of a checkpoint without a text encoder."""
     if clip is None:
         raise ValueError(
             "clip is empty: this checkpoint holds no text encoder. Connect Load Krea 2 Text "
@@ -76,7 +76,7 @@ def check_clip(clip) -> None:
 
 
 def encode(clip, prompts: list[str], weights: bool = True, **options):
-    """Conditioning of a prompt, or of one an image, in Krea 2's template.
+    """Conditioning of a prompt, or of one for each image, in Krea 2's template.
 
     weights: read `(word:1.3)` as weights. options go to the CLIP's tokenizer.
     """
@@ -86,5 +86,5 @@ def encode(clip, prompts: list[str], weights: bool = True, **options):
 
 
 def advised(remedy: str):
-    """A context in which the text encoder's running out of memory says what helps."""
+    """A context that adds a remedy to the text encoder's out-of-memory error."""
     return advise("The text encoder", remedy)

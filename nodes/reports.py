@@ -1,4 +1,4 @@
-"""What the nodes show after a run: tokens of a prompt, and the settings that were taken.
+"""Texts on the nodes after a run: tokens of a prompt, and the settings that were used.
 
 Lines stay under 40 characters, for which web/js/node_text.js need not widen a node.
 """
@@ -10,9 +10,9 @@ from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
 
 
 def prompt_report(name: str, conditioning, images: int = 0) -> str:
-    """How many tokens of a text were encoded, counted on the result of whichever CLIP it was.
+    """Number of encoded tokens of a text, counted on the CONDITIONING of any CLIP.
 
-    images: tokens of images among them, which `image_report` tells of.
+    images: tokens of images among them, for which there is `image_report`.
     """
     tokens = max(0, conditioning[0][0].shape[1] - SUFFIX_TOKENS - images)
     count = f"{name}: {tokens} token{'' if tokens == 1 else 's'} of {PROMPT_BUDGET}"
@@ -28,7 +28,7 @@ def image_report(number: int, image: PromptImage) -> str:
 
 
 def sampling_report(choice: str, settings: Preset, mu: float, sigmas, guided: bool = True) -> str:
-    """Preset, steps, shift, guidance and start; `choice` is what the preset input says."""
+    """Preset, steps, shift, guidance and start; `choice` is the value of the preset input."""
     name = settings.name if choice == settings.name else f"{choice}: {settings.name}"
     lines = [f"{name}, {settings.steps} steps, {shift_report(mu)}"]
     if guided:
@@ -48,36 +48,36 @@ def size_report(width: int, height: int, tokens: int, images: int = 1) -> str:
 
 
 def far_size_report(size: int) -> str:
-    """For an image of another size than a checkpoint knows, one side of which is `size`."""
+    """For an image of another size than the `size` x `size` a checkpoint was trained at."""
     return f"trained at {size} x {size} px:\nexpect repeated or broken shapes"
 
 
 def unused_negative_report(negative) -> str:
-    """For a negative at guidance 0, where nobody reads it; empty where it says nothing."""
+    """For a negative at guidance 0, where it has no effect; empty for the empty prompt."""
     if all(states.shape[1] <= SUFFIX_TOKENS for states, _ in negative):
         return ""
     return "not used: negative, at guidance 0\n(Krea 2 Negative (NAG) would)"
 
 
 def unknown_report(unknown: list[str]) -> str:
-    """For what has no effect on ComfyUI's own implementation of the model."""
+    """For features without effect on ComfyUI's own implementation of the model."""
     return "\n".join(
         [*(f"not used: {each}" for each in unknown), "(by ComfyUI's own implementation)"]
     )
 
 
 def reference_report(width: int, height: int, strength: float) -> str:
-    """One reference: its size as encoded and the tokens it adds to every step."""
+    """One reference: its encoded size, and the tokens it adds to each step."""
     tokens = image_tokens(width, height)
-    added = f"{tokens} tokens" if strength > 0 else "left out"
-    return f"reference: {width} x {height} px, {added}"
+    count = f"{tokens} tokens" if strength > 0 else "left out"
+    return f"reference: {width} x {height} px, {count}"
 
 
-def unused_report(settings: Preset, given: Preset, default: Preset) -> str:
-    """Which values of the node had no effect, though somebody set them; empty where none."""
+def unused_report(settings: Preset, inputs: Preset, default: Preset) -> str:
+    """Values of the inputs that were changed and had no effect; empty where there are none."""
     values = [
-        f"{field} {getattr(given, field):g}"
+        f"{field} {getattr(inputs, field):g}"
         for field in ("steps", "guidance")
-        if getattr(given, field) not in (getattr(settings, field), getattr(default, field))
+        if getattr(inputs, field) not in (getattr(settings, field), getattr(default, field))
     ]
     return f"not used: {', '.join(values)}\n(preset custom would)" if values else ""

@@ -1,4 +1,4 @@
-"""What a run of the sampler is made of: settings, schedule, start, noise, and the run itself."""
+"""The parts of a sampler run: settings, schedule, start, noise, and the run itself."""
 
 import logging
 
@@ -24,7 +24,7 @@ from .single_images import conditioning_of, latent_of, model_of
 logger = logging.getLogger(__name__)
 
 ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
-# An entry of a latent: its mask says how much of the run each cell takes part in.
+# An entry of a latent: its mask is soft, the share of the run in which each cell is painted.
 SOFT_MASK = "krea2_soft_mask"
 
 _MEMORY_REMEDY = (
@@ -43,12 +43,12 @@ def check_model(model) -> None:
 
 
 def has_other_negative(model) -> bool:
-    """Whether Krea 2 Negative (NAG) gives the model a negative."""
+    """True if Krea 2 Negative (NAG) gives the model a negative."""
     return NEGATIVE_GUIDANCE in model.model_options.get("transformer_options", {})
 
 
 def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
-    """The sampling settings of a choice in the preset input."""
+    """The sampling settings for a choice of the preset input."""
     known = getattr(model.model, "preset", None)
     if name == CUSTOM:
         mu = known.mu if known is not None else None
@@ -67,7 +67,7 @@ def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0)
 
 
 def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
-    """The exponent of the time shift for an image of so many tokens."""
+    """The exponent of the time shift for an image of `tokens` tokens."""
     if shift == FIXED:
         return mu
     if shift not in (AUTO, BY_SIZE):
@@ -78,9 +78,9 @@ def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
 
 
 def warn_of_size(model, samples) -> str:
-    """Say where an image is far from what the checkpoint is made for, in the log.
+    """Log a warning for an image far from the size that the checkpoint was trained at.
 
-    Returns what the node shows, empty where all is well.
+    Returns the text for the node, empty where all is well.
     """
     known = getattr(model.model, "preset", None)
     height, width = (8 * side for side in samples.shape[-2:])
@@ -89,13 +89,16 @@ def warn_of_size(model, samples) -> str:
     logger.warning(
         "%d x %d px is far from the %d x %d this checkpoint was trained at; expect repeated "
         "or broken shapes.",
-        width, height, known.size, known.size,
-    )  # fmt: skip
+        width,
+        height,
+        known.size,
+        known.size,
+    )
     return far_size_report(known.size)
 
 
 def _measures(samples) -> str:
-    """What a run makes, in words: "2 images of 1024 x 768 px"."""
+    """The images of a run, in words: "2 images of 1024 x 768 px"."""
     images, (rows, columns) = samples.shape[0], samples.shape[-2:]
     return f"{images} image{'s' * (images > 1)} of {8 * columns} x {8 * rows} px"
 
@@ -103,9 +106,9 @@ def _measures(samples) -> str:
 def schedule(
     settings: Preset, mu: float, denoise: float, sampler: str | None = None, start_sigma: float = 0
 ):
-    """The schedule as a tensor, with the step that some of ComfyUI's samplers need left out.
+    """The schedule as a tensor, without the step that some of ComfyUI's samplers discard.
 
-    start_sigma: where it starts, in place of denoise; 0 leaves that to denoise.
+    start_sigma: the first sigma, in place of denoise; 0 leaves that to denoise.
     """
     if start_sigma:
         denoise = unshift_time(start_sigma, mu)
@@ -118,7 +121,7 @@ def schedule(
 
 
 def latent_tokens(samples) -> int:
-    """Tokens of latents (..., h, w), two cells a side, the last ones padded."""
+    """Tokens of latents (..., h, w), 2 x 2 cells each, the last ones padded."""
     height, width = samples.shape[-2:]
     return -(-height // 2) * -(-width // 2)
 
@@ -129,7 +132,7 @@ def latent_report(samples) -> str:
 
 
 def shifted(model, mu: float):
-    """A clone of the model whose own schedule has this shift: percentages and samplers use it."""
+    """A clone of the model with this shift in the schedule that percentages and samplers use."""
 
     class Shifted(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
         pass
@@ -163,12 +166,12 @@ def noise_for(start, seed: int, latent, seeds: str = ONE_STREAM):
         return comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     if seeds != ONE_EACH:
         raise ValueError(f"seeds is {seeds!r}; expected {ONE_STREAM} or {ONE_EACH}.")
-    own = seeds_of(start, seed, latent)
-    return torch.cat([comfy.sample.prepare_noise(start[:1], one) for one in own])
+    seed_of_image = seeds_of(start, seed, latent)
+    return torch.cat([comfy.sample.prepare_noise(start[:1], one) for one in seed_of_image])
 
 
 def seeds_of(start, seed: int, latent) -> list[int]:
-    """The seed of each image of a batch: seed + i, or by the numbers that the latent has."""
+    """The seed of each image of a batch: seed + i, or by the latent's batch_index."""
     numbers = latent.get("batch_index")
     numbers = range(len(start)) if numbers is None else numbers
     # ComfyUI's seeds are 64 bits wide.
@@ -176,9 +179,11 @@ def seeds_of(start, seed: int, latent) -> list[int]:
 
 
 def with_samples(latent, samples):
-    """A latent with other samples, of which its hints for empty ones are no longer true."""
-    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
-    return {**kept, "samples": samples}
+    """A latent with other samples, without its hints for empty ones, which no longer hold."""
+    entries = {
+        key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")
+    }
+    return {**entries, "samples": samples}
 
 
 def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, **options):
@@ -188,7 +193,7 @@ def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, *
     """
     latent, seed, total = (options.pop(name) for name in ("latent", "seed", "total"))
     samples = []
-    for index, own in enumerate(seeds_of(start, seed, latent)):
+    for index, image_seed in enumerate(seeds_of(start, seed, latent)):
         one = slice(index, index + 1)
         samples.append(
             sample(
@@ -197,11 +202,11 @@ def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, *
                 conditioning_of(negative, index),
                 start[one],
                 noise[one],
-                sigmas.clone(),  # which is how a run is told from the one before
+                sigmas.clone(),  # another object for each run, which tells runs apart
                 guidance,
                 mu,
                 latent=latent_of(latent, index),
-                seed=own,
+                seed=image_seed,
                 total=total * len(start),
                 before=total * index,
                 **options,
@@ -229,7 +234,7 @@ def sample(
     """Latents (B, 16, 1, h, w) at the last of `sigmas`, from an image and noise at the first.
 
     guidance is in Krea's convention and needs a negative above 0; mu is the shift that other nodes
-    see. `total` steps are shown, `before` of which were done by others.
+    see. The progress shows `total` steps, `before` of which belong to earlier runs.
     """
     model = shifted(model, mu)
     mask = _noise_mask(latent, model)
@@ -262,14 +267,14 @@ def sample(
             denoise_mask=mask,
             callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            # ComfyUI's samplers add 1 to what they draw noise from, which the last seed has not.
+            # ComfyUI's samplers add 1 to the seed, which would overflow at the last one.
             seed=min(seed, MAX_SEED - 1),
         )
     return samples.to(comfy.model_management.intermediate_device())
 
 
 def check_mask(latent) -> None:
-    """Raise ValueError where a latent has a mask and none of its images anything painted."""
+    """Raise ValueError where a latent has a mask that is empty for all images."""
     mask = latent.get("noise_mask")
     if mask is not None and not without_noise(mask, ROUNDING).any():
         raise ValueError(
@@ -279,17 +284,17 @@ def check_mask(latent) -> None:
 
 
 def _noise_mask(latent, model):
-    """The latent's mask with an axis for frames, without which ComfyUI takes masks for frames."""
+    """The latent's mask with a frame axis, without which ComfyUI takes masks for frames."""
     mask = latent.get("noise_mask")
     if mask is None:
         return None
-    others = "denoise_mask_function" in model.model_options
-    mask = without_noise(mask, ROUNDING if others else NOISE)
+    has_function = "denoise_mask_function" in model.model_options
+    mask = without_noise(mask, ROUNDING if has_function else NOISE)
     return mask if mask.ndim > 4 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
 
 
 def _soft_mask(mu: float):
-    """What ComfyUI asks at each step for the mask of that step, from 0 (kept) to 1 (painted).
+    """A function from a step to its mask, from 0 (kept) to 1 (painted), as ComfyUI calls it.
 
     In time before the shift, so that a mask means what denoise does. Core's Differential Diffusion
     counts in sigma.

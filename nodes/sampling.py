@@ -97,8 +97,8 @@ class K2Sampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, steps=None, guidance=None, denoise=None, mu=None, start_sigma=None):
-        known = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
-        return verdict(cls, lambda: _check_settings(**known), **known, start_sigma=start_sigma)
+        values = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
+        return verdict(cls, lambda: _check_settings(**values), **values, start_sigma=start_sigma)
 
     @classmethod
     def execute(
@@ -124,10 +124,10 @@ class K2Sampler(io.ComfyNode):
         check_mask(latent)
         settings = preset_of(model, preset, steps, guidance)
         if settings.guidance > 0 and negative is None:
-            found = settings.name if preset == settings.name else f"{preset}: {settings.name}"
+            choice = settings.name if preset == settings.name else f"{preset}: {settings.name}"
             widget = "guidance 0" if preset == CUSTOM else "preset custom with guidance 0"
             raise ValueError(
-                f"Guidance is {settings.guidance} (preset {found}) but nothing is "
+                f"Guidance is {settings.guidance} (preset {choice}) but nothing is "
                 "connected to negative. Connect the negative output of Krea 2 Prompt (an empty "
                 f"text is fine), or choose {widget}."
             )
@@ -136,8 +136,8 @@ class K2Sampler(io.ComfyNode):
         exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
         sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
         noise = noise_for(start, seed, latent, seeds)
-        alone = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
-        samples = (sample_each if alone else sample)(
+        one_by_one = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
+        samples = (sample_each if one_by_one else sample)(
             model,
             positive,
             negative,
@@ -160,9 +160,9 @@ class K2Sampler(io.ComfyNode):
             report.append(unknown_report(unknown))
         if start_sigma and denoise != 1:
             report.append(f"not used: denoise {denoise:g}\n(start_sigma counts)")
-        given = Preset(CUSTOM, steps, guidance, None)
+        values = Preset(CUSTOM, steps, guidance, None)
         # The defaults of the inputs are Raw's.
-        if settings.name != CUSTOM and (unused := unused_report(settings, given, PRESETS["raw"])):
+        if settings.name != CUSTOM and (unused := unused_report(settings, values, PRESETS["raw"])):
             report.append(unused)
         return io.NodeOutput(with_samples(latent, samples), ui=ui.PreviewText("\n".join(report)))
 
@@ -194,8 +194,8 @@ class K2Sigmas(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, steps=None, denoise=None, mu=None, start_sigma=None):
-        known = {"steps": steps, "denoise": denoise, "mu": mu}
-        return verdict(cls, lambda: _check_settings(**known), **known, start_sigma=start_sigma)
+        values = {"steps": steps, "denoise": denoise, "mu": mu}
+        return verdict(cls, lambda: _check_settings(**values), **values, start_sigma=start_sigma)
 
     @classmethod
     def execute(

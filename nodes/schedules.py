@@ -1,4 +1,4 @@
-"""What changes along a run: how much guidance counts, and which checkpoint is at work."""
+"""Settings that change during a run: the guidance, and the checkpoint."""
 
 from dataclasses import replace
 
@@ -87,19 +87,19 @@ class K2GuidanceSchedule(io.ComfyNode):
 
         def predict(executor, x, timestep, model_options, seed):
             guider = executor.class_obj
-            whole = guider.cfg
+            cfg = guider.cfg
             sigma_at = guider.inner_model.model_sampling.percent_to_sigma
             now = schedule
             if start > end:
                 first, last = (fraction_at(sigma, sigma_at) for sigma in (start, end))
                 now = replace(schedule, start=first, end=last)
-            # At cfg 1 ComfyUI does without the negative.
+            # At cfg 1 ComfyUI skips the negative.
             factor = now.factor(timestep.flatten()[0].item(), sigma_at)
-            guider.cfg = 1.0 + (whole - 1.0) * factor
+            guider.cfg = 1.0 + (cfg - 1.0) * factor
             try:
                 return executor(x, timestep, model_options, seed)
             finally:
-                guider.cfg = whole
+                guider.cfg = cfg
 
         def rescale_velocity(args):
             x, sigma = args["input"], args["sigma"].flatten()[0]
@@ -113,8 +113,8 @@ class K2GuidanceSchedule(io.ComfyNode):
             model.add_wrapper_with_key(kind, "krea2_guidance", predict)
         if rescale:
             model.set_model_sampler_post_cfg_function(rescale_velocity)
-        shown = ui.PreviewText("\n".join(report)) if report else None
-        return io.NodeOutput(model, ui=shown)
+        preview = ui.PreviewText("\n".join(report)) if report else None
+        return io.NodeOutput(model, ui=preview)
 
 
 class K2TwoStage(io.ComfyNode):
@@ -181,7 +181,7 @@ class K2TwoStage(io.ComfyNode):
         guidance=-1.0,
     ):
         check_limits(cls, turbo_last=turbo_last, seed=seed, raw_steps=raw_steps, guidance=guidance)
-        first, second = _known(raw, "raw"), _known(turbo, "turbo")
+        first, second = _preset(raw, "raw"), _preset(turbo, "turbo")
         if "noise_mask" in latent:
             raise ValueError(
                 "The latent has a mask, which two stages cannot keep. Connect an empty latent, or "
@@ -190,46 +190,54 @@ class K2TwoStage(io.ComfyNode):
         start = start_of(raw, latent)
         far = warn_of_size(raw, start)
         tokens = latent_tokens(start)
-        mus = [shift_mu(tokens) if known.mu is None else known.mu for known in (first, second)]
-        begun, finished = two_stage_sigmas(
+        mus = [shift_mu(tokens) if preset.mu is None else preset.mu for preset in (first, second)]
+        raw_sigmas, turbo_sigmas = two_stage_sigmas(
             raw_steps or first.steps, mus[0], second.steps, mus[1], turbo_last
         )
-        total = len(begun) + len(finished) - 2
+        total = len(raw_sigmas) + len(turbo_sigmas) - 2
         guidance = first.guidance if guidance < 0 else guidance
         noise = noise_for(start, seed, latent)
         common = {"latent": latent, "seed": seed, "total": total}
         middle = sample(
-            raw, positive, negative, start, noise, torch.tensor(begun), guidance, mus[0], **common
+            raw,
+            positive,
+            negative,
+            start,
+            noise,
+            torch.tensor(raw_sigmas),
+            guidance,
+            mus[0],
+            **common,
         )
-        # No new noise: what Raw left in the latents is what Turbo takes out.
-        done = sample(
+        # No new noise: Turbo removes what Raw left in the latents.
+        samples = sample(
             turbo,
             positive,
             None,
             middle,
             torch.zeros_like(noise),
-            torch.tensor(finished),
+            torch.tensor(turbo_sigmas),
             0.0,
             mus[1],
-            before=len(begun) - 1,
+            before=len(raw_sigmas) - 1,
             **common,
         )
-        return io.NodeOutput(with_samples(latent, done), ui=ui.PreviewText(far) if far else None)
+        return io.NodeOutput(with_samples(latent, samples), ui=ui.PreviewText(far) if far else None)
 
 
 def _schedule(start: float, end: float, ramp: str = "constant", rescale: float = 0.0):
     """The settings of Krea 2 Guidance Schedule.
 
-    Its first workflows hold sigmas, which fall where parts of a schedule rise: their window is set
-    when the schedule is known.
+    Its first workflows hold sigmas, which fall while the schedule's time rises: their window is
+    converted when the schedule is known.
     """
     if 1 >= start > end >= 0:
         start, end = 0.0, 1.0
     return GuidanceSchedule(start, end, ramp, rescale)
 
 
-def _known(model, name: str):
-    """The settings of a checkpoint that has to be `name`, or does not say what it is."""
+def _preset(model, name: str):
+    """The preset of a checkpoint, which has to be `name` or unknown."""
     check_model(model)
     preset = getattr(model.model, "preset", None) or PRESETS[name]
     if preset.name != name:

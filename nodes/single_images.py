@@ -1,16 +1,16 @@
 """The images of a batch sampled one by one, each with its own seed, text, references and mask.
 
-Many of ComfyUI's samplers draw noise as they go, from one seed and in the shape of the batch, and
-one chooses its steps by the whole batch. An image then depends on those beside it. Sampled alone it
-is the one that its seed makes alone, with every sampler that there is or will be.
+Many of ComfyUI's samplers draw noise during the run, from one seed and in the shape of the batch,
+and one chooses its steps by the whole batch. An image then depends on the others. Sampled alone it
+is the image that its seed gives alone, with every sampler.
 """
 
 import torch
 
 from .managed.conditions import NEGATIVE_GUIDANCE
 
-# Samplers that neither draw noise nor look at the batch as a whole: their images go together. What
-# is not known here, of other packs or later versions, goes one by one.
+# Samplers that neither draw noise nor read the batch as a whole: their images are sampled together.
+# Unknown ones, of other packs or later versions, are sampled one by one.
 SIDE_BY_SIDE = frozenset({
     "euler", "euler_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "lms", "dpm_fast",
     "dpmpp_2m", "dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep",
@@ -20,10 +20,10 @@ SIDE_BY_SIDE = frozenset({
 
 
 def row(value, index: int):
-    """Of a tensor (B, ...), or of each of a list of them, the row that an image of a batch gets.
+    """The row of a tensor (B, ...), or of each of a list of them, for one image of a batch.
 
-    As ComfyUI spreads rows over a batch: from the first again where there are fewer. What has no
-    rows, or one for all, stays as it is.
+    As ComfyUI repeats rows over a batch, from the first where there are fewer. Values without rows,
+    or with one for all, stay unchanged.
     """
     if isinstance(value, torch.Tensor):
         if value.ndim < 2 or len(value) < 2:
@@ -46,7 +46,7 @@ def conditioning_of(conditioning, index: int):
 
 
 def latent_of(latent: dict, index: int) -> dict:
-    """The entries of a latent as one image of it needs them: its mask."""
+    """A latent with the mask of one image."""
     mask = latent.get("noise_mask")
     if mask is None or mask.ndim < 3:
         return latent
@@ -54,12 +54,12 @@ def latent_of(latent: dict, index: int) -> dict:
 
 
 def model_of(model, index: int):
-    """The model for one image: its row of a negative that stands in for guidance."""
+    """The model for one image, with its row of the negative of NAG."""
     chosen = model.model_options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
     if chosen is None or len(chosen[1]) < 2:
         return model
     settings, *negative = chosen
     model = model.clone()
-    (mine,) = conditioning_of([negative], index)
-    model.model_options["transformer_options"][NEGATIVE_GUIDANCE] = (settings, *mine)
+    (image_negative,) = conditioning_of([negative], index)
+    model.model_options["transformer_options"][NEGATIVE_GUIDANCE] = (settings, *image_negative)
     return model

@@ -1,4 +1,4 @@
-"""What makes sampling faster and is not on by itself."""
+"""Optional speed-ups: compilation, CUDA graphs, step skipping, and attention in 8 bits."""
 
 import comfy.ldm.modules.attention
 import comfy.patcher_extension
@@ -48,7 +48,7 @@ class K2Compile(io.ComfyNode):
         check_model(model)
         if mode not in (COMPILE, BOTH, GRAPH):
             raise ValueError(f"mode is {mode!r}; expected one of {COMPILE}, {BOTH}, {GRAPH}.")
-        # Both keep the weights they were made with, which dynamic VRAM moves about.
+        # Both hold on to the weights' addresses, which dynamic VRAM changes.
         compiled = model.clone(disable_dynamic=True)
         if mode != COMPILE:
             if compiled.load_device.type != "cuda":
@@ -63,7 +63,7 @@ class K2Compile(io.ComfyNode):
         set_torch_compile_wrapper(
             compiled,
             backend="inductor",
-            # One graph serves all blocks and every number of tokens.
+            # One graph for all blocks and every number of tokens.
             keys=[f"diffusion_model.blocks.{index}" for index in range(count)],
             dynamic=True,
             options={"guard_filter_fn": _without_options},
@@ -127,7 +127,7 @@ class K2Approximate(io.ComfyNode):
             model.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.PREDICT_NOISE,
                 "krea2_forecast",
-                _LeavesOutSteps(EVERY[evaluate]),
+                _SkipsSteps(EVERY[evaluate]),
             )
         if attention == SAGE:
             options = model.model_options["transformer_options"]
@@ -135,8 +135,8 @@ class K2Approximate(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-class _LeavesOutSteps:
-    """Around a guider's prediction of the image, which guidance is part of already."""
+class _SkipsSteps:
+    """A wrapper of the guider's prediction, guidance included, that skips steps."""
 
     _extrapolation: VelocityExtrapolation  # set with _sigmas, at the first step of a run
 
@@ -147,7 +147,7 @@ class _LeavesOutSteps:
 
     def __call__(self, executor, x, timestep, model_options, seed):
         sigmas = model_options["transformer_options"]["sample_sigmas"]
-        if sigmas is not self._sigmas:  # another run
+        if sigmas is not self._sigmas:  # a new run
             self._sigmas = sigmas
             self._steps = {time: step for step, time in enumerate(sigmas.float().tolist())}
             self._extrapolation = VelocityExtrapolation(len(sigmas) - 1, self._every)
@@ -162,7 +162,7 @@ class _LeavesOutSteps:
 
 
 def _sage_attention():
-    """ComfyUI's attention by SageAttention, as an override of whatever it would use."""
+    """ComfyUI's SageAttention as an attention override."""
     module = comfy.ldm.modules.attention
     if not module.SAGE_ATTENTION_IS_AVAILABLE:
         raise ValueError(
@@ -174,5 +174,5 @@ def _sage_attention():
 
 
 def _without_options(guards):
-    """Options of a run, such as which block it is, are no reason to compile again."""
+    """Guards without those on a run's options, such as the block index: no reason to recompile."""
     return ["options" not in guard.name for guard in guards]

@@ -16,7 +16,7 @@ from .prompts import advised, check_clip, encode
 from .reports import prompt_report
 
 PROMPT, REFERENCES, BOTH = "prompt", "references", "prompt and references"
-# Way of the style, labels, suppression. The LoRAs were trained with both ways and with labels.
+# Path of the images, labels, suppression. The LoRAs were trained with both paths and labels.
 PRESETS = {
     "style-reference LoRA": (BOTH, True, 0.0),
     "no LoRA": (PROMPT, False, 1.0),
@@ -165,15 +165,15 @@ class K2StyleMix(io.ComfyNode):
             raise ValueError(f"through is {through!r}; expected {PROMPT}, {REFERENCES} or {BOTH}.")
         if not 0 <= strength <= MAX_STRENGTH:
             raise ValueError(f"strength is {strength}; expected 0 (off) to {MAX_STRENGTH:g}.")
-        given = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
-        styles = pictures([batch for batch in given if batch is not None])
+        batches = [images.get(f"image_{number}") for number in range(1, MAX_IMAGES + 1)]
+        styles = pictures([batch for batch in batches if batch is not None])
         if not 1 <= len(styles) <= MAX_IMAGES:
             raise ValueError(
                 f"There are {len(styles)} style images; expected 1 to {MAX_IMAGES}. Connect "
                 "image_1, or take some out."
             )
         parts = shares_of(read_strengths(shares, len(styles)))
-        # Who has no share is not looked at.
+        # Images without a share are not encoded.
         styles = [style for style, part in zip(styles, parts, strict=True) if part]
         parts = [part for part in parts if part]
         if through != PROMPT and strength > 0 and vae is None:
@@ -196,17 +196,18 @@ class K2StyleMix(io.ComfyNode):
                     labels=labels,
                     weighted=weights,
                 )
-        away = encode(clip, [negative], weights)
+        encoded_negative = encode(clip, [negative], weights)
         if through != PROMPT and strength > 0:
             for latent, part in zip(_latents(vae, styles, megapixels), parts, strict=True):
-                # All at one place, with strengths that add up: two equal images are one.
+                # All at one index, with strengths that add up: two equal images count as one.
                 settings = ReferenceSettings(index=1, strength=strength * part)
-                positive, away = (
-                    add_references(text, [latent], settings, TIME_ZERO) for text in (positive, away)
+                positive, encoded_negative = (
+                    add_references(text, [latent], settings, TIME_ZERO)
+                    for text in (positive, encoded_negative)
                 )
         report = [prompt_report("prompt", plain)]
         report += [f"style {n}: {part:.0%}" for n, part in enumerate(parts, 1)]
-        return io.NodeOutput(positive, away, ui=ui.PreviewText("\n".join(report)))
+        return io.NodeOutput(positive, encoded_negative, ui=ui.PreviewText("\n".join(report)))
 
 
 def _latents(vae, styles, megapixels: float):

@@ -1,1 +1,1 @@
-"""What ComfyUI manages: MODEL, CLIP and VAE built from our implementation."""
+"""MODEL, CLIP and VAE under ComfyUI's model management, built from our implementation."""

@@ -36,18 +36,18 @@ def check_weights(module, tensors: dict, path: Path, what: str):
     settings_of = layer_settings(tensors)
     check_quantised(tensors, settings_of, path.name)
     quantisation = comfy.utils.detect_layer_quantization(tensors, "")
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights = tensors
     if quantisation is not None:
         weights = {n: t for n, t in tensors.items() if not n.endswith(SUFFIXES)}
         _check_formats(module, settings_of, tensors, path)
         for layer, settings in settings_of.items():
             name = f"{layer}.weight"
-            if name in wanted and name in weights:
+            if name in expected and name in weights:
                 form = str(settings.get("format"))
-                wanted[name] = _stored_shape(wanted[name], weights[name], form)
+                expected[name] = _stored_shape(expected[name], weights[name], form)
     quantised = {f"{layer}.weight" for layer in settings_of}
-    check_tensors(wanted, weights, path, what, quantised)
+    check_tensors(expected, weights, path, what, quantised)
     return quantisation
 
 
@@ -63,7 +63,7 @@ def check_format(form: str, what: str) -> None:
 def _check_formats(module, settings_of: dict[str, dict], tensors: dict, path: Path) -> None:
     """Refuse what this ComfyUI has no layers for: older ones have fewer (0.26 none for int8).
 
-    Of embeddings and smoothing ComfyUI would not complain, and the layer give other numbers.
+    For embeddings and smoothing ComfyUI would not complain: the layer would give other numbers.
     """
     embeddings = {n for n, part in module.named_modules() if isinstance(part, torch.nn.Embedding)}
     for layer, settings in settings_of.items():
@@ -91,7 +91,7 @@ def _is_read_by_rows(form: str) -> bool:
 
 
 def _stored_shape(shape: tuple[int, int], stored, form: str) -> tuple[int, int]:
-    """How a matrix of a shape is stored in a format; padding is optional."""
+    """The stored shape of a matrix in a format; padding is optional."""
     packed, tile = _VALUES_A_BYTE.get(form, 1), _PADDED_TO.get(form, 1)
     padded = tuple(-(-side // tile) * tile for side in shape)
     choices = [(rows, columns // packed) for rows, columns in (shape, padded)]

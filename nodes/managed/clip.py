@@ -22,16 +22,16 @@ from .text_model import Krea2TextModel, encoder_layers, joined_rows, rows_of
 from .tokenizer import NAME, Krea2ClipTokenizer
 from .vision import LazyVision
 
-# Prompts whose encodings are remembered, in main memory: 100 tokens take 12 MB, eight images of
+# Limits of cached encodings, in main memory: 100 tokens take 12 MB, eight images of
 # 384 px 140.
 KEPT_ENCODINGS, KEPT_BYTES = 32, 512 * 1024**2
 
 
 class Krea2CLIP(comfy.sd.CLIP):
-    """A CLIP that remembers its last encodings, a row each, by tokens and patches.
+    """A CLIP that caches its last encodings, a row each, by tokens and patches.
 
-    The negative of a prompt that is being worked on is asked for again and again, and without the
-    encoder there is nothing to load for it. Of a batch each different row is encoded once.
+    While a prompt is edited its negative stays the same: from the cache it needs no encoder to be
+    loaded. Equal rows of a batch are encoded once.
     """
 
     def clone(self, *args, **kwargs):
@@ -44,7 +44,7 @@ class Krea2CLIP(comfy.sd.CLIP):
             return super().load_model(tokens)
         model, device = self.cond_stage_model, self.patcher.load_device
         needed = model.memory_estimation_function(tokens, device)
-        # Together: what is loaded alone may push out the other.
+        # Together: a part loaded alone may push out the other.
         parts = [self.patcher, model.vision.load(self.patcher)]
         comfy.model_management.load_models_gpu(parts, memory_required=needed)
         return self.patcher
@@ -55,11 +55,14 @@ class Krea2CLIP(comfy.sd.CLIP):
             return super().encode_from_tokens(tokens, return_pooled, return_dict)
         encodings = self.cond_stage_model.encodings
         rows = {key: encodings[key] for key in keys if key in encodings}
-        missing = {key: row for key, row in zip(keys, tokens[NAME], strict=True) if key not in rows}
-        if missing:
-            asked = {**tokens, NAME: list(missing.values())}
-            made = super().encode_from_tokens(asked, return_dict=True)
-            rows |= zip(missing, rows_of(made["cond"], made.get("attention_mask")), strict=True)
+        uncached = {
+            key: row for key, row in zip(keys, tokens[NAME], strict=True) if key not in rows
+        }
+        if uncached:
+            remaining = {**tokens, NAME: list(uncached.values())}
+            result = super().encode_from_tokens(remaining, return_dict=True)
+            encoded = rows_of(result["cond"], result.get("attention_mask"))
+            rows |= zip(uncached, encoded, strict=True)
         states, mask = joined_rows([rows[key] for key in keys])
         self._remember(rows)
         if not return_dict:
@@ -68,7 +71,7 @@ class Krea2CLIP(comfy.sd.CLIP):
         return {"cond": states, "pooled_output": None, **extra}
 
     def _remember(self, rows: dict[tuple, torch.Tensor]) -> None:
-        """Keep a call's rows, and of all the last ones that fit."""
+        """Cache a call's rows, and evict the oldest beyond the limits."""
         encodings = self.cond_stage_model.encodings
         for key, states in rows.items():
             if key not in encodings and states.nbytes <= KEPT_BYTES:
@@ -81,10 +84,10 @@ class Krea2CLIP(comfy.sd.CLIP):
             encodings.popitem(last=False)
 
     def write(self, tokens, sampling: Sampling, max_tokens: int, seed: int = 0):
-        """Yield the token ids that follow a text's; the cue for progress is each of them.
+        """Yield the token ids that follow a text's.
 
-        Raises CheckpointError where the file lacks what only writing needs, and ComfyUI's
-        exception where the run was interrupted.
+        Raises CheckpointError where the file lacks the language tail, and ComfyUI's exception where
+        the run was interrupted.
         """
         rows = tokens.get(NAME, ())
         if len(rows) != 1:
@@ -94,7 +97,7 @@ class Krea2CLIP(comfy.sd.CLIP):
         parts = [self.patcher, model.tail.load(self.patcher)]
         if has_images(rows):
             parts.append(model.vision.load(self.patcher))
-        # Together: what is loaded alone may push out the other.
+        # Together: a part loaded alone may push out the other.
         needed = model.memory_estimation_function(tokens, device)
         needed += model.writing_memory(row_length(row) + min(max_tokens, 1024))
         comfy.model_management.load_models_gpu(parts, memory_required=needed)
@@ -140,7 +143,7 @@ class Krea2CLIP(comfy.sd.CLIP):
         return written
 
     def state_dict_for_saving(self):
-        """With what only writing and seeing need where the file has it: what is saved is whole."""
+        """With the language tail and the vision tower, where the file has them."""
         state, model = super().state_dict_for_saving(), self.cond_stage_model
         for part, prefix in ((model.tail, "model."), (model.vision, "visual.")):
             try:
@@ -151,10 +154,7 @@ class Krea2CLIP(comfy.sd.CLIP):
         return state
 
     def _keys(self, tokens):
-        """What the encoding of each row depends on.
-
-        None where it may change with time, or by other packs.
-        """
+        """Cache keys of the rows; None where an encoding may change with time or by other packs."""
         if self.patcher.forced_hooks is not None or self.apply_hooks_to_conds is not None:
             return None
         if self.cond_stage_model.is_changed:
@@ -177,13 +177,13 @@ def load_clip(
     state = read_text_encoder(checkpoint)
     bare = Qwen3VLTextEncoder(state.config, device="meta")
     quantisation = check_weights(bare, state.tensors, checkpoint.path, TEXT_ENCODER)
-    # Of a norm: embeddings and matrices may be in 8 bits, which is no dtype for the rest.
+    # A norm's dtype: embeddings and matrices may be in 8 bits, which is no dtype for the rest.
     stored = state.tensors["layers.0.input_layernorm.weight"].dtype
     options: dict[str, Any] = {"dtype": dtype or stored}
     if quantisation is not None:
         options["quantization_metadata"] = quantisation
-    blocks = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
-    if blocks:
+    has_gguf = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
+    if has_gguf:
         options["custom_operations"] = GGUFOperations
     target = comfy.supported_models_base.ClipTarget(Krea2ClipTokenizer, Krea2TextModel)
     target.params["config"] = state.config
@@ -192,9 +192,9 @@ def load_clip(
         parameters=sum(weight.numel() for weight in bare.parameters()),
         state_dict=[{name: wrap(t, torch.float32) for name, t in state.tensors.items()}],
         model_options=options,
-        disable_dynamic=disable_dynamic or blocks,
+        disable_dynamic=disable_dynamic or has_gguf,
     )
-    if blocks:
+    if has_gguf:
         clip.patcher.__class__ = type("BlockPatcher", (GGUFPatcher, type(clip.patcher)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     clip.cond_stage_model.tail = LazyTail(path, dtype, encoder_layers)

@@ -1,7 +1,7 @@
 """MODEL by ComfyUI's own implementation of Krea 2, from every file that ours is loaded from.
 
-For packs that need more of core's model than ours gives them (`contract`). What only ours knows has
-no effect there: `unknown_to` names it.
+For packs that need more of core's model than ours gives them (`contract`). Features of ours have no
+effect there: `unknown_to` names them.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from .conditions import TOKEN_WEIGHTS
 from .gguf import GGUFPatcher
 from .references import CACHED, SETTINGS
 
-# Of text fusion's two kinds of blocks, core builds so many each.
+# Number of blocks that core builds of each of text fusion's two kinds.
 _FUSION_BLOCKS = 2
 
 
@@ -78,29 +78,29 @@ def _mlp_width(width: int, multiplier: int) -> int:
     return -(-int(2 * width / 3) * multiplier // 128) * 128
 
 
-def core_patcher_class(load_device, disable_dynamic: bool, blocks: bool):
+def core_patcher_class(load_device, disable_dynamic: bool, is_gguf: bool):
     base = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic or blocks or comfy.model_management.is_device_cpu(load_device):
+    if disable_dynamic or is_gguf or comfy.model_management.is_device_cpu(load_device):
         base = comfy.model_patcher.ModelPatcher
-    return type("BlockPatcher", (GGUFPatcher, base), {}) if blocks else base
+    return type("BlockPatcher", (GGUFPatcher, base), {}) if is_gguf else base
 
 
 def is_core(model) -> bool:
-    """Whether a MODEL of Krea 2 runs ComfyUI's own implementation."""
+    """True if a MODEL of Krea 2 runs ComfyUI's own implementation."""
     return not isinstance(model.model.diffusion_model, Krea2Transformer)
 
 
 def unknown_to(model, *conditionings) -> list[str]:
-    """What of conditionings has no effect on a MODEL, in words; nothing on ours."""
+    """Names of the features in conditionings that have no effect on a MODEL; none on ours."""
     if not is_core(model):
         return []
     extras = [extra for conditioning in conditionings for _, extra in conditioning or ()]
-    found = []
+    features = []
     if any(TOKEN_WEIGHTS in extra for extra in extras):
-        found.append("weights in the prompt")
+        features.append("weights in the prompt")
     settings = [each for extra in extras for each in extra.get(SETTINGS, ())]
     if any((each.strength, each.start, each.end) != (1.0, 0.0, 1.0) for each in settings):
-        found.append("strength, start and end of references")
+        features.append("strength, start and end of references")
     if any(extra.get(CACHED) for extra in extras):
-        found.append("references kept apart")
-    return found
+        features.append("references kept apart")
+    return features

@@ -1,4 +1,4 @@
-"""What a MODEL, a CLIP and this ComfyUI are, as lines of text for the self-check."""
+"""Descriptions of a MODEL, a CLIP and this ComfyUI, as lines of text for the self-check."""
 
 import inspect
 import sys
@@ -77,7 +77,7 @@ def accelerations(report: Report) -> Iterable[str]:
 
 
 def capabilities(report: Report) -> Iterable[str]:
-    """What this ComfyUI can do that older ones cannot."""
+    """Features of this ComfyUI that older ones lack."""
     kernels = getattr(comfy.quant_ops, "ck", None)
     known = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
     for name in _FORMATS:
@@ -92,7 +92,7 @@ def capabilities(report: Report) -> Iterable[str]:
 
 
 def replaced() -> Iterable[str]:
-    """Functions of ComfyUI's that custom nodes have put their own in place of."""
+    """Functions of ComfyUI that custom nodes have replaced."""
     roots = [Path(root) for root in folder_paths.get_folder_paths("custom_nodes")]
     count = 0
     for module_name, module in sorted(sys.modules.items()):
@@ -111,15 +111,15 @@ def replaced() -> Iterable[str]:
 
 
 def model(patcher) -> Iterable[str]:
-    """What a MODEL is, how it is held, and what patches it carries."""
+    """The kind of a MODEL, its storage, and its patches."""
     inner = patcher.model
     yield f"kind: {type(inner).__module__.rpartition('.')[2]}.{type(inner).__name__}"
     if preset := getattr(inner, "preset", None):
         mu = "by size" if preset.mu is None else preset.mu
         yield f"settings: {preset.steps} steps, guidance {preset.guidance}, mu {mu}"
     yield f"calculates in: {_name(inner.get_dtype_inference())}"
-    yield from _held(patcher)
-    yield f"weights: {_forms(inner.diffusion_model)}"
+    yield from _memory(patcher)
+    yield f"weights: {_formats(inner.diffusion_model)}"
     yield f"LoRAs and merges: {_weight_patches(patcher)}"
     options = patcher.model_options.get(_OPTIONS, {})
     compiled = patcher.model_options.get("torch_compile_kwargs")
@@ -130,15 +130,15 @@ def model(patcher) -> Iterable[str]:
 
 
 def clip(encoder) -> Iterable[str]:
-    """What a CLIP is, how it is held, and what patches it carries."""
+    """The kind of a CLIP, its storage, and its patches."""
     inner = encoder.cond_stage_model
     yield f"kind: {type(inner).__module__.rpartition('.')[2]}.{type(inner).__name__}"
-    yield from _held(encoder.patcher)
-    yield f"weights: {_forms(inner)}"
+    yield from _memory(encoder.patcher)
+    yield f"weights: {_formats(inner)}"
     yield f"LoRAs and merges: {_weight_patches(encoder.patcher)}"
 
 
-def _held(patcher) -> Iterable[str]:
+def _memory(patcher) -> Iterable[str]:
     dynamic = getattr(patcher, "is_dynamic", bool)()
     yield (
         f"memory: {size_text(patcher.model_size())}, {size_text(int(patcher.loaded_size()))} of it "
@@ -146,13 +146,13 @@ def _held(patcher) -> Iterable[str]:
     )
 
 
-def _forms(module) -> str:
-    """How matrices are stored, the commonest form first."""
-    forms = Counter(_form(w) for w in module.parameters() if w.ndim > 1)
-    return ", ".join(f"{count} x {form}" for form, count in forms.most_common())
+def _formats(module) -> str:
+    """Storage formats of the matrices, the most frequent first."""
+    formats = Counter(_format(w) for w in module.parameters() if w.ndim > 1)
+    return ", ".join(f"{count} x {name}" for name, count in formats.most_common())
 
 
-def _form(weight) -> str:
+def _format(weight) -> str:
     layout = getattr(weight, "_layout_cls", None)
     if layout is None:
         return _name(weight.dtype)

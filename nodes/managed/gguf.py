@@ -1,8 +1,8 @@
-"""GGUF weights under ComfyUI's management: blocks in memory and on the device, numbers on use.
+"""GGUF weights under ComfyUI's management: quantised in memory, dequantised on use.
 
 A weight is one of ComfyUI's quantised tensors with a layout of our own, so offloading, pinning and
-moving treat it like any other. Blocks cannot be made anew from changed numbers, so patches (LoRA,
-merges) are never baked in: they are added each time a layer is used.
+moving treat it like any other. Changed weights cannot be quantised again, so patches (LoRA, merges)
+are never baked in: they are added each time a layer is used.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ...krea2_model.checkpoints.gguf import GGUFTensor, dequantise
 
 LAYOUT = "Krea2GGUFLayout"
 
-# What blocks take on their way to numbers, the numbers included, in the format that takes most.
+# Bytes that dequantising takes for each value, the result included, in the largest format.
 BYTES_A_VALUE = 10
 
 
@@ -45,7 +45,7 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata, params):
-        # Saved as numbers: other programs read those.
+        # Saved dequantised, as other programs expect.
         return {"": cls.dequantize(qdata, params)}
 
 
@@ -53,7 +53,7 @@ register_layout_class(LAYOUT, GGUFLayout)
 
 
 def wrap(tensor, dtype: torch.dtype):
-    """A GGUFTensor as ComfyUI's quantised tensor, which gives numbers in `dtype`; others as is."""
+    """A GGUFTensor as ComfyUI's quantised tensor, dequantised to `dtype`; others unchanged."""
     if not isinstance(tensor, GGUFTensor):
         return tensor
     params = GGUFLayout.Params(None, dtype, tensor.shape, tensor.format)
@@ -65,7 +65,7 @@ def is_gguf(weight) -> bool:
 
 
 class GGUFOperations(comfy.ops.manual_cast):
-    """Layers whose weights may be blocks; those of plain numbers behave as usual."""
+    """Layers whose weights may be in GGUF formats; other weights behave as usual."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         def forward_comfy_cast_weights(self, input):
@@ -85,10 +85,10 @@ class GGUFOperations(comfy.ops.manual_cast):
                 return super().forward(tokens, out_dtype=out_dtype)
             params = self.weight._params
             if len(self.weight._qdata) != params.orig_shape[0]:
-                # Stored in rows of another length: a token's is in no row of its own.
+                # Stored in rows of another length, which do not match tokens.
                 values = self.weight.dequantize()[tokens.to(self.weight.device)]
                 return values.to(tokens.device, out_dtype or params.orig_dtype)
-            # Only the rows that are looked up.
+            # Dequantise only the rows that are looked up.
             rows = self.weight._qdata[tokens.to(self.weight.device).flatten()]
             shape = (*tokens.shape, params.orig_shape[1])
             dtype = out_dtype or params.orig_dtype
@@ -96,11 +96,11 @@ class GGUFOperations(comfy.ops.manual_cast):
 
 
 class GGUFPatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher that adds patches to a block weight on use, also where it is loaded whole."""
+    """A patcher that adds patches to a GGUF weight on use, even where the model is fully loaded."""
 
     def load(self, *args, **kwargs):
         super().load(*args, **kwargs)
-        # Afterwards, since loading takes away the patches of layers that were there already.
+        # Afterwards, since loading removes the patches of layers that were loaded already.
         for key in self.patches:
             layer = self._gguf_layer(key)
             if layer is not None and not any(is_patch(f) for f in layer.weight_function):
@@ -131,5 +131,5 @@ def is_patch(function) -> bool:
 
 
 def plain(tensor):
-    """Blocks as numbers, for saving; others as they are."""
+    """A GGUF weight dequantised, for saving; others unchanged."""
     return tensor.dequantize() if is_gguf(tensor) else tensor

@@ -1,10 +1,10 @@
 """Images in rows of tokens.
 
-ComfyUI puts an image in a row as a dictionary in the place of a token. Ours do the same, so that
-nodes which look at rows know them. Images of our own nodes are marked: they are seen as the model
-and LoRAs were trained. Those of other nodes are seen as by core's Krea 2 encoder, through its own
-functions where it has them, so that what others made of these holds: its sizes, its positions, its
-tap behind DeepStack, and lists of images that share one span.
+ComfyUI puts an image in a row as a dictionary in the place of a token. Ours do the same, for nodes
+that read rows. Images of our own nodes are marked: they are encoded as in the training of the model
+and of LoRAs. Those of other nodes are encoded as by core's Krea 2 encoder, with its own functions
+where it has them, so that patches of these work: its sizes, its positions, its tap after DeepStack,
+and lists of images that share one span.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ from ...krea2_model.text.vision import ImageTokens, Qwen3VLVisionTower, resize_f
 from .contract import is_replaced
 from .vision import pictures
 
-# A token's entry for images that are seen as in training.
+# A token's entry for images that are encoded as in training.
 AS_TRAINED = "krea2_as_trained"
 
-# As many pixels as core lets through: a square of this side.
+# Side of the largest square that core accepts.
 _CORE_SIDE = 3584
 
-# Older ones give images neither their positions nor DeepStack features.
+# Older versions of core give images neither their positions nor DeepStack features.
 _CORE_SEES = "forward" in vars(core.Qwen3VL)
 
 
 class Look(NamedTuple):
-    """A row of tokens as the language tower takes it; the last two for core's way of seeing."""
+    """A row of tokens as the language tower takes it; the last two for core's way of encoding."""
 
     ids: list[int]
     images: list[ImageTokens]
@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
 
 def with_images(tokens: list[int], images, as_trained: bool) -> list:
-    """Token ids with images in the place of their pads.
+    """Token ids with images in the place of their pad tokens.
 
     images: batches (B, H, W, C), or lists of them that share one place, or None.
     Raises ValueError unless there are as many of each.
@@ -50,15 +50,15 @@ def with_images(tokens: list[int], images, as_trained: bool) -> list:
     if as_trained:
         entries = [resize_for_tower(p, _CORE_SIDE).movedim(0, -1)[None] for p in pictures(images)]
     elif isinstance(images, (list, tuple)) and tokens.count(IMAGE_PAD) == len(images):
-        # Of a batch in one place, core sees the first image.
+        # Core encodes the first image of a batch that shares one place.
         entries = list(images)
     if not entries:
         return tokens
     expand_image_tokens(tokens, [(1, 1)] * len(entries))
-    left = iter(entries)
+    remaining = iter(entries)
     mark = {AS_TRAINED: True} if as_trained else {}
     return [
-        {"type": "image", "data": next(left), "original_type": "image", **mark}
+        {"type": "image", "data": next(remaining), "original_type": "image", **mark}
         if token == IMAGE_PAD
         else token
         for token in tokens
@@ -84,7 +84,7 @@ def is_image(token) -> bool:
 
 
 def has_images(rows) -> bool:
-    """Whether rows of (token, weight) hold an image."""
+    """True if rows of (token, weight) hold an image."""
     return any(is_image(pair[0]) for row in rows for pair in row)
 
 
@@ -104,9 +104,9 @@ def image_pixel_counts(row: Iterable) -> list[int]:
 
 
 def cache_key(row: list) -> tuple:
-    """The tokens of a row of (token, weight), by which rows are told apart.
+    """A hashable key of the tokens in a row of (token, weight).
 
-    An image counts by its pixels, and a tensor of another pack by being the same one.
+    An image counts by its pixels, a tensor of another pack by its identity.
     """
     return tuple(_token_key(pair[0]) for pair in row)
 
@@ -136,53 +136,53 @@ class _Same:
 
 
 def look(row: list, tower: Qwen3VLVisionTower | None, device) -> Look:
-    """A row whose images the tower has seen; without images it needs no tower."""
+    """A row with its images encoded by the tower, which is not needed without images."""
     images = [token for token in row if is_image(token)]
     if not images:
         return Look(row, [])
-    assert tower is not None  # it is loaded with the encoder where a row has an image
+    assert tower is not None  # loaded with the encoder where a row has an image
     if all(AS_TRAINED in token for token in images) or not _CORE_SEES:
-        seen = [
+        encoded = [
             tower(resize_for_tower(picture, _CORE_SIDE).to(device, torch.float32))
             for token in images
             for picture in pictures(_images_of(token)[:1])
         ]
-        return Look(_ids(row, seen), seen)
+        return Look(_ids(row, encoded), encoded)
     return _look_as_core(row, images, tower, device)
 
 
 def _look_as_core(row: list, images: list, tower: Qwen3VLVisionTower, device) -> Look:
-    eyes, seen = _Eyes(tower), []
+    model, encoded = _VisualOfCore(tower), []
     places: list[dict[str, Any]] = []
     for token in images:
-        tokens, extra = _embeds(eyes, token, device)
+        tokens, extra = _embeds(model, token, device)
         tokens, deepstack = tokens.view(-1, tokens.shape[-1]), tuple(extra["deepstack"])
         rows, columns = (int(side) // 2 for side in extra["grid"][0, 1:])
-        whole = rows * columns == len(tokens)
-        seen.append(ImageTokens(tokens, deepstack, (rows, columns) if whole else (1, len(tokens))))
+        grid = (rows, columns) if rows * columns == len(tokens) else (1, len(tokens))
+        encoded.append(ImageTokens(tokens, deepstack, grid))
         places.append({"type": "image", "size": len(tokens), "extra": extra})
-    ids = _ids(row, seen)
+    ids = _ids(row, encoded)
     start = 0
     for place in places:
         place["index"] = start = ids.index(IMAGE_PAD, start)
         start += place["size"]
     positions = core_images.qwen2vl_mrope_position_ids(places, len(ids), device)
-    return Look(ids, seen, positions, tap_with_deepstack=True)
+    return Look(ids, encoded, positions, tap_with_deepstack=True)
 
 
-def _embeds(eyes, token: dict, device) -> tuple[torch.Tensor, dict]:
-    """What core's function makes of an image: tokens (N, width), and its grid and features.
+def _embeds(model, token: dict, device) -> tuple[torch.Tensor, dict]:
+    """An image by core's function: tokens (N, width), and its grid and features.
 
-    Of a list of images it makes one span only where a pack has taught it to; else it is done here.
+    A list of images becomes one span: here, unless a pack has replaced the function to do so.
     """
     images = [{**token, "data": _opaque(image)} for image in _images_of(token)]
     if not isinstance(token["data"], (list, tuple)):
-        return core.Qwen3VL.preprocess_embed(eyes, images[0], device=device)
+        return core.Qwen3VL.preprocess_embed(model, images[0], device=device)
     if is_replaced(core.Qwen3VL, "preprocess_embed"):
         token = {**token, "data": [image["data"] for image in images]}
-        return core.Qwen3VL.preprocess_embed(eyes, token, device=device)
+        return core.Qwen3VL.preprocess_embed(model, token, device=device)
     tokens, extras = zip(
-        *(core.Qwen3VL.preprocess_embed(eyes, image, device=device) for image in images),
+        *(core.Qwen3VL.preprocess_embed(model, image, device=device) for image in images),
         strict=True,
     )
     layers = zip(*(extra["deepstack"] for extra in extras), strict=True)
@@ -190,20 +190,20 @@ def _embeds(eyes, token: dict, device) -> tuple[torch.Tensor, dict]:
     return torch.cat(tokens), {"grid": extras[0]["grid"], "deepstack": deepstack}
 
 
-class _Eyes:
-    """In the place of core's text model, where that makes embeddings of images."""
+class _VisualOfCore:
+    """Our vision tower behind the part of core's text model that embeds images."""
 
     def __init__(self, tower: Qwen3VLVisionTower):
         self._tower = tower
 
     def visual(self, patches, grid):
         rows, columns = (int(side) for side in grid[0, 1:])
-        seen = self._tower.see(patches[None], rows, columns)
-        return seen.tokens, list(seen.deepstack)
+        image = self._tower.see(patches[None], rows, columns)
+        return image.tokens, list(image.deepstack)
 
 
 def _images_of(token: dict) -> list[torch.Tensor]:
-    """The batches (B, H, W, C) that share a token's place."""
+    """The batches (B, H, W, C) of a token."""
     data = token["data"]
     return list(data) if isinstance(data, (list, tuple)) else [data]
 
@@ -213,7 +213,7 @@ def _opaque(image: torch.Tensor) -> torch.Tensor:
     return on_white(image[0].movedim(-1, 0)).movedim(0, -1)[None]
 
 
-def _ids(row: list, seen: list[ImageTokens]) -> list[int]:
-    """Token ids of a row in which each image has its places."""
+def _ids(row: list, images: list[ImageTokens]) -> list[int]:
+    """Token ids of a row, with as many pad tokens for each image as it has tokens."""
     ids = [IMAGE_PAD if is_image(token) else token for token in row]
-    return expand_image_tokens(ids, [image.grid for image in seen])
+    return expand_image_tokens(ids, [image.grid for image in images])

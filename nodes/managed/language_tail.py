@@ -1,7 +1,7 @@
-"""What the text encoder lacks for writing, under ComfyUI's management.
+"""The last layer and the final norm of the language model, for generating text.
 
-The last layer and the final norm are a part of their own with a patcher of its own, loaded from
-the encoder's file when text is first written and then beside the encoder, whose layers it shares.
+A part with a patcher of its own, loaded from the encoder's file when text is first generated and
+then together with the encoder, whose layers it shares.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from ...krea2_model.text.vision import ImageTokens
 from .gguf import is_gguf
 from .lazy_parts import LazyPart
 
-# Rows of a head in blocks that are turned into numbers at a time.
+# Rows of a GGUF head that are dequantised at a time.
 _ROWS = 16384
 
 
 class LazyTail(LazyPart):
-    """The tail of the encoder in a file."""
+    """The tail in the encoder's file."""
 
     def __init__(self, path, dtype, make_layers):
         super().__init__(path, dtype, make_layers, read_language_tail, "norm.weight")
@@ -32,7 +32,7 @@ class LazyTail(LazyPart):
 def language_model(
     encoder, tail: LanguageTail, device: torch.device, images: Sequence[ImageTokens] = ()
 ) -> LanguageModel:
-    """Encoder and tail as one; in bfloat16 where core writes in it too, else in float32."""
+    """Encoder and tail as one model, in bfloat16 where core generates in it, else in float32."""
     half = comfy.model_management.should_use_bf16(device)
     dtype = torch.bfloat16 if half else torch.float32
     return LanguageModel(encoder, tail, head=tied_head, device=device, dtype=dtype, images=images)
@@ -42,7 +42,7 @@ def tied_head(embedding, hidden: torch.Tensor) -> torch.Tensor:
     """Logits by the embedding's table, wherever and however ComfyUI holds it."""
     weight, _, stream = comfy.ops.cast_bias_weight(embedding, hidden, offloadable=True)
     if is_gguf(weight):
-        logits = _head_of_blocks(weight, hidden)
+        logits = _gguf_head(weight, hidden)
     else:
         plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
         logits = torch.nn.functional.linear(hidden, plain.to(hidden.dtype))
@@ -50,8 +50,8 @@ def tied_head(embedding, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _head_of_blocks(weight, hidden: torch.Tensor) -> torch.Tensor:
-    """A run of rows at a time: the whole table in numbers is 1.6 GB."""
+def _gguf_head(weight, hidden: torch.Tensor) -> torch.Tensor:
+    """Some rows at a time: the whole table dequantised is 1.6 GB."""
     form, width = weight._params.format, weight.shape[1]
     pieces = []
     for rows in weight._qdata.reshape(weight.shape[0], -1).split(_ROWS):

@@ -12,7 +12,7 @@ from .low_rank import WithBranches
 
 
 class _NotUntilLoaded:
-    """An attribute that only instances have, from their first load or use on."""
+    """An attribute that only instances have, from their first load or use."""
 
     def __get__(self, instance, owner):
         raise AttributeError("weight_function")
@@ -21,18 +21,18 @@ class _NotUntilLoaded:
 class CastLeaf(comfy.ops.CastWeightBiasOp):
     """A leaf whose weight ComfyUI may hold elsewhere, in another dtype, or patched."""
 
-    # ComfyUI's trainer takes each module that has one for a layer, on a copy that was never
-    # loaded, and cannot train what has no input. Core's own scales and tables have none either.
+    # ComfyUI's trainer takes each module with this attribute for a layer, on a copy that was never
+    # loaded, and cannot train a leaf without input. Core's own scales and tables lack it too.
     weight_function = _NotUntilLoaded()
 
-    def be_ready(self) -> None:
-        """Give it the list that ComfyUI's loading and casting work with."""
+    def add_weight_function(self) -> None:
+        """Add the list that ComfyUI's loading and casting work with."""
         if "weight_function" not in vars(self):
             self.weight_function = []
 
     def _read(self, device: torch.device, use):
         """`use(weight)` with the weight in float32 on `device`; its result outlives the cast."""
-        self.be_ready()
+        self.add_weight_function()
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, dtype=torch.float32, device=device, bias_dtype=torch.float32, offloadable=True
         )

@@ -1,8 +1,8 @@
 """Parts of a text encoder's file that are loaded on first need, each with a patcher of its own.
 
-Text alone needs neither what writes (language.py) nor what sees (vision.py). A part is loaded from
-the encoder's file when it is first used, then beside the encoder, and is ComfyUI's to move and free
-like any other model.
+Text alone needs neither the language tail (language_tail.py) nor the vision tower (vision.py). A
+part is loaded from the encoder's file on first use, then together with the encoder, and ComfyUI
+moves and frees it like any other model.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class LazyPart:
     """A part of the encoder's file, loaded on first use; one for all clones of a CLIP.
 
     read: a checkpoint to the part's state: its `tensors` by module name, and `build(**options)`.
-    norm: the tensor that tells in which dtype the part is stored; matrices may be in 8 bits.
+    norm: the tensor whose dtype is the part's; matrices may be in 8 bits.
     make_layers: the layer namespace for the encoder's options (`clip.encoder_layers`).
     """
 
@@ -58,11 +58,11 @@ class LazyPart:
         state = self._read(checkpoint)
         bare = state.build(device="meta")
         quantisation = check_weights(bare, state.tensors, checkpoint.path, TEXT_ENCODER)
-        blocks = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
+        has_gguf = any(isinstance(tensor, GGUFTensor) for tensor in state.tensors.values())
         options = {}
         if quantisation is not None:
             options["quantization_metadata"] = quantisation
-        if blocks:
+        if has_gguf:
             options["custom_operations"] = GGUFOperations
         dtype = self._dtype or state.tensors[self._norm].dtype
         part = state.build(
@@ -74,10 +74,10 @@ class LazyPart:
         part.requires_grad_(False).eval()
         comfy.model_management.archive_model_dtypes(part)
         kind = comfy.model_patcher.ModelPatcher
-        if like.is_dynamic() and not blocks:
+        if like.is_dynamic() and not has_gguf:
             kind = comfy.model_patcher.CoreModelPatcher
         patcher = kind(part, load_device=like.load_device, offload_device=like.offload_device)
         patcher.set_model_compute_dtype(torch.float32)
         tensors = {name: wrap(tensor, torch.float32) for name, tensor in state.tensors.items()}
-        part.load_state_dict(tensors, strict=False, assign=blocks or patcher.is_dynamic())
+        part.load_state_dict(tensors, strict=False, assign=has_gguf or patcher.is_dynamic())
         return patcher

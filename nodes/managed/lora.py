@@ -1,4 +1,4 @@
-"""LoRA: updates of krea2_model as patches of ComfyUI's, for any base and any way of loading."""
+"""LoRA: updates of krea2_model as ComfyUI patches, for any base and any way of loading."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from ...krea2_model.transformer.model import Krea2Transformer
 
 
 class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
-    """One `Update`. ComfyUI builds others like it from `loaded_keys` and moved `weights`.
+    """One `Update`. ComfyUI copies it by constructing it from `loaded_keys` and moved `weights`.
 
-    `weights` are the update, the norm it may need, and its matrices once more, wherever they are.
+    `weights` are the update, the norm it may need, and its matrices again, on any device.
     """
 
     name = "krea2"
@@ -46,7 +46,7 @@ class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
         if fused_norm is not None:
             fused_norm = fused_norm.to(weight.device)
         changed = update.apply(weight, strength, fused_norm)
-        # In float32 throughout, and rounded once, to what the caller holds.
+        # In float32 throughout, and rounded once, to the caller's dtype.
         weight.copy_(function(changed))
         return weight
 
@@ -90,7 +90,7 @@ def _add(patcher, updates: dict[str, list[Update]], names, strength: float, name
 def _check_result(update: Update, patcher, key: str, strength: float, norm, name: str) -> None:
     """Refuse an update that makes a weight infinite, before it is a patch.
 
-    Only what might is calculated: float16 ends at 65504, and no sound LoRA comes near.
+    Calculated only where it may: float16 ends at 65504, and no sound LoRA comes near.
     """
     dtype = comfy.utils.get_attr(patcher.model, key).dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -133,7 +133,7 @@ def _text_weight_names(clip) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The name of each weight of the language tower: the patcher's key, and the shape."""
     names = {}
     for key, parameter in clip.patcher.model.named_parameters():
-        _, found, name = key.partition(".transformer.model.")
-        if found:
+        _, separator, name = key.partition(".transformer.model.")
+        if separator:
             names[name.removeprefix("language_model.")] = (key, tuple(parameter.shape))
     return names

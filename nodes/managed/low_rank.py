@@ -1,9 +1,9 @@
-"""LoRAs beside weights that ComfyUI cannot merge them into: `up (down x)` in place of a new weight.
+"""LoRAs as low-rank branches, `up (down x)`, where ComfyUI cannot merge them into the weight.
 
-Weights that stream to the device, and blocks of GGUF files, get their patches each time they are
-used: a difference as large as the weight is made, added and dropped at every step. Of a plain LoRA
-the answer of the layer is all that is wanted, so it is added to that. Quantised layers then
-calculate with their own weights, and what a LoRA adds is not rounded to them.
+Weights that stream to the device, and GGUF weights, get their patches on each use: a difference as
+large as the weight is made, added and dropped at every step. A plain LoRA is cheaper to add to the
+layer's output. Quantised layers then compute with their own weights, and the LoRA is not rounded to
+their format.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .lora import LoraPatch
 
 
 class Branch(NamedTuple):
-    """Matrices (outputs, rank) and (rank, inputs), and what their product counts."""
+    """Matrices (outputs, rank) and (rank, inputs), and the scale of their product."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -27,7 +27,7 @@ class Branch(NamedTuple):
 
 
 class WithBranches(torch.nn.Module):
-    """A linear layer of ComfyUI's that adds plain LoRAs to its answer, not to its weight."""
+    """A linear layer of ComfyUI that adds plain LoRAs to its output, not to its weight."""
 
     weight: torch.Tensor
     weight_function: list
@@ -49,18 +49,18 @@ class WithBranches(torch.nn.Module):
         return rows.view_as(output)
 
     def _branches(self, input) -> list[Branch] | None:
-        """On the input's device and in its dtype; None where a patch is anything but plain LoRAs.
+        """On the input's device and in its dtype; None unless all patches are plain LoRAs.
 
-        Kept with the patch, which is made anew when patches change, where the weight is on the
-        device too. A weight that streams is much larger than they are.
+        Cached on the patch object, which ComfyUI rebuilds when patches change, where the weight is
+        on the device too. A weight that streams is much larger than they are.
         """
         if torch.is_grad_enabled() or type(input) is not torch.Tensor:
             return None
         result = []
         for patch in self.weight_function:
-            kept = getattr(patch, "krea2_branches", None)
-            if kept is not None and kept[0] == (input.device, input.dtype):
-                result += kept[1]
+            cached = getattr(patch, "krea2_branches", None)
+            if cached is not None and cached[0] == (input.device, input.dtype):
+                result += cached[1]
                 continue
             branches = branches_of(patch)
             if branches is None:
@@ -73,7 +73,7 @@ class WithBranches(torch.nn.Module):
 
 
 def branches_of(patch) -> list[Branch] | None:
-    """The plain LoRAs that a patch on use is made of, or None."""
+    """The plain LoRAs of a patch on use, or None where it holds anything else."""
     if type(patch) is not LowVramPatch or getattr(patch, "prepared_patches", None) is not None:
         return None
     branches = []
@@ -88,7 +88,7 @@ def branches_of(patch) -> list[Branch] | None:
 
 
 def branch_bytes(patches: dict, size: int) -> int:
-    """What the branches of a patcher's patches take, at `size` bytes a number."""
+    """Bytes of the branches of a patcher's patches, at `size` bytes a value."""
     branches = (_branch(entry[1]) for entries in patches.values() for entry in entries)
     return sum(size * (b.up.numel() + b.down.numel()) for b in branches if b is not None)
 

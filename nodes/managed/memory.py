@@ -1,4 +1,4 @@
-"""Out of memory: ComfyUI's own exception, with what ran out of it and what helps."""
+"""Out of memory: ComfyUI's own exception, with the cause and a remedy in its message."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The patcher of our MODEL: ComfyUI's, with official names and an order of loading of its own."""
+"""The patcher of our MODEL: ComfyUI's, with official key names and its own order of loading."""
 
 import logging
 
@@ -16,7 +16,7 @@ class _OfficialAlias(list):
 
 
 class _OfficialNames(comfy.model_patcher.ModelPatcher):
-    """A patcher that takes and gives official key names beside the module's own.
+    """A patcher that accepts and returns official key names as well as the module's own.
 
     Our norm scales and tables are leaf modules (`...scale.weight`), core's are bare parameters
     (`...scale`); a merge between the two passes keys from one to the other.
@@ -25,7 +25,7 @@ class _OfficialNames(comfy.model_patcher.ModelPatcher):
     def load(self, *args, **kwargs):
         for module in self.model.modules():
             if isinstance(module, CastLeaf):
-                module.be_ready()
+                module.add_weight_function()
         super().load(*args, **kwargs)
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
@@ -71,7 +71,7 @@ def patcher_class(load_device, disable_dynamic: bool, is_gguf: bool):
     # class on a CPU, so the base is looked up here.
     base = comfy.model_patcher.CoreModelPatcher
     if disable_dynamic or is_gguf or comfy.model_management.is_device_cpu(load_device):
-        # The dynamic patcher bakes patches into weights, which blocks do not allow.
+        # The dynamic patcher bakes patches into weights, which GGUF does not allow.
         base = comfy.model_patcher.ModelPatcher
     if is_gguf:
         base = type("BlockPatcher", (GGUFPatcher, base), {})

@@ -1,4 +1,4 @@
-"""How live previews read latents; stock previews read those of the released VAE."""
+"""Latent formats for live previews; ComfyUI's own is that of the released VAE."""
 
 import comfy.latent_formats
 
@@ -11,7 +11,7 @@ class NanoLatents(comfy.latent_formats.Wan21):
 
     def __init__(self):
         super().__init__()
-        # Small decoders for previews know the released VAE only.
+        # Preview decoders (TAESD) exist for the released VAE only.
         self.taesd_decoder_name = None
         factors, bias = cell_colours()
         self.latent_rgb_factors, self.latent_rgb_factors_bias = factors.tolist(), bias.tolist()

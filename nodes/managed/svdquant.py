@@ -1,8 +1,8 @@
-"""Low-rank branches beside quantised layers (SVDQuant, Li and others, 2024).
+"""Low-rank branches of quantised layers (SVDQuant, Li et al., 2024).
 
-Some four-bit files keep the strongest directions of a matrix apart, in 16 bits: a layer's answer is
-that of its quantised weight plus `svdq_l1 (svdq_l2 x)`. Each branch becomes two layers beside its
-own, so memory management sees and moves them like any other.
+Some four-bit files store the strongest directions of a matrix separately, in 16 bits: a layer's
+output is that of its quantised weight plus `svdq_l1 (svdq_l2 x)`. Each branch becomes two layers
+next to its own, which memory management moves like any other.
 """
 
 import comfy.utils
@@ -45,23 +45,25 @@ def add_branches(module, branches: dict[str, tuple], name: str) -> dict:
                 f"{name} has a low-rank branch of {tuple(up.shape)} times {tuple(down.shape)} at "
                 f"{path}; expected ({rows}, rank) times (rank, {columns}). Download it again."
             )
-        above, _, own = path.rpartition(".")
-        parent = comfy.utils.get_attr(module, above)
-        for part, inside, outside, weight in (
+        parent_path, _, child = path.rpartition(".")
+        parent = comfy.utils.get_attr(module, parent_path)
+        for part, inputs, outputs, weight in (
             ("down", columns, rank, down),
             ("up", rank, rows, up),
         ):
-            beside = type(layer)(inside, outside, bias=False, device=up.device, dtype=up.dtype)
-            parent.add_module(f"{own}{_MODULE}_{part}", beside)
+            branch = type(layer)(inputs, outputs, bias=False, device=up.device, dtype=up.dtype)
+            parent.add_module(f"{child}{_MODULE}_{part}", branch)
             weights[f"{path}{_MODULE}_{part}.weight"] = weight
         layer.register_forward_hook(
-            _plus(getattr(parent, f"{own}{_MODULE}_up"), getattr(parent, f"{own}{_MODULE}_down"))
+            _plus(
+                getattr(parent, f"{child}{_MODULE}_up"), getattr(parent, f"{child}{_MODULE}_down")
+            )
         )
     return weights
 
 
 def file_name(name: str) -> str:
-    """A branch's weight by the name it has in files; other names as they are."""
+    """The name of a branch's weight in files; other names unchanged."""
     for part, end in (("up", BRANCH[0]), ("down", BRANCH[1])):
         name = name.replace(f"{_MODULE}_{part}.weight", end)
     return name

@@ -1,4 +1,4 @@
-"""What ComfyUI's CLIP holds: our Qwen3-VL text encoder behind the interface of core's Krea 2."""
+"""The module of our CLIP: our Qwen3-VL text encoder behind the interface of core's Krea 2."""
 
 from collections import OrderedDict
 
@@ -23,12 +23,12 @@ from .vision import LazyVision
 
 _IM_START, _USER = 151644, 872
 
-# What the vision tower holds of each pixel: of a patch of 256 in float32 about eight states of
-# width 1024 and two of 4096.
+# Memory of the vision tower a pixel: for a patch of 256 pixels about eight float32 states of width
+# 1024 and two of 4096.
 _BYTES_A_PIXEL = 256
 
-# What attention takes for each element of a mask: itself, in float32 while it is made additive, and
-# with the functions that hold them, the scores and their softmax a head.
+# Memory of attention for each element of a mask: the mask, in float32 while it becomes additive;
+# and for each head, in functions that materialise them, the scores and their softmax.
 _BYTES_A_MASK, _BYTES_A_SCORE = 16, 8
 
 
@@ -41,9 +41,9 @@ class _Transformer(torch.nn.Module):
 
 
 class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
-    """The encoder where core's Krea 2 has it, under the names and the interface of core's.
+    """The encoder in the place of core's, with its names and interface.
 
-    So LoRA keys and saved files use the same names, and packs that encode by themselves can.
+    So LoRA keys and saved files have the same names, and packs can call it as core's.
     """
 
     special_tokens = {"pad": PAD_TOKEN}
@@ -67,19 +67,22 @@ class Krea2Section(torch.nn.Module, ClipTokenWeightEncoder):
         return self.execution_device or encoder.embed_tokens.weight.device
 
     def look(self, row: list):
-        """A row of tokens as the language tower takes it, see `image_tokens.look`."""
+        """A row of tokens as the language tower takes it (`image_tokens.look`)."""
         patcher = self.vision.patcher if self.vision is not None else None
         return look(row, None if patcher is None else patcher.model, self.device)
 
     def encode_row(self, row: list) -> tuple[torch.Tensor, list[int]]:
-        """Taps (L, taps, D) of a row of tokens, in float32, and its ids, one a token of them."""
-        seen = self.look(row)
-        tokens = torch.tensor([seen.ids], device=self.device)
+        """Taps (L, taps, D) of a row of tokens, in float32, and the L token ids."""
+        look = self.look(row)
+        tokens = torch.tensor([look.ids], device=self.device)
         images = {}
-        if seen.images:
-            images = {"images": seen.images, "positions": seen.positions,
-                      "tap_with_deepstack": seen.tap_with_deepstack}  # fmt: skip
-        return self.transformer.model(tokens, **images)[0].float(), seen.ids
+        if look.images:
+            images = {
+                "images": look.images,
+                "positions": look.positions,
+                "tap_with_deepstack": look.tap_with_deepstack,
+            }
+        return self.transformer.model(tokens, **images)[0].float(), look.ids
 
     def encode(self, rows: list[list]):
         """As core's: rows of tokens to (B, taps, L, D), nothing pooled, and the mask (B, L)."""
@@ -94,7 +97,7 @@ class Krea2TextModel(core.Krea2TEModel):
     """The encoder's entry points; a subclass of core's for packs that put functions on that."""
 
     def __init__(self, config, device="cpu", dtype=None, model_options=None):
-        # Past core's constructors, which would build core's encoder.
+        # Skips core's constructors, which would build core's encoder.
         torch.nn.Module.__init__(self)
         self.clip_name = self.clip = NAME
         layers = encoder_layers(model_options or {}, dtype)
@@ -105,7 +108,7 @@ class Krea2TextModel(core.Krea2TEModel):
         self.requires_grad_(False).eval()
         self.config, self.dtypes = config, {dtype}
         self.encodings: OrderedDict = OrderedDict()
-        # Texts that the prompt expander wrote, by all they depend on.
+        # Texts of the prompt expander, by everything that determines them.
         self.texts: OrderedDict = OrderedDict()
         self.tail: LazyTail | None = None
 
@@ -123,7 +126,7 @@ class Krea2TextModel(core.Krea2TEModel):
 
     @property
     def is_changed(self) -> bool:
-        """Whether a pack has put an encoding of its own here or into core's class."""
+        """True if a pack has replaced the encoding, on this object or on core's class."""
         return "encode_token_weights" in vars(self) or is_replaced(
             core.Krea2TEModel, "encode_token_weights"
         )
@@ -137,27 +140,27 @@ class Krea2TextModel(core.Krea2TEModel):
         rows = token_weight_pairs[NAME]
         if len(rows) == 1 and is_replaced(core.Krea2TEModel, "encode_token_weights"):
             return super().encode_token_weights(token_weight_pairs, template_end)
-        # Of a batch of prompts many may be the same.
+        # Prompts of a batch are often equal.
         encoded: dict[tuple, torch.Tensor] = {}
         keys = [cache_key(row) for row in rows]
         for key, row in zip(keys, rows, strict=True):
             if key not in encoded:
                 taps, ids = self.section.encode_row([pair[0] for pair in row])
-                states = taps[_kept_from(ids) :].flatten(1)
+                states = taps[_conditioning_start(ids) :].flatten(1)
                 encoded[key] = states.to(comfy.model_management.intermediate_device())
         conditioning, mask = joined_rows([encoded[key] for key in keys])
         return conditioning, None, {} if mask is None else {"attention_mask": mask}
 
     def write(self, row: list, sampling: Sampling, max_tokens: int, seed: int):
-        """Yield the tokens that follow; what is needed has to be loaded (`Krea2CLIP.write`)."""
-        seen = self.section.look(row)
+        """Yield the tokens that follow; the parts have to be loaded (`Krea2CLIP.write`)."""
+        look = self.section.look(row)
         assert self.tail is not None and self.tail.patcher is not None
         tail = self.tail.patcher.model
-        model = language_model(self.encoder, tail, self.section.device, seen.images)
-        yield from generate(model, seen.ids, sampling, max_tokens=max_tokens, seed=seed)
+        model = language_model(self.encoder, tail, self.section.device, look.images)
+        yield from generate(model, look.ids, sampling, max_tokens=max_tokens, seed=seed)
 
     def load_sd(self, sd):
-        # Blocks of a GGUF file cannot be copied into a weight of numbers, only take its place.
+        # A GGUF weight cannot be copied into a plain one, only replace it.
         assign = getattr(self, "can_assign_sd", False) or any(map(is_gguf, sd.values()))
         return self.encoder.load_state_dict(sd, strict=False, assign=assign)
 
@@ -166,23 +169,23 @@ class Krea2TextModel(core.Krea2TEModel):
         rows = [[pair[0] for pair in row] for row in token_weight_pairs.get(NAME, ())]
         length = max(map(row_length, rows), default=0)
         width = self.config.hidden_size * (len(self.config.tap_layers) + 6)
-        seeing = max((max(image_pixel_counts(row), default=0) for row in rows), default=0)
+        pixels = max((max(image_pixel_counts(row), default=0) for row in rows), default=0)
         states = length * (width + 3 * self.config.intermediate_size) * 4
         scoring = _BYTES_A_MASK + self.config.num_attention_heads * _BYTES_A_SCORE
-        return states + mask_size(length) * scoring + seeing * _BYTES_A_PIXEL
+        return states + mask_size(length) * scoring + pixels * _BYTES_A_PIXEL
 
     def writing_memory(self, tokens: int) -> int:
-        """Bytes that writing takes: keys and values of so many tokens, and the head as numbers."""
+        """Bytes for generating: the KV cache of so many tokens, and the dequantised head."""
         config = self.config
         layers = config.num_tapped_layers + 1
-        kept = tokens * layers * 2 * config.num_key_value_heads * config.head_dim
-        return 4 * (kept + config.vocab_size * config.hidden_size)
+        cache = tokens * layers * 2 * config.num_key_value_heads * config.head_dim
+        return 4 * (cache + config.vocab_size * config.hidden_size)
 
 
 def joined_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows (L, D) as a new tensor (B, longest, D), padded with zeros at the end.
 
-    With the mask (B, longest) of what is theirs, or None where all are of one length.
+    Also the mask (B, longest), or None where all have one length.
     """
     lengths = [len(row) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -193,7 +196,7 @@ def joined_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def rows_of(padded: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """The rows that `joined_rows` padded."""
+    """The rows without the padding of `joined_rows`."""
     if mask is None:
         return list(padded)
     return [row[:length] for row, length in zip(padded, mask.sum(dim=1).tolist(), strict=True)]
@@ -202,7 +205,7 @@ def rows_of(padded: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tenso
 def encoder_layers(options: dict, dtype: torch.dtype | None):
     """The layer namespace for a CLIP's model options.
 
-    Activations begin in float32, whatever weights are stored in, as in core.
+    Activations start in float32 whatever the dtype of weights, as in core.
     """
     operations = options.get("custom_operations")
     if operations is None and options.get("quantization_metadata") is not None:
@@ -219,8 +222,8 @@ def encoder_layers(options: dict, dtype: torch.dtype | None):
     return Layers
 
 
-def _kept_from(row: list[int]) -> int:
-    """Where conditioning begins: after the second turn's opening, `<|im_start|>user\\n`.
+def _conditioning_start(row: list[int]) -> int:
+    """The first token of conditioning: after the second turn's opening, `<|im_start|>user\\n`.
 
     For a wrapped prompt this is the 34th token. The line break is not looked for, since it merges
     with one that begins the prompt.

@@ -14,19 +14,19 @@ from .image_tokens import is_image, split_images, with_images
 # The key under which core's Krea 2 encoder keeps its tokens, weights and LoRA aliases.
 NAME = "qwen3vl_4b"
 
-# What Qwen3-VL is asked with about an image; Generate Text means this one.
+# Qwen3-VL's chat template for questions about an image, which Generate Text uses.
 _IMAGE_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Krea2ClipTokenizer(core.Krea2Tokenizer):
     """ComfyUI's tokenizer interface: texts to rows of (token id, weight).
 
-    A subclass of core's for packs that put a function of their own on it, which may ask for what
-    core's has: its templates, and its own tokenizer, which is made when somebody does.
+    A subclass of core's for packs that patch it: their functions may use its templates, and its own
+    tokenizer, which is constructed on first use.
     """
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
-        # Past core's constructors, which would make that tokenizer now.
+        # Skips core's constructors, which would construct that tokenizer now.
         folder = Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
         self.tokenizer = Krea2Tokenizer(folder)
         self.clip_name = self.clip = NAME
@@ -59,7 +59,7 @@ class Krea2ClipTokenizer(core.Krea2Tokenizer):
         images: batches (B, H, W, C), each image of which is one of the prompt's, or lists of them
         that share one place; a text that holds as many `<|image_pad|>` has them there, any other in
         front, with `labels` and `roles`.
-        as_trained: see them as the model was trained, and not as core does (`image_tokens`).
+        as_trained: encode them as in training, and not as core does (`image_tokens`).
         `image` is what Generate Text passes: its chat then is Qwen's own, as in core.
 
         A text that begins with `<|im_start|>` is a chat of its own and is passed as it is, as core
@@ -68,22 +68,22 @@ class Krea2ClipTokenizer(core.Krea2Tokenizer):
         Without `thinking` an empty thought follows the template, so that a text written on has
         none.
         """
-        placed = len(split_images(images))
-        if not placed and image is not None:
+        image_count = len(split_images(images))
+        if not image_count and image is not None:
             images, llama_template = image, llama_template or _IMAGE_CHAT
-            placed = len(split_images(images))
+            image_count = len(split_images(images))
         rows, no_thought = [], "" if thinking else "<think>\n\n</think>\n\n"
         for prompt in [text] if isinstance(text, str) else text:
-            before = ""
-            if placed and IMAGE_PAD_TEXT not in prompt and not skip_template:
-                before = image_text([*roles, *[""] * (placed - len(roles))], labels)
+            prefix = ""
+            if image_count and IMAGE_PAD_TEXT not in prompt and not skip_template:
+                prefix = image_text([*roles, *[""] * (image_count - len(roles))], labels)
             if llama_template is not None:
-                whole = llama_template.format(before + prompt)
-                tokens = self.tokenizer.tokenize_raw(whole + no_thought)
+                chat = llama_template.format(prefix + prompt)
+                tokens = self.tokenizer.tokenize_raw(chat + no_thought)
             elif skip_template or (prompt.startswith("<|im_start|>") and not always_wrap):
                 tokens = self.tokenizer.tokenize_raw(prompt)
             else:
-                tokens = self.tokenizer.tokenize(prompt, max_sequence_length, before)
+                tokens = self.tokenizer.tokenize(prompt, max_sequence_length, prefix)
                 if no_thought:
                     tokens += self.tokenizer.tokenize_raw(no_thought)
             row: list[tuple] = [(token, 1.0) for token in with_images(tokens, images, as_trained)]

@@ -31,7 +31,7 @@ _REMEDY = (
 class Krea2VAE(comfy.sd.VAE):
     """ComfyUI's VAE object around the 2D Qwen-Image VAE.
 
-    Unlike core, a batch is a batch of images and not a film: 4 images encode to 4 latents. Latents
+    Unlike core, a batch is a batch of images and not a video: 4 images encode to 4 latents. Latents
     are (B, 16, 1, h, w) and not normalised, as ComfyUI's Wan21 latent format expects.
     """
 
@@ -123,8 +123,8 @@ class Krea2VAE(comfy.sd.VAE):
     def _activations(self, shape, scale: int, dtype) -> float:
         """Bytes that one image takes, of a shape in units of `scale` pixels, and a workspace.
 
-        At full size the widest place of both ways holds 3.5 times the first width: a picture
-        enlarged, what it was, and what its convolution makes. Where norms are not fused, 8 times.
+        The peak of encoder and decoder is at full size, 3.5 times the first width: an upsampled
+        image, its source, and the convolution's output. Where norms are not fused, 8 times.
         """
         widths = 3.5 if self.device.type == "cuda" else 8
         pixels = shape[-2] * shape[-1] * scale**2
@@ -135,14 +135,14 @@ class Krea2VAE(comfy.sd.VAE):
     def _load(self, memory):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
 
-    def _with_fallback(self, source, whole, tiled, finish):
-        """Convert a batch one item at a time: whole, or in smaller and smaller tiles."""
+    def _with_fallback(self, source, convert, convert_tiled, finish):
+        """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles."""
         # Images and latents alike by their sides in pixels.
         pixels = max(source.shape[-2:]) * (self.upscale_ratio if finish == self._to_images else 1)
-        attempts = [whole]
+        attempts = [convert]
         for tile in FALLBACK_TILES:
             if tile < pixels:
-                attempts.append(lambda item, tile=tile: tiled(item, tile, tile // 8))
+                attempts.append(lambda item, tile=tile: convert_tiled(item, tile, tile // 8))
         results = []
         with comfy.model_management.cuda_device_context(self.device):
             for item in source.split(1):
@@ -150,13 +150,13 @@ class Krea2VAE(comfy.sd.VAE):
                 while result is None:
                     result = self._attempt(attempts[0], item, last=len(attempts) == 1)
                     if result is None:
-                        # What was too much for this item will be for the next of the batch.
+                        # The next item of the batch would run out of memory too.
                         del attempts[0]
                 results.append(finish(result))
         return torch.cat(results)
 
     def _attempt(self, convert, item, last):
-        """`convert(item)`, or None where memory ran out and there is something left to try.
+        """`convert(item)`, or None where memory ran out and smaller tiles remain.
 
         Raises ComfyUI's out-of-memory error where it was the last attempt.
         """
@@ -172,9 +172,8 @@ class Krea2VAE(comfy.sd.VAE):
         comfy.model_management.soft_empty_cache()
         return None
 
-    # ComfyUI's latents are raw ones of the released VAE: its model normalises them by fixed
-    # statistics. A VAE of others is given what the model made, normalised, and by its own makes
-    # raw latents of it.
+    # ComfyUI's latents are unnormalised ones of the released VAE, by whose statistics its model
+    # normalises them. A VAE of other statistics takes and returns normalised latents.
 
     def _decode_whole(self, latents):
         """ComfyUI's latents to images in [-1, 1]."""
@@ -285,9 +284,9 @@ def _denormalise(latents):
 def _progress():
     bar = None
 
-    def report(done, total):
+    def report(step, total):
         nonlocal bar
         bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
+        bar.update_absolute(step, total)
 
     return report

@@ -1,4 +1,4 @@
-"""The vision tower of a text encoder's file under ComfyUI's management, and the pictures it sees.
+"""The vision tower of a text encoder's file under ComfyUI's management, and its input images.
 
 ComfyUI keeps images as (B, H, W, C) with values from 0 to 1.
 """
@@ -26,13 +26,13 @@ class LazyVision(LazyPart):
 
 
 def pictures(images) -> list[torch.Tensor]:
-    """Each image of batches (B, H, W, C) as (3, H, W); where one is transparent, white shows.
+    """Each image of batches (B, H, W, C) as (3, H, W); transparent ones on white.
 
     images: a batch, a list of batches, or None for none. Raises ValueError for what is no image.
     """
     if images is None:
         return []
-    found = []
+    result = []
     for batch in [images] if isinstance(images, torch.Tensor) else images:
         is_batch = isinstance(batch, torch.Tensor) and batch.ndim == 4 and 0 not in batch.shape
         if not is_batch or batch.shape[-1] not in (3, 4):
@@ -40,10 +40,10 @@ def pictures(images) -> list[torch.Tensor]:
             raise ValueError(
                 f"The image is {shape}; expected (1 or more, height, width, 3 or 4 channels)."
             )
-        found += [on_white(image.movedim(-1, 0).float()) for image in batch]
-    return found
+        result += [on_white(image.movedim(-1, 0).float()) for image in batch]
+    return result
 
 
 def resize_all(images, max_side: int) -> list[torch.Tensor]:
-    """Each image of batches as (3, H, W) in the size that the tower sees, on the CPU."""
+    """Each image of batches as (3, H, W), at the size for the tower, on the CPU."""
     return [resize_for_tower(picture.cpu(), max_side) for picture in pictures(images)]
