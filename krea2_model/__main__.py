@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import nano
-from .checkpoints.encoder_parts import load_text_encoder
+from .checkpoints.text_encoder import load_text_encoder
 from .images.output_files import check_outputs, numbered, save_image
 from .images.pictures import pixels_of
 from .memory.machine import find_device

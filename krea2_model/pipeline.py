@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from . import nano
 from .arguments import asked_sides, negative_list, not_whole, prompt_list, start_noise
-from .checkpoints.encoder_parts import load_text_encoder
-from .checkpoints.loading import load_transformer, load_vae
+from .checkpoints.text_encoder import load_text_encoder
+from .checkpoints.transformer import load_transformer
+from .checkpoints.vae import load_vae
 from .config import RAW, Preset
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Picture, as_reference, fit, pixels_of, to_output

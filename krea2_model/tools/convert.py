@@ -15,21 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.gguf import GGUFTensor
 from ..checkpoints.identify import CheckpointError
-from ..checkpoints.loading import (
-    Checkpoint,
-    is_norm_or_table,
-    open_checkpoint,
-    preset_metadata,
-    read_text_encoder,
-    read_transformer,
-    read_vae,
-)
 from ..checkpoints.quantised import SETTINGS, is_quantised
 from ..checkpoints.quantised_weight import hadamard_rotate
 from ..checkpoints.storage import Entry, write_safetensors
-from ..checkpoints.transformer_keys import module_to_official, official_to_diffusers
+from ..checkpoints.text_encoder import read_text_encoder
+from ..checkpoints.transformer import preset_metadata, read_transformer
+from ..checkpoints.transformer_keys import (
+    is_norm_or_table,
+    module_to_official,
+    official_to_diffusers,
+)
+from ..checkpoints.vae import read_vae
 from ..checkpoints.vae_keys import vae_key_map
 from ..config import TransformerConfig, VAEConfig
 from ..text.tokenizer import find_tokenizer_folder

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint, prefix_of
 from ..checkpoints.gguf import GGUFTensor
 from ..checkpoints.identify import (
     CONTROL_LORA,
@@ -19,18 +20,11 @@ from ..checkpoints.identify import (
     CheckpointError,
     identify,
 )
-from ..checkpoints.loading import (
-    TRAINING_LEFTOVERS,
-    Checkpoint,
-    open_checkpoint,
-    prefix_of,
-    read_text_encoder,
-    read_transformer,
-    read_vae,
-    variant_of,
-)
 from ..checkpoints.quantised import BRANCH, SUFFIXES, layer_settings
+from ..checkpoints.text_encoder import read_text_encoder
+from ..checkpoints.transformer import TRAINING_LEFTOVERS, read_transformer, variant_of
 from ..checkpoints.transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
+from ..checkpoints.vae import read_vae
 from ..config import TransformerConfig
 from ..lora.files import read_lora
 from ..text.encoder import Qwen3VLTextEncoder

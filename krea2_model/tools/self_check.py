@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.checkpoint import read_shapes
 from ..checkpoints.identify import (
     LORA,
     TEXT_ENCODER,
@@ -25,7 +26,6 @@ from ..checkpoints.identify import (
     CheckpointError,
     identify,
 )
-from ..checkpoints.loading import read_shapes
 from ..nn import switches
 from ..nn.attention import takes_grouped_heads
 from .describe import PARTS, describe, size_text

@@ -23,8 +23,8 @@ from krea2_model import (
     load_vae,
     save_transformer,
 )
+from krea2_model.checkpoints.checkpoint import Checkpoint
 from krea2_model.checkpoints.identify import identify, read_header
-from krea2_model.checkpoints.loading import Checkpoint
 from krea2_model.checkpoints.transformer_keys import official_to_diffusers
 from krea2_model.checkpoints.vae_keys import vae_key_map
 from parity import same_weights

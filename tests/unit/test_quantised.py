@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer
+from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.gguf import dequantise as dequantise_gguf
 from krea2_model.checkpoints.gguf import read_gguf
-from krea2_model.checkpoints.loading import is_norm_or_table, read_shapes
-from krea2_model.checkpoints.transformer_keys import module_to_official
+from krea2_model.checkpoints.transformer_keys import is_norm_or_table, module_to_official
 
 
 @pytest.fixture(scope="module")

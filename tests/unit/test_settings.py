@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer, load_vae
-from krea2_model.checkpoints.loading import read_shapes
+from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.quantised import normalise_metadata
 from parity import assert_close
 
