@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,26 @@ from .quantised import SETTINGS, dequantise, quantised_weights
 from .quantised_weight import VALUES_AT_A_TIME, QuantisedWeight
 from .storage import Entry
 
-if TYPE_CHECKING:  # it imports this file
-    from ..lora.updates import Update
-
 # How messages call what files call otherwise.
 _KINDS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8_tensorwise": "int8"}
 
 
-class Change(NamedTuple):
-    """A LoRA's update of a weight, how much of it, and the norms that it may need of others."""
+class WeightUpdate(Protocol):
+    """A LoRA's update of one weight, as a layer needs it: its matrices, and how to apply them."""
 
-    update: Update
+    @property
+    def parts(self) -> Mapping[str, Tensor]: ...
+    @property
+    def scale(self) -> float: ...
+    def branch(self) -> tuple[Tensor, Tensor] | None: ...
+    def with_parts(self, parts: Mapping[str, Tensor]) -> WeightUpdate: ...
+    def apply(self, weight: Tensor, strength: float, fused_norm: Tensor | None) -> Tensor: ...
+
+
+class Change(NamedTuple):
+    """An update, its strength, and the norms of fused weights that a DoRA may need."""
+
+    update: WeightUpdate
     strength: float
     fused_norm: Tensor | None = None
 
