@@ -252,7 +252,7 @@ def test_files_of_another_format(tmp_path, content, message):
 def test_truncated_file(turbo, tmp_path):
     path = tmp_path / "half.safetensors"
     path.write_bytes(turbo.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="half.safetensors has .* bytes where its header"):
+    with pytest.raises(CheckpointError, match="half.safetensors is incomplete or damaged"):
         load_transformer(path)
 
 
