@@ -201,7 +201,8 @@ def test_a_gguf_format_without_numbers_is_named(tmp_path, type_id, name):
         read_gguf(path)
 
 
-FURTHER = ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "IQ2_XXS", "IQ3_S", "IQ1_M"]
+FURTHER = ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M",
+           "TQ1_0", "TQ2_0", "MXFP4"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FURTHER)
