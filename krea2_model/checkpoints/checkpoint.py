@@ -1,4 +1,4 @@
-"""Open a file or a diffusers folder, without asking which part of Krea 2 it holds."""
+"""Open a file or a diffusers folder, whatever it holds, as tensors by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ReadFile = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str] | None
 
 @dataclass
 class Checkpoint:
-    """Tensors by the names their file uses, and what else the file or its folder says."""
+    """Tensors by the names in their file, its metadata, and the folder's configuration files."""
 
     path: Path
     tensors: dict[str, Any]
@@ -32,7 +32,7 @@ class Checkpoint:
 
     @property
     def config_name(self) -> str:
-        """What messages call the configuration, `vae/config.json` for example."""
+        """The configuration's name in messages, `vae/config.json` for example."""
         return f"{self.path.name}/config.json" if self.path.is_dir() else "config.json"
 
     @property
@@ -61,7 +61,7 @@ def open_checkpoint(
         read_header(path)
         tensors, metadata = read_file(path)
         metadata = dict(metadata or {})
-        return Checkpoint(path, _normalised(tensors, metadata, path.name), metadata)
+        return Checkpoint(path, _normalise(tensors, metadata, path.name), metadata)
     if not path.is_dir():
         raise CheckpointNotFoundError(
             f"There is no file or folder {path}. Check the name and the folder."
@@ -71,7 +71,7 @@ def open_checkpoint(
     for file in weight_files(folder):
         read_header(file)
         tensors, metadata = read_file(file)
-        checkpoint.tensors.update(_normalised(tensors, metadata or {}, file.name))
+        checkpoint.tensors.update(_normalise(tensors, metadata or {}, file.name))
         checkpoint.metadata.update(metadata or {})
     checkpoint.config = read_json(folder / "config.json")
     for parent in (path, path.parent):
@@ -79,7 +79,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def _normalised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str):
+def _normalise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str):
     return normalise_metadata({without_compile(n): t for n, t in tensors.items()}, metadata, name)
 
 
@@ -95,7 +95,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def prefix_of(checkpoint: Checkpoint, markers: tuple[str, ...]) -> str | None:
-    """What stands before the name of a part's marker tensor, or None where none is there."""
+    """The prefix of a part's marker tensor, or None if no marker is there."""
     for name in checkpoint.tensors:
         for marker in markers:
             if name == marker or name.endswith(f".{marker}"):
@@ -108,7 +108,7 @@ def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def raise_wrong_kind(checkpoint: Checkpoint, expected: str) -> NoReturn:
-    found = identify(checkpoint.tensors)
+    kind = identify(checkpoint.tensors)
     raise CheckpointError(
-        f"{checkpoint.path.name} is {found}; expected {expected}, for example {WHERE[expected]}."
+        f"{checkpoint.path.name} is {kind}; expected {expected}, for example {WHERE[expected]}."
     )

@@ -1,6 +1,6 @@
-"""What a file is: told from its first bytes and from the names of its tensors.
+"""The kind of a file, from its first bytes and the names of its tensors.
 
-Loaders use this to refuse a wrong file with the right words, and lists to leave it out.
+Loaders refuse a wrong file by it, and lists of files leave it out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VAE = "a Qwen-Image VAE"
 LORA = "a LoRA"
 CONTROL_LORA = "a control LoRA"
 
-# Where the right file is found, for error messages.
+# Examples of the right file, for error messages.
 WHERE = {
     TRANSFORMER: "krea2_turbo_bf16.safetensors (models/diffusion_models)",
     TEXT_ENCODER: "qwen3vl_4b_bf16.safetensors (models/text_encoders)",
@@ -113,9 +113,9 @@ def _foreign_format(start: bytes) -> str | None:
 
 
 def identify(names: Iterable[str]) -> str:
-    """What a file with tensors of these names is, as a noun phrase."""
+    """The kind of a file with tensors of these names, as a noun phrase."""
     names = list(names)
-    kinds = [kind for kind, found in _KINDS if found(names)]
+    kinds = [kind for kind, matches in _KINDS if matches(names)]
     if not names:
         return "a file without tensors"
     return " with ".join(kinds[:3]) if kinds else "a file of unknown kind"

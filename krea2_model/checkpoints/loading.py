@@ -126,55 +126,55 @@ def assign(
 
 
 def check_tensors(
-    wanted: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Tensor],
     path: Path,
-    what: str,
+    kind: str,
     quantised: Collection[str] = (),
 ) -> None:
-    """Raise CheckpointError unless `tensors` are those wanted and their vectors are finite.
+    """Raise CheckpointError unless `tensors` have the expected shapes and finite vectors.
 
-    quantised: names of those that may be integers.
+    quantised: names of tensors that may be integers.
     """
-    missing = sorted(wanted.keys() - tensors.keys())
-    surplus = sorted(tensors.keys() - wanted.keys())
+    missing = sorted(expected.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - expected.keys())
     misshapen = [
         f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     problems = [
-        f"{len(found)} {word} (such as {', '.join(found[:3])})"
-        for word, found in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
-        if found
+        f"{len(names)} {word} (such as {', '.join(names[:3])})"
+        for word, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if names
     ]
     if problems:
-        _raise_unusable(path, what, f"its tensors do not fit: {'; '.join(problems)}")
+        _raise_unusable(path, kind, f"its tensors do not fit: {'; '.join(problems)}")
     refuse_integers({n: t for n, t in tensors.items() if n not in quantised}, path.name)
     for name, tensor in tensors.items():
         vector = tensor.ndim == 1 and tensor.is_floating_point() and tensor.element_size() > 1
         if vector and not torch.isfinite(tensor).all():
-            _raise_unusable(path, what, f"{name} holds NaN or infinity")
+            _raise_unusable(path, kind, f"{name} holds NaN or infinity")
 
 
 @contextmanager
-def explain_bad_shapes(path: Path, what: str) -> Iterator[None]:
-    """Turn errors of reading sizes off tensors' shapes into the refusal of a file.
+def explain_bad_shapes(path: Path, kind: str) -> Iterator[None]:
+    """Turn errors of inferring sizes from tensors' shapes into CheckpointErrors.
 
-    Shapes of any kind come from files, and the arithmetic on them fails in as many ways.
+    A file may hold any shapes, and the arithmetic on them fails in as many ways.
     """
     try:
         yield
     except CheckpointError:
         raise
     except ValueError as error:
-        _raise_unusable(path, what, str(error))
+        _raise_unusable(path, kind, str(error))
     except (IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError, RuntimeError):
-        _raise_unusable(path, what, "its tensors have shapes that do not belong together")
+        _raise_unusable(path, kind, "its tensors have shapes that do not belong together")
 
 
-def _raise_unusable(path: Path, what: str, problem: str) -> NoReturn:
+def _raise_unusable(path: Path, kind: str, problem: str) -> NoReturn:
     raise CheckpointError(
-        f"{path.name} cannot be used as {what}: {problem.rstrip('.')}. "
-        f"Download it again, for example {WHERE[what]}."
+        f"{path.name} cannot be used as {kind}: {problem.rstrip('.')}. "
+        f"Download it again, for example {WHERE[kind]}."
     )

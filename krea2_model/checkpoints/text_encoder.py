@@ -1,6 +1,6 @@
-"""The parts of a Qwen3-VL file: what Krea 2 reads, the vision tower, and the rest for writing.
+"""Load the parts of a Qwen3-VL file: text encoder, vision tower, and the tail that writes text.
 
-Each is loaded by itself; the encoder is handed how to load the other two when they are first used.
+The encoder gets functions that load the other two when they are first used.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ def read_vision_tower(checkpoint: Checkpoint) -> PartState:
     if isinstance(patches, GGUFTensor):
         patches = patches.dequantise()
     tensors[PATCHES] = patches.flatten(1)
-    config = _with_settings(config, checkpoint)
+    config = _apply_vision_settings(config, checkpoint)
     dtype = stored_dtype(tensors.get("merger.norm.weight"))
     build = partial(Qwen3VLVisionTower, config)
     return PartState(checkpoint.path, TEXT_ENCODER, config, tensors, build, dtype)
 
 
-def _with_settings(config: VisionConfig, checkpoint: Checkpoint) -> VisionConfig:
-    """With what tensors cannot tell and a Hugging Face folder's configuration does."""
+def _apply_vision_settings(config: VisionConfig, checkpoint: Checkpoint) -> VisionConfig:
+    """Apply what tensors cannot tell and a Hugging Face folder's configuration does."""
     settings = checkpoint.config.get("vision_config")
     settings = settings if isinstance(settings, dict) else {}
     heads = settings.get("num_heads", config.num_heads)
@@ -155,7 +155,7 @@ def load_vision_tower(
 
 
 def read_language_tail(checkpoint: Checkpoint) -> PartState:
-    """Translate what comes after the encoder's layers to module names.
+    """Translate the tensors after the encoder's layers to module names.
 
     Raises CheckpointError where the file is no language model or ends with the encoder.
     """
@@ -191,13 +191,13 @@ def read_language_tail(checkpoint: Checkpoint) -> PartState:
 
 
 def _is_head(name: str, prefix: str) -> bool:
-    """Beside the language model, or beside what holds it: `lm_head.weight`, `model.norm.weight`."""
+    """True for the head of the model under a prefix: `lm_head.weight`, `model.norm.weight`."""
     before, head, _ = name.partition("lm_head.")
     return bool(head) and prefix.startswith(before)
 
 
 def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether a head is a copy of the embedding, which need not be held a second time."""
+    """True if a head is a copy of the embedding, which need not be held twice."""
     embedding = checkpoint.tensors[f"{prefix}embed_tokens.weight"]
     if isinstance(tensor, GGUFTensor) and isinstance(embedding, GGUFTensor):
         return tensor.format == embedding.format and torch.equal(tensor.data, embedding.data)
@@ -209,7 +209,7 @@ def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
 def load_language_tail(
     path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
 ) -> LanguageTail:
-    """Load what `load_text_encoder` left of the same file or folder.
+    """Load the layers, norm and head that `load_text_encoder` leaves out.
 
     Raises CheckpointError as `read_language_tail` does.
     """

@@ -34,7 +34,7 @@ VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY, SIZE_KEY = (
     "krea2.variant", "krea2.steps", "krea2.guidance", "krea2.mu", "krea2.size",
 )  # fmt: skip
 
-# Left over from training in some files, and used by no one.
+# Left over from training in some files, and unused.
 TRAINING_LEFTOVERS = frozenset(("last.down.weight", "last.up.weight"))
 
 

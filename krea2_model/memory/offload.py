@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.quantised_layers import kind_of
+from ..checkpoints.quantised_layers import quantisation_of
 from ..config import RAW
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
@@ -59,7 +59,7 @@ class Part:
             activations,
             tuple(map(pack_bytes, self.blocks)),
             bytes_of(self.brief),
-            kind_of(self.module),
+            quantisation_of(self.module),
         )
 
 

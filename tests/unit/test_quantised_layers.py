@@ -96,11 +96,11 @@ def test_a_matrix_is_the_same_in_one_run_of_rows_or_many(monkeypatch):
         if form.startswith("float8"):
             stored["weight"] = data.to(torch.float8_e4m3fn)
         weight = QuantisedWeight(form, (960, 64), stored, group)
-        expected = weight.values(torch.bfloat16)
+        expected = weight.dequantise(torch.bfloat16)
         with monkeypatch.context() as patch:
             patch.setattr("krea2_model.checkpoints.quantised_weight.VALUES_AT_A_TIME", 64 * 25)
             with LiveBytes() as counted:
-                found = weight.values(torch.bfloat16)
+                found = weight.dequantise(torch.bfloat16)
             assert counted.peak < 960 * 64 * 2 + 5 * 64 * 25 * 4
         assert torch.equal(found, expected)
 
