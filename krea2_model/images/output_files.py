@@ -33,9 +33,10 @@ def image_format(path: Path) -> str:
             raise KeyError
         Image.new("RGB", (16, 16)).save(io.BytesIO(), kind)
     except (KeyError, OSError, ValueError):
-        found = f"the ending {path.suffix}" if path.suffix else "no ending"
+        ending = f"the ending {path.suffix}" if path.suffix else "no ending"
         raise ValueError(
-            f"The output {path} has {found}, in which no image can be written; expected {_ENDINGS}."
+            f"The output {path} has {ending}, in which no image can be written; expected "
+            f"{_ENDINGS}."
         ) from None
     return kind
 

@@ -225,18 +225,18 @@ class Qwen3VLTextEncoder(nn.Module):
                 f"images has {len(images)} lists; expected {len(prompts)}, one a prompt."
             )
         device = self.embed_tokens.weight.device
-        batch, seen = [], []
+        batch, image_tokens = [], []
         for item, prompt in enumerate(prompts):
-            kept = kept_images(images[item] if images is not None else ())
-            before = image_text([image.role for image in kept], labels)
-            if kept:
+            prompt_images = kept_images(images[item] if images is not None else ())
+            before = image_text([image.role for image in prompt_images], labels)
+            if prompt_images:
                 check_no_pads(prompt)
             ids = self.tokenizer.tokenize(prompt, max_sequence_length, before)
-            tokens = self._see(kept, max_side)
-            if kept:
+            tokens = self._encode_images(prompt_images, max_side)
+            if prompt_images:
                 ids = expand_image_tokens(ids, [image.grid for image in tokens])
             batch.append(ids)
-            seen.append(tokens)
+            image_tokens.append(tokens)
         if max(map(max, batch)) >= self.config.vocab_size:
             # On a GPU the lookup would fail later, and take the process's CUDA context with it.
             raise ValueError(
@@ -246,7 +246,8 @@ class Qwen3VLTextEncoder(nn.Module):
         lengths = [len(ids) - PREFIX_TOKENS for ids in batch]
         taps = None
         for item, (ids, length) in enumerate(zip(batch, lengths, strict=True)):
-            states = self(torch.tensor([ids], device=device), images=seen[item])[0, PREFIX_TOKENS:]
+            token_ids = torch.tensor([ids], device=device)
+            states = self(token_ids, images=image_tokens[item])[0, PREFIX_TOKENS:]
             if taps is None:
                 taps = states.new_zeros(len(batch), max(lengths), *states.shape[1:])
             taps[item, :length] = states
@@ -256,8 +257,8 @@ class Qwen3VLTextEncoder(nn.Module):
         counts = torch.tensor(lengths, device=device)
         return taps, torch.arange(max(lengths), device=device) < counts[:, None]
 
-    def _see(self, images: Sequence[PromptImage], max_side: int) -> list[ImageTokens]:
-        """What the vision tower makes of images; it is not loaded for none."""
+    def _encode_images(self, images: Sequence[PromptImage], max_side: int) -> list[ImageTokens]:
+        """Images as tokens of the vision tower, which is loaded only if there are any."""
         if not images:
             return []
         tower = self.vision_tower()
@@ -318,7 +319,7 @@ def llama_cpp_to_hugging_face(name: str) -> str:
 def text_encoder_keys(
     names: Iterable[str], num_layers: int = RELEASED.num_tapped_layers
 ) -> dict[str, str]:
-    """Which tensors of a checkpoint the encoder needs: their names there to its own names.
+    """The tensors of a checkpoint that the encoder needs: their names there to its own.
 
     The prefix (`model.`, `model.language_model.`, `text_encoders.qwen3vl_4b.transformer.model.`,
     none, ...) is what precedes the token embedding. Vision tower, head, final norm and layers from
@@ -341,7 +342,7 @@ def text_encoder_keys(
 
 
 def language_prefix(names: Iterable[str]) -> str | None:
-    """What precedes the names of a checkpoint's language model; None unless there is just one."""
+    """The prefix of a checkpoint's language model; None unless there is exactly one."""
     names = set(names)
     prefixes = {
         name.removesuffix(_EMBEDDING)
@@ -379,26 +380,26 @@ def infer_text_encoder_config(
         )
     width = shapes[_FIRST_NORM][0]
     indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
-    found = f"{len(indices)} layers, width {width}"
+    summary = f"{len(indices)} layers, width {width}"
     attention = "layers.0.self_attn."
     if attention + "q_norm.weight" not in shapes:
         kind = "Qwen2.5-VL" if attention + "q_proj.bias" in shapes else "another language model"
         raise ValueError(
-            f"This is {kind} ({found}, no q/k norm), whose hidden states mean nothing to Krea 2. "
+            f"This is {kind} ({summary}, no q/k norm), whose hidden states mean nothing to Krea 2. "
             + advice
         )
     taps = tap_layers or RELEASED.tap_layers
     missing = sorted(set(range(max(taps))) - indices)
     if missing:
         raise ValueError(
-            f"This text encoder has {found}; the taps need layers 0 to {max(taps) - 1}, and layer "
-            f"{missing[0]} is missing. {advice}"
+            f"This text encoder has {summary}; the taps need layers 0 to {max(taps) - 1}, and "
+            f"layer {missing[0]} is missing. {advice}"
         )
     rows = {}
     for name in ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm"):
         weight = f"layers.0.{name}.weight"
         if weight not in shapes:
-            raise ValueError(f"This text encoder ({found}) has no {weight}. {advice}")
+            raise ValueError(f"This text encoder ({summary}) has no {weight}. {advice}")
         rows[name] = shapes[weight][0]
     head_dim = rows["self_attn.q_norm"]
     config = replace(

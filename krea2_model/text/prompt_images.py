@@ -1,4 +1,4 @@
-"""Images in a prompt: where they stand in the text, and where their tokens stand in the model.
+"""Images in a prompt: their places in the text, and the positions of their tokens.
 
 Each image is a block `<|vision_start|><|image_pad|><|vision_end|>` in the user's turn, in front of
 the text. The one pad stands for all tokens of the image. LoRAs for style and editing of the
@@ -104,18 +104,18 @@ def _one_each(name: str, values: list, count: int, usual) -> list:
 
 
 def kept_images(images: Iterable[PromptImage]) -> list[PromptImage]:
-    """Those that have a strength. Raises ValueError for more than `MAX_IMAGES`."""
-    kept = [image for image in images if image.strength != 0]
-    if len(kept) > MAX_IMAGES:
+    """Images whose strength is not 0. Raises ValueError for more than `MAX_IMAGES`."""
+    result = [image for image in images if image.strength != 0]
+    if len(result) > MAX_IMAGES:
         raise ValueError(
-            f"There are {len(kept)} images in the prompt; expected at most {MAX_IMAGES}. Leave "
+            f"There are {len(result)} images in the prompt; expected at most {MAX_IMAGES}. Leave "
             "some out."
         )
-    return kept
+    return result
 
 
 def image_text(roles: Sequence[str], labels: bool) -> str:
-    """What stands in front of a prompt for images with these roles; empty for none.
+    """The text before a prompt for images with these roles; empty for none.
 
     labels: number them, `Picture 1: `. A role follows the number in brackets, or stands alone.
     """

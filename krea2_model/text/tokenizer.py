@@ -29,7 +29,7 @@ SUFFIX_TOKENS = 5
 OFFICIAL_LENGTH = 512
 PROMPT_BUDGET = OFFICIAL_LENGTH - SUFFIX_TOKENS
 
-# What the official layout pads with. Nothing is padded here; hosts that batch tokens need it.
+# The padding token of the official layout. Nothing is padded here; hosts that batch tokens need it.
 PAD_TOKEN = 151643
 
 COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
@@ -103,11 +103,11 @@ class Krea2Tokenizer:
             str(self.folder), local_files_only=True, trust_remote_code=False
         )
         self._suffix = self.tokenize_raw(TEMPLATE_SUFFIX)
-        found = (len(self.tokenize_raw(TEMPLATE_PREFIX)), len(self._suffix))
-        if found != (PREFIX_TOKENS, SUFFIX_TOKENS):
+        counts = (len(self.tokenize_raw(TEMPLATE_PREFIX)), len(self._suffix))
+        if counts != (PREFIX_TOKENS, SUFFIX_TOKENS):
             raise ValueError(
-                f"The tokenizer in {self.folder} makes {found[0]} and {found[1]} tokens of the two "
-                f"parts of the chat template; expected {PREFIX_TOKENS} and {SUFFIX_TOKENS}. It "
+                f"The tokenizer in {self.folder} makes {counts[0]} and {counts[1]} tokens of the "
+                f"two parts of the chat template; expected {PREFIX_TOKENS} and {SUFFIX_TOKENS}. It "
                 "belongs to another model: name the folder of a Qwen tokenizer."
             )
 

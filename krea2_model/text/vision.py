@@ -29,7 +29,7 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What the language tower is given of an image.
+    """The tokens of an image, as the language tower reads them.
 
     tokens: (N, width), in rows of `grid`. deepstack: the same shape for each of the first layers.
     grid: rows and columns of tokens, N together.
@@ -247,12 +247,12 @@ def resize_for_tower(
         target[longer] -= side
     if (height, width) == tuple(target):
         return pixels
-    fitted = F.interpolate(pixels[None].float(), target, mode="bicubic", antialias=True)
-    return fitted[0].clamp(0, 1).to(pixels.dtype)
+    resized = F.interpolate(pixels[None].float(), target, mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1).to(pixels.dtype)
 
 
 def vision_keys(names: Iterable[str]) -> dict[str, str]:
-    """Which tensors of a checkpoint the tower needs: their names there to its own names.
+    """The tensors of a checkpoint that the tower needs: their names there to its own.
 
     The prefix (`model.visual.`, `visual.`, ...) is what precedes the patch embedding. Empty where
     the file has no vision tower.

@@ -5,7 +5,7 @@ zero padding, so only the last temporal slice of every kernel meets data and the
 exact 2D equivalent: `krea2_model.checkpoints.vae_keys.slice_temporal` makes its weights. The time
 convolutions of the resamplers pass a first frame through unchanged and do not exist here.
 
-What is odd: module names are those of the original checkpoint, hence the numbered `residual.2` and
+Module names are those of the original checkpoint, hence the numbered `residual.2` and
 `downsamples.5`; decoder resamplers halve the channels, so the block after one sees half the width
 of the level before. Activations are channels_last throughout.
 
@@ -90,7 +90,7 @@ class PixelNorm(nn.Module):
 
 
 class Activation(nn.Module):
-    """SiLU, where gradients are off in the place of its input, which nobody else holds."""
+    """SiLU, in place where gradients are off."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.silu(hidden, inplace=may_overwrite())
@@ -148,7 +148,7 @@ class Resample(nn.Module):
 
 
 def has_fused_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether scaled_dot_product_attention runs these without a score matrix in memory."""
+    """True if scaled_dot_product_attention runs without a score matrix in memory."""
     if query.device.type == "cuda":
         params = SDPAParams(query, key, value, None, 0.0, False, False)
         return can_use_efficient_attention(params) or can_use_flash_attention(params)

@@ -31,7 +31,7 @@ def card(monkeypatch):
     def pretend(*capability):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(backends, "_takes", lambda *arguments: True)
+        monkeypatch.setattr(backends, "_supports", lambda *arguments: True)
 
     return pretend
 
