@@ -34,10 +34,10 @@ _LONGEST_MESSAGE = 1500
 
 
 class CheckpointError(ValueError):
-    """A file is not what was expected; the message says what it is and what to do.
+    """A file is not of the expected kind or damaged; the message names the remedy.
 
-    Names from files may be of any length and hold anything: long ones lose their middle, and what
-    cannot be printed is spelled out.
+    Names from files may be of any length and hold anything: a long message loses its middle, and
+    characters that cannot be printed are escaped.
     """
 
     def __init__(self, message: str):

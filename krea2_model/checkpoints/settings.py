@@ -115,7 +115,7 @@ def _object(file: str, name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _read(file: str, name: str, value: Any, read: Callable[[Any], Any]) -> Any:
-    """`read(value)`, whose ValueError says what was expected."""
+    """`read(value)`; its ValueError, the expected value, becomes a CheckpointError."""
     try:
         return read(value)
     except ValueError as error:

@@ -30,7 +30,7 @@ _MAX_JSON = 25_000_000
 
 
 def without_compile(name: str) -> str:
-    """A name without `_orig_mod`, which torch.compile puts before what it wraps, at any depth."""
+    """A name without `_orig_mod`, the prefix of modules that torch.compile wraps, at any depth."""
     if "_orig_mod" not in name:
         return name
     return name.replace("_orig_mod.", "").replace("_orig_mod_", "")

@@ -131,11 +131,13 @@ def _apply_vision_settings(config: VisionConfig, checkpoint: Checkpoint) -> Visi
     heads = settings.get("num_heads", config.num_heads)
     indexes = settings.get("deepstack_visual_indexes", config.deepstack_visual_indexes)
     if (
-        not isinstance(heads, int) or heads < 1 or config.hidden_size % (4 * heads)
+        not isinstance(heads, int)
+        or heads < 1
+        or config.hidden_size % (4 * heads)
         or not isinstance(indexes, (list, tuple))
         or len(indexes) != len(config.deepstack_visual_indexes)
         or not all(isinstance(index, int) and 0 <= index < config.depth for index in indexes)
-    ):  # fmt: skip
+    ):
         raise CheckpointError(
             f"{checkpoint.path.name} has num_heads {heads!r} and deepstack_visual_indexes "
             f"{indexes!r} in vision_config, which do not fit a tower of {config.depth} blocks of "
@@ -175,8 +177,9 @@ def read_language_tail(checkpoint: Checkpoint) -> PartState:
         elif _is_head(name, prefix) and not _is_tied(tensor, checkpoint, prefix):
             tensors["lm_head." + name.rpartition(".")[2]] = tensor
     last = max(indices, default=first - 1) + 1
-    missing = [f"layer {index}" for index in range(first, max(last, first + 1))
-               if index not in indices]  # fmt: skip
+    missing = [
+        f"layer {index}" for index in range(first, max(last, first + 1)) if index not in indices
+    ]
     if "norm.weight" not in tensors:
         missing.append("the final norm")
     if missing:

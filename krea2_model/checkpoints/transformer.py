@@ -29,7 +29,7 @@ from .transformer_keys import (
     official_to_module,
 )
 
-# Metadata keys of a safetensors file that says more about itself than its tensors do.
+# Metadata keys of a safetensors file for the variant and sampling defaults.
 VARIANT_KEY, STEPS_KEY, GUIDANCE_KEY, MU_KEY, SIZE_KEY = (
     "krea2.variant", "krea2.steps", "krea2.guidance", "krea2.mu", "krea2.size",
 )  # fmt: skip

@@ -108,7 +108,7 @@ def crop(image: Tensor, mask: Tensor, context: float, megapixels: float):
 
 
 def stitch(cut: Crop, painted: Tensor, feather: int = 0, mask: Tensor | None = None) -> Tensor:
-    """The images with what was painted in their boxes, elsewhere and outside the mask to the bit.
+    """The original images with the painted crops in their boxes; exact outside of the mask.
 
     painted: (B, h, w, 3) of any size; a crop of one image takes any number of them.
     mask: in the crop's aspect, where another than the one that was cropped is to count.
@@ -134,7 +134,7 @@ def stitch(cut: Crop, painted: Tensor, feather: int = 0, mask: Tensor | None = N
 
 
 def align_to_original(original: Tensor, painted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The painted images in the original's size, and the mask without what they do not show.
+    """The painted images in the original's size, and the mask limited to the part they show.
 
     Sides that were continued to multiples of 16 are cut at the right and bottom; sides that the
     VAE cropped to multiples of 8, on both ends alike, are put back there.

@@ -80,7 +80,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image, over what is there once the new file is whole.
+    """Write an image; an existing file is replaced once the new one is complete.
 
     A full disk or a cancel leaves the old file as it was.
     """

@@ -45,8 +45,16 @@ _FACTORS = (
     ("hada_w1_a", "hada_w1_b"),
     ("hada_w2_a", "hada_w2_b"),
 )
-_KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "diff": "full differences",
-          "set": "full weights", "oft": "OFT", "boft": "BOFT", "glora": "GLoRA"}  # fmt: skip
+_KINDS = {
+    "lora": "LoRA",
+    "lokr": "LoKr",
+    "loha": "LoHa",
+    "diff": "full differences",
+    "set": "full weights",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "glora": "GLoRA",
+}
 _ROTATIONS = ("oft", "boft")
 # No trained change comes near; what does makes weights infinite, or pictures noise.
 _LARGEST = 1e8

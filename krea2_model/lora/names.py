@@ -101,8 +101,10 @@ _TEXT_PREFIXES = (
 )
 
 # Layers that some trainers fuse: their rows are those of the parts, one after the other.
-_FUSED = (("attn.to_qkv", ("attn.wq", "attn.wk", "attn.wv")),
-          ("attn.qkv", ("attn.wq", "attn.wk", "attn.wv")))  # fmt: skip
+_FUSED = (
+    ("attn.to_qkv", ("attn.wq", "attn.wk", "attn.wv")),
+    ("attn.qkv", ("attn.wq", "attn.wk", "attn.wv")),
+)
 
 
 class Key(NamedTuple):

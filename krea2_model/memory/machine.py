@@ -51,7 +51,7 @@ def free_device_bytes(device: torch.device) -> int | None:
     return None if get_info is None else get_info(device)[0]
 
 
-def give_back(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
     """Return a device's memory that torch's allocator caches."""
     module = getattr(torch, device.type, None)
     empty = getattr(module, "empty_cache", None)

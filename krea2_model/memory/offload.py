@@ -23,7 +23,7 @@ from ..vae.model import QwenImageVAE
 from .activations import WRITING_BYTES, activations
 from .block_stream import BlockStream, pack_bytes
 from .device_weights import Copies, Weight, bytes_of, weights_of
-from .machine import GB, free_device_bytes, free_host_bytes, give_back
+from .machine import GB, empty_cache, free_device_bytes, free_host_bytes
 from .plan import ENCODER, NONE, RESERVE, TRANSFORMER, VAE, PartSize, Plan, check_offload, plan_for
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Offload:
         """Remove everything from the device."""
         for part in self._parts.values():
             self._remove(part)
-        give_back(self.device)
+        empty_cache(self.device)
 
     def _plan_for(self, activations: dict[str, int], budget: int | None) -> Plan:
         sizes = [part.size(activations[part.name]) for part in self._parts.values()]
@@ -231,7 +231,7 @@ class Offload:
         for each in self._parts.values():
             if each is part or (self._ran_out and not each.depth):
                 self._remove(each)
-        give_back(self.device)
+        empty_cache(self.device)
 
     def _remove(self, part: Part) -> None:
         if part.name in self._streams:

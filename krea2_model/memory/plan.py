@@ -32,9 +32,9 @@ RESERVE = 400_000_000
 
 @dataclass(frozen=True)
 class PartSize:
-    """Bytes of a part: all its weights, its blocks, what is needed briefly, its activations.
+    """Bytes of a part: all its weights, its blocks, its `brief` modules, its activations.
 
-    kind: how its weights are stored, for messages; empty where they are plain.
+    kind: the format of its weights, for messages; empty where they are plain.
     """
 
     name: str

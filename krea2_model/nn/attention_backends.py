@@ -40,7 +40,7 @@ OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 _SETS_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
 
 
-def from_table(capability: Capability, dtype: torch.dtype, length: int) -> SDPBackend | None:
+def fastest_backend(capability: Capability, dtype: torch.dtype, length: int) -> SDPBackend | None:
     """The backend for a number of keys, or None for torch's own choice."""
     backend = None
     for entry in TABLE.get((capability, dtype), ()):
@@ -57,7 +57,7 @@ def preferred(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     if "cudnn" not in switches.active or mask is not None or not _is_nvidia(query):
         return None
     capability = torch.cuda.get_device_capability(query.device)
-    backend = from_table(capability, query.dtype, key.shape[2])
+    backend = fastest_backend(capability, query.dtype, key.shape[2])
     if backend is None or not _SETS_PRIORITY:
         return None
     # Not while compiling, which cannot ask torch; an unsupported call goes to the next backend.
@@ -85,8 +85,12 @@ def is_torchs_own_choice() -> bool:
 
 def _settings() -> tuple:
     cuda = torch.backends.cuda
-    flags = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
-             cuda.cudnn_sdp_enabled())  # fmt: skip
+    flags = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
     order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
     # Backends of other makers stand last in it.
     return *flags, *order[:4]

@@ -120,7 +120,7 @@ class Expansion:
     unweighted: tuple[str, ...] = ()
 
     def note(self) -> str:
-        """Sentences about what is missing; empty where nothing is."""
+        """A message about missing texts and lost weights; empty where there are none."""
         notes = []
         if self.missing:
             notes.append(
@@ -371,7 +371,7 @@ def _plain(text: str) -> str:
 
 
 def check_can_write(path: Path | None) -> None:
-    """Raise ValueError for an encoder that cannot write: krea2-nano's, which nobody trained."""
+    """Raise ValueError for an encoder that cannot write, such as krea2-nano's untrained one."""
     if path == nano.TEXT_ENCODER:
         raise ValueError(
             "krea2-nano's text encoder is random and cannot write. Load a real one to expand "

@@ -113,9 +113,8 @@ class LanguageModel:
         self.config = encoder.config
         self._images = images
         self._device = device
-        self._embedding, self._tail, self._head, self._dtype = (
-            encoder.embed_tokens, tail, head, dtype,
-        )  # fmt: skip
+        self._embedding, self._tail = encoder.embed_tokens, tail
+        self._head, self._dtype = head, dtype
         self._layers: list[nn.Module] = [*encoder.layers, *tail.layers.values()]
 
     @property

@@ -198,8 +198,14 @@ def axis_positions(tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
                 f"An image of {rows} x {columns} tokens has fewer places in the prompt; expected "
                 f"{count}, next to each other."
             )
-        grid = torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), torch.arange(rows),
-                                          torch.arange(columns), indexing="ij"))  # fmt: skip
+        grid = torch.stack(
+            torch.meshgrid(
+                torch.zeros(1, dtype=torch.long),
+                torch.arange(rows),
+                torch.arange(columns),
+                indexing="ij",
+            )
+        )
         parts.append(start + grid.flatten(1))
         start, index = start + max(rows, columns), index + count
     if left:
@@ -212,7 +218,9 @@ def axis_positions(tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
 def sheet(images: Sequence[Tensor], margin: float = 0.5) -> Tensor:
     """Images (3, H, W) of any sizes as one batch (N, 3, H, W), grey to the right and below."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    return torch.stack([
-        F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=margin)
-        for image in images
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=margin)
+            for image in images
+        ]
+    )

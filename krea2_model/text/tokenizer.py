@@ -135,25 +135,29 @@ class Krea2Tokenizer:
         if used > limit:
             logger.warning(
                 "The prompt uses %d tokens; the last %d were dropped to keep %d.",
-                used, used - limit, limit,
-            )  # fmt: skip
+                used,
+                used - limit,
+                limit,
+            )
             ids = ids[: first + limit]
         elif used > PROMPT_BUDGET:
             logger.warning(
                 "The prompt uses %d tokens; the model was trained on up to %d. Shorten it, or cut "
                 "it with max_sequence_length=%d.",
-                used, PROMPT_BUDGET, OFFICIAL_LENGTH,
-            )  # fmt: skip
+                used,
+                PROMPT_BUDGET,
+                OFFICIAL_LENGTH,
+            )
         return ids + self._suffix
 
     def front(self, before: str) -> list[int]:
-        """The tokens of what stands between the template's prefix and a prompt."""
+        """The tokens of the text between the template's prefix and a prompt."""
         return self.tokenize_raw(TEMPLATE_PREFIX + before)[PREFIX_TOKENS:] if before else []
 
     def spans(
         self, prompt: str, max_sequence_length: int | None = None, before: str = ""
     ) -> list[tuple[int, int]]:
-        """The characters `prompt[first:end]` that each kept token stands for.
+        """The span of characters `prompt[first:end]` of each kept token.
 
         One a token that `tokenize` gives behind the prefix and `before`; (0, 0) for those of the
         suffix. The tokens of a character that takes several all stand for it.

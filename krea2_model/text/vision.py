@@ -51,8 +51,9 @@ class VisionAttention(nn.Module):
         self.proj = layers.Linear(dim, dim, bias=True, **factory)
 
     def forward(self, hidden: Tensor, rotation: Tensor) -> Tensor:
-        heads = rearrange(self.qkv(hidden), "b l (three h d) -> three b h l d", three=3,
-                          h=self.heads)  # fmt: skip
+        heads = rearrange(
+            self.qkv(hidden), "b l (three h d) -> three b h l d", three=3, h=self.heads
+        )
         query, key, value = heads.unbind()
         query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
         return self.proj(self.attend(query, key, value, None))
@@ -208,8 +209,9 @@ class Qwen3VLVisionTower(nn.Module):
         """Cosines and sines (2, 1, 1, L, head / 2): half of the angles by row, half by column."""
         count = self.config.hidden_size // self.config.num_heads // 4
         frequencies = 1.0 / _ROPE_THETA ** (torch.arange(count, dtype=torch.float32) / count)
-        places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns),
-                                            indexing="ij"))  # fmt: skip
+        places = torch.stack(
+            torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        )
         angles = self._by_blocks(places.float()).T[..., None] * frequencies
         angles = angles.flatten(1)
         return torch.stack((angles.cos(), angles.sin()))[:, None, None]

@@ -155,7 +155,7 @@ def _unknown_lines(checkpoint: Checkpoint) -> list[str]:
 
 
 def _weights_lines(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Parameters, storage by group of layers, and what is missing or too much."""
+    """Lines on parameters, dtypes by group of layers, and missing and surplus tensors."""
     extras = (*SUFFIXES, *BRANCH)
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(extras)}
     count = sum(tensor.numel() for tensor in expected.values())

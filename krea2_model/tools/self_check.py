@@ -1,4 +1,4 @@
-"""A self-check: what this machine has, which model files there are, and what is wrong, as text.
+"""A self-check as text: the machine, the model files, and problems with their remedies.
 
 Made to be pasted into a bug report, so folders are named by their place in the models folder and
 the home directory is "~". What only ComfyUI knows, the node K2SelfCheck adds.
@@ -45,7 +45,7 @@ _FAULTS = ("broken", "missing", "surplus")
 
 @dataclass
 class Report:
-    """Sections of lines, what is wrong and what is worth knowing, each with its remedy."""
+    """Sections of lines, and problems (`wrong`) and hints (`notes`) with their remedies."""
 
     sections: list[tuple[str, list[str]]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ def kernel_note(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def survey(files: Iterable[ModelFile], report: Report, memory: int = 0) -> list[str]:
-    """A line for each file of Krea 2's, what is wrong with them in `report`; others are counted.
+    """A line for each file of Krea 2, with problems added to `report`; others are counted.
 
     memory: bytes on all accelerators together, 0 where there is none; main memory is added.
     """
