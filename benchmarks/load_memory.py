@@ -109,7 +109,7 @@ def measure(how: str, path: Path) -> None:
 
     if how.startswith("krea2_model"):
         sys.path.insert(0, str(ROOT))
-        from krea2_model.checkpoints.loading import load_transformer
+        from krea2_model.checkpoints.transformer import load_transformer
 
         load = functools.partial(load_transformer, keep_quantised=how.endswith("quantised"))
     else:

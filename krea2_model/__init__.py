@@ -4,9 +4,10 @@ Runs without ComfyUI and never imports it.
 """
 
 from .arguments import PromptImages, References
-from .checkpoints.encoder_parts import load_text_encoder
 from .checkpoints.identify import CheckpointError
-from .checkpoints.loading import load_transformer, load_vae, save_transformer
+from .checkpoints.text_encoder import load_text_encoder
+from .checkpoints.transformer import load_transformer, save_transformer
+from .checkpoints.vae import load_vae
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
 from .guidance import GuidanceSchedule
 from .pipeline import Krea2Pipeline

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import nano
-from .checkpoints.encoder_parts import load_text_encoder
+from .checkpoints.text_encoder import load_text_encoder
 from .images.output_files import check_outputs, numbered, save_image
 from .images.pictures import pixels_of
 from .memory.machine import find_device
@@ -25,7 +25,7 @@ from .tools.convert import PARTS, QUANTISATIONS, convert
 from .tools.describe import describe
 from .tools.self_check import check
 
-# What --model may say instead of a path; a folder of that name is ./nano.
+# Names that --model takes instead of a path; a folder of that name is ./nano.
 NANO = {
     "nano": (nano.TRANSFORMERS["turbo"], nano.TEXT_ENCODER, nano.VAE),
     "nano-raw": (nano.TRANSFORMERS["raw"], nano.TEXT_ENCODER, nano.VAE),
@@ -142,11 +142,11 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make the images that `args` ask for; returns the files written."""
-    whole = NANO.get(args.model, (args.model,) * 3)
+    defaults = NANO.get(args.model, (args.model,) * 3)
     transformer, text_encoder, vae = (
         part or default
         for part, default in zip(
-            (args.transformer, args.text_encoder, args.vae), whole, strict=True
+            (args.transformer, args.text_encoder, args.vae), defaults, strict=True
         )
     )
     if None in (transformer, text_encoder, vae):
@@ -182,7 +182,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
         print(report, file=sys.stderr)
     steps = pipeline.preset.steps if args.steps is None else args.steps
     with tqdm(total=steps, unit="step", desc=args.output.name) as bar:
-        made = pipeline(
+        results = pipeline(
             args.prompt,
             args.negative,
             height=args.height,
@@ -200,7 +200,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
             callback=lambda step, latents, predicted: bar.update(),
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for image, path in zip(made, paths, strict=True):
+    for image, path in zip(results, paths, strict=True):
         save_image(image, path)
     return paths
 

@@ -1,7 +1,7 @@
 """Sizes and sampling defaults of Krea 2, as frozen dataclasses.
 
 The defaults are the released model. Every size can also be read off a checkpoint's tensors
-(`krea2_model.checkpoints.loading`), so smaller or larger relatives need no code.
+(`krea2_model.checkpoints`), so smaller or larger relatives need no code.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from . import nano
-from .checkpoints.encoder_parts import load_text_encoder
-from .checkpoints.loading import load_transformer, load_vae
+from .checkpoints.text_encoder import load_text_encoder
+from .checkpoints.transformer import load_transformer
+from .checkpoints.vae import load_vae
 from .config import RAW, Preset
 from .lora.files import LoraReport, read_lora, read_lora_file
 from .lora.updates import LoraStack

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ..krea2_model.checkpoints.checkpoint import read_shapes
 from ..krea2_model.checkpoints.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -16,7 +17,6 @@ from ..krea2_model.checkpoints.identify import (
     CheckpointError,
     identify,
 )
-from ..krea2_model.checkpoints.loading import read_shapes
 from ..krea2_model.checkpoints.storage import read_json
 
 Shapes = dict[str, tuple[int, ...]]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from krea2_model import nano  # noqa: E402
-from krea2_model.checkpoints.loading import load_vae  # noqa: E402
+from krea2_model.checkpoints.vae import load_vae  # noqa: E402
 from krea2_model.nano.preview import FILE  # noqa: E402
 from nano_training.scenes import PICTURE_SIZES, draw, random_scene  # noqa: E402
 

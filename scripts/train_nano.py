@@ -30,7 +30,7 @@ from krea2_model import (  # noqa: E402
     nano,
     save_transformer,
 )
-from krea2_model.checkpoints.loading import is_norm_or_table  # noqa: E402
+from krea2_model.checkpoints.transformer_keys import is_norm_or_table  # noqa: E402
 from krea2_model.checkpoints.vae_keys import restore_temporal  # noqa: E402
 from krea2_model.text.encoder import Qwen3VLTextEncoder  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402

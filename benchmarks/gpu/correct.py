@@ -68,7 +68,7 @@ def small_transformer(worker) -> None:
     expected = models.diffusers_call(models.diffusers_model(config, tensors), inputs)()
     values = {"ours": models.our_call(ours, inputs)(), "core": models.core_call(core, inputs)()}
     record(worker, "transformer, float32, to diffusers", values, expected, FLOAT32_LIMIT)
-    load = in_process.pack_module("krea2_model.checkpoints.loading").load_transformer
+    load = in_process.pack_module("krea2_model.checkpoints.transformer").load_transformer
     plain = load(models.as_checkpoint(tensors), device=device)
     taps = inputs.context.unflatten(-1, (config.num_text_layers, config.text_hidden_dim))
     text = plain.fuse_text(taps)

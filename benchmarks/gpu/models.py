@@ -48,7 +48,9 @@ def sharing_storage(device) -> Iterator[None]:
 
 def as_checkpoint(tensors: dict[str, Any], name: Path = NAME):
     """Tensors in memory as the pack's loaders take them."""
-    return in_process.pack_module("krea2_model.checkpoints.loading").Checkpoint(name, dict(tensors))
+    return in_process.pack_module("krea2_model.checkpoints.checkpoint").Checkpoint(
+        name, dict(tensors)
+    )
 
 
 def our_model(tensors: dict[str, Any], device, dtype=None, name: Path = NAME):

@@ -14,8 +14,10 @@ import comfy
 import torch
 
 from krea2_model import Krea2Pipeline
-from krea2_model.checkpoints.encoder_parts import load_text_encoder
-from krea2_model.checkpoints.loading import Checkpoint, load_transformer, load_vae
+from krea2_model.checkpoints.checkpoint import Checkpoint
+from krea2_model.checkpoints.text_encoder import load_text_encoder
+from krea2_model.checkpoints.transformer import load_transformer
+from krea2_model.checkpoints.vae import load_vae
 from krea2_model.memory.machine import GB
 
 from . import measure, models, weights

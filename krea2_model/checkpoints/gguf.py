@@ -61,19 +61,19 @@ def dequantise(data: Tensor, name: str, shape: Shape, dtype: torch.dtype = torch
     """Values of raw bytes in the format `name`, on their device, computed in float32."""
     if "gguf" in switches.active and name in FORMATS:
         if not _is_traced(data):
-            return _values(data, name, dtype).reshape(shape)
+            return _dequantise_blocks(data, name, dtype).reshape(shape)
         if data.device.type == "cuda" or triton_kernels.INTERPRETED:
-            return _operator(data, name, dtype).reshape(shape)
-    return _by_torch(data, name).reshape(shape).to(dtype)
+            return _dequantise_operator(data, name, dtype).reshape(shape)
+    return _dequantise_torch(data, name).reshape(shape).to(dtype)
 
 
 def _is_traced(data: Tensor) -> bool:
-    """Whether a compiler runs this, with tensors that may have no data."""
+    """True while a compiler traces this, with tensors that may have no data."""
     return torch.compiler.is_compiling() or type(data) not in (Tensor, torch.nn.Parameter)
 
 
-def _by_torch(data: Tensor, name: str) -> Tensor:
-    """Values (float32), in blocks or in rows."""
+def _dequantise_torch(data: Tensor, name: str) -> Tensor:
+    """Values in float32, (blocks, values) or in rows; without a decoder here by the package."""
     form = FORMATS.get(name)
     if form is None:
         import gguf
@@ -85,14 +85,14 @@ def _by_torch(data: Tensor, name: str) -> Tensor:
     return form.dequantise(data.reshape(-1, form.size))
 
 
-def _values(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def _dequantise_blocks(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Values (N, values of a block) of one of `FORMATS`, by its Triton kernel where that runs.
 
     The kernel reads scales as float16, which have to lie at even addresses.
     """
     is_even = data.is_contiguous() and data.data_ptr() % 2 == 0
     if not (is_even and dtype in _PLAIN.values() and triton_kernels.takes(data)):
-        return _by_torch(data, name).to(dtype)
+        return _dequantise_torch(data, name).to(dtype)
     from ..nn.triton_kernels.gguf import dequantise
 
     return dequantise(data, name, FORMATS[name].values, FORMATS[name].size, dtype)
@@ -100,19 +100,19 @@ def _values(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 # By the module's name, which in ComfyUI is a path: another copy of this package has its own.
 @torch.library.custom_op("krea2_" + re.sub(r"\W", "_", __name__) + "::values", mutates_args=())
-def _operator(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """`_values` as one operator, into which a compiler does not look."""
-    return _values(data, name, dtype)
+def _dequantise_operator(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """`_dequantise_blocks` as one operator, into which a compiler does not look."""
+    return _dequantise_blocks(data, name, dtype)
 
 
-@_operator.register_fake
+@_dequantise_operator.register_fake
 def _(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     form = FORMATS[name]
     return data.new_empty((data.numel() // form.size, form.values), dtype=dtype)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever its name."""
+    """True if a file begins as GGUF files do, whatever its name."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -254,7 +254,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
 def _q3_k(blocks: Tensor) -> Tensor:
     high, packed, scales, scale = blocks.split((32, 64, 12, 2), dim=1)
     values = _shifted(packed.reshape(-1, 32), range(0, 8, 2), 3).reshape(-1, 16, 16)
-    # Where the high bit is missing, 4 is taken away.
+    # Values whose high bit is 0 are 4 less.
     missing = 1 - _shifted(high, range(8), 1).reshape(-1, 16, 16)
     values = values.to(torch.int8) - (missing << 2).to(torch.int8)
     low, top = scales.split((8, 4), dim=1)

@@ -18,7 +18,7 @@ from .identify import CheckpointError, CheckpointNotFoundError
 
 MAGIC = b"GGUF"
 
-# Where city96's converter keeps the shape of a tensor that it stores in rows of another length,
+# city96's converter keeps here the shape of a tensor that it stores in rows of another length,
 # because blocks have to divide a row.
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
@@ -91,15 +91,15 @@ class _Parser:
         metadata, shapes, alignment = self.values(values)
         entries = [self.tensor() for _ in range(tensors)]
         start = -(-self.place // alignment) * alignment
-        found: dict[str, Stored] = {}
+        stored: dict[str, Stored] = {}
         for name, type_id, shape, offset in entries:
-            if name in found:
+            if name in stored:
                 raise ValueError(f"it has two tensors {name[:100]!r}")
             original = shapes.get(name, shape)
             if math.prod(original) != math.prod(shape):
                 raise ValueError(f"{name[:100]} is {shape}, and its original shape {original}")
-            found[name] = Stored(type_id, original, start + offset)
-        return GGUFHeader(found, metadata)
+            stored[name] = Stored(type_id, original, start + offset)
+        return GGUFHeader(stored, metadata)
 
     def values(self, count: int) -> tuple[dict[str, str], dict[str, tuple[int, ...]], int]:
         """Texts by key, original shapes by tensor, and the alignment of data."""

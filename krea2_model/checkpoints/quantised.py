@@ -17,13 +17,20 @@ from torch import Tensor
 
 from .gguf import GGUFTensor
 from .identify import CheckpointError
-from .quantised_weight import FLOAT8, INT8, QuantisedWeight, check_group, of_layer, of_tensor
+from .quantised_weight import (
+    FLOAT8,
+    INT8,
+    QuantisedWeight,
+    check_group,
+    layer_weight,
+    tensor_weight,
+)
 
 SETTINGS = ".comfy_quant"
 HEADER = "_quantization_metadata"
 # Multipliers of a layer's input, by column of its weight.
 SMOOTHING = ".pre_quant_scale"
-# What stands beside a quantised weight.
+# Tensors that belong to a quantised weight.
 SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING, SETTINGS)
 # A low-rank branch beside a quantised layer: its up and down matrices.
 BRANCH = (".svdq_l1", ".svdq_l2")
@@ -42,7 +49,7 @@ def normalise_metadata(
 
     Raises CheckpointError where settings are not JSON or name a layer that is not there.
     """
-    result = _modern_names(tensors)
+    result = _rename_old_tensors(tensors)
     if HEADER not in metadata:
         return result
     try:
@@ -53,15 +60,15 @@ def normalise_metadata(
             f"{name} has an unreadable list of quantised layers in its header ({error!r}). "
             "Download it again."
         ) from error
-    places = _Places(result)
+    names = _LayerNames(result)
     for layer, text in settings.items():
-        found = places.find(layer)
-        if found is None:
+        full_name = names.find(layer)
+        if full_name is None:
             raise CheckpointError(
                 f"{name} lists {layer!r} among its quantised layers, and has no such layer. "
                 "Download it again."
             )
-        result.setdefault(f"{found}{SETTINGS}", _as_tensor(text))
+        result.setdefault(f"{full_name}{SETTINGS}", _as_tensor(text))
     return result
 
 
@@ -154,41 +161,41 @@ def refuse_integers(tensors: Mapping[str, Any], name: str) -> None:
 
 
 def is_quantised(tensor) -> bool:
-    """Whether a weight needs more than a cast to be read: 8 bits or fewer."""
+    """True if a weight has 8 bits or fewer, so that reading it takes more than a cast."""
     return isinstance(tensor, GGUFTensor) or tensor.element_size() < 2
 
 
 def quantised_weights(tensors: Mapping[str, Any], name: str) -> dict[str, QuantisedWeight]:
-    """The quantised ones among a part's weights, by the names of their tensors.
+    """The quantised weights of a part, by the names of their tensors.
 
     Raises CheckpointError for formats that only ComfyUI's layers read, and settings or scales that
     no quantiser writes.
     """
     settings = layer_settings(tensors)
     check_quantised(tensors, settings, name)
-    found = {}
+    weights = {}
     for key, tensor in tensors.items():
         if key.endswith(BESIDE):
             continue
         layer = key.removesuffix(".weight")
         if key.endswith(".weight") and layer in settings:
-            found[key] = of_layer(layer, tensors, settings[layer], name)
-        elif (weight := of_tensor(tensor)) is not None:
-            found[key] = weight
-    return found
+            weights[key] = layer_weight(layer, tensors, settings[layer], name)
+        elif (weight := tensor_weight(tensor)) is not None:
+            weights[key] = weight
+    return weights
 
 
 def dequantise(
     tensors: Mapping[str, Any], name: str, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Plain tensors from quantised ones, a layer at a time; what stood beside weights is dropped.
+    """Plain tensors from quantised ones, a layer at a time, without scales and settings.
 
-    dtype: of what was quantised; others are as they were. Raises CheckpointError as
+    dtype: of the dequantised tensors; others keep theirs. Raises CheckpointError as
     `quantised_weights` does.
     """
     quantised = quantised_weights(tensors, name)
     result = {
-        key: quantised[key].values(dtype) if key in quantised else tensor
+        key: quantised[key].dequantise(dtype) if key in quantised else tensor
         for key, tensor in tensors.items()
         if not key.endswith(BESIDE)
     }
@@ -196,8 +203,8 @@ def dequantise(
     return result
 
 
-def _modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the marker `scaled_fp8`, and with the names that ComfyUI gives scales today."""
+def _rename_old_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the marker `scaled_fp8`, and rename its scales as ComfyUI does today."""
     marker = next((n for n in tensors if n.rpartition(".")[2] == "scaled_fp8"), None)
     if marker is None:
         return dict(tensors)
@@ -225,8 +232,8 @@ def _modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-class _Places:
-    """Layers by their name in a list: as it is, under a prefix, or without one.
+class _LayerNames:
+    """Finds a layer by its name in a list: as it is, under a prefix, or without one.
 
     A file that was prefixed after quantising keeps bare names in its list, and one whose prefix
     was taken off keeps prefixed ones.

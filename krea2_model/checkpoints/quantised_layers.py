@@ -1,16 +1,16 @@
 """Linear layers that hold their weights as a quantised file has them.
 
-A weight becomes plain for the moment in which it is used, one layer at a time, with the numbers
-that `quantised.dequantise` gives. What is stored are buffers, so it moves, is saved and is counted
-like any other weight. LoRAs do not change what is stored: a plain one is a branch beside the
-layer, others are applied to the plain weight each time.
+Each layer dequantises its weight when it is used, to the numbers that `quantised.dequantise` gives.
+The stored tensors are buffers, so they are moved, saved and counted like any other weight. LoRAs
+do not change them: a plain LoRA is a low-rank branch of the layer, others are applied to the
+dequantised weight in each call.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,26 @@ from .quantised import SETTINGS, dequantise, quantised_weights
 from .quantised_weight import VALUES_AT_A_TIME, QuantisedWeight
 from .storage import Entry
 
-if TYPE_CHECKING:  # it imports this file
-    from ..lora.updates import Update
-
-# How messages call what files call otherwise.
+# Names of formats in messages, where they differ from those in files.
 _KINDS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8_tensorwise": "int8"}
 
 
-class Change(NamedTuple):
-    """A LoRA's update of a weight, how much of it, and the norms that it may need of others."""
+class WeightUpdate(Protocol):
+    """A LoRA's update of one weight, as a layer needs it: its matrices, and how to apply them."""
 
-    update: Update
+    @property
+    def parts(self) -> Mapping[str, Tensor]: ...
+    @property
+    def scale(self) -> float: ...
+    def branch(self) -> tuple[Tensor, Tensor] | None: ...
+    def with_parts(self, parts: Mapping[str, Tensor]) -> WeightUpdate: ...
+    def apply(self, weight: Tensor, strength: float, fused_norm: Tensor | None) -> Tensor: ...
+
+
+class Change(NamedTuple):
+    """An update, its strength, and the norms of fused weights that a DoRA may need."""
+
+    update: WeightUpdate
     strength: float
     fused_norm: Tensor | None = None
 
@@ -38,7 +47,7 @@ class Change(NamedTuple):
 class QuantisedLinear(nn.Module):
     """A linear layer whose weight is stored quantised; `weight` gives it in `dtype`.
 
-    settings: the JSON of the file's own description, which the state carries on.
+    settings: the file's description of the layer (JSON), which is saved with it.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class QuantisedLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the plain weight."""
+        """Of the dequantised weight."""
         return self.out_features, self.in_features
 
     @property
@@ -81,7 +90,7 @@ class QuantisedLinear(nn.Module):
 
     @property
     def has_branch(self) -> bool:
-        """Whether all LoRAs of the layer are one low-rank branch beside it."""
+        """True if all LoRAs of the layer form one low-rank branch."""
         return "lora_down" in self._buffers
 
     @property
@@ -92,11 +101,11 @@ class QuantisedLinear(nn.Module):
     @property
     def original(self) -> Tensor:
         """The weight without LoRAs."""
-        return self.stored.values(self.dtype)
+        return self.stored.dequantise(self.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The weight with LoRAs merged, as it would be if it were plain."""
+        """The dequantised weight with LoRAs merged."""
         weight = self.original
         for index, (update, strength, norm) in enumerate(self._changes):
             norm = None if norm is None else norm.to(weight.device)
@@ -107,7 +116,7 @@ class QuantisedLinear(nn.Module):
         return weight.to(self.dtype)
 
     def change(self, changes: Sequence[Change]) -> None:
-        """Let these be the layer's LoRAs; none takes them out."""
+        """Replace the layer's LoRAs by these; an empty sequence removes them."""
         for name in [name for name in self._buffers if name.startswith("lora_")]:
             delattr(self, name)
         self._changes = tuple(changes)
@@ -150,7 +159,7 @@ class QuantisedLinear(nn.Module):
         return part if held is None else held
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Moves what is stored; a cast changes what is calculated in, never what is stored."""
+        """Move the stored tensors; a cast changes the dtype of the result, never theirs."""
         cast = fn(torch.empty(0, dtype=self.dtype)).dtype
         stored = {
             name: tensor
@@ -173,27 +182,27 @@ def _part_name(index: int, name: str) -> str:
 def put_quantised_layers(
     module: nn.Module, tensors: Mapping[str, Any], name: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Put quantised layers in the place of linear ones whose weights a file has quantised.
+    """Replace linear layers by quantised ones where a file has their weights quantised.
 
-    module: on meta. tensors: of the file, by the module's names. Others are made plain in `dtype`.
-    Returns the state to load, stored tensors among it. Raises CheckpointError as `dequantise`.
+    module: on meta. tensors: of the file, by the module's names; others are dequantised to `dtype`.
+    Returns the state dict to load, stored tensors included. Raises CheckpointError as `dequantise`.
     """
     quantised = quantised_weights(tensors, name)
     rest, state = dict(tensors), dict[str, Tensor]()
     for key, stored in quantised.items():
         path = key.removesuffix(".weight")
         layer = _layer(module, path)
-        # What does not fit is left, for the check that says so.
+        # A shape that does not fit is left to `check_tensors`, which names it.
         if type(layer) is not nn.Linear or tuple(layer.weight.shape) != stored.shape:
             continue
         settings = tensors.get(f"{path}{SETTINGS}")
-        made = QuantisedLinear(stored, layer.bias, dtype, settings)
-        above, _, own = path.rpartition(".")
-        module.get_submodule(above)._modules[own] = made
-        for suffix, tensor in made._buffers.items():
+        quantised_layer = QuantisedLinear(stored, layer.bias, dtype, settings)
+        parent, _, name_in_parent = path.rpartition(".")
+        module.get_submodule(parent)._modules[name_in_parent] = quantised_layer
+        for suffix, tensor in quantised_layer._buffers.items():
             if tensor is not None:
                 state[f"{path}.{suffix}"] = tensor
-        for suffix in (*made._buffers, "input_scale"):
+        for suffix in (*quantised_layer._buffers, "input_scale"):
             rest.pop(f"{path}.{suffix}", None)
     return state | dequantise(rest, name, dtype)
 
@@ -206,7 +215,7 @@ def _layer(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def stored_names(module: nn.Module) -> set[str]:
-    """Names in a module's state of what quantised layers store."""
+    """Names of the stored tensors of quantised layers in a module's state dict."""
     return {
         f"{path}.{name}"
         for path, layer in module.named_modules()
@@ -216,9 +225,9 @@ def stored_names(module: nn.Module) -> set[str]:
 
 
 def stored_entries(module: nn.Module) -> list[Entry]:
-    """A module's state to be written to a safetensors file, one tensor at a time.
+    """A module's state dict to be written to a safetensors file, one tensor at a time.
 
-    Blocks of GGUF, which such files do not know, and layers with LoRAs become plain weights.
+    GGUF blocks, which such files do not know, and layers with LoRAs become plain weights.
     """
     entries: list[Entry] = []
     plain: dict[str, QuantisedLinear] = {}
@@ -236,20 +245,20 @@ def stored_entries(module: nn.Module) -> list[Entry]:
 
 
 def temporary_bytes(module: nn.Module) -> int:
-    """The most that a quantised layer of a module takes while its weight is plain."""
+    """Bytes of the largest weight that a quantised layer of a module dequantises."""
     most = 0
     for layer in module.modules():
         if isinstance(layer, QuantisedLinear):
             count = layer.in_features * layer.out_features
-            # In float32, and once more, while a run of rows is made; LoRAs that are no branch are
-            # applied to all of them at once.
+            # A run of rows in float32 and a copy of it; LoRAs that are no branch are applied to
+            # all rows at once.
             values = count if layer.is_changed and not layer.has_branch else VALUES_AT_A_TIME
             most = max(most, count * layer.dtype.itemsize + 12 * min(count, values))
     return most
 
 
-def kind_of(module: nn.Module) -> str:
-    """How most of the quantised layers of a module store their weights; empty without any."""
+def quantisation_of(module: nn.Module) -> str:
+    """The format of most quantised layers of a module; empty if it has none."""
     forms = [part.form for part in module.modules() if isinstance(part, QuantisedLinear)]
     most = max(set(forms), key=forms.count, default="")
     return _KINDS.get(most, most)

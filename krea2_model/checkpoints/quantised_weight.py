@@ -1,4 +1,4 @@
-"""One quantised matrix: how it is stored, and its values."""
+"""One quantised matrix: its storage format, and how it is dequantised."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .identify import CheckpointError
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 INT8 = "int8_tensorwise"
 
-# What a layer's tensors are called behind its name.
+# Names of a layer's tensors, behind the layer's own.
 SCALE, SMOOTHING, UP, DOWN = "weight_scale", "pre_quant_scale", "svdq_l1", "svdq_l2"
 
-# So many values are made at a time in float32, which some formats need several copies of.
+# Values dequantised at a time, since some formats need several copies of them in float32.
 VALUES_AT_A_TIME = 2**24
 
 
@@ -28,10 +28,10 @@ class QuantisedWeight:
     """A matrix as it is stored.
 
     form: a name of `FLOAT8`, `INT8`, or a format of GGUF.
-    shape: of the values.
-    tensors: by what they are called behind the layer's name: "weight", and where they are there a
-        scale, multipliers of the columns (smoothing) and a low-rank branch that is added.
-    group: so many columns are rotated together; None for no rotation.
+    shape: of the dequantised matrix.
+    tensors: by their name behind the layer's: "weight", and optionally a scale, multipliers of the
+        columns (smoothing) and a low-rank branch that is added.
+    group: number of columns that a Hadamard rotation mixes; None for no rotation.
     """
 
     form: str
@@ -43,8 +43,8 @@ class QuantisedWeight:
     def is_gguf(self) -> bool:
         return self.form not in FLOAT8 and self.form != INT8
 
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`, on the device of what is stored, a run of rows at a time."""
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`, on the device of the stored tensors, a run of rows at a time."""
         data, rows = self.tensors["weight"], self.shape[0]
         step = max(1, VALUES_AT_A_TIME // max(1, math.prod(self.shape[1:])))
         if step >= rows or data.shape[0] != rows:  # blocks of GGUF may go across rows
@@ -79,16 +79,16 @@ class QuantisedWeight:
         return values
 
 
-def of_layer(
+def layer_weight(
     layer: str, tensors: Mapping[str, Any], settings: Mapping[str, Any], name: str
 ) -> QuantisedWeight:
-    """The weight of a layer by its settings and what stands beside it in a file.
+    """The weight of a layer, from its settings and its tensors in a file.
 
     Raises CheckpointError for formats that only ComfyUI's layers read, and a branch that does not
     fit.
     """
     what = f"{name}: {layer}.weight"
-    beside = {
+    extras = {
         suffix: tensors[f"{layer}.{suffix}"]
         for suffix in (SCALE, SMOOTHING, UP, DOWN)
         if f"{layer}.{suffix}" in tensors
@@ -97,7 +97,7 @@ def of_layer(
     if form in FLOAT8:
         weight = weight.view(FLOAT8[form]) if weight.dtype == torch.uint8 else weight
     elif form == INT8:
-        if SCALE not in beside:
+        if SCALE not in extras:
             raise CheckpointError(f"{what} has no scale (weight_scale). Download the file again.")
         if settings.get("convrot"):
             group = settings.get("convrot_groupsize", 256)
@@ -106,13 +106,13 @@ def of_layer(
             f"{what} is stored as {form}, which only ComfyUI's layers read. Without ComfyUI use a "
             "bf16, fp8, int8 or GGUF file of the same model."
         )
-    if UP in beside and DOWN in beside:
-        _check_branch(beside[UP], beside[DOWN], weight.shape, f"{name}: {layer}")
-    return QuantisedWeight(form, tuple(weight.shape), {"weight": weight, **beside}, group)
+    if UP in extras and DOWN in extras:
+        _check_branch(extras[UP], extras[DOWN], weight.shape, f"{name}: {layer}")
+    return QuantisedWeight(form, tuple(weight.shape), {"weight": weight, **extras}, group)
 
 
-def of_tensor(tensor: Tensor | gguf.GGUFTensor) -> QuantisedWeight | None:
-    """The weight that a tensor is without anything beside it, or None where it is plain."""
+def tensor_weight(tensor: Tensor | gguf.GGUFTensor) -> QuantisedWeight | None:
+    """The weight of a tensor that needs no others, or None where it is plain."""
     if isinstance(tensor, gguf.GGUFTensor):
         return QuantisedWeight(tensor.format, tuple(tensor.shape), {"weight": tensor.data})
     for form, dtype in FLOAT8.items():
@@ -131,7 +131,7 @@ def _check_branch(up: Tensor, down: Tensor, shape: tuple[int, ...], what: str) -
 
 
 def check_group(group: Any, columns: int, what: str) -> None:
-    """Refuse a rotation in groups that do not fit, before any matrix is made for it."""
+    """Refuse a rotation whose groups do not fit the columns, before its matrix is built."""
     power = type(group) is int and 0 < group <= columns and group & (group - 1) == 0
     if not power or group.bit_length() % 2 == 0 or columns % group:
         raise CheckpointError(

@@ -74,7 +74,7 @@ def vae_settings(config: Mapping[str, Any], z_dim: int, file: str) -> dict[str, 
             f"{file} has z_dim {_short(claimed)}, and the weights beside it have {z_dim} latent "
             "channels. Take both from one folder."
         )
-    found = {
+    statistics = {
         name: _read(file, name, config[name], read)
         for name, read in (("latents_mean", _numbers), ("latents_std", _positive_numbers))
         if config.get(name) is not None
@@ -83,16 +83,16 @@ def vae_settings(config: Mapping[str, Any], z_dim: int, file: str) -> dict[str, 
         ("latents_mean", VAEConfig.latents_mean),
         ("latents_std", VAEConfig.latents_std),
     ):
-        count = len(found.get(name, default))
+        count = len(statistics.get(name, default))
         if count != z_dim:
             raise CheckpointError(
                 f"{file} has {count} values of {name}; expected {z_dim}, one a latent channel. "
                 "Take the file from the folder that the weights are from."
-                if name in found
+                if name in statistics
                 else f"The VAE has {z_dim} latent channels, and no {file} gives their {name}; "
                 f"expected {len(default)} channels as the Qwen-Image VAE has, or that file."
             )
-    return found
+    return statistics
 
 
 def distilled(model_index: Mapping[str, Any], file: str) -> bool | None:
@@ -115,7 +115,7 @@ def _object(file: str, name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _read(file: str, name: str, value: Any, read: Callable[[Any], Any]) -> Any:
-    """`read(value)`, whose ValueError says what was expected."""
+    """`read(value)`; its ValueError, the expected value, becomes a CheckpointError."""
     try:
         return read(value)
     except ValueError as error:

@@ -30,7 +30,7 @@ _MAX_JSON = 25_000_000
 
 
 def without_compile(name: str) -> str:
-    """A name without `_orig_mod`, which torch.compile puts before what it wraps, at any depth."""
+    """A name without `_orig_mod`, the prefix of modules that torch.compile wraps, at any depth."""
     if "_orig_mod" not in name:
         return name
     return name.replace("_orig_mod.", "").replace("_orig_mod_", "")
@@ -50,16 +50,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one part of a diffusers folder: its shards, or its only file."""
     try:
-        found = sorted(file for file in folder.iterdir() if file.is_file())
+        contents = sorted(file for file in folder.iterdir() if file.is_file())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror}).") from error
-    indexes = [file for file in found if file.name.endswith(".safetensors.index.json")]
+    indexes = [file for file in contents if file.name.endswith(".safetensors.index.json")]
     if indexes:
         names = read_json(indexes[0]).get("weight_map")
         shards = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
         if not shards:
             raise CheckpointError(f"{indexes[0]} names no files. Download the whole folder again.")
-        there = {file.name for file in found}
+        there = {file.name for file in contents}
         for shard in shards:
             if shard not in there:
                 raise CheckpointError(
@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
                     "not in that folder. Download the whole folder again."
                 )
         return [folder / shard for shard in shards]
-    files = [file for file in found if file.suffix.lower() == ".safetensors"]
+    files = [file for file in contents if file.suffix.lower() == ".safetensors"]
     if not files:
         raise CheckpointError(
             f"{folder} holds no .safetensors file. Name a model file, a diffusers folder (with "

@@ -44,7 +44,7 @@ _DIFFUSERS_TO_OFFICIAL = (
 )
 
 
-# Eighteen times the released model's; building more would take minutes.
+# 18 times the released model's; building more would take minutes.
 _MOST_BLOCKS = 512
 
 
@@ -78,7 +78,7 @@ def module_to_official(name: str) -> str:
 
 
 def is_norm_or_table(name: str) -> bool:
-    """Whether a transformer's tensor (by module or official name) is a norm scale or a table."""
+    """True for the name (module's or official) of a norm scale or modulation table."""
     return module_to_official(name).endswith((".scale", ".lin"))
 
 

@@ -228,16 +228,16 @@ def _check_shapes(
         if original not in module:  # a time convolution, which a 2D checkpoint may lack
             continue
         expected = tuple(module[original].shape)
-        found = shapes.get(name)
-        if found is None:
+        shape = shapes.get(name)
+        if shape is None:
             problems.append(f"{name} is missing")
             continue
         if name.endswith(".gamma"):
-            plain = (*found[:1], *(size for size in found[1:] if size != 1))
+            plain = (*shape[:1], *(size for size in shape[1:] if size != 1))
         else:
-            plain = (*found[:2], *found[-2:]) if len(found) == 5 else tuple(found)
+            plain = (*shape[:2], *shape[-2:]) if len(shape) == 5 else tuple(shape)
         if plain != expected:
-            problems.append(f"{name} has shape {tuple(found)}, expected {expected}")
+            problems.append(f"{name} has shape {tuple(shape)}, expected {expected}")
     problems += [f"{name} is unknown" for name in shapes if name not in known]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -56,8 +56,10 @@ def contact_sheet(
     lines += [[] for _ in range(len(pictures) - len(lines))]
     gap, line_height = max(4, cell // 64), math.ceil(text_size * 1.25)
 
-    rows = [range(first, min(first + columns, len(pictures)))
-            for first in range(0, len(pictures), columns)]  # fmt: skip
+    rows = [
+        range(first, min(first + columns, len(pictures)))
+        for first in range(0, len(pictures), columns)
+    ]
     tops, top = [], gap
     for row in rows:
         tops.append(top)

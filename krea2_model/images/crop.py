@@ -36,7 +36,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Crop:
-    """What was cut out of images, to be put back: images, masks and an own box for each."""
+    """Images, their masks, and the box of each that was cropped, to stitch the crops back."""
 
     images: Tensor
     masks: Tensor
@@ -56,14 +56,14 @@ def crop_boxes(mask: Tensor, context: float, megapixels: float) -> tuple[list[Bo
         raise ValueError(f"context is {context!r}; expected 1 or more.")
     height, width = mask.shape[-2:]
     extents = [_extent(one) for one in mask]
-    found = [extent for extent in extents if extent is not None]
-    if not found:
+    known = [extent for extent in extents if extent is not None]
+    if not known:
         raise ValueError(
             "The mask is empty: there is nothing to crop around. Paint a mask, or check whether it "
             "is inverted."
         )
-    across = math.ceil(context * max(right - left for left, _, right, _ in found))
-    down = math.ceil(context * max(bottom - top for _, top, _, bottom in found))
+    across = math.ceil(context * max(right - left for left, _, right, _ in known))
+    down = math.ceil(context * max(bottom - top for _, top, _, bottom in known))
     # A strip would show too little beside itself.
     across, down = (
         min(size, max(side, other // 2, _SMALLEST_CROP))
@@ -80,7 +80,7 @@ def crop_boxes(mask: Tensor, context: float, megapixels: float) -> tuple[list[Bo
             min(size, -(-side // MULTIPLE) * MULTIPLE)
             for side, size in ((across, width), (down, height))
         )
-        # Where the image ends before, it is stretched a little.
+        # At the image's end the box is smaller, and its content stretched a little.
         columns, rows = (-(-side // MULTIPLE) * MULTIPLE for side in (across, down))
     boxes = []
     for extent in extents:
@@ -97,7 +97,7 @@ def crop_boxes(mask: Tensor, context: float, megapixels: float) -> tuple[list[Bo
 
 
 def crop(image: Tensor, mask: Tensor, context: float, megapixels: float):
-    """The images (B, h, w, C) and masks (B, h, w) to work at, and the `Crop` to put them back."""
+    """Cropped images (B, h, w, C) and masks (B, h, w), and the `Crop` to stitch them back."""
     count = max(len(image), len(mask))
     image, mask = (part.expand(count, *part.shape[1:]) for part in (image, mask))
     boxes, columns, rows = crop_boxes(mask, context, megapixels)
@@ -108,7 +108,7 @@ def crop(image: Tensor, mask: Tensor, context: float, megapixels: float):
 
 
 def stitch(cut: Crop, painted: Tensor, feather: int = 0, mask: Tensor | None = None) -> Tensor:
-    """The images with what was painted in their boxes, elsewhere and outside the mask to the bit.
+    """The original images with the painted crops in their boxes; exact outside of the mask.
 
     painted: (B, h, w, 3) of any size; a crop of one image takes any number of them.
     mask: in the crop's aspect, where another than the one that was cropped is to count.
@@ -134,7 +134,7 @@ def stitch(cut: Crop, painted: Tensor, feather: int = 0, mask: Tensor | None = N
 
 
 def align_to_original(original: Tensor, painted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The painted images in the original's size, and the mask without what they do not show.
+    """The painted images in the original's size, and the mask limited to the part they show.
 
     Sides that were continued to multiples of 16 are cut at the right and bottom; sides that the
     VAE cropped to multiples of 8, on both ends alike, are put back there.
@@ -158,7 +158,7 @@ def align_to_original(original: Tensor, painted: Tensor, mask: Tensor) -> tuple[
 
 
 def _extent(mask: Tensor) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of what is masked in one mask (H, W), or None."""
+    """Left, top, right and bottom of the masked pixels of one mask (H, W), or None."""
     rows, columns = (torch.nonzero(mask.amax(dim=axis) > 0).flatten() for axis in (1, 0))
     if not len(rows):
         return None

@@ -1,7 +1,7 @@
-"""Masks: what is repainted, how much of it, and how the result is laid over the original.
+"""Masks for inpainting: growing, feathering, latent masks, and compositing.
 
 A mask is (B, H, W) in [0, 1], 1 where the image is painted anew. Values between are a share of the
-run: what is masked by 0.6 starts where a run at denoise 0.6 would start, and keeps as much of
+run: a pixel masked by 0.6 starts where a run at denoise 0.6 would start, and keeps as much of
 itself (Levin and Fried, "Differential Diffusion", arXiv 2306.00950). Images are (B, H, W, C) in
 [0, 1].
 
@@ -20,10 +20,9 @@ CELL = 8
 
 FILLS = ("original", "grey", "surroundings")
 
-# What lies this near to 0 or 1 is 0 or 1. Files of 8 bits give such values for what nobody painted:
-# their alpha is off by a rounding (1/255 for grey with alpha), JPEG and mattes of a model leave
-# some more. No run notices the difference: the last of Raw's 28 steps, the shortest of any preset,
-# begins at a time of 1/28, which is more.
+# Values this near to 0 or 1 are 0 or 1. Files of 8 bits have such values where nobody painted: by a
+# rounding of alpha (1/255 for grey with alpha), or by more in JPEG and in mattes of a model. No run
+# notices: the last of Raw's 28 steps, the shortest of any preset, begins at a time of 1/28.
 NOISE = 8 / 255
 # The part of it that is rounding. It is what counts for masks that others read in sigma, where
 # Krea 2's first steps lie close to 1.
@@ -31,7 +30,7 @@ ROUNDING = 1 / 255
 
 EMPTY = "The mask is empty: "
 
-# How far the sides of a mask may be from the image's aspect to be scaled to it.
+# The largest difference in aspect at which a mask is scaled to an image.
 _SAME_ASPECT = 0.02
 
 
@@ -47,34 +46,25 @@ def without_noise(mask: Tensor, noise: float = NOISE) -> Tensor:
 
 
 def distance_to(region: Tensor, limit: int) -> Tensor:
-    """Pixels from each pixel's centre to that of the nearest one of a region, at most limit + 1.
+    """Euclidean distance of each pixel to the nearest one of a region, at most limit + 1.
 
-    region: (B, H, W), bool. Euclidean and exact up to the limit: columns first, then each row over
-    its neighbours' columns.
+    region: (B, H, W), bool. Distances are between the centres of pixels.
     """
-    far = limit + 1
-    height, width = region.shape[-2:]
-    rows = torch.arange(height, device=region.device).view(-1, 1)
-    above = torch.where(region, rows, -far).cummax(dim=-2).values
-    # Rows counted from the other end are the same problem upside down.
-    below = torch.where(region.flip(-2), rows, -far).cummax(dim=-2).values
-    column = torch.minimum(rows - above, (rows - below).flip(-2)).clamp(max=far).float().square()
-    nearest = column.clone()
-    for across in range(1, min(limit, width - 1) + 1):
-        shifted = column + across**2
-        for to, source in (
-            (nearest[..., across:], shifted[..., :-across]),
-            (nearest[..., :-across], shifted[..., across:]),
-        ):
-            torch.minimum(to, source, out=to)
-    return nearest.sqrt_().clamp_(max=far)
+    # Imported here, since it takes a second and most runs have no mask.
+    from scipy.ndimage import distance_transform_edt
+
+    distances = torch.full(region.shape, limit + 1.0, device=region.device)
+    for distance, mask in zip(distances, region, strict=True):
+        if mask.any():
+            distance.copy_(torch.from_numpy(distance_transform_edt(~mask.cpu().numpy())))
+    return distances.clamp_(max=limit + 1)
 
 
 def repaint_mask(mask: Tensor, grow: int = 0, feather: int = 0, soft: bool = False) -> Tensor:
-    """The mask of a run (B, H, W) from one that somebody painted.
+    """The mask of a run (B, H, W) from a painted one.
 
-    Not soft: what is masked by half or more, and `grow` pixels around it, is 1, the rest 0.
-    Soft: values stay, and fall off to 0 over `feather` pixels around what is grown.
+    Not soft: 1 for pixels masked by half or more and `grow` pixels around them, else 0.
+    Soft: values stay, and fall off to 0 over `feather` pixels around the grown mask.
     """
     _check_pixels("grow", grow)
     _check_pixels("feather", feather)
@@ -93,32 +83,31 @@ def repaint_mask(mask: Tensor, grow: int = 0, feather: int = 0, soft: bool = Fal
 def cell_mask(mask: Tensor) -> Tensor:
     """The mask of latent cells (B, h, w) for one of pixels whose sides are multiples of 8.
 
-    A cell counts as much as its most masked pixel: none that is masked is left as it was, and no
-    cell without one is touched. The model's patches of 2 x 2 cells need not be whole, since what
-    is kept is put back a cell at a time.
+    A cell takes the value of its most masked pixel. The model's patches of 2 x 2 cells need not
+    agree, since the original is put back a cell at a time.
     """
     return F.max_pool2d(mask[:, None], CELL)[:, 0]
 
 
 def remaining_mask(mask: Tensor, time: float) -> Tensor:
-    """Where a soft mask lets the run paint when `time` of it remains, from 1 (start) to 0: 0 or 1.
+    """The part of a soft mask that the run paints when `time` of it remains: 0 or 1.
 
-    time: before the shift, over the time that the run started with. So a pixel masked by m starts
-    where denoise m of that run does.
+    time: from 1 (start) to 0, before the shift, over the time that the run started with. So a pixel
+    masked by m starts where denoise m of that run does.
     """
     # Times come out of float32 sigmas; a mask of exactly a step's time takes part in that step.
     return (mask >= time - 1e-5).to(mask.dtype)
 
 
 def blend_weights(mask: Tensor, feather: int) -> Tensor:
-    """How much of the painted image each pixel takes, (B, H, W).
+    """The weight of the painted image at each pixel, (B, H, W).
 
     0 wherever the mask is 0, rising over `feather` pixels inside of its edge to 1. The image's own
     border is no edge.
     """
     _check_pixels("feather", feather)
     ramp = (distance_to(mask <= 0, feather) / (feather + 1)).clamp_(max=1)
-    # Without a bend at either end, which eyes would find.
+    # A smooth step: a kink at either end would be visible.
     return ramp.square() * (3 - 2 * ramp)
 
 
@@ -140,7 +129,7 @@ def composite(original: Tensor, painted: Tensor, mask: Tensor, feather: int = 0)
     painted = painted[..., : original.shape[-1]]
     weights = blend_weights(mask, feather)[..., None]
     mixed = original + weights * (painted - original)
-    # Rounding may not touch what is wholly painted, nor NaN of a failed run what is kept.
+    # Exact at both ends: no rounding of painted pixels, no NaN of a failed run in original ones.
     mixed = torch.where(weights >= 1, painted, mixed)
     return torch.where(weights <= 0, original, mixed)
 
@@ -155,15 +144,15 @@ def filled(image: Tensor, mask: Tensor, how: str) -> Tensor:
         raise ValueError(f"fill is {how!r}; expected one of {', '.join(FILLS)}.")
     if how == "original":
         return image
-    whole = (mask >= 1)[..., None]
-    other = torch.full_like(image, 0.5) if how == "grey" else _surroundings(image, ~whole)
-    return torch.where(whole, other, image)
+    masked = (mask >= 1)[..., None]
+    fill = torch.full_like(image, 0.5) if how == "grey" else _surroundings(image, ~masked)
+    return torch.where(masked, fill, image)
 
 
-def _surroundings(image: Tensor, kept: Tensor) -> Tensor:
-    """What is kept, spread over the rest: nearer and sharper at its edge, an average far inside."""
-    kept = kept.movedim(-1, 1).to(image.dtype)
-    colour, weight = image.movedim(-1, 1) * kept, kept.expand(len(image), -1, -1, -1)
+def _surroundings(image: Tensor, known: Tensor) -> Tensor:
+    """Known pixels spread over the others by a pyramid: sharp at the edge, an average far off."""
+    known = known.movedim(-1, 1).to(image.dtype)
+    colour, weight = image.movedim(-1, 1) * known, known.expand(len(image), -1, -1, -1)
     levels = [(colour, weight)]
     while max(colour.shape[-2:]) > 1:
         colour, weight = _halved(colour), _halved(weight)
@@ -184,8 +173,8 @@ def _halved(part: Tensor) -> Tensor:
 def mask_for(mask: Tensor, image: Tensor) -> Tensor:
     """A mask (1 or B, H, W) in the size of an image (B, H, W, C), scaled where the aspects agree.
 
-    A mask without a batch, (H, W), or with a channel, (B, 1, H, W), is taken as well; what counts
-    as painted is said by `without_noise`. A mask that nobody painted has no size of its own
+    A mask without a batch, (H, W), or with a channel, (B, 1, H, W), is taken as well;
+    `without_noise` is applied. A mask that nobody painted has no size of its own
     (ComfyUI gives 64 x 64 zeros for an image without alpha) and becomes zeros (1, H, W).
     """
     height, width = image.shape[1:3]

@@ -33,9 +33,10 @@ def image_format(path: Path) -> str:
             raise KeyError
         Image.new("RGB", (16, 16)).save(io.BytesIO(), kind)
     except (KeyError, OSError, ValueError):
-        found = f"the ending {path.suffix}" if path.suffix else "no ending"
+        ending = f"the ending {path.suffix}" if path.suffix else "no ending"
         raise ValueError(
-            f"The output {path} has {found}, in which no image can be written; expected {_ENDINGS}."
+            f"The output {path} has {ending}, in which no image can be written; expected "
+            f"{_ENDINGS}."
         ) from None
     return kind
 
@@ -79,7 +80,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image, over what is there once the new file is whole.
+    """Write an image; an existing file is replaced once the new one is complete.
 
     A full disk or a cancel leaves the old file as it was.
     """

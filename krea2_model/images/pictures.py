@@ -1,4 +1,4 @@
-"""Pictures as callers give them, and as they are given back."""
+"""Conversion of pictures between callers' types (PIL, tensors, paths) and tensors."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def pixels_of(picture: Picture, name: str) -> Tensor:
 
 def fit(pixels: Tensor, width: int | None, height: int | None) -> Tensor:
     """A picture (3, H, W) cropped to a size; to its own in whole tokens where it is None."""
-    own = limit_area(pixels.shape[2], pixels.shape[1], math.prod(pixels.shape[1:]) / 1024**2)
+    size = limit_area(pixels.shape[2], pixels.shape[1], math.prod(pixels.shape[1:]) / 1024**2)
     image = pixels.movedim(0, -1)[None]
-    made = resize_and_crop(image, image[..., 0], width or own[0], height or own[1], "crop")[0]
-    return made[0].movedim(-1, 0)
+    result, _ = resize_and_crop(image, image[..., 0], width or size[0], height or size[1], "crop")
+    return result[0].movedim(-1, 0)
 
 
 def reference_pixels(pixels: Tensor, megapixels: float) -> Tensor:

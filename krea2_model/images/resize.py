@@ -47,7 +47,7 @@ def resize_mask(mask: Tensor, width: int, height: int) -> Tensor:
 
 
 def pad(image: Tensor, left: int, top: int, right: int, bottom: int, padding: str) -> Tensor:
-    """Images (B, H, W, C) with more around them: their outermost pixels, or grey."""
+    """Pad images (B, H, W, C) with their outermost pixels, or with grey."""
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; expected one of {', '.join(PADDINGS)}.")
     planes, sides = image.movedim(-1, 1), (left, right, top, bottom)
@@ -81,7 +81,7 @@ def target_size(width: int, height: int, megapixels: float, aspect: str) -> tupl
 def resize_and_crop(
     image: Tensor, mask: Tensor, width: int, height: int, mode: str, padding: str = "edge"
 ) -> tuple[Tensor, Tensor]:
-    """Images and masks in another size; what is padded is masked.
+    """Images and masks in another size; padding is masked.
 
     mode: crop scales until the image covers the size and cuts its ends off alike, pad scales until
     it fits in and continues it on both ends alike, stretch ignores its aspect.
@@ -111,11 +111,11 @@ def resize_and_crop(
 def extend(
     image: Tensor, left: int, top: int, right: int, bottom: int, feather: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Images with more around them, continued from their edges, and the mask of what is new.
+    """Images extended by their edge pixels, and the mask of the new pixels.
 
-    What is added is rounded up so that both sides are multiples of 16, at the right and bottom
+    The extension is rounded up so that both sides are multiples of 16, at the right and bottom
     unless the image grows only to the left or top.
-    feather: how far the mask reaches into the image, falling off, where it borders on what is new.
+    feather: pixels by which the mask reaches into the image, falling off.
     """
     added = {"left": left, "top": top, "right": right, "bottom": bottom}
     for name, pixels in added.items():

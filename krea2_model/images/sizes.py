@@ -38,7 +38,7 @@ def round_size(name: str, pixels: int) -> int:
 
 
 def is_far(width: int, height: int, size: int) -> bool:
-    """Whether an image is far from the square of a side that a checkpoint was trained at.
+    """True if an image is far from the square of `size` that a checkpoint was trained at.
 
     The released model paints up to four times that area well. A small one (krea2-nano) has seen one
     area, and sides of up to 5 : 3.

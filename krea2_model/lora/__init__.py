@@ -1,1 +1,1 @@
-"""LoRA files, and what they do to weights."""
+"""LoRA files and LoRA arithmetic."""

@@ -45,8 +45,16 @@ _FACTORS = (
     ("hada_w1_a", "hada_w1_b"),
     ("hada_w2_a", "hada_w2_b"),
 )
-_KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "diff": "full differences",
-          "set": "full weights", "oft": "OFT", "boft": "BOFT", "glora": "GLoRA"}  # fmt: skip
+_KINDS = {
+    "lora": "LoRA",
+    "lokr": "LoKr",
+    "loha": "LoHa",
+    "diff": "full differences",
+    "set": "full weights",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "glora": "GLoRA",
+}
 _ROTATIONS = ("oft", "boft")
 # No trained change comes near; what does makes weights infinite, or pictures noise.
 _LARGEST = 1e8
@@ -56,12 +64,12 @@ _MISFIT = "its matrices do not fit together"
 
 @dataclass
 class LoraReport:
-    """What a LoRA file is and which of its tensors found their place.
+    """The kind of a LoRA file, and which of its tensors match weights of the model.
 
-    matched: weights of the model that have an update; text_matched: of the text encoder.
-    idle: those of them that stay as they are, since the update is zeros or has alpha 0.
-    scales: what its matrices are multiplied by, and scale_sources: what says so.
-    unmatched: names of tensors that change nothing, and why.
+    matched: number of the model's weights that have an update; text_matched: of the text encoder's.
+    idle: weights whose update changes nothing, since it is zeros or has alpha 0.
+    scales: multipliers of its matrices; scale_sources: the settings that give them.
+    unmatched: names of tensors that change nothing, with the reason.
     """
 
     name: str
@@ -77,7 +85,7 @@ class LoraReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every tensor of the file found its place and changes something."""
+        """True if every tensor of the file matches a weight and changes it."""
         return not self.unmatched and not self.idle
 
     def __str__(self) -> str:
@@ -147,7 +155,7 @@ def read_lora(
     ]
     models = (Targets(shapes), TextTargets(text_shapes or {}))
     layers, keys = _layers(tensors, models, report)
-    found: tuple[dict[str, list[Update]], ...] = ({}, {})
+    changes: tuple[dict[str, list[Update]], ...] = ({}, {})
     idle: tuple[set[str], ...] = (set(), set())
     families, kinds, ranks, scales, sources = [], set(), set(), set(), set()
     for layer, parts in layers.items():
@@ -166,7 +174,7 @@ def read_lora(
         if updates and all(u.largest_change == 0 for u in updates):
             idle[which].update(update.weight for update in updates)
             continue
-        if any(update.weight in found[which] for update in updates):
+        if any(update.weight in changes[which] for update in updates):
             # Added twice, a file saved under two prefixes would count double.
             updates, reason = [], "the same layer is there under another name, and counts once"
         if not updates:
@@ -174,7 +182,7 @@ def read_lora(
             continue
         for update in updates:
             _check_numbers(update, keys[layer], name)
-            found[which].setdefault(update.weight, []).append(update)
+            changes[which].setdefault(update.weight, []).append(update)
             if update.rank or update.header_scale is not None:
                 scales.add(update.scale)
                 sources.add(_source(update, header))
@@ -184,16 +192,16 @@ def read_lora(
     report.kinds, report.ranks = tuple(sorted(kinds)), tuple(sorted(ranks))
     report.scales, report.scale_sources = tuple(sorted(scales)), tuple(sorted(sources))
     report.matched, report.text_matched = (
-        len(changed.keys() | same) for changed, same in zip(found, idle, strict=True)
+        len(changed.keys() | same) for changed, same in zip(changes, idle, strict=True)
     )
-    report.idle = (*sorted(idle[0] - found[0].keys()), *sorted(idle[1] - found[1].keys()))
+    report.idle = (*sorted(idle[0] - changes[0].keys()), *sorted(idle[1] - changes[1].keys()))
     if not report.matched and not report.text_matched:
         raise _nothing_fits(tensors, report)
-    return found[0], found[1], report
+    return changes[0], changes[1], report
 
 
 def _nothing_fits(tensors: Mapping[str, Tensor], report: LoraReport) -> ValueError:
-    # To name what else a file is takes all its names; one with parts of a LoRA is one.
+    # A file with parts of a LoRA is one; the kind of another takes all its names.
     is_lora = any(reason != UNKNOWN_NAME for reason in report.unmatched.values())
     kind = LORA if is_lora else identify(tensors)
     if LORA not in kind.split(" with ") and "unknown" not in kind:
@@ -210,7 +218,7 @@ def _nothing_fits(tensors: Mapping[str, Tensor], report: LoraReport) -> ValueErr
 
 
 def _place(layer: str, models: tuple[Targets, Targets]) -> tuple[bool, str, str]:
-    """Whether a layer is one of the text encoder, its bare name, and who writes it so."""
+    """True for a layer of the text encoder; its bare name; the trainer that writes it so."""
     text = text_layer(layer)
     return (False, *strip_prefix(layer, models[0])) if text is None else (True, text, _TEXT)
 
@@ -281,7 +289,7 @@ def _updates(
     header: HeaderScale | None,
     bare: str,
 ) -> tuple[list[Update], str]:
-    """The updates that a layer's tensors are, or why they are none."""
+    """The updates of a layer from its tensors, or the reason why there are none."""
     parts, targets = dict(parts), list(targets)
     alpha = parts.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
@@ -324,7 +332,7 @@ def _updates(
 
 
 def _misfit(updates: list[Update], shapes: Mapping[str, Shape]) -> str:
-    """Why a layer's updates do not fit its weights; empty where they do."""
+    """The reason why a layer's updates do not fit its weights; empty if they do."""
     first = updates[0]
     matrices = [t for name, t in first.parts.items() if name not in ("diff", "set", "rescale")]
     if any(t.numel() == 0 or t.ndim < 2 for t in matrices if t is not first.magnitude):
@@ -340,25 +348,27 @@ def _misfit(updates: list[Update], shapes: Mapping[str, Shape]) -> str:
     for left, right in _FACTORS:
         if {left, right} <= parts.keys() and parts[left].shape[1] != parts[right].shape[0]:
             return _MISFIT
-    wanted = [shapes[update.weight] for update in updates]
-    rows = sum(shape[0] for shape in wanted)
-    whole = (rows, *wanted[0][1:])
+    weight_shapes = [shapes[update.weight] for update in updates]
+    rows = sum(shape[0] for shape in weight_shapes)
+    layer_shape = (rows, *weight_shapes[0][1:])
     magnitude, over_columns = first.magnitude, first.over_columns
-    if magnitude is not None and len(whole) < 2:
+    if magnitude is not None and len(layer_shape) < 2:
         return "a magnitude (DoRA) for a vector, which has none"
-    if magnitude is not None and magnitude.numel() != whole[1 if over_columns else 0]:
-        return f"a magnitude of {magnitude.numel()} for a layer of {_times(whole)}"
+    if magnitude is not None and magnitude.numel() != layer_shape[1 if over_columns else 0]:
+        return f"a magnitude of {magnitude.numel()} for a layer of {_times(layer_shape)}"
     if first.kind in _ROTATIONS:
         if made_for[0] != rows:
             return f"made for {made_for[0]} outputs, the layer has {rows}"
     # A table may be stored as (6, F) or (6 F); matrices have to agree in both sides.
-    elif math.prod(made_for) != math.prod(whole) or (len(whole) > 1 and made_for[0] != whole[0]):
-        return f"made for {_times(made_for)}, the layer is {_times(whole)}"
+    elif math.prod(made_for) != math.prod(layer_shape) or (
+        len(layer_shape) > 1 and made_for[0] != layer_shape[0]
+    ):
+        return f"made for {_times(made_for)}, the layer is {_times(layer_shape)}"
     return "" if all(_can_be_applied(update, shapes) for update in updates) else _MISFIT
 
 
 def _can_be_applied(update: Update, shapes: Mapping[str, Shape]) -> bool:
-    """Go through an update's arithmetic with shapes alone, which cost nothing."""
+    """True if an update's arithmetic works on tensors of these shapes, tried on meta."""
 
     def hollow(shape: Sequence[int]) -> Tensor:
         return torch.empty(tuple(shape), device="meta")

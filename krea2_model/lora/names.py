@@ -71,7 +71,7 @@ _UNSUPPORTED = {
 _BY_ADAPTER = frozenset(("lora_A", "lora_B", "lora_magnitude_vector", "oft_R"))
 _PARAMETER_BY_ADAPTER = _BY_ADAPTER | {n for n in _PARTS if n.startswith(("lokr_", "hada_"))}
 
-# What trainers put before the name of a layer, and who does.
+# Prefixes before the name of a layer, and the trainers that write them.
 _PREFIXES = (
     ("lora_unet_", "kohya or musubi-tuner"),
     ("lora_transformer_", "OneTrainer"),
@@ -101,8 +101,10 @@ _TEXT_PREFIXES = (
 )
 
 # Layers that some trainers fuse: their rows are those of the parts, one after the other.
-_FUSED = (("attn.to_qkv", ("attn.wq", "attn.wk", "attn.wv")),
-          ("attn.qkv", ("attn.wq", "attn.wk", "attn.wv")))  # fmt: skip
+_FUSED = (
+    ("attn.to_qkv", ("attn.wq", "attn.wk", "attn.wv")),
+    ("attn.qkv", ("attn.wq", "attn.wk", "attn.wv")),
+)
 
 
 class Key(NamedTuple):
@@ -124,9 +126,9 @@ def split_key(key: str) -> Key:
         # The names of most files, whose layers hold no dots.
         return Key(pieces[0], part)
     for length in range(min(3, len(pieces) - 1), 0, -1):
-        found = _read_ending(tuple(pieces[-length:]))
-        if found is not None:
-            part, adapter, reason = found
+        ending = _read_ending(tuple(pieces[-length:]))
+        if ending is not None:
+            part, adapter, reason = ending
             return Key(".".join(pieces[:-length]), part, adapter, reason)
     # A matrix that is an attribute of its own beside its layer, as older diffusers named them.
     attribute = re.fullmatch(r"(.+)_lora\.(down|up)\.weight", key)
@@ -197,7 +199,7 @@ class Targets:
                     self._targets[_joined(f"{name}{fused}")] = tuple(targets)
 
     def find(self, name: str) -> tuple[Target, ...]:
-        """The weights that a layer's bare name stands for; none where there is no such layer."""
+        """The weights of a layer by its bare name; empty if the model has no such layer."""
         return self._targets.get(_joined(name), ())
 
     def why_not(self, name: str) -> str:
@@ -244,7 +246,7 @@ def text_layer(layer: str) -> str | None:
 
 
 def strip_prefix(layer: str, targets: Targets) -> tuple[str, str]:
-    """A layer's name without what trainers put before it, and who does.
+    """A layer's name without its prefix, and the trainer that writes that prefix.
 
     A prefix may also be the beginning of a layer's name (`transformer_blocks`), so the first form
     that names a layer counts; without one, the shortest.

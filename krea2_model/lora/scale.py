@@ -1,4 +1,4 @@
-"""How strong a LoRA is where no tensor says so: settings in its file's header.
+"""The scale of a LoRA where no tensor gives it: settings in its file's header.
 
 A LoRA's matrices are multiplied by alpha over rank (over the root of the rank where it is
 rank-stabilised). kohya, musubi-tuner, OneTrainer and LyCORIS write alpha as a tensor a layer;
@@ -95,7 +95,7 @@ class HeaderScale:
     kohya_names: bool = False
 
     def scale(self, kind: str, rank: int | None, names: Sequence[str]) -> float | None:
-        """The scale of one layer's update, or None where this says nothing of its kind.
+        """The scale of one layer's update, or None if the header does not give it.
 
         rank: of the matrices, None where they have none. names: the layer's, in several spellings.
         """
@@ -111,8 +111,8 @@ class HeaderScale:
 
 
 def _first(patterns: Patterns, names: Sequence[str], default: Any) -> Any:
-    found = (patterns.get(name) for name in names)
-    return next((value for value in found if value is not None), default)
+    values = (patterns.get(name) for name in names)
+    return next((value for value in values if value is not None), default)
 
 
 def read_header_scale(
@@ -154,9 +154,9 @@ def _part_of(settings: dict[str, Any], part: str) -> dict[str, Any]:
     """The settings of one part: under its name, before its name, or all where none is named."""
     if isinstance(settings.get(part), dict):
         return settings[part]
-    own = {k[len(part) + 1 :]: v for k, v in settings.items() if k.startswith(f"{part}.")}
-    if own or any(re.match(r"(transformer|text_encoder\w*|unet)(\.|$)", k) for k in settings):
-        return own
+    prefixed = {k[len(part) + 1 :]: v for k, v in settings.items() if k.startswith(f"{part}.")}
+    if prefixed or any(re.match(r"(transformer|text_encoder\w*|unet)(\.|$)", k) for k in settings):
+        return prefixed
     return settings if part == "transformer" else {}
 
 

@@ -1,4 +1,4 @@
-"""What a LoRA does to weights: each style's arithmetic, and a module with LoRAs merged in.
+"""LoRA arithmetic of each style, and a module with LoRAs merged in.
 
 The formulas are those of the trainers: LoRA (Hu and others, 2021), LoKr and LoHa (LyCORIS), DoRA
 (Liu and others, 2024, as PEFT and LyCORIS compute it). OFT, BOFT and GLoRA, which change a weight
@@ -22,7 +22,7 @@ from ..checkpoints.transformer_keys import Shape
 
 @dataclass(frozen=True)
 class Update:
-    """One change of one weight.
+    """One LoRA's update of one weight.
 
     kind: "lora", "lokr", "loha", "diff", "set", "oft", "boft" or "glora"; `parts` are its matrices
         by the names of `lora_names`.
@@ -65,7 +65,7 @@ class Update:
 
     @property
     def needs_fused_weights(self) -> bool:
-        """Whether the weights it is fused with have to be known: DoRA over columns."""
+        """True if `apply` needs the norms of all fused weights: DoRA over columns."""
         return bool(self.fused) and self.magnitude is not None and self.over_columns
 
     @property
@@ -79,7 +79,7 @@ class Update:
         )
 
     def shape(self) -> Shape:
-        """The shape of the whole difference, before rows are taken."""
+        """The shape of the difference for all fused rows."""
         parts = self.parts
         if self.kind == "lora":
             return (parts["up"].shape[0], *parts["down"].shape[1:])
@@ -108,7 +108,7 @@ class Update:
         return rows, columns
 
     def branch(self) -> tuple[Tensor, Tensor] | None:
-        """Matrices (outputs, rank) and (rank, inputs) whose product times `scale` is all it adds.
+        """Matrices (outputs, rank) and (rank, inputs) whose product times `scale` is the update.
 
         None for anything but a plain LoRA.
         """
@@ -118,18 +118,18 @@ class Update:
         return self.parts["up"][rows].flatten(1), self.parts["down"].flatten(1)
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> Update:
-        """The same update with its matrices elsewhere."""
+        """The same update with other tensors, such as copies on a device."""
         return replace(self, parts=parts)
 
     def fused_norm(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Column norms (1, in) of the fused weights plus the whole difference, for `apply`."""
-        whole = torch.cat([weights[name].float() for name in self.fused])
-        return (whole + self.difference(whole.device, whole=True)).norm(dim=0, keepdim=True)
+        """Column norms (1, in) of the fused weights plus their difference, for `apply`."""
+        fused = torch.cat([weights[name].float() for name in self.fused])
+        return (fused + self.difference(fused.device, all_rows=True)).norm(dim=0, keepdim=True)
 
-    def difference(self, device: torch.device | str = "cpu", whole: bool = False) -> Tensor:
-        """What is added to the weight at strength 1 (without DoRA), in float32.
+    def difference(self, device: torch.device | str = "cpu", all_rows: bool = False) -> Tensor:
+        """The difference added to the weight at strength 1 (without DoRA), in float32.
 
-        whole: of all fused rows instead of the weight's own.
+        all_rows: for all fused rows instead of the weight's own.
         """
         part = self._reader(device)
 
@@ -139,7 +139,7 @@ class Update:
             return part(f"{name}_a") @ part(f"{name}_b")
 
         if self.kind == "lora":
-            rows = slice(None) if whole or self.rows is None else slice(*self.rows)
+            rows = slice(None) if all_rows or self.rows is None else slice(*self.rows)
             return self.scale * (part("up")[rows].flatten(1) @ part("down").flatten(1))
         if self.kind == "lokr":
             result = torch.kron(factor("w1"), factor("w2"))
@@ -152,7 +152,7 @@ class Update:
             result = first * second
         else:
             result = part(self.kind)
-        if self.rows is not None and not whole:
+        if self.rows is not None and not all_rows:
             result = result[slice(*self.rows)]
         return self.scale * result
 
@@ -185,7 +185,7 @@ class Update:
 
     @functools.cached_property
     def largest_change(self) -> float:
-        """A bound on the numbers of the change at strength 1; NaN where its parts hold NaN.
+        """A bound on the values of the difference at strength 1; NaN if its parts hold NaN.
 
         0 means that nothing changes. Of OFT and BOFT, which rotate, and of GLoRA it is relative to
         the weight.
@@ -209,12 +209,12 @@ class Update:
             bound = product("a1", "a2") + product("b1", "b2")
         elif self.kind in ("oft", "boft"):
             bound = sum(_largest(tensor) for tensor in parts.values()) + 0 * (self.alpha or 0.0)
-            # What comes of sound numbers is a rotation, however large they are.
+            # Any sound numbers give a rotation, however large they are.
             return min(bound, 1.0) if bound <= _LARGEST_BLOCK else bound
         else:
             bound = sum(_largest(tensor) for tensor in parts.values())
         if self.magnitude is not None or self.kind == "set":
-            # These replace what was there, with zeros too.
+            # These replace the weight, zeros too.
             return max(abs(self.scale) * bound, 1.0) + 0 * sum(map(_largest, parts.values()))
         return abs(self.scale) * bound
 
@@ -284,16 +284,16 @@ def _glora_change(update: Update, weight: Tensor, strength: float) -> Tensor:
 _OF_THE_WEIGHT = {"oft": _oft_change, "boft": _boft_change, "glora": _glora_change}
 
 
-# Updates and strengths of weights by name.
-Before = Mapping[str, list[tuple[Update, float]]]
+# Updates and strengths by weight, as they were before an `add`.
+PreviousUpdates = Mapping[str, list[tuple[Update, float]]]
 
 
 class LoraStack:
-    """LoRAs in a module's weights, until they are taken out again.
+    """LoRAs merged into a module's weights, which can be restored.
 
-    Into plain weights they are merged: each is made from the original and all updates in float32
-    and rounded once. Originals are kept where they were, so a weight that was mapped from a file
-    takes no more memory than its merged copy. Quantised layers hold updates beside their weights.
+    A plain weight is computed from the original and all updates in float32 and rounded once.
+    Originals stay where they were, so a weight that was mapped from a file takes no more memory
+    than its merged copy. Quantised layers hold updates beside their weights.
     """
 
     def __init__(self, module: nn.Module):
@@ -308,44 +308,44 @@ class LoraStack:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Of all weights that a LoRA may change."""
+        """Shapes of all weights that a LoRA may change."""
         plain: dict[str, Shape] = {n: tuple(weight.shape) for n, weight in self.weights.items()}
         return plain | {name: layer.shape for name, layer in self.layers.items()}
 
-    def add(self, *loras: tuple[Mapping[str, list[Update]], float]) -> Before:
-        """Merge LoRAs, updates and a strength each, on top of those that are there.
+    def add(self, *loras: tuple[Mapping[str, list[Update]], float]) -> PreviousUpdates:
+        """Merge LoRAs (updates and a strength each) on top of the present ones.
 
-        Several at once make each weight once. Returns what `restore` takes them out with. Raises
-        ValueError where a weight would not stay finite; all are then as they were before.
+        Several at once compute each weight once. Returns the argument with which `restore` undoes
+        it. Raises ValueError where a weight would not stay finite, and changes nothing then.
         """
         for _, strength in loras:
             if not abs(strength) <= torch.finfo(torch.float32).max:
                 raise ValueError(f"The LoRA's scale is {strength}; expected a finite number.")
-        before = {name: list(self.updates[name]) for updates, _ in loras for name in updates}
+        previous = {name: list(self.updates[name]) for updates, _ in loras for name in updates}
         try:
-            for name in before:
+            for name in previous:
                 if name not in self.layers:
                     self.originals.setdefault(name, self.weights[name].data)
                 for updates, strength in loras:
                     self.updates[name] += [(update, strength) for update in updates.get(name, ())]
-                if not self._renew(name):
+                if not self._update_weight(name):
                     strengths = ", ".join(f"{s:g}" for u, s in loras if name in u)
                     raise ValueError(
                         f"The LoRA at {strengths} makes {name} infinite in {self._dtype(name)}; "
                         "nothing was changed. Lower its strength, or choose another LoRA."
                     )
         except BaseException:
-            self.restore(before)
+            self.restore(previous)
             raise
-        return before
+        return previous
 
-    def restore(self, before: Before) -> None:
-        """Take out what an `add` merged, none having come after it."""
-        for name, updates in before.items():
+    def restore(self, previous: PreviousUpdates) -> None:
+        """Undo the last `add`."""
+        for name, updates in previous.items():
             changed, self.updates[name] = self.updates[name] != updates, list(updates)
             if updates or name in self.layers:
                 if changed:
-                    self._renew(name)
+                    self._update_weight(name)
             elif name in self.originals:
                 original = self.originals.pop(name)
                 self.weights[name].data = original.to(self.weights[name].device)
@@ -358,8 +358,8 @@ class LoraStack:
         self.originals.clear()
         self.updates.clear()
 
-    def _renew(self, name: str) -> bool:
-        """Make a weight of the original and its updates; False where it would not be finite."""
+    def _update_weight(self, name: str) -> bool:
+        """Compute a weight from its original and updates; False if it would not be finite."""
         layer = self.layers.get(name)
         if layer is None:
             merged = self._merged(name)
@@ -368,7 +368,7 @@ class LoraStack:
             self.weights[name].data = merged
             return True
         layer.change([Change(u, strength, self._norm(u)) for u, strength in self.updates[name]])
-        # Only what might be infinite is made: float16 ends at 65504, and no sound LoRA comes near.
+        # Dequantise only if it might overflow: float16 ends at 65504, far beyond any sound LoRA.
         largest = sum(u.largest_change * abs(strength) for u, strength in self.updates[name])
         if largest < torch.finfo(layer.dtype).max / 2:
             return True

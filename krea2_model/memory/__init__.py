@@ -1,1 +1,1 @@
-"""Which weights are on the device while a pipeline runs."""
+"""The placement of weights on the device while a pipeline runs."""

@@ -48,14 +48,14 @@ def activations(
     image, text, references: tokens of each of `batch` sequences.
     """
     return {
-        ENCODER: _of_encoder(text_encoder, text),
-        TRANSFORMER: _of_transformer(transformer, batch, image + text + references, text),
+        ENCODER: _encoder_bytes(text_encoder, text),
+        TRANSFORMER: _transformer_bytes(transformer, batch, image + text + references, text),
         # One image at a time, so a batch needs no more.
-        VAE: _of_vae(vae, 256 * max(image, references)),
+        VAE: _vae_bytes(vae, 256 * max(image, references)),
     }
 
 
-def _of_transformer(transformer: Krea2Transformer, batch: int, tokens: int, text: int) -> int:
+def _transformer_bytes(transformer: Krea2Transformer, batch: int, tokens: int, text: int) -> int:
     config = transformer.config
     step = tokens * _BLOCK_STATES * config.hidden_size
     fusion = text * _FUSION_STATES * config.num_text_layers * config.text_hidden_dim
@@ -63,11 +63,11 @@ def _of_transformer(transformer: Krea2Transformer, batch: int, tokens: int, text
     return round(numbers * transformer.compute_dtype.itemsize) + temporary_bytes(transformer)
 
 
-def _of_encoder(encoder: Qwen3VLTextEncoder, tokens: int) -> int:
+def _encoder_bytes(encoder: Qwen3VLTextEncoder, tokens: int) -> int:
     states = _ENCODER_STATES + len(encoder.config.tap_layers)
     numbers = tokens * states * encoder.config.hidden_size
     return numbers * encoder.embed_tokens.weight.element_size() + temporary_bytes(encoder)
 
 
-def _of_vae(vae: QwenImageVAE, pixels: int) -> int:
+def _vae_bytes(vae: QwenImageVAE, pixels: int) -> int:
     return pixels * _PIXEL * next(vae.parameters()).element_size()

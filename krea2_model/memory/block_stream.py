@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Blocks on the device beside the resident ones: one that calculates and one that comes.
 PLACES = 2
-# Where tensors begin in a pack, for any dtype and for fast copies.
+# Alignment of tensors in a pack, for any dtype and for fast copies.
 _ALIGNMENT = 256
 
 
@@ -110,7 +110,7 @@ class _Piece(NamedTuple):
 
 
 def pack_layout(block: nn.Module) -> tuple[list[_Piece], int]:
-    """Where each weight of a block stands in its pack, and the bytes of the pack."""
+    """The place of each weight of a block in its pack, and the bytes of the pack."""
     pieces, end = [], 0
     for weight in weights_of([block]):
         tensor = weight.tensor
@@ -137,7 +137,7 @@ class _Buffer:
 class BlockStream:
     """Streams blocks to a device from `start` to `stop`.
 
-    resident: how many of the blocks stay on the device in between.
+    resident: number of blocks that stay on the device in between.
     host_bytes: of packs that are kept in (pinned) main memory; 0 packs anew each time.
     """
 
@@ -187,7 +187,7 @@ class BlockStream:
             ]
 
     def stop(self) -> None:
-        """Let every weight be the one in main memory again, and nothing be left on the device."""
+        """Restore every weight to the one in main memory, and free the device."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -242,9 +242,9 @@ class BlockStream:
 
     def _fill(self, buffer: _Buffer, index: int) -> None:
         size = self._sizes[index]
-        kept = self._kept_pack(index)
-        if kept is not None:
-            buffer.came = self._lane.copy(buffer.memory[:size], kept, buffer.used)
+        pack = self._cached_pack(index)
+        if pack is not None:
+            buffer.came = self._lane.copy(buffer.memory[:size], pack, buffer.used)
         else:
             if len(self._staging) < PLACES:
                 staging = _Buffer(self._host_memory(max(self._sizes)))
@@ -257,8 +257,8 @@ class BlockStream:
             buffer.came = staging.came = self._lane.copy(buffer.memory[:size], source, buffer.used)
         buffer.block = index
 
-    def _kept_pack(self, index: int) -> Tensor | None:
-        """The pack of a streamed block that is kept in main memory, made if there is room."""
+    def _cached_pack(self, index: int) -> Tensor | None:
+        """The pack of a streamed block in main memory, made if there is room, else None."""
         if index in self._packs:
             return self._packs[index][1]
         held = sum(len(pack) for _, pack in self._packs.values())
@@ -292,6 +292,6 @@ class BlockStream:
                 del self._packs[index]
 
     def _put(self, index: int, memory: Tensor | None) -> None:
-        """Let a block's weights be those of a pack on the device, or those in main memory."""
+        """Point a block's weights to a pack on the device, or back to main memory."""
         for piece in self._layouts[index]:
             piece.weight.put(piece.original if memory is None else piece.view(memory))

@@ -1,7 +1,7 @@
-"""Weights that lie in main memory and stand on a device for a while.
+"""Temporary copies of weights on a device.
 
-A copy on the device takes the place of each weight; later the weight itself comes back, which was
-there all the time. So nothing travels back to main memory, and a file that is mapped stays mapped.
+A copy replaces each weight, which itself stays in main memory and is put back later. So nothing is
+copied back to main memory, and a mapped file stays mapped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Weight(NamedTuple):
 
     @property
     def version(self) -> int:
-        """Grows where somebody writes into the weight."""
+        """A number that grows whenever the weight is written to."""
         return 0 if self._holder.is_inference() else self._holder._version
 
     @property
@@ -40,7 +40,7 @@ class Weight(NamedTuple):
         return holder
 
     def put(self, tensor: Tensor) -> None:
-        """Let a tensor of the same shape and dtype, wherever it is, be the weight."""
+        """Replace the weight by a tensor of the same shape and dtype on any device."""
         parameter = self.owner._parameters.get(self.name)
         if parameter is not None:
             parameter.data = tensor
@@ -50,15 +50,15 @@ class Weight(NamedTuple):
 
 def weights_of(modules: Iterable[nn.Module]) -> list[Weight]:
     """Every parameter and buffer of modules, each once."""
-    found = {}
+    weights = {}
     for part in modules:
         for owner in part.modules():
             for names in (owner._parameters, owner._buffers):
                 for name, tensor in names.items():
                     if tensor is not None:
                         weight = Weight(owner, name)
-                        found[weight.key] = weight
-    return list(found.values())
+                        weights[weight.key] = weight
+    return list(weights.values())
 
 
 def bytes_of(modules: Iterable[nn.Module]) -> int:
@@ -71,7 +71,7 @@ def new_bytes(count: int, device: torch.device, pinned: bool = False) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
-def copied(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, also where that is the tensor's own, in the same memory format."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)
@@ -90,11 +90,11 @@ class Copies:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def make(self, weights: Iterable[Weight]) -> None:
-        """Copy those of the weights that are not copied yet."""
+        """Copy the weights that have no copy yet."""
         for weight in weights:
             if weight.key not in self._originals:
                 original = weight.tensor
-                copy = copied(original, self.device)
+                copy = copy_to(original, self.device)
                 # In this order: an interrupted run must find its way back.
                 self._originals[weight.key] = (weight, original)
                 weight.put(copy)

@@ -15,33 +15,32 @@ def find_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return _accelerator()
     try:
-        found = torch.device(device)
+        result = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"device is {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or 'xpu'."
         ) from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device is {device!r}, and torch finds {torch.cuda.device_count()} CUDA devices here; "
             "use 'auto' or 'cpu', or install torch for CUDA."
         )
-    return found
+    return result
 
 
 def _accelerator() -> torch.device:
     accelerator = getattr(torch, "accelerator", None)  # torch has it since 2.6
     if accelerator is not None:
-        found = accelerator.current_accelerator() if accelerator.is_available() else None
+        device = accelerator.current_accelerator() if accelerator.is_available() else None
         # A machine may have one that models cannot run on.
-        return found if found is not None and found.type != "meta" else torch.device("cpu")
+        return device if device is not None and device.type != "meta" else torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Memory of a device that nobody uses, torch's own reserve included; None where it is main
-    memory."""
+    """Free memory of a device, torch's cache included; None where it is main memory."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
@@ -52,8 +51,8 @@ def free_device_bytes(device: torch.device) -> int | None:
     return None if get_info is None else get_info(device)[0]
 
 
-def give_back(device: torch.device) -> None:
-    """Let others have what torch keeps of a device's memory for later."""
+def empty_cache(device: torch.device) -> None:
+    """Return a device's memory that torch's allocator caches."""
     module = getattr(torch, device.type, None)
     empty = getattr(module, "empty_cache", None)
     if empty is not None:

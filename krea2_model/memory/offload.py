@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.quantised_layers import kind_of
+from ..checkpoints.quantised_layers import quantisation_of
 from ..config import RAW
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
@@ -23,7 +23,7 @@ from ..vae.model import QwenImageVAE
 from .activations import WRITING_BYTES, activations
 from .block_stream import BlockStream, pack_bytes
 from .device_weights import Copies, Weight, bytes_of, weights_of
-from .machine import GB, free_device_bytes, free_host_bytes, give_back
+from .machine import GB, empty_cache, free_device_bytes, free_host_bytes
 from .plan import ENCODER, NONE, RESERVE, TRANSFORMER, VAE, PartSize, Plan, check_offload, plan_for
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Part:
     blocks: modules of it that may stream, in the order in which they run.
     brief: modules of it that are needed for one call a run; where blocks stream, they are on the
         device for that call only.
-    forget: lets go of what the module made on the device for later calls.
+    forget: frees what the module caches on the device.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Part:
     depth: int = field(default=0, init=False)
 
     def weights(self, streams: bool) -> list[Weight]:
-        """Those that come with the part: all, or where it streams those of neither kind."""
+        """All weights; of a streamed part, those outside of `blocks` and `brief`."""
         apart = {w.key for w in weights_of([*self.blocks, *self.brief])} if streams else set()
         return [weight for weight in weights_of([self.module]) if weight.key not in apart]
 
@@ -59,7 +59,7 @@ class Part:
             activations,
             tuple(map(pack_bytes, self.blocks)),
             bytes_of(self.brief),
-            kind_of(self.module),
+            quantisation_of(self.module),
         )
 
 
@@ -68,7 +68,7 @@ Activations = Callable[[], dict[str, int]]
 
 
 class Offload:
-    """Where the parts of a pipeline are.
+    """Moves the parts of a pipeline to the device and back.
 
     mode, max_memory: as `check_offload` takes them; max_memory in GB, None for all that is free.
     default: activations of a run that nobody announced with `prepare`.
@@ -91,7 +91,7 @@ class Offload:
         self._streams: dict[str, BlockStream] = {}
         self._brief: list[tuple[Any, Copies]] = []
         self._said = ""
-        # What estimates were short of, and whether a run ended so.
+        # Bytes to leave free since a run was out of memory, and whether the last one was.
         self._spare, self._ran_out = 0, False
         self.plan: Plan | None = None
 
@@ -100,7 +100,7 @@ class Offload:
         return any(part.depth for part in self._parts.values())
 
     def before_change(self, what: str) -> None:
-        """Have the weights in main memory, for somebody who changes them.
+        """Move the weights to main memory before they are changed.
 
         Raises ValueError during a run, whose copies of the weights would stay as they are.
         """
@@ -114,11 +114,11 @@ class Offload:
 
     @property
     def streams(self) -> bool:
-        """Whether the transformer's blocks come anew at each of its calls."""
+        """True if the transformer's blocks are copied to the device at each of its calls."""
         return self.plan is not None and TRANSFORMER in self.plan.resident
 
     def has_room(self, activations: dict[str, int], instead_of: dict[str, int]) -> bool:
-        """Whether a run may take more activations than it must, the plan being no other."""
+        """True if a run with more activations has the same plan as `instead_of`."""
         budget = self._budget()
         if self._mode == NONE:  # the weights are there already
             return budget is None or activations[TRANSFORMER] + RESERVE <= budget
@@ -126,7 +126,7 @@ class Offload:
         return plans[0].mode == plans[1].mode and not plans[0].lacking
 
     def prepare(self, activations: dict[str, int]) -> None:
-        """Plan a run with so many bytes of activations a part, and say in the log how."""
+        """Plan a run by the bytes of activations of each part, and log the plan."""
         if self._mode == NONE or self.in_use:  # in use: a run within a run
             return
         budget = self._budget()
@@ -148,9 +148,9 @@ class Offload:
 
     @contextmanager
     def use(self, name: str, *beside: nn.Module) -> Iterator[None]:
-        """Have a part, and modules that go with it, on the device.
+        """Move a part, and modules that go with it, to the device while the context lasts.
 
-        Those that are in use already are taken as they are.
+        Parts in use already stay as they are.
         """
         if self._mode == NONE:
             yield
@@ -166,7 +166,7 @@ class Offload:
                 self._copies[name].make(weights_of(beside))
             yield
         except torch.OutOfMemoryError:
-            # Of the next run less is on the device.
+            # The next run leaves more memory free.
             self._spare, self._ran_out = self._spare + GB, True
             raise
         finally:
@@ -175,10 +175,10 @@ class Offload:
                 self._leave(part)
 
     def take_away(self) -> None:
-        """Let nothing be left on the device."""
+        """Remove everything from the device."""
         for part in self._parts.values():
             self._remove(part)
-        give_back(self.device)
+        empty_cache(self.device)
 
     def _plan_for(self, activations: dict[str, int], budget: int | None) -> Plan:
         sizes = [part.size(activations[part.name]) for part in self._parts.values()]
@@ -187,15 +187,15 @@ class Offload:
     def _budget(self) -> int | None:
         free = free_device_bytes(self.device)
         if free is not None:
-            own = (copies.bytes for copies in self._copies.values())
-            free += sum(own)
+            held = (copies.bytes for copies in self._copies.values())
+            free += sum(held)
             free = max(0, free - self._spare)
         limit = None if self._max_memory is None else round(self._max_memory * GB)
         return min((each for each in (free, limit) if each is not None), default=None)
 
     @property
     def _moves(self) -> bool:
-        """Whether the plan has weights copied: not where all stay in main memory."""
+        """True if the plan copies weights: not where all stay in main memory."""
         return self.plan is not None and not (self.plan.mode == NONE and self.device.type == "cpu")
 
     def _bring(self, part: Part) -> None:
@@ -231,7 +231,7 @@ class Offload:
         for each in self._parts.values():
             if each is part or (self._ran_out and not each.depth):
                 self._remove(each)
-        give_back(self.device)
+        empty_cache(self.device)
 
     def _remove(self, part: Part) -> None:
         if part.name in self._streams:
@@ -255,7 +255,7 @@ def offload_parts(
     max_memory: float | None,
 ) -> Offload:
     """The parts of a pipeline under an `Offload`, see `check_offload`."""
-    found, mode = check_offload(device, offload, max_memory)
+    target, mode = check_offload(device, offload, max_memory)
     size = (transformer.preset or RAW).size
 
     def default() -> dict[str, int]:
@@ -267,7 +267,7 @@ def offload_parts(
         Part(TRANSFORMER, transformer, tuple(transformer.blocks), brief, transformer.forget_tables),
         Part(VAE, vae),
     )
-    return Offload(found, mode, max_memory, parts, default)
+    return Offload(target, mode, max_memory, parts, default)
 
 
 def offload_encoder(
@@ -277,9 +277,9 @@ def offload_encoder(
     max_memory: float | None,
 ) -> Offload:
     """A text encoder alone, that writes, under an `Offload`."""
-    found, mode = check_offload(device, offload, max_memory)
+    target, mode = check_offload(device, offload, max_memory)
     parts = (_encoder_part(text_encoder),)
-    return Offload(found, mode, max_memory, parts, lambda: {ENCODER: WRITING_BYTES})
+    return Offload(target, mode, max_memory, parts, lambda: {ENCODER: WRITING_BYTES})
 
 
 def _encoder_part(text_encoder: Qwen3VLTextEncoder) -> Part:

@@ -1,4 +1,4 @@
-"""Which parts of a pipeline share a device, take turns on it, or come block by block.
+"""The plan of a pipeline's parts: together on a device, in turn, or block by block.
 
 - "none": all parts stay on the device.
 - "parts": text encoder, transformer and VAE take turns, each as a whole.
@@ -32,9 +32,9 @@ RESERVE = 400_000_000
 
 @dataclass(frozen=True)
 class PartSize:
-    """Bytes of a part: all its weights, its blocks, what is needed briefly, its activations.
+    """Bytes of a part: all its weights, its blocks, its `brief` modules, its activations.
 
-    kind: how its weights are stored, for messages; empty where they are plain.
+    kind: the format of its weights, for messages; empty where they are plain.
     """
 
     name: str
@@ -59,11 +59,12 @@ class PartSize:
 
 @dataclass(frozen=True)
 class Plan:
-    """How parts are placed: one of NONE, PARTS and BLOCKS.
+    """The placement of parts.
 
-    resident: for parts that stream, how many of their blocks stay on the device while they run.
+    mode: NONE, PARTS or BLOCKS.
+    resident: number of blocks that stay on the device while a streamed part runs, by part.
     text: the plan in words.
-    lacking: bytes that are missing for it, 0 where it fits.
+    lacking: bytes that the device lacks for it, 0 where it fits.
     """
 
     mode: str

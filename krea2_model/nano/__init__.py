@@ -72,7 +72,7 @@ def text_encoder_tensors() -> dict[str, Tensor]:
         pass
     logger.info("Making the text encoder of krea2-nano, once; it is kept as %s.", file)
     tensors = _make_tensors()
-    _keep(tensors, file)
+    _save_whole(tensors, file)
     return tensors
 
 
@@ -88,7 +88,7 @@ def _make_tensors() -> dict[str, Tensor]:
 
 
 def cache_folder() -> Path | None:
-    """Where this package keeps what it made: a folder in the user's cache, by the system's rule.
+    """This package's folder in the user's cache directory, by the system's rule.
 
     None where the user has no home and the system no entry for them, as in some containers.
     """
@@ -108,7 +108,7 @@ def _user_cache() -> Path:
     return Path(root)
 
 
-def _keep(tensors: dict[str, Tensor], file: Path) -> None:
+def _save_whole(tensors: dict[str, Tensor], file: Path) -> None:
     """Write the file whole or not at all; other processes may be doing the same."""
     partial = file.with_name(f"{uuid.uuid4().hex}.partial")
     try:

@@ -1,4 +1,4 @@
-"""The text encoder of krea2-nano: 36 small Qwen3-VL layers that nobody trained.
+"""The text encoder of krea2-nano: 36 small Qwen3-VL layers with random weights.
 
 Its weights are drawn, not learned, so instead of 65 MB in every download they are made on first
 use. They have to come out the same to the last bit everywhere, since the transformer was trained on

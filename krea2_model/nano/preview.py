@@ -1,4 +1,4 @@
-"""What a live preview of krea2-nano shows: its latents as colours, by a linear map.
+"""Live preview of krea2-nano: latents to colours, by a linear map.
 
 Made by `scripts/fit_nano_preview.py`: nano has a VAE of its own, so the factors for the released
 one show other colours.
@@ -49,14 +49,14 @@ def colours(latents: Tensor) -> Tensor:
 
 
 def as_factors_read(latents: Tensor) -> Tensor:
-    """Latents (B, 16, h, w) or (B, 16, 1, h, w) of which the factors make those better colours.
+    """Latents (B, 16, h, w) or (B, 16, 1, h, w) that the factors map to these better colours.
 
     For previews that take factors and a way to reshape what they multiply.
     """
     flat = latents[:, :, 0] if latents.ndim == 5 else latents
     factors, bias = (part.to(flat.device) for part in cell_colours())
-    wanted = colours(flat).movedim(1, -1) - bias
-    return (wanted @ factors.pinverse()).movedim(-1, 1).to(latents.dtype).reshape(latents.shape)
+    targets = colours(flat).movedim(1, -1) - bias
+    return (targets @ factors.pinverse()).movedim(-1, 1).to(latents.dtype).reshape(latents.shape)
 
 
 @cache

@@ -1,1 +1,1 @@
-"""What all three networks are made of: layers, attention, element-wise kernels."""
+"""Building blocks of all three networks: layers, attention, element-wise kernels."""

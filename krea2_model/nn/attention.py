@@ -1,6 +1,6 @@
 """Rotary positions and the one attention function.
 
-Every attention of this package passes through `attend`; a host brings its own where it chooses the
+Every attention of this package passes through `attend`; a host passes its own where it chooses the
 backend or lets others patch queries and keys (`Backend` in transformer.py).
 """
 
@@ -40,9 +40,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 def takes_grouped_heads(query: Tensor) -> bool:
-    """Whether torch has a fused kernel for fewer keys than queries, without a mask.
+    """True if torch has a fused kernel for grouped heads without a mask.
 
-    Elsewhere the scores of the whole image would be held in memory.
+    Elsewhere the score matrix of the image would be held in memory.
     """
     available = getattr(cuda_backend, "is_flash_attention_available", None)
     if available is None:

@@ -1,8 +1,8 @@
-"""Which of torch's attention kernels runs on a GPU, by a table of what is fastest there.
+"""The choice of torch's attention backend on a GPU, by a table of the fastest.
 
-Torch takes the first of its backends that can do a call, flash attention before all others, on
-every card. The table (switch `cudnn`) names a better one for some cards and lengths. It is followed
-only where nobody chose: a user who narrows or reorders torch's backends keeps that choice.
+Torch takes the first of its backends that supports a call, flash attention before all others, on
+every card. The table (switch `cudnn`) names a better one for some cards and lengths. A user who
+disables or reorders torch's backends keeps that choice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Capability = tuple[int, int]
 
 
 class Lengths(NamedTuple):
-    """From so many keys on, until the next entry, this backend is the fastest."""
+    """The fastest backend from a number of keys on, until the next entry."""
 
     least: int
     backend: SDPBackend
@@ -34,14 +34,14 @@ TABLE: dict[tuple[Capability, torch.dtype], tuple[Lengths, ...]] = {
     ((9, 0), torch.float16): (Lengths(2048, SDPBackend.CUDNN_ATTENTION),),
 }
 
-# What torch tries in turn where the chosen backend cannot do a call.
+# The backends that torch tries in turn where the chosen one does not support a call.
 OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 _SETS_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
 
 
-def from_table(capability: Capability, dtype: torch.dtype, length: int) -> SDPBackend | None:
-    """The backend for so many keys, or None where torch's own choice stands."""
+def fastest_backend(capability: Capability, dtype: torch.dtype, length: int) -> SDPBackend | None:
+    """The backend for a number of keys, or None for torch's own choice."""
     backend = None
     for entry in TABLE.get((capability, dtype), ()):
         if length >= entry.least:
@@ -50,26 +50,26 @@ def from_table(capability: Capability, dtype: torch.dtype, length: int) -> SDPBa
 
 
 def preferred(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> SDPBackend | None:
-    """The backend that the table names for heads (B, H, L, D), if it is to be followed and can.
+    """The table's backend for heads (B, H, L, D), or None where torch's own choice stands.
 
-    With fewer key/value heads than query heads it has to take them as they are.
+    With fewer key/value heads than query heads the backend has to support grouped heads.
     """
     if "cudnn" not in switches.active or mask is not None or not _is_nvidia(query):
         return None
     capability = torch.cuda.get_device_capability(query.device)
-    backend = from_table(capability, query.dtype, key.shape[2])
+    backend = fastest_backend(capability, query.dtype, key.shape[2])
     if backend is None or not _SETS_PRIORITY:
         return None
-    # A compiler cannot ask torch; where the backend cannot do the call the next one does.
+    # Not while compiling, which cannot ask torch; an unsupported call goes to the next backend.
     if not torch.compiler.is_compiling() and not (
-        is_torchs_own_choice() and _takes(backend, query, key, value)
+        is_torchs_own_choice() and _supports(backend, query, key, value)
     ):
         return None
     return backend
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
-    """torch's scaled_dot_product_attention, which tries the table's backend before the others."""
+    """torch's scaled_dot_product_attention, with the table's backend first."""
     backend = preferred(query, key, value, mask)
     if backend is None:
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
@@ -79,14 +79,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **
 
 
 def is_torchs_own_choice() -> bool:
-    """Whether nobody turned one of torch's backends off, or put them in another order."""
+    """True if torch's backends are all on and in their usual order."""
     return _settings() == _DEFAULTS
 
 
 def _settings() -> tuple:
     cuda = torch.backends.cuda
-    flags = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
-             cuda.cudnn_sdp_enabled())  # fmt: skip
+    flags = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
     order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
     # Backends of other makers stand last in it.
     return *flags, *order[:4]
@@ -100,8 +104,8 @@ def _is_nvidia(query: Tensor) -> bool:
     return query.device.type == "cuda" and torch.version.cuda is not None
 
 
-def _takes(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a backend does this call with its heads as they are, by torch's own check."""
+def _supports(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True if a backend supports this call without repeating heads, by torch's own check."""
     cuda = torch.backends.cuda
     grouped = query.shape[1] != key.shape[1]
     params = cuda.SDPAParams(query, key, value, None, 0.0, False, grouped)

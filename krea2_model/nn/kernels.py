@@ -20,7 +20,7 @@ from . import switches, triton_kernels
 
 
 class HeadNorm(NamedTuple):
-    """What normalises queries and keys: multipliers (D,) in float32, and the epsilon."""
+    """The RMS norms of queries and keys: multipliers (D,) in float32, and the epsilon."""
 
     query: Tensor
     key: Tensor
@@ -58,7 +58,7 @@ def norm_and_rotate(
 
 def apply_rope(heads: Tensor, rope: Tensor) -> Tensor:
     """Rotate interleaved channel pairs: (B, H, L, D) by a `rope_table`, in float32."""
-    return _turned(heads.float(), _rotations(rope)).to(heads.dtype)
+    return _rotate(heads.float(), _rotations(rope)).to(heads.dtype)
 
 
 def gated_residual(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def gated_residual(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
     """`values * sigmoid(gate)`, in the place of both."""
-    if "gate" in switches.active and _in_one_pass(gate, values):
+    if "gate" in switches.active and _has_gated_kernel(gate, values):
         return _gated(gate, values, values, silu=False)
     if may_overwrite():
         return values.mul_(gate.sigmoid_())
@@ -79,17 +79,17 @@ def sigmoid_gated(values: Tensor, gate: Tensor) -> Tensor:
 
 def silu_gated(gate: Tensor, values: Tensor) -> Tensor:
     """`silu(gate) * values`, in the place of `gate`."""
-    if "swiglu" in switches.active and _in_one_pass(gate, values):
+    if "swiglu" in switches.active and _has_gated_kernel(gate, values):
         return _gated(gate, values, gate, silu=True)
     if may_overwrite():
         return F.silu(gate, inplace=True).mul_(values)
     return F.silu(gate) * values
 
 
-def _in_one_pass(gate: Tensor, values: Tensor) -> bool:
-    """Whether a Triton kernel takes a gated product, which has no gradients.
+def _has_gated_kernel(gate: Tensor, values: Tensor) -> bool:
+    """True if a Triton kernel computes a gated product; it has no gradients.
 
-    A compiler makes one pass of the plain formula by itself.
+    A compiler fuses the plain formula by itself.
     """
     return (
         not torch.is_grad_enabled()
@@ -112,7 +112,7 @@ _inputs = threading.local()
 
 @contextmanager
 def keeping_inputs() -> Iterator[None]:
-    """Within it nothing is overwritten: others may hold what passes through."""
+    """Within it no input is overwritten, since a host may still hold it."""
     before, _inputs.stay = getattr(_inputs, "stay", False), True
     try:
         yield
@@ -121,14 +121,14 @@ def keeping_inputs() -> Iterator[None]:
 
 
 def may_overwrite() -> bool:
-    """Whether results take the place of inputs; a compiler decides that for itself."""
+    """True if results may be written over inputs; a compiler decides that for itself."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return not getattr(_inputs, "stay", False)
 
 
 def _has_complex_numbers(device: torch.device) -> bool:
-    """Not every device multiplies complex numbers, and no compiler does."""
+    """True if a device multiplies complex numbers; no compiler does."""
     return device.type in ("cpu", "cuda", "xpu", "meta") and not torch.compiler.is_compiling()
 
 
@@ -139,21 +139,21 @@ def _rotations(rope: Tensor) -> Tensor:
     return torch.complex(rope[..., 0, 0], rope[..., 1, 0])
 
 
-def _turned(values: Tensor, rotations: Tensor) -> Tensor:
-    """Pairs of channels of float32 values, turned: a new tensor."""
+def _rotate(values: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate pairs of channels of float32 values into a new tensor."""
     pairs = values.unflatten(-1, (-1, 2))
     if rotations.is_complex():
-        turned = torch.view_as_complex(pairs.contiguous()) * rotations
-        return torch.view_as_real(turned).flatten(-2)
-    turned = rotations[..., 0] * pairs[..., :1] + rotations[..., 1] * pairs[..., 1:]
-    return turned.flatten(-2)
+        rotated = torch.view_as_complex(pairs.contiguous()) * rotations
+        return torch.view_as_real(rotated).flatten(-2)
+    rotated = rotations[..., 0] * pairs[..., :1] + rotations[..., 1] * pairs[..., 1:]
+    return rotated.flatten(-2)
 
 
 def _norm_and_rotate(heads: Tensor, multiplier: Tensor, eps: float, rotations) -> Tensor:
     inverse = inverse_rms(heads, eps)
     if not may_overwrite():
         scaled = heads * multiplier * inverse
-        return (scaled if rotations is None else _turned(scaled, rotations)).to(heads.dtype)
+        return (scaled if rotations is None else _rotate(scaled, rotations)).to(heads.dtype)
     # In 16 bits a float32 copy, in float32 the projection's own result.
     scaled = heads.float().mul_(multiplier)
     if rotations is not None and rotations.is_complex():
@@ -162,7 +162,7 @@ def _norm_and_rotate(heads: Tensor, multiplier: Tensor, eps: float, rotations) -
     else:
         scaled.mul_(inverse)
         if rotations is not None:
-            scaled = _turned(scaled, rotations)
+            scaled = _rotate(scaled, rotations)
     return scaled.to(heads.dtype)
 
 

@@ -20,7 +20,7 @@ SWITCHES = {
     "quantise_once": "one quantised input for all layers that read it, bit for bit the same",
 }
 
-# What is on where the environment says nothing.
+# The switches that are on without the environment variable.
 DEFAULT: frozenset[str] = frozenset()
 
 

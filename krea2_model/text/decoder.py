@@ -101,10 +101,10 @@ class DecoderLayer(nn.Module):
 
 
 class CausalMask:
-    """Which keys a query sees: real ones up to itself, and always itself.
+    """A causal mask that hides padding keys, made a block of queries at a time.
 
-    Itself even if it is padding: a query that sees nothing becomes NaN, and NaN reaches the others
-    through masked values too.
+    A query attends to itself even if it is padding: one without keys becomes NaN, and NaN reaches
+    the others through masked values too.
 
     length: of the keys. start: the place of the first query among them, 0 unless some are
         remembered. real: (B, length), True for real tokens, or None if all are.
@@ -118,19 +118,19 @@ class CausalMask:
         self._real = None if real is None else real.bool()[:, None, None]
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Those of the queries `first` to `last` - 1, (B or 1, 1, rows, keys), boolean.
+        """Rows of the queries `first` to `last` - 1, (B or 1, 1, rows, last), boolean.
 
-        Places are those of keys. There are no more keys than the last of these queries sees.
+        first, last: places among the keys.
         """
         query, key = self._places[first:last, None], self._places[None, :last]
-        seen = (key <= query)[None, None]
+        mask = (key <= query)[None, None]
         if self._real is None:
-            return seen
-        return (seen & self._real[..., :last]) | (key == query)
+            return mask
+        return (mask & self._real[..., :last]) | (key == query)
 
 
 def mask_rows(length: int) -> int:
-    """How many queries attend at a time to so many keys."""
+    """Number of queries that attend at a time to a number of keys."""
     return max(64, MASK_ELEMENTS // max(1, length))
 
 
@@ -142,7 +142,7 @@ def mask_size(length: int) -> int:
 def causal_attention(
     attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: CausalMask | None
 ) -> Tensor:
-    """Attention (B, L, H * D) in which queries (B, H, L, D) see what a mask lets them.
+    """Attention (B, L, H * D) of queries (B, H, L, D) under a causal mask, in blocks.
 
     mask: None where each query sees all keys.
     """
@@ -156,8 +156,8 @@ def causal_attention(
     for first in range(mask.start, mask.length, rows):
         last = min(first + rows, mask.length)
         block = query[:, :, first - mask.start : last - mask.start]
-        seen = mask.rows(first, last)
-        parts.append(attend(block, key[:, :, :last], value[:, :, :last], seen))
+        block_mask = mask.rows(first, last)
+        parts.append(attend(block, key[:, :, :last], value[:, :, :last], block_mask))
     return torch.cat(parts, dim=1)
 
 

@@ -329,7 +329,7 @@ def llama_cpp_to_hugging_face(name: str) -> str:
 def text_encoder_keys(
     names: Iterable[str], num_layers: int = RELEASED.num_tapped_layers
 ) -> dict[str, str]:
-    """Which tensors of a checkpoint the encoder needs: their names there to its own names.
+    """The tensors of a checkpoint that the encoder needs: their names there to its own.
 
     The prefix (`model.`, `model.language_model.`, `text_encoders.qwen3vl_4b.transformer.model.`,
     none, ...) is what precedes the token embedding. Vision tower, head, final norm and layers from
@@ -352,7 +352,7 @@ def text_encoder_keys(
 
 
 def language_prefix(names: Iterable[str]) -> str | None:
-    """What precedes the names of a checkpoint's language model; None unless there is just one."""
+    """The prefix of a checkpoint's language model; None unless there is exactly one."""
     names = set(names)
     prefixes = {
         name.removesuffix(_EMBEDDING)
@@ -390,26 +390,26 @@ def infer_text_encoder_config(
         )
     width = shapes[_FIRST_NORM][0]
     indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
-    found = f"{len(indices)} layers, width {width}"
+    summary = f"{len(indices)} layers, width {width}"
     attention = "layers.0.self_attn."
     if attention + "q_norm.weight" not in shapes:
         kind = "Qwen2.5-VL" if attention + "q_proj.bias" in shapes else "another language model"
         raise ValueError(
-            f"This is {kind} ({found}, no q/k norm), whose hidden states mean nothing to Krea 2. "
+            f"This is {kind} ({summary}, no q/k norm), whose hidden states mean nothing to Krea 2. "
             + advice
         )
     taps = tap_layers or RELEASED.tap_layers
     missing = sorted(set(range(max(taps))) - indices)
     if missing:
         raise ValueError(
-            f"This text encoder has {found}; the taps need layers 0 to {max(taps) - 1}, and layer "
-            f"{missing[0]} is missing. {advice}"
+            f"This text encoder has {summary}; the taps need layers 0 to {max(taps) - 1}, and "
+            f"layer {missing[0]} is missing. {advice}"
         )
     rows = {}
     for name in ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm"):
         weight = f"layers.0.{name}.weight"
         if weight not in shapes:
-            raise ValueError(f"This text encoder ({found}) has no {weight}. {advice}")
+            raise ValueError(f"This text encoder ({summary}) has no {weight}. {advice}")
         rows[name] = shapes[weight][0]
     head_dim = rows["self_attn.q_norm"]
     config = replace(

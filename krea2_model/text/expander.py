@@ -52,7 +52,7 @@ introduction or remark."""
 
 @dataclass(frozen=True)
 class Length:
-    """How long a caption is asked to be, and where writing stops."""
+    """The length of a caption: words in the request, and tokens at which writing stops."""
 
     words: int
     tokens: int
@@ -67,7 +67,7 @@ LENGTHS = {
 
 MAX_VARIANTS = 16
 
-# What variants after the first are asked for, where the prompt leaves it open.
+# Requests of the variants after the first, for what the prompt leaves open.
 DIRECTIONS = (
     "",
     "another viewpoint and framing than the first that come to mind",
@@ -113,14 +113,14 @@ Write = Callable[[str, Sampling, int, int], tuple[str, bool]]
 
 @dataclass(frozen=True)
 class Expansion:
-    """A caption, and what of the prompt it lacks: quoted texts and numbers, words with weights."""
+    """A caption, and the quoted texts, numbers and weighted words of the prompt that it lacks."""
 
     text: str
     missing: tuple[str, ...] = ()
     unweighted: tuple[str, ...] = ()
 
     def note(self) -> str:
-        """Sentences about what is missing; empty where nothing is."""
+        """A message about missing texts and lost weights; empty where there are none."""
         notes = []
         if self.missing:
             notes.append(
@@ -153,7 +153,7 @@ def expand(
     creativity: 0 to 1. 0 takes the most likely words; above, it is temperature and freedom.
     length: one of `LENGTHS`.
     seed: variant i uses seed + i.
-    variants: how many captions; those after the first are led in directions of their own.
+    variants: number of captions; each after the first gets one of `DIRECTIONS`.
     style: words for the look. language: of the caption; empty is the prompt's.
 
     Weights in the prompt, `(word:1.3)`, are not shown to the model and stand in the caption again,
@@ -184,22 +184,22 @@ def expand(
     for index in range(variants):
         direction = DIRECTIONS[index % len(DIRECTIONS)]
         ask = request(prompt, creativity, length, style, language, direction)
-        found = attempt(ask, sampling, seed + index)
-        if found.missing or not found.text:
+        best = attempt(ask, sampling, seed + index)
+        if best.missing or not best.text:
             # Seeds of second tries are none of a variant's.
-            again = attempt(ask + _reminder(found.missing), sampling, seed + index + MAX_VARIANTS)
-            found = _better(found, again)
-        if any(found.text == other.text for other in expansions):
+            again = attempt(ask + _reminder(best.missing), sampling, seed + index + MAX_VARIANTS)
+            best = _better(best, again)
+        if any(best.text == other.text for other in expansions):
             again = attempt(ask, sampling_for(1.0), seed + index + 2 * MAX_VARIANTS)
             # Being different is worth less than saying all that was asked for.
-            if again.text and len(again.missing) <= len(found.missing):
-                found = again
-        if not found.text:
+            if again.text and len(again.missing) <= len(best.missing):
+                best = again
+        if not best.text:
             raise ValueError(
                 "The language model wrote nothing. Try another seed; if it goes on, the text "
                 "encoder is no Qwen3-VL-4B-Instruct: load qwen3vl_4b_bf16.safetensors."
             )
-        expansions.append(found)
+        expansions.append(best)
     return [_weighted(expansion, marked) for expansion in expansions]
 
 
@@ -241,7 +241,7 @@ def request(
     language: str = "",
     direction: str = "",
 ) -> str:
-    """What the language model is asked besides the system prompt."""
+    """The user's turn of the chat, behind the system prompt."""
     words = LENGTHS[length].words
     lines = [f"Description: {prompt}", ""]
     if len(prompt.split()) >= words * 2 // 3:
@@ -282,9 +282,9 @@ def strip_thinking(text: str) -> str:
 
 
 def tidy(text: str, ended: bool = True) -> str:
-    """An answer as one paragraph, without thoughts and what surrounds it.
+    """An answer as one paragraph, without thoughts, markup and outer quotation marks.
 
-    ended: whether it came to its end; else it stops after its last whole sentence.
+    ended: True if the model ended it; else it is cut after its last whole sentence.
     """
     text = " ".join(strip_thinking(_SPECIAL.sub("", text)).split())
     text = text.removeprefix("```text ").strip("`* ")
@@ -297,26 +297,26 @@ def tidy(text: str, ended: bool = True) -> str:
 
 
 def required(prompt: str, translated: bool = False) -> list[str]:
-    """What a caption must contain: quoted texts, in quotes, and numbers outside of them.
+    """The texts that a caption must contain: quoted ones, in quotes, and numbers outside them.
 
     Numbers in words count in English, from two to twenty, unless the caption is translated.
     """
-    found, others, end = [], [], 0
+    needed, others, end = [], [], 0
     for first, last in quotations(prompt):
-        found.append(f'"{_joined(prompt[first + 1 : last - 1])}"')
+        needed.append(f'"{_joined(prompt[first + 1 : last - 1])}"')
         others.append(prompt[end:first])
         end = last
     rest = unicodedata.normalize("NFKC", " ".join([*others, prompt[end:]]))
-    found += _NUMBER.findall(rest)
+    needed += _NUMBER.findall(rest)
     if not translated:
-        found += [word for word in re.findall(r"[a-z]+", rest.lower()) if word in _COUNTS]
-    return list(dict.fromkeys(found))
+        needed += [word for word in re.findall(r"[a-z]+", rest.lower()) if word in _COUNTS]
+    return list(dict.fromkeys(needed))
 
 
 def quotations(text: str) -> Iterator[tuple[int, int]]:
-    """Where a text is quoted, quotation marks included, one after the other.
+    """Start and end of each quotation in a text, marks included, in order.
 
-    In linear time: what closes a kind of quotation is searched once, also where nothing does.
+    In linear time: the closing mark of a kind is searched once, also if there is none.
     """
     closing: dict[str, re.Match | None] = {}
     end = 0
@@ -327,12 +327,12 @@ def quotations(text: str) -> Iterator[tuple[int, int]]:
             continue
         if mark not in closing or ((known := closing[mark]) and known.start() <= first):
             closing[mark] = re.compile(f"[{_CLOSING[mark]}]").search(text, first + 1)
-        found = closing[mark]
-        if found is None or found.start() == first + 1:
+        match = closing[mark]
+        if match is None or match.start() == first + 1:
             continue  # nothing closes it, or nothing is quoted
-        if is_apostrophe and _is_in_word(text, found.end()):
+        if is_apostrophe and _is_in_word(text, match.end()):
             continue
-        end = found.end()
+        end = match.end()
         yield first, end
 
 
@@ -341,7 +341,7 @@ def _is_in_word(text: str, place: int) -> bool:
 
 
 def lacking(needed: list[str], text: str) -> list[str]:
-    """Which of `required` a caption does not have; 3 and three are the same."""
+    """The items of `required` that a caption lacks; 3 and three are the same."""
     plain, joined = unicodedata.normalize("NFKC", text), _joined(text)
     numbers = {_digits(number) for number in _NUMBER.findall(plain)}
     words = set(re.findall(r"[a-z]+", plain.lower()))
@@ -361,17 +361,17 @@ def _joined(text: str) -> str:
 
 
 def _digits(number: str) -> str:
-    """Without what separates thousands."""
+    """A number without separators of thousands."""
     return re.sub(r"[.,](?=\d{3}(?!\d))", "", number)
 
 
 def _plain(text: str) -> str:
-    """Without what would end the chat's turn."""
+    """A text without special tokens, which would end the turn of the chat."""
     return _SPECIAL.sub("", text).strip()
 
 
 def check_can_write(path: Path | None) -> None:
-    """Raise ValueError for an encoder that cannot write: krea2-nano's, which nobody trained."""
+    """Raise ValueError for an encoder that cannot write, such as krea2-nano's untrained one."""
     if path == nano.TEXT_ENCODER:
         raise ValueError(
             "krea2-nano's text encoder is random and cannot write. Load a real one to expand "
@@ -390,7 +390,7 @@ OnText = Callable[[str], None]
 
 
 class PromptExpander:
-    """Captions by a loaded text encoder; what it lacks for writing is read from its file.
+    """Captions by a loaded text encoder, whose tail for writing is read from its file.
 
     Raises ValueError for encoders that cannot write: krea2-nano's, and one without a file or a
     tokenizer.
@@ -406,7 +406,7 @@ class PromptExpander:
             )
         self._tokenizer: Krea2Tokenizer = text_encoder.tokenizer
         embedding = text_encoder.embed_tokens.weight
-        # What the encoder does not hold: a host that moves the one moves the other too.
+        # Public, since a host that moves the encoder moves its tail too.
         self.tail = text_encoder.load_tail(device=embedding.device, dtype=embedding.dtype)
         self._model = LanguageModel(text_encoder, self.tail)
 

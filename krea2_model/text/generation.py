@@ -25,7 +25,7 @@ SEEDS = 2**64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults are the most likely one, unchanged.
+    """Settings by which the next token is sampled; the defaults take the most likely one.
 
     temperature: divides the logits; 0 takes the most likely token.
     top_k: only so many of the most likely; 0 for all.
@@ -66,9 +66,9 @@ class Sampling:
             tokens = (scores >= scores.topk(self.top_k).values[-1]).nonzero()[:, 0]
         if self.top_p < 1:
             ordered, order = scores[tokens].sort()
-            kept = ordered.softmax(dim=0).cumsum(dim=0) > 1 - self.top_p
-            kept[-1] = True
-            tokens = tokens[order[kept]]
+            in_top_p = ordered.softmax(dim=0).cumsum(dim=0) > 1 - self.top_p
+            in_top_p[-1] = True
+            tokens = tokens[order[in_top_p]]
         if self.min_p > 0:
             probabilities = scores[tokens].softmax(dim=0)
             tokens = tokens[probabilities >= self.min_p * probabilities.max()]

@@ -1,8 +1,8 @@
-"""The rest of the language tower, so that it can write: last layer, final norm, head, cache.
+"""The whole language model, for writing text: last layer, final norm, head, KV cache.
 
-Krea 2 reads no further than layer 34, so that is where `Qwen3VLTextEncoder` ends. Writing text
-takes what comes after it as well: `LanguageTail`, a small part of its own that is loaded from the
-same file when it is first needed. The encoder's layers are shared, never held twice. The head of
+Krea 2 taps no layer behind 34, so `Qwen3VLTextEncoder` ends there. Writing text takes the layers
+after it as well: `LanguageTail`, a small part that is loaded from the same file when it is first
+needed. The encoder's layers are shared, never held twice. The head of
 Qwen3-VL-4B is its embedding table; a file with a head of its own has that one used.
 """
 
@@ -64,37 +64,37 @@ class KeyValueCache:
 
     def __init__(self):
         self.length = 0
-        # How much larger the next position is than `length`: negative behind images.
+        # The next position less `length`: negative behind images.
         self.ahead = 0
         self._layers: dict[int, Tensor] = {}  # (2, B, KV, capacity, D)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new ones (B, KV, L, D) behind the others of a layer; all of them.
+        """Append keys and values (B, KV, L, D) of a layer; returns all of that layer.
 
-        `length` counts once every layer has them, so that belongs to the caller.
+        The caller raises `length` once every layer has them.
         """
         end = self.length + key.shape[2]
-        kept = self._layers.get(layer)
-        if kept is None or kept.shape[3] < end:
+        cached = self._layers.get(layer)
+        if cached is None or cached.shape[3] < end:
             capacity = -(-end // _GROWTH) * _GROWTH
             grown = key.new_empty(2, *key.shape[:2], capacity, key.shape[3])
-            if kept is not None:
-                grown[..., : self.length, :] = kept[..., : self.length, :]
-            self._layers[layer] = kept = grown
-        kept[0, :, :, self.length : end] = key
-        kept[1, :, :, self.length : end] = value
-        return kept[0, :, :, :end], kept[1, :, :, :end]
+            if cached is not None:
+                grown[..., : self.length, :] = cached[..., : self.length, :]
+            self._layers[layer] = cached = grown
+        cached[0, :, :, self.length : end] = key
+        cached[1, :, :, self.length : end] = value
+        return cached[0, :, :, :end], cached[1, :, :, :end]
 
 
 def tied_head(embedding: nn.Embedding, hidden: Tensor) -> Tensor:
-    """Logits of hidden states by the table that tokens are looked up in."""
+    """Logits of hidden states by the embedding table."""
     return F.linear(hidden, embedding.weight)
 
 
 class LanguageModel:
-    """The whole language tower, put together from an encoder and its tail.
+    """The language model of an encoder and its tail.
 
-    head: how logits are made from the embedding; a host brings its own for weights it manages.
+    head: computes logits by the embedding table; a host passes its own for weights it manages.
     device: where to calculate; None is where the embedding is at each call.
     dtype: of hidden states; None is what the embedding gives.
     images: those in the prompt, which has a pad for each of their tokens.
@@ -113,9 +113,8 @@ class LanguageModel:
         self.config = encoder.config
         self._images = images
         self._device = device
-        self._embedding, self._tail, self._head, self._dtype = (
-            encoder.embed_tokens, tail, head, dtype,
-        )  # fmt: skip
+        self._embedding, self._tail = encoder.embed_tokens, tail
+        self._head, self._dtype = head, dtype
         self._layers: list[nn.Module] = [*encoder.layers, *tail.layers.values()]
 
     @property
@@ -140,7 +139,7 @@ class LanguageModel:
             ahead = cache.ahead
             rotation = rotation_table(end + ahead, self.config, self.device, start + ahead)
         rotation = rotation[:, None, None]
-        # One token sees all that is kept, and needs no mask.
+        # One token attends to the whole cache, and needs no mask.
         mask = None if len(tokens) == 1 else CausalMask(end, self.device, start=start)
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, rotation, mask, partial(cache.extend, index))

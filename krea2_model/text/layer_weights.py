@@ -28,9 +28,9 @@ def weigh_taps(taps: Tensor, weights: Sequence[float]) -> Tensor:
         )
     if len(set(values)) == 1 and values[0] > 0:
         return taps
-    before = taps.float()
-    mixed = before * torch.tensor(values, device=taps.device)[:, None]
-    old, new = (states.square().mean(dim=(2, 3), keepdim=True) for states in (before, mixed))
+    original = taps.float()
+    mixed = original * torch.tensor(values, device=taps.device)[:, None]
+    old, new = (states.square().mean(dim=(2, 3), keepdim=True) for states in (original, mixed))
     # Padding is 0 and stays so.
     scale = (old / torch.where(new > 0, new, 1.0)).sqrt()
     return (mixed * scale).to(taps.dtype)

@@ -1,4 +1,4 @@
-"""Images in a prompt: where they stand in the text, and where their tokens stand in the model.
+"""Images in a prompt: their places in the text, and the positions of their tokens.
 
 Each image is a block `<|vision_start|><|image_pad|><|vision_end|>` in the user's turn, in front of
 the text. The one pad stands for all tokens of the image. LoRAs for style and editing of the
@@ -121,7 +121,7 @@ def nonzero_images(images: Iterable[PromptImage]) -> list[PromptImage]:
 
 
 def image_text(roles: Sequence[str], labels: bool) -> str:
-    """What stands in front of a prompt for images with these roles; empty for none.
+    """The text before a prompt for images with these roles; empty for none.
 
     labels: number them, `Picture 1: `. A role follows the number in brackets, or stands alone.
     """
@@ -204,8 +204,14 @@ def axis_positions(tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
                 f"An image of {rows} x {columns} tokens has fewer places in the prompt; expected "
                 f"{count}, next to each other."
             )
-        grid = torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), torch.arange(rows),
-                                          torch.arange(columns), indexing="ij"))  # fmt: skip
+        grid = torch.stack(
+            torch.meshgrid(
+                torch.zeros(1, dtype=torch.long),
+                torch.arange(rows),
+                torch.arange(columns),
+                indexing="ij",
+            )
+        )
         parts.append(start + grid.flatten(1))
         start, index = start + max(rows, columns), index + count
     if left:
@@ -218,7 +224,9 @@ def axis_positions(tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
 def sheet(images: Sequence[Tensor], margin: float = 0.5) -> Tensor:
     """Images (3, H, W) of any sizes as one batch (N, 3, H, W), grey to the right and below."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    return torch.stack([
-        F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=margin)
-        for image in images
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=margin)
+            for image in images
+        ]
+    )

@@ -19,7 +19,7 @@ from itertools import chain, groupby, pairwise
 MAX_WEIGHT = 10.0
 
 _BRACKET = re.compile(r"\\[()]|[()]")
-# What stands behind a colon. Each text matches in one way only, so that a long one fails at once.
+# The number behind a colon. Any text matches in one way only, so that a long one fails at once.
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*")
 _DIGITS = re.compile(r"\d+")
 
@@ -74,7 +74,7 @@ def parse_weights(prompt: str) -> WeightedPrompt:
             opened.append((len(characters), position))
         characters.append(bracket[0][-1])
     characters += prompt[position:]
-    return WeightedPrompt("".join(characters), tuple(_multiplied(characters, marks, ends)))
+    return WeightedPrompt("".join(characters), tuple(_character_weights(characters, marks, ends)))
 
 
 def _split_number(text: str) -> tuple[str, str | None]:
@@ -87,7 +87,7 @@ def _split_number(text: str) -> tuple[str, str | None]:
     return words.rstrip(), number[1]
 
 
-def _multiplied(
+def _character_weights(
     characters: list[str], marks: dict[int, float], ends: dict[int, int]
 ) -> Iterator[float]:
     """The weight of each character that is left, by all marks around it."""
@@ -108,26 +108,26 @@ def _multiplied(
 
 
 def weigh_again(text: str, parts: Sequence[tuple[str, float]]) -> tuple[str, list[str]]:
-    """Another text on the same with the weights of its words, and the words it does not have.
+    """Apply weights to the same words of another text; also returns the words it lacks.
 
     Each of `WeightedPrompt.parts` is marked where it occurs first, as whole words and in any case.
     """
-    found: list[tuple[int, int, float]] = []
+    marks: list[tuple[int, int, float]] = []
     lost: list[str] = []
-    edged, taken = _with_edges(text), bytearray(len(text))
-    searched: dict[str, int] = {}  # words, and up to where their places are taken
+    edged, marked = _with_edges(text), bytearray(len(text))
+    searched: dict[str, int] = {}  # words, and up to where their places are marked
     for words, weight in parts:
-        sought = _with_edges(words)
-        first = _free_place(edged, sought, taken, searched.get(sought, 0))
-        searched[sought] = len(text) if first is None else first + len(words)
+        pattern = _with_edges(words)
+        first = _find_unmarked(edged, pattern, marked, searched.get(pattern, 0))
+        searched[pattern] = len(text) if first is None else first + len(words)
         if first is None:
             lost.append(words)
         else:
             last = first + len(words)
-            taken[first:last] = b"\1" * len(words)
-            found.append((first, last, weight))
+            marked[first:last] = b"\1" * len(words)
+            marks.append((first, last, weight))
     pieces, position = [], 0
-    for first, last, weight in sorted(found):
+    for first, last, weight in sorted(marks):
         pieces += [text[position:first], f"({text[first:last]}:{weight:g})"]
         position = last
     return "".join([*pieces, text[position:]]), lost
@@ -145,10 +145,10 @@ def _with_edges(text: str) -> str:
     return "".join(chain.from_iterable(zip(edges, [*folded, ""], strict=True)))
 
 
-def _free_place(edged: str, sought: str, taken: bytearray, start: int) -> int | None:
-    """Where words stand in a text first, from a place on and where nothing is taken."""
-    length = len(sought) // 2
-    while (at := edged.find(sought, 2 * start)) >= 0:
+def _find_unmarked(edged: str, pattern: str, taken: bytearray, start: int) -> int | None:
+    """The first place of `pattern` from `start` on that overlaps no marked words, or None."""
+    length = len(pattern) // 2
+    while (at := edged.find(pattern, 2 * start)) >= 0:
         start = at // 2
         occupied = taken.rfind(1, start, start + length)
         if at % 2 == 0 and occupied < 0:

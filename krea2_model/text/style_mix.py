@@ -1,4 +1,4 @@
-"""Style of images without what they show: a weighted average of prompts that see an image each.
+"""Style of images without their content: a weighted average of prompts with one image each.
 
 A prompt is encoded alone, and once behind each image. Its own words come out a little different
 behind an image, since attention reads the image before it; those differences are averaged by the
@@ -73,7 +73,11 @@ def mix_styles(
     pictured = front[:, images]
     mean = pictured.mean(dim=1, keepdim=True)
     front = torch.cat(
-        (front[:, : images.start], torch.lerp(pictured, mean.expand_as(pictured), suppression),
-         front[:, images.stop :]), dim=1,
-    )  # fmt: skip
+        (
+            front[:, : images.start],
+            torch.lerp(pictured, mean.expand_as(pictured), suppression),
+            front[:, images.stop :],
+        ),
+        dim=1,
+    )
     return torch.cat((front, words), dim=1).to(text.dtype)

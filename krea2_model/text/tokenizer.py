@@ -29,7 +29,7 @@ SUFFIX_TOKENS = 5
 OFFICIAL_LENGTH = 512
 PROMPT_BUDGET = OFFICIAL_LENGTH - SUFFIX_TOKENS
 
-# What the official layout pads with. Nothing is padded here; hosts that batch tokens need it.
+# The padding token of the official layout. Nothing is padded here; hosts that batch tokens need it.
 PAD_TOKEN = 151643
 
 COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
@@ -103,11 +103,11 @@ class Krea2Tokenizer:
             str(self.folder), local_files_only=True, trust_remote_code=False
         )
         self._suffix = self.tokenize_raw(TEMPLATE_SUFFIX)
-        found = (len(self.tokenize_raw(TEMPLATE_PREFIX)), len(self._suffix))
-        if found != (PREFIX_TOKENS, SUFFIX_TOKENS):
+        counts = (len(self.tokenize_raw(TEMPLATE_PREFIX)), len(self._suffix))
+        if counts != (PREFIX_TOKENS, SUFFIX_TOKENS):
             raise ValueError(
-                f"The tokenizer in {self.folder} makes {found[0]} and {found[1]} tokens of the two "
-                f"parts of the chat template; expected {PREFIX_TOKENS} and {SUFFIX_TOKENS}. It "
+                f"The tokenizer in {self.folder} makes {counts[0]} and {counts[1]} tokens of the "
+                f"two parts of the chat template; expected {PREFIX_TOKENS} and {SUFFIX_TOKENS}. It "
                 "belongs to another model: name the folder of a Qwen tokenizer."
             )
 
@@ -135,25 +135,29 @@ class Krea2Tokenizer:
         if used > limit:
             logger.warning(
                 "The prompt uses %d tokens; the last %d were dropped to keep %d.",
-                used, used - limit, limit,
-            )  # fmt: skip
+                used,
+                used - limit,
+                limit,
+            )
             ids = ids[: first + limit]
         elif used > PROMPT_BUDGET:
             logger.warning(
                 "The prompt uses %d tokens; the model was trained on up to %d. Shorten it, or cut "
                 "it with max_sequence_length=%d.",
-                used, PROMPT_BUDGET, OFFICIAL_LENGTH,
-            )  # fmt: skip
+                used,
+                PROMPT_BUDGET,
+                OFFICIAL_LENGTH,
+            )
         return ids + self._suffix
 
     def front(self, before: str) -> list[int]:
-        """The tokens of what stands between the template's prefix and a prompt."""
+        """The tokens of the text between the template's prefix and a prompt."""
         return self.tokenize_raw(TEMPLATE_PREFIX + before)[PREFIX_TOKENS:] if before else []
 
     def spans(
         self, prompt: str, max_sequence_length: int | None = None, before: str = ""
     ) -> list[tuple[int, int]]:
-        """The characters `prompt[first:end]` that each kept token stands for.
+        """The span of characters `prompt[first:end]` of each kept token.
 
         One a token that `tokenize` gives behind the prefix and `before`; (0, 0) for those of the
         suffix. The tokens of a character that takes several all stand for it.

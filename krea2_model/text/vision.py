@@ -29,7 +29,7 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What the language tower is given of an image.
+    """The tokens of an image, as the language tower reads them.
 
     tokens: (N, width), in rows of `grid`. deepstack: the same shape for each of the first layers.
     grid: rows and columns of tokens, N together.
@@ -51,8 +51,9 @@ class VisionAttention(nn.Module):
         self.proj = layers.Linear(dim, dim, bias=True, **factory)
 
     def forward(self, hidden: Tensor, rotation: Tensor) -> Tensor:
-        heads = rearrange(self.qkv(hidden), "b l (three h d) -> three b h l d", three=3,
-                          h=self.heads)  # fmt: skip
+        heads = rearrange(
+            self.qkv(hidden), "b l (three h d) -> three b h l d", three=3, h=self.heads
+        )
         query, key, value = heads.unbind()
         query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
         return self.proj(self.attend(query, key, value, None))
@@ -208,8 +209,9 @@ class Qwen3VLVisionTower(nn.Module):
         """Cosines and sines (2, 1, 1, L, head / 2): half of the angles by row, half by column."""
         count = self.config.hidden_size // self.config.num_heads // 4
         frequencies = 1.0 / _ROPE_THETA ** (torch.arange(count, dtype=torch.float32) / count)
-        places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns),
-                                            indexing="ij"))  # fmt: skip
+        places = torch.stack(
+            torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        )
         angles = self._by_blocks(places.float()).T[..., None] * frequencies
         angles = angles.flatten(1)
         return torch.stack((angles.cos(), angles.sin()))[:, None, None]
@@ -247,12 +249,12 @@ def resize_for_tower(
         target[longer] -= side
     if (height, width) == tuple(target):
         return pixels
-    fitted = F.interpolate(pixels[None].float(), target, mode="bicubic", antialias=True)
-    return fitted[0].clamp(0, 1).to(pixels.dtype)
+    resized = F.interpolate(pixels[None].float(), target, mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1).to(pixels.dtype)
 
 
 def vision_keys(names: Iterable[str]) -> dict[str, str]:
-    """Which tensors of a checkpoint the tower needs: their names there to its own names.
+    """The tensors of a checkpoint that the tower needs: their names there to its own.
 
     The prefix (`model.visual.`, `visual.`, ...) is what precedes the patch embedding. Empty where
     the file has no vision tower.

@@ -15,34 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.gguf import GGUFTensor
 from ..checkpoints.identify import CheckpointError
-from ..checkpoints.loading import (
-    Checkpoint,
-    is_norm_or_table,
-    open_checkpoint,
-    preset_metadata,
-    read_text_encoder,
-    read_transformer,
-    read_vae,
-)
 from ..checkpoints.quantised import SETTINGS, is_quantised
 from ..checkpoints.quantised_weight import hadamard_rotate
 from ..checkpoints.storage import Entry, write_safetensors
-from ..checkpoints.transformer_keys import module_to_official, official_to_diffusers
+from ..checkpoints.text_encoder import read_text_encoder
+from ..checkpoints.transformer import preset_metadata, read_transformer
+from ..checkpoints.transformer_keys import (
+    is_norm_or_table,
+    module_to_official,
+    official_to_diffusers,
+)
+from ..checkpoints.vae import read_vae
 from ..checkpoints.vae_keys import vae_key_map
 from ..config import TransformerConfig, VAEConfig
 from ..text.tokenizer import find_tokenizer_folder
 from ..text.vision import infer_vision_config, vision_keys
 
 PARTS = ("transformer", "text_encoder", "vae")
-# Where each part lies in an all-in-one file of ComfyUI.
+# Prefixes of the parts in an all-in-one file of ComfyUI.
 PREFIXES = {
     "transformer": "model.diffusion_model.",
     "text_encoder": "text_encoders.qwen3vl_4b.transformer.",
     "vae": "vae.",
 }
-# What a quantisation is called in a layer's settings.
+# Names of quantisations in a layer's settings.
 FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise", "int8_convrot": "int8_tensorwise"}
 QUANTISATIONS = tuple(FORMATS)
 
@@ -65,9 +64,9 @@ def convert(
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target} is the source itself; name another target.")
-    found = _open_parts(source, (part,) if part else PARTS)
+    checkpoints = _open_parts(source, (part,) if part else PARTS)
     if target.suffix.lower() in (".safetensors", ".sft"):
-        return [_write_file(found, target, quantise)]
+        return [_write_file(checkpoints, target, quantise)]
     if target.suffix:
         raise ValueError(
             f"{target.name} ends in {target.suffix}; expected a name that ends in .safetensors, or "
@@ -75,7 +74,7 @@ def convert(
         )
     if quantise:
         raise ValueError("diffusers folders are not quantised; name a .safetensors target.")
-    return _write_folder(found, target)
+    return _write_folder(checkpoints, target)
 
 
 _READERS: dict[str, Callable[[Checkpoint], Any]] = {
@@ -84,7 +83,7 @@ _READERS: dict[str, Callable[[Checkpoint], Any]] = {
 
 
 def _open_parts(source: Path, parts: Iterable[str]) -> dict[str, Checkpoint]:
-    found, errors = {}, []
+    checkpoints, errors = {}, []
     for part in parts:
         is_pipeline = source.is_dir() and (source / "model_index.json").is_file()
         if is_pipeline and not (source / part).is_dir():
@@ -95,20 +94,20 @@ def _open_parts(source: Path, parts: Iterable[str]) -> dict[str, Checkpoint]:
         except CheckpointError as error:
             errors.append(error)
         else:
-            found[part] = checkpoint
-    if not found:
+            checkpoints[part] = checkpoint
+    if not checkpoints:
         raise errors[0] if errors else CheckpointError(f"{source} holds no part of Krea 2.")
-    return found
+    return checkpoints
 
 
-def _write_file(found: Mapping[str, Checkpoint], target: Path, quantise: str | None) -> Path:
+def _write_file(checkpoints: Mapping[str, Checkpoint], target: Path, quantise: str | None) -> Path:
     """One file: a part alone under bare names, several under ComfyUI's prefixes."""
-    if quantise and "transformer" not in found:
+    if quantise and "transformer" not in checkpoints:
         raise ValueError("quantise is for transformers, and the source holds none.")
-    alone = len(found) == 1
+    alone = len(checkpoints) == 1
     entries: list[Entry] = []
     metadata = {"format": "pt"}
-    for part, checkpoint in found.items():
+    for part, checkpoint in checkpoints.items():
         _refuse_lost_settings(part, checkpoint)
         prefix = "" if alone else PREFIXES[part]
         if part == "transformer":
@@ -122,7 +121,7 @@ def _write_file(found: Mapping[str, Checkpoint], target: Path, quantise: str | N
     return target
 
 
-# What only the configuration of a folder says; the rest is read off tensors.
+# Settings that only a folder's configuration gives; the rest is inferred from tensors.
 _SETTINGS = {
     "transformer": ("rope_theta", "norm_eps"),
     "text_encoder": ("tap_layers", "rope_theta", "rms_norm_eps"),
@@ -148,19 +147,19 @@ def quantise_blocks(
     device: torch.device | str = "cpu",
     result_device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """A transformer's tensors with the matrices of its blocks in 8 bits, settings beside them.
+    """Quantise the matrices of a transformer's blocks to 8 bits, and add their settings.
 
-    quantise: one of `QUANTISATIONS`. device: where to calculate. result_device: of what was
-        quantised; the CPU by default, since a card may not hold both.
+    quantise: one of `QUANTISATIONS`. device: for the calculation. result_device: of quantised
+        tensors; the CPU by default, since a card may not hold both.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if _is_block_matrix(name, tensor):
             for entry in _quantised_entries(name, tensor.to(device), quantise):
-                made = entry.make()
+                value = entry.make()
                 # Settings are text, which readers want in main memory.
                 is_text = entry.name.endswith(SETTINGS)
-                result[entry.name] = made if is_text else made.to(result_device)
+                result[entry.name] = value if is_text else value.to(result_device)
         else:
             result[name] = tensor
     return result
@@ -230,15 +229,15 @@ def _quantised_entries(name: str, tensor, quantise: str) -> Iterator[Entry]:
 def _plain_entries(
     checkpoint: Checkpoint, part: str, rename: Callable[[str], str | None], prefix: str
 ) -> Iterator[Entry]:
-    inside = _inside(checkpoint, part)
+    inside = _part_prefix(checkpoint, part)
     for name, tensor in checkpoint.tensors.items():
         renamed = rename(name.removeprefix(inside)) if name.startswith(inside) else None
         if renamed is not None:
             yield _entry(prefix + renamed, tensor)
 
 
-def _inside(checkpoint: Checkpoint, part: str) -> str:
-    """Where a part lies in an all-in-one file; nothing where it is alone."""
+def _part_prefix(checkpoint: Checkpoint, part: str) -> str:
+    """The prefix of a part in an all-in-one file; empty where it is alone."""
     prefix = PREFIXES[part]
     return prefix if any(name.startswith(prefix) for name in checkpoint.tensors) else ""
 
@@ -264,20 +263,20 @@ def _folder_encoder_name(name: str) -> str | None:
 def _vae_names(checkpoint: Checkpoint, diffusers: bool) -> Callable[[str], str | None]:
     """Renames a VAE's tensors, with their time axes, into either layout; others are left out."""
     pairs = vae_key_map(read_vae(checkpoint).config)
-    wanted = dict(pairs) if diffusers else {theirs: ours for ours, theirs in pairs.items()}
-    kept = {name: name for name in wanted.values()}
+    renamed = dict(pairs) if diffusers else {theirs: ours for ours, theirs in pairs.items()}
+    unchanged = {name: name for name in renamed.values()}
 
     def rename(name: str) -> str | None:
-        return kept.get(name) or wanted.get(name)
+        return unchanged.get(name) or renamed.get(name)
 
     return rename
 
 
-def _write_folder(found: Mapping[str, Checkpoint], target: Path) -> list[Path]:
-    """A diffusers folder with the parts that were found."""
+def _write_folder(checkpoints: Mapping[str, Checkpoint], target: Path) -> list[Path]:
+    """Write a diffusers folder with these parts."""
     files: list[Path] = []
     index: dict[str, object] = {"_class_name": "Krea2Pipeline"}
-    for part, checkpoint in found.items():
+    for part, checkpoint in checkpoints.items():
         folder = target / part
         if part == "transformer":
             state = read_transformer(checkpoint)
@@ -396,11 +395,12 @@ def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """The source's own tokenizer, or the one every ComfyUI carries; none where none is found."""
+    """Copy the source's own tokenizer or ComfyUI's; nothing if there is neither."""
     folder = source if source.is_dir() else source.parent
-    own = folder.parent / "tokenizer"
+    tokenizer = folder.parent / "tokenizer"
     try:
-        tokenizer = own if (own / "tokenizer_config.json").is_file() else find_tokenizer_folder()
+        if not (tokenizer / "tokenizer_config.json").is_file():
+            tokenizer = find_tokenizer_folder()
     except FileNotFoundError:
         return
     shutil.copytree(tokenizer, target, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is this file? Kind, variant, layout, quantisation and what is missing, as text."""
+"""Describe a model file as text: kind, variant, layout, quantisation, missing tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint, prefix_of
 from ..checkpoints.gguf import GGUFTensor
 from ..checkpoints.identify import (
     CONTROL_LORA,
@@ -19,18 +20,11 @@ from ..checkpoints.identify import (
     CheckpointError,
     identify,
 )
-from ..checkpoints.loading import (
-    TRAINING_LEFTOVERS,
-    Checkpoint,
-    open_checkpoint,
-    prefix_of,
-    read_text_encoder,
-    read_transformer,
-    read_vae,
-    variant_of,
-)
 from ..checkpoints.quantised import BRANCH, SUFFIXES, layer_settings
+from ..checkpoints.text_encoder import read_text_encoder
+from ..checkpoints.transformer import TRAINING_LEFTOVERS, read_transformer, variant_of
 from ..checkpoints.transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
+from ..checkpoints.vae import read_vae
 from ..config import TransformerConfig
 from ..lora.files import read_lora
 from ..text.encoder import Qwen3VLTextEncoder
@@ -102,8 +96,8 @@ def _transformer_lines(checkpoint: Checkpoint) -> list[str]:
         f"    size: {config.num_layers} blocks of width {config.hidden_size}, text width "
         f"{config.text_hidden_dim}"
     )
-    wanted = Krea2Transformer(config, device="meta").state_dict()
-    lines += _weights_lines(state.tensors, wanted)
+    expected = Krea2Transformer(config, device="meta").state_dict()
+    lines += _weights_lines(state.tensors, expected)
     strays = sorted(name for name in checkpoint.tensors if name.endswith(tuple(TRAINING_LEFTOVERS)))
     if strays:
         lines.append(f"    ignored: {', '.join(strays)} (left over from training)")
@@ -120,8 +114,8 @@ def _encoder_lines(checkpoint: Checkpoint) -> list[str]:
     lines.append(
         f"    size: width {state.config.hidden_size}, vision tower: {'yes' if vision else 'no'}"
     )
-    wanted = Qwen3VLTextEncoder(state.config, device="meta").state_dict()
-    return lines + _weights_lines(state.tensors, wanted)
+    expected = Qwen3VLTextEncoder(state.config, device="meta").state_dict()
+    return lines + _weights_lines(state.tensors, expected)
 
 
 def _vae_lines(checkpoint: Checkpoint) -> list[str]:
@@ -160,18 +154,18 @@ def _unknown_lines(checkpoint: Checkpoint) -> list[str]:
     return lines
 
 
-def _weights_lines(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Parameters, storage by group of layers, and what is missing or too much."""
-    beside = (*SUFFIXES, *BRANCH)
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(beside)}
-    count = sum(tensor.numel() for tensor in wanted.values())
+def _weights_lines(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Lines on parameters, dtypes by group of layers, and missing and surplus tensors."""
+    extras = (*SUFFIXES, *BRANCH)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(extras)}
+    count = sum(tensor.numel() for tensor in expected.values())
     lines = [f"    parameters: {count:,}"]
     settings = layer_settings(tensors)
     groups: dict[str, Counter] = defaultdict(Counter)
     for name, tensor in weights.items():
-        found = re.match(r"(blocks|layers|txtfusion|encoder|decoder)\b", name)
+        match = re.match(r"(blocks|layers|txtfusion|encoder|decoder)\b", name)
         form = _form(name, tensor, settings)
-        groups[found[1] if found else "others"][form] += 1
+        groups[match[1] if match else "others"][form] += 1
     for group, forms in groups.items():
         text = ", ".join(f"{number} x {form}" for form, number in forms.most_common())
         lines.append(f"    {group}: {text}")
@@ -180,8 +174,8 @@ def _weights_lines(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
         text = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
         lines.append(f"    low-rank branches: rank {text}")
     for word, names in (
-        ("missing", sorted(wanted.keys() - weights.keys())),
-        ("surplus", sorted(weights.keys() - wanted.keys())),
+        ("missing", sorted(expected.keys() - weights.keys())),
+        ("surplus", sorted(weights.keys() - expected.keys())),
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

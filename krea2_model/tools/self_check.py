@@ -1,4 +1,4 @@
-"""A self-check: what this machine has, which model files there are, and what is wrong, as text.
+"""A self-check as text: the machine, the model files, and problems with their remedies.
 
 Made to be pasted into a bug report, so folders are named by their place in the models folder and
 the home directory is "~". What only ComfyUI knows, the node K2SelfCheck adds.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.checkpoint import read_shapes
 from ..checkpoints.identify import (
     LORA,
     TEXT_ENCODER,
@@ -25,7 +26,6 @@ from ..checkpoints.identify import (
     CheckpointError,
     identify,
 )
-from ..checkpoints.loading import read_shapes
 from ..nn import switches
 from ..nn.attention import takes_grouped_heads
 from .describe import PARTS, describe, size_text
@@ -45,7 +45,7 @@ _FAULTS = ("broken", "missing", "surplus")
 
 @dataclass
 class Report:
-    """Sections of lines, what is wrong and what is worth knowing, each with its remedy."""
+    """Sections of lines, and problems (`wrong`) and hints (`notes`) with their remedies."""
 
     sections: list[tuple[str, list[str]]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ def package_version(name: str) -> str:
 
 
 def kernel_note(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What to know where torch lacks the fused attention that Krea 2's grouped heads want."""
+    """A note if torch lacks a fused kernel for Krea 2's grouped heads, else None."""
     if device.type != "cuda" or not torch.version.cuda:
         return None
     if takes_grouped_heads(torch.empty(1, 1, 1, 128, device=device, dtype=dtype)):
@@ -132,7 +132,7 @@ def kernel_note(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def survey(files: Iterable[ModelFile], report: Report, memory: int = 0) -> list[str]:
-    """A line for each file of Krea 2's, what is wrong with them in `report`; others are counted.
+    """A line for each file of Krea 2, with problems added to `report`; others are counted.
 
     memory: bytes on all accelerators together, 0 where there is none; main memory is added.
     """
@@ -142,8 +142,8 @@ def survey(files: Iterable[ModelFile], report: Report, memory: int = 0) -> list[
     for file in files:
         try:
             kind = _kind(file)
-            found = [part for part in FOLDERS if part in kind]
-            if found:
+            kinds = [part for part in FOLDERS if part in kind]
+            if kinds:
                 lines.append(f"{file}: {_summary(file, report)}")
         except (CheckpointError, OSError) as error:
             # Messages may name the whole path.
@@ -151,13 +151,13 @@ def survey(files: Iterable[ModelFile], report: Report, memory: int = 0) -> list[
             report.wrong.append(f"{file}: {text}")
             continue
         loras += LORA in kind
-        others += not found and LORA not in kind
-        for part in found:
+        others += not kinds and LORA not in kind
+        for part in kinds:
             parts[part].append(file)
-        if found and not any(file.folder in FOLDERS[part] for part in found):
+        if kinds and not any(file.folder in FOLDERS[part] for part in kinds):
             report.wrong.append(
                 f"{file} is {kind}, and no loader looks for one in models/{file.folder}. Move it "
-                f"to models/{FOLDERS[found[0]][0]}."
+                f"to models/{FOLDERS[kinds[0]][0]}."
             )
     _check_parts(parts, report, memory)
     return [*lines, f"{loras} LoRAs, {others} other files"]
@@ -180,14 +180,15 @@ def _pack_version() -> str:
 
 def _accelerators() -> list[tuple[torch.device, str, int]]:
     """Each accelerator with memory of its own: device, name, bytes."""
-    found = []
+    accelerators = []
     for kind in ("cuda", "xpu"):
         backend = getattr(torch, kind, None)
         if backend is not None and backend.is_available():
             for index in range(backend.device_count()):
                 memory = backend.get_device_properties(index).total_memory
-                found.append((torch.device(kind, index), backend.get_device_name(index), memory))
-    return found
+                name = backend.get_device_name(index)
+                accelerators.append((torch.device(kind, index), name, memory))
+    return accelerators
 
 
 def _devices(report: Report) -> Iterable[str]:
@@ -217,14 +218,14 @@ def main_memory_text() -> str:
 def _files_in(models: Path) -> Iterable[ModelFile]:
     folders = dict.fromkeys(folder for several in FOLDERS.values() for folder in several)
     for folder in (*folders, "loras"):
-        root, seen = models / folder, set()
-        for found, children, names in os.walk(root, followlinks=True):
-            real = os.path.realpath(found)
-            if real in seen:  # a link back up
+        root, visited = models / folder, set()
+        for current, children, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(current)
+            if real in visited:  # a link back up
                 children.clear()
                 continue
-            seen.add(real)
-            here = Path(found)
+            visited.add(real)
+            here = Path(current)
             if "model_index.json" in names:
                 children.clear()
                 yield ModelFile(folder, str(here.relative_to(root)), here)
@@ -235,7 +236,7 @@ def _files_in(models: Path) -> Iterable[ModelFile]:
 
 
 def _kind(file: ModelFile) -> str:
-    """What a file is, from its header; what a folder is, from the headers of its parts."""
+    """The kind of a file, from its header, or of a folder, from the headers of its parts."""
     path = file.path
     if path.is_dir():
         return " with ".join(part for name, part in PARTS.items() if _holds(path / name, part))
@@ -270,7 +271,7 @@ def _summary(file: ModelFile, report: Report) -> str:
 
 
 def _check_parts(parts: dict[str, list[ModelFile]], report: Report, memory: int) -> None:
-    """What is missing, and whether what is there is larger than the machine."""
+    """Report missing parts, and a smallest transformer that is larger than all memory."""
     if not parts[TRANSFORMER]:
         report.notes.append(
             "There is no Krea 2 transformer: only the built-in krea2-nano can paint. Download "

@@ -5,7 +5,7 @@ zero padding, so only the last temporal slice of every kernel meets data and the
 exact 2D equivalent: `krea2_model.checkpoints.vae_keys.slice_temporal` makes its weights. The time
 convolutions of the resamplers pass a first frame through unchanged and do not exist here.
 
-What is odd: module names are those of the original checkpoint, hence the numbered `residual.2` and
+Module names are those of the original checkpoint, hence the numbered `residual.2` and
 `downsamples.5`; decoder resamplers halve the channels, so the block after one sees half the width
 of the level before. Activations are channels_last throughout.
 
@@ -14,8 +14,6 @@ Source of the architecture: Wan-Video/Wan2.1, wan/modules/vae.py, in Qwen-Image'
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,9 +24,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from ..config import VAEConfig
 from ..nn.kernels import inverse_rms, may_overwrite
 from ..nn.layers import TorchLayers
-
-# Called with (tiles done, tiles in all).
-Progress = Callable[[int, int], None]
+from .tiling import Progress, convert_tiled
 
 # Largest attention score matrix, in bytes, where the device has no fused kernel for our head size.
 MAX_SCORE_BYTES = 256 * 2**20
@@ -94,7 +90,7 @@ class PixelNorm(nn.Module):
 
 
 class Activation(nn.Module):
-    """SiLU, where gradients are off in the place of its input, which nobody else holds."""
+    """SiLU, in place where gradients are off."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.silu(hidden, inplace=may_overwrite())
@@ -152,7 +148,7 @@ class Resample(nn.Module):
 
 
 def has_fused_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether scaled_dot_product_attention runs these without a score matrix in memory."""
+    """True if scaled_dot_product_attention runs without a score matrix in memory."""
     if query.device.type == "cuda":
         params = SDPAParams(query, key, value, None, 0.0, False, False)
         return can_use_efficient_attention(params) or can_use_flash_attention(params)
@@ -258,45 +254,6 @@ class Decoder(nn.Module):
         return self.head(hidden)
 
 
-def plan_tiles(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, stop) of the tiles along one axis, all as long as `tile`, spread evenly.
-
-    Neighbours share at least `overlap`. One span of `size` where a tile covers it.
-    """
-    if tile >= size:
-        return [(0, size)]
-    steps = math.ceil((size - tile) / (tile - overlap))
-    starts = [step * (size - tile) // steps for step in range(steps + 1)]
-    return [(start, start + tile) for start in starts]
-
-
-def feather_weights(spans: list[tuple[int, int]], scale: int = 1) -> list[Tensor]:
-    """A float32 weight for each position of each span: linear ramps where spans overlap.
-
-    Each unit of a span has `scale` positions. The weights at a position sum to 1 over the spans.
-    Nothing fades at the ends of the axis.
-    """
-    total = torch.zeros(spans[-1][1] * scale)
-    weights = []
-    for index, span in enumerate(spans):
-        length = (span[1] - span[0]) * scale
-        position = torch.arange(length) + 0.5
-        weight = torch.ones(length)
-        if index > 0 and (shared := spans[index - 1][1] - span[0]):
-            weight = weight.minimum(position / (shared * scale))
-        if index < len(spans) - 1 and (shared := span[1] - spans[index + 1][0]):
-            weight = weight.minimum(position.flip(0) / (shared * scale))
-        total[_scaled(span, scale)] += weight
-        weights.append(weight)
-    return [
-        weight / total[_scaled(span, scale)] for weight, span in zip(weights, spans, strict=True)
-    ]
-
-
-def _scaled(span: tuple[int, int], scale: int) -> slice:
-    return slice(span[0] * scale, span[1] * scale)
-
-
 class QwenImageVAE(nn.Module):
     """Encoder and decoder between images in [-1, 1] and normalised latents.
 
@@ -378,7 +335,8 @@ class QwenImageVAE(nn.Module):
         sides = [side // self.config.downscale for side in images.shape[2:]]
         size = (images.shape[0], self.config.z_dim, *sides)
         latents = images.new_zeros(size, dtype=torch.float32)
-        return self._fill_tiled(latents, images, self.encode, tile, overlap, progress)
+        cell = self.config.downscale
+        return convert_tiled(images, latents, self.encode, cell, tile, overlap, progress)
 
     def decode_tiled(
         self,
@@ -392,42 +350,8 @@ class QwenImageVAE(nn.Module):
         sides = [side * self.config.downscale for side in latents.shape[2:]]
         size = (latents.shape[0], self.config.image_channels, *sides)
         images = latents.new_zeros(size, dtype=torch.float32)
-        return self._fill_tiled(images, latents, self.decode, tile, overlap, progress)
-
-    def _fill_tiled(
-        self,
-        result: Tensor,
-        source: Tensor,
-        convert: Callable[[Tensor], Tensor],
-        tile: int,
-        overlap: int,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Add the feathered conversions of `source`'s tiles to `result`, which is zeros."""
         cell = self.config.downscale
-        if tile % cell or overlap % cell or not 0 <= overlap < tile:
-            raise ValueError(
-                f"tile {tile} and overlap {overlap} (pixels) must be multiples of {cell}, "
-                "with 0 <= overlap < tile"
-            )
-        # Spans are in latent cells, so that a tile is the same region in source and result.
-        height, width = min(source.shape[2:], result.shape[2:])
-        source_cell, result_cell = source.shape[2] // height, result.shape[2] // height
-        row_spans = plan_tiles(height, tile // cell, overlap // cell)
-        column_spans = plan_tiles(width, tile // cell, overlap // cell)
-        row_weights = feather_weights(row_spans, result_cell)
-        column_weights = feather_weights(column_spans, result_cell)
-        done = 0
-        for rows, row_weight in zip(row_spans, row_weights, strict=True):
-            for columns, column_weight in zip(column_spans, column_weights, strict=True):
-                part = source[..., _scaled(rows, source_cell), _scaled(columns, source_cell)]
-                weight = (row_weight[:, None] * column_weight).to(result.device)
-                place = result[..., _scaled(rows, result_cell), _scaled(columns, result_cell)]
-                place += convert(part) * weight
-                done += 1
-                if progress is not None:
-                    progress(done, len(row_spans) * len(column_spans))
-        return result
+        return convert_tiled(latents, images, self.decode, cell, tile, overlap, progress)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (1, z_dim, 1, 1).

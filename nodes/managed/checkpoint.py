@@ -6,8 +6,9 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 
+from ...krea2_model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...krea2_model.checkpoints.identify import CheckpointError
-from ...krea2_model.checkpoints.loading import Checkpoint, check_tensors, open_checkpoint
+from ...krea2_model.checkpoints.loading import check_tensors
 from ...krea2_model.checkpoints.quantised import (
     FLOAT8,
     SMOOTHING,

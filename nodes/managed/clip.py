@@ -9,9 +9,10 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from ...krea2_model.checkpoints.checkpoint import Checkpoint
 from ...krea2_model.checkpoints.gguf import GGUFTensor
 from ...krea2_model.checkpoints.identify import TEXT_ENCODER
-from ...krea2_model.checkpoints.loading import Checkpoint, read_text_encoder
+from ...krea2_model.checkpoints.text_encoder import read_text_encoder
 from ...krea2_model.text.encoder import Qwen3VLTextEncoder
 from ...krea2_model.text.generation import Sampling
 from .checkpoint import check_weights, open_part

@@ -11,8 +11,8 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...krea2_model.checkpoints.encoder_parts import read_language_tail
 from ...krea2_model.checkpoints.gguf import dequantise
+from ...krea2_model.checkpoints.text_encoder import read_language_tail
 from ...krea2_model.text.language_model import LanguageModel, LanguageTail
 from ...krea2_model.text.vision import ImageTokens
 from .gguf import is_gguf

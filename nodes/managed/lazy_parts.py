@@ -12,9 +12,9 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...krea2_model.checkpoints.checkpoint import Checkpoint
 from ...krea2_model.checkpoints.gguf import GGUFTensor
 from ...krea2_model.checkpoints.identify import TEXT_ENCODER
-from ...krea2_model.checkpoints.loading import Checkpoint
 from .backend import encoder_attention
 from .checkpoint import check_weights, open_part
 from .gguf import GGUFOperations, wrap

@@ -13,11 +13,16 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from ...krea2_model.checkpoints.checkpoint import Checkpoint
 from ...krea2_model.checkpoints.gguf import GGUFTensor
 from ...krea2_model.checkpoints.identify import TRANSFORMER
-from ...krea2_model.checkpoints.loading import Checkpoint, is_norm_or_table, read_transformer
 from ...krea2_model.checkpoints.quantised import is_quantised
-from ...krea2_model.checkpoints.transformer_keys import module_to_official, official_to_module
+from ...krea2_model.checkpoints.transformer import read_transformer
+from ...krea2_model.checkpoints.transformer_keys import (
+    is_norm_or_table,
+    module_to_official,
+    official_to_module,
+)
 from ...krea2_model.config import Preset
 from ...krea2_model.tools.convert import FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer

@@ -10,8 +10,9 @@ import comfy.sd
 import comfy.utils
 import torch
 
+from ...krea2_model.checkpoints.checkpoint import Checkpoint
 from ...krea2_model.checkpoints.identify import VAE, WHERE, CheckpointError
-from ...krea2_model.checkpoints.loading import Checkpoint, read_vae
+from ...krea2_model.checkpoints.vae import read_vae
 from ...krea2_model.checkpoints.vae_keys import restore_temporal
 from ...krea2_model.config import VAEConfig
 from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE

@@ -5,7 +5,7 @@ ComfyUI keeps images as (B, H, W, C) with values from 0 to 1.
 
 import torch
 
-from ...krea2_model.checkpoints.encoder_parts import read_vision_tower
+from ...krea2_model.checkpoints.text_encoder import read_vision_tower
 from ...krea2_model.images.resize import on_white
 from ...krea2_model.text.vision import resize_for_tower
 from .lazy_parts import LazyPart

@@ -16,14 +16,11 @@ from pathlib import Path
 import torch
 
 from krea2_model import CheckpointError, load_transformer, load_vae
+from krea2_model.checkpoints.checkpoint import open_checkpoint, read_shapes
 from krea2_model.checkpoints.identify import TEXT_ENCODER
-from krea2_model.checkpoints.loading import (
-    assign,
-    open_checkpoint,
-    read_shapes,
-    read_text_encoder,
-)
+from krea2_model.checkpoints.loading import assign
 from krea2_model.checkpoints.quantised import dequantise
+from krea2_model.checkpoints.text_encoder import read_text_encoder
 from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.updates import LoraStack
 from krea2_model.text.encoder import Qwen3VLTextEncoder

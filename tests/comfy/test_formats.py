@@ -406,13 +406,13 @@ def test_a_compiler_leaves_blocks_to_the_kernel(pack, monkeypatch):
     # A CPU is taken for a device of the kernels, and its numbers are torch's.
     monkeypatch.setattr(pack("krea2_model.nn.triton_kernels"), "INTERPRETED", True)
     monkeypatch.setattr(pack("krea2_model.nn.triton_kernels"), "takes", lambda *tensors: False)
-    read, values = [], module._values
+    read, values = [], module._dequantise_blocks
 
     def recorded(data, name, dtype):
         read.append((type(data), name))
         return values(data, name, dtype)
 
-    monkeypatch.setattr(module, "_values", recorded)
+    monkeypatch.setattr(module, "_dequantise_blocks", recorded)
     data = torch.randint(100, (4, 144), dtype=torch.uint8)
     layer = operations.GGUFOperations.Linear(256, 4, bias=False, dtype=torch.float32)
     stored = operations.wrap(module.GGUFTensor(data, "Q4_K", (4, 256)), torch.float32)

@@ -90,7 +90,7 @@ def test_copies_and_conversions_of_nano_are_known(run, pack, base, models):
     kind = pack("nodes.managed.previews").NanoLatents
     for options in ({"file": "renamed.safetensors"}, {"file": NANO, "dtype": "int8"}):
         assert isinstance(run("K2ModelLoader", **options)[0].model.latent_format, kind)
-    transformer = pack("krea2_model.checkpoints.loading").load_transformer(
+    transformer = pack("krea2_model.checkpoints.transformer").load_transformer(
         nano.TRANSFORMERS["turbo"]
     )
     assert transformer.config == pack("krea2_model.nano.preview").TRANSFORMER_CONFIG

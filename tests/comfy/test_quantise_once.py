@@ -41,7 +41,7 @@ def load(pack, tensors, monkeypatch):
     def call(form, change=lambda stored: None):
         stored, _, metadata = formats.WRITERS[form](tensors)
         change(stored)
-        checkpoint = pack("krea2_model.checkpoints.loading").Checkpoint(
+        checkpoint = pack("krea2_model.checkpoints.checkpoint").Checkpoint(
             Path("krea2_turbo_quantised.safetensors"), stored, metadata
         )
         return pack("nodes.managed.model").load_model(checkpoint)

@@ -31,7 +31,7 @@ def card(monkeypatch):
     def pretend(*capability):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(backends, "_takes", lambda *arguments: True)
+        monkeypatch.setattr(backends, "_supports", lambda *arguments: True)
 
     return pretend
 
@@ -45,9 +45,9 @@ def test_lengths_have_a_backend_each(monkeypatch):
     """Rising lengths, the last one that is reached counts."""
     table = {((8, 0), BF16): (backends.Lengths(100, FLASH), backends.Lengths(500, CUDNN))}
     monkeypatch.setattr(backends, "TABLE", table)
-    found = [backends.from_table((8, 0), BF16, length) for length in (99, 100, 499, 500, 9000)]
+    found = [backends.fastest_backend((8, 0), BF16, length) for length in (99, 100, 499, 500, 9000)]
     assert found == [None, FLASH, FLASH, CUDNN, CUDNN]
-    assert backends.from_table((8, 0), torch.float16, 500) is None
+    assert backends.fastest_backend((8, 0), torch.float16, 500) is None
 
 
 def test_the_table_is_in_order():

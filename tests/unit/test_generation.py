@@ -15,8 +15,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from krea2_model.checkpoints.encoder_parts import load_language_tail, load_text_encoder
 from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.checkpoints.text_encoder import load_language_tail, load_text_encoder
 from krea2_model.text.generation import STOP_TOKENS, Sampling, generate
 from krea2_model.text.language_model import KeyValueCache, LanguageModel
 from krea2_model.text.tokenizer import Krea2Tokenizer

@@ -8,7 +8,7 @@ import pytest
 import krea2_model
 
 ROOT = Path(krea2_model.__file__).parent
-# Beside itself and config.py.
+# Besides itself and config.py.
 MAY_IMPORT = {
     "nn": set(),
     "images": set(),
@@ -22,11 +22,8 @@ MAY_IMPORT = {
 
 
 def imported(file: Path) -> set[str]:
-    """Folders and modules of the package that a file imports while the program runs."""
+    """Folders and modules of the package that a file imports, for types only too."""
     tree, here = ast.parse(file.read_text(encoding="utf-8")), file.relative_to(ROOT).parts
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            node.body = []
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == len(here):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, nano, schedule
-from krea2_model.checkpoints.encoder_parts import load_vision_tower
+from krea2_model.checkpoints.text_encoder import load_vision_tower
 from krea2_model.config import Preset
 from krea2_model.nano import encoder as nano_encoder
 from krea2_model.nano.encoder import checksum

@@ -46,8 +46,8 @@ class Device:
 @pytest.fixture
 def device(monkeypatch):
     found = Device()
-    copied, new_bytes = device_weights.copied, block_stream.new_bytes
-    monkeypatch.setattr(device_weights, "copied", lambda *a: found.add(copied(*a)))
+    copy_to, new_bytes = device_weights.copy_to, block_stream.new_bytes
+    monkeypatch.setattr(device_weights, "copy_to", lambda *a: found.add(copy_to(*a)))
     monkeypatch.setattr(
         BlockStream,
         "_new_buffer",
@@ -143,16 +143,16 @@ def test_a_run_that_breaks_off_leaves_nothing(plain, offloaded, device, given, m
 
 
 def test_memory_that_runs_out_while_weights_come(plain, offloaded, device, given, monkeypatch):
-    pipeline, expected, copied = offloaded("parts"), plain(**given), device_weights.copied
+    pipeline, expected, copy_to = offloaded("parts"), plain(**given), device_weights.copy_to
 
     def run_out(tensor, where):
         if tensor.shape == plain.transformer.last.linear.weight.shape:
             raise torch.OutOfMemoryError("no room")
-        return copied(tensor, where)
+        return copy_to(tensor, where)
 
     with nothing_left(pipeline, device):
         with monkeypatch.context() as patch:
-            patch.setattr(device_weights, "copied", run_out)
+            patch.setattr(device_weights, "copy_to", run_out)
             with pytest.raises(torch.OutOfMemoryError):
                 pipeline(**given)
         assert torch.equal(pipeline(**given), expected)

@@ -9,7 +9,7 @@ import torch
 
 from krea2_model import Krea2Pipeline
 from krea2_model.arguments import References
-from krea2_model.checkpoints.loading import save_transformer
+from krea2_model.checkpoints.transformer import save_transformer
 from krea2_model.config import RAW, TURBO
 from krea2_model.images.pictures import fit
 from krea2_model.images.sizes import is_far

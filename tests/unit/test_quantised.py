@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer
+from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.gguf import dequantise as dequantise_gguf
 from krea2_model.checkpoints.gguf import read_gguf
-from krea2_model.checkpoints.loading import is_norm_or_table, read_shapes
-from krea2_model.checkpoints.transformer_keys import module_to_official
+from krea2_model.checkpoints.transformer_keys import is_norm_or_table, module_to_official
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,8 @@ def test_a_gguf_format_without_numbers_is_named(tmp_path, type_id, name):
         read_gguf(path)
 
 
-FURTHER = ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "IQ2_XXS", "IQ3_S", "IQ1_M"]
+FURTHER = ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M",
+           "TQ1_0", "TQ2_0", "MXFP4"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FURTHER)

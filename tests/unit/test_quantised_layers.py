@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import load_text_encoder, load_transformer
-from krea2_model.checkpoints.loading import open_checkpoint, save_transformer
+from krea2_model.checkpoints.checkpoint import open_checkpoint
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import QuantisedWeight
+from krea2_model.checkpoints.transformer import save_transformer
 from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
 from krea2_model.tools.convert import convert
@@ -95,11 +96,11 @@ def test_a_matrix_is_the_same_in_one_run_of_rows_or_many(monkeypatch):
         if form.startswith("float8"):
             stored["weight"] = data.to(torch.float8_e4m3fn)
         weight = QuantisedWeight(form, (960, 64), stored, group)
-        expected = weight.values(torch.bfloat16)
+        expected = weight.dequantise(torch.bfloat16)
         with monkeypatch.context() as patch:
             patch.setattr("krea2_model.checkpoints.quantised_weight.VALUES_AT_A_TIME", 64 * 25)
             with LiveBytes() as counted:
-                found = weight.values(torch.bfloat16)
+                found = weight.dequantise(torch.bfloat16)
             assert counted.peak < 960 * 64 * 2 + 5 * 64 * 25 * 4
         assert torch.equal(found, expected)
 
@@ -160,7 +161,7 @@ def test_converted_files_are_plain(file, tmp_path):
 
 
 def test_quantised_text_encoders(tmp_path, monkeypatch):
-    monkeypatch.setattr("krea2_model.checkpoints.encoder_parts._tokenizer_for", lambda *_: None)
+    monkeypatch.setattr("krea2_model.checkpoints.text_encoder._tokenizer_for", lambda *_: None)
     config = replace(tiny.TEXT_ENCODER, vocab_size=200)
     encoder = tiny.text_encoder_tensors(config)
     stored, _, _ = formats.float8(encoder, part="layers.")

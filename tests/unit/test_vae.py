@@ -19,7 +19,8 @@ from krea2_model.checkpoints.vae_keys import (
 )
 from krea2_model.config import VAEConfig
 from krea2_model.vae import model as vae_module
-from krea2_model.vae.model import QwenImageVAE, attend_in_chunks, feather_weights, plan_tiles
+from krea2_model.vae.model import QwenImageVAE, attend_in_chunks
+from krea2_model.vae.tiling import feather_weights, plan_tiles
 
 SMALL = VAEConfig(base_dim=16)
 # Fewer levels, one block a level, other multiples: nothing of the layout is a constant.

@@ -23,7 +23,7 @@ INTERPRETED = False
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels run on these tensors: contiguous ones, on one device that has Triton."""
+    """True if the kernels run on these tensors: contiguous, on one device with Triton."""
     device = tensors[0].device
     if not all(tensor.device == device and tensor.is_contiguous() for tensor in tensors):
         return False

@@ -1,31 +1,33 @@
-"""The parts of a Qwen3-VL file: what Krea 2 reads, the vision tower, and the rest for writing.
+"""Load the parts of a Qwen3-VL file: text encoder, vision tower, and the tail that writes text.
 
-Each is loaded by itself; the encoder is handed how to load the other two when they are first used.
+The encoder gets functions that load the other two when they are first used.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import TextEncoderConfig, VisionConfig
-from ..nn.layers import TorchLayers
-from ..text.encoder import Qwen3VLTextEncoder, language_prefix
+from ..config import VisionConfig
+from ..text.encoder import (
+    Qwen3VLTextEncoder,
+    infer_text_encoder_config,
+    language_prefix,
+    text_encoder_keys,
+)
 from ..text.language_model import LanguageTail
 from ..text.tokenizer import Krea2Tokenizer, find_tokenizer_folder
 from ..text.vision import PATCHES, Qwen3VLVisionTower, infer_vision_config, vision_keys
+from .checkpoint import Checkpoint, open_checkpoint, raise_wrong_kind
 from .gguf import GGUFTensor
 from .identify import TEXT_ENCODER, CheckpointError
-from .loading import Checkpoint, assign, open_checkpoint, read_text_encoder
-from .quantised import dequantise, is_quantised
-from .readable import PLAIN, readable
+from .loading import PartState, explain_bad_shapes, load_part, stored_dtype
+from .settings import text_encoder_settings
 
 
 def load_text_encoder(
@@ -41,22 +43,15 @@ def load_text_encoder(
 
     tokenizer: a folder with a Qwen tokenizer; None takes the one beside the weights, else the one
         every ComfyUI carries. Where none is found, encoding says what to do.
-    keep_quantised: as `load_transformer` takes it.
+    dtype, keep_quantised: as `load_part` takes them; without a dtype the embedding's.
     Raises CheckpointError as `load_transformer` does.
     """
-    checkpoint = open_checkpoint(path, "text_encoder")
-    state = read_text_encoder(checkpoint)
-    encoder = Qwen3VLTextEncoder(state.config, layers or TorchLayers, device="meta")
-    embedding = state.tensors["embed_tokens.weight"]
-    usual = PLAIN if is_quantised(embedding) else embedding.dtype
-    dtypes = (dtype or PLAIN, dtype or usual)
-    keep = keep_quantised and layers is None
-    tensors = readable(encoder, state.tensors, checkpoint.path, dtypes, keep)
-    encoder = assign(encoder, tensors, checkpoint.path, TEXT_ENCODER, device)
-    encoder.tokenizer = _tokenizer_for(checkpoint.path, tokenizer)
-    encoder.path = checkpoint.path
-    encoder.load_tower = partial(load_vision_tower, checkpoint.path)
-    encoder.load_tail = partial(load_language_tail, checkpoint.path)
+    state = read_text_encoder(open_checkpoint(path, "text_encoder"))
+    encoder = load_part(state, device, dtype, layers, keep_quantised)
+    encoder.tokenizer = _tokenizer_for(state.path, tokenizer)
+    encoder.path = state.path
+    encoder.load_tower = partial(load_vision_tower, state.path)
+    encoder.load_tail = partial(load_language_tail, state.path)
     return encoder
 
 
@@ -74,17 +69,30 @@ def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | 
         return None
 
 
-class VisionState(NamedTuple):
-    """A tower's weights by module name, with what its module is built from."""
+def read_text_encoder(checkpoint: Checkpoint) -> PartState:
+    """Translate a text encoder's tensors to module names and read off its sizes."""
+    settings = text_encoder_settings(
+        checkpoint.config, checkpoint.model_index, (checkpoint.config_name, "model_index.json")
+    )
+    count = max(settings["tap_layers"])
+    with explain_bad_shapes(checkpoint.path, TEXT_ENCODER):
+        # The first layer tells the sizes, also where only the embedding is tapped.
+        names = text_encoder_keys(checkpoint.tensors, num_layers=max(count, 1))
+        if not names:
+            raise_wrong_kind(checkpoint, TEXT_ENCODER)
+        shapes = {module: tuple(checkpoint.tensors[name].shape) for name, module in names.items()}
+        config = infer_text_encoder_config(shapes, **settings)
+    tensors = {
+        module: checkpoint.tensors[name]
+        for name, module in names.items()
+        if count or not module.startswith("layers.")
+    }
+    dtype = stored_dtype(tensors["embed_tokens.weight"])
+    build = partial(Qwen3VLTextEncoder, config)
+    return PartState(checkpoint.path, TEXT_ENCODER, config, tensors, build, dtype)
 
-    config: VisionConfig
-    tensors: dict[str, Any]
 
-    def build(self, **options) -> Qwen3VLVisionTower:
-        return Qwen3VLVisionTower(self.config, **options)
-
-
-def read_vision_tower(checkpoint: Checkpoint) -> VisionState:
+def read_vision_tower(checkpoint: Checkpoint) -> PartState:
     """Translate a vision tower's tensors to module names and read off its sizes.
 
     Raises CheckpointError where the file has no tower, or has it in blocks.
@@ -110,21 +118,26 @@ def read_vision_tower(checkpoint: Checkpoint) -> VisionState:
     if isinstance(patches, GGUFTensor):
         patches = patches.dequantise()
     tensors[PATCHES] = patches.flatten(1)
-    return VisionState(_with_settings(config, checkpoint), tensors)
+    config = _apply_vision_settings(config, checkpoint)
+    dtype = stored_dtype(tensors.get("merger.norm.weight"))
+    build = partial(Qwen3VLVisionTower, config)
+    return PartState(checkpoint.path, TEXT_ENCODER, config, tensors, build, dtype)
 
 
-def _with_settings(config: VisionConfig, checkpoint: Checkpoint) -> VisionConfig:
-    """With what tensors cannot tell and a Hugging Face folder's configuration does."""
+def _apply_vision_settings(config: VisionConfig, checkpoint: Checkpoint) -> VisionConfig:
+    """Apply what tensors cannot tell and a Hugging Face folder's configuration does."""
     settings = checkpoint.config.get("vision_config")
     settings = settings if isinstance(settings, dict) else {}
     heads = settings.get("num_heads", config.num_heads)
     indexes = settings.get("deepstack_visual_indexes", config.deepstack_visual_indexes)
     if (
-        not isinstance(heads, int) or heads < 1 or config.hidden_size % (4 * heads)
+        not isinstance(heads, int)
+        or heads < 1
+        or config.hidden_size % (4 * heads)
         or not isinstance(indexes, (list, tuple))
         or len(indexes) != len(config.deepstack_visual_indexes)
         or not all(isinstance(index, int) and 0 <= index < config.depth for index in indexes)
-    ):  # fmt: skip
+    ):
         raise CheckpointError(
             f"{checkpoint.path.name} has num_heads {heads!r} and deepstack_visual_indexes "
             f"{indexes!r} in vision_config, which do not fit a tower of {config.depth} blocks of "
@@ -140,22 +153,11 @@ def load_vision_tower(
 
     Raises CheckpointError, a ValueError, as `read_vision_tower` does.
     """
-    return _load(path, read_vision_tower, "merger.norm.weight", device, dtype)
+    return load_part(read_vision_tower(open_checkpoint(path, "text_encoder")), device, dtype)
 
 
-class TailState(NamedTuple):
-    """A tail's weights by module name, with what its module is built from."""
-
-    config: TextEncoderConfig
-    indices: range
-    tensors: dict[str, Tensor]
-
-    def build(self, **options) -> LanguageTail:
-        return LanguageTail(self.config, self.indices, "lm_head.weight" in self.tensors, **options)
-
-
-def read_language_tail(checkpoint: Checkpoint) -> TailState:
-    """Translate what comes after the encoder's layers to module names.
+def read_language_tail(checkpoint: Checkpoint) -> PartState:
+    """Translate the tensors after the encoder's layers to module names.
 
     Raises CheckpointError where the file is no language model or ends with the encoder.
     """
@@ -175,8 +177,9 @@ def read_language_tail(checkpoint: Checkpoint) -> TailState:
         elif _is_head(name, prefix) and not _is_tied(tensor, checkpoint, prefix):
             tensors["lm_head." + name.rpartition(".")[2]] = tensor
     last = max(indices, default=first - 1) + 1
-    missing = [f"layer {index}" for index in range(first, max(last, first + 1))
-               if index not in indices]  # fmt: skip
+    missing = [
+        f"layer {index}" for index in range(first, max(last, first + 1)) if index not in indices
+    ]
     if "norm.weight" not in tensors:
         missing.append("the final norm")
     if missing:
@@ -185,17 +188,19 @@ def read_language_tail(checkpoint: Checkpoint) -> TailState:
             "images do not need and some programs leave out. Choose a whole file, for example "
             "qwen3vl_4b_bf16.safetensors."
         )
-    return TailState(config, range(first, last), tensors)
+    dtype = stored_dtype(tensors["norm.weight"])
+    build = partial(LanguageTail, config, range(first, last), "lm_head.weight" in tensors)
+    return PartState(checkpoint.path, TEXT_ENCODER, config, tensors, build, dtype)
 
 
 def _is_head(name: str, prefix: str) -> bool:
-    """Beside the language model, or beside what holds it: `lm_head.weight`, `model.norm.weight`."""
+    """True for the head of the model under a prefix: `lm_head.weight`, `model.norm.weight`."""
     before, head, _ = name.partition("lm_head.")
     return bool(head) and prefix.startswith(before)
 
 
 def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether a head is a copy of the embedding, which need not be held a second time."""
+    """True if a head is a copy of the embedding, which need not be held twice."""
     embedding = checkpoint.tensors[f"{prefix}embed_tokens.weight"]
     if isinstance(tensor, GGUFTensor) and isinstance(embedding, GGUFTensor):
         return tensor.format == embedding.format and torch.equal(tensor.data, embedding.data)
@@ -207,18 +212,8 @@ def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
 def load_language_tail(
     path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
 ) -> LanguageTail:
-    """Load what `load_text_encoder` left of the same file or folder.
+    """Load the layers, norm and head that `load_text_encoder` leaves out.
 
     Raises CheckpointError as `read_language_tail` does.
     """
-    return _load(path, read_language_tail, "norm.weight", device, dtype)
-
-
-def _load(path: str | Path, read: Callable, norm: str, device, dtype: torch.dtype | None):
-    """A part as plain weights; norm: the tensor whose dtype counts where none is named."""
-    checkpoint = open_checkpoint(path, "text_encoder")
-    state = read(checkpoint)
-    tensors = dequantise(state.tensors, checkpoint.path.name, dtype or torch.bfloat16)
-    dtype = dtype or tensors[norm].dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return assign(state.build(device="meta"), tensors, checkpoint.path, TEXT_ENCODER, device)
+    return load_part(read_language_tail(open_checkpoint(path, "text_encoder")), device, dtype)
