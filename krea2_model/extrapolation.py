@@ -1,8 +1,8 @@
-"""Steps without the model: their velocity is drawn on from the two steps before. Not exact.
+"""Step skipping: the velocity is extrapolated from the last two steps. Faster, and not exact.
 
-Once a picture has taken shape the velocity changes almost evenly with time, so the line through two
-of them meets the next one closely. What leaves out steps by reusing the last output, as feature
-caches do, is off by the whole change instead.
+Once the composition is settled the velocity changes almost linearly with time, so a line through
+two velocities predicts the next one closely. Feature caches reuse the last output instead, which is
+off by the whole change.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 
 
 class VelocityExtrapolation:
-    """Says which steps of a run may do without the model, and what the velocity is there.
+    """Steps that skip the model, and their velocity.
 
-    steps: how many the run has.
-    every: one step in so many asks the model, after the first fifth of them; 1 is every step.
+    steps: number of steps of the run.
+    every: evaluate the model at one step in so many, after the first fifth of the run; 1 is every
+        step.
     """
 
     def __init__(self, steps: int, every: int):
@@ -30,17 +31,17 @@ class VelocityExtrapolation:
         self._known: list[tuple[float, Tensor]] = []
 
     def should_skip(self, step: int) -> bool:
-        """Whether a step, counted from 0, is to do without the model; the last never is."""
+        """True if a step, counted from 0, skips the model; the last never does."""
         late = self._first <= step < self._steps - 1 and len(self._known) == 2
         return late and (step - self._first + 1) % self._every != 0
 
     def record(self, time: float, velocity: Tensor) -> None:
-        """Keep what the model said at a time; the last word counts where it is asked again."""
+        """Record the model's velocity at a time; a second one at the same time replaces it."""
         if self._every > 1:
             earlier = [entry for entry in self._known if entry[0] != time]
             self._known = [*earlier[-1:], (time, velocity)]
 
     def velocity(self, time: float) -> Tensor:
         """The line through the last two velocities, at a time."""
-        (before, first), (now, second) = self._known
-        return second + (time - now) / (now - before) * (second - first)
+        (earlier, first), (later, second) = self._known
+        return second + (time - later) / (later - earlier) * (second - first)

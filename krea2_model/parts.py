@@ -45,12 +45,12 @@ class LoadedParts:
         offload: str | None = None,
         max_memory: float | None = None,
     ):
-        wanted = (transformer.config.num_text_layers, transformer.config.text_hidden_dim)
-        given = (len(text_encoder.config.tap_layers), text_encoder.config.hidden_size)
-        if wanted != given:
+        expected = (transformer.config.num_text_layers, transformer.config.text_hidden_dim)
+        taps = (len(text_encoder.config.tap_layers), text_encoder.config.hidden_size)
+        if taps != expected:
             raise ValueError(
-                f"The text encoder gives {given[0]} layers of width {given[1]}; this transformer "
-                f"needs {wanted[0]} of width {wanted[1]}. Use the encoder that belongs to it "
+                f"The text encoder gives {taps[0]} layers of width {taps[1]}; this transformer "
+                f"needs {expected[0]} of width {expected[1]}. Use the encoder that belongs to it "
                 "(Qwen3-VL-4B for the released Krea 2)."
             )
         if vae.config.z_dim != transformer.config.latent_channels:
@@ -153,7 +153,7 @@ class LoadedParts:
         return self.load_loras([(path, scale)])[0]
 
     def load_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[LoraReport]:
-        """`load_lora` for several files and their scales, which makes each weight only once."""
+        """`load_lora` for several files and their scales, which merges each weight only once."""
         if not loras:
             return []
         self._offload.before_change("load_lora")
@@ -161,17 +161,17 @@ class LoadedParts:
         updates, text_updates, reports = [], [], []
         for path, scale in loras:
             tensors, metadata = read_lora_file(Path(path))
-            own, text_own, report = read_lora(
+            of_transformer, of_encoder, report = read_lora(
                 tensors, shapes, Path(path).name, text_shapes, metadata
             )
-            updates.append((own, scale))
-            text_updates.append((text_own, scale))
+            updates.append((of_transformer, scale))
+            text_updates.append((of_encoder, scale))
             reports.append(report)
-        before = self._loras[0].add(*updates)
+        previous = self._loras[0].add(*updates)
         try:
             self._loras[1].add(*text_updates)
         except BaseException:
-            self._loras[0].restore(before)
+            self._loras[0].restore(previous)
             raise
         for report in reports:
             if not report.is_complete:
@@ -179,7 +179,7 @@ class LoadedParts:
         return reports
 
     def unload_lora(self) -> None:
-        """Take all LoRAs out; the weights are the ones that were loaded, to the bit."""
+        """Remove all LoRAs; the weights are those of the files again, to the bit."""
         self._offload.before_change("unload_lora")
         for stack in self._loras:
             stack.clear()

@@ -1,4 +1,4 @@
-"""The schedule: exponential time shift, sigmas, and checks of what a run is asked for.
+"""The schedule: exponential time shift, sigmas, and checks of steps, guidance and seeds.
 
 Time runs from 1 (noise) to 0 (image). The shift and the schedule are those of krea-ai/krea-2,
 sampling.py. `sigmas` always means final values: shifted, ending in 0.
@@ -16,10 +16,10 @@ from .guidance import SigmaAt
 _MU_TOKENS = (256, 6400)
 _MU_VALUES = (0.5, 1.15)
 
-# Far beyond any use, and what floating point still takes.
+# Far beyond any use, and within what floating point can hold.
 MAX_STEPS, MAX_MU, MAX_GUIDANCE = 10_000, 100, 100.0
 
-# What torch and ComfyUI take.
+# The largest seed of torch and ComfyUI.
 MAX_SEED = 2**64 - 1
 
 
@@ -40,7 +40,7 @@ def shift_time(time: float, mu: float) -> float:
 
 
 def unshift_time(sigma: float, mu: float) -> float:
-    """The time whose shift is `sigma`, from 0 (image) to 1 (noise): what denoise counts in."""
+    """The time whose shift is `sigma`, from 0 (image) to 1 (noise): the unit of denoise."""
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma is {sigma!r}; expected a number from 0 (image) to 1 (noise).")
     return 1 / (1 + math.exp(mu) * (1 / sigma - 1)) if sigma > 0 else 0.0
@@ -49,32 +49,32 @@ def unshift_time(sigma: float, mu: float) -> float:
 def schedule_of(
     sigmas: Sequence[float], preset: Preset | None = None, image_tokens: int = 4096
 ) -> SigmaAt:
-    """The sigma at each part of the time of the schedule that a run's sigmas belong to.
+    """The sigma at each fraction of the time of the schedule that a run's sigmas belong to.
 
-    What `sigma_schedule` made tells its mu. Of other sigmas, and where there are too few to tell,
-    the mu is the checkpoint's: that of its preset, or by size.
+    The mu of sigmas that `sigma_schedule` made can be computed. For other sigmas, and too few of
+    them, it is the checkpoint's: that of its preset, or by size.
     """
     mu = _mu_of(sigmas)
     if mu is None:
         mu = preset.mu if preset is not None and preset.mu is not None else shift_mu(image_tokens)
-    return lambda part: shift_time(1.0 - part, mu)
+    return lambda fraction: shift_time(1.0 - fraction, mu)
 
 
 def _mu_of(sigmas: Sequence[float]) -> float | None:
-    """The exponent of what `sigma_schedule(steps, mu, denoise)` made, None for other sigmas."""
+    """The mu of sigmas made by `sigma_schedule(steps, mu, denoise)`, None for other sigmas."""
     steps = len(sigmas) - 1
     if steps < 2:
         return None
-    # A time t has 1/t = 1 + e^mu (1/sigma - 1), and the first and the last step's are as steps : 1.
+    # For a time t, 1/t = 1 + e^mu (1/sigma - 1); times of the first and last step are as steps : 1.
     first, last = 1 / min(1.0, sigmas[0]) - 1, 1 / sigmas[-2] - 1
-    grown = last - steps * first
-    if grown <= 0:
+    difference = last - steps * first
+    if difference <= 0:
         return None
-    mu = math.log((steps - 1) / grown)
+    mu = math.log((steps - 1) / difference)
     denoise = 1 / (1 + math.exp(mu) * first)
-    made = (shift_time(denoise * (1 - i / steps), mu) for i in range(steps + 1))
-    same = all(abs(a - b) < 1e-5 for a, b in zip(made, sigmas, strict=True))
-    return mu if same else None
+    schedule = (shift_time(denoise * (1 - i / steps), mu) for i in range(steps + 1))
+    is_same = all(abs(a - b) < 1e-5 for a, b in zip(schedule, sigmas, strict=True))
+    return mu if is_same else None
 
 
 def sigma_schedule(steps: int, mu: float, denoise: float = 1.0) -> list[float]:

@@ -29,10 +29,10 @@ try:
 except ImportError:  # an older ComfyUI streams weights without looking ahead
     model_prefetch = None
 
-# Where transformer_options holds an attention function of somebody else's.
+# Key of another pack's attention function in transformer_options.
 OVERRIDE = "optimized_attention_override"
 
-# Whether ComfyUI's attention functions take fewer keys than queries; older ones do not.
+# ComfyUI's attention functions take grouped heads; older versions do not.
 _RESHAPE = getattr(comfy.ldm.modules.attention, "_reshape_qkv_to_heads", None)
 _KNOWS_GROUPED_HEADS = (
     _RESHAPE is not None and "enable_gqa" in inspect.signature(_RESHAPE).parameters

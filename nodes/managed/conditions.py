@@ -1,4 +1,4 @@
-"""What a run of the model is given beside latents and time, as ComfyUI's conditions.
+"""Conditions of a run, as ComfyUI batches them and passes them to the model.
 
 ComfyUI calls a model once for the positive and once for the negative conditioning unless both have
 one shape, and so reads every weight twice a step. Texts that were fused before the run may share a
@@ -19,10 +19,10 @@ from ...krea2_model.transformer.shared_calls import SMALL_IMAGE as SMALL_IMAGE
 from ...krea2_model.transformer.text_attention import NegativeGuidance
 from .run_cache import RunCache
 
-# Where CONDITIONING holds the weights (B, L) of its tokens.
+# Key of a CONDITIONING's token weights (B, L).
 TOKEN_WEIGHTS = "krea2_token_weights"
 
-# Where a MODEL's transformer_options hold (settings, states, options) of a negative for NAG.
+# Key of (settings, states, options) of NAG's negative in a MODEL's transformer_options.
 NEGATIVE_GUIDANCE = "krea2_negative_guidance"
 
 

@@ -21,7 +21,7 @@ from ...krea2_model.transformer.backend import Backend
 from ...krea2_model.transformer.model import Krea2Transformer
 from .shared_inputs import share_input
 
-# Where transformer_options of a call of our model hold its backend, as a weak reference.
+# Key of a call's backend, as a weak reference, in transformer_options.
 BACKEND = "krea2_backend"
 
 _INIT: Any = vars(nn.Module)["__init__"]

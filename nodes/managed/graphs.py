@@ -1,9 +1,9 @@
 """The blocks of a run as one CUDA graph: recorded at its second step, replayed from the third on.
 
-A replay starts all kernels of a step with one call, which is what counts where the host takes
-longer to start them than the GPU to run them: small images, 8-bit weights. What goes in is copied
-to where the graph reads it; weights and rotary table have to stay where they were recorded, so a
-graph lives no longer than a run, and only where all weights stay on the device.
+A replay launches all kernels of a step with one call. That pays where the host takes longer to
+launch kernels than the GPU to run them: small images, 8-bit weights. Inputs are copied to the
+graph's own; weights and rotary table must stay where they were recorded, so a graph is kept for one
+run, and only where all weights stay on the device.
 """
 
 import logging
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Where a MODEL's transformer_options say that its blocks may be recorded.
+# Key in a MODEL's transformer_options that allows recording its blocks.
 CUDA_GRAPH = "krea2_cuda_graph"
 
 # Of one run: positive, negative, and two regions more.
@@ -22,7 +22,7 @@ Function = Callable[..., Tensor]
 
 
 def record(function: Function, inputs: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A call that runs `function(*inputs)` once more, as recorded, and where its result lies."""
+    """A recorded call of `function(*inputs)` to replay, and its output tensor."""
     torch.cuda.synchronize(inputs[0].device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -50,7 +50,7 @@ class BlockGraphs:
                 place.copy_(value)
             replay()
             return out.clone()
-        # The first call warms kernels up, which may allocate and choose what a graph must not.
+        # The first call warms kernels up: they may allocate and select, which a graph must not.
         if key not in self._seen or self._has_failed or len(self._graphs) == _MOST_GRAPHS:
             self._seen.add(key)
             return function(*inputs)
@@ -64,7 +64,7 @@ class BlockGraphs:
                 str(error).splitlines()[0],
             )
             return function(*inputs)
-        # With the function, which holds what it was recorded with besides.
+        # The function holds the other tensors of the recording.
         self._graphs[key] = replay, static, out, function
-        # What was recorded was not run.
+        # Recording does not run the function.
         return self.run(key, function, *inputs)

@@ -172,10 +172,10 @@ class Krea2Model(comfy.model_base.Krea2):
         )
 
     def _may_share_calls(self, noise) -> bool:
-        """Whether texts of different length should share a call, see `managed.conditions`.
+        """True if texts of different length should share a call, see `conditions`.
 
-        Where weights stream to the device they then stream once a step, and a small image takes
-        no longer to read them for than to calculate with them. Patches see plain calls.
+        Where weights stream to the device they then stream once a step; for a small image, reading
+        weights takes as long as computing with them. Patches get plain calls.
         """
         patcher = self.current_patcher
         options = patcher.model_options.get("transformer_options", {})
@@ -241,7 +241,7 @@ class Krea2Model(comfy.model_base.Krea2):
 
 
 class Krea2ModelConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI asks of a model family; instantiated directly, never registered."""
+    """ComfyUI's description of a model family; instantiated directly, never registered."""
 
     unet_extra_config: dict = {}
     sampling_settings = {"multiplier": 1.0, "shift": 1.15}

@@ -29,16 +29,16 @@ class ScheduleTimes:
             self._table = embed(torch.tensor(times, device=timestep.device))
             self._sigmas = sigmas
         rows = [self._rows.get(time) for time in timestep.tolist()]
-        if None in rows:  # some samplers go to times in between
+        if None in rows:  # some samplers evaluate between two sigmas
             return embed(timestep)
         return tuple(part[rows] for part in self._table)
 
 
 class RunCache:
-    """What is made once in a run in which weights stay as they are.
+    """Results that a run computes once, while weights do not change.
 
-    times: time embeddings of the schedule, or None where each step makes its own.
-    graphs: recordings of the blocks, or None where they are not to be recorded.
+    times: time embeddings of the schedule, or None where each step computes its own.
+    graphs: CUDA graphs of the blocks, or None without recording.
     """
 
     def __init__(self):
@@ -59,6 +59,6 @@ _CACHES: WeakValueDictionary[tuple, RunCache] = WeakValueDictionary()
 
 
 def run_cache(patcher) -> RunCache:
-    """One for all conditionings of a run: the model's, with the patches that it has now."""
+    """The cache of a run, shared by all its conditionings: of a model with its present patches."""
     key = (id(patcher.model.diffusion_model), patcher.patches_uuid)
     return _CACHES.setdefault(key, RunCache())

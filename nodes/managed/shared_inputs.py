@@ -1,9 +1,8 @@
 """One quantised input for all of ComfyUI's quantised layers that read it (switch `quantise_once`).
 
-A layer in fp8 quantises its input before it multiplies, so that of queries, keys, values and gate
-would be quantised four times. ComfyUI's layers take an input that is quantised already, two
-dimensions of it, and do from there on what they do with their own. Those in int8 do not: their
-input is quantised inside of the product.
+An fp8 layer quantises its input before the product, so the input of queries, keys, values and gate
+would be quantised four times. ComfyUI's layers accept a quantised input of two dimensions. Its int8
+layers do not: they quantise inside the product.
 """
 
 from functools import partial
@@ -16,9 +15,9 @@ from .low_rank import WithBranches
 
 
 def share_input(hidden, *layers):
-    """What to call with `hidden` (B, L, D) in the layers' place, as `krea2_model.nn.layers` has it.
+    """Functions to call with `hidden` (B, L, D) in place of the layers, see `nn.layers`.
 
-    Layers that would quantise it in the same way share the result, made when the first is called.
+    Layers with the same quantisation share its result, computed when the first is called.
     """
     if (
         "quantise_once" not in switches.active
@@ -27,28 +26,28 @@ def share_input(hidden, *layers):
         or hidden.ndim != 3
     ):
         return layers
-    ways = [_way(layer) for layer in layers]
-    made: dict = {}
+    formats = [_input_format(layer) for layer in layers]
+    cache: dict = {}
     return [
-        layer if way is None or ways.count(way) == 1 else partial(_read, layer, way, made)
-        for layer, way in zip(layers, ways, strict=True)
+        layer if key is None or formats.count(key) == 1 else partial(_call, layer, key, cache)
+        for layer, key in zip(layers, formats, strict=True)
     ]
 
 
-def _read(layer, way, made, hidden):
-    """A layer's output for an input that is quantised in its way, in `made` if one was there."""
-    if way not in made:
-        layout, scale = way
+def _call(layer, key, cache, hidden):
+    """A layer's output for its quantised input, from the cache if another layer computed it."""
+    if key not in cache:
+        layout, scale = key
         scale = None if scale is None else layer.input_scale.to(hidden.device)
-        made[way] = QuantizedTensor.from_float(hidden.flatten(0, 1), layout, scale=scale)
-    return layer(made[way]).unflatten(0, hidden.shape[:2])
+        cache[key] = QuantizedTensor.from_float(hidden.flatten(0, 1), layout, scale=scale)
+    return layer(cache[key]).unflatten(0, hidden.shape[:2])
 
 
-def _way(layer) -> tuple | None:
-    """How a layer quantises its input, layout and scale; None where it is to read it as it is.
+def _input_format(layer) -> tuple | None:
+    """Layout and scale of a layer's quantised input; None where it reads the input as it is.
 
-    A layer that calculates in full precision, or whose weight is patched on use, does not quantise.
-    Hooks, and what others put in a layer's place, are shown the input itself.
+    A layer in full precision, or with a weight that is patched on use, does not quantise. Hooks and
+    replaced layers get the plain input.
     """
     layout = getattr(layer, "layout_type", None)
     if layout is None or not _is_comfyuis(layer) or not _quantises(layer):
@@ -69,7 +68,7 @@ def _is_comfyuis(layer) -> bool:
 
 
 def _quantises(layer) -> bool:
-    """As ComfyUI's own forward decides it."""
+    """The conditions of ComfyUI's own forward."""
     return (
         isinstance(layer.weight, QuantizedTensor)
         and QUANT_ALGOS.get(layer.quant_format, {}).get("quantize_input", True)
@@ -82,7 +81,7 @@ def _quantises(layer) -> bool:
 
 
 def _number(layer, scale) -> float:
-    """The value of a layer's input scale, for which a device is waited for once."""
+    """The value of a layer's input scale, read from the device once."""
     known = vars(layer).get("_input_scale_number")
     if known is None or known[0] is not scale:
         known = layer._input_scale_number = (scale, scale.item())

@@ -48,11 +48,11 @@ def test_shares():
         {"strength": float("nan")},
         {"suppression": 2},
         {"shares": [1.0]},
-        {"seen": [states(1, 8), states(2, 9)]},
-        {"seen": [states(1, 2)] * 2},
+        {"with_image": [states(1, 8), states(2, 9)]},
+        {"with_image": [states(1, 2)] * 2},
     ],
 )
 def test_bad_values_are_refused(changes):
-    given = {"text": TEXT, "seen": SEEN, "images": IMAGES, "shares": [0.5, 0.5]}
+    given = {"text": TEXT, "with_image": SEEN, "images": IMAGES, "shares": [0.5, 0.5]}
     with pytest.raises(ValueError, match="expected"):
         mix_styles(**(given | changes))
