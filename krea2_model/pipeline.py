@@ -29,7 +29,7 @@ from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, encode_prompts
 from .sampling import denoise as denoising_steps
-from .schedule import check_guidance, check_sigmas, shift_mu, sigma_schedule
+from .schedule import check_guidance, check_sigmas, resolve_mu, sigma_schedule
 from .text.prompt_images import PromptImage, grid_of
 from .transformer.references import Reference
 from .transformer.shared_calls import pays_to_share
@@ -81,11 +81,11 @@ class Krea2Pipeline(LoadedParts):
         """Generate images.
 
         prompt: one or several; each gives `num_images` images, in order.
-        negative_prompt: one for all or one a prompt; None is the empty prompt.
+        negative_prompt: one for all prompts, or one per prompt; None is the empty prompt.
         height, width: pixels, rounded up to multiples of 16; None is the checkpoint's size, 1024.
         steps, guidance: None takes the checkpoint's preset. guidance is in Krea's convention,
             `v = cond + guidance * (cond - uncond)`, 0 to 100; ComfyUI's cfg is guidance + 1.
-        seed: an int from 0 to 2**64 - 1 (image i uses seed + i) or one an image.
+        seed: an int from 0 to 2**64 - 1 (image i uses seed + i), or one per image.
         latents: noise to start from, (B, 16, height / 8, width / 8), instead of seeds; gives the
             size where height and width are None.
         prompt_embeds, negative_prompt_embeds: taps (B, L, 12, text width) instead of prompts,
@@ -142,9 +142,9 @@ class Krea2Pipeline(LoadedParts):
             if negative_prompt_embeds is not None:
                 negative = PromptEmbeds(negative_prompt_embeds, negative_prompt_embeds_mask)
 
-        text = TEXT_TOKENS if positive is None else positive.taps.shape[1]
-        text += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
-        share_calls = self._plan(noise, text, reference_images, guidance > 0)
+        text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
+        text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
+        has_room = self._plan_memory(noise, text_tokens, reference_images, guidance > 0)
         options: dict[str, Any] = {
             "weighted": prompt_weights, "max_sequence_length": max_sequence_length,
         }  # fmt: skip
@@ -157,7 +157,7 @@ class Krea2Pipeline(LoadedParts):
             noise if start is None else self._add_noise(start, noise, sigmas[0]),
             positive.with_layer_weights(layer_weights),
             negative,
-            share_calls,
+            has_room,
             callback,
             sigmas=sigmas,
             guidance=guidance,
@@ -204,10 +204,10 @@ class Krea2Pipeline(LoadedParts):
         start_image: Picture | None = None,
         sigma: float = 1.0,
     ) -> Tensor:
-        """Latents (B, 16, h, w) in float32 to denoise from a sigma on; arguments as in a call.
+        """Latents (B, 16, h, w) in float32 to denoise from `sigma` on; arguments as in a call.
 
-        Noise of a seed an image, or `latents` as noise; with a start_image its latents and noise
-        as of that sigma, the first of the run.
+        Noise drawn from one seed per image, or `latents`. With a start_image: its latents, noised
+        to `sigma`, the first sigma of the run.
         """
         start, height, width = self._start(start_image, height, width)
         noise = self._noise(batch, height, width, seed, latents)
@@ -217,9 +217,8 @@ class Krea2Pipeline(LoadedParts):
         self, latents: Tensor, steps: int | None = None, denoise: float = 1.0
     ) -> list[float]:
         """Sigmas of the checkpoint's preset for latents (B, 16, h, w), see `sigma_schedule`."""
-        preset = self.preset
-        mu = shift_mu(token_count(latents)) if preset.mu is None else preset.mu
-        return sigma_schedule(preset.steps if steps is None else steps, mu, denoise)
+        mu = resolve_mu(self.preset, token_count(latents))
+        return sigma_schedule(self.preset.steps if steps is None else steps, mu, denoise)
 
     @torch.no_grad()
     def denoise(
@@ -236,16 +235,17 @@ class Krea2Pipeline(LoadedParts):
     ) -> Tensor:
         """Denoise latents (B, 16, h, w) along sigmas, `schedule`'s for example.
 
-        positive, negative: B prompts, or fewer whose number divides B, each for B / n images.
+        positive, negative: n prompts, where n divides B; each is used for B / n images in a row.
         guidance: above 0 needs a negative.
         options: partial, evaluate_every, guidance_schedule, negative_guidance, see
             `sampling.denoise`.
         """
         group = References.of(references)
         prepared = group.prepared()
-        share_calls = self._plan(latents, positive.taps.shape[1], prepared, guidance > 0)
+        text_tokens = positive.taps.shape[1]
+        has_room = self._plan_memory(latents, text_tokens, prepared, guidance > 0)
         return self._denoise(
-            latents, positive, negative, share_calls, callback,
+            latents, positive, negative, has_room, callback,
             sigmas=sigmas, guidance=guidance, references=prepared, reference_method=group.method,
             cache_references=group.cache, **options,
         )  # fmt: skip
@@ -267,7 +267,7 @@ class Krea2Pipeline(LoadedParts):
             except torch.OutOfMemoryError:
                 logger.warning("Decoding ran out of memory; decoding in tiles instead.")
                 images = None
-            if images is None:  # outside of the handler, which holds what ran out of memory
+            if images is None:  # outside the except block, whose traceback holds tensors
                 images = self.vae.decode_tiled(latents)
             return (images.float() / 2 + 0.5).clamp(0, 1)
 
@@ -309,7 +309,7 @@ class Krea2Pipeline(LoadedParts):
         latents: Tensor,
         positive: PromptEmbeds,
         negative: PromptEmbeds | None,
-        share_calls: bool,
+        has_room: bool,
         callback: Callback | None,
         *,
         references: Sequence[Reference | Tensor],
@@ -329,7 +329,7 @@ class Krea2Pipeline(LoadedParts):
             ]
             tokens = len(latents) * token_count(latents)
             lengths = [text.states.shape[1] for text in texts]
-            share_calls = share_calls and pays_to_share(tokens, lengths, self._offload.streams)
+            share_calls = has_room and pays_to_share(tokens, lengths, self._offload.streams)
             for step, current, predicted in denoising_steps(
                 self.transformer,
                 latents,
@@ -343,16 +343,16 @@ class Krea2Pipeline(LoadedParts):
                     callback(step, current, predicted)
         return latents
 
-    def _plan(
+    def _plan_memory(
         self,
         latents: Tensor,
-        text: int,
+        text_tokens: int,
         references: Sequence[Reference | Tensor],
         guided: bool,
     ) -> bool:
-        """Plan device memory for a run; True if there is room for both texts in one call.
+        """Plan the device's memory for a run. True if both texts fit in one call of the model.
 
-        text: tokens of a prompt.
+        text_tokens: of a prompt.
         """
         sizes = [
             token_count(r.latents) if isinstance(r, Reference)
@@ -364,7 +364,7 @@ class Krea2Pipeline(LoadedParts):
                 self.transformer, self.text_encoder, self.vae,
                 batch=calls * len(latents),
                 image=token_count(latents),
-                text=text,
+                text=text_tokens,
                 references=sum(sizes),
             )
             for calls in (1, 2)

@@ -1,7 +1,9 @@
 """The schedule: exponential time shift, sigmas, and checks of steps, guidance and seeds.
 
-Time runs from 1 (noise) to 0 (image). The shift and the schedule are those of krea-ai/krea-2,
-sampling.py. `sigmas` always means final values: shifted, ending in 0.
+Time runs from 1 (noise) to 0 (image). The exponent mu decides the shift: the checkpoint's preset
+fixes it or leaves it to the image's size (`resolve_mu`), unless the user gives one. Shift and
+schedule are those of krea-ai/krea-2, sampling.py. `sigmas` always means final values: shifted,
+ending in 0.
 """
 
 from __future__ import annotations
@@ -34,6 +36,13 @@ def shift_mu(image_tokens: int) -> float:
     return _MU_VALUES[0] + slope * (image_tokens - _MU_TOKENS[0])
 
 
+def resolve_mu(preset: Preset | None, image_tokens: int) -> float:
+    """The mu of a run: that of the preset (Turbo 1.15), or by size where it has none (Raw)."""
+    if preset is not None and preset.mu is not None:
+        return preset.mu
+    return shift_mu(image_tokens)
+
+
 def shift_time(time: float, mu: float) -> float:
     """`e^mu / (e^mu + 1/t - 1)`: the exponential time shift of a time in [0, 1]."""
     return math.exp(mu) / (math.exp(mu) + (1 / time - 1)) if time > 0 else 0.0
@@ -56,7 +65,7 @@ def schedule_of(
     """
     mu = _mu_of(sigmas)
     if mu is None:
-        mu = preset.mu if preset is not None and preset.mu is not None else shift_mu(image_tokens)
+        mu = resolve_mu(preset, image_tokens)
     return lambda fraction: shift_time(1.0 - fraction, mu)
 
 

@@ -14,7 +14,13 @@ import torch
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.images.sizes import is_far
-from ..krea2_model.schedule import MAX_SEED, check_guidance, shift_mu, sigma_schedule, unshift_time
+from ..krea2_model.schedule import (
+    MAX_SEED,
+    check_guidance,
+    resolve_mu,
+    sigma_schedule,
+    unshift_time,
+)
 from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
 from .managed.conditions import NEGATIVE_GUIDANCE
 from .managed.memory import advise
@@ -24,7 +30,7 @@ from .single_images import conditioning_of, latent_of, model_of
 logger = logging.getLogger(__name__)
 
 ONE_STREAM, ONE_EACH = "one for the batch", "one an image"
-# An entry of a latent: its mask is soft, the share of the run in which each cell is painted.
+# Key of a latent whose mask is soft: the share of the run in which each cell is painted.
 SOFT_MASK = "krea2_soft_mask"
 
 _MEMORY_REMEDY = (
@@ -72,9 +78,7 @@ def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
         return mu
     if shift not in (AUTO, BY_SIZE):
         raise ValueError(f"shift is {shift!r}; expected {AUTO}, {BY_SIZE} or {FIXED}.")
-    if shift == AUTO and preset.mu is not None:
-        return preset.mu
-    return shift_mu(tokens)
+    return resolve_mu(preset if shift == AUTO else None, tokens)
 
 
 def warn_of_size(model, samples) -> str:
@@ -106,8 +110,10 @@ def _measures(samples) -> str:
 def schedule(
     settings: Preset, mu: float, denoise: float, sampler: str | None = None, start_sigma: float = 0
 ):
-    """The schedule as a tensor, without the step that some of ComfyUI's samplers discard.
+    """The schedule as a tensor.
 
+    For a sampler of DISCARD_PENULTIMATE_SIGMA_SAMPLERS it has one step more, without its last sigma
+    above 0, as ComfyUI computes it.
     start_sigma: the first sigma, in place of denoise; 0 leaves that to denoise.
     """
     if start_sigma:

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, fraction_at, rescaled
-from ..krea2_model.schedule import shift_mu, two_stage_sigmas
+from ..krea2_model.schedule import resolve_mu, two_stage_sigmas
 from . import inputs
 from .inputs import check_limits, verdict
 from .sampler_run import (
@@ -190,7 +190,7 @@ class K2TwoStage(io.ComfyNode):
         start = start_of(raw, latent)
         far = warn_of_size(raw, start)
         tokens = latent_tokens(start)
-        mus = [shift_mu(tokens) if preset.mu is None else preset.mu for preset in (first, second)]
+        mus = [resolve_mu(preset, tokens) for preset in (first, second)]
         raw_sigmas, turbo_sigmas = two_stage_sigmas(
             raw_steps or first.steps, mus[0], second.steps, mus[1], turbo_last
         )

@@ -223,10 +223,10 @@ def same_bits(worker, name: str) -> None:
     """Every format in every dtype, with blocks that do not fill the last program."""
     form, generator = FORMATS[name], torch.Generator(worker.device).manual_seed(9)
     count = 3 if worker.tiny else 1001
-    data = torch.randint(256, (count, form.size), dtype=torch.uint8, device=worker.device,
+    data = torch.randint(256, (count, form.block_bytes), dtype=torch.uint8, device=worker.device,
                          generator=generator)  # fmt: skip
     dequantise = in_process.pack_module("krea2_model.checkpoints.gguf").dequantise
-    shape, wrong = (count, form.values), []
+    shape, wrong = (count, form.block_values), []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         plain = dequantise(data, name, shape, dtype)
         with on(worker, "gguf"):

@@ -96,7 +96,7 @@ def gguf_tensors(config: TransformerConfig, form: str, device, seed: int = 3) ->
         official = module_to_official(name)
         if official in tensors:
             continue
-        if meta.ndim == 2 and meta.shape[1] % FORMATS[form].values == 0:
+        if meta.ndim == 2 and meta.shape[1] % FORMATS[form].block_values == 0:
             tensors[official] = gguf_tensor(tuple(meta.shape), form, device, generator)
         else:
             shape = {official: tuple(meta.shape)}
@@ -108,10 +108,8 @@ def gguf_tensor(shape: tuple[int, int], form: str, device, generator) -> GGUFTen
     """Random bytes with scales (the float16 numbers a block begins with) that suit a matrix."""
     layout = FORMATS[form]
     rows, columns = shape
-    data = torch.randint(
-        256, (rows * columns // layout.values, layout.size), dtype=torch.uint8, device=device,
-        generator=generator,
-    )  # fmt: skip
+    blocks = (rows * columns // layout.block_values, layout.block_bytes)
+    data = torch.randint(256, blocks, dtype=torch.uint8, device=device, generator=generator)
     # Q8_0 has one of them and values to 127; Q4_K one for scales and one for offsets, each times
     # six bits, and values to 15.
     size = columns**-0.5

@@ -1,9 +1,12 @@
 """GGUF files: tensors as they are stored, and their values.
 
-Blocks are turned into values in torch, on the device of the blocks, or there by a Triton kernel of
-the format (switch `gguf`). A block packs 32 values (256 in the K formats) with their scales; the
-layouts are those of ggml's `ggml-common.h`. Formats beyond `FORMATS` go through the `gguf` package
-of llama.cpp, on the CPU, which is slower.
+Blocks are dequantised in torch, on the device of the blocks, or there by a Triton kernel (switch
+`gguf`). A block packs 32 values (256 in the K formats) with their scales; the layouts are those of
+ggml's `ggml-common.h`. Formats beyond `FORMATS` go through the `gguf` package of llama.cpp, on the
+CPU, which is slower.
+
+A new format needs a decoder from blocks (N, bytes) to values (N, values) and its entry in `FORMATS`
+under ggml's name; a kernel in `nn/triton_kernels/gguf.py`, named in its `KERNELS`, is optional.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Format:
-    """A block format: values and bytes a block, and how blocks (N, bytes) become (N, values)."""
+    """A block format: values and bytes per block, and its decoder of blocks (N, bytes)."""
 
-    values: int
-    size: int
+    block_values: int
+    block_bytes: int
     dequantise: Callable[[Tensor], Tensor]
 
 
@@ -82,7 +85,7 @@ def _dequantise_torch(data: Tensor, name: str) -> Tensor:
         size = gguf.GGML_QUANT_SIZES[kind][1]
         values = gguf.quants.dequantize(data.cpu().reshape(-1, size).numpy(), kind)
         return torch.from_numpy(values).to(data.device)
-    return form.dequantise(data.reshape(-1, form.size))
+    return form.dequantise(data.reshape(-1, form.block_bytes))
 
 
 def _dequantise_blocks(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -93,9 +96,11 @@ def _dequantise_blocks(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     is_even = data.is_contiguous() and data.data_ptr() % 2 == 0
     if not (is_even and dtype in _PLAIN.values() and triton_kernels.takes(data)):
         return _dequantise_torch(data, name).to(dtype)
-    from ..nn.triton_kernels.gguf import dequantise
+    from ..nn.triton_kernels.gguf import KERNELS, dequantise
 
-    return dequantise(data, name, FORMATS[name].values, FORMATS[name].size, dtype)
+    if name not in KERNELS:
+        return _dequantise_torch(data, name).to(dtype)
+    return dequantise(data, name, FORMATS[name].block_values, FORMATS[name].block_bytes, dtype)
 
 
 # By the module's name, which in ComfyUI is a path: another copy of this package has its own.
@@ -108,7 +113,7 @@ def _dequantise_operator(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 @_dequantise_operator.register_fake
 def _(data: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     form = FORMATS[name]
-    return data.new_empty((data.numel() // form.size, form.values), dtype=dtype)
+    return data.new_empty((data.numel() // form.block_bytes, form.block_values), dtype=dtype)
 
 
 def is_gguf(path: Path) -> bool:

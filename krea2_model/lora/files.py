@@ -1,6 +1,6 @@
 """LoRA files of every style in circulation: changes to our weights, and what did not match.
 
-A file is a set of tensors; their names say which layer they change and how (`lora_names`).
+A file is a set of tensors; their names say which layer they change and how (`names`).
 `read_lora` sorts them into `Update`s by the module's own weight names, and a `LoraReport` of the
 rest.
 """

@@ -25,7 +25,7 @@ class Update:
     """One LoRA's update of one weight.
 
     kind: "lora", "lokr", "loha", "diff", "set", "oft", "boft" or "glora"; `parts` are its matrices
-        by the names of `lora_names`.
+        by the names of `names`.
     alpha: divided by the rank it gives the scale; of OFT and BOFT it limits the rotation.
     header_scale: the scale itself, where no tensor but the file's header gives it.
     rows: where in a fused update the weight's own rows begin and end.

@@ -32,7 +32,7 @@ class PromptTokens:
 
     ids: the template's prefix, the images with one pad each, the prompt, the suffix.
     images: in their order, at the size that the vision tower reads.
-    weights: (L,) of the tokens after the prefix, images expanded; None where all are 1.
+    weights: one per token of `expanded_ids` after the prefix; None where all are 1.
     """
 
     ids: list[int]

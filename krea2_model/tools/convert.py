@@ -42,8 +42,12 @@ PREFIXES = {
     "vae": "vae.",
 }
 # Names of quantisations in a layer's settings.
-FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise", "int8_convrot": "int8_tensorwise"}
-QUANTISATIONS = tuple(FORMATS)
+STORED_FORMATS = {
+    "fp8": "float8_e4m3fn",
+    "int8": "int8_tensorwise",
+    "int8_convrot": "int8_tensorwise",
+}
+QUANTISATIONS = tuple(STORED_FORMATS)
 
 
 def convert(
@@ -198,7 +202,7 @@ def _quantised_entries(name: str, tensor, quantise: str) -> Iterator[Entry]:
     made: dict[str, Tensor] = {}
     rows, columns = tensor.shape
     layer = name.removesuffix(".weight")
-    settings: dict[str, object] = {"format": FORMATS[quantise]}
+    settings: dict[str, object] = {"format": STORED_FORMATS[quantise]}
     dtype = torch.int8
     scale_shape: tuple[int, ...] = (rows, 1)
     if quantise == "fp8":

@@ -126,7 +126,7 @@ class TextFusionBlock(nn.Module):
 
 
 class TextFusion(nn.Module):
-    """Twelve tapped states a token to one: attend over the taps, project, attend over tokens."""
+    """Fuse each token's tapped states into one: attend over taps, project, attend over tokens."""
 
     block_class: type[TextFusionBlock] = TextFusionBlock
 
@@ -159,8 +159,9 @@ class TextFusion(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Modulated attention, then a modulated MLP.
 
-    `split` is None, or the index of the first token that the second of two time vectors modulates
-    (reference images at time zero); the vector then is (B, 2, 6 D) instead of (B, 1, 6 D).
+    `split` is None, or the first token of references at time zero: tokens before it are modulated
+    by vector[:, 0] (the step's time), the others by vector[:, 1] (time zero). The vector then is
+    (B, 2, 6 D) instead of (B, 1, 6 D).
     """
 
     attention_class: type[GatedAttention] = GatedAttention
@@ -190,26 +191,29 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         """The next hidden state; overwrites `hidden` where gradients are off.
 
-        query_slice: compute only the state of these tokens, before `split`; None for all.
+        query_slice: return only these tokens, which lie before `split`; None for all.
         modulation: of this block and step, or None to compute it here.
         """
         backend = backend or TORCH_BACKEND
         rows, norm = modulation or (self._modulation(vector).to(hidden.dtype).unbind(-2), None)
-        prescale, preshift, pregate, postscale, postshift, postgate = rows
-        normed = self._norm(hidden, prescale, preshift, split, backend)
+        attn_scale, attn_shift, attn_gate, mlp_scale, mlp_shift, mlp_gate = rows
+        normed = self._norm(hidden, attn_scale, attn_shift, split, backend)
         update = self.attn(normed, rope, mask, backend, query_slice, norm)
         del normed  # attention's tensors are freed before the MLP, the widest part, runs
         if query_slice is not None:
             hidden, split = hidden[:, query_slice], None
-            pregate, postgate = pregate[:, :1], postgate[:, :1]
-            postscale, postshift = postscale[:, :1], postshift[:, :1]
-        hidden = _residual(hidden, pregate, update, split)
+            attn_gate, mlp_gate = attn_gate[:, :1], mlp_gate[:, :1]
+            mlp_scale, mlp_shift = mlp_scale[:, :1], mlp_shift[:, :1]
+        hidden = _residual(hidden, attn_gate, update, split)
         del update
-        update = self.mlp(self._norm(hidden, postscale, postshift, split, backend))
-        return _residual(hidden, postgate, update, split)
+        update = self.mlp(self._norm(hidden, mlp_scale, mlp_shift, split, backend))
+        return _residual(hidden, mlp_gate, update, split)
 
     def _modulation(self, vector: Tensor) -> Tensor:
-        """Scale, shift and gate of both halves, (B, S, 6, D), norm weights folded in."""
+        """Scale, shift and gate for attention, then for the MLP, (B, S, 6, D), S time vectors.
+
+        Norm weights are folded into the scales.
+        """
         rows = self.mod.rows(vector)
 
         def fold(*weights: Tensor) -> None:
@@ -242,7 +246,7 @@ class FinalLayer(nn.Module):
 
 
 def _sides(hidden: Tensor, split: int) -> tuple[Tensor, ...]:
-    """The tokens of each of two time vectors."""
+    """The tokens before and after `split`."""
     return hidden.tensor_split([split], dim=1)
 
 
@@ -251,4 +255,5 @@ def _residual(hidden: Tensor, gate: Tensor, update: Tensor, split: int | None) -
         return gated_residual(hidden, gate, update)
     sides = zip(_sides(hidden, split), gate.split(1, 1), _sides(update, split), strict=True)
     results = [gated_residual(*side) for side in sides]
+    # In place, `gated_residual` wrote into views of `hidden`.
     return hidden if may_overwrite() else torch.cat(results, dim=1)

@@ -5,8 +5,9 @@ not tell apart. Edit and style LoRAs (ai-toolkit) modulate the tokens of a refer
 finished image, at time 0; identity LoRAs with the step's own time. Every reference has its own
 index on the first rotary axis, where the image is at 0.
 
-A strength s adds log(s) to the attention scores of a reference's tokens, which multiplies their
-share before shares are normalised: 1 adds nothing, 0 leaves the reference out.
+A strength s adds log(s) to the attention scores of a reference's tokens, so exp(score) is
+multiplied by s before the softmax normalises: 1 adds nothing, 0 leaves the reference out. All
+queries have this bias; with cached references, which attend to themselves alone, all but theirs.
 """
 
 from __future__ import annotations
@@ -106,9 +107,9 @@ class ReferencePlan:
     def __post_init__(self):
         if self.caches is not None and self.method != TIME_ZERO:
             raise ValueError(
-                f"References are cached with the method {self.method!r}; expected {TIME_ZERO!r}, "
-                "since otherwise they change with every step. Choose it, or switch caching off "
-                "(cache_references, in Krea 2 Reference apart)."
+                f"Cached references need the method {TIME_ZERO!r} and have {self.method!r}, with "
+                "which they change at every step. Use that method, or set cache_references=False "
+                "(input apart of Krea 2 Reference)."
             )
 
     @classmethod
@@ -138,12 +139,17 @@ class ReferencePlan:
 class ReferenceCaches:
     """The KV caches of a run, one for each set of active references.
 
-    latents: of all references, held for as long, where a host tells references apart by identity.
+    latents: of all references, kept alive with the caches where a host keys them by id(latents).
     """
 
     def __init__(self, latents: Sequence[Tensor] = ()):
         self._latents = latents
         self._caches: dict[tuple[tuple[int | None, int], ...], ReferenceKVCache] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all references."""
+        return sum(math.prod(-(-side // 2) for side in t.shape[-2:]) for t in self._latents)
 
     def get(
         self, references: Sequence[Reference], compute: Callable[[], ReferenceKVCache]

@@ -148,7 +148,7 @@ class TextAttention:
         mask: Tensor | None,
         query_slice: slice | None,
     ) -> Tensor:
-        """Attention over normed and rotated heads; `kept` as in `Backend.attend`."""
+        """Attention over normed and rotated heads; `query_slice` as in `Backend.attend`."""
         for first, weights, shares in self._weights:
             value = _apply_weights(value, first, weights, shares)
         if self._settings is None:

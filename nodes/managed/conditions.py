@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from ...krea2_model.guidance import StepWindow
 from ...krea2_model.transformer.references import ReferencePlan
-from ...krea2_model.transformer.shared_calls import SMALL_IMAGE as SMALL_IMAGE
 from ...krea2_model.transformer.text_attention import NegativeGuidance
 from .run_cache import RunCache
 
@@ -71,15 +70,8 @@ class TextLengths(comfy.conds.CONDRegular):
 class PlanCondition(comfy.conds.CONDConstant):
     """A reference plan, whose size is the number of cached tokens."""
 
-    def __init__(self, cond: ReferencePlan, tokens: int = 0):
-        super().__init__(cond)
-        self.tokens = tokens
-
-    def _copy_with(self, cond):
-        return type(self)(cond, self.tokens)
-
     def size(self):
-        return [self.tokens]
+        return [0 if self.cond.caches is None else self.cond.caches.tokens]
 
 
 @dataclass(frozen=True)
@@ -97,30 +89,29 @@ class NegativeText:
 class RunConditions:
     """Conditions of our model beyond those of core's Krea 2.
 
+    run_cache: None where weights or text may change during the run.
     text_lengths: of the texts of a call, where they may be padded at the front.
     token_weights: (B, L) of the call's text.
-    cached_tokens: of references whose keys and values are cached, for the memory estimate.
     """
 
-    cache: RunCache | None = None
+    run_cache: RunCache | None = None
     text_lengths: tuple[int, ...] | None = None
     token_weights: torch.Tensor | None = None
     negative: NegativeText | None = None
-    references: ReferencePlan | None = None
-    cached_tokens: int = 0
+    reference_plan: ReferencePlan | None = None
 
     def to_conds(self) -> dict[str, Any]:
         """ComfyUI's conditions, which it batches, repeats and moves by their own rules."""
         constant, regular = comfy.conds.CONDConstant, comfy.conds.CONDRegular
         conds: dict[str, Any] = {}
-        if self.cache is not None:
-            conds["run_cache"] = constant(self.cache)
+        if self.run_cache is not None:
+            conds["run_cache"] = constant(self.run_cache)
         if self.text_lengths is not None:
             conds["text_lengths"] = TextLengths(self.text_lengths)
         if self.token_weights is not None:
             conds["token_weights"] = regular(self.token_weights)
-        if self.references is not None:
-            conds["reference_plan"] = PlanCondition(self.references, self.cached_tokens)
+        if self.reference_plan is not None:
+            conds["reference_plan"] = PlanCondition(self.reference_plan)
         negative = self.negative
         if negative is not None:
             conds["negative_text"] = regular(negative.states)
@@ -137,21 +128,26 @@ class RunConditions:
         negative = None
         if "negative_text" in kwargs:
             settings, window = kwargs["negative_guidance"]
-            masks = kwargs.get("negative_mask"), kwargs.get("negative_weights")
-            negative = NegativeText(kwargs["negative_text"], settings, window, *masks)
+            negative = NegativeText(
+                kwargs["negative_text"],
+                settings,
+                window,
+                mask=kwargs.get("negative_mask"),
+                weights=kwargs.get("negative_weights"),
+            )
         return cls(
-            kwargs.get("run_cache"),
-            kwargs.get("text_lengths"),
-            kwargs.get("token_weights"),
-            negative,
-            kwargs.get("reference_plan"),
+            run_cache=kwargs.get("run_cache"),
+            text_lengths=kwargs.get("text_lengths"),
+            token_weights=kwargs.get("token_weights"),
+            negative=negative,
+            reference_plan=kwargs.get("reference_plan"),
         )
 
 
 def weights_of(extra: dict, context: torch.Tensor) -> torch.Tensor | None:
     """The token weights (B, L) of a conditioning of L tokens, or None.
 
-    Nodes that join texts keep the options of the first: later tokens have no weight.
+    Nodes that join texts keep the options of the first: tokens joined on later get weight 1.
     """
     weights = extra.get(TOKEN_WEIGHTS)
     if weights is None:

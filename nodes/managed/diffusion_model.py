@@ -57,7 +57,7 @@ class Krea2DiffusionModel(contract.Transformer):
         latents = _single_frame(x)
         mask = None if attention_mask is None else attention_mask > 0.5
         conditions = RunConditions.from_kwargs(kwargs)
-        # Text is fused before a run only where nobody touches the model during it.
+        # Text that is already fused means that `extra_conds` found no foreign changes.
         is_touched = None if self.is_fused(context) else self.is_touched
         text = context
         if not self.is_fused(context):
@@ -70,7 +70,7 @@ class Krea2DiffusionModel(contract.Transformer):
         lengths, padding = conditions.text_lengths, None
         if lengths is not None and min(lengths) < context.shape[1]:
             padding = [context.shape[1] - length for length in lengths]
-        plan = conditions.references or default_plan(
+        plan = conditions.reference_plan or default_plan(
             len(ref_latents or ()), kwargs.get("ref_latents_method")
         )
         frames = [_single_frame(latent) for latent in ref_latents or ()]
@@ -80,7 +80,7 @@ class Krea2DiffusionModel(contract.Transformer):
         if references:
             counts = [tokens_of(reference.latents) for reference in references]
             options = {**options, "reference_image_num_tokens": counts}
-        cache, kv_cache = conditions.cache or RunCache(), None
+        cache, kv_cache = conditions.run_cache or RunCache(), None
         if plan.caches is not None and references:
             kv_cache = self._kv_cache(plan.caches, references, text.dtype, options, cache.times)
             references = []
@@ -96,7 +96,7 @@ class Krea2DiffusionModel(contract.Transformer):
             references=references,
             reference_method=plan.method,
             backend=backend,
-            modulation=cache.modulation(self, latents.device) if conditions.cache else None,
+            modulation=cache.modulation(self, latents.device) if conditions.run_cache else None,
         )
         return velocity.reshape(x.shape)
 

@@ -24,14 +24,14 @@ from ...krea2_model.checkpoints.transformer_keys import (
     official_to_module,
 )
 from ...krea2_model.config import Preset
-from ...krea2_model.tools.convert import FORMATS, quantise_blocks
+from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
+from ...krea2_model.transformer.shared_calls import SMALL_IMAGE
 from . import contract
 from .backend import OVERRIDE, ComfyBackend
 from .checkpoint import check_format, check_weights, open_part
 from .conditions import (
     NEGATIVE_GUIDANCE,
-    SMALL_IMAGE,
     FusedText,
     NegativeText,
     RunConditions,
@@ -44,13 +44,13 @@ from .graphs import CUDA_GRAPH, BlockGraphs
 from .low_rank import branch_bytes
 from .patcher import patcher_class
 from .previews import latent_format
-from .references import LATENTS, SETTINGS, reference_plan, tokens_of
+from .references import LATENTS, SETTINGS, reference_plan
 from .run_cache import RunCache, ScheduleTimes, run_cache
 from .svdquant import add_branches, file_name, take_branches
 
 
 class Krea2Model(comfy.model_base.Krea2):
-    """ComfyUI's model object; a subclass of core's so that what knows core's knows ours.
+    """ComfyUI's model object; a subclass of core's, so that checks for core's class accept it.
 
     `preset` holds the checkpoint's sampling defaults, or None where the file does not say.
     """
@@ -69,39 +69,31 @@ class Krea2Model(comfy.model_base.Krea2):
 
     def extra_conds(self, **kwargs):
         out = super().extra_conds(**kwargs)
-        references, cached_tokens = None, 0
-        if not self._has_foreign_references(kwargs):
-            references = reference_plan(self, kwargs)
-        if references is not None:
-            latents = kwargs[LATENTS]
-            out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(t) for t in latents])
+        plan = None if self._has_foreign_references(kwargs) else reference_plan(self, kwargs)
+        if plan is not None:
+            latents = [self.process_latent_in(latent) for latent in kwargs[LATENTS]]
+            out["ref_latents"] = comfy.conds.CONDList(latents)
             # As core gives it, for nodes that wrap the model; ours reads the plan.
-            out["ref_latents_method"] = comfy.conds.CONDConstant(references.method)
-            if references.caches is not None:
-                cached_tokens = sum(map(tokens_of, latents))
+            out["ref_latents_method"] = comfy.conds.CONDConstant(plan.method)
         mask = _mask_of(kwargs)
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
+        context = out["c_crossattn"].cond if "c_crossattn" in out else None
         may_fuse = self._may_fuse_now(kwargs)
         conditions = RunConditions(
-            cache=self._run_cache() if may_fuse else None,
-            references=references,
-            cached_tokens=cached_tokens,
-        )
-        if "c_crossattn" not in out:
-            return out | conditions.to_conds()
-        context = out["c_crossattn"].cond
-        conditions = replace(
-            conditions, token_weights=weights_of(kwargs, context), negative=self._negative(kwargs)
+            run_cache=self._run_cache() if may_fuse else None,
+            token_weights=None if context is None else weights_of(kwargs, context),
+            negative=None if context is None else self._negative(kwargs),
+            reference_plan=plan,
         )
         # Text that does not fit is refused where it is used: a negative at guidance 0 never is.
-        if may_fuse and self.diffusion_model.takes(context):
+        if may_fuse and context is not None and self.diffusion_model.takes(context):
             text = self._fuse_now(context, mask, kwargs["device"])
             shared = (
                 mask is None
                 and conditions.token_weights is None
                 and conditions.negative is None
-                and cached_tokens == 0
+                and (plan is None or plan.caches is None)
                 and self._may_share_calls(kwargs["noise"])
             )
             out["c_crossattn"] = FusedText(text, shared)
@@ -165,7 +157,7 @@ class Krea2Model(comfy.model_base.Krea2):
             conditioning.get("device") is not None
             and not {"hooks", "control"} & conditioning.keys()
             and not torch.is_grad_enabled()
-            and all(_is_comfyui_s(function) for function in wrappers)
+            and all(_is_from_comfyui(function) for function in wrappers)
             and not self._has_foreign_references(conditioning)
             and not any(key.startswith("diffusion_model.") for key in patcher.object_patches)
             and not self.diffusion_model.is_touched()
@@ -175,7 +167,7 @@ class Krea2Model(comfy.model_base.Krea2):
         """True if texts of different length should share a call, see `conditions`.
 
         Where weights stream to the device they then stream once a step; for a small image, reading
-        weights takes as long as computing with them. Patches get plain calls.
+        weights takes as long as computing with them. With patches, each text gets its own call.
         """
         patcher = self.current_patcher
         options = patcher.model_options.get("transformer_options", {})
@@ -213,9 +205,9 @@ class Krea2Model(comfy.model_base.Krea2):
     def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
         """Bytes of activations and workspace.
 
-        A block is widest in its MLP: two of its tensors, the hidden state, and the normed one; a
-        third hidden state for what patches add. Then keys and values of cached references, and the
-        dequantised matrix of a GGUF file.
+        The peak is in a block's MLP: two tensors of its width (gate, up) and three of the hidden
+        state's (state, normed input, one for patches). Then keys and values of cached references,
+        and the dequantised matrix of a GGUF file.
         """
         config = self.diffusion_model.config
         rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
@@ -292,7 +284,7 @@ def load_model(
     bare = Krea2Transformer(state.config, device="meta")
     tensors, branches = take_branches(state.tensors, checkpoint.path.name)
     if quantise and not any(map(is_quantised, tensors.values())):
-        check_format(FORMATS[quantise], f"dtype {quantise}")
+        check_format(STORED_FORMATS[quantise], f"dtype {quantise}")
         tensors = quantise_blocks(tensors, quantise, comfy.model_management.get_torch_device())
     quantisation = check_weights(bare, tensors, checkpoint.path, TRANSFORMER)
     is_gguf = any(isinstance(tensor, GGUFTensor) for tensor in tensors.values())
@@ -347,7 +339,7 @@ def _mask_of(conditioning):
     return None if mask is None or bool((mask > 0.5).all()) else mask
 
 
-def _is_comfyui_s(function) -> bool:
+def _is_from_comfyui(function) -> bool:
     return getattr(function, "__module__", "").partition(".")[0] in (
         "comfy",
         "comfy_api",

@@ -14,7 +14,10 @@ K_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 def test_block_sizes_are_those_of_the_package():
     for name, form in FORMATS.items():
-        assert gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]] == (form.values, form.size)
+        assert gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]] == (
+            form.block_values,
+            form.block_bytes,
+        )
     assert set(FORMATS) == {*WRITABLE, *K_FORMATS}
 
 
@@ -32,8 +35,8 @@ def test_formats_that_can_be_written(name):
 def test_random_blocks(name):
     """Every bit pattern but scales that are infinite or no number."""
     random = np.random.default_rng(1)
-    data = random.integers(0, 256, size=(4, 3 * FORMATS[name].size), dtype=np.uint8)
-    blocks = data.reshape(-1, FORMATS[name].size)
+    data = random.integers(0, 256, size=(4, 3 * FORMATS[name].block_bytes), dtype=np.uint8)
+    blocks = data.reshape(-1, FORMATS[name].block_bytes)
     # Where the halves (float16) lie: their exponent must not be all ones.
     halves = {"Q2_K": (81, 83), "Q3_K": (109,), "Q6_K": (209,), "Q8_0": (1,), "Q4_0": (1,),
               "Q5_0": (1,)}.get(name, (1, 3))  # fmt: skip

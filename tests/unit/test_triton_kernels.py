@@ -52,7 +52,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 def random_blocks(name: str, count: int, seed: int = 0) -> torch.Tensor:
     """Every bit pattern, but scales (float16) that are infinite or no number."""
     form = gguf.FORMATS[name]
-    shape = (count, form.size)
+    shape = (count, form.block_bytes)
     data = torch.randint(
         256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
@@ -65,12 +65,14 @@ def random_blocks(name: str, count: int, seed: int = 0) -> torch.Tensor:
 def test_blocks_are_bit_for_bit_those_of_torch(name, launches):
     """In every dtype, with a last program that is not full, from an address that is not round."""
     form = gguf.FORMATS[name]
-    rows = 2048 // form.values  # of one program
+    rows = 2048 // form.block_values  # of one program
     for count in (1, rows + 3):
         # Two bytes into a memory of their own.
-        data = torch.zeros(2 + count * form.size, dtype=torch.uint8)[2:].view(count, form.size)
+        data = torch.zeros(2 + count * form.block_bytes, dtype=torch.uint8)[2:].view(
+            count, form.block_bytes
+        )
         data.copy_(random_blocks(name, count))
-        shape = (count * form.values // 32, 32)
+        shape = (count * form.block_values // 32, 32)
         for dtype in DTYPES:
             expected = gguf.dequantise(data, name, shape, dtype)
             assert launches == []
@@ -255,8 +257,8 @@ def compiled_for(name: str, capability: int) -> str:
     else:
         kernel, form = declared._dequantise, gguf.FORMATS[name]
         types = {"data": "*u8", "out": "*bf16"}
-        constants = {"FORMAT": name, "SIZE": form.size, "VALUES": form.values,
-                     "ROWS": declared.TILE // form.values}  # fmt: skip
+        constants = {"FORMAT": name, "SIZE": form.block_bytes, "VALUES": form.block_values,
+                     "ROWS": declared.TILE // form.block_values}  # fmt: skip
     signature = types | {"count": "i32"} | dict.fromkeys(constants, "constexpr")
     # As Triton finds them at a launch: pointers, and the number of products, divisible by 16.
     aligned = {

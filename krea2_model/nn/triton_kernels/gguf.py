@@ -17,6 +17,11 @@ from . import current
 # Values of one program.
 TILE = 2048
 
+# Formats with a kernel below.
+KERNELS = frozenset(
+    ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+)
+
 
 def dequantise(data: Tensor, name: str, values: int, size: int, dtype: torch.dtype) -> Tensor:
     """Values (N, values) in `dtype` of blocks in the format `name`: contiguous bytes, N x `size`.
