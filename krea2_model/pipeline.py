@@ -146,8 +146,9 @@ class Krea2Pipeline(LoadedParts):
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
         has_room = self._plan_memory(noise, text_tokens, reference_images, guidance > 0)
         options: dict[str, Any] = {
-            "weighted": prompt_weights, "max_sequence_length": max_sequence_length,
-        }  # fmt: skip
+            "weighted": prompt_weights,
+            "max_sequence_length": max_sequence_length,
+        }
         if prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
@@ -188,9 +189,13 @@ class Krea2Pipeline(LoadedParts):
         tower = [self.text_encoder.unmoved_vision_tower()] if prepared else []
         with self._offload.use(ENCODER, *tower):
             return encode_prompts(
-                self.text_encoder, prompts, images=prepared, labels=group.labels,
-                weighted=weighted, max_sequence_length=max_sequence_length,
-            )  # fmt: skip
+                self.text_encoder,
+                prompts,
+                images=prepared,
+                labels=group.labels,
+                weighted=weighted,
+                max_sequence_length=max_sequence_length,
+            )
 
     @torch.no_grad()
     def prepare_latents(
@@ -245,10 +250,18 @@ class Krea2Pipeline(LoadedParts):
         text_tokens = positive.taps.shape[1]
         has_room = self._plan_memory(latents, text_tokens, prepared, guidance > 0)
         return self._denoise(
-            latents, positive, negative, has_room, callback,
-            sigmas=sigmas, guidance=guidance, references=prepared, reference_method=group.method,
-            cache_references=group.cache, **options,
-        )  # fmt: skip
+            latents,
+            positive,
+            negative,
+            has_room,
+            callback,
+            sigmas=sigmas,
+            guidance=guidance,
+            references=prepared,
+            reference_method=group.method,
+            cache_references=group.cache,
+            **options,
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -296,8 +309,11 @@ class Krea2Pipeline(LoadedParts):
             logger.warning(
                 "%d x %d px is far from the %d x %d this checkpoint was trained at; expect "
                 "repeated or broken shapes.",
-                width, height, size, size,
-            )  # fmt: skip
+                width,
+                height,
+                size,
+                size,
+            )
         return noise
 
     def _add_noise(self, pixels: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -355,20 +371,23 @@ class Krea2Pipeline(LoadedParts):
         text_tokens: of a prompt.
         """
         sizes = [
-            token_count(r.latents) if isinstance(r, Reference)
+            token_count(r.latents)
+            if isinstance(r, Reference)
             else token_count(r, self.vae.config.downscale)
             for r in references
-        ]  # fmt: skip
+        ]
         one, both = (
             activations(
-                self.transformer, self.text_encoder, self.vae,
+                self.transformer,
+                self.text_encoder,
+                self.vae,
                 batch=calls * len(latents),
                 image=token_count(latents),
                 text=text_tokens,
                 references=sum(sizes),
             )
             for calls in (1, 2)
-        )  # fmt: skip
+        )
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares

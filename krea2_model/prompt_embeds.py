@@ -66,10 +66,14 @@ def encode_prompts(
     """Encode prompts, each with the same images in front; arguments of `tokenize_prompt`."""
     tokens = [
         tokenize_prompt(
-            encoder.get_tokenizer(), prompt, images=images, labels=labels, weighted=weighted,
+            encoder.get_tokenizer(),
+            prompt,
+            images=images,
+            labels=labels,
+            weighted=weighted,
             max_sequence_length=max_sequence_length,
         )
         for prompt in prompts
-    ]  # fmt: skip
+    ]
     taps, mask = encoder.encode_tokens(tokens)
     return PromptEmbeds(taps, mask, stack_weights(tokens))

@@ -89,9 +89,16 @@ def denoise(
     plan = ReferencePlan.of(settings, sigma_at, reference_method, caches)
     texts = _text_states(positive), None if negative is None else _text_states(negative)
     velocity = _GuidedVelocity(
-        transformer, texts, guidance, guidance_schedule, negative_guidance, sigma_at, plan,
-        [reference.latents for reference in images], share_calls,
-    )  # fmt: skip
+        transformer,
+        texts,
+        guidance,
+        guidance_schedule,
+        negative_guidance,
+        sigma_at,
+        plan,
+        [reference.latents for reference in images],
+        share_calls,
+    )
     return _euler(velocity, noise.float(), sigmas, extrapolation)
 
 

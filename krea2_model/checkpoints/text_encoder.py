@@ -47,12 +47,14 @@ def load_text_encoder(
     Raises CheckpointError as `load_transformer` does.
     """
     state = read_text_encoder(open_checkpoint(path, "text_encoder"))
-    encoder = load_part(state, device, dtype, layers, keep_quantised)
-    encoder.tokenizer = _tokenizer_for(state.path, tokenizer)
-    encoder.path = state.path
-    encoder.load_tower = partial(load_vision_tower, state.path)
-    encoder.load_tail = partial(load_language_tail, state.path)
-    return encoder
+    build = partial(
+        state.build,
+        tokenizer=_tokenizer_for(state.path, tokenizer),
+        path=state.path,
+        load_tower=partial(load_vision_tower, state.path),
+        load_tail=partial(load_language_tail, state.path),
+    )
+    return load_part(replace(state, build=build), device, dtype, layers, keep_quantised)
 
 
 def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:

@@ -53,9 +53,7 @@ def load_transformer(
     Raises CheckpointError, a ValueError, that says what the file is and what was expected.
     """
     state = read_transformer(open_checkpoint(path, "transformer"))
-    transformer = load_part(state, device, dtype, layers, keep_quantised)
-    transformer.variant, transformer.preset = state.variant, state.preset
-    return transformer
+    return load_part(state, device, dtype, layers, keep_quantised)
 
 
 def save_transformer(transformer: Krea2Transformer, path: str | Path) -> None:
@@ -97,15 +95,16 @@ def read_transformer(checkpoint: Checkpoint) -> PartState:
         table = name.endswith(".mod.lin")
         tensors[official_to_module(name)] = tensor.flatten() if table else tensor
     variant, _ = variant_of(checkpoint)
+    preset = _preset(checkpoint, variant)
     return PartState(
         checkpoint.path,
         TRANSFORMER,
         config,
         tensors,
-        build=partial(Krea2Transformer, config),
+        build=partial(Krea2Transformer, config, variant=variant, preset=preset),
         dtype=most_common_dtype(tensors, PLAIN),
         variant=variant,
-        preset=_preset(checkpoint, variant),
+        preset=preset,
     )
 
 

@@ -50,16 +50,11 @@ class Qwen3VLTextEncoder(nn.Module):
 
     layers: namespace of the layer classes, see `krea2_model.nn.layers`.
     attend: the attention function, see `krea2_model.nn.attention`; it is given a boolean mask.
-    `tokenizer` is what `encode` uses; None until someone sets it. `path` is the file or folder that
-    the weights came from, or None. `load_tower` and `load_tail` load
-    the vision tower and the rest of the language model from where the weights came from, with
-    options `device` and `dtype`; None where that is not known.
+    tokenizer: for `encode`, or None.
+    path: the file or folder of the weights, or None.
+    load_tower, load_tail: load the vision tower and the rest of the language model, with options
+        `device` and `dtype`; None where the weights are of no file.
     """
-
-    tokenizer: Krea2Tokenizer | None
-    path: Path | None
-    load_tower: Callable[..., Qwen3VLVisionTower] | None
-    load_tail: Callable[..., Any] | None
 
     def __init__(
         self,
@@ -68,11 +63,17 @@ class Qwen3VLTextEncoder(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
         attend: Attend = attend,
+        *,
+        tokenizer: Krea2Tokenizer | None = None,
+        path: Path | None = None,
+        load_tower: Callable[..., Qwen3VLVisionTower] | None = None,
+        load_tail: Callable[..., Any] | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.config = config
-        self.tokenizer = self.path = self.load_tower = self.load_tail = None
+        self.tokenizer, self.path = tokenizer, path
+        self.load_tower, self.load_tail = load_tower, load_tail
         # In a list: a part of its own, neither moved nor saved with the encoder.
         self._tower: list[Qwen3VLVisionTower] = []
         self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size, **factory)
@@ -218,13 +219,14 @@ class Qwen3VLTextEncoder(nn.Module):
         tokenizer = self.get_tokenizer()
         tokens = [
             tokenize_prompt(
-                tokenizer, prompt,
+                tokenizer,
+                prompt,
                 images=[image.resized(max_side) for image in nonzero_images(own)],
                 labels=labels,
                 max_sequence_length=max_sequence_length,
             )
             for prompt, own in zip(prompts, images or [()] * len(prompts), strict=True)
-        ]  # fmt: skip
+        ]
         return self.encode_tokens(tokens)
 
     @torch.no_grad()

@@ -51,7 +51,16 @@ class Krea2Transformer(nn.Module):
     block_class: type[SingleStreamBlock] = SingleStreamBlock
     text_fusion_class: type[TextFusion] = TextFusion
 
-    def __init__(self, config: TransformerConfig, layers=TorchLayers, device=None, dtype=None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layers=TorchLayers,
+        device=None,
+        dtype=None,
+        *,
+        variant: str | None = None,
+        preset: Preset | None = None,
+    ):
         super().__init__()
         if sum(config.axes_dims_rope) != config.attention_head_dim:
             raise ValueError(
@@ -61,8 +70,7 @@ class Krea2Transformer(nn.Module):
         factory = {"device": device, "dtype": dtype}
         dim = config.hidden_size
         self.config = config
-        self.variant: str | None = None
-        self.preset: Preset | None = None
+        self.variant, self.preset = variant, preset
         self.first = layers.Linear(config.in_channels, dim, bias=True, **factory)
         self.tmlp = nn.Sequential(
             layers.Linear(config.timestep_embed_dim, dim, bias=True, **factory),

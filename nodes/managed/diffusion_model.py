@@ -51,9 +51,15 @@ class Krea2DiffusionModel(contract.Transformer):
     ):
         if ref_latents and "reference_plan" not in kwargs and contract.has_foreign_forward():
             return contract.foreign_forward(
-                self, x, timesteps, context, attention_mask,
-                ref_latents=ref_latents, transformer_options=transformer_options, **kwargs,
-            )  # fmt: skip
+                self,
+                x,
+                timesteps,
+                context,
+                attention_mask,
+                ref_latents=ref_latents,
+                transformer_options=transformer_options,
+                **kwargs,
+            )
         latents = _single_frame(x)
         mask = None if attention_mask is None else attention_mask > 0.5
         conditions = RunConditions.from_kwargs(kwargs)
@@ -85,9 +91,14 @@ class Krea2DiffusionModel(contract.Transformer):
             kv_cache = self._kv_cache(plan.caches, references, text.dtype, options, cache.times)
             references = []
         backend = ComfyBackend(
-            options, is_touched, text=attention, references=kv_cache, padding=padding,
-            times=cache.times, graphs=cache.graphs,
-        )  # fmt: skip
+            options,
+            is_touched,
+            text=attention,
+            references=kv_cache,
+            padding=padding,
+            times=cache.times,
+            graphs=cache.graphs,
+        )
         velocity = super().forward(
             latents,
             timesteps,
