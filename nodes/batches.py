@@ -19,8 +19,8 @@ class K2PromptBatch(io.ComfyNode):
             display_name="Krea 2 Prompt Batch",
             category="Krea 2",
             description=(
-                "Encodes many prompts, one a line, as one batch in which each image has its own. "
-                "Wildcards are drawn anew for each image."
+                "Encodes many prompts, one per line, as one batch: each image gets its own prompt. "
+                "Wildcards are drawn again for each image."
             ),
             search_aliases=inputs.aliases("prompts, wildcard, list, xy plot"),
             inputs=[
@@ -28,35 +28,44 @@ class K2PromptBatch(io.ComfyNode):
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="A prompt a line. Of words in braces with bars between, one is drawn.",
+                    tooltip=(
+                        "One prompt per line. From words in braces separated by bars, one is "
+                        "picked at random."
+                    ),
                 ),
                 io.String.Input(
                     "negative",
                     multiline=True,
                     default="",
-                    tooltip="What guidance leads away from, for all; no effect at guidance 0.",
+                    tooltip="Negative prompt for all images; no effect at guidance 0.",
                 ),
                 io.Int.Input(
                     "images_per_prompt",
                     default=1,
                     min=1,
                     max=MAX_IMAGES,
-                    tooltip="How many images each line gets, one after the other.",
+                    tooltip="Number of images per line, one after the other.",
                 ),
                 inputs.seed(
-                    "What wildcards are drawn with: image i of the batch by seed + i.",
+                    "Seed for the wildcards: image i of the batch uses seed + i.",
                     "wildcard_seed",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompts, a batch."),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative, for all."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The encoded prompts, as a batch."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative",
+                    tooltip="The encoded negative prompt, for all images.",
+                ),
                 io.Int.Output(
-                    display_name="count", tooltip="How many images: for batch in Krea 2 Size."
+                    display_name="count",
+                    tooltip="Number of images; connect it to batch of Krea 2 Size.",
                 ),
                 io.String.Output(
                     display_name="prompts",
-                    tooltip="Each image's prompt on a line, for Krea 2 Contact Sheet.",
+                    tooltip="Each image's prompt, one per line, for Krea 2 Contact Sheet.",
                 ),
             ],
         )
@@ -85,7 +94,7 @@ class K2ContactSheet(io.ComfyNode):
             node_id="K2ContactSheet",
             display_name="Krea 2 Contact Sheet",
             category="Krea 2",
-            description="Puts the images of a batch, or of several, on one sheet with captions.",
+            description="Arranges the images of one or more batches on one sheet with captions.",
             search_aliases=inputs.aliases("grid, contact sheet, captions, xy plot"),
             is_input_list=True,
             inputs=[
@@ -94,14 +103,14 @@ class K2ContactSheet(io.ComfyNode):
                     "captions",
                     multiline=True,
                     default="",
-                    tooltip="A caption a line, in the order of the images.",
+                    tooltip="One caption per line, in the order of the images.",
                 ),
                 io.Int.Input(
                     "columns",
                     default=0,
                     min=0,
                     max=MAX_IMAGES,
-                    tooltip="Images in a row; 0 makes the sheet about square.",
+                    tooltip="Images per row; 0 makes the sheet about square.",
                 ),
                 io.Int.Input(
                     "cell",
@@ -109,10 +118,16 @@ class K2ContactSheet(io.ComfyNode):
                     min=16,
                     max=4096,
                     step=16,
-                    tooltip="The longest side of an image on the sheet; none is enlarged.",
+                    tooltip=(
+                        "Longest side of an image on the sheet, in pixels; images are not enlarged."
+                    ),
                 ),
                 io.Int.Input(
-                    "text_size", default=16, min=4, max=256, tooltip="Height of captions, in px."
+                    "text_size",
+                    default=16,
+                    min=4,
+                    max=256,
+                    tooltip="Height of the captions, in px.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The sheet.")],

@@ -18,18 +18,18 @@ class K2Inspect(io.ComfyNode):
             display_name="Inspect a Krea 2 File",
             category="Krea 2",
             description=(
-                "Says what a model file is: kind, variant, layout, quantisation, and what is "
-                "missing or too much."
+                "Reports what a model file is: kind, variant, layout, quantisation, and missing or "
+                "surplus tensors."
             ),
             search_aliases=inputs.aliases("inspect, what is this file, metadata"),
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=model_files.list_everything(),
-                    tooltip="Any file or diffusers folder of ComfyUI's models folders.",
+                    tooltip="Any file or diffusers folder in ComfyUI's models folders.",
                 ),
             ],
-            outputs=[io.String.Output("text", display_name="text", tooltip="What it is.")],
+            outputs=[io.String.Output("text", display_name="text", tooltip="The report.")],
             is_output_node=True,
         )
 
@@ -55,23 +55,23 @@ class K2SelfCheck(io.ComfyNode):
             display_name="Krea 2 Self-Check",
             category="Krea 2",
             description=(
-                "Says what is wrong and how to put it right, with versions, devices, files and "
-                "patches, as text for a bug report."
+                "Reports problems and their fixes, with versions, devices, files and patches, as "
+                "text for a bug report."
             ),
             search_aliases=inputs.aliases("diagnose, debug, bug report, versions"),
             inputs=[
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A transformer, to tell its quantisation, its LoRAs and its patches.",
+                    tooltip="A model, to report its quantisation, LoRAs and patches.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="A text encoder, to tell its quantisation and its LoRAs.",
+                    tooltip="A text encoder, to report its quantisation and LoRAs.",
                 ),
             ],
-            outputs=[io.String.Output("text", display_name="text", tooltip="What was found.")],
+            outputs=[io.String.Output("text", display_name="text", tooltip="The report.")],
             is_output_node=True,
         )
 

@@ -30,20 +30,18 @@ class K2PromptExpander(io.ComfyNode):
             display_name="Expand a Krea 2 Prompt",
             category="Krea 2",
             description=(
-                "Writes a dense caption of a short prompt with the loaded text encoder, as Krea 2 "
-                "was trained on. Quoted texts and numbers are checked. Needs a real encoder: "
-                "krea2-nano's cannot write."
+                "Expands a short prompt into a detailed caption, as Krea 2 was trained on, with "
+                "the loaded text encoder. Checks quoted text and numbers. Needs the real text "
+                "encoder: krea2-nano's cannot write."
             ),
             search_aliases=inputs.aliases(
                 "expand, enhance, upsample, caption, llm, magic prompt, rewrite"
             ),
             inputs=[
-                io.Clip.Input(
-                    "clip", tooltip="The text encoder; the same weights write that encode."
-                ),
+                io.Clip.Input("clip", tooltip="The text encoder; it also writes the text."),
                 inputs.prompt(
-                    'What the image shows, in a few words. Text in quotation marks ("OPEN") '
-                    "and numbers have to come back as they are."
+                    "What the image should show, in a few words. Text in quotation marks "
+                    '("OPEN") and numbers must appear unchanged in the result.'
                 ),
                 io.Float.Input(
                     "creativity",
@@ -52,38 +50,45 @@ class K2PromptExpander(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     tooltip=(
-                        "0 takes the most likely words, whatever the seed; 1 invents freely. It is "
-                        "temperature (1.4 times the value) and how much freedom is given."
+                        "0 always picks the most likely words, whatever the seed; 1 invents "
+                        "freely. Sets the temperature (1.4 times the value), top-k, top-p and the "
+                        "instructions."
                     ),
                 ),
                 io.Combo.Input(
                     "length",
                     options=list(LENGTHS),
                     default="medium",
-                    tooltip="About 60, 120 or 200 words. A longer prompt is kept whole.",
+                    tooltip=(
+                        "Target length: about 60, 120 or 200 words. A longer prompt is not "
+                        "shortened."
+                    ),
                 ),
-                inputs.seed("Of the first variant; the others count on from it."),
+                inputs.seed("Seed of the first variant; each further variant uses the next seed."),
                 io.Int.Input(
                     "variants",
                     default=1,
                     min=1,
                     max=MAX_VARIANTS,
                     tooltip=(
-                        "How many different captions, for exploring: each leads to an image of its "
-                        "own. Those after the first go another way in view, light or surroundings."
+                        "Number of different captions; each one makes its own image. From the "
+                        "second on, the view, light or surroundings change."
                     ),
                 ),
                 io.String.Input(
                     "style",
                     default="",
                     optional=True,
-                    tooltip="Words for the look, such as: watercolour, muted colours.",
+                    tooltip="Style keywords, such as: watercolour, muted colours.",
                 ),
                 io.String.Input(
                     "language",
                     default="",
                     optional=True,
-                    tooltip="Of the caption, such as English or Japanese; empty is the prompt's.",
+                    tooltip=(
+                        "Language of the caption, such as English or Japanese; empty uses the "
+                        "prompt's."
+                    ),
                 ),
             ],
             outputs=[
@@ -91,7 +96,7 @@ class K2PromptExpander(io.ComfyNode):
                     "prompts",
                     display_name="prompts",
                     is_output_list=True,
-                    tooltip="The captions, one after the other; what is connected runs for each.",
+                    tooltip="The captions as a list; connected nodes run once per caption.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -17,16 +17,16 @@ class K2NegativeGuidance(io.ComfyNode):
             display_name="Krea 2 Negative (NAG)",
             category="Krea 2",
             description=(
-                "A negative prompt that works at guidance 0 (Turbo), inside attention and without "
-                "a second pass of the image."
+                "Gives Turbo (guidance 0) a negative prompt by normalised attention guidance "
+                "(NAG), without a second pass of the model."
             ),
             search_aliases=inputs.aliases(
                 "nag, negative, negative without guidance, turbo, normalized attention guidance"
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2; Turbo has no other negative."),
+                io.Model.Input("model", tooltip="Krea 2 from a Krea 2 loader, usually Turbo."),
                 io.Conditioning.Input(
-                    "negative", tooltip="What to lead away from, of Krea 2 Prompt."
+                    "negative", tooltip="The encoded negative prompt, from Krea 2 Prompt."
                 ),
                 io.Float.Input(
                     "strength",
@@ -34,7 +34,10 @@ class K2NegativeGuidance(io.ComfyNode):
                     min=0.0,
                     max=50.0,
                     step=0.5,
-                    tooltip="How far to lead away from the negative; 0 is off.",
+                    tooltip=(
+                        "NAG scale: how strongly the image is pushed away from the negative "
+                        "prompt; 0 is off."
+                    ),
                 ),
                 io.Float.Input(
                     "blend",
@@ -42,20 +45,22 @@ class K2NegativeGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="The share of the result that the image gets; raise it where strength "
-                    "no longer does more.",
+                    tooltip=(
+                        "NAG alpha: share of the guided result in the attention output. Raise it "
+                        "when more strength changes nothing."
+                    ),
                 ),
                 inputs.window(
                     "start",
                     0.0,
-                    "The part of the schedule's time after which it begins, as in ComfyUI: a "
-                    "run at denoise 0.6 begins at 0.4.",
+                    "Start percent of the schedule (0 to 1): NAG begins here. A run at denoise "
+                    "0.6 begins at 0.4.",
                 ),
                 inputs.window(
                     "end",
                     0.75,
-                    "The part of the schedule's time after which it ends; later steps cost "
-                    "nothing more. What is in the picture is settled early.",
+                    "End percent of the schedule (0 to 1): NAG stops here, and later steps "
+                    "cost nothing extra. Image content is settled early.",
                 ),
                 io.Float.Input(
                     "limit",
@@ -64,10 +69,13 @@ class K2NegativeGuidance(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="How many times as large as without it attention may become.",
+                    tooltip=(
+                        "NAG tau: maximum size of the guided attention output relative to the "
+                        "output without NAG."
+                    ),
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The same model, with the negative.")],
+            outputs=[io.Model.Output(tooltip="The model with NAG.")],
         )
 
     @classmethod

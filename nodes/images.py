@@ -25,36 +25,37 @@ class K2FitImage(io.ComfyNode):
             display_name="Krea 2 Fit Image",
             category="Krea 2",
             description=(
-                "Brings an image to a size the model is good at and its sides to multiples of 16, "
-                "in the image's own aspect or another. The mask goes along."
+                "Resizes an image to a size that suits the model, with sides that are multiples of "
+                "16, in its own aspect ratio or another. The mask is resized with it."
             ),
             search_aliases=inputs.aliases(
                 "resize, scale image, crop, pad, aspect ratio, megapixels, image to image"
             ),
             inputs=[
-                io.Image.Input("image", tooltip="One or many; alpha is dropped."),
+                io.Image.Input("image", tooltip="One image or a batch; alpha is dropped."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Cut and scaled with the image. What is padded is masked as well.",
+                    tooltip="Cropped and resized with the image; padding is masked too.",
                 ),
                 inputs.megapixels(
                     "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
-                    "0 keeps the image's."
+                    "0 keeps the image's area."
                 ),
                 io.Combo.Input(
                     "aspect",
                     options=[FROM_IMAGE, *ASPECTS],
                     default="image",
-                    tooltip="Width to height; image keeps what the image has.",
+                    tooltip="Aspect ratio, width to height; image keeps the image's own.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default="crop",
                     tooltip=(
-                        "Where the aspects differ: cut both ends, pad both ends, or stretch. In "
-                        "the image's own aspect that is 15 pixels at most, for multiples of 16."
+                        "If the aspect ratios differ: crop both ends, pad both ends, or stretch. "
+                        "With the image's own ratio that is at most 15 pixels, for multiples of "
+                        "16."
                     ),
                 ),
                 io.Combo.Input(
@@ -62,12 +63,12 @@ class K2FitImage(io.ComfyNode):
                     options=list(PADDINGS),
                     default="edge",
                     advanced=True,
-                    tooltip="For mode pad: the outermost pixels go on, or grey.",
+                    tooltip="For mode pad: repeat the edge pixels, or fill with grey.",
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The image in its new size."),
-                io.Mask.Output(tooltip="The mask in this size, and what was padded."),
+                io.Image.Output(tooltip="The resized image."),
+                io.Mask.Output(tooltip="The resized mask, including the padding."),
                 io.Int.Output(display_name="width", tooltip="Pixels, a multiple of 16."),
                 io.Int.Output(display_name="height", tooltip="Pixels, a multiple of 16."),
             ],
@@ -95,12 +96,12 @@ class K2Outpaint(io.ComfyNode):
             display_name="Krea 2 Outpaint",
             category="Krea 2",
             description=(
-                "Makes an image larger on any side and masks what is new, for Krea 2 Inpaint. The "
-                "new part goes on with the image's outermost pixels until it is painted."
+                "Extends an image on any side and masks the new area for Krea 2 Inpaint. Until it "
+                "is painted, the new area repeats the edge pixels."
             ),
             search_aliases=inputs.aliases("outpaint, extend, uncrop, pad image"),
             inputs=[
-                io.Image.Input("image", tooltip="One or many; alpha is dropped."),
+                io.Image.Input("image", tooltip="One image or a batch; alpha is dropped."),
                 *(
                     io.Int.Input(
                         side,
@@ -118,7 +119,10 @@ class K2Outpaint(io.ComfyNode):
                     min=0,
                     max=MAX_SIZE,
                     step=8,
-                    tooltip="Pixels to add at the right; more where the width needs it.",
+                    tooltip=(
+                        "Pixels to add at the right, plus any needed to make the width a multiple "
+                        "of 16."
+                    ),
                 ),
                 io.Int.Input(
                     "bottom",
@@ -126,18 +130,21 @@ class K2Outpaint(io.ComfyNode):
                     min=0,
                     max=MAX_SIZE,
                     step=8,
-                    tooltip="Pixels to add at the bottom; more where the height needs it.",
+                    tooltip=(
+                        "Pixels to add at the bottom, plus any needed to make the height a "
+                        "multiple of 16."
+                    ),
                 ),
                 inputs.feather(
-                    "How far the mask reaches into the image, falling off, to hide the seam. "
-                    "0 keeps every pixel of the image.",
+                    "Pixels over which the mask fades into the image, to hide the seam. 0 "
+                    "keeps every pixel of the image.",
                     default=16,
                     highest=256,
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The larger image, its sides multiples of 16."),
-                io.Mask.Output(tooltip="What is new."),
+                io.Image.Output(tooltip="The extended image, its sides multiples of 16."),
+                io.Mask.Output(tooltip="The mask of the new area."),
             ],
         )
 

@@ -20,8 +20,8 @@ from .latents import given_vae
 from .sampler_run import SOFT_MASK
 
 _FEATHER = inputs.feather(
-    "Pixels inside the mask's edge over which the painted image fades in. Outside of the mask "
-    "every pixel stays as it is."
+    "Pixels inside the mask's edge over which the new image fades in. Outside the mask every "
+    "pixel is unchanged."
 )
 
 Stitch = io.Custom("KREA2_STITCH")
@@ -35,8 +35,8 @@ class K2Inpaint(io.ComfyNode):
             display_name="Krea 2 Inpaint",
             category="Krea 2",
             description=(
-                "A latent of which the sampler paints only what is masked. Lay the decoded image "
-                "over the original with Krea 2 Composite and the mask from here."
+                "Creates a latent in which the sampler repaints only the masked area. Paste the "
+                "decoded image into the original with Krea 2 Composite and this node's mask."
             ),
             search_aliases=inputs.aliases(
                 "inpaint, mask, differential diffusion, soft inpainting, "
@@ -44,12 +44,12 @@ class K2Inpaint(io.ComfyNode):
             ),
             inputs=[
                 inputs.VAE,
-                io.Image.Input("image", tooltip="The image; any size, one or many."),
+                io.Image.Input("image", tooltip="One image or a batch, of any size."),
                 io.Mask.Input(
                     "mask",
                     tooltip=(
-                        "What to paint anew: one for all images, or one each. Another size is "
-                        "scaled where the aspect is the image's."
+                        "Area to repaint: one mask for all images, or one each. A mask of another "
+                        "size is resized if its aspect ratio matches the image's."
                     ),
                 ),
                 io.Int.Input(
@@ -57,18 +57,19 @@ class K2Inpaint(io.ComfyNode):
                     default=8,
                     min=0,
                     max=inputs.MAX_PIXELS,
-                    tooltip="Pixels to paint around what is masked by half or more.",
+                    tooltip="Pixels by which the masked area (half or more) grows.",
                 ),
                 inputs.feather(
-                    "Pixels beyond that, over which less and less changes; with soft only."
+                    "Pixels of soft edge beyond that, in which the change fades out; only with "
+                    "soft."
                 ),
                 io.Boolean.Input(
                     "soft",
                     default=True,
                     tooltip=(
-                        "On, a mask of 0.6 changes its place as much as denoise 0.6 would; off, a "
-                        "place is painted or not. Krea 2 Sampler does this by itself; other "
-                        "samplers need Differential Diffusion."
+                        "On: the mask value sets the strength, so 0.6 changes a place as much as "
+                        "denoise 0.6. Off: a place is repainted or not. Works in Krea 2 Sampler; "
+                        "other samplers need Differential Diffusion."
                     ),
                 ),
                 io.Combo.Input(
@@ -77,16 +78,15 @@ class K2Inpaint(io.ComfyNode):
                     default="original",
                     advanced=True,
                     tooltip=(
-                        "What lies under the mask: a denoise below 1 starts from it, and at 1 its "
-                        "traces at the edge are gone with grey or surroundings, to remove things."
+                        "Content under the mask: denoise below 1 starts from it. To remove objects "
+                        "at denoise 1, choose grey or surroundings, which leave no traces at the "
+                        "edge."
                     ),
                 ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The image and the mask, for the sampler."),
-                io.Mask.Output(
-                    tooltip="The mask as it was used, for Krea 2 Composite or Krea 2 Stitch."
-                ),
+                io.Mask.Output(tooltip="The final mask, for Krea 2 Composite or Krea 2 Stitch."),
             ],
         )
 
@@ -114,7 +114,7 @@ class K2Inpaint(io.ComfyNode):
         latent = {"samples": samples, "noise_mask": cells[:, None, None], SOFT_MASK: soft}
         share = cells.gt(0).float().mean().item()
         height, width = padded.shape[1:3]
-        report = f"{width} x {height} px,\n{share:.0%} of it to paint"
+        report = f"{width} x {height} px,\n{share:.0%} to repaint"
         return io.NodeOutput(latent, repaint, ui=ui.PreviewText(report))
 
 
@@ -126,19 +126,21 @@ class K2Composite(io.ComfyNode):
             display_name="Krea 2 Composite",
             category="Krea 2",
             description=(
-                "Lays a painted image over the original: inside the mask what was painted, outside "
-                "the original, every pixel as it was."
+                "Pastes the repainted image into the original. Inside the mask is the new image, "
+                "outside every pixel of the original is unchanged."
             ),
             search_aliases=inputs.aliases(
                 "inpaint, composite, blend, paste back, image composite masked"
             ),
             inputs=[
-                io.Image.Input("original", tooltip="The image before."),
+                io.Image.Input("original", tooltip="The original image."),
                 io.Image.Input("painted", tooltip="The decoded image."),
-                io.Mask.Input("mask", tooltip="From Krea 2 Inpaint; any value above 0 counts."),
+                io.Mask.Input(
+                    "mask", tooltip="The mask from Krea 2 Inpaint; any value above 0 is inside."
+                ),
                 _FEATHER,
             ],
-            outputs=[io.Image.Output(tooltip="The original with what was painted.")],
+            outputs=[io.Image.Output(tooltip="The composited image.")],
         )
 
     @classmethod
@@ -156,29 +158,31 @@ class K2CropForInpaint(io.ComfyNode):
             display_name="Krea 2 Crop for Inpaint",
             category="Krea 2",
             description=(
-                "Cuts out what is around a mask and brings it to the size the model is best at, "
-                "for small parts of large images. Krea 2 Stitch puts it back."
+                "Crops the area around a mask and scales it to the model's best size, for small "
+                "areas of large images. Krea 2 Stitch pastes it back."
             ),
             search_aliases=inputs.aliases("inpaint crop, crop and stitch, detailer, only masked"),
             inputs=[
-                io.Image.Input("image", tooltip="The whole image, one or many."),
-                io.Mask.Input("mask", tooltip="What is to be painted: one for all, or one each."),
+                io.Image.Input("image", tooltip="The full image, or a batch."),
+                io.Mask.Input(
+                    "mask", tooltip="Area to repaint: one mask for all images, or one each."
+                ),
                 io.Float.Input(
                     "context",
                     default=1.5,
                     min=1.0,
                     max=20.0,
                     step=0.1,
-                    tooltip="How many times as wide and high as the mask the part is that is cut.",
+                    tooltip="Width and height of the crop, as a multiple of the mask's.",
                 ),
                 inputs.megapixels(
-                    "Area to work at, in units of 1024 x 1024 pixels: 1 for Raw, 1 to 4 for "
-                    "Turbo. 0 does not scale."
+                    "Area to scale the crop to, in units of 1024 x 1024 pixels: 1 for Raw, 1 "
+                    "to 4 for Turbo. 0 does not scale."
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The part, its sides multiples of 16."),
-                io.Mask.Output(tooltip="Its mask, for Krea 2 Inpaint."),
+                io.Image.Output(tooltip="The crop, its sides multiples of 16."),
+                io.Mask.Output(tooltip="The mask of the crop, for Krea 2 Inpaint."),
                 Stitch.Output(display_name="stitch", tooltip="For Krea 2 Stitch."),
             ],
         )
@@ -188,7 +192,7 @@ class K2CropForInpaint(io.ComfyNode):
         image = colours(image)
         part, masks, cut = crop(image, mask_for(mask, image), context, megapixels)
         box, (height, width) = cut.boxes[0], part.shape[1:3]
-        report = f"{box.width} x {box.height} px,\nworked at {width} x {height} px"
+        report = f"{box.width} x {box.height} px,\nscaled to {width} x {height} px"
         return io.NodeOutput(part, masks, cut, ui=ui.PreviewText(report))
 
 
@@ -200,24 +204,24 @@ class K2Stitch(io.ComfyNode):
             display_name="Krea 2 Stitch",
             category="Krea 2",
             description=(
-                "Puts a part that Krea 2 Crop for Inpaint cut out back into its image. Outside of "
-                "the mask every pixel stays as it was."
+                "Pastes the crop of Krea 2 Crop for Inpaint back into its image. Outside the mask "
+                "every pixel is unchanged."
             ),
             search_aliases=inputs.aliases("inpaint stitch, crop and stitch, uncrop, paste back"),
             inputs=[
                 Stitch.Input("stitch", tooltip="From Krea 2 Crop for Inpaint."),
-                io.Image.Input("painted", tooltip="The part, painted and decoded."),
+                io.Image.Input("painted", tooltip="The repainted and decoded crop."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "From Krea 2 Inpaint, so that what it grew and feathered counts; without, "
-                        "the mask that was cut."
+                        "The mask from Krea 2 Inpaint, with its grow and feather; without it, the "
+                        "mask of the crop."
                     ),
                 ),
                 _FEATHER,
             ],
-            outputs=[io.Image.Output(tooltip="The whole image.")],
+            outputs=[io.Image.Output(tooltip="The full image.")],
         )
 
     @classmethod
@@ -233,7 +237,7 @@ def _painted_mask(mask, image):
     mask = mask_for(mask, image)
     if not mask.any():
         raise ValueError(
-            f"{EMPTY}nothing of the painted image would be seen. Connect the mask of Krea 2 "
+            f"{EMPTY}the painted image would have no effect. Connect the mask of Krea 2 "
             "Inpaint, or paint one (Open in Mask Editor)."
         )
     return mask

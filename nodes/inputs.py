@@ -35,9 +35,10 @@ MODEL = io.Model.Input("model", tooltip="Krea 2, Raw or Turbo.")
 VAE = io.Vae.Input("vae", tooltip="The VAE.")
 CLIP = io.Clip.Input("clip", tooltip="The text encoder.")
 VISION_CLIP = io.Clip.Input(
-    "clip", tooltip="The text encoder of a Krea 2 loader, from a file with a vision tower."
+    "clip",
+    tooltip="The text encoder from a Krea 2 loader; its file must contain the vision tower.",
 )
-POSITIVE = io.Conditioning.Input("positive", tooltip="What the image shows.")
+POSITIVE = io.Conditioning.Input("positive", tooltip="The encoded prompt.")
 
 
 def prompt(tooltip: str):
@@ -45,7 +46,7 @@ def prompt(tooltip: str):
 
 
 def negative_prompt(
-    tooltip="What guidance leads away from; without effect at guidance 0 (Turbo).",
+    tooltip="Negative prompt: what the image should not show. No effect at guidance 0 (Turbo).",
 ):
     return io.String.Input(
         "negative", multiline=True, dynamic_prompts=True, default="", tooltip=tooltip
@@ -94,8 +95,9 @@ WEIGHTS = io.Boolean.Input(
     optional=True,
     advanced=True,
     tooltip=(
-        "Read (word:1.3) as a weight: above 1 the words count more, below 1 less, at 0 not at all, "
-        "below 0 the picture avoids them. Off, brackets are text."
+        "Read (word:1.3) as a prompt weight: above 1 strengthens the words, below 1 weakens them, "
+        "0 removes their effect, and negative values push the image away from them. When off, "
+        "brackets are plain text."
     ),
 )
 
@@ -111,12 +113,12 @@ PRESET = io.Combo.Input(
     options=[AUTO, *PRESETS, CUSTOM],
     default=AUTO,
     tooltip=(
-        "Steps and guidance: auto takes what the checkpoint was made for, raw is 28 steps at "
-        "guidance 4.5, turbo 8 steps at 0, custom the values below. The node shows what was taken."
+        "Steps and guidance: auto uses the checkpoint's settings, raw is 28 steps at guidance 4.5, "
+        "turbo 8 steps at 0, custom uses the values below. The node shows the values used."
     ),
 )
 STEPS = io.Int.Input(
-    "steps", default=28, min=1, max=1000, tooltip="Steps; used with preset custom only."
+    "steps", default=28, min=1, max=1000, tooltip="Number of steps, for preset custom only."
 )
 
 
@@ -140,8 +142,7 @@ DENOISE = io.Float.Input(
     max=1.0,
     step=0.01,
     tooltip=(
-        "Where to start: 1 from pure noise; below, the latent image keeps part of itself, the more "
-        "the lower."
+        "Denoising strength: 1 starts from pure noise, lower values keep more of the latent image."
     ),
 )
 START_SIGMA = io.Float.Input(
@@ -154,8 +155,8 @@ START_SIGMA = io.Float.Input(
     optional=True,
     advanced=True,
     tooltip=(
-        "The sigma to start from, in place of denoise: 1 is pure noise, 0 leaves it to denoise. "
-        "The same sigma adds the same noise at every size and shift."
+        "Sigma to start from, instead of denoise: 1 is pure noise, 0 uses denoise. The same sigma "
+        "adds the same noise at every size and shift."
     ),
 )
 
@@ -167,8 +168,8 @@ def shift(advanced: bool = True):
         default=AUTO,
         advanced=advanced,
         tooltip=(
-            "The time shift: auto is the preset's, fixed 1.15 for Turbo and by size for Raw, as "
-            "Krea trained them; fixed takes mu from below."
+            "Time shift of the schedule: auto is the preset's (fixed 1.15 for Turbo, by size for "
+            "Raw, as Krea trained them), fixed uses mu below."
         ),
     )
 
@@ -180,7 +181,7 @@ MU = io.Float.Input(
     max=10.0,
     step=0.01,
     advanced=True,
-    tooltip="The shift's exponent, for shift fixed. At 1024 x 1024 Raw's is 0.90625.",
+    tooltip="Exponent of the shift, for shift fixed. Raw at 1024 x 1024 uses 0.90625.",
 )
 
 

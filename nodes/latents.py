@@ -23,8 +23,8 @@ class K2EmptyLatent(io.ComfyNode):
             display_name="Krea 2 Size",
             category="Krea 2",
             description=(
-                "An empty latent by aspect ratio and area, or by width and height. Raw is good "
-                "to about 1 megapixel, Turbo to 4 (2048 x 2048)."
+                "Creates an empty latent from aspect ratio and area, or from width and height. Raw "
+                "works best up to about 1 megapixel, Turbo up to 4 (2048 x 2048)."
             ),
             search_aliases=inputs.aliases(
                 "turbo, raw, empty latent, resolution, aspect ratio, megapixels, portrait"
@@ -34,28 +34,28 @@ class K2EmptyLatent(io.ComfyNode):
                     "aspect",
                     options=[*ASPECTS, CUSTOM],
                     default="1:1",
-                    tooltip='Width to height. "custom" takes width and height from below.',
+                    tooltip='Aspect ratio, width to height. "custom" uses width and height below.',
                 ),
                 inputs.megapixels(
                     "Area, in units of 1024 x 1024 pixels: up to 1 for Raw, 1 to 4 for Turbo. "
-                    "Without effect on custom sizes.",
+                    "Not used with custom.",
                     lowest=0.05,
                 ),
                 *inputs.width_and_height(
-                    f"Pixels, for custom; rounded up to multiples of {MULTIPLE}."
+                    f"Pixels, for custom only; rounded up to multiples of {MULTIPLE}."
                 ),
-                io.Int.Input("batch", default=1, min=1, max=64, tooltip="How many images."),
+                io.Int.Input("batch", default=1, min=1, max=64, tooltip="Number of images."),
                 io.Boolean.Input(
                     "swap",
                     default=False,
                     optional=True,
-                    tooltip="Width for height: landscape becomes portrait, and back.",
+                    tooltip="Swap width and height: landscape becomes portrait, and back.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Empty latents for the sampler."),
-                io.Int.Output(display_name="width", tooltip="Pixels, as rounded."),
-                io.Int.Output(display_name="height", tooltip="Pixels, as rounded."),
+                io.Int.Output(display_name="width", tooltip="Pixels, after rounding."),
+                io.Int.Output(display_name="height", tooltip="Pixels, after rounding."),
             ],
         )
 
@@ -104,13 +104,13 @@ class K2VAEDecode(io.ComfyNode):
             node_id="K2VAEDecode",
             display_name="Decode with the Krea 2 VAE",
             category="Krea 2",
-            description="Latents to images; in tiles of its own accord where memory runs out.",
+            description="Decodes latents to images; switches to tiles when memory runs out.",
             search_aliases=inputs.aliases("qwen, vae decode, latent to image"),
             inputs=[
-                io.Latent.Input("samples", tooltip="What the sampler gives."),
+                io.Latent.Input("samples", tooltip="The latents from the sampler."),
                 inputs.VAE,
             ],
-            outputs=[io.Image.Output(tooltip="The images.")],
+            outputs=[io.Image.Output(tooltip="The decoded images.")],
         )
 
     @classmethod
@@ -127,7 +127,7 @@ class K2VAEEncode(io.ComfyNode):
             node_id="K2VAEEncode",
             display_name="Encode with the Krea 2 VAE",
             category="Krea 2",
-            description="Images to latents; with the Krea 2 VAE, one latent an image.",
+            description="Encodes images to latents; with the Krea 2 VAE, one latent per image.",
             search_aliases=inputs.aliases("qwen, vae encode, image to latent"),
             inputs=[
                 io.Image.Input(

@@ -17,8 +17,8 @@ class K2TapWeights(io.ComfyNode):
             display_name="Krea 2 Layer Mix",
             category="Krea 2",
             description=(
-                "Weighs the twelve layers of the text encoder that a prompt is made of; each token "
-                "keeps its size. All equal, the prompt stays as it is."
+                "Sets the weights of the twelve text encoder layers that Krea 2 reads; each token "
+                "keeps its norm. With equal weights the prompt is unchanged."
             ),
             search_aliases=inputs.aliases("taps, layers, rebalance, hidden states"),
             inputs=[
@@ -30,12 +30,12 @@ class K2TapWeights(io.ComfyNode):
                         min=0.0,
                         max=8.0,
                         step=0.05,
-                        tooltip="How much this layer counts beside the others; 0 leaves it out.",
+                        tooltip="Weight of this layer relative to the others; 0 leaves it out.",
                     )
                     for layer in LAYERS
                 ),
             ],
-            outputs=[io.Conditioning.Output(tooltip="The same prompt in another mix.")],
+            outputs=[io.Conditioning.Output(tooltip="The prompt with these layer weights.")],
         )
 
     @classmethod

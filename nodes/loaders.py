@@ -21,12 +21,12 @@ QUANTISED = {"fp8_scaled" if name == "fp8" else name: name for name in QUANTISAT
 IMPLEMENTATIONS = {"this pack": False, "ComfyUI's own": True}
 
 _MODEL_TIP = (
-    "A Krea 2 transformer (models/diffusion_models), an all-in-one file (models/checkpoints) or a "
-    "diffusers folder (models/diffusers). Raw or Turbo is told from the file."
+    "A Krea 2 transformer (models/diffusion_models), an all-in-one file (models/checkpoints) "
+    "or a diffusers folder (models/diffusers). Raw or Turbo is detected from the file."
 )
 _ENCODER_TIP = "The Qwen3-VL-4B text encoder (models/text_encoders), for example qwen3vl_4b_bf16."
 _VAE_TIP = "The Qwen-Image VAE (models/vae), for example qwen_image_vae."
-_AUTO_TIP = ' "auto" takes it from the model where it holds one, else the first that fits.'
+_AUTO_TIP = ' "auto" uses the one in the model file if there is one, otherwise the first that fits.'
 
 
 _MODEL_DTYPE = io.Combo.Input(
@@ -35,10 +35,10 @@ _MODEL_DTYPE = io.Combo.Input(
     default="auto",
     advanced=True,
     tooltip=(
-        "How the transformer's matrices are kept in memory. auto follows the file and ComfyUI's "
-        "flags. fp8_scaled, int8 and int8_convrot make half of a 16-bit file's size as it loads "
-        "and calculate in 8 bits where the card can; not exact. Norms and modulation tables stay "
-        "float32, quantised files as they are."
+        "Data type of the transformer's weights in memory; auto follows the file and ComfyUI's "
+        "flags. fp8_scaled, int8 and int8_convrot quantise a 16-bit file while loading: half the "
+        "memory and 8-bit maths where the GPU supports it, at a small loss. Norms and modulation "
+        "tables stay float32, and quantised files stay as they are."
     ),
 )
 
@@ -56,9 +56,9 @@ _IMPLEMENTATION = io.Combo.Input(
     optional=True,
     advanced=True,
     tooltip=(
-        "Which code runs the transformer. This pack's is faster, and other packs' nodes work with "
-        "it. ComfyUI's own is for a node that needs more of ComfyUI's model; prompt weights, "
-        "strengths of references and Krea 2 Negative (NAG) have no effect there."
+        "The code that runs the transformer. This pack's is faster and works with other packs' "
+        "nodes. Choose ComfyUI's own for a node that needs ComfyUI's model class; prompt weights, "
+        "reference strengths and Krea 2 Negative (NAG) have no effect there."
     ),
 )
 
@@ -222,13 +222,16 @@ class K2TextEncoderLoader(io.ComfyNode):
             node_id="K2TextEncoderLoader",
             display_name="Load Krea 2 Text Encoder",
             category="Krea 2",
-            description="Loads the Qwen3-VL-4B text encoder, without the parts text does not need.",
+            description=(
+                "Loads the Qwen3-VL-4B text encoder as a CLIP, without the parts that Krea 2 does "
+                "not use."
+            ),
             search_aliases=inputs.aliases("qwen, qwen3, clip"),
             inputs=[
                 io.Combo.Input(
                     "file", options=model_files.list_models(TEXT_ENCODER), tooltip=_ENCODER_TIP
                 ),
-                _dtype_input("How weights are kept in memory; activations are always float32."),
+                _dtype_input("Data type of the weights in memory; activations are always float32."),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder.")],
         )
@@ -253,11 +256,13 @@ class K2VAELoader(io.ComfyNode):
             node_id="K2VAELoader",
             display_name="Load Krea 2 VAE",
             category="Krea 2",
-            description="Loads the Qwen-Image VAE for single images, without its parts for video.",
+            description="Loads the Qwen-Image VAE for single images, without its video parts.",
             search_aliases=inputs.aliases("qwen, wan"),
             inputs=[
                 io.Combo.Input("file", options=model_files.list_models(VAE), tooltip=_VAE_TIP),
-                _dtype_input("What the VAE runs in. auto follows the device and ComfyUI's flags."),
+                _dtype_input(
+                    "Data type the VAE runs in. auto follows the device and ComfyUI's flags."
+                ),
             ],
             outputs=[io.Vae.Output(tooltip="The VAE.")],
         )

@@ -16,8 +16,9 @@ class K2LoraLoader(io.ComfyNode):
             display_name="Load Krea 2 LoRA",
             category="Krea 2",
             description=(
-                "Applies a LoRA of any trainer to Krea 2, on any quantisation, and reports what of "
-                "it fits. Chain several, each with its own strength."
+                "Applies a LoRA to Krea 2, from any trainer and on any quantisation, and reports "
+                "which parts match. Chain several nodes to combine LoRAs, each with its own "
+                "strength."
             ),
             search_aliases=inputs.aliases("lora, lokr, loha, dora, lycoris"),
             inputs=[
@@ -25,12 +26,14 @@ class K2LoraLoader(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder, for LoRAs that change it too (few do).",
+                    tooltip="The text encoder, for the few LoRAs that also change it.",
                 ),
                 io.Combo.Input(
                     "lora",
                     options=model_files.list_loras(),
-                    tooltip="A file of models/loras, or one that krea2-nano brings.",
+                    tooltip=(
+                        "A file in models/loras, or one of the LoRAs that come with krea2-nano."
+                    ),
                 ),
                 io.Float.Input(
                     "strength",
@@ -38,7 +41,10 @@ class K2LoraLoader(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="How much of it; 0 is none, below 0 the opposite.",
+                    tooltip=(
+                        "LoRA weight of the transformer: 1 is as trained, 0 is off, negative "
+                        "values reverse the effect."
+                    ),
                 ),
                 io.Float.Input(
                     "clip_strength",
@@ -47,13 +53,17 @@ class K2LoraLoader(io.ComfyNode):
                     max=100.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="The strength of its part for the text encoder, where it has one.",
+                    tooltip="LoRA weight of the text encoder, if the file changes it.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The transformer with the LoRA."),
-                io.Clip.Output(tooltip="The text encoder, with the LoRA's part for it."),
-                io.String.Output("report", display_name="report", tooltip="What matched."),
+                io.Model.Output(tooltip="The transformer with the LoRA applied."),
+                io.Clip.Output(tooltip="The text encoder with the LoRA applied."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="The kind of LoRA and which layers match.",
+                ),
             ],
         )
 

@@ -36,9 +36,9 @@ class K2TextEncodeImages(io.ComfyNode):
             display_name="Krea 2 Prompt with Images",
             category="Krea 2",
             description=(
-                "Encodes a prompt with up to eight images in front of it, which the text encoder "
-                "sees. Made for LoRAs that were trained to read images (style, editing); Krea 2 "
-                "alone was trained on text."
+                "Encodes a prompt with up to eight images, which the text encoder reads before the "
+                "text. Made for LoRAs trained on prompts with images (style, editing); Krea 2 "
+                "itself was trained on text only."
             ),
             search_aliases=inputs.aliases(
                 "prompt, image prompt, style reference, vision, edit, qwen vl, ip adapter"
@@ -46,24 +46,27 @@ class K2TextEncodeImages(io.ComfyNode):
             inputs=[
                 inputs.VISION_CLIP,
                 inputs.prompt(
-                    "What the image shows. It may speak of Picture 1, Picture 2 and so on."
+                    "What the image should show. Refer to the images as Picture 1, Picture 2 "
+                    "and so on."
                 ),
-                *inputs.images("An image of the prompt; each of a batch is one. Eight in all."),
+                *inputs.images(
+                    "An image for the prompt; a batch adds all of its images. At most eight in "
+                    "total."
+                ),
                 inputs.negative_prompt(
-                    "What guidance leads away from, as text alone; without effect at guidance "
-                    "0 (Turbo)."
+                    "Negative prompt, text only. No effect at guidance 0 (Turbo)."
                 ),
                 io.Boolean.Input(
                     "labels",
                     default=True,
                     tooltip=(
-                        "Write Picture 1: in front of the first image and so on, as LoRAs that "
-                        "read images were trained. Off, images stand alone."
+                        "Write Picture 1: before the first image and so on, as LoRAs with image "
+                        "prompts were trained. When off, images have no label."
                     ),
                 ),
                 inputs.max_side(
-                    "Larger images are made as small as a square of this side; none is "
-                    "enlarged. 384 is what LoRAs were trained with, and 144 tokens."
+                    "Larger images are shrunk to the area of a square with this side; none is "
+                    "enlarged. LoRAs were trained with 384, which is 144 tokens."
                 ),
                 io.String.Input(
                     "roles",
@@ -71,37 +74,41 @@ class K2TextEncodeImages(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="What each image is there for, a line an image, such as: the style.",
+                    tooltip="Role of each image, one per line, such as: the style.",
                 ),
                 io.String.Input(
                     "strengths",
                     default="",
                     optional=True,
                     tooltip=(
-                        "A number for each image, such as 1, 0.5: 1 is as it is, 0 leaves it out, "
-                        "2 counts double. Images without a number have 1."
+                        "Strength of each image, such as 1, 0.5: 1 is unchanged, 0 leaves the "
+                        "image out, 2 doubles its weight. Images without a number use 1."
                     ),
                 ),
                 inputs.official_length(
-                    "Cut the text at the 507 tokens the model was trained with; images do not "
-                    "count. Off, longer ones are used whole, with a warning in the log.",
+                    "Truncate the text at the 507 tokens the model was trained with; images do "
+                    "not count. When off, longer texts are used in full, with a warning in the "
+                    "log.",
                     optional=True,
                 ),
                 inputs.max_tokens(
-                    "Cut the text after so many tokens, 0 for never; images do not count."
+                    "Truncate the text after this many tokens; images do not count, and 0 is "
+                    "no limit."
                 ),
                 inputs.WEIGHTS,
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="positive", tooltip="The prompt with its images, encoded."
+                    display_name="positive", tooltip="The encoded prompt with its images."
                 ),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative, encoded."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The encoded negative prompt."
+                ),
                 io.Image.Output(
                     display_name="seen",
                     tooltip=(
-                        "What the encoder saw: the images at their sizes, on grey. Without images "
-                        "nothing that is connected here runs."
+                        "The images as the text encoder received them, on grey. Without images, "
+                        "nodes connected here do not run."
                     ),
                 ),
             ],

@@ -23,27 +23,31 @@ class K2TextEncode(io.ComfyNode):
             display_name="Krea 2 Prompt",
             category="Krea 2",
             description=(
-                "Encodes a prompt and a negative prompt in Krea 2's chat template. The negative "
-                "counts only where guidance is above 0 (Raw); left empty it is the empty prompt."
+                "Encodes a prompt and a negative prompt with Krea 2's chat template. The negative "
+                "prompt only has an effect when guidance is above 0 (Raw); you can leave it empty."
             ),
             search_aliases=inputs.aliases("prompt, text encode, qwen"),
             inputs=[
                 inputs.CLIP,
-                inputs.prompt("What the image shows. Whole sentences work best, up to 507 tokens."),
+                inputs.prompt(
+                    "What the image should show. Full sentences work best, up to 507 tokens."
+                ),
                 inputs.negative_prompt(),
                 inputs.official_length(
-                    "Cut prompts at the 507 tokens the model was trained with. Off, longer "
-                    "ones are used whole, with a warning in the log."
+                    "Truncate prompts at the 507 tokens the model was trained with. When off, "
+                    "longer prompts are used in full, with a warning in the log."
                 ),
                 inputs.max_tokens(
-                    "Cut prompts after so many tokens, 0 for never: steps get faster and what "
-                    "stands behind the cut is lost."
+                    "Truncate prompts after this many tokens; 0 is no limit. Shorter prompts "
+                    "make steps slightly faster."
                 ),
                 inputs.WEIGHTS,
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt, encoded."),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative, encoded."),
+                io.Conditioning.Output(display_name="positive", tooltip="The encoded prompt."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The encoded negative prompt."
+                ),
             ],
         )
 

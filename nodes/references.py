@@ -27,8 +27,8 @@ class K2Reference(io.ComfyNode):
             display_name="Krea 2 Reference",
             category="Krea 2",
             description=(
-                "Adds a reference image that the model looks at while it paints. Takes a LoRA that "
-                "was trained for it; several nodes in a row add several images."
+                "Adds a reference image that the model attends to while sampling. Needs a LoRA "
+                "trained with references; chain several nodes for several images."
             ),
             search_aliases=inputs.aliases(
                 "reference, reference latent, edit, style, identity, kontext, image prompt"
@@ -38,17 +38,23 @@ class K2Reference(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Gets the reference too, so that guidance does not lead away from it.",
+                    tooltip=(
+                        "Also gets the reference, so that guidance does not push the image away "
+                        "from it."
+                    ),
                 ),
                 io.Vae.Input("vae", tooltip="The Krea 2 VAE."),
-                io.Image.Input("image", tooltip="The reference; each image of a batch is one."),
+                io.Image.Input(
+                    "image", tooltip="The reference image; a batch adds all of its images."
+                ),
                 io.Combo.Input(
                     "family",
                     options=list(FAMILIES),
                     default=next(iter(FAMILIES)),
                     tooltip=(
-                        "How the LoRA was trained: with references as finished images at time 0 "
-                        "(ai-toolkit's edit and style LoRAs), or at the time of the step."
+                        "How the LoRA was trained: with references as clean images at time 0 "
+                        "(ai-toolkit's edit and style LoRAs), or at the time of the current step "
+                        "(identity LoRAs)."
                     ),
                 ),
                 io.Float.Input(
@@ -57,19 +63,21 @@ class K2Reference(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much attention goes to it: 1 as trained, 0 leaves it out.",
+                    tooltip=(
+                        "Attention strength of the reference: 1 is as trained, 0 leaves it out."
+                    ),
                 ),
                 inputs.window(
                     "start",
                     0.0,
-                    "The part of the schedule's time after which it comes in, as in ComfyUI: "
-                    "a run at denoise 0.6 begins at 0.4.",
+                    "Start percent of the schedule (0 to 1): the reference is used from here "
+                    "on. A run at denoise 0.6 begins at 0.4.",
                     advanced=True,
                 ),
                 inputs.window(
                     "end",
                     1.0,
-                    "The part of the schedule's time after which it is left out.",
+                    "End percent of the schedule (0 to 1): the reference is not used after this.",
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -78,13 +86,13 @@ class K2Reference(io.ComfyNode):
                     default=KEEP_SHAPE,
                     advanced=True,
                     tooltip=(
-                        "Its size: made smaller where it is over the area below, or brought to "
-                        "the size of the latent."
+                        "Resizing: keep the shape and shrink to the area below if larger, or crop "
+                        "or stretch to the size of the latent."
                     ),
                 ),
                 inputs.megapixels(
-                    "The largest area, in units of 1024 x 1024 pixels. Twice the area takes "
-                    "twice the tokens and more than twice the time.",
+                    "Maximum area, in units of 1024 x 1024 pixels. Twice the area means twice "
+                    "the tokens and more than twice the time.",
                     lowest=0.01,
                     step=0.01,
                     advanced=True,
@@ -92,7 +100,9 @@ class K2Reference(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The sampler's latent, for its size, where fit asks for it.",
+                    tooltip=(
+                        "The sampler's latent, for its size; needed when fit is crop or stretch."
+                    ),
                 ),
                 io.Int.Input(
                     "index",
@@ -100,21 +110,29 @@ class K2Reference(io.ComfyNode):
                     min=0,
                     max=255,
                     advanced=True,
-                    tooltip="Its place on the time axis of positions; 0 takes the next free one.",
+                    tooltip=(
+                        "Position on the time axis of the rotary embedding; 0 takes the next free "
+                        "one."
+                    ),
                 ),
                 io.Boolean.Input(
                     "apart",
                     default=False,
                     advanced=True,
                     tooltip=(
-                        "Let references see nothing but themselves, and read them once a run: "
-                        "faster, takes memory, not exact, and only at time 0."
+                        "Cache the references' keys and values: computed once per run, so steps "
+                        "are faster, but it takes memory. References then attend only to "
+                        "themselves, so the image changes; works at time 0 only."
                     ),
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="With the reference."),
-                io.Conditioning.Output(display_name="negative", tooltip="With the reference."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The conditioning with the reference."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The conditioning with the reference."
+                ),
             ],
         )
 
@@ -154,7 +172,7 @@ class K2Reference(io.ComfyNode):
         method = FAMILIES[family]
         if apart and method != TIME_ZERO:
             raise ValueError(
-                "apart is on with references at the step's time, which change with every step. "
+                f"apart caches references, which works at time 0 only; family is {family!r}. "
                 f"Switch it off, or choose {next(iter(FAMILIES))}."
             )
         resized = _resized(image, fit, megapixels, latent)

@@ -56,7 +56,7 @@ def unused_negative_report(negative) -> str:
     """For a negative at guidance 0, where it has no effect; empty for the empty prompt."""
     if all(states.shape[1] <= SUFFIX_TOKENS for states, _ in negative):
         return ""
-    return "not used: negative, at guidance 0\n(Krea 2 Negative (NAG) would)"
+    return "not used: negative, at guidance 0\n(use Krea 2 Negative (NAG))"
 
 
 def unknown_report(unknown: list[str]) -> str:
@@ -80,4 +80,4 @@ def unused_report(settings: Preset, inputs: Preset, default: Preset) -> str:
         for field in ("steps", "guidance")
         if getattr(inputs, field) not in (getattr(settings, field), getattr(default, field))
     ]
-    return f"not used: {', '.join(values)}\n(preset custom would)" if values else ""
+    return f"not used: {', '.join(values)}\n(needs preset custom)" if values else ""

@@ -47,8 +47,8 @@ class K2Sampler(io.ComfyNode):
             display_name="Krea 2 Sampler",
             category="Krea 2",
             description=(
-                "Samples with the schedule and the guidance Krea 2 was trained with, chosen by "
-                "the checkpoint and the size."
+                "Samples with the schedule and guidance Krea 2 was trained with, chosen from the "
+                "checkpoint and the image size."
             ),
             search_aliases=inputs.aliases("turbo, raw, ksampler, image to image"),
             inputs=[
@@ -57,16 +57,18 @@ class K2Sampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What guidance leads away from; needed where guidance is above 0.",
+                    tooltip="Negative prompt; required when guidance is above 0.",
                 ),
-                io.Latent.Input("latent", tooltip="An empty latent, or an image to change."),
+                io.Latent.Input(
+                    "latent", tooltip="An empty latent, or an encoded image for image to image."
+                ),
                 inputs.PRESET,
-                inputs.seed("The noise to start from."),
+                inputs.seed("Seed of the initial noise."),
                 inputs.STEPS,
                 inputs.guidance(
                     4.5,
-                    "Used with preset custom only; in Krea's convention: 0 is off. "
-                    "ComfyUI cfg = guidance + 1.",
+                    "Classifier-free guidance scale in Krea's convention, for preset custom "
+                    "only: 0 is off, ComfyUI cfg = guidance + 1.",
                 ),
                 inputs.DENOISE,
                 io.Combo.Input(
@@ -74,7 +76,7 @@ class K2Sampler(io.ComfyNode):
                     options=list(comfy.samplers.KSampler.SAMPLERS),
                     default="euler",
                     advanced=True,
-                    tooltip="ComfyUI's samplers; euler is what Krea uses.",
+                    tooltip="One of ComfyUI's samplers; Krea uses euler.",
                 ),
                 inputs.shift(),
                 inputs.MU,
@@ -85,14 +87,14 @@ class K2Sampler(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "For batches: the whole batch from one seed, as ComfyUI does, or image i "
-                        "from seed + i, which is the image that this seed makes alone. Samplers "
-                        "that draw noise then make one image after the other."
+                        "For batches: one seed for the whole batch, as in ComfyUI, or seed + i for "
+                        "image i, which matches the image this seed makes alone. Samplers that add "
+                        "noise then run one image after the other."
                     ),
                 ),
                 inputs.START_SIGMA,
             ],
-            outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
+            outputs=[io.Latent.Output(tooltip="The sampled latent, to be decoded.")],
         )
 
     @classmethod
@@ -159,7 +161,7 @@ class K2Sampler(io.ComfyNode):
         if unknown := unknown_to(model, positive, negative):
             report.append(unknown_report(unknown))
         if start_sigma and denoise != 1:
-            report.append(f"not used: denoise {denoise:g}\n(start_sigma counts)")
+            report.append(f"not used: denoise {denoise:g}\n(start_sigma is set)")
         values = Preset(CUSTOM, steps, guidance, None)
         # The defaults of the inputs are Raw's.
         if settings.name != CUSTOM and (unused := unused_report(settings, values, PRESETS["raw"])):
@@ -175,13 +177,13 @@ class K2Sigmas(io.ComfyNode):
             display_name="Krea 2 Schedule",
             category="Krea 2",
             description=(
-                "Krea 2's sigmas, for SamplerCustomAdvanced and its like. Krea 2 Sampler makes "
-                "them by itself."
+                "Krea 2's sigmas, for SamplerCustomAdvanced and similar nodes. Krea 2 Sampler "
+                "computes them itself."
             ),
             search_aliases=inputs.aliases("turbo, raw, scheduler, sigmas"),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2, for what the checkpoint was made for."),
-                io.Latent.Input("latent", tooltip="For its size."),
+                io.Model.Input("model", tooltip="Krea 2; its checkpoint sets the values for auto."),
+                io.Latent.Input("latent", tooltip="The latent to sample, for its size."),
                 inputs.PRESET,
                 inputs.STEPS,
                 inputs.DENOISE,
@@ -189,7 +191,7 @@ class K2Sigmas(io.ComfyNode):
                 inputs.MU,
                 inputs.START_SIGMA,
             ],
-            outputs=[io.Sigmas.Output(tooltip="From noise to 0.")],
+            outputs=[io.Sigmas.Output(tooltip="The sigmas, from noise down to 0.")],
         )
 
     @classmethod
@@ -227,8 +229,8 @@ class K2ModelSampling(io.ComfyNode):
             display_name="Krea 2 Shift for Stock Samplers",
             category="Krea 2",
             description=(
-                "Gives the model Krea 2's time shift for a size, so that KSampler with scheduler "
-                "simple follows the right schedule. Krea 2 Sampler does this by itself."
+                "Sets Krea 2's time shift for an image size, so that KSampler with scheduler "
+                "simple follows the right schedule. Krea 2 Sampler does this itself."
             ),
             search_aliases=inputs.aliases("turbo, raw, model sampling, mu"),
             inputs=[
@@ -239,7 +241,7 @@ class K2ModelSampling(io.ComfyNode):
                 inputs.shift(advanced=False),
                 inputs.MU,
             ],
-            outputs=[io.Model.Output(tooltip="The model with its shift set.")],
+            outputs=[io.Model.Output(tooltip="The model with the shift set.")],
         )
 
     @classmethod

@@ -32,28 +32,28 @@ class K2GuidanceSchedule(io.ComfyNode):
             display_name="Krea 2 Guidance Schedule",
             category="Krea 2",
             description=(
-                "Guidance only in a part of the run, with a ramp, or rescaled. Steps outside the "
-                "part do without the negative, which is half of their work."
+                "Limits guidance to a range of the schedule, ramps it, or rescales it. Steps "
+                "outside the range skip the negative prompt, which halves their work."
             ),
             search_aliases=inputs.aliases("cfg, interval, rescale, ramp"),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2 Raw, or Turbo where guidance is on."),
+                io.Model.Input("model", tooltip="Krea 2 Raw, or Turbo with guidance on."),
                 inputs.window(
                     "start",
                     0.0,
-                    "The part of the schedule's time after which guidance counts: 0 is pure "
+                    "Start percent of the schedule (0 to 1): guidance begins here, 0 is pure "
                     "noise. A run at denoise 0.6 begins at 0.4.",
                 ),
                 inputs.window(
-                    "end", 1.0, "The part of the schedule's time after which it no longer counts."
+                    "end", 1.0, "End percent of the schedule (0 to 1): guidance stops here."
                 ),
                 io.Combo.Input(
                     "ramp",
                     options=list(RAMPS),
                     default="constant",
                     tooltip=(
-                        "In between: all of it, from none to all, from all to none, or most in "
-                        "the middle."
+                        "Guidance inside the range: constant, rising from zero, falling to zero, "
+                        "or highest in the middle."
                     ),
                 ),
                 io.Float.Input(
@@ -62,7 +62,10 @@ class K2GuidanceSchedule(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Takes back contrast that strong guidance adds: 0 is off, 0.7 much.",
+                    tooltip=(
+                        "Reduces the contrast that strong guidance adds (CFG rescale): 0 is off, "
+                        "0.7 is strong."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, for any sampler with guidance.")],
@@ -125,16 +128,16 @@ class K2TwoStage(io.ComfyNode):
             display_name="Krea 2 Raw, then Turbo",
             category="Krea 2",
             description=(
-                "Begins an image with Raw and guidance and finishes it with Turbo: Raw's variety "
-                "between seeds, its negative prompt, and Turbo's finish."
+                "Starts an image with Raw and guidance and finishes it with Turbo: Raw's variety "
+                "between seeds and its negative prompt, with Turbo's finish."
             ),
             search_aliases=inputs.aliases("turbo, raw, two stage, variety"),
             inputs=[
-                io.Model.Input("raw", tooltip="Krea 2 Raw, which begins."),
-                io.Model.Input("turbo", tooltip="Krea 2 Turbo, which finishes."),
+                io.Model.Input("raw", tooltip="Krea 2 Raw, for the first steps."),
+                io.Model.Input("turbo", tooltip="Krea 2 Turbo, for the last steps."),
                 inputs.POSITIVE,
                 io.Conditioning.Input(
-                    "negative", tooltip="What Raw's guidance leads away from; may be empty text."
+                    "negative", tooltip="Negative prompt for Raw's guidance; may be empty."
                 ),
                 io.Latent.Input("latent", tooltip="An empty latent."),
                 io.Int.Input(
@@ -147,24 +150,24 @@ class K2TwoStage(io.ComfyNode):
                         "less to Raw; at 5 it goes down to sigma 0.84."
                     ),
                 ),
-                inputs.seed("The noise to start from."),
+                inputs.seed("Seed of the initial noise."),
                 io.Int.Input(
                     "raw_steps",
                     default=0,
                     min=0,
                     max=1000,
                     advanced=True,
-                    tooltip="Of a whole run of Raw, which ends early here; 0 takes its preset.",
+                    tooltip="Steps of a full Raw run, which stops early here; 0 uses the preset.",
                 ),
                 inputs.guidance(
                     -1.0,
-                    "Of Raw, in Krea's convention: ComfyUI cfg = guidance + 1. 0 is off, -1 "
-                    "takes its preset.",
+                    "Raw's guidance in Krea's convention: ComfyUI cfg = guidance + 1. 0 is "
+                    "off, -1 uses the preset.",
                     lowest=-1.0,
                     advanced=True,
                 ),
             ],
-            outputs=[io.Latent.Output(tooltip="The image, to be decoded.")],
+            outputs=[io.Latent.Output(tooltip="The sampled latent, to be decoded.")],
         )
 
     @classmethod
@@ -184,8 +187,8 @@ class K2TwoStage(io.ComfyNode):
         first, second = _preset(raw, "raw"), _preset(turbo, "turbo")
         if "noise_mask" in latent:
             raise ValueError(
-                "The latent has a mask, which two stages cannot keep. Connect an empty latent, or "
-                "inpaint with Krea 2 Sampler."
+                "The latent has a mask, which this node does not support. Connect an empty latent, "
+                "or inpaint with Krea 2 Sampler."
             )
         start = start_of(raw, latent)
         far = warn_of_size(raw, start)

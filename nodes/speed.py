@@ -23,24 +23,24 @@ class K2Compile(io.ComfyNode):
             display_name="Compile Krea 2",
             category="Krea 2",
             description=(
-                "Compiles the transformer's blocks with torch.compile: a wait at the first run, "
-                "faster steps from then on, for every size and prompt."
+                "Compiles the transformer's blocks with torch.compile: the first run is slow, "
+                "later steps are faster, at every size and prompt."
             ),
             search_aliases=inputs.aliases("torch compile, inductor, cuda graph, speed, faster"),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2, with its LoRAs."),
+                io.Model.Input("model", tooltip="Krea 2, with LoRAs already applied."),
                 io.Combo.Input(
                     "mode",
                     options=[COMPILE, BOTH, GRAPH],
                     default=COMPILE,
                     optional=True,
                     tooltip=(
-                        "A CUDA graph starts all kernels of a step at once: for small images and "
-                        "8-bit weights on fast NVIDIA cards that hold the whole model."
+                        "A CUDA graph launches all kernels of a step at once: faster for small "
+                        "images and 8-bit weights on fast NVIDIA cards that hold the whole model."
                     ),
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The transformer, compiled as it is first used.")],
+            outputs=[io.Model.Output(tooltip="The model, compiled on first use.")],
         )
 
     @classmethod
@@ -79,8 +79,8 @@ class K2Approximate(io.ComfyNode):
             display_name="Krea 2 Step Skipping",
             category="Krea 2",
             description=(
-                "Trades accuracy for speed: later steps without the model, attention in 8 bits. "
-                "Everything is off until it is chosen here."
+                "Trades accuracy for speed: skips later steps of the model, or uses 8-bit "
+                "attention. Both are off by default."
             ),
             search_aliases=[
                 *inputs.aliases("cache, easycache, teacache, speed"),
@@ -89,15 +89,15 @@ class K2Approximate(io.ComfyNode):
                 "skip steps",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2; for evaluate, Raw with its many steps."),
+                io.Model.Input("model", tooltip="Krea 2. Skip steps with Raw, which has many."),
                 io.Combo.Input(
                     "evaluate",
                     options=list(EVERY),
                     default="every step",
                     tooltip=(
-                        "Which steps ask the model, after the first fifth of them; the others "
-                        "draw on the line through the two before. Every 2nd step makes Raw about "
-                        "1.6 times as fast. For samplers with one evaluation a step, as euler."
+                        "Steps that run the model, after the first fifth; skipped steps "
+                        "extrapolate from the last two. Every 2nd step makes Raw about 1.6 times "
+                        "as fast; needs a sampler with one evaluation per step, such as euler."
                     ),
                 ),
                 io.Combo.Input(
@@ -105,8 +105,8 @@ class K2Approximate(io.ComfyNode):
                     options=[EXACT, SAGE],
                     default=EXACT,
                     tooltip=(
-                        "exact follows ComfyUI's own choice; 8 bits needs the package "
-                        "sageattention and an NVIDIA card."
+                        "exact uses ComfyUI's attention; 8 bits needs the sageattention package "
+                        "and an NVIDIA card."
                     ),
                 ),
             ],

@@ -36,26 +36,29 @@ class K2StyleMix(io.ComfyNode):
             display_name="Krea 2 Style Mix",
             category="Krea 2",
             description=(
-                "A prompt in the style of one to eight images, mixed by weights: a weighted "
-                "average of what the prompt becomes behind each of them. Made for LoRAs that were "
-                "trained to read style images."
+                "Encodes a prompt in the style of one to eight images: the prompt is encoded after "
+                "each image, and the results are averaged by weight. Made for style-reference "
+                "LoRAs."
             ),
             search_aliases=inputs.aliases(
                 "style, style transfer, style reference, moodboard, mood, ip adapter, image prompt"
             ),
             inputs=[
                 inputs.VISION_CLIP,
-                inputs.prompt("What the image shows."),
+                inputs.prompt("What the image should show."),
                 io.Image.Input(
-                    "image_1", tooltip="A style; each image of a batch is one. Eight in all."
+                    "image_1",
+                    tooltip=(
+                        "A style image; a batch adds all of its images. At most eight in total."
+                    ),
                 ),
-                *inputs.images("Another style, or a batch.", first=2),
+                *inputs.images("Another style image, or a batch.", first=2),
                 io.String.Input(
                     "shares",
                     default="",
                     tooltip=(
-                        "A number for each image, such as 2, 1: the first counts twice as much. "
-                        "Images without a number have 1."
+                        "Weight of each image, such as 2, 1: the first counts twice as much. "
+                        "Images without a number use 1."
                     ),
                 ),
                 io.Float.Input(
@@ -64,23 +67,23 @@ class K2StyleMix(io.ComfyNode):
                     min=0.0,
                     max=MAX_STRENGTH,
                     step=0.05,
-                    tooltip="How much of the style: 0 is the plain prompt, 1 all of it.",
+                    tooltip="Style strength: 0 is the plain prompt, 1 the full style.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, CUSTOM],
                     default=next(iter(PRESETS)),
                     tooltip=(
-                        "What the LoRA was trained with: labels, and images both in the prompt and "
-                        "as references. Without a LoRA the prompt alone; custom takes the values "
-                        "below."
+                        "How the LoRA was trained: with labels, and images both in the prompt and "
+                        "as references. Without a LoRA, images go into the prompt only; custom "
+                        "uses the values below."
                     ),
                 ),
                 inputs.negative_prompt(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The Krea 2 VAE, for the images as references.",
+                    tooltip="The Krea 2 VAE, to encode the images as references.",
                 ),
                 io.Combo.Input(
                     "through",
@@ -88,15 +91,17 @@ class K2StyleMix(io.ComfyNode):
                     default=BOTH,
                     advanced=True,
                     tooltip=(
-                        "For preset custom: whether the text encoder sees the images, the model "
-                        "looks at them as references, or both."
+                        "For preset custom: use the images in the prompt (text encoder), as "
+                        "references (transformer), or both."
                     ),
                 ),
                 io.Boolean.Input(
                     "labels",
                     default=True,
                     advanced=True,
-                    tooltip="For preset custom: write Picture 1: in front of each image.",
+                    tooltip=(
+                        "For preset custom: write Picture 1: before the first image and so on."
+                    ),
                 ),
                 io.Float.Input(
                     "suppression",
@@ -106,17 +111,17 @@ class K2StyleMix(io.ComfyNode):
                     step=0.05,
                     advanced=True,
                     tooltip=(
-                        "For preset custom: how far to take away what the images show where, "
-                        "so that their style stays and their content does not; 1 is all of it."
+                        "For preset custom: averages out the content of the images and its place, "
+                        "so that mostly the style stays; 1 is fully averaged."
                     ),
                 ),
                 inputs.max_side(
-                    "Larger images are made as small as a square of this side for the text "
-                    "encoder; LoRAs were trained with 384.",
+                    "Larger images are shrunk to the area of a square with this side for the "
+                    "text encoder; LoRAs were trained with 384.",
                     advanced=True,
                 ),
                 inputs.megapixels(
-                    "The largest area of a reference, in units of 1024 x 1024 pixels.",
+                    "Maximum area of a reference, in units of 1024 x 1024 pixels.",
                     lowest=0.01,
                     step=0.01,
                     advanced=True,
@@ -125,13 +130,18 @@ class K2StyleMix(io.ComfyNode):
                     "weights",
                     default=True,
                     advanced=True,
-                    tooltip="Read (word:1.3) as a weight. Off, brackets are text.",
+                    tooltip=(
+                        "Read (word:1.3) as a prompt weight. When off, brackets are plain text."
+                    ),
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt in the style."),
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="The negative, with the same references."
+                    display_name="positive", tooltip="The encoded prompt in this style."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative",
+                    tooltip="The encoded negative prompt, with the same references.",
                 ),
             ],
         )

@@ -294,7 +294,7 @@ def test_what_cannot_be_inpainted_is_named(run, tiny_vae, turbo, raw, conditioni
     with pytest.raises(ValueError, match="left, top, right and bottom are all 0"):
         run("K2Outpaint", image=image, right=0)
     latent, _ = run("K2Inpaint", vae=tiny_vae, image=image, mask=torch.ones(1, 64, 96))
-    with pytest.raises(ValueError, match="The latent has a mask, which two stages cannot keep"):
+    with pytest.raises(ValueError, match="The latent has a mask, which this node does not support"):
         run("K2TwoStage", raw=raw, turbo=turbo, positive=conditioning(4, 1),
             negative=conditioning(4, 1), latent=latent)  # fmt: skip
 

@@ -74,7 +74,7 @@ def inpaint(run, pack, nano):
 def test_every_file_of_a_hole_is_that_hole(run, inpaint, folder, name):
     image, mask = run("LoadImage", image=name)
     report, result, latent = inpaint(image, mask)
-    assert f"{SHARE} of it to paint" in report
+    assert f"{SHARE} to repaint" in report
     _, inside = hole()
     # The feather reaches 4 pixels beyond.
     near = GrowMask.execute(torch.from_numpy(inside)[None].float(), 6, True).result[0][0] > 0
@@ -158,7 +158,7 @@ def test_a_stitch_of_which_nothing_is_painted(run):
     image, mask = torch.rand(1, 96, 96, 3), torch.zeros(1, 96, 96)
     mask[:, 40:60, 40:60] = 1
     part, _, stitch = run("K2CropForInpaint", image=image, mask=mask)
-    with pytest.raises(ValueError, match="The mask is empty: nothing of the painted image"):
+    with pytest.raises(ValueError, match="The mask is empty: the painted image"):
         run("K2Stitch", stitch=stitch, painted=part, mask=torch.zeros(1, 64, 64))
 
 

@@ -296,7 +296,7 @@ def test_transparent_is_white(referenced):
         ({"strength": -1.0}, "strength is -1"),
         ({"start": 0.7, "end": 0.2}, "start <= end"),
         ({"megapixels": 0.0}, "megapixels is 0"),
-        ({"family": FAMILIES["index"], "apart": True}, "apart is on"),
+        ({"family": FAMILIES["index"], "apart": True}, "apart caches"),
         ({"vae": None}, "vae is empty"),
     ],
 )

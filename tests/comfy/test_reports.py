@@ -64,7 +64,7 @@ def test_sampler_tells_what_it_took(turbo, raw, latent, conditions):
         "guidance 4.5 (cfg 5.5)",
         "192 x 128 px, 96 tokens",
         "not used: steps 12, guidance 2",
-        "(preset custom would)",
+        "(needs preset custom)",
     ]
     custom = dict(preset="custom", steps=2, guidance=1.5, denoise=0.5)
     assert shown("K2Sampler", **inputs, **custom) == [
