@@ -34,6 +34,8 @@ GRAPHS = {
     "krea2_prompt_expander": ("K2PromptExpander", "K2TextEncode"),
     "krea2_prompt_with_images": ("LoadImage", "K2TextEncodeImages"),
 }
+# The README's screenshot, in docs/, and the template that it shows.
+SCREENSHOT, SCREENSHOT_OF = "graph.png", "krea2_nano_first_image"
 # What their Load Image shows.
 SHOWN = EXAMPLES / "krea2_lora.jpg"
 # Of the server's input folder, with a mask.
@@ -189,6 +191,38 @@ FRAME_GRAPH = """types => {
 }"""
 
 
+HAS_PICTURE = "() => app.rootGraph.nodes.some(n => n.type === 'SaveImage' && n.imgs?.length)"
+# The graph as compact as it reads at a README's width; returns its box in pixels of the page.
+COMPACT = """() => {
+    const title = LiteGraph.NODE_TITLE_HEIGHT, graph = app.rootGraph, margin = 24, gap = 50;
+    for (const group of [...graph.groups]) graph.remove(group);
+    for (const node of [...graph.nodes])
+        if (node.type === 'MarkdownNote' || node.type === 'Note') graph.remove(node);
+    for (const reroute of [...graph.reroutes.keys()]) graph.removeReroute(reroute);
+    const find = type => graph.nodes.find(node => node.type === type);
+    const columns = [['K2Loader', 'K2EmptyLatent'], ['K2TextEncode'], ['K2Sampler'],
+                     ['K2VAEDecode', 'SaveImage']].map(types => types.map(find));
+    find('SaveImage').setSize([300, 380]);
+    let x = 0, lower = 0;
+    for (const column of columns) {
+        let y = title;
+        for (const node of column) {
+            node.pos = [x, y];
+            y += node.size[1] + title + 20;
+        }
+        lower = Math.max(lower, y - title - 20);
+        x += Math.max(...column.map(node => node.size[0])) + gap;
+    }
+    app.canvas.deselectAll();
+    app.canvas.ds.scale = 0.9;
+    app.canvas.ds.offset = [100, 130];
+    app.canvas.setDirty(true, true);
+    const corner = app.canvas.canvas.getBoundingClientRect();
+    return [corner.x + 90 - margin, corner.y + 117 - margin,
+            (x - gap) * 0.9 + 2 * margin, lower * 0.9 + 2 * margin];
+}"""
+
+
 def draw_node(page: Page, node: str) -> None:
     shot = NODES.get(node, Shot())
     page.evaluate(BUILD, [node, shot._asdict(), SOURCES])
@@ -313,9 +347,22 @@ def draw_graph(page: Page, server: ComfyServer, name: str) -> None:
     picture.save(EXAMPLES / f"{name}.jpg", quality=85, optimize=True)
 
 
+def draw_screenshot(page: Page, server: ComfyServer) -> None:
+    """The README's screenshot: a template in the page after a run."""
+    page.set_viewport_size({"width": 1720, "height": 1200})
+    open_template(page, server, SCREENSHOT_OF)
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function(HAS_PICTURE)
+    x, y, width, height = page.evaluate(COMPACT)
+    page.wait_for_timeout(8000)  # until the page's own message has gone
+    clip = {"x": x, "y": y, "width": width, "height": height}
+    picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    picture.quantize(128, dither=Image.Dither.NONE).save(ROOT / "docs" / SCREENSHOT, optimize=True)
+
+
 def main(names: list[str]) -> None:
     nodes = sorted(path.stem for path in DOCS.glob("*.md"))
-    known = [*nodes, *RESULTS, *GRAPHS]
+    known = [*nodes, *RESULTS, *GRAPHS, SCREENSHOT]
     if unknown := set(names) - set(known):
         sys.exit(f"Unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(known)}.")
     with tempfile.TemporaryDirectory() as base:
@@ -344,7 +391,9 @@ def draw(server: ComfyServer, playwright: Playwright, names: list[str]) -> None:
     page.evaluate(NO_BADGES)
     for name in names:
         print(name, flush=True)
-        if name in GRAPHS:
+        if name == SCREENSHOT:
+            draw_screenshot(page, server)
+        elif name in GRAPHS:
             draw_graph(page, server, name)
         else:
             draw_node(page, name)
