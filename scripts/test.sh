@@ -98,8 +98,9 @@ else
   set_up test
 fi
 cd -- "$ROOT"
-unset PYTHONPATH
-export HF_HUB_OFFLINE=1
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE
+# Tests start dozens of processes; compiled modules spare each of them seconds.
+export HF_HUB_OFFLINE=1 PYTHONPYCACHEPREFIX=$LOCAL/pycache
 given_arguments=$#
 closing=()
 
