@@ -18,8 +18,8 @@ def raw_parts(run):
 def test_less_and_less_of_the_layout_is_kept(run, raw_parts):
     """Four pictures, each repainted to the prompt of another, at denoise 0.3, 0.6 and 0.9.
 
-    Measured on six in ten steps: 0.99, 0.57 and 0.28 of the pixels stay as they were, colours change
-    by 0.01, 0.22 and 0.60, and things overlap what was there by 0.91, 0.15 and 0.04.
+    Measured on six in ten steps: 0.99, 0.57 and 0.28 of the pixels stay, colours change by 0.01,
+    0.22 and 0.60, and things overlap what was there by 0.91, 0.15 and 0.04.
     """
     model, clip, vae = raw_parts
     exam = [entry for entry in held_out_prompts() if len(entry[1].things) == 1][:4]
