@@ -26,7 +26,7 @@ HOW = ("ours", "core", "krea2_model", "krea2_model, kept quantised")
 
 def write_files(folder: Path) -> dict[str, Path]:
     """A file of each of FORMATS; those of 8 bits have twice the layers."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     import gguf
     import torch
 

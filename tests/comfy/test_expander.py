@@ -284,6 +284,7 @@ def test_progress_and_text_come_with_each_token(clip, brief, monkeypatch):
     """What the page shows while it is written: a bar, and the text so far on the node."""
     import comfy_api.latest._io as latest
     import server
+
     from in_process import NODES
 
     class Page:

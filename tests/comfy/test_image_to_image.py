@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from in_process import NODES
 
+from in_process import NODES
 from nano_training.judge import background_colour, judge
 from nano_training.scenes import draw, held_out_prompts
 from parity import assert_close

@@ -6,11 +6,11 @@ import comfy.model_base
 import comfy.quant_ops
 import pytest
 import torch
-from in_process import NODES
 from safetensors.torch import save_file
 
 import formats
 import tiny_checkpoints
+from in_process import NODES
 from parity import assert_close, relative_error
 
 OWN = "ComfyUI's own"

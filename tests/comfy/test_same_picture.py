@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from parity import assert_close
+from samples import image
 
 PROMPT, NEGATIVE = "a (red:1.4) circle", "a blue star"
 SIZE, SEED, STEPS = 64, 7, 3
-
-
-def picture(seed):
-    return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ class Graph:
     def refer(self, **options):
         self.positive, self.negative = self.run(
             "K2Reference", positive=self.positive, negative=self.negative, vae=self.vae,
-            image=picture(1), megapixels=1.0, **options,
+            image=image(64, 64, 1), megapixels=1.0, **options,
         )[:2]  # fmt: skip
 
     def picture(self):
@@ -69,30 +66,30 @@ def layer_mix(graph, krea2_model):
 
 def prompt_images(graph, krea2_model):
     graph.encode(
-        "K2TextEncodeImages", image_1=picture(1), image_2=picture(2), strengths="1, 0.5",
-        roles="the style", max_side=32, labels=False,
+        "K2TextEncodeImages", image_1=image(64, 64, 1), image_2=image(64, 64, 2),
+        strengths="1, 0.5", roles="the style", max_side=32, labels=False,
     )  # fmt: skip
     images = [
-        krea2_model.PromptImage(picture(1)[0].movedim(-1, 0), "the style"),
-        krea2_model.PromptImage(picture(2)[0].movedim(-1, 0), strength=0.5),
+        krea2_model.PromptImage(image(64, 64, 1)[0].movedim(-1, 0), "the style"),
+        krea2_model.PromptImage(image(64, 64, 2)[0].movedim(-1, 0), strength=0.5),
     ]
     return {"images": krea2_model.PromptImages(images, labels=False, max_side=32)}
 
 
 def references(graph, krea2_model):
     graph.refer()
-    return {"references": [picture(1)[0].movedim(-1, 0)]}
+    return {"references": [image(64, 64, 1)[0].movedim(-1, 0)]}
 
 
 def references_at_the_step_s_time(graph, krea2_model):
     graph.refer(family="identity LoRAs (shared time)")
-    images = [picture(1)[0].movedim(-1, 0)]
+    images = [image(64, 64, 1)[0].movedim(-1, 0)]
     return {"references": krea2_model.References(images, method="index")}
 
 
 def weak_references(graph, krea2_model):
     graph.refer(strength=0.3)
-    latents = graph.run("K2VAEEncode", pixels=picture(1), vae=graph.vae)[0]["samples"]
+    latents = graph.run("K2VAEEncode", pixels=image(64, 64, 1), vae=graph.vae)[0]["samples"]
     latents = graph.model.model.process_latent_in(latents)[:, :, 0]
     settings = krea2_model.ReferenceSettings(strength=0.3)
     return {"references": [krea2_model.Reference(latents, settings)]}
@@ -100,7 +97,7 @@ def weak_references(graph, krea2_model):
 
 def cached_references(graph, krea2_model):
     graph.refer(apart=True)
-    images = [picture(1)[0].movedim(-1, 0)]
+    images = [image(64, 64, 1)[0].movedim(-1, 0)]
     return {"references": krea2_model.References(images, cache=True)}
 
 
@@ -125,9 +122,9 @@ def step_skipping(graph, krea2_model):
 
 
 def start_image(graph, krea2_model):
-    (graph.latent,) = graph.run("K2VAEEncode", pixels=picture(3), vae=graph.vae)[:1]
+    (graph.latent,) = graph.run("K2VAEEncode", pixels=image(64, 64, 3), vae=graph.vae)[:1]
     graph.sampler["denoise"] = 0.6
-    return {"start_image": picture(3)[0].movedim(-1, 0), "denoise": 0.6}
+    return {"start_image": image(64, 64, 3)[0].movedim(-1, 0), "denoise": 0.6}
 
 
 FEATURES = {

@@ -9,14 +9,11 @@ from safetensors.torch import save_file
 from krea2_model import Krea2Pipeline
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.lora.files import read_lora
+from samples import random
 
 SHAPES = {"blocks.0.attn.wq.weight": (16, 16), "blocks.0.attn.wk.weight": (8, 16),
           "blocks.0.prenorm.scale.weight": (16,)}  # fmt: skip
 QUERY = "diffusion_model.blocks.0.attn.wq"
-
-
-def random(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def pair(layer=QUERY, rows=16, columns=16, rank=2):

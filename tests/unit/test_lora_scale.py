@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import Krea2Pipeline as DiffusersPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers_reference import TINY, diffusers_transformer
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from diffusers_reference import TINY, diffusers_transformer
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.lora.files import read_lora, read_lora_file

@@ -19,16 +19,7 @@ from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.gguf import dequantise as dequantise_gguf
 from krea2_model.checkpoints.gguf import read_gguf
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table, module_to_official
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return tiny.transformer_tensors()
-
-
-def saved(path, stored, metadata=None):
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path, metadata)
-    return path
+from samples import saved
 
 
 def assert_holds(model, values, dtype=torch.float32):

@@ -20,11 +20,6 @@ from live_bytes import LiveBytes
 from parity import assert_close
 
 
-@pytest.fixture(scope="module")
-def tensors():
-    return tiny.transformer_tensors()
-
-
 def branched(tensors):
     stored, values, metadata = formats.float8(tensors)
     layer = "blocks.0.attn.wq"

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import formats
-import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer, load_vae
 from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.quantised import normalise_metadata
 from parity import assert_close
+from samples import saved
 
 NAN, INF = float("nan"), float("inf")
 
@@ -134,16 +134,6 @@ def test_statistics_that_cannot_be(folder):
             CheckpointError, match=rf"vae/config.json has .*{next(iter(values))}|z_dim"
         ):
             load_vae(folder)
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return tiny.transformer_tensors()
-
-
-def saved(path, stored, metadata=None):
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path, metadata)
-    return path
 
 
 LAYER = "blocks.0.attn.wq"
