@@ -330,19 +330,19 @@ def test_torch_compile(run, turbo, conditioning, latent, attention_of_gpus):
     assert_close(value["samples"], expected["samples"], 1e-4, "torch.compile")
 
 
-def test_compile_by_block(run, raw, conditioning, monkeypatch, attention_of_gpus):
+def test_compile_by_block(run, pack, raw, conditioning, monkeypatch, attention_of_gpus):
     """One compilation for all blocks, sizes and lengths of text, and the same image."""
-    import comfy_api.torch_helpers as helpers
     from torch._dynamo.utils import counters
 
-    wrap = helpers.set_torch_compile_wrapper
+    speed = pack("nodes.speed")
+    wrap = speed.set_torch_compile_wrapper
 
     def traced(model, backend, options=None, **others):
         assert backend == "inductor" and options
         # The same tracing without a C++ compiler, which not every machine has.
         wrap(model, backend="eager", **others)
 
-    monkeypatch.setattr(helpers, "set_torch_compile_wrapper", traced)
+    monkeypatch.setattr(speed, "set_torch_compile_wrapper", traced)
     torch._dynamo.reset()
     counters.clear()
     compiled = run("K2Compile", model=raw)[0]

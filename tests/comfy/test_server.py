@@ -267,7 +267,7 @@ LOADER_REFUSALS = {
         "no 'nowhere.safetensors' in models/diffusion_models",
     ),
     "vae as model": ("model", "../vae/qwen_image_vae.safetensors", "There is no"),
-    "truncated": ("model", "truncated.safetensors", "the download is incomplete"),
+    "truncated": ("model", "truncated.safetensors", "is incomplete or damaged"),
     "empty": ("model", "empty.safetensors", "is empty; expected a safetensors file"),
     "pickle": ("model", "pickle.safetensors", "a PyTorch pickle, which can run code"),
     "pickle by name": ("model", "pickle.pt", "is a .pt file; expected a Krea 2 transformer"),
