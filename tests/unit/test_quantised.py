@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import time
 import tracemalloc
 
 import gguf
@@ -20,6 +19,7 @@ from krea2_model.checkpoints.gguf import dequantise as dequantise_gguf
 from krea2_model.checkpoints.gguf import read_gguf
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table, module_to_official
 from samples import saved
+from work import count_events
 
 
 def assert_holds(model, values, dtype=torch.float32):
@@ -256,7 +256,7 @@ def test_an_original_shape_of_other_values_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["numbers", "texts", "arrays"])
 def test_a_vocabulary_in_the_header_is_stepped_over(tmp_path, kind):
-    count = 200_000
+    count = 20_000
     content = {
         "numbers": struct.pack("<IQ", 5, count) + b"\0" * 4 * count,
         "texts": struct.pack("<IQ", 8, count) + (struct.pack("<Q", 3) + b"abc") * count,
@@ -264,14 +264,14 @@ def test_a_vocabulary_in_the_header_is_stepped_over(tmp_path, kind):
     }[kind]
     path = raw_gguf(tmp_path / "m.gguf", "a.weight", 0, (4, 1), b"\0" * 16,
                     [("tokenizer.ggml.tokens", 9, content)])  # fmt: skip
-    started = time.process_time()
     assert read_shapes(path) == {"a.weight": (1, 4)}
-    seconds = time.process_time() - started
     tracemalloc.start()
     read_shapes(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 1 and peak < 1e6  # 4.7 s and 131 MB when each value was an object
+    assert peak < 1e6  # 131 MB when each value was an object
+    # A text has a length to read, numbers have none; none becomes an object, or is parsed.
+    assert count_events(lambda: read_shapes(path)) < 20 * count
 
 
 def test_without_the_gguf_package_the_error_says_how_to_install_it(tensors, tmp_path, monkeypatch):

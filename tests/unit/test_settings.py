@@ -13,6 +13,7 @@ from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.quantised import normalise_metadata
 from parity import assert_close
 from samples import saved
+from work import assert_linear
 
 NAN, INF = float("nan"), float("inf")
 
@@ -240,15 +241,16 @@ def test_lists_of_quantised_layers_under_any_prefix(tensors, tmp_path, listed, n
     assert torch.equal(found.blocks[0].attn.wq.weight, expected.blocks[0].attn.wq.weight)
 
 
-def test_a_list_of_10_000_layers_takes_linear_time():
-    import time
+def test_a_list_of_layers_takes_linear_time():
+    def read(count):
+        names = [f"blocks.{i}.attn.wq" for i in range(count)]
+        keys = (f"model.diffusion_model.{n}.weight" for n in names)
+        layers = json.dumps({"layers": {n: {"format": "float8_e4m3fn"} for n in names}})
+        tensors = dict.fromkeys(keys, torch.ones(1, 1))
+        return normalise_metadata(tensors, {"_quantization_metadata": layers}, "f")
 
-    names = [f"blocks.{i}.attn.wq" for i in range(10_000)]
-    tensors = dict.fromkeys((f"model.diffusion_model.{n}.weight" for n in names), torch.ones(1, 1))
-    layers = json.dumps({"layers": {n: {"format": "float8_e4m3fn"} for n in names}})
-    started = time.process_time()
-    result = normalise_metadata(tensors, {"_quantization_metadata": layers}, "f")
-    assert len(result) == 20_000 and time.process_time() - started < 2  # 0.2 s here, 14 s before
+    assert len(read(1_000)) == 2_000
+    assert_linear(read, 250)
 
 
 @pytest.mark.parametrize("shape", ["[1e999, 2]", "[-1, 2]", "[true]", '["3"]', "[1.5]", "3", "null",
