@@ -139,6 +139,19 @@ def test_hostile_text_in_a_gguf_file_does_nothing(tmp_path, monkeypatch, text):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.gguf"]
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files of parts by their names."""
+    folder, files = tmp_path_factory.mktemp("weights"), {}
+    for part, tensors in (
+        ("transformer", tiny.transformer_tensors),
+        ("text_encoder", tiny.text_encoder_tensors),
+    ):
+        files[part] = folder / f"{part}.safetensors"
+        save_file(tensors(), files[part])
+    return files
+
+
 @pytest.mark.parametrize("value", ["__import__('os')", {"a": 1}, [], None, 1e400, [-1, "x"]])
 @pytest.mark.parametrize(
     "part, name",
@@ -151,14 +164,13 @@ def test_hostile_text_in_a_gguf_file_does_nothing(tmp_path, monkeypatch, text):
         ("text_encoder", "text_encoder_select_layers"),
     ],
 )
-def test_configurations_of_other_types_are_refused_or_do_nothing(tmp_path, part, name, value):
+def test_configurations_of_other_types_are_refused_or_do_nothing(
+    tmp_path, weights, part, name, value
+):
     folder = tmp_path / part
     folder.mkdir()
-    tensors, load = {
-        "transformer": (tiny.transformer_tensors, load_transformer),
-        "text_encoder": (tiny.text_encoder_tensors, load_text_encoder),
-    }[part]
-    save_file(tensors(), folder / "model.safetensors")
+    load = {"transformer": load_transformer, "text_encoder": load_text_encoder}[part]
+    (folder / "model.safetensors").symlink_to(weights[part])
     (folder / "config.json").write_text(json.dumps({name: value}))
     (tmp_path / "model_index.json").write_text(json.dumps({name: value}))
     try:
