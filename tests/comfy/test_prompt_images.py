@@ -274,7 +274,7 @@ def test_images_without_a_place_are_named(clip):
 
 
 def test_another_clip_is_refused(run, core_clip):
-    with pytest.raises(ValueError, match="clip is not from a Krea 2 loader"):
+    with pytest.raises(ValueError, match="clip is not from a Krea 2"):
         run("K2TextEncodeImages", clip=core_clip, prompt="a fox", image_1=image())
 
 

@@ -427,7 +427,7 @@ def test_bad_values_are_refused(server, graph, node, name, value, message):
 def test_raw_without_a_negative_says_what_to_connect(server, graph):
     graph["K2Loader"]["model"] = "krea2_raw_bf16.safetensors"
     del graph["K2Sampler"]["negative"]
-    with pytest.raises(JobError, match="Connect the negative output of Krea 2 Prompt"):
+    with pytest.raises(JobError, match="Connect the negative output of Krea 2"):
         server.wait(server.post(graph["graph"]), timeout=60)
 
 

@@ -218,7 +218,7 @@ def test_being_different_is_no_excuse_for_leaving_out():
 
 def test_an_empty_answer_is_tried_again_and_then_refused():
     assert texts(expand(Writer("", "A fox."), "a fox")) == ["A fox."]
-    with pytest.raises(ValueError, match="wrote nothing. Try another seed"):
+    with pytest.raises(ValueError, match="wrote nothing"):
         expand(Writer("<think>never done"), "a fox")
 
 
@@ -304,7 +304,7 @@ def test_cancelling_ends_the_writing(pipeline, brief):
 
 
 def test_encoders_that_cannot_write_say_so(pipeline, tokenizer_folder):
-    with pytest.raises(ValueError, match="krea2-nano's text encoder is random and cannot write"):
+    with pytest.raises(ValueError, match="krea2-nano's text"):
         Krea2Pipeline.nano().expand("a fox")
     encoder = load_text_encoder(pipeline.text_encoder.path, tokenizer=tokenizer_folder)
     encoder.tokenizer = None

@@ -242,14 +242,14 @@ def test_bad_settings_are_named(options, message):
 def test_nan_is_no_word():
     logits = torch.zeros(5)
     logits[2] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity instead of a word"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         Sampling().choose(logits, [], torch.Generator())
 
 
 def test_bad_prompts_are_named(model):
     with pytest.raises(ValueError, match="no tokens"):
         next(generate(model, [], max_tokens=1))
-    with pytest.raises(ValueError, match="token 151936, but the language model knows 151936"):
+    with pytest.raises(ValueError, match="token 151936"):
         next(generate(model, [151936], max_tokens=1))
 
 

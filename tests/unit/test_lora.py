@@ -284,7 +284,7 @@ def test_a_lora_of_a_wider_model_is_refused(weights, shapes):
         f"diffusion_model.{QUERY}.lora_A.weight": random(4, 6144),
         f"diffusion_model.{QUERY}.lora_B.weight": random(6144, 4),
     }
-    with pytest.raises(CheckpointError, match="made for 6144 x 6144, the layer is 128 x"):
+    with pytest.raises(CheckpointError, match="made for 6144"):
         read_lora(tensors, shapes, "real.safetensors")
 
 

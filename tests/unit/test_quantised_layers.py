@@ -241,6 +241,6 @@ def test_a_changed_model_is_saved_merged(file, tmp_path):
 def test_a_lora_that_makes_a_weight_infinite_changes_nothing(file):
     model = load_transformer(file, dtype=torch.float16, keep_quantised=True)
     stack, expected = LoraStack(model), velocity(model)
-    with pytest.raises(ValueError, match="infinite in torch.float16; nothing was changed"):
+    with pytest.raises(ValueError, match="infinite in torch.float16"):
         stack.add((updates_for(model, "lora", "a"), 1e7))
     assert torch.equal(velocity(model), expected)

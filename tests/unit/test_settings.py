@@ -105,7 +105,7 @@ def test_settings_nested_10_000_deep(folder):
     deep = '{"a":' * 10_000 + "1" + "}" * 10_000
     for part, load in (("transformer", load_transformer), ("vae", load_vae)):
         (folder / part / "config.json").write_text(deep)
-        with pytest.raises(CheckpointError, match="config.json is not valid JSON"):
+        with pytest.raises(CheckpointError, match="config.json is not valid"):
             load(folder)
 
 
@@ -259,7 +259,7 @@ def test_shapes_that_are_none(tmp_path, shape):
     header = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,4]}}}}'.encode()
     path = tmp_path / "f.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    with pytest.raises(CheckpointError, match="f.safetensors is incomplete or damaged"):
+    with pytest.raises(CheckpointError, match="f.safetensors is incomplete"):
         read_shapes(path)
 
 
