@@ -193,7 +193,11 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         name = lines[0].partition(":")[2].strip() if lines else name
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
 

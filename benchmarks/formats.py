@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
 import in_process  # noqa: E402
 

@@ -26,7 +26,7 @@ HOW = ("ours", "core", "krea2_model", "krea2_model, kept quantised")
 
 def write_files(folder: Path) -> dict[str, Path]:
     """A file of each of FORMATS; those of 8 bits have twice the layers."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     import gguf
     import torch
 
@@ -78,7 +78,7 @@ def write_files(folder: Path) -> dict[str, Path]:
 
 
 def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
-import in_process  # noqa: E402
 from load_memory import Peak  # noqa: E402
+
+import in_process  # noqa: E402
 
 BASE = Path(tempfile.mkdtemp(prefix="krea2-vae-"))
 in_process.start(BASE)

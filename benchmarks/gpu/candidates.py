@@ -14,10 +14,10 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import in_process
 import torch
 from torch import Tensor
 
+import in_process
 from benchmarks.interpreter import interpreted
 from krea2_model.checkpoints.gguf import FORMATS
 

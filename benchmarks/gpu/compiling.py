@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-import in_process
 import torch
+
+import in_process
 
 from . import measure, rooflines
 from .images import conditioning, our_run

@@ -11,10 +11,11 @@ import gc
 from collections.abc import Callable
 
 import comfy.quant_ops
-import in_process
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import in_process
 
 from . import measure, models, weights
 

@@ -6,9 +6,9 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
-import in_process
 import torch
 
+import in_process
 from krea2_model.schedule import sigma_schedule
 
 from . import measure, models, rooflines

@@ -20,10 +20,11 @@ import comfy.model_management as management
 import comfy.model_prefetch
 import comfy.patcher_extension
 import comfy_aimdo.model_vbar
-import in_process
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+import in_process
 
 from . import measure, models, weights
 from .images import conditioning, our_run

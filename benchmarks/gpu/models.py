@@ -12,12 +12,12 @@ import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.sd
-import in_process
 import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from diffusers.pipelines.krea2 import Krea2Pipeline
 from torch import Tensor
 
+import in_process
 from krea2_model.transformer.model import patchify, unpatchify
 
 from . import weights

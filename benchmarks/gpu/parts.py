@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import in_process
 import torch
+
+import in_process
 
 from . import measure, models, rooflines, weights
 

@@ -20,7 +20,7 @@ ABOUT = (
 
 
 def write_report(content: dict[str, Any], path: Path) -> None:
-    path.write_text(report(content))
+    path.write_text(report(content), encoding="utf-8")
 
 
 def report(content: dict[str, Any]) -> str:

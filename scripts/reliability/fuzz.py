@@ -128,7 +128,7 @@ def _give_back() -> None:
 def _reset_mark() -> bool:
     """Set the highest mark of memory back to what is there now; whether that worked."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         return _memory("VmHWM") <= _memory("VmRSS") + LEAST_MEMORY
     return False
 
@@ -136,7 +136,7 @@ def _reset_mark() -> bool:
 def _memory(kind: str) -> int:
     """Bytes of "VmHWM", the most so far, or "VmRSS", those of now; 0 on other systems."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
     return 0

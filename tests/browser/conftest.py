@@ -29,11 +29,24 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def new_page(chromium):
-    """A page in a context of its own. It fails the test on an error in a script, ComfyUI's own
-    included."""
-    contexts, errors = [], []
+@pytest.fixture(scope="session")
+def errors():
+    """Errors in the scripts of any page, ComfyUI's own included."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def _no_errors(errors):
+    yield
+    seen = errors.copy()
+    errors.clear()
+    assert not seen
+
+
+@pytest.fixture(scope="session")
+def new_page(chromium, errors):
+    """A page in a context of its own, so that no draft is restored."""
+    contexts = []
 
     def new():
         contexts.append(pages.new_context(chromium))
@@ -44,31 +57,33 @@ def new_page(chromium):
     yield new
     for context in contexts:
         context.close()
-    assert not errors
+
+
+@pytest.fixture(scope="session")
+def page(new_page, server):
+    """One page for all tests, since a start takes seconds; each loads a workflow of its own."""
+    page = new_page()
+    pages.open_page(page, server)
+    return page
 
 
 @pytest.fixture
-def open_page(new_page, server):
-    """`open_page()`: the page, ready."""
+def load_template(page):
+    """`load_template(name)`: the page with an example workflow, read as Templates reads it."""
 
-    def open_():
-        page = new_page()
-        pages.open_page(page, server)
+    def load(name: str):
+        page.evaluate(
+            """async ([pack, name]) => {
+                const answer = await fetch(`/api/workflow_templates/${pack}/${name}.json`);
+                const options = {openSource: "template"};
+                await app.loadGraphData(await answer.json(), true, true, name, options);
+            }""",
+            [pages.PACK_FOLDER, name],
+        )
+        page.wait_for_function(pages.IS_READY)
         return page
 
-    return open_
-
-
-@pytest.fixture
-def open_template(new_page, server):
-    """`open_template(name)`: the page with an example workflow, as it opens from Templates."""
-
-    def open_(name: str):
-        page = new_page()
-        pages.open_template(page, server, name)
-        return page
-
-    return open_
+    return load
 
 
 def read_json(path: Path) -> dict:

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from conftest import ROOT, read_json
-from page import PACK_FOLDER
+from page import PACK_FOLDER, open_template
 
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
 HELP_PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
@@ -73,8 +73,8 @@ def search(page, words: str):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_template_opens_whole_and_equals_its_twin(open_template, server, name):
-    page = open_template(name)
+def test_template_opens_whole_and_equals_its_twin(load_template, server, name):
+    page = load_template(name)
     assert page.evaluate(MISSING) == []
     assert api_form(page) == read_json(ROOT / "tests" / "workflows" / f"{name}.json")
     workflow = read_json(ROOT / "example_workflows" / f"{name}.json")
@@ -89,8 +89,9 @@ def test_templates_are_offered(server):
     assert sorted(offered[PACK_FOLDER]) == TEMPLATES
 
 
-def test_run_previews_reports_and_saves_what_reopens(open_template, open_page, server, tmp_path):
-    page = open_template("krea2_nano_first_image")
+def test_run_previews_reports_and_saves_what_reopens(new_page, page, server, tmp_path):
+    again, page = page, new_page()
+    open_template(page, server, "krea2_nano_first_image")
     set_widgets(page, "K2TextEncode", prompt="a large green star on a white background")
     set_widgets(page, "K2Sampler", preset="custom", steps=60, guidance=0)
     run(page)
@@ -112,7 +113,7 @@ def test_run_previews_reports_and_saves_what_reopens(open_template, open_page, s
     (image,) = server.images(outputs)
     png.write_bytes(image)
     assert saved[0]["filename"].startswith("krea2_nano_")
-    again = open_page()
+    again.evaluate("() => app.rootGraph.clear()")
     again.locator("#comfy-file-input").set_input_files(png)
     again.wait_for_function("() => app.rootGraph.nodes.some(node => node.type === 'K2Sampler')")
     again.wait_for_function("() => !app.extensionManager.workflow.isBusy")
@@ -130,8 +131,8 @@ def test_run_previews_reports_and_saves_what_reopens(open_template, open_page, s
         ("K2EmptyLatent", {"width": 100_000}, "width is 100000; expected a whole number"),
     ],
 )
-def test_a_refused_input_is_shown_on_its_node(open_template, node_type, values, message):
-    page = open_template("krea2_nano_first_image")
+def test_a_refused_input_is_shown_on_its_node(load_template, node_type, values, message):
+    page = load_template("krea2_nano_first_image")
     set_widgets(page, node_type, **values)
     run(page)
     expect(page.get_by_test_id("error-overlay")).to_be_visible()
@@ -142,8 +143,8 @@ def test_a_refused_input_is_shown_on_its_node(open_template, node_type, values, 
     assert message in errors["errors"][0]["details"]
 
 
-def test_an_error_of_a_run_is_shown_on_its_node(open_template):
-    page = open_template("krea2_nano_first_image")
+def test_an_error_of_a_run_is_shown_on_its_node(load_template):
+    page = load_template("krea2_nano_first_image")
     set_widgets(page, "K2Loader", model="krea2-nano Raw (built in)")
     page.evaluate(
         """() => {
@@ -160,8 +161,7 @@ def test_an_error_of_a_run_is_shown_on_its_node(open_template):
     assert page.evaluate("() => app.lastExecutionError.node_type") == "K2Sampler"
 
 
-def test_help_shows_for_each_node(open_page):
-    page = open_page()
+def test_help_shows_for_each_node(page):
     content = page.locator(".node-help-content")
     for help_page in HELP_PAGES:
         text = help_page.read_text(encoding="utf-8")
@@ -187,8 +187,7 @@ def test_help_shows_for_each_node(open_page):
             assert picture.evaluate("it => it.naturalWidth") > 0, f"{help_page.name}: no picture"
 
 
-def test_search_finds_the_nodes(open_page):
-    page = open_page()
+def test_search_finds_the_nodes(page):
     for words, wanted in SEARCHES.items():
         results = search(page, words)
         for name in wanted:
@@ -197,8 +196,7 @@ def test_search_finds_the_nodes(open_page):
         expect(page.get_by_role("combobox", name="Add a node")).to_have_count(0)
 
 
-def test_blueprint_is_offered_and_runs(open_page, server):
-    page = open_page()
+def test_blueprint_is_offered_and_runs(page, server):
     page.evaluate("() => app.rootGraph.clear()")
     offered = search(page, BLUEPRINT).filter(has_text=BLUEPRINT).first
     expect(offered).to_contain_text("Blueprint")

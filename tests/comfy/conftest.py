@@ -15,11 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(tempfile.mkdtemp(prefix="krea2-comfy-"))
 atexit.register(shutil.rmtree, BASE, ignore_errors=True)
-sys.path += [str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 
 import in_process  # noqa: E402
 
 in_process.start(BASE)
+COMFYUI = Path(sys.modules["folder_paths"].__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,18 @@ def models():
 
     tiny_checkpoints.write_models(BASE / "models", dtype=torch.float32)
     return BASE / "models"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server of its own, with the pack as installed from the registry."""
+    from archive import copy_archive
+    from headless import ComfyServer
+
+    packs = {"comfyui-krea2-kit": copy_archive(tmp_path_factory.mktemp("archive"))}
+    base = tmp_path_factory.mktemp("server")
+    with ComfyServer(COMFYUI, base, packs=packs, extra_args=["--cpu"]) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

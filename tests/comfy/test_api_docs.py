@@ -6,27 +6,17 @@ import shutil
 import subprocess
 import sys
 
-import comfy.utils
 import numpy as np
 import pytest
 from PIL import Image
 
-from headless import ROOT, ComfyClient, ComfyServer, JobError
+from headless import ROOT, ComfyClient, JobError
 from nano_training.judge import judge
 from nano_training.scenes import Scene, Thing
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 WORKFLOW = ROOT / "tests" / "workflows" / "krea2_nano_first_image.json"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    comfyui = comfy.__path__[0] + "/.."
-    base = tmp_path_factory.mktemp("api")
-    packs = {"comfyui-krea2-kit": ROOT}
-    with ComfyServer(comfyui, base, packs=packs, extra_args=["--cpu"]) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

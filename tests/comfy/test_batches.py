@@ -81,7 +81,7 @@ def test_a_seed_an_image(run, raw, conditioning):
     assert_close(part, batch[[2, 0]], 1e-5, "two of the batch")
     assert not torch.allclose(sample(3, 7)[1], batch[1], atol=1e-2), "ComfyUI's own stream differs"
     assert torch.isfinite(sample(2, 2**64 - 1, "one an image")).all()
-    with pytest.raises(ValueError, match="seeds is 'many'; expected one for the batch"):
+    with pytest.raises(ValueError, match="seeds is 'many'"):
         sample(1, 1, "many")
 
 
@@ -92,5 +92,5 @@ def test_contact_sheet(run):
     assert sheet.ndim == 4 and len(sheet) == 1 and sheet.shape[-1] == 3
     names = {colour_name(pixel) for pixel in sheet.reshape(-1, 3).numpy()[::7]}
     assert {"red", "blue", "white"} <= names
-    with pytest.raises(ValueError, match="3 captions for 2 pictures"):
+    with pytest.raises(ValueError, match="3 captions"):
         run("K2ContactSheet", images=[red], captions=["a\nb\nc"])

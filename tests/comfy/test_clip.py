@@ -3,9 +3,9 @@
 import comfy.model_management
 import pytest
 import torch
-from in_process import NODES
 from safetensors.torch import load_file, save_file
 
+from in_process import NODES
 from live_bytes import LiveBytes
 from parity import assert_close
 

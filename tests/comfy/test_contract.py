@@ -23,6 +23,7 @@ from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.modules.attention import optimized_attention_masked
 from einops import rearrange
 
+import samples
 from parity import assert_close, relative_error
 
 WRAPPER = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
@@ -439,10 +440,6 @@ def test_an_unused_negative_of_another_model_harms_nobody(run, conditioning, tur
         run("KSampler", cfg=2.0, negative=other, **inputs)
 
 
-def picture(height=64, width=96, seed=0):
-    return torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(seed))
-
-
 CHAT = "<|im_start|>system\nLook:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
 BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -488,7 +485,7 @@ NEW_ENOUGH = pytest.mark.skipif(
 def test_images_that_share_one_span(clips, packed_spans, monkeypatch):
     ours, core_s = clips
     text = f"{BLOCK}a fox and {BLOCK} in the snow"
-    images = [[picture(seed=1), picture(64, 64, 2)], picture(64, 64, 3)]
+    images = [[samples.image(seed=1), samples.image(64, 64, 2)], samples.image(64, 64, 3)]
     expected = encoded(core_s, text, images)
     assert_close(encoded(ours, text, images), expected, 1e-5, "packed by another pack")
     assert packed_spans == [6 + 4, 4] * 2, "and its function was asked"
@@ -500,7 +497,7 @@ def test_images_that_share_one_span(clips, packed_spans, monkeypatch):
 @NEW_ENOUGH
 @pytest.mark.parametrize("size", [(50, 90), (97, 130), (600, 333)])
 def test_images_of_any_size_are_seen_as_in_core(clips, size):
-    ours, core_s = (encoded(clip, f"{BLOCK}a fox", [picture(*size)]) for clip in clips)
+    ours, core_s = (encoded(clip, f"{BLOCK}a fox", [samples.image(*size)]) for clip in clips)
     assert_close(ours, core_s, 1e-5, f"an image of {size}")
 
 
@@ -520,7 +517,7 @@ def test_effects_that_a_pack_puts_into_core_s_encoder(clips, packed_spans, monke
     for name, clip in zip(("ours", "core"), clips, strict=True):
         for strength in (1.0, 0.5):
             clip.cond_stage_model.somebody_s_strength = strength
-            found[name, strength] = encoded(clip, text, [picture()])
+            found[name, strength] = encoded(clip, text, [samples.image()])
     for strength in (1.0, 0.5):
         assert_close(found["ours", strength], found["core", strength], 1e-5, f"at {strength}")
     assert relative_error(found["ours", 0.5], found["ours", 1.0]) > 0.1

@@ -127,7 +127,7 @@ def test_memory_of_a_graph_is_counted(raw, graphed):
 
 
 def test_a_graph_without_cuda_is_refused(run, raw):
-    with pytest.raises(ValueError, match=r"needs a GPU with CUDA; this model runs on cpu"):
+    with pytest.raises(ValueError, match=r"needs a GPU"):
         run("K2Compile", model=raw, mode="CUDA graph")
-    with pytest.raises(ValueError, match="mode is 'fast'; expected one of compile, "):
+    with pytest.raises(ValueError, match="mode is 'fast'"):
         run("K2Compile", model=raw, mode="fast")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from in_process import NODES
 
 DOCS = Path(__file__).resolve().parents[2] / "web/docs"

@@ -282,19 +282,19 @@ def test_odd_images(run, models, tiny_vae, shape):
 
 def test_what_cannot_be_inpainted_is_named(run, tiny_vae, turbo, raw, conditioning):
     image = torch.rand(1, 64, 96, 3)
-    with pytest.raises(ValueError, match="The mask is empty: nothing would be painted"):
+    with pytest.raises(ValueError, match="The mask is empty"):
         run("K2Inpaint", vae=tiny_vae, image=image, mask=torch.zeros(1, 64, 96))
-    with pytest.raises(ValueError, match="mask is 64 x 64 px and the image 96 x 64"):
+    with pytest.raises(ValueError, match="mask is 64"):
         run("K2Inpaint", vae=tiny_vae, image=image, mask=torch.ones(1, 64, 64))
     with pytest.raises(ValueError, match="vae is empty"):
         run("K2Inpaint", vae=None, image=image, mask=torch.ones(1, 64, 96))
-    with pytest.raises(ValueError, match="painted image is 96 x 96 px and the original 96 x 64"):
+    with pytest.raises(ValueError, match="painted image is 96"):
         run("K2Composite", original=image, painted=torch.rand(1, 96, 96, 3),
             mask=torch.ones(1, 64, 96))  # fmt: skip
-    with pytest.raises(ValueError, match="left, top, right and bottom are all 0"):
+    with pytest.raises(ValueError, match="left, top, right"):
         run("K2Outpaint", image=image, right=0)
     latent, _ = run("K2Inpaint", vae=tiny_vae, image=image, mask=torch.ones(1, 64, 96))
-    with pytest.raises(ValueError, match="The latent has a mask, which this node does not support"):
+    with pytest.raises(ValueError, match="The latent has a mask"):
         run("K2TwoStage", raw=raw, turbo=turbo, positive=conditioning(4, 1),
             negative=conditioning(4, 1), latent=latent)  # fmt: skip
 

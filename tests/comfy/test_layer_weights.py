@@ -32,7 +32,7 @@ def test_a_sampler_takes_the_mix(run, turbo, conditioning, latent):
 
 
 def test_another_model_s_conditioning_is_named(run):
-    with pytest.raises(ValueError, match="4097 features a token; expected 12 layers"):
+    with pytest.raises(ValueError, match="4097 features"):
         run("K2TapWeights", conditioning=[[torch.zeros(1, 3, 4097), {}]])
     with pytest.raises(ValueError, match="not all of them 0"):
         layers = {f"layer_{layer}": 0.0 for layer in range(2, 36, 3)}

@@ -4,6 +4,7 @@ import inspect
 import math
 
 import pytest
+
 from in_process import NODES
 
 

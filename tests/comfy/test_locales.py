@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from in_process import NODES
 
 import update_locales
+from in_process import NODES
 
 LANGUAGES = ("es", "ja", "zh")
 REMEDY = "run scripts/update_locales.py, translate what it names, and run it again"

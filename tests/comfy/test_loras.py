@@ -11,12 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parity import assert_close, relative_error
+from samples import random
 
 QUERY, DOWN, TABLE = "blocks.0.attn.wq", "blocks.1.mlp.down", "blocks.1.mod.lin"
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 @pytest.fixture

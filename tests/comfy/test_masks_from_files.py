@@ -139,7 +139,7 @@ def test_nobody_painted_a_mask(run, folder, models, size, mode, suffix):
         ("K2CropForInpaint", {"image": image}),
         ("K2Composite", {"original": image, "painted": painted}),
     ):
-        with pytest.raises(ValueError, match="^The mask is empty: "):
+        with pytest.raises(ValueError, match="^The mask is empty"):
             run(node, mask=mask, **inputs)
     # Where a mask is optional, there is none.
     _, fitted, _, _ = run("K2FitImage", image=image, mask=mask, megapixels=0.0)
@@ -150,7 +150,7 @@ def test_a_latent_of_which_nothing_is_painted(run, turbo, conditioning, latent):
     text = conditioning(6, 1)
     for value in (0.0, 4.58e-5, 1 / 255):
         masked = latent | {"noise_mask": torch.full((1, 64, 64), value)}
-        with pytest.raises(ValueError, match="The mask is empty: nothing of the latent"):
+        with pytest.raises(ValueError, match="The mask is empty"):
             run("K2Sampler", model=turbo, positive=text, latent=masked)
 
 
@@ -158,7 +158,7 @@ def test_a_stitch_of_which_nothing_is_painted(run):
     image, mask = torch.rand(1, 96, 96, 3), torch.zeros(1, 96, 96)
     mask[:, 40:60, 40:60] = 1
     part, _, stitch = run("K2CropForInpaint", image=image, mask=mask)
-    with pytest.raises(ValueError, match="The mask is empty: the painted image"):
+    with pytest.raises(ValueError, match="The mask is empty"):
         run("K2Stitch", stitch=stitch, painted=part, mask=torch.zeros(1, 64, 64))
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.quant_ops
@@ -310,7 +311,15 @@ def test_video_latents_are_refused(turbo, conditioning):
         turbo.model.diffusion_model(torch.zeros(1, 16, 3, 8, 8), SIGMA, conditioning(4, 1)[0][0])
 
 
-def test_torch_compile(run, turbo, conditioning, latent):
+@pytest.fixture
+def attention_of_gpus(monkeypatch):
+    """What is compiled for a GPU: on a CPU, ComfyUI's attention asks for free memory, and to trace
+    that takes most of a minute."""
+    attention = comfy.ldm.modules.attention
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+
+
+def test_torch_compile(run, turbo, conditioning, latent, attention_of_gpus):
     """By core's wrapper, traced whole; the GPU check compiles for real."""
     import comfy_api.torch_helpers
 
@@ -321,19 +330,19 @@ def test_torch_compile(run, turbo, conditioning, latent):
     assert_close(value["samples"], expected["samples"], 1e-4, "torch.compile")
 
 
-def test_compile_by_block(run, raw, conditioning, monkeypatch):
+def test_compile_by_block(run, pack, raw, conditioning, monkeypatch, attention_of_gpus):
     """One compilation for all blocks, sizes and lengths of text, and the same image."""
-    import comfy_api.torch_helpers as helpers
     from torch._dynamo.utils import counters
 
-    wrap = helpers.set_torch_compile_wrapper
+    speed = pack("nodes.speed")
+    wrap = speed.set_torch_compile_wrapper
 
     def traced(model, backend, options=None, **others):
         assert backend == "inductor" and options
         # The same tracing without a C++ compiler, which not every machine has.
         wrap(model, backend="eager", **others)
 
-    monkeypatch.setattr(helpers, "set_torch_compile_wrapper", traced)
+    monkeypatch.setattr(speed, "set_torch_compile_wrapper", traced)
     torch._dynamo.reset()
     counters.clear()
     compiled = run("K2Compile", model=raw)[0]

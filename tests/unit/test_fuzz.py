@@ -1,8 +1,8 @@
 """A short run of scripts/reliability/fuzz.py; docs/reliability.md has the counts of a long one."""
 
 import pytest
-from measure_reliability import updated
 
+from measure_reliability import updated
 from reliability import fuzz
 from reliability.fuzz_cases import CASES
 

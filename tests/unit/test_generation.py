@@ -66,9 +66,10 @@ def random_model(tied=True):
     return model
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module")
 def reference(request):
-    return random_model(request.param)
+    """With its head tied to the embedding, unless a test asks for the other."""
+    return random_model(getattr(request, "param", True))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,12 @@ def transformers_greedy(reference, tokens, count, **options):
     return out[0, len(tokens) :].tolist()
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "Japanese", "long"])
+@pytest.mark.parametrize(
+    "reference, prompt",
+    [(True, PROMPTS[0]), (True, PROMPTS[1]), (True, PROMPTS[2]), (False, PROMPTS[0])],
+    indirect=["reference"],
+    ids=["short", "Japanese", "long", "untied"],
+)
 def test_greedy_is_transformers_token_for_token(reference, model, tokenizer, prompt):
     tokens = tokenizer.tokenize(prompt)
     expected = transformers_greedy(reference, tokens, 25)
@@ -236,17 +242,18 @@ def test_bad_settings_are_named(options, message):
 def test_nan_is_no_word():
     logits = torch.zeros(5)
     logits[2] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity instead of a word"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         Sampling().choose(logits, [], torch.Generator())
 
 
 def test_bad_prompts_are_named(model):
     with pytest.raises(ValueError, match="no tokens"):
         next(generate(model, [], max_tokens=1))
-    with pytest.raises(ValueError, match="token 151936, but the language model knows 151936"):
+    with pytest.raises(ValueError, match="token 151936"):
         next(generate(model, [151936], max_tokens=1))
 
 
+@pytest.mark.parametrize("reference", [True, False], indirect=True, ids=["tied", "untied"])
 def test_layers_are_shared_and_the_rest_is_small(folder, reference):
     """The tail is one layer, the norm, and a head only where the file's differs."""
     encoder, tail = load_text_encoder(folder), load_language_tail(folder)

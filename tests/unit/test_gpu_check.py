@@ -137,11 +137,9 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     short = {s.name: s._replace(seconds=1) for s in SECTIONS}
     monkeypatch.setattr(runner, "BY_NAME", short)
     monkeypatch.setattr(runner, "GRACE_S", 0.5)
-    started = time.monotonic()
     pid = tmp_path / "pid"
     hang = f"Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
     sections = run_fake(monkeypatch, tmp_path, {NAMES[0]: hang})
-    assert time.monotonic() - started < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert [sections[name]["state"] for name in NAMES[:4]] == ["failed", *["done"] * 3]

@@ -142,7 +142,7 @@ def test_two_stages_are_the_runs_they_are_made_of(raw):
 
 @pytest.mark.parametrize("last", [0, 8, 9])
 def test_turbo_needs_a_part_of_its_steps(last):
-    with pytest.raises(ValueError, match=f"turbo_last is {last}; expected 1 to 7"):
+    with pytest.raises(ValueError, match=f"turbo_last is {last}"):
         two_stage_sigmas(28, 0.9, 8, 1.15, last)
 
 

@@ -18,12 +18,9 @@ from krea2_model.transformer.model import (
     grid_positions,
 )
 from parity import assert_close, relative_error
+from samples import random
 
 EPS = 1e-5
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def both_ways(function, *tensors):

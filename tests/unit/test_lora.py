@@ -10,6 +10,7 @@ from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack, Update
 from krea2_model.transformer.model import Krea2Transformer
 from parity import assert_close
+from samples import random
 
 CONFIG = TransformerConfig(
     num_layers=2,
@@ -37,10 +38,6 @@ def weights():
 @pytest.fixture(scope="module")
 def shapes(weights):
     return {name: tuple(weight.shape) for name, weight in weights.items()}
-
-
-def random(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def applied(weights, tensors, strength=1.0):
@@ -287,7 +284,7 @@ def test_a_lora_of_a_wider_model_is_refused(weights, shapes):
         f"diffusion_model.{QUERY}.lora_A.weight": random(4, 6144),
         f"diffusion_model.{QUERY}.lora_B.weight": random(6144, 4),
     }
-    with pytest.raises(CheckpointError, match="made for 6144 x 6144, the layer is 128 x"):
+    with pytest.raises(CheckpointError, match="made for 6144"):
         read_lora(tensors, shapes, "real.safetensors")
 
 

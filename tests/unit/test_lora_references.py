@@ -8,10 +8,10 @@ import copy
 
 import pytest
 import torch
-from diffusers_reference import TINY, diffusers_transformer, load_from, run_reference
 from lycoris import LycorisNetwork, create_lycoris
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 
+from diffusers_reference import TINY, diffusers_transformer, load_from, run_reference
 from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
 from krea2_model.transformer.model import Krea2Transformer

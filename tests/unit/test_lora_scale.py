@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import Krea2Pipeline as DiffusersPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers_reference import TINY, diffusers_transformer
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from diffusers_reference import TINY, diffusers_transformer
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.lora.files import read_lora, read_lora_file
@@ -160,7 +160,7 @@ def test_peft_folder(tmp_path):
      '{"alpha_pattern": {"to_q": null}}', "[" * 100_000],
 )  # fmt: skip
 def test_settings_that_cannot_be_read_are_refused(settings):
-    with pytest.raises(CheckpointError, match="file: lora_adapter_metadata in the header"):
+    with pytest.raises(CheckpointError, match="file: lora_adapter_metadata"):
         read_lora(pair(), SHAPES, "file",
                   metadata={"lora_adapter_metadata": settings})  # fmt: skip
 

@@ -140,7 +140,7 @@ def test_each_image_of_a_batch_has_its_own_mask():
     masks = torch.cat([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
     result = composite(original, painted, masks)
     assert torch.equal(result[0], original[0]) and torch.equal(result[1], painted[1])
-    with pytest.raises(ValueError, match="1 original and 2 painted images and 3 masks"):
+    with pytest.raises(ValueError, match="1 original"):
         composite(original, painted, torch.ones(3, 8, 8))
 
 
@@ -203,7 +203,7 @@ def test_bad_pixels(name, value):
 
 
 def test_bad_fill():
-    with pytest.raises(ValueError, match="fill is 'noise'; expected one of original, grey"):
+    with pytest.raises(ValueError, match="fill is 'noise'"):
         filled(torch.ones(1, 8, 8, 3), torch.ones(1, 8, 8), "noise")
 
 

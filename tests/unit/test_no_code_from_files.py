@@ -1,8 +1,9 @@
-"""SECURITY.md's claims about the code itself: nothing in it can run a file or reach the network."""
+"""SECURITY.md's claims about files: nothing that they hold is run.
 
-import ast
+ruff keeps calls that could do it, and modules for the network, out of the sources.
+"""
+
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,79 +13,6 @@ import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer
 from krea2_model.text.tokenizer import Krea2Tokenizer, find_tokenizer_folder
 from krea2_model.tools.describe import describe
-
-ROOT = Path(__file__).resolve().parents[2]
-# All that ComfyUI imports of the pack.
-SOURCES = [ROOT / "__init__.py", *sorted(ROOT.glob("krea2_model/**/*.py")),
-           *sorted(ROOT.glob("nodes/**/*.py"))]  # fmt: skip
-
-RUNS_CODE = {"eval", "exec", "compile", "__import__", "import_module", "system", "popen", "Popen",
-             "run_path", "run_module", "spec_from_file_location"}  # fmt: skip
-REFUSED_MODULES = {
-    "code": {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy",
-             "subprocess", "ctypes", "multiprocessing", "importlib", "yaml"},
-    "network": {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "requests", "httpx",
-                "aiohttp", "websocket", "websockets", "huggingface_hub"},
-}  # fmt: skip
-
-
-def problems(source: str) -> list[str]:
-    """What a module does that none of ours may."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names.append(node.module or "")
-            for name in names:
-                if name == "importlib.metadata":  # versions of packages; it imports nothing
-                    continue
-                for kind, modules in REFUSED_MODULES.items():
-                    if name.partition(".")[0] in modules:
-                        found.append(f"imports {name} ({kind})")
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
-            # A module's `eval()` takes no arguments, torch's and re's compile are not builtins.
-            plain = isinstance(node.func, ast.Name) or name not in ("eval", "compile")
-            if name in RUNS_CODE and plain:
-                found.append(f"calls {name}")
-            if ast.unparse(node.func) in ("torch.load", "torch.hub.load", "numpy.load", "np.load"):
-                found.append(f"calls {ast.unparse(node.func)}")
-            if name == "from_pretrained":
-                values = [ast.unparse(arguments[key]) if key in arguments else ""
-                          for key in ("local_files_only", "trust_remote_code")]  # fmt: skip
-                if values != ["True", "False"]:
-                    found.append("calls from_pretrained as if it might fetch or run something")
-            elif "trust_remote_code" in arguments:
-                found.append("says trust_remote_code")
-    return found
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_no_module_runs_files_or_reaches_the_network(file):
-    assert not problems(file.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "eval(text)",
-        "exec(open(path).read())",
-        "import pickle",
-        "from subprocess import run",
-        "import urllib.request",
-        "torch.load(path)",
-        "__import__(name)",
-        "os.system(command)",
-        "AutoTokenizer.from_pretrained(folder)",
-        "AutoTokenizer.from_pretrained(f, local_files_only=True, trust_remote_code=True)",
-        "np.load(path, allow_pickle=True)",
-    ],
-)
-def test_the_search_finds_what_it_looks_for(source):
-    assert problems(source)
-
 
 HOSTILE = (
     "__import__('pathlib').Path('ran').touch()",
@@ -139,6 +67,19 @@ def test_hostile_text_in_a_gguf_file_does_nothing(tmp_path, monkeypatch, text):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.gguf"]
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files of parts by their names."""
+    folder, files = tmp_path_factory.mktemp("weights"), {}
+    for part, tensors in (
+        ("transformer", tiny.transformer_tensors),
+        ("text_encoder", tiny.text_encoder_tensors),
+    ):
+        files[part] = folder / f"{part}.safetensors"
+        save_file(tensors(), files[part])
+    return files
+
+
 @pytest.mark.parametrize("value", ["__import__('os')", {"a": 1}, [], None, 1e400, [-1, "x"]])
 @pytest.mark.parametrize(
     "part, name",
@@ -151,14 +92,13 @@ def test_hostile_text_in_a_gguf_file_does_nothing(tmp_path, monkeypatch, text):
         ("text_encoder", "text_encoder_select_layers"),
     ],
 )
-def test_configurations_of_other_types_are_refused_or_do_nothing(tmp_path, part, name, value):
+def test_configurations_of_other_types_are_refused_or_do_nothing(
+    tmp_path, weights, part, name, value
+):
     folder = tmp_path / part
     folder.mkdir()
-    tensors, load = {
-        "transformer": (tiny.transformer_tensors, load_transformer),
-        "text_encoder": (tiny.text_encoder_tensors, load_text_encoder),
-    }[part]
-    save_file(tensors(), folder / "model.safetensors")
+    load = {"transformer": load_transformer, "text_encoder": load_text_encoder}[part]
+    (folder / "model.safetensors").symlink_to(weights[part])
     (folder / "config.json").write_text(json.dumps({name: value}))
     (tmp_path / "model_index.json").write_text(json.dumps({name: value}))
     try:

@@ -169,7 +169,7 @@ def test_loras_come_and_go(plain, offloaded, device, given):
         assert torch.equal(pipeline(**given), expected) and not torch.equal(expected, before)
         pipeline.unload_lora()
         assert torch.equal(pipeline(**given), before)
-        with pytest.raises(ValueError, match="load_lora was called during a run"):
+        with pytest.raises(ValueError, match="load_lora was"):
             pipeline(**given, callback=lambda *_: pipeline.load_lora(nano.LORA))
     assert torch.equal(plain(**given), before)
 

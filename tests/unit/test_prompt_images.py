@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLConfig, Qwen3VLModel
 
 import formats
 from krea2_model import Krea2Pipeline
@@ -38,45 +37,8 @@ from krea2_model.text.prompt_tokens import tokenize_prompt
 from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 from krea2_model.text.vision import resize_for_tower, vision_keys
 from parity import assert_close, relative_error, same_weights
-
-SMALL = TextEncoderConfig(
-    hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32
-)
-VISION = dict(
-    depth=4, hidden_size=64, intermediate_size=96, num_heads=1, out_hidden_size=64,
-    num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2],
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def reference():
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": SMALL.vocab_size,
-        "hidden_size": SMALL.hidden_size,
-        "intermediate_size": SMALL.intermediate_size,
-        "num_hidden_layers": SMALL.num_hidden_layers,
-        "num_attention_heads": SMALL.num_attention_heads,
-        "num_key_value_heads": SMALL.num_key_value_heads,
-        "head_dim": SMALL.head_dim,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": SMALL.rope_theta,
-            "mrope_section": list(SMALL.rotary_sections),
-        },
-    }
-    model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=VISION)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5)
-            elif "embed_tokens" in name:
-                parameter.normal_()
-            elif name.endswith("bias") or "pos_embed" in name:
-                parameter.normal_(std=0.3)
-            else:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return model.requires_grad_(False)
+from qwen3vl_reference import SMALL
+from samples import picture
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +47,10 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
+def folder(qwen3vl, tmp_path_factory):
     """The reference as transformers saves it."""
     folder = tmp_path_factory.mktemp("qwen3vl")
-    reference.save_pretrained(folder)
+    qwen3vl.save_pretrained(folder)
     return folder
 
 
@@ -97,12 +59,8 @@ def encoder(folder, tokenizer_folder):
     return load_text_encoder(folder, tokenizer=tokenizer_folder)
 
 
-def picture(height, width, seed=0):
-    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
-def theirs(reference, rows, pictures, mask=None):
+def theirs(qwen3vl, rows, pictures, mask=None):
     """Taps (B, L, 12, D) of transformers for rows of tokens and the pictures of all of them."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
@@ -111,7 +69,7 @@ def theirs(reference, rows, pictures, mask=None):
     )
     inputs = [processor(images=pixels, return_tensors="pt") for pixels in pictures]
     tokens = torch.tensor(rows)
-    out = reference(
+    out = qwen3vl(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens) if mask is None else mask.long(),
         mm_token_type_ids=(tokens == IMAGE_PAD).int(),
@@ -119,7 +77,7 @@ def theirs(reference, rows, pictures, mask=None):
         image_grid_thw=torch.cat([part["image_grid_thw"] for part in inputs]),
         output_hidden_states=True,
     )
-    reference.rope_deltas = None
+    qwen3vl.rope_deltas = None
     return torch.stack([out.hidden_states[tap] for tap in SMALL.tap_layers], dim=2)
 
 
@@ -141,16 +99,16 @@ BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
     (f"one {BLOCK} two {BLOCK}{BLOCK} and a fox in the snow", [(96, 64), (32, 32), (64, 160)]),
     (f"a fox like{BLOCK}", [(128, 32)]),
 ], ids=["one", "several between texts", "last"])  # fmt: skip
-def test_taps_equal_transformers(reference, encoder, tokenizer, text, sizes):
+def test_taps_equal_transformers(qwen3vl, encoder, tokenizer, text, sizes):
     pictures = [picture(*size, seed=index) for index, size in enumerate(sizes)]
     row = tokens_of(tokenizer, text, pictures)
     tower = encoder.vision_tower()
     with torch.no_grad():
         taps = encoder(torch.tensor([row]), images=[tower(pixels) for pixels in pictures])
-    assert_taps_close(taps, theirs(reference, [row], pictures), text[:12])
+    assert_taps_close(taps, theirs(qwen3vl, [row], pictures), text[:12])
 
 
-def test_a_padded_batch_equals_transformers(reference, encoder, tokenizer):
+def test_a_padded_batch_equals_transformers(qwen3vl, encoder, tokenizer):
     first, second, third = picture(64, 64, 1), picture(96, 32, 2), picture(32, 128, 3)
     rows = [
         tokens_of(tokenizer, f"{BLOCK}a fox and {BLOCK} a badger", [first, second]),
@@ -164,18 +122,18 @@ def test_a_padded_batch_equals_transformers(reference, encoder, tokenizer):
     with torch.no_grad():
         images = [tower(pixels) for pixels in (first, second, third)]
         taps = encoder(torch.tensor(rows), mask, images)
-    expected = theirs(reference, rows, [first, second, third], mask)
+    expected = theirs(qwen3vl, rows, [first, second, third], mask)
     assert_taps_close(taps[mask], expected[mask], "a batch, padded on the left")
 
 
-def test_the_deepstack_addition_comes_after_the_tap(encoder, tokenizer, reference):
+def test_the_deepstack_addition_comes_after_the_tap(encoder, tokenizer, qwen3vl):
     """Of the taps only 2 shows which: tapped after the addition, as ComfyUI does, it differs."""
     pixels = picture(64, 64)
     row = tokens_of(tokenizer, f"{BLOCK}a fox", [pixels])
     image = encoder.vision_tower()(pixels)
     tokens = torch.tensor([row])
     pads = tokens[0] == IMAGE_PAD
-    expected = theirs(reference, [row], [pixels])[0, :, 0]
+    expected = theirs(qwen3vl, [row], [pixels])[0, :, 0]
     with torch.no_grad():
         taps = encoder(tokens, images=[image])[0, :, 0]
         after = taps.clone()
@@ -323,11 +281,11 @@ def test_bad_images_are_named(options, message):
 
 def test_prompts_that_do_not_fit_their_images_are_named(encoder):
     image = PromptImage(picture(32, 32))
-    with pytest.raises(ValueError, match="9 images in the prompt; expected at most 8"):
+    with pytest.raises(ValueError, match="9 images"):
         encoder.encode(["a fox"], images=[[image] * 9])
-    with pytest.raises(ValueError, match="images has 1 lists; expected 2"):
+    with pytest.raises(ValueError, match="images has 1"):
         encoder.encode(["a fox", "a badger"], images=[[image]])
-    with pytest.raises(ValueError, match="stands for an image; expected text"):
+    with pytest.raises(ValueError, match="stands for an image"):
         encoder.encode(["a <|image_pad|>"], images=[[image]])
     with pytest.raises(ValueError, match="places for 0 images .* and 1 images are given"):
         expand_image_tokens([1, 2], [(1, 1)])
@@ -343,8 +301,8 @@ def test_the_tower_is_neither_held_nor_saved_with_the_encoder(folder, tokenizer_
     assert encoder.vision_tower() is encoder.vision_tower()
 
 
-def test_a_file_without_a_vision_tower_is_named(reference, tmp_path, tokenizer_folder):
-    state = reference.state_dict()
+def test_a_file_without_a_vision_tower_is_named(qwen3vl, tmp_path, tokenizer_folder):
+    state = qwen3vl.state_dict()
     path = tmp_path / "text_only.safetensors"
     save_file({name: state[name].contiguous() for name in text_encoder_keys(state)}, path)
     encoder = load_text_encoder(path, tokenizer=tokenizer_folder)
@@ -352,7 +310,7 @@ def test_a_file_without_a_vision_tower_is_named(reference, tmp_path, tokenizer_f
     with pytest.raises(CheckpointError, match="text_only.safetensors has no vision tower.*GGUF"):
         encoder.encode(["a fox"], images=[[PromptImage(picture(32, 32))]])
     encoder.load_tower = None
-    with pytest.raises(ValueError, match="was not loaded from a file"):
+    with pytest.raises(ValueError, match="was not loaded"):
         encoder.vision_tower()
 
 
@@ -373,7 +331,7 @@ def test_a_damaged_or_foreign_tower_is_named(folder, tmp_path):
     name = next(n for n in vision_keys(state) if n.endswith("blocks.2.norm1.weight"))
     path = tmp_path / "cut.safetensors"
     save_file({n: t for n, t in state.items() if n != name}, path)
-    with pytest.raises(CheckpointError, match="1 missing .such as blocks.2.norm1.weight"):
+    with pytest.raises(CheckpointError, match="1 missing"):
         load_vision_tower(path)
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["num_heads"] = 48
@@ -459,5 +417,5 @@ def test_strengths_are_read(text, count, expected):
 def test_roles_are_read():
     assert read_roles("the style\n\n the pose \n\n", 3) == ["the style", "", "the pose"]
     assert read_roles("", 2) == ["", ""]
-    with pytest.raises(ValueError, match="roles has 2 entries for 1 images"):
+    with pytest.raises(ValueError, match="roles has 2"):
         read_roles("a\nb", 1)

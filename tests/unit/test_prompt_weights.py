@@ -1,6 +1,5 @@
 r"""Weights in prompts: what counts as a mark, and which tokens it reaches."""
 
-import time
 import unicodedata
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from krea2_model.text.prompt_tokens import stack_weights, tokenize_prompt
 from krea2_model.text.prompt_weights import parse_weights, weigh_again
 from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
+from work import assert_linear
 
 
 def marked(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -64,7 +64,7 @@ def test_weights_out_of_range_are_named(number):
 
 def test_weights_that_multiply_out_of_range_are_named():
     assert marked("(a (b:5):2)")[1] == [("a ", 2.0), ("b", 10.0)]
-    with pytest.raises(ValueError, match=r"weights around 'b' multiply to 15; expected -10 to 10"):
+    with pytest.raises(ValueError, match=r"weights around 'b'"):
         parse_weights("(a (b:5):3)")
 
 
@@ -78,22 +78,20 @@ LONG = 60_000
 
 
 @pytest.mark.parametrize("prompt, weighted", [
-    ("(a:" + "1" * LONG + "x)", 0),
-    ("(a:" + " " * LONG + "x)", 0),
-    ("(a" + " " * LONG + ":x)", 0),
-    ("(" + "a:" * (LONG // 2) + ")", 0),
-    ("(" * LONG, 0),
-    ("(" * (LONG // 2) + ")" * (LONG // 2), 0),
-    ("(a" * (LONG // 7) + ":1.0)" * (LONG // 7), 0),
-    ("(" * (LONG // 6) + "(a:2)" + ":1.0)" * (LONG // 6), 1),
-    ("(ab:2) " * (LONG // 7), LONG // 7 * 2),
+    (lambda n: "(a:" + "1" * n + "x)", 0),
+    (lambda n: "(a:" + " " * n + "x)", 0),
+    (lambda n: "(a" + " " * n + ":x)", 0),
+    (lambda n: "(" + "a:" * (n // 2) + ")", 0),
+    (lambda n: "(" * n, 0),
+    (lambda n: "(" * (n // 2) + ")" * (n // 2), 0),
+    (lambda n: "(a" * (n // 7) + ":1.0)" * (n // 7), 0),
+    (lambda n: "(" * (n // 6) + "(a:2)" + ":1.0)" * (n // 6), 1),
+    (lambda n: "(ab:2) " * (n // 7), LONG // 7 * 2),
 ])  # fmt: skip
 def test_prompts_are_read_in_linear_time(prompt, weighted):
-    """Milliseconds; time that grew with the square of the length would be 20 seconds and more."""
-    start = time.process_time()
-    parsed = parse_weights(prompt)
-    assert time.process_time() - start < 2
+    parsed = parse_weights(prompt(LONG))
     assert sum(weight == 2 for weight in parsed.weights) == weighted
+    assert_linear(lambda n: parse_weights(prompt(n)), LONG // 8)
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +178,15 @@ def test_words_are_whole_ones_in_any_case():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("a " * 20_000, ["a"] * 10_000),
-    ("a" * 20_000, ["a" * length for length in range(1, 300)]),
-    (" ".join(f"w{i}" for i in range(5_000)), [f"w{i}" for i in range(5_000)]),
+    (lambda n: "a " * 4 * n, lambda n: ["a"] * 2 * n),
+    (lambda n: "a" * 4 * n, lambda n: ["a" * length for length in range(1, 300)]),
+    (lambda n: " ".join(f"w{i}" for i in range(n)), lambda n: [f"w{i}" for i in range(n)]),
 ])  # fmt: skip
-def test_weights_move_in_time(text, words):
-    start = time.process_time()
-    found, lost = weigh_again(text, [(word, 2.0) for word in words])
-    assert time.process_time() - start < 2
-    assert found.count(":2)") == len(words) - len(lost)
-    assert len(lost) == (299 if text.count(" ") == 0 else 0)
+def test_weights_move_in_linear_time(text, words):
+    def move(n):
+        return weigh_again(text(n), [(word, 2.0) for word in words(n)])
+
+    found, lost = move(5_000)
+    assert found.count(":2)") == len(words(5_000)) - len(lost)
+    assert len(lost) == (0 if " " in text(1) + text(2) else 299)
+    assert_linear(move, 600)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import time
 import tracemalloc
 
 import gguf
@@ -19,16 +18,8 @@ from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.gguf import dequantise as dequantise_gguf
 from krea2_model.checkpoints.gguf import read_gguf
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table, module_to_official
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return tiny.transformer_tensors()
-
-
-def saved(path, stored, metadata=None):
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path, metadata)
-    return path
+from samples import saved
+from work import count_events
 
 
 def assert_holds(model, values, dtype=torch.float32):
@@ -126,21 +117,21 @@ def test_other_formats_name_themselves(tensors, tmp_path):
     for name in [name for name in stored if name.endswith(".comfy_quant")]:
         stored[name] = settings.clone()
     path = saved(tmp_path / "nvfp4.safetensors", stored)
-    with pytest.raises(CheckpointError, match="nvfp4, which only ComfyUI's layers read"):
+    with pytest.raises(CheckpointError, match="nvfp4, which"):
         load_transformer(path)
 
 
 def test_a_list_of_layers_that_are_not_there_is_refused(tensors, tmp_path):
     stored, _, _ = formats.float8(tensors)
     metadata = {"_quantization_metadata": json.dumps({"layers": {"blocks.9.x": {}}})}
-    with pytest.raises(CheckpointError, match="lists 'blocks.9.x' among its quantised layers"):
+    with pytest.raises(CheckpointError, match="lists 'blocks.9.x'"):
         load_transformer(saved(tmp_path / "f.safetensors", stored, metadata))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"layers": 5}'])
 def test_unreadable_settings_are_refused(tensors, tmp_path, text):
     stored, _, _ = formats.float8(tensors, "header")
-    with pytest.raises(CheckpointError, match="unreadable list of quantised layers"):
+    with pytest.raises(CheckpointError, match="unreadable list of quantised"):
         load_transformer(
             saved(tmp_path / "f.safetensors", stored, {"_quantization_metadata": text})
         )
@@ -197,7 +188,7 @@ def raw_gguf(path, name, type_id, sides, data=b"", values=()):
 @pytest.mark.parametrize("type_id, name", [(15, "Q8_K"), (99, "format 99"), (26, "I32")])
 def test_a_gguf_format_without_numbers_is_named(tmp_path, type_id, name):
     path = raw_gguf(tmp_path / "new.gguf", "first.weight", type_id, (256, 4), b"\0" * 8192)
-    with pytest.raises(CheckpointError, match=f"first.weight as {name}; expected one of F32, F16"):
+    with pytest.raises(CheckpointError, match=f"first.weight as {name}"):
         read_gguf(path)
 
 
@@ -265,7 +256,7 @@ def test_an_original_shape_of_other_values_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["numbers", "texts", "arrays"])
 def test_a_vocabulary_in_the_header_is_stepped_over(tmp_path, kind):
-    count = 200_000
+    count = 20_000
     content = {
         "numbers": struct.pack("<IQ", 5, count) + b"\0" * 4 * count,
         "texts": struct.pack("<IQ", 8, count) + (struct.pack("<Q", 3) + b"abc") * count,
@@ -273,14 +264,14 @@ def test_a_vocabulary_in_the_header_is_stepped_over(tmp_path, kind):
     }[kind]
     path = raw_gguf(tmp_path / "m.gguf", "a.weight", 0, (4, 1), b"\0" * 16,
                     [("tokenizer.ggml.tokens", 9, content)])  # fmt: skip
-    started = time.process_time()
     assert read_shapes(path) == {"a.weight": (1, 4)}
-    seconds = time.process_time() - started
     tracemalloc.start()
     read_shapes(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 1 and peak < 1e6  # 4.7 s and 131 MB when each value was an object
+    assert peak < 1e6  # 131 MB when each value was an object
+    # A text has a length to read, numbers have none; none becomes an object, or is parsed.
+    assert count_events(lambda: read_shapes(path)) < 20 * count
 
 
 def test_without_the_gguf_package_the_error_says_how_to_install_it(tensors, tmp_path, monkeypatch):

@@ -20,11 +20,6 @@ from live_bytes import LiveBytes
 from parity import assert_close
 
 
-@pytest.fixture(scope="module")
-def tensors():
-    return tiny.transformer_tensors()
-
-
 def branched(tensors):
     stored, values, metadata = formats.float8(tensors)
     layer = "blocks.0.attn.wq"
@@ -246,6 +241,6 @@ def test_a_changed_model_is_saved_merged(file, tmp_path):
 def test_a_lora_that_makes_a_weight_infinite_changes_nothing(file):
     model = load_transformer(file, dtype=torch.float16, keep_quantised=True)
     stack, expected = LoraStack(model), velocity(model)
-    with pytest.raises(ValueError, match="infinite in torch.float16; nothing was changed"):
+    with pytest.raises(ValueError, match="infinite in torch.float16"):
         stack.add((updates_for(model, "lora", "a"), 1e7))
     assert torch.equal(velocity(model), expected)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from diffusers_reference import TINY, diffusers_transformer, load_from
 
+from diffusers_reference import TINY, load_from
 from krea2_model.nn.attention import attend
 from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.sampling import denoise
@@ -21,9 +21,9 @@ def referring(latents, *settings, **options):
 
 
 @pytest.fixture(scope="module")
-def transformer():
+def transformer(reference_transformer):
     model = Krea2Transformer(TINY)
-    load_from(model, diffusers_transformer())
+    load_from(model, reference_transformer)
     return model.eval().requires_grad_(False)
 
 

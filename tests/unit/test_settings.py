@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import formats
-import tiny_checkpoints as tiny
 from krea2_model import CheckpointError, load_text_encoder, load_transformer, load_vae
 from krea2_model.checkpoints.checkpoint import read_shapes
 from krea2_model.checkpoints.quantised import normalise_metadata
 from parity import assert_close
+from samples import saved
+from work import assert_linear
 
 NAN, INF = float("nan"), float("inf")
 
@@ -104,7 +105,7 @@ def test_settings_nested_10_000_deep(folder):
     deep = '{"a":' * 10_000 + "1" + "}" * 10_000
     for part, load in (("transformer", load_transformer), ("vae", load_vae)):
         (folder / part / "config.json").write_text(deep)
-        with pytest.raises(CheckpointError, match="config.json is not valid JSON"):
+        with pytest.raises(CheckpointError, match="config.json is not valid"):
             load(folder)
 
 
@@ -134,16 +135,6 @@ def test_statistics_that_cannot_be(folder):
             CheckpointError, match=rf"vae/config.json has .*{next(iter(values))}|z_dim"
         ):
             load_vae(folder)
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return tiny.transformer_tensors()
-
-
-def saved(path, stored, metadata=None):
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path, metadata)
-    return path
 
 
 LAYER = "blocks.0.attn.wq"
@@ -250,15 +241,16 @@ def test_lists_of_quantised_layers_under_any_prefix(tensors, tmp_path, listed, n
     assert torch.equal(found.blocks[0].attn.wq.weight, expected.blocks[0].attn.wq.weight)
 
 
-def test_a_list_of_10_000_layers_takes_linear_time():
-    import time
+def test_a_list_of_layers_takes_linear_time():
+    def read(count):
+        names = [f"blocks.{i}.attn.wq" for i in range(count)]
+        keys = (f"model.diffusion_model.{n}.weight" for n in names)
+        layers = json.dumps({"layers": {n: {"format": "float8_e4m3fn"} for n in names}})
+        tensors = dict.fromkeys(keys, torch.ones(1, 1))
+        return normalise_metadata(tensors, {"_quantization_metadata": layers}, "f")
 
-    names = [f"blocks.{i}.attn.wq" for i in range(10_000)]
-    tensors = dict.fromkeys((f"model.diffusion_model.{n}.weight" for n in names), torch.ones(1, 1))
-    layers = json.dumps({"layers": {n: {"format": "float8_e4m3fn"} for n in names}})
-    started = time.process_time()
-    result = normalise_metadata(tensors, {"_quantization_metadata": layers}, "f")
-    assert len(result) == 20_000 and time.process_time() - started < 2  # 0.2 s here, 14 s before
+    assert len(read(1_000)) == 2_000
+    assert_linear(read, 250)
 
 
 @pytest.mark.parametrize("shape", ["[1e999, 2]", "[-1, 2]", "[true]", '["3"]', "[1.5]", "3", "null",
@@ -267,7 +259,7 @@ def test_shapes_that_are_none(tmp_path, shape):
     header = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,4]}}}}'.encode()
     path = tmp_path / "f.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    with pytest.raises(CheckpointError, match="f.safetensors is incomplete or damaged"):
+    with pytest.raises(CheckpointError, match="f.safetensors is incomplete"):
         read_shapes(path)
 
 

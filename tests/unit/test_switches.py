@@ -24,7 +24,7 @@ def test_the_variable_names_them():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'swigly'.*gguf, swiglu, gate, cudnn, quantise_once"):
+    with pytest.raises(ValueError, match="'swigly'.*quantise_once"):
         switches.parse("gguf,swigly")
     with pytest.raises(ValueError, match="'all'"), switches.switched("all"):
         pass

@@ -11,6 +11,7 @@ from krea2_model.transformer.backend import Backend, ExtendedBackend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.text_attention import TextAttention, TextStates, normalised_guidance
 from parity import assert_close
+from samples import random
 
 CONFIG = TransformerConfig(
     num_layers=3,
@@ -35,10 +36,6 @@ def model():
     for weight in model.parameters():
         weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     return model
-
-
-def random(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def text(tokens, seed, batch=1):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
+from transformers import AutoTokenizer
 
 from krea2_model.config import TextEncoderConfig
 from krea2_model.nn.attention import attend
@@ -22,12 +22,10 @@ from krea2_model.text.encoder import (
 )
 from krea2_model.text.tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 from parity import assert_close
+from qwen3vl_reference import SMALL
 
 logger = logging.getLogger("parity")
 
-TINY = TextEncoderConfig(
-    hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
-)
 PROMPTS = [
     "a fox in the snow",
     "",
@@ -36,51 +34,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """transformers' Qwen3-VL with a small vision tower, which text does not touch."""
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": TINY.vocab_size,
-        "hidden_size": TINY.hidden_size,
-        "intermediate_size": TINY.intermediate_size,
-        "num_hidden_layers": TINY.num_hidden_layers,
-        "num_attention_heads": TINY.num_attention_heads,
-        "num_key_value_heads": TINY.num_key_value_heads,
-        "head_dim": TINY.head_dim,
-        "rms_norm_eps": TINY.rms_norm_eps,
-        # Qwen3-VL-4B splits the 64 frequencies of a head in 24, 20 and 20; here there are 8.
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": TINY.rope_theta,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": TINY.hidden_size,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
-    model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
-    with torch.no_grad():
-        for name, parameter in model.language_model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "embed" in name:
-                parameter.normal_()
-            else:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model
-
-
-def encoder_like(reference, **options) -> Qwen3VLTextEncoder:
-    encoder = Qwen3VLTextEncoder(TINY, **options)
-    state = reference.state_dict()
+def encoder_like(qwen3vl, **options) -> Qwen3VLTextEncoder:
+    encoder = Qwen3VLTextEncoder(SMALL, **options)
+    state = qwen3vl.state_dict()
     keys = text_encoder_keys(state)
     encoder.load_state_dict({ours: state[theirs] for theirs, ours in keys.items()}, strict=True)
     return encoder.eval()
@@ -92,8 +48,8 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture(scope="module")
-def encoder(reference, tokenizer):
-    encoder = encoder_like(reference)
+def encoder(qwen3vl, tokenizer):
+    encoder = encoder_like(qwen3vl)
     encoder.tokenizer = tokenizer
     return encoder
 
@@ -105,7 +61,7 @@ def reference_taps(model, tokens, mask=None):
     out = model(
         input_ids=tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True
     )
-    return torch.stack([out.hidden_states[tap] for tap in TINY.tap_layers], dim=2)
+    return torch.stack([out.hidden_states[tap] for tap in SMALL.tap_layers], dim=2)
 
 
 def random_tokens(*shape):
@@ -114,20 +70,20 @@ def random_tokens(*shape):
 
 
 def assert_taps_close(taps, expected, what):
-    for slot, tap in enumerate(TINY.tap_layers):
+    for slot, tap in enumerate(SMALL.tap_layers):
         assert_close(taps[..., slot, :], expected[..., slot, :], 1e-5, f"{what}, tap {tap}")
 
 
 @pytest.mark.parametrize("length, elements", [(1, None), (39, None), (600, None), (600, 0)])
-def test_taps_equal_transformers(reference, encoder, monkeypatch, length, elements):
+def test_taps_equal_transformers(qwen3vl, encoder, monkeypatch, length, elements):
     """With 0 elements at a time, as prompts of thousands of tokens: in blocks of 64 queries."""
     if elements is not None:
         monkeypatch.setattr(decoder, "MASK_ELEMENTS", elements)
     tokens = random_tokens(2, length)
     with torch.no_grad():
         taps = encoder(tokens)
-    assert taps.shape == (2, length, 12, TINY.hidden_size)
-    assert_taps_close(taps, reference_taps(reference, tokens), f"{length} tokens")
+    assert taps.shape == (2, length, 12, SMALL.hidden_size)
+    assert_taps_close(taps, reference_taps(qwen3vl, tokens), f"{length} tokens")
 
 
 def padded(where: str, length: int = 60, real: int = 25):
@@ -139,7 +95,7 @@ def padded(where: str, length: int = 60, real: int = 25):
 
 
 @pytest.mark.parametrize("where", ["left", "middle", "right"])
-def test_padding_changes_no_real_token(reference, encoder, where):
+def test_padding_changes_no_real_token(qwen3vl, encoder, where):
     mask = torch.stack((padded(where), torch.ones(60, dtype=torch.bool)))
     tokens = random_tokens(2, 60)
     assert mask[0].sum() == 25
@@ -148,11 +104,11 @@ def test_padding_changes_no_real_token(reference, encoder, where):
         alone = encoder(tokens[:1, mask[0]])
     assert torch.isfinite(taps).all()
     assert_taps_close(taps[:1, mask[0]], alone, f"{where} against unpadded")
-    expected = reference_taps(reference, tokens, mask)
+    expected = reference_taps(qwen3vl, tokens, mask)
     assert_taps_close(taps[mask], expected[mask], f"{where} against transformers")
 
 
-def test_padding_on_the_left_makes_no_nan(reference):
+def test_padding_on_the_left_makes_no_nan(qwen3vl):
     """torch's own attention gives zeros where a query sees nothing; a plain softmax gives NaN."""
 
     def plain(query, key, value, mask):
@@ -162,17 +118,17 @@ def test_padding_on_the_left_makes_no_nan(reference):
 
     mask, tokens = padded("left")[None], random_tokens(1, 60)
     with torch.no_grad():
-        taps = encoder_like(reference, attend=plain)(tokens, mask)
-    assert_taps_close(taps[mask], reference_taps(reference, tokens, mask)[mask], "plain softmax")
+        taps = encoder_like(qwen3vl, attend=plain)(tokens, mask)
+    assert_taps_close(taps[mask], reference_taps(qwen3vl, tokens, mask)[mask], "plain softmax")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["plain", "empty", "odd", "cut"])
-def test_encode_equals_the_official_pipeline(reference, encoder, tokenizer_folder, prompt):
+def test_encode_equals_the_official_pipeline(qwen3vl, encoder, tokenizer_folder, prompt):
     """diffusers pads to 512 in the middle of the template; only its real tokens count."""
     pipeline = DiffusersPipeline(
         scheduler=None,
         vae=None,
-        text_encoder=reference,
+        text_encoder=qwen3vl,
         tokenizer=AutoTokenizer.from_pretrained(tokenizer_folder),
         transformer=None,
     )
@@ -213,9 +169,9 @@ def test_equal_lengths_need_no_mask(encoder):
     assert not taps.requires_grad
 
 
-def test_bfloat16_is_as_close_as_transformers(reference):
+def test_bfloat16_is_as_close_as_transformers(qwen3vl):
     """Rounding must not be worse than the reference's, measured from float32 on equal weights."""
-    rounded = copy.deepcopy(reference).bfloat16()
+    rounded = copy.deepcopy(qwen3vl).bfloat16()
     tokens = random_tokens(1, 120)
     theirs = reference_taps(rounded, tokens)
     encoder = encoder_like(rounded, dtype=torch.bfloat16)
@@ -223,7 +179,7 @@ def test_bfloat16_is_as_close_as_transformers(reference):
         ours = encoder(tokens)
     exact = reference_taps(rounded.float(), tokens)
     assert ours.dtype is torch.bfloat16
-    for slot, tap in enumerate(TINY.tap_layers):
+    for slot, tap in enumerate(SMALL.tap_layers):
         our_error, their_error = (
             (taps[..., slot, :].double() - exact[..., slot, :].double()).norm()
             for taps in (ours, theirs)
@@ -240,22 +196,22 @@ def test_gradients_reach_the_embeddings(encoder):
     assert gradient is not None and gradient.abs().sum() > 0
 
 
-def test_attention_passes_the_seam(reference):
+def test_attention_passes_the_seam(qwen3vl):
     calls = []
 
     def recording(query, key, value, mask):
         calls.append((query.shape, key.shape, mask.dtype))
         return attend(query, key, value, mask)
 
-    encoder = Qwen3VLTextEncoder(replace(TINY, vocab_size=1), attend=recording)
+    encoder = Qwen3VLTextEncoder(replace(SMALL, vocab_size=1), attend=recording)
     with torch.no_grad():
         encoder(torch.zeros(1, 7, dtype=torch.long))
-    assert calls == [((1, 4, 7, 16), (1, 2, 7, 16), torch.bool)] * 35
+    assert calls == [((1, 4, 7, 32), (1, 2, 7, 32), torch.bool)] * 35
 
 
 def test_taps_follow_the_config(encoder):
     """Other taps, out of order and with the embeddings, and no layer more than they need."""
-    config = replace(TINY, tap_layers=(5, 0, 2))
+    config = replace(SMALL, tap_layers=(5, 0, 2))
     small = Qwen3VLTextEncoder(config)
     assert len(small.layers) == 5
     small.load_state_dict(encoder.state_dict(), strict=False)
@@ -269,7 +225,7 @@ def test_taps_follow_the_config(encoder):
 
 @pytest.mark.parametrize("prompts", ["a fox", [], None, {"a fox": 1}], ids=repr)
 def test_encode_refuses_what_is_no_list(encoder, prompts):
-    with pytest.raises(ValueError, match=r"expected a list of one or more texts"):
+    with pytest.raises(ValueError, match=r"expected a list"):
         encoder.encode(prompts)
 
 
@@ -285,13 +241,13 @@ def test_encode_refuses_lengths_without_a_prompt(encoder):
 
 def test_encode_needs_a_tokenizer():
     with torch.device("meta"):
-        encoder = Qwen3VLTextEncoder(TINY)
+        encoder = Qwen3VLTextEncoder(SMALL)
     with pytest.raises(ValueError, match=r"no tokenizer.*`tokenizer=`.*COMFYUI_PATH"):
         encoder.encode(["a fox"])
 
 
 def test_encode_refuses_a_tokenizer_with_more_tokens(tokenizer):
-    encoder = Qwen3VLTextEncoder(replace(TINY, vocab_size=1000), device="meta")
+    encoder = Qwen3VLTextEncoder(replace(SMALL, vocab_size=1000), device="meta")
     encoder.tokenizer = tokenizer
     with pytest.raises(ValueError, match="knows 1000"):
         encoder.encode(["a fox"])
@@ -330,26 +286,26 @@ def tensor_shapes(config: TextEncoderConfig, num_layers: int) -> dict[str, tuple
     ],
 )
 def test_keys_of_every_prefix(prefix, others):
-    shapes = tensor_shapes(TINY, 36)
+    shapes = tensor_shapes(SMALL, 36)
     scales = ["layers.3.mlp.up_proj.weight_scale", "layers.3.mlp.up_proj.comfy_quant"]
     names = [prefix + name for name in [*shapes, *scales]]
     keys = text_encoder_keys([*others, *names])
     wanted = [name for name in [*shapes, *scales] if not name.startswith("layers.35.")]
     assert keys == {prefix + name: name for name in wanted}
-    assert set(Qwen3VLTextEncoder(TINY, device="meta").state_dict()) == set(wanted) - set(scales)
+    assert set(Qwen3VLTextEncoder(SMALL, device="meta").state_dict()) == set(wanted) - set(scales)
 
 
-def test_keys_of_a_hugging_face_model(reference):
+def test_keys_of_a_hugging_face_model(qwen3vl):
     """The names of a whole Qwen3VLModel, vision tower included."""
-    keys = text_encoder_keys(reference.state_dict())
-    assert set(keys.values()) == set(tensor_shapes(TINY, 35))
+    keys = text_encoder_keys(qwen3vl.state_dict())
+    assert set(keys.values()) == set(tensor_shapes(SMALL, 35))
     assert all(name.startswith("language_model.") for name in keys)
 
 
 def test_keys_up_to_another_layer():
-    shapes = tensor_shapes(TINY, 36)
+    shapes = tensor_shapes(SMALL, 36)
     keys = text_encoder_keys((f"model.{name}" for name in shapes), num_layers=2)
-    assert sorted(keys.values()) == sorted(tensor_shapes(TINY, 2))
+    assert sorted(keys.values()) == sorted(tensor_shapes(SMALL, 2))
     assert len(text_encoder_keys(shapes, num_layers=36)) == len(shapes)
 
 
@@ -359,7 +315,7 @@ def test_keys_up_to_another_layer():
         [],
         ["blocks.0.attn.wq.weight", "first.weight"],
         ["encoder.embed_tokens.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"],
-        [f"{te}.{name}" for te in "ab" for name in tensor_shapes(TINY, 1)],
+        [f"{te}.{name}" for te in "ab" for name in tensor_shapes(SMALL, 1)],
     ],
     ids=["nothing", "transformer", "T5", "two encoders"],
 )
@@ -367,7 +323,7 @@ def test_no_keys_without_one_language_model(names):
     assert text_encoder_keys(names) == {}
 
 
-@pytest.mark.parametrize("config", [TextEncoderConfig(), TINY], ids=["released", "tiny"])
+@pytest.mark.parametrize("config", [TextEncoderConfig(), SMALL], ids=["released", "tiny"])
 def test_config_is_read_off_the_shapes(config):
     assert infer_text_encoder_config(tensor_shapes(config, 36)) == config
     # What `text_encoder_keys` leaves of a file is enough.
@@ -379,26 +335,26 @@ def test_config_of_packed_weights():
     """4-bit formats halve the columns."""
     shapes = {
         name: (*shape[:-1], shape[-1] // 2) if "proj" in name else shape
-        for name, shape in tensor_shapes(TINY, 36).items()
+        for name, shape in tensor_shapes(SMALL, 36).items()
     }
-    assert infer_text_encoder_config(shapes) == TINY
+    assert infer_text_encoder_config(shapes) == SMALL
 
 
 def test_config_takes_what_shapes_do_not_tell():
     config = infer_text_encoder_config(
-        tensor_shapes(TINY, 4), rope_theta=1e6, rms_norm_eps=1e-5, tap_layers=(1, 4)
+        tensor_shapes(SMALL, 4), rope_theta=1e6, rms_norm_eps=1e-5, tap_layers=(1, 4)
     )
     expected = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "tap_layers": (1, 4)}
-    assert config == replace(TINY, num_hidden_layers=4, **expected)
+    assert config == replace(SMALL, num_hidden_layers=4, **expected)
 
 
 def test_a_wider_encoder_is_none_of_inferences_business():
-    shapes = tensor_shapes(replace(TINY, hidden_size=4096), 36)
+    shapes = tensor_shapes(replace(SMALL, hidden_size=4096), 36)
     assert infer_text_encoder_config(shapes).hidden_size == 4096
 
 
 def test_encoders_that_are_refused():
-    shapes = tensor_shapes(TINY, 36)
+    shapes = tensor_shapes(SMALL, 36)
 
     qwen25 = {name: shape for name, shape in shapes.items() if "q_norm" not in name}
     qwen25["layers.0.self_attn.q_proj.bias"] = (64,)
@@ -412,7 +368,7 @@ def test_encoders_that_are_refused():
         infer_text_encoder_config(llama)
 
     with pytest.raises(ValueError, match=r"28 layers, width 64.*layer 28 is missing.*Qwen3-VL-4B"):
-        infer_text_encoder_config(tensor_shapes(TINY, 28))
+        infer_text_encoder_config(tensor_shapes(SMALL, 28))
 
     gap = {name: shape for name, shape in shapes.items() if not name.startswith("layers.7.")}
     with pytest.raises(ValueError, match=r"35 layers.*layer 7 is missing"):

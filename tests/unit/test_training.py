@@ -32,6 +32,13 @@ def examples(parts, tmp_path, monkeypatch):
     return lambda notebook=False: Examples(tmp_path / f"examples{notebook}", *parts, notebook)
 
 
+@pytest.fixture(scope="module")
+def reference_examples(parts, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_module, "TEXTS", 24)
+        return ReferenceExamples(tmp_path_factory.mktemp("references"), *parts)
+
+
 def changed(before, after):
     """Names of weights that differ; a LoRA puts the layer it is on one level down."""
     after = {name.replace(".layer.", "."): tensor for name, tensor in after.items()}
@@ -62,8 +69,7 @@ def test_turbo_and_lora(examples, tmp_path, monkeypatch):
     assert not changed(before, raw.state_dict()), "the teacher stays as it is"
 
 
-def test_reference_lora(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference_module, "TEXTS", 24)
+def test_reference_lora(reference_examples, tmp_path, monkeypatch):
     monkeypatch.setattr(reference_module, "CAPTIONS", 3)
     raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in raw.state_dict().items()}
@@ -74,19 +80,17 @@ def test_reference_lora(parts, tmp_path, monkeypatch):
         lambda *arguments, references: shown.append(references)
         or forward(*arguments, references=references),
     )  # fmt: skip
-    tensors = train_reference(tmp_path, ReferenceExamples(tmp_path, *parts), raw, steps=3)
+    tensors = train_reference(tmp_path, reference_examples, raw, steps=3)
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
     assert not changed(before, raw.state_dict()), "only the LoRA learns"
     assert any(shown), "the transformer is shown references"
 
 
-def test_batches_have_up_to_two_references(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference_module, "TEXTS", 32)
+def test_batches_have_up_to_two_references(reference_examples, monkeypatch):
     monkeypatch.setattr(reference_module, "TWO", 0.5)
-    examples = ReferenceExamples(tmp_path, *parts)
     counts = set()
     for seed in range(12):
-        batch, references = examples.batch(2, Random(seed))
+        batch, references = reference_examples.batch(2, Random(seed))
         counts.add(len(references))
         assert len(batch.latents) == len(batch.taps) == len(batch.mask) == 2
         assert all(reference.shape[:2] == batch.latents.shape[:2] for reference in references)

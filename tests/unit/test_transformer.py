@@ -3,14 +3,13 @@
 import pytest
 import torch
 from diffusers import Krea2Transformer2DModel
+
 from diffusers_reference import (
     TINY,
     diffusers_arguments,
-    diffusers_transformer,
     load_from,
     run_reference,
 )
-
 from krea2_model.checkpoints.transformer_keys import (
     diffusers_to_official,
     infer_transformer_config,
@@ -24,36 +23,31 @@ from parity import assert_close, relative_error
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return diffusers_transformer()
-
-
-@pytest.fixture(scope="module")
-def transformer(reference):
+def transformer(reference_transformer):
     model = Krea2Transformer(TINY)
-    load_from(model, reference)
+    load_from(model, reference_transformer)
     return model.eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("height, width", [(8, 8), (6, 14), (20, 4)])
-def test_equals_diffusers(reference, transformer, height, width):
+def test_equals_diffusers(reference_transformer, transformer, height, width):
     latents, taps = torch.randn(1, 16, height, width), torch.randn(1, 7, 12, 80)
     timestep = torch.tensor([0.37])
     velocity = transformer(latents, timestep, transformer.fuse_text(taps))
-    expected = run_reference(reference, latents, timestep, taps)
+    expected = run_reference(reference_transformer, latents, timestep, taps)
     assert_close(velocity, expected, 1e-5, f"transformer {height}x{width} against diffusers")
 
 
 @torch.no_grad()
-def test_batch_with_masks_equals_diffusers(reference, transformer):
+def test_batch_with_masks_equals_diffusers(reference_transformer, transformer):
     """Two texts of different length, padded in the middle as the official layout pads."""
     latents, taps = torch.randn(2, 16, 6, 10), torch.randn(2, 9, 12, 80)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, 3:6] = False
     timestep = torch.tensor([0.9, 0.2])
     velocity = transformer(latents, timestep, transformer.fuse_text(taps, mask), mask)
-    expected = run_reference(reference, latents, timestep, taps, mask)
+    expected = run_reference(reference_transformer, latents, timestep, taps, mask)
     assert_close(velocity, expected, 1e-5, "transformer, masked batch, against diffusers")
 
 
@@ -101,18 +95,18 @@ def test_references_change_only_through_attention(transformer):
 
 
 @torch.no_grad()
-def test_bfloat16_is_no_further_from_float32_than_diffusers(reference, transformer):
+def test_bfloat16_is_no_further_from_float32_than_diffusers(reference_transformer, transformer):
     latents, taps = torch.randn(2, 16, 16, 16), torch.randn(2, 12, 12, 80)
     timestep = torch.tensor([0.8, 0.3])
-    expected = run_reference(reference, latents, timestep, taps)
+    expected = run_reference(reference_transformer, latents, timestep, taps)
 
     theirs = Krea2Transformer2DModel(**diffusers_arguments(TINY)).eval()
-    theirs.load_state_dict(reference.state_dict())
+    theirs.load_state_dict(reference_transformer.state_dict())
     for name, parameter in theirs.named_parameters():
         if not any(f"{norm}.weight" in name for norm in theirs._keep_in_fp32_modules):
             parameter.data = parameter.data.to(torch.bfloat16)
     ours = Krea2Transformer(TINY).eval()
-    load_from(ours, reference)
+    load_from(ours, reference_transformer)
     for name, parameter in ours.named_parameters():
         if not module_to_official(name).endswith((".scale", ".lin")):
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -123,18 +117,18 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(reference, transform
     assert 0 < error_ours <= error_theirs
 
 
-def test_gradients_reach_every_weight(reference):
+def test_gradients_reach_every_weight(reference_transformer):
     model = Krea2Transformer(TINY)
-    load_from(model, reference)
+    load_from(model, reference_transformer)
     text = model.fuse_text(torch.randn(1, 3, 12, 80))
     model(torch.randn(1, 16, 4, 4), torch.tensor([0.4]), text).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_training_works_after_inference_mode(reference):
+def test_training_works_after_inference_mode(reference_transformer):
     """What a run leaves behind must not be an inference tensor."""
     model = Krea2Transformer(TINY)
-    load_from(model, reference)
+    load_from(model, reference_transformer)
     latents, taps = torch.randn(1, 16, 4, 4), torch.randn(1, 3, 12, 80)
     with torch.inference_mode():
         model(latents, torch.tensor([0.4]), model.fuse_text(taps))

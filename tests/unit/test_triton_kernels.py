@@ -11,6 +11,7 @@ import krea2_model.checkpoints.gguf as gguf
 from benchmarks.interpreter import interpreted
 from benchmarks.traffic import Counter
 from krea2_model.nn import kernels, switches, triton_kernels
+from samples import random
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What one rounding to a dtype changes at most, relatively.
@@ -43,10 +44,6 @@ def launches(monkeypatch):
     record(gates, "gated")
     record(blocks, "dequantise")
     return names
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def random_blocks(name: str, count: int, seed: int = 0) -> torch.Tensor:
@@ -125,7 +122,7 @@ def gated(gate, values, silu):
 def test_gated_products_are_rounded_once(silu, dtype, launches):
     """Half a step from the exact product, where torch's own are up to a step and a half."""
     for shape in ((1, 1, 1), (2, 7, 293), (1, 3, 2048)):
-        gate, values = 4 * random(*shape, dtype=dtype), random(*shape, seed=1, dtype=dtype)
+        gate, values = 4 * random(*shape).to(dtype), random(*shape, seed=1).to(dtype)
         wide, factor = gate.double(), values.double()
         exact = (F.silu(wide) if silu else wide.sigmoid()) * factor
         with torch.no_grad():
@@ -179,7 +176,7 @@ def test_bytes_that_torch_moves_and_one_launch_instead(launches):
     """For a value of Q4_K over 25 bytes, where 144 / 256 + 2 are enough; for a product five
     times its tensor, where two are read and one is written."""
     data = random_blocks("Q4_K", 64)
-    gate, values = random(2, 1, 64, 512, dtype=torch.bfloat16)
+    gate, values = random(2, 1, 64, 512).bfloat16()
     with torch.no_grad(), Counter() as blocks:
         gguf.dequantise(data, "Q4_K", (64, 256), torch.bfloat16)
     with torch.no_grad(), Counter() as product:

@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import gguf
-import k_blocks
 import numpy as np
 import torch
+
+import k_blocks
 
 FLOAT8_MOST = torch.finfo(torch.float8_e4m3fn).max
 

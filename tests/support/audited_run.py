@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path.append(str(ROOT / "scripts"))
 
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
            "socket.gethostbyname", "urllib.Request", "http.client.connect")  # fmt: skip
@@ -39,6 +39,7 @@ def hook(event, arguments):
 def use_every_node(base: Path) -> set[str]:
     """Their ids, as they are used."""
     import torch
+
     from in_process import run_node
 
     used = set()
@@ -96,7 +97,6 @@ def main() -> None:
     base = Path(sys.argv[1])
     sys.addaudithook(hook)
     import in_process
-
     import tiny_checkpoints
 
     in_process.start(base)
@@ -107,6 +107,8 @@ def main() -> None:
         ROOT / "krea2_model" / "nano" / "krea2_nano_turbo.safetensors",
         folder / "copy.safetensors",
     )
+    expander = in_process.pack_module("krea2_model.text.expander")
+    expander.LENGTHS["short"] = expander.Length(words=5, tokens=8)
     # What is imported on first use compiles and caches modules, which is Python's own doing.
     use_every_node(base)
     recording.update(("code", "written"))
