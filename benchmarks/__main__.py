@@ -1,4 +1,4 @@
-"""Everything that README says about speed and memory, measured and written to RESULTS.md.
+"""Everything that docs/ says about speed and memory, measured and written to RESULTS.md.
 
     python -m benchmarks [--only block vae ...]
 

@@ -395,7 +395,7 @@ def flat(colour):
 
 
 def test_core_cuts_into_images_where_no_template_is_given(clip, core_clip):
-    """What the README says: its chat for images has no system turn, and is cut where the second
+    """As docs/why.md says: its chat for images has no system turn, and is cut where the second
     turn would begin if an image were one token. Here that leaves two of eight tokens of the image.
     """
     picture = image(64, 128)

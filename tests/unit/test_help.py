@@ -1,4 +1,4 @@
-"""The help pages beside the code: their pictures, and the messages they quote.
+"""The help pages and docs/ beside the code: pictures, and the messages they quote.
 
 tests/comfy/test_help.py compares them with the nodes' schemas.
 """
@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web/docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in DOCS.glob("*.md")}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {
+    f"docs/{path.stem}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")
+}
 
 
 def message_patterns() -> list[re.Pattern]:
@@ -38,7 +40,7 @@ def _pattern(part) -> str:
 PATTERNS = message_patterns()
 QUOTES = [
     (name, quote)
-    for name, page in [*sorted(PAGES.items()), ("README", README)]
+    for name, page in sorted((PAGES | GUIDES).items())
     for quote in re.findall(r"^ *> (.+)$", page, re.MULTILINE)
 ]
 

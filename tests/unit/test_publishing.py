@@ -63,7 +63,9 @@ def test_the_archive_has_nothing_that_only_this_repository_needs():
     ]
 
 
-@pytest.mark.parametrize("folder", ["example_workflows", "krea2_model", "locales", "nodes", "web"])
+@pytest.mark.parametrize(
+    "folder", ["docs", "example_workflows", "krea2_model", "locales", "nodes", "web"]
+)
 def test_the_archive_has_everything_of(folder):
     here = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")}
     here = {name for name in here if "__pycache__" not in name}
