@@ -29,3 +29,11 @@ def test_pages_quote_the_results(page, least):
     known = set(re.findall(r"\d+(?:\.\d+)?", REPORT.read_text(encoding="utf-8")))
     assert len(numbers) >= least
     assert [number for number in numbers if number not in known] == []
+
+
+def test_the_readme_quotes_the_results():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = re.search(r"Raw takes ([\d.]+ s) where ComfyUI's own code takes ([\d.]+ s)", readme)
+    report = REPORT.read_text(encoding="utf-8")
+    for name, seconds in zip(("ours", "core"), found.groups(), strict=True):
+        assert re.search(rf"^\| {name}[^|]*\| 28 \|.*\| {seconds} \|", report, re.MULTILINE), name
