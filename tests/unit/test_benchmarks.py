@@ -36,4 +36,4 @@ def test_the_readme_quotes_the_results():
     found = re.search(r"Raw takes ([\d.]+ s) where ComfyUI's own code takes ([\d.]+ s)", readme)
     report = REPORT.read_text(encoding="utf-8")
     for name, seconds in zip(("ours", "core"), found.groups(), strict=True):
-        assert re.search(rf"^\| {name}[^|]*\| 28 \|.*\| {seconds} \|", report, re.MULTILINE), name
+        assert re.search(rf"^\| {name} \|.*\| {seconds} \|", report, re.MULTILINE), name
