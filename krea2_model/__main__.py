@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     image.add_argument("--width", type=int, help="default: the checkpoint's, 1024 (nano 128)")
     image.add_argument("--height", type=int, help="likewise")
-    image.add_argument("--negative", default="", help="what guidance leads away from")
+    image.add_argument("--negative", default="", help="what guidance steers away from")
     image.add_argument("--steps", type=int, help="default: the checkpoint's")
     image.add_argument("--guidance", type=float, help="Krea's convention; ComfyUI's cfg - 1")
     image.add_argument("--images", type=int, default=1, help="how many")

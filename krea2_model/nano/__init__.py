@@ -36,7 +36,7 @@ LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 # Takes colours over from reference images: the prompt names shapes and places, a LoRA on Raw too.
 REFERENCE_LORA = FOLDER / "krea2_nano_reference_lora.safetensors"
 
-# Stands for the text encoder where a path is asked for; no file has to be there.
+# The path by which loaders know the text encoder, which is made on first use; not a file.
 TEXT_ENCODER = FOLDER / "krea2_nano_text_encoder.safetensors"
 TEXT_ENCODER_CHECKSUM = "e0b5e2e872eef3b98e1749328d5ad0d012a97ea6c19043e3ffce813b55fc66b1"
 

@@ -97,10 +97,10 @@ def unknown_to(model, *conditionings) -> list[str]:
     extras = [extra for conditioning in conditionings for _, extra in conditioning or ()]
     features = []
     if any(TOKEN_WEIGHTS in extra for extra in extras):
-        features.append("weights in the prompt")
+        features.append("prompt weights")
     settings = [each for extra in extras for each in extra.get(SETTINGS, ())]
     if any((each.strength, each.start, each.end) != (1.0, 0.0, 1.0) for each in settings):
         features.append("strength, start and end of references")
     if any(extra.get(CACHED) for extra in extras):
-        features.append("references kept apart")
+        features.append("cached references")
     return features

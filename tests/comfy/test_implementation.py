@@ -102,7 +102,7 @@ def test_what_has_no_effect_there_is_said(run, pack, core_s, turbo, conditioning
         return str(output.ui.as_dict() if hasattr(output.ui, "as_dict") else output.ui)
 
     assert "strength, start and end of references" in report(model, **reference)
-    assert "weights in the prompt" in report(model, **weights)
+    assert "prompt weights" in report(model, **weights)
     assert "own implementation" not in report(turbo, **weights) + report(model)
 
 
