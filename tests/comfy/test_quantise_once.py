@@ -169,7 +169,7 @@ def test_a_compiler_and_gradients_see_the_plain_layers(load, pack, monkeypatch):
     layers = blocks_of(load(FP8))[0].attn
     hidden = torch.randn(1, 3, 256)
     made = []
-    monkeypatch.setattr(module, "_way", lambda layer: made.append(layer))
+    monkeypatch.setattr(module, "_input_format", lambda layer: made.append(layer))
     with pack("krea2_model.nn.switches").switched("quantise_once"):
         with torch.inference_mode(False), torch.enable_grad():
             module.share_input(hidden, layers.wq, layers.wk)

@@ -48,7 +48,9 @@ def modules_imported(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
             for alias in node.names:
-                for parts in ([*base, alias.name], base):
+                name = alias.name
+                # A module, a package, or what a module or a package has.
+                for parts in ([*base, name], [*base, name, "__init__"], base, [*base, "__init__"]):
                     path = ROOT.joinpath(*filter(None, parts))
                     if path.with_suffix(".py").is_file():
                         names.add(".".join(filter(None, parts)))

@@ -8,7 +8,6 @@ no gradients.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 
@@ -28,12 +27,6 @@ def takes(*tensors: Tensor) -> bool:
     if not all(tensor.device == device and tensor.is_contiguous() for tensor in tensors):
         return False
     return INTERPRETED or (device.type == "cuda" and _works_on(device))
-
-
-def current(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's device the current one, on which Triton launches."""
-    on_gpu = tensor.device.type == "cuda"
-    return torch.cuda.device(tensor.device) if on_gpu else contextlib.nullcontext()
 
 
 @functools.cache

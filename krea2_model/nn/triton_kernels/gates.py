@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import current
+from .launch import current
 
 # Values of one program.
 TILE = 2048
