@@ -69,7 +69,7 @@ comfy_tests() {
 }
 
 # These of tests/comfy run beside the others, so that both sides take about as long.
-beside_comfy=(tests/comfy/test_reliability.py tests/comfy/test_security.py)
+beside_comfy=(tests/comfy/test_{clip,contract,expander,formats,reliability,security}.py)
 
 # The page itself, in a browser on a real server.
 browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "$@"; }
@@ -87,9 +87,11 @@ check_types() {
   MYPYPATH=$LOCAL/types "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.nodes
 }
 
+# A file's tests stay in one process: they share models and pictures.
+unit_tests() { run_pytest unit -n "$((cores < 4 ? cores : 4))" --dist loadfile tests/unit "$@"; }
+
 # All that runs beside tests/comfy.
 others() {
-  check "tests/unit" run_pytest unit tests/unit "$@"
   check "tests/comfy, second part" comfy_tests comfy-2 "${beside_comfy[@]}" "$@"
   check "mypy" check_types
 }
@@ -121,6 +123,7 @@ else
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
   cores=$(nproc 2>/dev/null || echo 2)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
+  check "tests/unit" unit_tests "$@"
   beside others "$@"
   check "tests/comfy" comfy_tests comfy tests/comfy "${beside_comfy[@]/#/--ignore=}" "$@"
   join_beside
