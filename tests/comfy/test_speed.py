@@ -106,7 +106,8 @@ def test_quantised_as_it_loads_is_what_a_converted_file_holds(
     run, turbo, models, velocity, pack, dtype, quantise
 ):
     name = "krea2_tiny_turbo.safetensors"
-    if pack("krea2_model.tools.convert").STORED_FORMATS[quantise] not in comfy.quant_ops.QUANT_ALGOS:
+    stored = pack("krea2_model.tools.convert").STORED_FORMATS[quantise]
+    if stored not in comfy.quant_ops.QUANT_ALGOS:
         with pytest.raises(ValueError, match=f"dtype {quantise} makes layers in .*Update ComfyUI"):
             run("K2ModelLoader", file=name, dtype=dtype)
         return
