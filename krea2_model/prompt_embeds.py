@@ -76,4 +76,4 @@ def encode_prompts(
         for prompt in prompts
     ]
     taps, mask = encoder.encode_tokens(tokens)
-    return PromptEmbeds(taps, mask, stack_weights(tokens))
+    return PromptEmbeds(taps, mask, stack_weights([prompt.weight_row for prompt in tokens]))

@@ -22,7 +22,7 @@ from .prompt_images import (
     image_text,
     image_weights,
 )
-from .prompt_weights import parse_weights, plain_prompt, token_weights
+from .prompt_weights import WeightedPrompt, parse_weights, plain_prompt, token_weights
 from .tokenizer import PREFIX_TOKENS, Krea2Tokenizer
 
 
@@ -48,6 +48,11 @@ class PromptTokens:
     def expanded_ids(self) -> list[int]:
         """The ids with each pad repeated for all tokens of its image."""
         return expand_image_tokens(self.ids, self.grids) if self.images else self.ids
+
+    @property
+    def weight_row(self) -> Sequence[float]:
+        """The weights, also where all are 1."""
+        return self.weights or [1.0] * (len(self.expanded_ids) - PREFIX_TOKENS)
 
     @property
     def image_slices(self) -> list[slice]:
@@ -88,22 +93,39 @@ def tokenize_prompt(
     ids = tokenizer.tokenize(text, max_sequence_length, front_text)
     weights = None
     if any(image.strength != 1 for image in images) or (marked and marked.is_weighted):
-        spans = tokenizer.spans(text, max_sequence_length, front_text)
-        grids = [grid_of(image.pixels) for image in images]
-        values = image_weights(tokenizer.front(front_text), grids, images)
-        values += token_weights(marked or plain_prompt(text), spans)
+        prompt_weights = marked or plain_prompt(text)
+        values = weigh_tokens(
+            tokenizer,
+            prompt_weights,
+            images=images,
+            labels=labels,
+            max_sequence_length=max_sequence_length,
+        )
         # A weighted word may have been cut.
         weights = tuple(values) if any(value != 1 for value in values) else None
     return PromptTokens(ids, tuple(images), weights)
 
 
-def stack_weights(prompts: Sequence[PromptTokens]) -> Tensor | None:
-    """Weights (B, L) of the tokens of prompts, 1 for padding; None where all are 1."""
-    if all(prompt.weights is None for prompt in prompts):
+def weigh_tokens(
+    tokenizer: Krea2Tokenizer,
+    prompt: WeightedPrompt,
+    *,
+    images: Sequence[PromptImage] = (),
+    labels: bool = True,
+    max_sequence_length: int | None = None,
+) -> list[float]:
+    """Weights of a prompt's tokens after the prefix, images expanded; see `tokenize_prompt`."""
+    front_text = image_text([image.role for image in images], labels)
+    grids = [grid_of(image.pixels) for image in images]
+    weights = image_weights(tokenizer.front(front_text), grids, images)
+    return weights + token_weights(
+        prompt, tokenizer.spans(prompt.text, max_sequence_length, front_text)
+    )
+
+
+def stack_weights(rows: Sequence[Sequence[float]]) -> Tensor | None:
+    """Weights (B, L) of rows of token weights, 1 for padding; None where all are 1."""
+    if all(weight == 1 for row in rows for weight in row):
         return None
-    lengths = [len(prompt.expanded_ids) - PREFIX_TOKENS for prompt in prompts]
-    result = torch.ones(len(prompts), max(lengths))
-    for row, prompt in zip(result, prompts, strict=True):
-        if prompt.weights is not None:
-            row[: len(prompt.weights)] = torch.tensor(prompt.weights)
-    return result
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[1.0] * (longest - len(row))] for row in rows])

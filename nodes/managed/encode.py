@@ -1,7 +1,12 @@
 """Prompts, with weights and images, to CONDITIONING."""
 
 from ...krea2_model.text.prompt_images import PromptImage
-from ...krea2_model.text.prompt_tokens import PromptTokens, stack_weights, tokenize_prompt
+from ...krea2_model.text.prompt_tokens import (
+    PromptTokens,
+    stack_weights,
+    tokenize_prompt,
+    weigh_tokens,
+)
 from ...krea2_model.text.prompt_weights import parse_weights
 from .conditions import TOKEN_WEIGHTS
 from .tokenizer import Krea2ClipTokenizer
@@ -24,11 +29,8 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
         tokenizer, limit = clip.tokenizer.tokenizer, options.get("max_sequence_length")
     else:
         tokenizer, limit = Krea2ClipTokenizer().tokenizer, None
-    layouts = [
-        tokenize_prompt(tokenizer, prompt, weighted=True, max_sequence_length=limit)
-        for prompt in prompts
-    ]
-    return _with_weights(conditioning, layouts)
+    rows = [weigh_tokens(tokenizer, prompt, max_sequence_length=limit) for prompt in marked]
+    return _with_weights(conditioning, rows)
 
 
 def encode_with_images(
@@ -44,7 +46,7 @@ def encode_with_images(
     """
     layout = layout_with_images(clip, prompt, images, labels=labels, weighted=weighted, **options)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenizer.rows([layout]))
-    return _with_weights(conditioning, [layout])
+    return _with_weights(conditioning, [layout.weight_row])
 
 
 def layout_with_images(clip, prompt: str, images: list[PromptImage], **options) -> PromptTokens:
@@ -60,9 +62,9 @@ def layout_with_images(clip, prompt: str, images: list[PromptImage], **options) 
     return tokenize_prompt(clip.tokenizer.tokenizer, prompt, images=images, **options)
 
 
-def _with_weights(conditioning, layouts: list[PromptTokens]):
+def _with_weights(conditioning, rows):
     """A CONDITIONING with the weights of its tokens; as it is where all are 1."""
-    weights = stack_weights(layouts)
+    weights = stack_weights(rows)
     if weights is None:
         return conditioning
     return [[states, extra | {TOKEN_WEIGHTS: weights}] for states, extra in conditioning]

@@ -147,10 +147,10 @@ def test_a_batch_is_padded_with_1_and_none_where_nothing_weighs(tokenizer):
         tokenize_prompt(tokenizer, prompt, weighted=True)
         for prompt in ("a fox in the snow", "a (fox:0)", "a (fox:1)")
     )
-    weights = stack_weights([long, short])
+    weights = stack_weights([long.weight_row, short.weight_row])
     assert weights.shape == (2, 10) and weights[0].eq(1).all()
     assert weights[1].tolist() == [1.0, 0.0] + [1.0] * 8
-    assert stack_weights([long, plain]) is None
+    assert stack_weights([long.weight_row, plain.weight_row]) is None
 
 
 def test_parts_are_the_weighted_words():
