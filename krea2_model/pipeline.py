@@ -24,13 +24,14 @@ from .arguments import (
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Picture, fit, pixels_of, to_output
 from .images.sizes import is_far
-from .memory.activations import TEXT_TOKENS, activations, token_count
+from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, encode_prompts
 from .sampling import denoise as denoising_steps
 from .schedule import check_guidance, check_sigmas, resolve_mu, sigma_schedule
 from .text.prompt_images import PromptImage, grid_of
+from .transformer.patches import token_count
 from .transformer.references import Reference
 from .transformer.shared_calls import pays_to_share
 from .transformer.text_attention import NegativeGuidance

@@ -18,6 +18,7 @@ from .schedule import check_guidance, check_sigmas, schedule_of
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation
+from .transformer.patches import token_count
 from .transformer.references import TIME_ZERO, Reference, ReferenceCaches, ReferencePlan
 from .transformer.shared_calls import share
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
@@ -81,8 +82,7 @@ def denoise(
             "negative."
         )
     extrapolation = VelocityExtrapolation(len(sigmas) - 1, evaluate_every)
-    rows, columns = (-(-side // 2) for side in noise.shape[-2:])
-    sigma_at = schedule_of(sigmas, getattr(transformer, "preset", None), rows * columns)
+    sigma_at = schedule_of(sigmas, getattr(transformer, "preset", None), token_count(noise))
     images = [r if isinstance(r, Reference) else Reference(r) for r in references or ()]
     caches = ReferenceCaches() if cache_references else None
     settings = [reference.settings for reference in images]

@@ -21,6 +21,7 @@ from ..krea2_model.schedule import (
     sigma_schedule,
     unshift_time,
 )
+from ..krea2_model.transformer.patches import token_count
 from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
 from .managed.conditions import NEGATIVE_GUIDANCE
 from .managed.memory import advise
@@ -126,15 +127,9 @@ def schedule(
     return torch.tensor(sigmas)
 
 
-def latent_tokens(samples) -> int:
-    """Tokens of latents (..., h, w), 2 x 2 cells each, the last ones padded."""
-    height, width = samples.shape[-2:]
-    return -(-height // 2) * -(-width // 2)
-
-
 def latent_report(samples) -> str:
     height, width = (8 * side for side in samples.shape[-2:])
-    return size_report(width, height, latent_tokens(samples), len(samples))
+    return size_report(width, height, token_count(samples), len(samples))
 
 
 def shifted(model, mu: float):

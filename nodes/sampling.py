@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.sizes import check_size, image_tokens, round_size
 from ..krea2_model.schedule import check_guidance, sigma_schedule
+from ..krea2_model.transformer.patches import token_count
 from . import inputs
 from .inputs import AUTO, CUSTOM, TURBO_MU, check_limits, verdict
 from .managed.core_model import unknown_to
@@ -24,7 +25,6 @@ from .sampler_run import (
     check_model,
     has_other_negative,
     latent_report,
-    latent_tokens,
     noise_for,
     preset_of,
     sample,
@@ -135,7 +135,7 @@ class K2Sampler(io.ComfyNode):
             )
         start = start_of(model, latent)
         far = warn_of_size(model, start)
-        exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
+        exponent = shift_exponent(settings, shift, mu, token_count(start))
         sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
         noise = noise_for(start, seed, latent, seeds)
         one_by_one = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
@@ -215,7 +215,7 @@ class K2Sigmas(io.ComfyNode):
         check_limits(cls, steps=steps, denoise=denoise, mu=mu, start_sigma=start_sigma)
         settings = preset_of(model, preset, steps)
         start = start_of(model, latent)
-        exponent = shift_exponent(settings, shift, mu, latent_tokens(start))
+        exponent = shift_exponent(settings, shift, mu, token_count(start))
         sigmas = schedule(settings, exponent, denoise, start_sigma=start_sigma)
         report = sampling_report(preset, settings, exponent, sigmas, guided=False)
         return io.NodeOutput(sigmas, ui=ui.PreviewText(f"{report}\n{latent_report(start)}"))

@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 from ..krea2_model.config import PRESETS
 from ..krea2_model.guidance import RAMPS, GuidanceSchedule, fraction_at, rescaled
 from ..krea2_model.schedule import resolve_mu, two_stage_sigmas
+from ..krea2_model.transformer.patches import token_count
 from . import inputs
 from .inputs import check_limits, verdict
 from .sampler_run import (
     check_model,
-    latent_tokens,
     noise_for,
     sample,
     start_of,
@@ -192,7 +192,7 @@ class K2TwoStage(io.ComfyNode):
             )
         start = start_of(raw, latent)
         far = warn_of_size(raw, start)
-        tokens = latent_tokens(start)
+        tokens = token_count(start)
         mus = [resolve_mu(preset, tokens) for preset in (first, second)]
         raw_sigmas, turbo_sigmas = two_stage_sigmas(
             raw_steps or first.steps, mus[0], second.steps, mus[1], turbo_last

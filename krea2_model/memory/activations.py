@@ -6,10 +6,6 @@ attention holds no scores; tests/unit/test_memory_plan.py counts them.
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
 from ..checkpoints.quantised_layers import temporary_bytes
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
@@ -26,11 +22,6 @@ _BLOCK_STATES, _FUSION_STATES, _ENCODER_STATES = 8.5, 10.1, 15
 WRITING_BYTES = 1_500_000_000
 # Numbers a pixel of an image while the VAE decodes or encodes it.
 _PIXEL = 800
-
-
-def token_count(images: Tensor, downscale: int = 1) -> int:
-    """Tokens of an image by its latents (..., h, w), or by pixels, of which a latent has more."""
-    return math.prod(-(-side // (2 * downscale)) for side in images.shape[-2:])
 
 
 def activations(

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import Preset, TransformerConfig
@@ -27,6 +26,7 @@ from ..nn.layers import TorchLayers, ZeroCentredRMSNorm
 from .backend import TORCH_BACKEND, Backend, ExtendedBackend
 from .blocks import FinalLayer, SingleStreamBlock, TextFusion
 from .modulation import RunModulation
+from .patches import grid_size, patchify, unpatchify
 from .references import (
     REFERENCE_METHODS,
     TIME_ZERO,
@@ -274,23 +274,6 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(-math.log(1e4) * frequencies / half)
     angle = 1000.0 * timestep.float()[:, None] * frequencies
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def grid_size(latents: Tensor, patch: int) -> tuple[int, int]:
-    """Rows and columns of patches that cover latents (..., h, w)."""
-    return -(-latents.shape[-2] // patch), -(-latents.shape[-1] // patch)
-
-
-def patchify(latents: Tensor, patch: int) -> Tensor:
-    """(B, C, h, w) -> (B, h/p * w/p, C * p * p)."""
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-
-
-def unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, rows * columns, C * p * p) -> (B, C, rows * p, columns * p)."""
-    return rearrange(
-        patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch
-    )
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
 from ..nn.attention import Attend
+from .patches import token_count
 
 TIME_ZERO, SHARED_TIME = "index_timestep_zero", "index"
 REFERENCE_METHODS = (TIME_ZERO, SHARED_TIME)
@@ -149,7 +150,7 @@ class ReferenceCaches:
     @property
     def tokens(self) -> int:
         """Tokens of all references."""
-        return sum(math.prod(-(-side // 2) for side in t.shape[-2:]) for t in self._latents)
+        return sum(map(token_count, self._latents))
 
     def get(
         self, references: Sequence[Reference], compute: Callable[[], ReferenceKVCache]

@@ -6,13 +6,14 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.transformer.patches import token_count
 from ...krea2_model.transformer.references import ReferenceKVCache
 from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
 from .backend import ComfyBackend
 from .conditions import RunConditions
 from .layers import comfy_layers
-from .references import default_plan, tokens_of
+from .references import default_plan
 from .run_cache import RunCache
 
 
@@ -84,7 +85,7 @@ class Krea2DiffusionModel(contract.Transformer):
         references = plan.active(timesteps[0].item(), frames)
         options = transformer_options
         if references:
-            counts = [tokens_of(reference.latents) for reference in references]
+            counts = [token_count(reference.latents) for reference in references]
             options = {**options, "reference_image_num_tokens": counts}
         cache, kv_cache = conditions.run_cache or RunCache(), None
         if plan.caches is not None and references:

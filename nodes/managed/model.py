@@ -26,6 +26,7 @@ from ...krea2_model.checkpoints.transformer_keys import (
 from ...krea2_model.config import Preset
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
+from ...krea2_model.transformer.patches import token_count
 from ...krea2_model.transformer.shared_calls import SMALL_IMAGE
 from . import contract
 from .backend import OVERRIDE, ComfyBackend
@@ -173,8 +174,7 @@ class Krea2Model(comfy.model_base.Krea2):
         options = patcher.model_options.get("transformer_options", {})
         if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE, CUDA_GRAPH)):
             return False
-        rows, columns = (-(-side // 2) for side in noise.shape[-2:])
-        return self._streams() or noise.shape[0] * rows * columns <= SMALL_IMAGE
+        return self._streams() or len(noise) * token_count(noise) <= SMALL_IMAGE
 
     def _streams(self) -> bool:
         """True if the device cannot hold all weights, so that some are copied at each step."""

@@ -7,8 +7,6 @@ ours knows: the settings of each reference, and whether their keys and values ar
 import logging
 from weakref import WeakValueDictionary
 
-import torch
-
 from ...krea2_model.guidance import ALL_STEPS
 from ...krea2_model.transformer.references import (
     SHARED_TIME,
@@ -52,11 +50,6 @@ def reference_plan(model, conditioning: dict) -> ReferencePlan | None:
         caches = _CACHES.setdefault(key, ReferenceCaches(latents))
     sigma_at = model.model_sampling.percent_to_sigma
     return ReferencePlan.of(settings, sigma_at, known_method(method), caches)
-
-
-def tokens_of(latents: torch.Tensor) -> int:
-    """Tokens of latents (..., h, w)."""
-    return -(-latents.shape[-2] // 2) * -(-latents.shape[-1] // 2)
 
 
 def known_method(method: str | None) -> str:
