@@ -97,7 +97,7 @@ def diffusers_run(folder: Path) -> tuple[dict, Callable[[], object]]:
     from safetensors.torch import load_file, save_file
 
     parts = {"model.diffusion_model.": load_file(nano.TRANSFORMERS["raw"]),
-             "text_encoders.qwen3vl_4b.transformer.": nano.text_encoder_tensors(),
+             "text_encoders.qwen3vl_4b.transformer.": load_file(nano.text_encoder_file()),
              "vae.": load_file(nano.VAE)}  # fmt: skip
     whole = folder.parent / "nano_raw.safetensors"
     save_file({prefix + n: t.contiguous() for prefix, part in parts.items()

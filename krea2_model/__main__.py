@@ -26,10 +26,7 @@ from .tools.describe import describe
 from .tools.self_check import check
 
 # Names that --model takes instead of a path; a folder of that name is ./nano.
-NANO = {
-    "nano": (nano.TRANSFORMERS["turbo"], nano.TEXT_ENCODER, nano.VAE),
-    "nano-raw": (nano.TRANSFORMERS["raw"], nano.TEXT_ENCODER, nano.VAE),
-}
+NANO = {"nano": nano.TRANSFORMERS["turbo"], "nano-raw": nano.TRANSFORMERS["raw"]}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -142,7 +139,9 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make the images that `args` ask for; returns the files written."""
-    defaults = NANO.get(args.model, (args.model,) * 3)
+    defaults = (args.model,) * 3
+    if args.model in NANO:
+        defaults = NANO[args.model], nano.text_encoder_file(), nano.VAE
     transformer, text_encoder, vae = (
         part or default
         for part, default in zip(
@@ -207,7 +206,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
 
 def expand(args: argparse.Namespace) -> Iterable[str]:
     """Captions for a prompt, a line each; what one lacks is said on stderr."""
-    path = args.text_encoder or (nano.TEXT_ENCODER if args.model in NANO else args.model)
+    path = args.text_encoder or (nano.text_encoder_file() if args.model in NANO else args.model)
     if path is None:
         raise ValueError("Name the weights: --model or --text-encoder.")
     device, offload = check_offload(args.device, args.offload, args.max_memory)

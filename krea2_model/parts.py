@@ -139,7 +139,7 @@ class LoadedParts:
         if variant not in nano.VARIANTS:
             raise ValueError(f"variant is {variant!r}; expected one of {nano.VARIANTS}.")
         return cls.from_files(
-            nano.TRANSFORMERS[variant], nano.TEXT_ENCODER, nano.VAE,
+            nano.TRANSFORMERS[variant], nano.text_encoder_file(), nano.VAE,
             device=device, dtype=dtype, offload=offload, max_memory=max_memory,
         )  # fmt: skip
 

@@ -23,13 +23,16 @@ from .file_kinds import Shapes, is_krea_folder, kind_of, shapes_of, stamp, walk
 
 AUTO = "auto"
 
-# Models that the pack contains.
+# Models that the pack contains. The text encoder's file is made when its path is first needed.
 NANO = "krea2-nano (built in)"
 NANO_RAW = "krea2-nano Raw (built in)"
-BUILT_IN = {
-    TRANSFORMER: {NANO: nano.TRANSFORMERS["turbo"], NANO_RAW: nano.TRANSFORMERS["raw"]},
-    TEXT_ENCODER: {NANO: nano.TEXT_ENCODER},
-    VAE: {NANO: nano.VAE},
+_BUILT_IN: dict[str, dict[str, Callable[[], Path]]] = {
+    TRANSFORMER: {
+        NANO: lambda: nano.TRANSFORMERS["turbo"],
+        NANO_RAW: lambda: nano.TRANSFORMERS["raw"],
+    },
+    TEXT_ENCODER: {NANO: nano.text_encoder_file},
+    VAE: {NANO: lambda: nano.VAE},
 }
 
 _BUILT_IN_LORAS = {
@@ -53,7 +56,7 @@ _FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras"
 
 def list_models(part: str) -> list[str]:
     """Names for `part`: the user's files and folders, then what is built in."""
-    return [*list_user_models(part), *BUILT_IN[part]]
+    return [*list_user_models(part), *_BUILT_IN[part]]
 
 
 def list_user_models(part: str) -> list[str]:
@@ -94,8 +97,8 @@ def find_model(part: str, name: str) -> Path:
     Raises CheckpointError where there is none, or where it is something else.
     """
     _check_text(name)
-    if name in BUILT_IN[part]:
-        return BUILT_IN[part][name]
+    if name in _BUILT_IN[part]:
+        return _BUILT_IN[part][name]()
     for spelled in _spellings(name):
         places = [path for key in _FOLDERS[part] for path in _places(key, spelled)]
         if places:

@@ -17,8 +17,8 @@ def find_fitting(part: str, model: Path) -> Path:
     Text encoders with a vision tower come first: without it Qwen3-VL-4B cannot be told from the
     Qwen3-4B that other models use, whose states mean nothing to Krea 2.
     """
-    if model in model_files.BUILT_IN[TRANSFORMER].values():
-        return model_files.BUILT_IN[part][model_files.NANO]
+    if model in nano.TRANSFORMERS.values():
+        return model_files.find_model(part, model_files.NANO)
     if model_files.holds(model, part):
         return model
     second_best = None
@@ -74,8 +74,6 @@ def _text_width(model: Path) -> int | None:
 
 
 def _encoder_width(encoder: Path) -> int | None:
-    if encoder == nano.TEXT_ENCODER:
-        return nano.TEXT_ENCODER_CONFIG.hidden_size
     return _size(shapes_of_part(encoder, TEXT_ENCODER), "layers.0.input_layernorm.weight")
 
 

@@ -75,7 +75,7 @@ def examples(folder: Path, notebook: bool = False) -> Examples:
 
 def encoders() -> tuple[Qwen3VLTextEncoder, QwenImageVAE]:
     """What encodes examples: the parts as they are shipped."""
-    encoder = load_text_encoder(nano.TEXT_ENCODER, dtype=torch.float32)
+    encoder = load_text_encoder(nano.text_encoder_file(), dtype=torch.float32)
     return encoder, load_vae(nano.VAE, dtype=torch.float32)
 
 

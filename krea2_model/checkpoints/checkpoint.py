@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from .. import nano
 from ..text.encoder import llama_cpp_to_hugging_face
 from .gguf import is_gguf, read_gguf
 from .gguf_header import read_gguf_header
@@ -52,8 +51,6 @@ def open_checkpoint(
         return path
     path = Path(path)
     read_file = read_file or read_safetensors
-    if path == nano.TEXT_ENCODER:
-        return Checkpoint(path, nano.text_encoder_tensors())
     if path.is_file() and is_gguf(path):
         stored, texts = read_gguf(path)
         return Checkpoint(path, {llama_cpp_to_hugging_face(n): t for n, t in stored.items()}, texts)

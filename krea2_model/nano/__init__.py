@@ -5,8 +5,8 @@ on flat-colour scenes of 128 px: one or two shapes, their colours, sizes and pla
 background. It is there to show that everything works, on any machine within seconds, and to be
 tested against. It knows nothing else. `scripts/train_nano.py` is how it was made.
 
-The trained files lie in this folder. The text encoder was drawn at random (encoder.py), so it is
-made on first use and kept in the user's cache folder.
+The trained files lie in this folder. The text encoder was drawn at random (encoder.py), so its file
+is made on first use, in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 import uuid
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .encoder import CONFIG as TEXT_ENCODER_CONFIG
 from .encoder import VISION_CONFIG, checksum, encoder_tensors
@@ -36,55 +37,85 @@ LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 # Takes colours over from reference images: the prompt names shapes and places, a LoRA on Raw too.
 REFERENCE_LORA = FOLDER / "krea2_nano_reference_lora.safetensors"
 
-# The path by which loaders know the text encoder, which is made on first use; not a file.
-TEXT_ENCODER = FOLDER / "krea2_nano_text_encoder.safetensors"
 TEXT_ENCODER_CHECKSUM = "e0b5e2e872eef3b98e1749328d5ad0d012a97ea6c19043e3ffce813b55fc66b1"
+# Another version of the encoder would be another file.
+TEXT_ENCODER_NAME = f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
 
 __all__ = [
     "LORA",
     "REFERENCE_LORA",
-    "TEXT_ENCODER",
     "TEXT_ENCODER_CONFIG",
+    "TEXT_ENCODER_NAME",
     "TRANSFORMERS",
     "VAE",
     "VARIANTS",
     "VISION_CONFIG",
-    "text_encoder_tensors",
+    "text_encoder_file",
 ]
 
 
-def text_encoder_tensors() -> dict[str, Tensor]:
-    """The text encoder's tensors by file names, from the cache folder or made anew (seconds).
+def text_encoder_file() -> Path:
+    """The text encoder's file, in the cache folder; made on first use, which takes seconds.
 
-    What is returned has been compared with the checksum. Where nothing can be written, the tensors
-    are made again in the next process. Raises RuntimeError where this machine makes others.
+    Where nothing can be kept there it is in a temporary folder that goes with the process. Its
+    content has been compared with the checksum. Raises RuntimeError where this machine makes
+    another encoder, and OSError where the temporary folder cannot be written either.
     """
     folder = cache_folder()
-    if folder is None:
-        logger.info("There is no home folder: the text encoder of krea2-nano stays in memory.")
-        return _make_tensors()
-    file = folder / f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
+    if folder is not None:
+        file = folder / TEXT_ENCODER_NAME
+        if _is_intact(file):
+            return file
+        logger.info("Making the text encoder of krea2-nano, once; it is kept as %s.", file)
+        try:
+            return _make(file)
+        except (OSError, SafetensorError) as error:
+            logger.info("It cannot be kept there (%s) and lasts as long as this process.", error)
+    file = Path(_temporary_folder().name) / TEXT_ENCODER_NAME
+    return file if _is_intact(file) else _make(file)
+
+
+def _is_intact(file: Path) -> bool:
     try:
-        tensors = load_file(file)
-        if checksum(tensors) == TEXT_ENCODER_CHECKSUM:
-            return tensors
+        entry = file.stat()
+    except OSError:
+        return False
+    return _has_checksum(file, entry.st_mtime_ns, entry.st_size)
+
+
+@lru_cache
+def _has_checksum(file: Path, changed: int, size: int) -> bool:
+    """Compare a file as of its time and size, once per process."""
+    try:
+        return checksum(load_file(file)) == TEXT_ENCODER_CHECKSUM
     except (OSError, SafetensorError):
-        pass
-    logger.info("Making the text encoder of krea2-nano, once; it is kept as %s.", file)
-    tensors = _make_tensors()
-    _save_whole(tensors, file)
-    return tensors
+        return False
 
 
-def _make_tensors() -> dict[str, Tensor]:
+@lru_cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """A folder that is removed at exit; Windows keeps files that are still mapped."""
+    return tempfile.TemporaryDirectory(prefix="krea2-kit-", ignore_cleanup_errors=True)
+
+
+def _make(file: Path) -> Path:
+    """Write the file whole or not at all; other processes may be doing the same."""
     tensors = encoder_tensors()
-    if (found := checksum(tensors)) != TEXT_ENCODER_CHECKSUM:
+    if (result := checksum(tensors)) != TEXT_ENCODER_CHECKSUM:
         raise RuntimeError(
-            f"The text encoder of krea2-nano came out with checksum {found}; expected "
+            f"The text encoder of krea2-nano came out with checksum {result}; expected "
             f"{TEXT_ENCODER_CHECKSUM}. Please report this with your versions of Python, NumPy "
             "and torch."
         )
-    return tensors
+    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"format": "pt"})
+        os.replace(partial, file)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return file
 
 
 def cache_folder() -> Path | None:
@@ -106,16 +137,3 @@ def _user_cache() -> Path:
     else:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root)
-
-
-def _save_whole(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write the file whole or not at all; other processes may be doing the same."""
-    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"format": "pt"})
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        logger.info("It cannot be kept there (%s) and stays in memory.", error)
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -372,7 +372,7 @@ def _plain(text: str) -> str:
 
 def check_can_write(path: Path | None) -> None:
     """Raise ValueError for an encoder that cannot write, such as krea2-nano's untrained one."""
-    if path == nano.TEXT_ENCODER:
+    if path is not None and path.name == nano.TEXT_ENCODER_NAME:
         raise ValueError(
             "krea2-nano's text encoder is random and cannot write. Load a real one to expand "
             "prompts, for example qwen3vl_4b_bf16.safetensors in models/text_encoders; what it "

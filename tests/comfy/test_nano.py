@@ -161,7 +161,7 @@ def test_batch_with_different_prompts(run, turbo):
 def test_auto_never_mixes_nano_with_other_models(pack, models):
     pairing, kinds = pack("nodes.pairing"), pack("krea2_model.checkpoints.identify")
     nano = pack("krea2_model.nano")
-    for part, path in ((kinds.TEXT_ENCODER, nano.TEXT_ENCODER), (kinds.VAE, nano.VAE)):
+    for part, path in ((kinds.TEXT_ENCODER, nano.text_encoder_file()), (kinds.VAE, nano.VAE)):
         for transformer in nano.TRANSFORMERS.values():
             assert pairing.find_fitting(part, transformer) == path
         own = pairing.find_fitting(part, models / "diffusion_models/krea2_tiny_turbo.safetensors")

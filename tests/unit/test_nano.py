@@ -12,6 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, nano, schedule
 from krea2_model.checkpoints.text_encoder import load_vision_tower
@@ -265,22 +266,20 @@ def test_predictions_sharpen_towards_the_picture(raw):
 
 def test_text_encoder_is_the_same_everywhere(monkeypatch, tmp_path):
     monkeypatch.setattr(nano, "cache_folder", lambda: tmp_path / "cache")
-    made = nano.text_encoder_tensors()
-    (file,) = (tmp_path / "cache").iterdir()
-    read = nano.text_encoder_tensors()
-    assert made.keys() == read.keys()
-    assert all(torch.equal(made[name], read[name]) for name in made)
+    file = nano.text_encoder_file()
+    assert list((tmp_path / "cache").iterdir()) == [file]
+    content = file.read_bytes()
+    assert checksum(load_file(file)) == nano.TEXT_ENCODER_CHECKSUM
+    changed = file.stat().st_mtime_ns
+    assert nano.text_encoder_file().stat().st_mtime_ns == changed, "it was made a second time"
     # A damaged file is replaced, not believed.
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert torch.equal(nano.text_encoder_tensors()["model.norm.weight"], made["model.norm.weight"])
-    assert bytes(content) != file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert nano.text_encoder_file().read_bytes() == content
 
 
 def test_the_vision_tower_changes_no_tensor_for_text():
     """The transformer was trained on what these give."""
-    tensors = nano.text_encoder_tensors()
+    tensors = load_file(nano.text_encoder_file())
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     assert checksum(text) == "c0179045d12550c559f3b5b49b0910dd0482a051ffebd431ff059466407bbcca"
 
@@ -288,14 +287,14 @@ def test_the_vision_tower_changes_no_tensor_for_text():
 @torch.no_grad()
 def test_the_vision_tower_keeps_the_colours_of_patches():
     """Read off its tokens by least squares, learned on some pictures and tested on others."""
-    tower = load_vision_tower(nano.TEXT_ENCODER, dtype=torch.float32)
+    tower = load_vision_tower(nano.text_encoder_file(), dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     colours = torch.rand(24, 3, 8, 8, generator=generator)
     pictures = colours.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3)
     seen = torch.cat([tower(picture).tokens for picture in pictures]).double()
     held = nano_encoder.CONSTANT_CHANNELS
     assert torch.equal(seen[:, :held], torch.full_like(seen[:, :held], nano_encoder.CONSTANT))
-    embeddings = nano.text_encoder_tensors()["model.embed_tokens.weight"].float()
+    embeddings = load_file(nano.text_encoder_file())["model.embed_tokens.weight"].float()
     sizes = [float(t.square().mean().sqrt()) for t in (seen, embeddings)]
     assert 0.8 < sizes[0] / sizes[1] < 1.25
     inputs = torch.cat((seen[:, held:], torch.ones(len(seen), 1)), dim=1)
@@ -309,23 +308,28 @@ def test_the_vision_tower_keeps_the_colours_of_patches():
 @pytest.fixture
 def generated(monkeypatch):
     """Spare a test the making of the text encoder, which another one checks."""
-    tensors = nano.text_encoder_tensors()
+    tensors = load_file(nano.text_encoder_file())
     monkeypatch.setattr(nano, "encoder_tensors", lambda: tensors)
+    nano._temporary_folder.cache_clear()
 
 
 def test_text_encoder_needs_no_place_to_be_kept(monkeypatch, tmp_path, generated):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setattr(nano, "cache_folder", lambda: blocked / "cache")
-    tensors = nano.text_encoder_tensors()
-    assert len(tensors["model.embed_tokens.weight"]) == 151936
+    file = nano.text_encoder_file()
+    assert checksum(load_file(file)) == nano.TEXT_ENCODER_CHECKSUM
+    assert file == nano.text_encoder_file() and tmp_path not in file.parents
+    nano._temporary_folder.cache_clear()
+    assert not file.exists(), "a temporary file stayed"
 
 
 def test_another_encoder_than_the_trained_one_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(nano, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(nano, "encoder_tensors", lambda: {"a": torch.zeros(2)})
     with pytest.raises(RuntimeError, match="checksum"):
-        nano.text_encoder_tensors()
+        nano.text_encoder_file()
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_variant_is_named():
@@ -348,4 +352,4 @@ def test_a_user_without_a_home(monkeypatch, generated):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     assert nano.cache_folder() is None
-    assert checksum(nano.text_encoder_tensors()) == nano.TEXT_ENCODER_CHECKSUM
+    assert checksum(load_file(nano.text_encoder_file())) == nano.TEXT_ENCODER_CHECKSUM

@@ -316,7 +316,7 @@ def test_quantised_files_stay_quantised(plain, device, given, tmp_path):
     made_plain = load_transformer(path, dtype=torch.float32)
     expected = Krea2Pipeline(made_plain, plain.text_encoder, plain.vae)(**given)
     pipeline = Krea2Pipeline.from_files(
-        path, nano.TEXT_ENCODER, nano.VAE, dtype=torch.float32, offload="blocks"
+        path, nano.text_encoder_file(), nano.VAE, dtype=torch.float32, offload="blocks"
     )
     assert isinstance(pipeline.transformer.blocks[0].mlp.up, QuantisedLinear)
     with nothing_left(pipeline, device):

@@ -21,7 +21,7 @@ from nano_training.train_vae import train_vae
 
 @pytest.fixture(scope="module")
 def parts():
-    encoder = load_text_encoder(nano.TEXT_ENCODER, dtype=torch.float32)
+    encoder = load_text_encoder(nano.text_encoder_file(), dtype=torch.float32)
     return encoder, load_vae(nano.VAE, dtype=torch.float32)
 
 
