@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -44,4 +43,4 @@ class Results:
     def write(self) -> None:
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(partial, self.path)
+        partial.replace(self.path)

@@ -94,7 +94,7 @@ def save_image(image: Image.Image, path: Path) -> None:
             os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, beside)
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()

@@ -111,7 +111,7 @@ def _make(file: Path) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"format": "pt"})
-        os.replace(partial, file)
+        partial.replace(file)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

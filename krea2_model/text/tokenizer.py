@@ -76,7 +76,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _comfyui_roots() -> list[Path]:
     """Folders that may be ComfyUI's, the likeliest first."""
-    here = Path(os.path.abspath(__file__))  # Path.resolve would follow the pack's symbolic link.
+    here = Path(__file__).absolute()  # not resolve, which would follow the pack's symbolic link
     named = os.environ.get("COMFYUI_PATH")
     return [
         *([Path(named)] if named else []),

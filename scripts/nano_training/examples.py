@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class Examples:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             torch.save(list(self._encode(Random(f"{path.stem}"))), partial)
-            os.replace(partial, path)
+            partial.replace(path)
         return torch.load(path, weights_only=True)
 
     @torch.no_grad()

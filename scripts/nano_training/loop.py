@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,7 +105,7 @@ class Run:
         }
         partial = self.path.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, self.path)
+        partial.replace(self.path)
 
     def averaged_state(self) -> dict[str, Tensor]:
         """The model's state with the averages of what was trained."""
@@ -130,5 +129,5 @@ class Run:
     def _log(self, loss: float, seconds: float) -> None:
         record = {"step": self.step, "loss": round(loss, 5), "seconds_a_step": round(seconds, 3)}
         logger.info("%s %s", self.name, record)
-        with open(self.folder / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
+        with (self.folder / f"{self.name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -7,7 +7,6 @@ colours of its own; captions are encoded once.
 from __future__ import annotations
 
 import logging
-import os
 from collections import defaultdict
 from pathlib import Path
 from random import Random
@@ -71,7 +70,7 @@ class ReferenceExamples:
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             torch.save(encode_captions(encoder, captions), partial)
-            os.replace(partial, path)
+            partial.replace(path)
         self.groups: dict[tuple, list[tuple[Scene, Tensor]]] = defaultdict(list)
         for (scene, plain), taps in zip(asked, torch.load(path, weights_only=True), strict=True):
             self.groups[plain, -(-len(taps) // LENGTH_STEP)].append((scene, taps))

@@ -283,7 +283,7 @@ def _rename_copy(source: Path, target: Path) -> None:
     # As old and as large as what it replaces: only its content tells.
     times = target.stat()
     os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
-    os.replace(copy, target)
+    copy.replace(target)
 
 
 @contextmanager

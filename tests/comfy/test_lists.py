@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_one_name_in_two_folders_leads_to_what_is_listed(files, kinds, place, mo
         wrong.write_bytes(b"cut off")
     elif other != "missing":
         shutil.copy(models / other, wrong)
-    name = os.path.join("sub", "same.safetensors")
+    name = str(Path("sub", "same.safetensors"))
     assert files.list_models(kinds.TRANSFORMER).count(name) == 1
     assert files.find_model(kinds.TRANSFORMER, name) == right
     # Where no one holds it, the first says what it is.
@@ -173,7 +174,7 @@ def test_one_name_in_two_roots_of_one_key(run, files, kinds, place, models, tmp_
     assert files.find_model(kinds.VAE, "same.safetensors") == tmp_path / "same.safetensors"
     assert same_weights(
         run("K2VAELoader", file="same.safetensors")[0].first_stage_model,
-        run("K2VAELoader", file=os.path.basename(VAE))[0].first_stage_model,
+        run("K2VAELoader", file=Path(VAE).name)[0].first_stage_model,
     )
     for outside in ("../same.safetensors", str(tmp_path / "same.safetensors")):
         with pytest.raises(ValueError, match="There is no"):
@@ -197,8 +198,8 @@ def test_files_are_read_once(files, kinds, place, models, pack, monkeypatch):
     assert not any(name.startswith("many") and name.endswith("safetensors") for name in names)
     assert not headers
     shutil.copy(models / TURBO, first.with_name("new.safetensors"))
-    os.replace(first.with_name("new.safetensors"), first)
-    assert os.path.join("many", "000.safetensors") in files.list_models(kinds.TRANSFORMER)
+    first.with_name("new.safetensors").replace(first)
+    assert str(Path("many", "000.safetensors")) in files.list_models(kinds.TRANSFORMER)
     assert first in headers
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,7 +65,7 @@ def all_in_one(models):
     path = models / "checkpoints" / "sub" / "krea2_turbo_all.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
-    return os.path.join("sub", path.name)
+    return str(Path("sub", path.name))
 
 
 def picture(run, parts, latent):
@@ -79,15 +80,15 @@ def expected(models, run):
     with torch.inference_mode():
         parts = run(
             "K2Loader",
-            model=os.path.basename(TURBO),
-            text_encoder=os.path.basename(ENCODER),
-            vae=os.path.basename(VAE),
+            model=Path(TURBO).name,
+            text_encoder=Path(ENCODER).name,
+            vae=Path(VAE).name,
         )
         return picture(run, parts, {"samples": torch.zeros(1, 16, 1, 8, 8)})
 
 
 def test_auto_finds_the_parts_of_one_file(run, models, expected):
-    parts = run("K2Loader", model=os.path.basename(TURBO))
+    parts = run("K2Loader", model=Path(TURBO).name)
     assert torch.equal(picture(run, parts, {"samples": torch.zeros(1, 16, 1, 8, 8)}), expected)
 
 
@@ -118,9 +119,9 @@ def test_lists_show_what_fits(pack, models, folder_model, all_in_one):
         part: files.list_models(part) for part in (kinds.TRANSFORMER, kinds.TEXT_ENCODER, kinds.VAE)
     }
     for part, file in zip(lists, (TURBO, ENCODER, VAE), strict=True):
-        assert os.path.basename(file) in lists[part]
+        assert Path(file).name in lists[part]
         assert all_in_one in lists[part] and folder_model in lists[part]
-        others = {os.path.basename(f) for f in (TURBO, ENCODER, VAE)} - {os.path.basename(file)}
+        others = {Path(f).name for f in (TURBO, ENCODER, VAE)} - {Path(file).name}
         assert not others & set(lists[part])
         assert not any(name.endswith(".pt") for name in lists[part])
     # Choosing a broken file is how its owner learns what is wrong with it.
@@ -157,7 +158,7 @@ def test_windows_opens_workflows_of_linux(pack, monkeypatch, models, name):
 
 def test_factories_make_fresh_copies(run, models, pack):
     """What TorchCompileModel, hooks and several GPUs ask for."""
-    model, clip, vae = run("K2Loader", model=os.path.basename(TURBO))
+    model, clip, vae = run("K2Loader", model=Path(TURBO).name)
     for patcher in (model, clip.patcher, vae.patcher):
         load, arguments = patcher.cached_patcher_init
         copy = load(*arguments, disable_dynamic=True)
@@ -169,7 +170,7 @@ def test_factories_make_fresh_copies(run, models, pack):
 
 def test_a_saved_checkpoint_holds_all_parts(run, base, models, expected):
     """CheckpointSave writes an all-in-one file that every loader here takes again."""
-    model, clip, vae = run("K2Loader", model=os.path.basename(TURBO))
+    model, clip, vae = run("K2Loader", model=Path(TURBO).name)
     run("CheckpointSave", model=model, clip=clip, vae=vae, filename_prefix="saved_all/krea2_turbo")
     (saved,) = (base / "output" / "saved_all").glob("*.safetensors")
     (models / "checkpoints").mkdir(exist_ok=True)
@@ -186,7 +187,7 @@ def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
     partial = models / "checkpoints" / "with_vae_only.safetensors"
     save_file({k: v for k, v in tensors.items() if not k.startswith("text_encoders.")}, partial)
     assert pairing.find_fitting(kinds.VAE, partial) == partial
-    assert pairing.find_fitting(kinds.TEXT_ENCODER, partial).name == os.path.basename(ENCODER)
+    assert pairing.find_fitting(kinds.TEXT_ENCODER, partial).name == Path(ENCODER).name
 
 
 def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeypatch):
@@ -213,7 +214,7 @@ def test_auto_with_a_folder_that_lacks_the_encoder(pack, models, folder_model, t
     for part in ("transformer", "vae"):
         (tmp_path / part).symlink_to(models / "diffusers" / folder_model / part)
     assert pairing.find_fitting(kinds.VAE, tmp_path) == tmp_path
-    assert pairing.find_fitting(kinds.TEXT_ENCODER, tmp_path).name == os.path.basename(ENCODER)
+    assert pairing.find_fitting(kinds.TEXT_ENCODER, tmp_path).name == Path(ENCODER).name
 
 
 def test_auto_passes_over_relatives_of_other_sizes(pack, models):
@@ -227,8 +228,8 @@ def test_auto_passes_over_relatives_of_other_sizes(pack, models):
     encoder = tiny_checkpoints.text_encoder_tensors(wide)
     save_file(encoder, models / "text_encoders" / "a_narrow_encoder.safetensors")
     model = models / TURBO
-    assert pairing.find_fitting(kinds.VAE, model).name == os.path.basename(VAE)
-    assert pairing.find_fitting(kinds.TEXT_ENCODER, model).name == os.path.basename(ENCODER)
+    assert pairing.find_fitting(kinds.VAE, model).name == Path(VAE).name
+    assert pairing.find_fitting(kinds.TEXT_ENCODER, model).name == Path(ENCODER).name
 
 
 def test_folders_of_other_models_are_not_listed(pack, models, folder_model):
@@ -277,7 +278,7 @@ def test_fingerprints_change_with_the_files(pack, models, folder_model):
         copy, times = file.with_suffix(".part"), file.stat()
         copy.write_bytes(file.read_bytes())
         os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
-        os.replace(copy, file)
+        copy.replace(file)
         assert fingerprint() != before, file
     lora = {"model": None, "lora": "krea2-nano notebook (built in)", "strength": 1.0, "clip": None}
     assert loras.K2LoraLoader.fingerprint_inputs(**lora)

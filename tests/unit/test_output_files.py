@@ -21,7 +21,7 @@ def test_the_ending_is_the_format(tmp_path, ending, kind):
     path = tmp_path / f"fox.{ending}"
     save_image(red(), path)
     assert image_format(path) == Image.open(path).format == kind
-    assert os.listdir(tmp_path) == [path.name]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
@@ -43,10 +43,11 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, failure, step, 
         monkeypatch.setattr(Image.Image, "save", fail)
         monkeypatch.setattr(output_files, "image_format", lambda path: "PNG")
     else:
-        monkeypatch.setattr(output_files.os, step, lambda *_: fail(None, None))
+        owner = output_files.Path if step == "replace" else output_files.os
+        monkeypatch.setattr(owner, step, lambda *_: fail(None, None))
     with pytest.raises(type(failure)):
         save_image(red(), path)
-    assert os.listdir(tmp_path) == ([] if is_new else ["fox.png"])
+    assert list(tmp_path.iterdir()) == ([] if is_new else [path])
     assert is_new or path.read_bytes() == old
     monkeypatch.undo()
     save_image(red(), path)

@@ -1,7 +1,6 @@
 """The tokenizer against diffusers' own Krea 2 pipeline, and where it is found."""
 
 import logging
-import os
 import shutil
 import socket
 import sys
@@ -260,7 +259,7 @@ def test_found_around_a_linked_pack(nowhere, monkeypatch, comfyui_is_around):
     (target / "krea2_model").mkdir(parents=True)
     (target / "krea2_model" / "tokenizer.py").touch()
     link.parent.mkdir(parents=True)
-    os.symlink(target, link)
+    link.symlink_to(target)
     folder = make_comfyui(nowhere / ("a" if comfyui_is_around == "link" else "b"))
     monkeypatch.setattr(module, "__file__", str(link / "krea2_model" / "tokenizer.py"))
     assert find_tokenizer_folder() == folder
