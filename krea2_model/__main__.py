@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from . import nano
 from .checkpoints.text_encoder import load_text_encoder
+from .checks import find_device
 from .images.output_files import check_outputs, numbered, save_image
 from .images.pictures import pixels_of
-from .memory.machine import find_device
 from .memory.offload import offload_encoder
 from .memory.plan import AUTO, ENCODER, NONE, OFFLOADS, check_offload
 from .pipeline import Krea2Pipeline

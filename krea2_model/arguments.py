@@ -1,14 +1,17 @@
-"""Arguments of `Krea2Pipeline`: checked, and as lists of one entry a prompt or an image."""
+"""Arguments of `Krea2Pipeline`: checked, and as lists with one entry per prompt or image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from .checks import check_type, is_whole
 from .images.pictures import Picture, pixels_of, reference_pixels
 from .images.sizes import round_size
 from .schedule import MAX_SEED, check_seed
@@ -31,7 +34,7 @@ class PromptImages:
 
     @classmethod
     def of(cls, images: PromptImages | Sequence[PromptImage | Picture] | None) -> PromptImages:
-        return images if isinstance(images, PromptImages) else cls(images or ())
+        return images if isinstance(images, PromptImages) else cls(_as_list("images", images))
 
     def prepared(self) -> list[PromptImage]:
         """The images at the size that the vision tower reads, without those of strength 0.
@@ -63,7 +66,9 @@ class References:
 
     @classmethod
     def of(cls, references: References | Sequence[Reference | Picture] | None) -> References:
-        return references if isinstance(references, References) else cls(references or ())
+        if isinstance(references, References):
+            return references
+        return cls(_as_list("references", references))
 
     def prepared(self) -> list[Reference | Tensor]:
         """`Reference`s as they are, of other images the pixels (3, H, W) at their final size.
@@ -76,6 +81,36 @@ class References:
             else reference_pixels(pixels_of(image, "an entry of references"), self.max_megapixels)
             for image in self.images
         ]
+
+
+def _as_list(name: str, images) -> list:
+    """Pictures as a list; one alone is a list of one."""
+    if images is None:
+        return []
+    if isinstance(images, (str, PathLike, Image.Image, PromptImage, Reference)):
+        return [images]
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 3:
+        return [images]
+    if not isinstance(images, Iterable):
+        raise ValueError(f"{name} is {images!r}; expected an image or a list of images.")
+    return list(images)
+
+
+def check_embeds(name: str, embeds: object, mask: object) -> None:
+    """Raise ValueError unless embeddings are a tensor of 4 axes, and their mask one of 2."""
+    if embeds is None:
+        if mask is not None:
+            raise ValueError(f"{name}_mask belongs to {name}; give both.")
+        return
+    for which, value, axes, shape in (
+        (name, embeds, 4, "(B, tokens, 12, text width)"),
+        (f"{name}_mask", mask, 2, "(B, tokens)"),
+    ):
+        if value is None:
+            continue
+        check_type(which, value, Tensor, f"a tensor {shape}")
+        if value.ndim != axes:  # type: ignore[attr-defined]
+            raise ValueError(f"{which} has shape {tuple(value.shape)}; expected {shape}.")  # type: ignore[attr-defined]
 
 
 def start_sides(*sides: int | None) -> list[int | None]:
@@ -94,7 +129,7 @@ def prompt_list(prompt, embeds: Tensor | None) -> list[str] | None:
         raise ValueError("Give either prompt or prompt_embeds, and not both.")
     if embeds is not None:
         return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else _entries(prompt)
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompt is {prompt!r}; expected a text or a list of texts.")
     return prompts
@@ -109,31 +144,33 @@ def negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | No
             )
         return None
     negative = "" if negative is None else negative
-    negatives = [negative] * count if isinstance(negative, str) else list(negative)
+    negatives = [negative] * count if isinstance(negative, str) else _entries(negative)
     if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
         raise ValueError(
-            f"negative_prompt is {negative!r}; expected a text or a list of {count} texts, one a "
-            "prompt."
+            f"negative_prompt is {negative!r}; expected a text or a list of {count} texts, one "
+            "per prompt."
         )
     return negatives
 
 
 def seed_list(seed, batch: int) -> list[int]:
     """The seed of each image; after the largest seed follows 0."""
-    if not not_whole(seed):
+    if is_whole(seed):
         first = check_seed(seed)
         return [(first + i) % (MAX_SEED + 1) for i in range(batch)]
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else []
-    if len(seeds) != batch or any(map(not_whole, seeds)):
+    seeds = _entries(seed)
+    if len(seeds) != batch or not all(map(is_whole, seeds)):
         raise ValueError(
-            f"seed is {seed!r}; expected a whole number or a list of {batch}, one an image."
+            f"seed is {seed!r}; expected a whole number or a list of {batch}, one per image."
         )
     return [check_seed(s) for s in seeds]
 
 
-def not_whole(value) -> bool:
-    """True unless a value is an integer of Python's or NumPy's."""
-    return isinstance(value, bool) or not isinstance(value, (int, np.integer))
+def _entries(value) -> list:
+    """The entries of a list, a tuple or another iterable; none for a text and anything else."""
+    is_text = isinstance(value, (str, bytes))
+    is_scalar = getattr(value, "ndim", 1) == 0
+    return list(value) if isinstance(value, Iterable) and not (is_text or is_scalar) else []
 
 
 def start_noise(
@@ -143,7 +180,7 @@ def start_noise(
     default: int,
     seed,
 ) -> Tensor:
-    """Noise (B, C, h, w) in float32: the given latents, or noise of a seed an image.
+    """Noise (B, C, h, w) in float32: the given latents, or noise of one seed per image.
 
     shape: B, C, and the VAE's downscale factor. sides: height and width in pixels, None for
         `default`. Noise is drawn on the CPU, so that a seed gives the same everywhere.
@@ -160,6 +197,7 @@ def start_noise(
             for each in seed_list(seed, batch)
         ]
         return torch.stack(noise)
+    check_type("latents", latents, Tensor, f"a tensor {expected}")
     free = sides == (None, None) and latents.ndim == 4
     compared = expected[:2] if free else expected
     if tuple(latents.shape[: len(compared)]) != compared or latents.ndim != 4:

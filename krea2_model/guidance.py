@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .checks import is_number
+
 # The sigma at a fraction of a schedule's time; ComfyUI's models call it percent_to_sigma.
 SigmaAt = Callable[[float], float]
 
@@ -90,16 +92,18 @@ class GuidanceSchedule:
     rescale: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.start <= self.end <= 1:
+        if not (is_number(self.start) and is_number(self.end)) or not (
+            0 <= self.start <= self.end <= 1
+        ):
             raise ValueError(
-                f"Guidance has start {self.start} and end {self.end}; expected fractions of "
+                f"Guidance has start {self.start!r} and end {self.end!r}; expected fractions of "
                 "the schedule's time with 0 <= start <= end <= 1: 0 is noise, 1 the image. For a "
                 "sigma take 1 - unshift_time(sigma, mu)."
             )
         if self.ramp not in RAMPS:
             raise ValueError(f"ramp is {self.ramp!r}; expected one of {', '.join(RAMPS)}.")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale is {self.rescale}; expected 0 (off) to 1.")
+        if not (is_number(self.rescale) and 0 <= self.rescale <= 1):
+            raise ValueError(f"rescale is {self.rescale!r}; expected 0 (off) to 1.")
 
     def factor(self, sigma: float, sigma_at: SigmaAt = unshifted) -> float:
         """The factor on guidance at a sigma of a schedule; at 0 no negative is needed."""

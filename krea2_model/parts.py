@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,12 +12,17 @@ import torch
 from torch import nn
 
 from . import nano
+from .checkpoints.quantised_layers import quantisation_of
 from .checkpoints.text_encoder import load_text_encoder
 from .checkpoints.transformer import load_transformer
 from .checkpoints.vae import load_vae
+from .checks import as_path, check_type, is_number
 from .config import RAW, Preset
+from .diffusers_names import AnswersDiffusersMethods, accept_diffusers_names
 from .lora.files import LoraReport, read_lora, read_lora_file
 from .lora.updates import LoraStack
+from .memory.device_weights import bytes_of
+from .memory.machine import GB
 from .memory.offload import offload_parts
 from .memory.plan import ENCODER, NONE, check_offload
 from .text.encoder import Qwen3VLTextEncoder
@@ -27,7 +33,7 @@ from .vae.model import QwenImageVAE
 logger = logging.getLogger(__name__)
 
 
-class LoadedParts:
+class LoadedParts(AnswersDiffusersMethods):
     """The three parts of Krea 2: loading, LoRAs, and writing with the text encoder.
 
     device, offload, max_memory: see `from_files`.
@@ -45,6 +51,12 @@ class LoadedParts:
         offload: str | None = None,
         max_memory: float | None = None,
     ):
+        for name, part, kind in (
+            ("transformer", transformer, Krea2Transformer),
+            ("text_encoder", text_encoder, Qwen3VLTextEncoder),
+            ("vae", vae, QwenImageVAE),
+        ):
+            check_type(name, part, kind, f"a {kind.__name__}; from_files loads files")
         expected = (transformer.config.num_text_layers, transformer.config.text_hidden_dim)
         taps = (len(text_encoder.config.tap_layers), text_encoder.config.hidden_size)
         if taps != expected:
@@ -65,15 +77,80 @@ class LoadedParts:
         device = device_of(transformer) if device is None else device
         self._offload = offload_parts(transformer, text_encoder, vae, device, offload, max_memory)
         self._loras = LoraStack(transformer), LoraStack(text_encoder)
+        self._lora_names: list[str] = []
         self._expander: PromptExpander | None = None
 
+    def __repr__(self) -> str:
+        transformer, encoder, vae = self.transformer, self.text_encoder, self.vae
+        mu = "by size" if self.preset.mu is None else f"{self.preset.mu:g}"
+        lines = {
+            "transformer": f"{transformer.variant or 'variant unknown'}, "
+            f"{transformer.config.num_layers} blocks of width {transformer.config.hidden_size}, "
+            f"{_weights(transformer)}",
+            "text_encoder": f"{encoder.config.num_hidden_layers} layers of width "
+            f"{encoder.config.hidden_size}, {_weights(encoder)}",
+            "vae": f"{vae.config.z_dim} channels, {_weights(vae)}",
+            "preset": f"{self.preset.steps} steps, guidance {self.preset.guidance:g}, mu {mu}, "
+            f"{self.preset.size} px",
+            "device": f"{self._offload.device}, offload {self._offload.mode}",
+            "loras": ", ".join(self._lora_names) or "none",
+        }
+        entries = "\n".join(f"  {name}: {text}" for name, text in lines.items())
+        return f"{type(self).__name__}(\n{entries}\n)"
+
     @classmethod
+    @accept_diffusers_names
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | str | None = None,
+        offload: str | None = None,
+        max_memory: float | None = None,
+        keep_quantised: bool = True,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load a diffusers folder, an all-in-one file, or a repository of the Hugging Face hub.
+
+        path: a folder or file; where there is none of this name, a repository such as
+            "krea/Krea-2-Turbo", whose folder is fetched into the hub's cache first.
+        revision, cache_dir, token, local_files_only: of a repository, see `fetch_folder`.
+
+        Other options are those of `from_files`.
+        """
+        folder = as_path(path)
+        if not folder.exists():
+            # Only this, and only here, reaches the network: ComfyUI's nodes never import it.
+            from .hub import fetch_folder
+
+            folder = fetch_folder(
+                str(path),
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        return cls.from_folder(
+            folder,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            max_memory=max_memory,
+            keep_quantised=keep_quantised,
+        )
+
+    @classmethod
+    @accept_diffusers_names
     def from_folder(
         cls,
         path: str | Path,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: str | None = None,
         max_memory: float | None = None,
         keep_quantised: bool = True,
@@ -83,11 +160,18 @@ class LoadedParts:
         Options are those of `from_files`.
         """
         return cls.from_files(
-            path, path, path, device=device, dtype=dtype, offload=offload, max_memory=max_memory,
+            path,
+            path,
+            path,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            max_memory=max_memory,
             keep_quantised=keep_quantised,
-        )  # fmt: skip
+        )
 
     @classmethod
+    @accept_diffusers_names
     def from_files(
         cls,
         transformer: str | Path,
@@ -96,7 +180,7 @@ class LoadedParts:
         tokenizer: str | Path | None = None,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: str | None = None,
         max_memory: float | None = None,
         keep_quantised: bool = True,
@@ -126,12 +210,13 @@ class LoadedParts:
         )
 
     @classmethod
+    @accept_diffusers_names
     def nano(
         cls,
         variant: str = "turbo",
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | str | None = torch.float32,
         offload: str | None = None,
         max_memory: float | None = None,
     ) -> Self:
@@ -139,9 +224,14 @@ class LoadedParts:
         if variant not in nano.VARIANTS:
             raise ValueError(f"variant is {variant!r}; expected one of {nano.VARIANTS}.")
         return cls.from_files(
-            nano.TRANSFORMERS[variant], nano.text_encoder_file(), nano.VAE,
-            device=device, dtype=dtype, offload=offload, max_memory=max_memory,
-        )  # fmt: skip
+            nano.TRANSFORMERS[variant],
+            nano.text_encoder_file(),
+            nano.VAE,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            max_memory=max_memory,
+        )
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> LoraReport:
         """Merge a LoRA file of any trainer into the weights, on top of those loaded before.
@@ -154,15 +244,16 @@ class LoadedParts:
 
     def load_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[LoraReport]:
         """`load_lora` for several files and their scales, which merges each weight only once."""
-        if not loras:
+        files = _lora_files(loras)
+        if not files:
             return []
         self._offload.before_change("load_lora")
         shapes, text_shapes = (stack.shapes for stack in self._loras)
         updates, text_updates, reports = [], [], []
-        for path, scale in loras:
-            tensors, metadata = read_lora_file(Path(path))
+        for file, scale in files:
+            tensors, metadata = read_lora_file(file)
             of_transformer, of_encoder, report = read_lora(
-                tensors, shapes, Path(path).name, text_shapes, metadata
+                tensors, shapes, file.name, text_shapes, metadata
             )
             updates.append((of_transformer, scale))
             text_updates.append((of_encoder, scale))
@@ -176,6 +267,7 @@ class LoadedParts:
         for report in reports:
             if not report.is_complete:
                 logger.warning("%s", report)
+        self._lora_names += [f"{file.name} at {scale:g}" for file, scale in files]
         return reports
 
     def unload_lora(self) -> None:
@@ -183,6 +275,7 @@ class LoadedParts:
         self._offload.before_change("unload_lora")
         for stack in self._loras:
             stack.clear()
+        self._lora_names.clear()
 
     def expand(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:
         """Write dense captions for a short prompt with the text encoder's language model.
@@ -207,6 +300,27 @@ class LoadedParts:
     def preset(self) -> Preset:
         """Sampling defaults of the loaded checkpoint; Raw's where it does not say what it is."""
         return self.transformer.preset or RAW
+
+
+def _lora_files(loras: Sequence[tuple[str | Path, float]]) -> list[tuple[Path, float]]:
+    """Paths and scales. Raises ValueError for what is not a list of pairs."""
+    entries = [] if isinstance(loras, (str, PathLike)) else list(loras)
+    if (not entries and loras) or not all(
+        isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2
+        for entry in entries
+    ):
+        raise ValueError(f"loras is {loras!r}; expected a list of (path, scale).")
+    for _, scale in entries:
+        if not is_number(scale):
+            raise ValueError(f"The LoRA's scale is {scale!r}; expected a finite number.")
+    return [(as_path(path, "A LoRA's path"), scale) for path, scale in entries]
+
+
+def _weights(module: nn.Module) -> str:
+    """The size in memory and the format of a module's weights, for a person."""
+    size, form = bytes_of([module]), quantisation_of(module)
+    shown = f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 10**6:.0f} MB"
+    return f"{shown} in {form or str(next(module.parameters()).dtype).removeprefix('torch.')}"
 
 
 def device_of(module: nn.Module) -> torch.device:

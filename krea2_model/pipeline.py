@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .arguments import (
     PromptImages,
     References,
+    check_embeds,
     negative_list,
-    not_whole,
     prompt_list,
     start_noise,
     start_sides,
 )
+from .checks import check_type, is_number, is_whole
+from .diffusers_names import accept_diffusers_names
 from .guidance import ALWAYS, GuidanceSchedule
-from .images.pictures import OUTPUT_TYPES, Picture, fit, pixels_of, to_output
+from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.sizes import is_far
 from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
@@ -49,6 +52,7 @@ class Krea2Pipeline(LoadedParts):
     """
 
     @torch.no_grad()
+    @accept_diffusers_names
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -78,7 +82,8 @@ class Krea2Pipeline(LoadedParts):
         negative_guidance: NegativeGuidance | None = None,
         guidance_schedule: GuidanceSchedule = ALWAYS,
         evaluate_every: int = 1,
-    ):
+        progress: bool = False,
+    ) -> Images:
         """Generate images.
 
         prompt: one or several; each gives `num_images` images, in order.
@@ -110,14 +115,19 @@ class Krea2Pipeline(LoadedParts):
         negative_guidance: NAG: the negative prompt counts also at guidance 0 (Turbo).
         guidance_schedule: a factor on guidance along the run.
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
+        progress: show a bar of the steps on stderr.
 
+        Arguments with diffusers' names are taken too, such as num_inference_steps.
         Raises ValueError that names the argument, what was expected and the remedy.
         """
         # Bad arguments and images are refused before anything is computed.
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {OUTPUT_TYPES}.")
-        if not_whole(num_images) or num_images < 1:
+        if not is_whole(num_images) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}; expected a whole number from 1 up.")
+        _check_types(callback, negative_guidance, guidance_schedule)
+        check_embeds("prompt_embeds", prompt_embeds, prompt_embeds_mask)
+        check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask)
         prompts = prompt_list(prompt, prompt_embeds)
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         batch = count * num_images
@@ -138,8 +148,9 @@ class Krea2Pipeline(LoadedParts):
         positive = negative = negatives = None
         if prompt_embeds is not None:
             positive = PromptEmbeds(prompt_embeds, prompt_embeds_mask)
+        texts = negative_list(negative_prompt, negative_prompt_embeds, count)
         if guidance > 0 or negative_guidance is not None:
-            negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
+            negatives = texts
             if negative_prompt_embeds is not None:
                 negative = PromptEmbeds(negative_prompt_embeds, negative_prompt_embeds_mask)
 
@@ -169,29 +180,32 @@ class Krea2Pipeline(LoadedParts):
             negative_guidance=negative_guidance,
             guidance_schedule=guidance_schedule,
             evaluate_every=evaluate_every,
+            progress=progress,
         )
         return result if output_type == "latent" else to_output(self.decode(result), output_type)
 
     @torch.no_grad()
     def encode_prompt(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         images: PromptImages | Sequence[PromptImage | Picture] | None = None,
         weighted: bool = False,
         max_sequence_length: int | None = None,
     ) -> PromptEmbeds:
-        """Encode prompts, each with the same images in front; arguments as in a call.
+        """Encode a prompt or several, each with the same images in front; arguments as in a call.
 
         weighted: read `(word:1.3)` as weights.
         """
         group = PromptImages.of(images)
+        texts = prompt_list(prompts, None)
+        assert texts is not None
         prepared = group.prepared()
         tower = [self.text_encoder.unmoved_vision_tower()] if prepared else []
         with self._offload.use(ENCODER, *tower):
             return encode_prompts(
                 self.text_encoder,
-                prompts,
+                texts,
                 images=prepared,
                 labels=group.labels,
                 weighted=weighted,
@@ -215,6 +229,10 @@ class Krea2Pipeline(LoadedParts):
         Noise drawn from one seed per image, or `latents`. With a start_image: its latents, noised
         to `sigma`, the first sigma of the run.
         """
+        if not is_whole(batch) or batch < 1:
+            raise ValueError(f"batch is {batch!r}; expected a whole number from 1 up.")
+        if not (is_number(sigma) and 0 <= sigma <= 1):
+            raise ValueError(f"sigma is {sigma!r}; expected a number from 0 to 1 (noise).")
         start, height, width = self._start(start_image, height, width)
         noise = self._noise(batch, height, width, seed, latents)
         return noise if start is None else self._add_noise(start, noise, sigma)
@@ -223,6 +241,7 @@ class Krea2Pipeline(LoadedParts):
         self, latents: Tensor, steps: int | None = None, denoise: float = 1.0
     ) -> list[float]:
         """Sigmas of the checkpoint's preset for latents (B, 16, h, w), see `sigma_schedule`."""
+        _check_latents(latents)
         mu = resolve_mu(self.preset, token_count(latents))
         return sigma_schedule(self.preset.steps if steps is None else steps, mu, denoise)
 
@@ -246,6 +265,10 @@ class Krea2Pipeline(LoadedParts):
         options: partial, evaluate_every, guidance_schedule, negative_guidance, see
             `sampling.denoise`.
         """
+        _check_latents(latents)
+        for name, text in (("positive", positive), ("negative", negative)):
+            if text is not None or name == "positive":
+                check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
         group = References.of(references)
         prepared = group.prepared()
         text_tokens = positive.taps.shape[1]
@@ -267,6 +290,9 @@ class Krea2Pipeline(LoadedParts):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
+        check_type("images", images, Tensor, "a tensor (B, 3, H, W) in [0, 1]")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; expected floating numbers in [0, 1].")
         with self._offload.use(VAE):
             weight = next(self.vae.parameters())
             return self.vae.encode(images.to(weight) * 2 - 1)
@@ -274,6 +300,7 @@ class Krea2Pipeline(LoadedParts):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1], in tiles if memory runs out."""
+        _check_latents(latents)
         with self._offload.use(VAE):
             latents = latents.to(device_of(self.vae))
             try:
@@ -330,6 +357,7 @@ class Krea2Pipeline(LoadedParts):
         callback: Callback | None,
         *,
         references: Sequence[Reference | Tensor],
+        progress: bool = False,
         **options,
     ) -> Tensor:
         with self._offload.use(VAE) if references else nullcontext():
@@ -347,14 +375,16 @@ class Krea2Pipeline(LoadedParts):
             tokens = len(latents) * token_count(latents)
             lengths = [text.states.shape[1] for text in texts]
             share_calls = has_room and pays_to_share(tokens, lengths, self._offload.streams)
-            for step, current, predicted in denoising_steps(
+            steps = denoising_steps(
                 self.transformer,
                 latents,
                 *texts,
                 references=[reference.to(latents) for reference in encoded],
                 share_calls=share_calls,
                 **options,
-            ):
+            )
+            total = len(options["sigmas"]) - 1
+            for step, current, predicted in tqdm(steps, total=total, disable=not progress):
                 latents = current
                 if callback is not None:
                     callback(step, current, predicted)
@@ -392,3 +422,17 @@ class Krea2Pipeline(LoadedParts):
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares
+
+
+def _check_latents(latents: object) -> None:
+    check_type("latents", latents, Tensor, "a tensor (B, 16, height / 8, width / 8)")
+
+
+def _check_types(callback, negative_guidance, guidance_schedule) -> None:
+    """Raise ValueError for options that are not what a run uses."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback is {callback!r}; expected callback(step, latents, predicted).")
+    if negative_guidance is not None:
+        kind = NegativeGuidance
+        check_type("negative_guidance", negative_guidance, kind, "a NegativeGuidance, or None")
+    check_type("guidance_schedule", guidance_schedule, GuidanceSchedule, "a GuidanceSchedule")

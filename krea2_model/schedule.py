@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .checks import is_number, is_whole, numbers
 from .config import Preset
 from .guidance import SigmaAt
 
@@ -30,8 +31,8 @@ def shift_mu(image_tokens: int) -> float:
 
     Linear and not clamped: 0.5 at 256 tokens, 0.90625 at 1024 x 1024 px, 1.15 at 6400 tokens.
     """
-    if image_tokens < 1:
-        raise ValueError(f"image_tokens is {image_tokens}; expected at least 1.")
+    if not is_number(image_tokens) or image_tokens < 1:
+        raise ValueError(f"image_tokens is {image_tokens!r}; expected at least 1.")
     slope = (_MU_VALUES[1] - _MU_VALUES[0]) / (_MU_TOKENS[1] - _MU_TOKENS[0])
     return _MU_VALUES[0] + slope * (image_tokens - _MU_TOKENS[0])
 
@@ -50,7 +51,7 @@ def shift_time(time: float, mu: float) -> float:
 
 def unshift_time(sigma: float, mu: float) -> float:
     """The time whose shift is `sigma`, from 0 (image) to 1 (noise): the unit of denoise."""
-    if not 0 <= sigma <= 1:
+    if not (is_number(sigma) and 0 <= sigma <= 1):
         raise ValueError(f"sigma is {sigma!r}; expected a number from 0 (image) to 1 (noise).")
     return 1 / (1 + math.exp(mu) * (1 / sigma - 1)) if sigma > 0 else 0.0
 
@@ -92,13 +93,13 @@ def sigma_schedule(steps: int, mu: float, denoise: float = 1.0) -> list[float]:
     denoise: the time to start from; below 1 the run begins at an image with noise added instead
         of at pure noise, and still takes `steps` steps.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+    if not (is_whole(steps) and 1 <= steps <= MAX_STEPS):
         raise ValueError(f"steps is {steps!r}; expected a whole number from 1 to {MAX_STEPS}.")
-    if not abs(mu) <= MAX_MU:
+    if not (is_number(mu) and abs(mu) <= MAX_MU):
         raise ValueError(
             f"mu is {mu!r}; expected a number from -{MAX_MU} to {MAX_MU} (Turbo uses 1.15)."
         )
-    if not 0 < denoise <= 1:
+    if not (is_number(denoise) and 0 < denoise <= 1):
         raise ValueError(f"denoise is {denoise!r}; expected more than 0 and at most 1.")
     return [shift_time(denoise * (1 - i / steps), mu) for i in range(steps + 1)]
 
@@ -108,16 +109,14 @@ def check_sigmas(sigmas: Sequence[float], partial: bool = False) -> list[float]:
 
     partial: let them end above 0.
     """
-    values = [float(sigma) for sigma in sigmas]
+    expected = "at least two final (shifted) values that end in 0, as sigma_schedule() returns them"
+    values = numbers("sigmas", sigmas, expected)
     if (
         len(values) < 2
         or not all(map(math.isfinite, values))
         or (values[-1] < 0 if partial else values[-1] != 0)
     ):
-        raise ValueError(
-            f"sigmas is {values}; expected at least two final (shifted) values that end in 0, "
-            "as sigma_schedule() returns them."
-        )
+        raise ValueError(f"sigmas is {values}; expected {expected}.")
     if values[0] > 1 + 1e-6 or any(a <= b for a, b in zip(values, values[1:], strict=False)):
         raise ValueError(f"sigmas is {values}; expected values that fall from at most 1 to 0.")
     return values
@@ -125,7 +124,7 @@ def check_sigmas(sigmas: Sequence[float], partial: bool = False) -> list[float]:
 
 def check_guidance(guidance: float) -> float:
     """Guidance as a float. Raises ValueError where it is not a number from 0 to `MAX_GUIDANCE`."""
-    if not 0 <= guidance <= MAX_GUIDANCE:  # NaN too
+    if not (is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE):  # NaN too
         raise ValueError(
             f"guidance is {guidance!r}; expected 0 (off) or more, up to {MAX_GUIDANCE:g}, in "
             "Krea's convention: v = cond + guidance * (cond - uncond), which is ComfyUI's cfg - 1."
@@ -135,7 +134,7 @@ def check_guidance(guidance: float) -> float:
 
 def check_seed(seed: int) -> int:
     """A seed as an int. Raises ValueError where it is not a whole number from 0 to `MAX_SEED`."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed <= MAX_SEED:
+    if not (is_whole(seed) and 0 <= seed <= MAX_SEED):
         raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {MAX_SEED}.")
     return int(seed)
 

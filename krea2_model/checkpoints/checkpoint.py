@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from ..checks import as_path
 from ..text.encoder import llama_cpp_to_hugging_face
 from .gguf import is_gguf, read_gguf
 from .gguf_header import read_gguf_header
@@ -49,7 +50,7 @@ def open_checkpoint(
     """
     if isinstance(path, Checkpoint):
         return path
-    path = Path(path)
+    path = as_path(path)
     read_file = read_file or read_safetensors
     if path.is_file() and is_gguf(path):
         stored, texts = read_gguf(path)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import find_device, find_dtype
 from ..config import Preset
 from ..nn.layers import TorchLayers
 from .identify import WHERE, CheckpointError
@@ -58,12 +59,13 @@ class PartState:
 def load_part(
     state: PartState,
     device="cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     layers=None,
     keep_quantised: bool = False,
 ):
     """Build a part's module with its weights, strictly and in evaluation mode.
 
+    device: "auto" is the machine's accelerator, or else the CPU.
     dtype: of matrices and biases, None takes the state's. Norm scales and tables of a transformer
         keep the precision they are stored in.
     keep_quantised: let linear layers hold what a quantised file holds, see `quantised_layers`.
@@ -71,6 +73,7 @@ def load_part(
         (most of it is in another dtype than `PLAIN`).
     Raises CheckpointError as `assign` does.
     """
+    device, dtype = find_device(device), find_dtype(dtype)
     module = state.build(layers=layers or TorchLayers, device="meta")
     dtype, plain_dtype = dtype or state.dtype, dtype or PLAIN
     name = state.path.name

@@ -34,7 +34,7 @@ def load_text_encoder(
     path: str | Path | Checkpoint,
     *,
     device="cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     layers=None,
     tokenizer: str | Path | None = None,
     keep_quantised: bool = False,
@@ -149,7 +149,7 @@ def _apply_vision_settings(config: VisionConfig, checkpoint: Checkpoint) -> Visi
 
 
 def load_vision_tower(
-    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+    path: str | Path, *, device="cpu", dtype: torch.dtype | str | None = None
 ) -> Qwen3VLVisionTower:
     """Load the vision tower of a text encoder's file or folder.
 
@@ -212,7 +212,7 @@ def _is_tied(tensor, checkpoint: Checkpoint, prefix: str) -> bool:
 
 
 def load_language_tail(
-    path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
+    path: str | Path, *, device="cpu", dtype: torch.dtype | str | None = None
 ) -> LanguageTail:
     """Load the layers, norm and head that `load_text_encoder` leaves out.
 

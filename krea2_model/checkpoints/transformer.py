@@ -42,7 +42,7 @@ def load_transformer(
     path: str | Path | Checkpoint,
     *,
     device="cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     layers=None,
     keep_quantised: bool = False,
 ) -> Krea2Transformer:

@@ -20,7 +20,11 @@ _VAE_MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.
 
 
 def load_vae(
-    path: str | Path | Checkpoint, *, device="cpu", dtype: torch.dtype | None = None, layers=None
+    path: str | Path | Checkpoint,
+    *,
+    device="cpu",
+    dtype: torch.dtype | str | None = None,
+    layers=None,
 ) -> QwenImageVAE:
     """Load the Qwen-Image VAE from a file (original or diffusers names) or a diffusers folder.
 

@@ -16,8 +16,12 @@ from .sizes import MAX_SIZE, limit_area
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# A picture: an image of PIL's, (3 or 4, H, W) in [0, 1] or in bytes, or the path of a file.
-Picture = Tensor | Image.Image | PathLike[str]
+# A picture: an image of PIL's, a path, a tensor (3 or 4, H, W) or an array (H, W, 3 or 4), the last
+# two in [0, 1] or in bytes.
+Picture = Tensor | np.ndarray | Image.Image | PathLike[str] | str
+
+# Images of a run, by `OUTPUT_TYPES`.
+Images = list[Image.Image] | np.ndarray | Tensor
 
 # As many as the largest image has that this package makes; they would take 4 GB as numbers.
 MAX_PIXELS = MAX_SIZE**2
@@ -34,15 +38,17 @@ def pixels_of(picture: Picture, name: str) -> Tensor:
     Raises ValueError, with the name of the argument, for what is no picture, cannot be read, or
     does not say what its white is.
     """
-    if isinstance(picture, PathLike):
+    if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] in (3, 4):
+        picture = torch.from_numpy(np.array(picture)).movedim(-1, 0)
+    if isinstance(picture, (str, PathLike)):
         return pixels_of(_opened(picture, name), name)
     if isinstance(picture, Image.Image):
         return on_white(_channels(picture, name))
     if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] not in (3, 4):
         shape = tuple(getattr(picture, "shape", ())) or type(picture).__name__
         raise ValueError(
-            f"{name} is {shape}; expected an image of PIL's, a Path to one, or a tensor (3, "
-            "height, width) in [0, 1], or with 4 channels."
+            f"{name} is {shape}; expected an image of PIL's, the path of one, a tensor (3, height, "
+            "width) or an array (height, width, 3) in [0, 1], or with 4 channels."
         )
     if 0 in picture.shape:
         raise ValueError(f"{name} has shape {tuple(picture.shape)}; expected at least one pixel.")
@@ -69,7 +75,7 @@ def reference_pixels(pixels: Tensor, megapixels: float) -> Tensor:
     return fit(pixels, width, height)
 
 
-def to_output(images: Tensor, output_type: str):
+def to_output(images: Tensor, output_type: str) -> Images:
     """Images (B, 3, H, W) in [0, 1] as one of `OUTPUT_TYPES`."""
     if output_type == "pt":
         return images
@@ -79,7 +85,7 @@ def to_output(images: Tensor, output_type: str):
     return [Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
 
 
-def _opened(path: PathLike[str], name: str) -> Image.Image:
+def _opened(path: PathLike[str] | str, name: str) -> Image.Image:
     try:
         return open_image(path)
     except Image.DecompressionBombError as error:

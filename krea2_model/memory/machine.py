@@ -1,42 +1,10 @@
-"""Devices of this machine and how much of their memory is free."""
+"""Free memory of this machine's devices."""
 
 from __future__ import annotations
 
 import torch
 
 GB = 10**9
-
-
-def find_device(device: str | torch.device) -> torch.device:
-    """A device by its name; "auto" is the machine's accelerator, or else the CPU.
-
-    Raises ValueError for names of no device, and for CUDA where there is none.
-    """
-    if device == "auto":
-        return _accelerator()
-    try:
-        result = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device is {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or 'xpu'."
-        ) from error
-    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {device!r}, and torch finds {torch.cuda.device_count()} CUDA devices here; "
-            "use 'auto' or 'cpu', or install torch for CUDA."
-        )
-    return result
-
-
-def _accelerator() -> torch.device:
-    accelerator = getattr(torch, "accelerator", None)  # torch has it since 2.6
-    if accelerator is not None:
-        device = accelerator.current_accelerator() if accelerator.is_available() else None
-        # A machine may have one that models cannot run on.
-        return device if device is not None and device.type != "meta" else torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def free_device_bytes(device: torch.device) -> int | None:

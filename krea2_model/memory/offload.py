@@ -85,7 +85,7 @@ class Offload:
         if mode != NONE and device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self._mode, self._max_memory, self._default = mode, max_memory, default
+        self.mode, self._max_memory, self._default = mode, max_memory, default
         self._parts = {part.name: part for part in parts}
         self._copies = {part.name: Copies(device) for part in parts}
         self._streams: dict[str, BlockStream] = {}
@@ -109,7 +109,7 @@ class Offload:
                 f"{what} was called during a run, while copies of the weights are in use; call it "
                 "between runs, or choose offload 'none'."
             )
-        if self._mode != NONE:
+        if self.mode != NONE:
             self.take_away()
 
     @property
@@ -120,14 +120,14 @@ class Offload:
     def has_room(self, activations: dict[str, int], instead_of: dict[str, int]) -> bool:
         """True if a run with more activations has the same plan as `instead_of`."""
         budget = self._budget()
-        if self._mode == NONE:  # the weights are there already
+        if self.mode == NONE:  # the weights are there already
             return budget is None or activations[TRANSFORMER] + RESERVE <= budget
         plans = [self._plan_for(each, budget) for each in (activations, instead_of)]
         return plans[0].mode == plans[1].mode and not plans[0].lacking
 
     def prepare(self, activations: dict[str, int]) -> None:
         """Plan a run by the bytes of activations of each part, and log the plan."""
-        if self._mode == NONE or self.in_use:  # in use: a run within a run
+        if self.mode == NONE or self.in_use:  # in use: a run within a run
             return
         budget = self._budget()
         plan = self._plan_for(activations, budget)
@@ -152,7 +152,7 @@ class Offload:
 
         Parts in use already stay as they are.
         """
-        if self._mode == NONE:
+        if self.mode == NONE:
             yield
             return
         if self.plan is None:
@@ -182,7 +182,7 @@ class Offload:
 
     def _plan_for(self, activations: dict[str, int], budget: int | None) -> Plan:
         sizes = [part.size(activations[part.name]) for part in self._parts.values()]
-        return plan_for(self._mode, sizes, budget)
+        return plan_for(self.mode, sizes, budget)
 
     def _budget(self) -> int | None:
         free = free_device_bytes(self.device)

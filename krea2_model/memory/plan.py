@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import find_device
 from .block_stream import PLACES
-from .machine import GB, find_device
+from .machine import GB
 
 # The parts, as messages call them.
 ENCODER, TRANSFORMER, VAE = "encoder", "transformer", "VAE"

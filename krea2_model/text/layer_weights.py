@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import numbers
+
 
 def weigh_taps(taps: Tensor, weights: Sequence[float]) -> Tensor:
     """Taps (B, L, T, D) times a weight a tap, every token brought back to the RMS it had.
@@ -20,12 +22,10 @@ def weigh_taps(taps: Tensor, weights: Sequence[float]) -> Tensor:
     Equal weights change nothing, and `taps` itself comes back.
     Raises ValueError unless there are T finite weights, not all of them 0.
     """
-    values = [float(weight) for weight in weights]
+    expected = f"{taps.shape[2]} numbers, not all of them 0"
+    values = numbers("layer_weights", weights, expected)
     if len(values) != taps.shape[2] or not all(map(math.isfinite, values)) or not any(values):
-        raise ValueError(
-            f"The weights of the taps are {values}; expected {taps.shape[2]} numbers, not all of "
-            "them 0."
-        )
+        raise ValueError(f"The weights of the taps are {values}; expected {expected}.")
     if len(set(values)) == 1 and values[0] > 0:
         return taps
     original = taps.float()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_type, is_number
 from ..images.resize import on_white
 from .prompt_weights import MAX_WEIGHT
 from .vision import resize_for_tower
@@ -59,14 +60,15 @@ class PromptImage:
     strength: float = 1.0
 
     def __post_init__(self):
+        check_type("The image", self.pixels, Tensor, "a tensor (3, height, width) in [0, 1]")
         if self.pixels.ndim != 3 or self.pixels.shape[0] not in (3, 4) or 0 in self.pixels.shape:
             raise ValueError(
                 f"The image has shape {tuple(self.pixels.shape)}; expected (3, height, width), or "
                 "4 channels with alpha."
             )
-        if not abs(self.strength) <= MAX_WEIGHT:  # NaN too
+        if not (is_number(self.strength) and abs(self.strength) <= MAX_WEIGHT):  # NaN too
             raise ValueError(
-                f"The strength of an image is {self.strength}; expected -{MAX_WEIGHT:.0f} to "
+                f"The strength of an image is {self.strength!r}; expected -{MAX_WEIGHT:.0f} to "
                 f"{MAX_WEIGHT:.0f}: 1 for as it is, 0 for not at all."
             )
         if "\n" in self.role.strip() or "<|" in self.role:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_type, is_number, is_whole
 from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
 from ..nn.attention import Attend
 from .patches import token_count
@@ -45,15 +46,17 @@ class ReferenceSettings:
     end: float = 1.0
 
     def __post_init__(self):
-        if self.index is not None and not 1 <= self.index <= 255:
+        if self.index is not None and not (is_whole(self.index) and 1 <= self.index <= 255):
             raise ValueError(
                 f"A reference's index is {self.index!r}; expected 1 to 255 (the image is at 0)."
             )
-        if not 0 <= self.strength <= 100:
+        if not (is_number(self.strength) and 0 <= self.strength <= 100):
             raise ValueError(
                 f"A reference's strength is {self.strength!r}; expected 0 (left out) to 100."
             )
-        if not 0 <= self.start <= self.end <= 1:
+        if not (is_number(self.start) and is_number(self.end)) or not (
+            0 <= self.start <= self.end <= 1
+        ):
             raise ValueError(
                 f"A reference has start {self.start!r} and end {self.end!r}; expected fractions of "
                 "the schedule with 0 <= start <= end <= 1."
@@ -70,6 +73,9 @@ class Reference:
 
     latents: Tensor
     settings: ReferenceSettings = field(default_factory=ReferenceSettings)
+
+    def __post_init__(self):
+        check_type("A reference", self.latents, Tensor, "latents (B, 16, h, w)")
 
     def to(self, like: Tensor) -> Reference:
         """The reference with latents on the device and in the dtype of a tensor."""

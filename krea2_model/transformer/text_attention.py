@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
 from ..nn.attention import Attend
 from .references import additive_mask
@@ -51,7 +52,7 @@ class NegativeGuidance:
             ("end", 0.0, 1.0),
         ):
             value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
+            if not (is_number(value) and math.isfinite(value) and low <= value <= high):
                 allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
                 raise ValueError(f"{name} is {value!r}; expected {allowed}.")
 

@@ -386,7 +386,7 @@ def test_strengths_in_the_pipeline_weigh_images(pipeline):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"images": ["fox.png"]}, "an entry of images is str; expected an image of PIL"),
+    ({"images": ["fox.png"]}, "an entry of images is fox.png, which is not there"),
     ({"images": [torch.zeros(3, 0, 4)]}, "shape .3, 0, 4."),
     ({"images": [torch.zeros(3, 8, 8)] * 9}, "9 images in the prompt"),
     ({"images": [torch.zeros(3, 8, 8)], "prompt": None,
