@@ -19,6 +19,7 @@ from .checkpoints.vae import load_vae
 from .checks import as_path, check_type, is_number
 from .config import RAW, Preset
 from .diffusers_names import AnswersDiffusersMethods, accept_diffusers_names
+from .lora.few_steps import FULL_STRENGTH, few_step_preset
 from .lora.files import LoraReport, read_lora, read_lora_file
 from .lora.updates import LoraStack
 from .memory.device_weights import bytes_of
@@ -78,6 +79,7 @@ class LoadedParts(AnswersDiffusersMethods):
         self._offload = offload_parts(transformer, text_encoder, vae, device, offload, max_memory)
         self._loras = LoraStack(transformer), LoraStack(text_encoder)
         self._lora_names: list[str] = []
+        self._few_steps: list[int] = []
         self._expander: PromptExpander | None = None
 
     def __repr__(self) -> str:
@@ -267,6 +269,11 @@ class LoadedParts(AnswersDiffusersMethods):
         for report in reports:
             if not report.is_complete:
                 logger.warning("%s", report)
+        self._few_steps += [
+            report.steps
+            for report, (_, scale) in zip(reports, files, strict=True)
+            if report.steps is not None and scale >= FULL_STRENGTH
+        ]
         self._lora_names += [f"{file.name} at {scale:g}" for file, scale in files]
         return reports
 
@@ -276,6 +283,7 @@ class LoadedParts(AnswersDiffusersMethods):
         for stack in self._loras:
             stack.clear()
         self._lora_names.clear()
+        self._few_steps.clear()
 
     def expand(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:
         """Write dense captions for a short prompt with the text encoder's language model.
@@ -298,7 +306,12 @@ class LoadedParts(AnswersDiffusersMethods):
 
     @property
     def preset(self) -> Preset:
-        """Sampling defaults of the loaded checkpoint; Raw's where it does not say what it is."""
+        """Sampling defaults: of a few-step LoRA, or else of the checkpoint.
+
+        Raw's where the checkpoint does not say what it is.
+        """
+        if self._few_steps:
+            return few_step_preset(min(self._few_steps), self.transformer.preset)
         return self.transformer.preset or RAW
 
 

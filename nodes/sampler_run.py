@@ -24,6 +24,7 @@ from ..krea2_model.schedule import (
 from ..krea2_model.transformer.patches import token_count
 from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
 from .managed.conditions import NEGATIVE_GUIDANCE
+from .managed.lora import known_preset
 from .managed.memory import advise
 from .reports import far_size_report, size_report
 from .single_images import conditioning_of, latent_of, model_of
@@ -56,7 +57,7 @@ def has_other_negative(model) -> bool:
 
 def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
     """The sampling settings for a choice of the preset input."""
-    known = getattr(model.model, "preset", None)
+    known = known_preset(model)
     if name == CUSTOM:
         mu = known.mu if known is not None else None
         return Preset(CUSTOM, steps if steps is not None else 28, guidance, mu)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoints.identify import LORA, CheckpointError, identify, read_header
 from ..checkpoints.storage import read_safetensors, without_compile
 from ..checkpoints.transformer_keys import Shape
+from .few_steps import FULL_STRENGTH, read_steps
 from .names import UNKNOWN_NAME, Target, Targets, TextTargets, split_key, strip_prefix, text_layer
 from .scale import ADAPTER_CONFIG, HeaderScale, read_header_scale
 from .updates import Update
@@ -70,6 +71,7 @@ class LoraReport:
     idle: weights whose update changes nothing, since it is zeros or has alpha 0.
     scales: multipliers of its matrices; scale_sources: the settings that give them.
     unmatched: names of tensors that change nothing, with the reason.
+    steps: of a few-step LoRA, else None.
     """
 
     name: str
@@ -82,6 +84,7 @@ class LoraReport:
     idle: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
     scale_sources: tuple[str, ...] = ()
+    steps: int | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -98,6 +101,11 @@ class LoraReport:
         if self.scales:
             sources = " and ".join(self.scale_sources)
             lines.append(f"{_span('scale', self.scales)} ({sources})")
+        if self.steps is not None:
+            lines.append(
+                f"a few-step LoRA: preset auto takes {self.steps} steps without guidance, at a "
+                f"strength from {FULL_STRENGTH}"
+            )
         if self.idle:
             count = len(self.idle)
             part = "all" if count == self.matched + self.text_matched else f"{count}"
@@ -149,7 +157,7 @@ def read_lora(
     CheckpointError where nothing matches, and where the file holds NaN, infinity or numbers that no
     weight can take.
     """
-    report = LoraReport(name)
+    report = LoraReport(name, steps=read_steps(name, metadata))
     headers = [
         read_header_scale(metadata or {}, name, part) for part in ("transformer", "text_encoder")
     ]

@@ -10,9 +10,24 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...krea2_model.checkpoints.identify import CheckpointError
 from ...krea2_model.checkpoints.transformer_keys import official_to_module
+from ...krea2_model.config import Preset
+from ...krea2_model.lora.few_steps import FULL_STRENGTH, few_step_preset
 from ...krea2_model.lora.files import read_lora, read_lora_file
 from ...krea2_model.lora.updates import Update
 from ...krea2_model.transformer.model import Krea2Transformer
+
+# In the options of a MODEL: the sampling defaults that a few-step LoRA gives it.
+PRESET = "krea2_preset"
+
+
+def checkpoint_preset(model) -> Preset | None:
+    """Sampling defaults of a MODEL's checkpoint."""
+    return getattr(model.model, "preset", None)
+
+
+def known_preset(model) -> Preset | None:
+    """Sampling defaults of a MODEL: of its few-step LoRA, or else of its checkpoint."""
+    return model.model_options.get(PRESET) or checkpoint_preset(model)
 
 
 class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
@@ -69,6 +84,8 @@ def apply_lora(model, clip, path: Path, strength: float, clip_strength: float):
     )
     model = model.clone()
     _add(model, updates, names, strength, path.name)
+    if report.steps is not None and strength >= FULL_STRENGTH:
+        model.model_options[PRESET] = few_step_preset(report.steps, checkpoint_preset(model))
     if clip is not None:
         clip = clip.clone()
         _add(clip.patcher, text_updates, text_names, clip_strength, path.name)

@@ -326,6 +326,17 @@ def test_raw_to_turbo(run, models, raw, turbo, velocity, kind):
     file.unlink()
 
 
+@pytest.mark.parametrize("strength, steps", [(1.0, 4), (0.5, 28)])
+def test_a_few_step_lora_gives_preset_auto_its_steps(run, raw, shapes, save, strength, steps):
+    name = save("krea2_distill_4step", low_rank([QUERY], shapes)[0])
+    patched, _, report = run("K2LoraLoader", model=raw, lora=name, strength=strength)
+    assert "4 steps without guidance" in report
+    latent = run("K2EmptyLatent", aspect="custom", width=64, height=64)[0]
+    sigmas = run("K2Sigmas", model=patched, latent=latent)[0]
+    assert len(sigmas) == steps + 1
+    assert len(run("K2Sigmas", model=raw, latent=latent)[0]) == 29
+
+
 def test_a_file_for_another_model_is_an_error(run, turbo, save):
     name = save("flux", {
         f"lora_unet_double_blocks_0_img_attn_qkv.{part}": random(4, 4)
