@@ -5,15 +5,14 @@ moving treat it like any other. Changed weights cannot be quantised again, so pa
 are never baked in: they are added each time a layer is used.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
 from comfy.model_patcher import LowVramPatch
-from comfy.quant_ops import QuantizedLayout, QuantizedTensor
-from comfy_kitchen.tensor.base import BaseLayoutParams, register_layout_class
+from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
 
 from ...krea2_model.checkpoints.gguf import GGUFTensor, dequantise
 
@@ -25,11 +24,22 @@ BYTES_A_VALUE = 10
 
 class GGUFLayout(QuantizedLayout):
     @dataclass(frozen=True)
-    class Params(BaseLayoutParams):
-        format: str = ""
+    class Params:
+        """The format of a weight; what `QuantizedTensor` asks of every layout's parameters."""
 
-        def _tensor_fields(self):
-            return []
+        orig_dtype: torch.dtype
+        orig_shape: tuple[int, ...]
+        format: str
+
+        def to_device(self, device):
+            return self
+
+        def clone(self):
+            return self
+
+        def copy_from(self, src, non_blocking=False):
+            for field in fields(self):
+                object.__setattr__(self, field.name, getattr(src, field.name))
 
     @classmethod
     def quantize(cls, tensor, **kwargs):
@@ -56,7 +66,7 @@ def wrap(tensor, dtype: torch.dtype):
     """A GGUFTensor as ComfyUI's quantised tensor, dequantised to `dtype`; others unchanged."""
     if not isinstance(tensor, GGUFTensor):
         return tensor
-    params = GGUFLayout.Params(None, dtype, tensor.shape, tensor.format)
+    params = GGUFLayout.Params(dtype, tensor.shape, tensor.format)
     return QuantizedTensor(tensor.data, LAYOUT, params)
 
 
