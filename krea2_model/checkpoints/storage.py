@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..replacing import replacing
 from .identify import CheckpointError
 
 _DTYPE_NAMES = {
@@ -24,6 +24,8 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 
+
+Progress = Callable[[int, int], None]
 
 # An index of shards names every tensor of a model; no configuration is longer.
 _MAX_JSON = 25_000_000
@@ -101,17 +103,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `path` at the end and only if all went well."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Name the file in errors of writing, a full disk's for example, which do not."""
     try:
@@ -136,10 +127,16 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path,
+    entries: Iterable[Entry],
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+) -> None:
     """Write a safetensors file, holding one tensor at a time.
 
     An existing file is replaced only once the new one is whole.
+    progress: called after each tensor with the bytes written so far and in all.
     """
     entries = list(entries)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -157,9 +154,13 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
     with _named(path), replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
+        written = 0
         for entry in entries:
             tensor = entry.make()
             if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
                 raise RuntimeError(f"{entry.name} came out as {tensor.dtype} {tensor.shape}.")
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             file.write(data.numpy().data)
+            if progress is not None:
+                written += entry.size
+                progress(written, start)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import formats
 from krea2_model import Krea2Pipeline
-from krea2_model.__main__ import main
+from krea2_model.cli.main import main
 from krea2_model.arguments import PromptImages
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.checkpoints.text_encoder import load_text_encoder, load_vision_tower
