@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, load_vae
-from krea2_model.cli.main import main
 from krea2_model.checkpoints.identify import CheckpointError, read_header
+from krea2_model.cli.main import main
 from krea2_model.tools.convert import convert as convert_files
 from krea2_model.tools.convert import quantise_blocks
 from parity import assert_close, relative_error, same_weights

@@ -40,7 +40,7 @@ def test_requirements_are_told_once_the_same():
 
 def test_the_owner_s_fields_are_filled_in_together():
     """The icon's address needs the repository's, and without a publisher neither is used."""
-    fields = (PROJECT["urls"]["Repository"], COMFY["PublisherId"], COMFY["Icon"])
+    fields = (PROJECT["urls"].get("Repository", ""), COMFY["PublisherId"], COMFY["Icon"])
     assert all(fields) or not any(fields)
     guide = read("CONTRIBUTING.md").partition("## Publishing")[2]
     for name in ("Repository", "PublisherId", "Icon", "docs/icon.png", "REGISTRY_ACCESS_TOKEN"):
