@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,11 @@ def settings_of(args: Namespace, **results: Any) -> dict[str, Any]:
 
     results: values that the run has found, such as the steps that the checkpoint's preset gives.
     """
-    from .parser import command_parser
-
-    parser = command_parser("generate")
+    defaults = _defaults()
     settings: dict[str, Any] = {}
     for name in PICTURE:
         value = getattr(args, name)
-        if value == parser.get_default(name) and name not in ("prompt", "seed"):
+        if value == defaults[name] and name not in ("prompt", "seed"):
             continue
         if name == "lora":
             value = [[name_in_models(file, KEYS["lora"]), scale] for file, scale in value]
@@ -43,6 +42,14 @@ def settings_of(args: Namespace, **results: Any) -> dict[str, Any]:
         settings[name] = value
     settings |= results
     return {name: settings[name] for name in PICTURE if name in settings}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    from .parser import command_parser
+
+    parser = command_parser("generate")
+    return {name: parser.get_default(name) for name in PICTURE}
 
 
 def as_json(settings: Mapping[str, Any]) -> str:

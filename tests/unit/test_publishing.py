@@ -27,7 +27,8 @@ def test_name_and_version():
 
 def test_what_the_registry_shows():
     assert PROJECT["description"] and COMFY["DisplayName"] == "Krea 2 Kit"
-    assert (ROOT / PROJECT["license"]["file"]).is_file() and (ROOT / PROJECT["readme"]).is_file()
+    assert [(ROOT / name).is_file() for name in PROJECT["license-files"]] == [True]
+    assert PROJECT["license"] == "Apache-2.0" and (ROOT / PROJECT["readme"]).is_file()
     assert re.fullmatch(r">=\d+\.\d+\.\d+", COMFY["requires-comfyui"])
     # Beside WEB_DIRECTORY the page would load its scripts twice.
     assert "web" not in COMFY
