@@ -28,11 +28,11 @@ def fetch(files: Sequence[ModelFile], models: Path) -> Iterator[Path]:
         raise Failure("HF_HUB_OFFLINE is set, so nothing is downloaded; unset it and run again.")
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    places = []
+    places: list[tuple[ModelFile, str, str]] = []
     for file in files:
         address = _ADDRESS.fullmatch(file.url)
         assert address is not None, file.url
-        places.append((file, *address.groups()))
+        places.append((file, address[1], address[2]))
     sizes = []
     for file, repository, name in places:
         try:

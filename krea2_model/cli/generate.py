@@ -18,7 +18,7 @@ from .checks import check_machine, check_output, check_picture
 from .errors import UsageError
 from .graph import graph_of, not_in_graph, settings_of_graph
 from .progress import Console
-from .settings import as_json, from_json, options_of, parameters_text, settings_of
+from .settings import as_json, check_names, from_json, options_of, parameters_text, settings_of
 
 
 def generate(args: Namespace) -> Iterator[Path]:
@@ -82,6 +82,7 @@ def texts_of(settings: dict[str, Any], console: Console) -> dict[str, str]:
 def again(args: Namespace, typed: list[str]) -> Iterator[Path]:
     """Make a picture again by the settings in its file; `typed` options replace them."""
     settings = settings_in(args.picture)
+    check_names({n: v for n, v in settings.items() if n not in named_options(typed)}, args.picture)
     yield from generate(merged(settings, typed, args))
 
 
@@ -119,7 +120,7 @@ def merged(settings: dict[str, Any], typed: list[str], args: Namespace) -> Names
             held.pop(name, None)
     try:
         from_picture = parser.parse_args([*options_of(held), "--", str(prompt)])
-    except UsageError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"The settings in {args.picture} are wrong: {error}") from error
     result = copy(args)
     for name, value in vars(from_picture).items():

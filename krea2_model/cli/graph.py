@@ -88,7 +88,8 @@ def graph_of(settings: Mapping[str, Any]) -> Graph:
 
 def _add_loaders(add, settings: Mapping[str, Any]) -> tuple[list, list, list]:
     whole = settings.get("model")
-    names = {part: settings.get(part) or whole for part in ("transformer", "text_encoder", "vae")}
+    parts = ("transformer", "text_encoder", "vae")
+    names = {part: str(settings.get(part) or whole) for part in parts}
     nano = names["transformer"] in NANO
     dtype = settings.get("dtype") or ("fp32" if nano else "auto")
     inputs = {"dtype": dtype, "implementation": "this pack"}
@@ -142,6 +143,18 @@ def settings_of_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UsageError for other graphs, with the node that is in the way.
     """
+    try:
+        return _settings_of(graph)
+    except UsageError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            "The graph in the picture cannot be read: its nodes hold values of other types. Open "
+            "the picture in ComfyUI instead."
+        ) from error
+
+
+def _settings_of(graph: Mapping[str, Any]) -> dict[str, Any]:
     reader = _Reader(graph)
     samplers = [
         key for key, node in graph.items()

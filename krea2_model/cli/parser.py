@@ -50,16 +50,18 @@ folders: they are looked for in this folder, beside the picture, and in --models
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `UsageError`s in whole sentences, with suggestions."""
 
-    def __init__(self, *args: Any, **options: Any):
-        formatter = lambda prog: _Formatter(prog, max_help_position=30, width=100)  # noqa: E731
-        super().__init__(*args, formatter_class=formatter, **options)
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(_sentence(message, self))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help that lists commands without the line of their names in braces."""
+    """Help of one width, that lists commands without the line of their names in braces."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=100)
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
@@ -101,6 +103,7 @@ def _generate(parser: Parser) -> None:
     parser.add_argument("prompt", help="what the picture shows, in whole sentences")
     add_picture_options(parser)
     add_run_options(parser)
+    add_machine(parser)
 
 
 def _render(parser: Parser) -> None:
@@ -123,6 +126,7 @@ def _render(parser: Parser) -> None:
     )
     add_picture_options(parser)
     add_run_options(parser, Path("renders"), "the folder of pictures; default: renders")
+    add_machine(parser)
 
 
 def _again(parser: Parser) -> None:
@@ -132,6 +136,7 @@ def _again(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="another prompt")
     add_picture_options(parser)
     add_run_options(parser)
+    add_machine(parser)
 
 
 def _models(parser: Parser) -> None:
@@ -218,9 +223,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 _OPTIONS = {
-    "generate": lambda parser: (_generate(parser), add_machine(parser)),
-    "render": lambda parser: (_render(parser), add_machine(parser)),
-    "again": lambda parser: (_again(parser), add_machine(parser)),
+    "generate": _generate,
+    "render": _render,
+    "again": _again,
     "models": _models,
     "expand": _expand,
     "inspect": _inspect,

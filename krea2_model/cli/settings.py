@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from functools import cache
@@ -69,6 +70,20 @@ def from_json(text: str, picture: Path) -> dict[str, Any]:
             f"The settings in {picture} cannot be read; expected a picture that krea2 has made."
         ) from error
     return settings
+
+
+def check_names(settings: Mapping[str, Any], picture: Path) -> None:
+    """Refuse names of files that lead elsewhere: a picture may come from anyone."""
+    for option in (*FILES, *PICTURES):
+        value = settings.get(option, [])
+        for entry in value if isinstance(value, list) else [value]:
+            name = str(entry[0] if isinstance(entry, list) and entry else entry)
+            parts = re.split(r"[/\\]", name)
+            if ".." in parts or parts[0] in ("", "~") or ":" in parts[0]:
+                raise UsageError(
+                    f"{picture} names the file {name[:200]!r}; expected a name without a folder "
+                    f"above it. Give it with --{option.replace('_', '-')}."
+                )
 
 
 def options_of(settings: Mapping[str, Any]) -> list[str]:

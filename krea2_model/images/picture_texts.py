@@ -38,7 +38,7 @@ def save_options(kind: str, texts: Mapping[str, str]) -> tuple[dict[str, Any], l
         return {"pnginfo": chunks}, []
     if kind not in ("JPEG", "WEBP"):
         return {}, list(texts)
-    held, left_out = dict(texts), []
+    held, left_out = dict(texts), list[str]()
     while held:
         exif = _exif_of(held).tobytes()
         if kind == "WEBP" or len(exif) <= _MAX_JPEG:
@@ -58,7 +58,7 @@ def read_texts(path: Path) -> dict[str, str]:
         with Image.open(path) as image:
             if image.format == "PNG":
                 image.load()  # chunks may follow the pixels
-                return {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
+                return {str(k): str(v) for k, v in image.info.items() if isinstance(v, str)}
             return _texts_of(image.getexif())
     except FileNotFoundError as error:
         raise ValueError(f"There is no picture {path}. Check the name and the folder.") from error
