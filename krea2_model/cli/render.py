@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -71,7 +71,7 @@ def render(args: Namespace, typed: list[str]) -> Iterator[Path]:
     args.output.mkdir(parents=True, exist_ok=True)
     files: list[tuple[Path, str]] = []
     failed = len(bad)
-    with (args.output / RESULTS).open("a", encoding="utf-8") as results:
+    with _open_results(args.output / RESULTS) as results:
         for row in bad:
             _write(results, row=row.number, error=row.error)
         left = [job for job in jobs if job.key not in done]
@@ -181,6 +181,15 @@ def _finished(path: Path) -> dict[str, Path]:
         if file.is_file():
             found[str(entry.get("key"))] = file
     return found
+
+
+def _open_results(path: Path) -> TextIO:
+    """The file to add lines to; one that a crash has cut is ended first."""
+    is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    results = path.open("a", encoding="utf-8")
+    if is_cut:
+        results.write("\n")
+    return results
 
 
 def _write(results, **line: Any) -> None:

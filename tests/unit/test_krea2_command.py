@@ -58,13 +58,13 @@ def test_help_and_version_without_torch():
 
 
 def test_the_package_is_lazy_and_complete():
-    code = (
-        "import sys, krea2_model; assert 'torch' not in sys.modules\n"
-        "from krea2_model import *; print(Krea2Pipeline.__name__, __version__)"
-    )
+    code = "import sys, krea2_model; print('torch' in sys.modules, krea2_model.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert done.stdout.split() == ["Krea2Pipeline", version["version"]], done.stderr
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert done.stdout.split() == ["False", project["version"]], done.stderr
+    names: dict = {}
+    exec("from krea2_model import *", names)
+    assert names["Krea2Pipeline"] is Krea2Pipeline and names["__version__"] == project["version"]
     offered = {name for name in vars(public) if not name.startswith("_")} - {"annotations"}
     assert set(krea2_model.__all__) == offered | {"__version__"}
     assert set(krea2_model.__all__) <= set(dir(krea2_model))
@@ -198,9 +198,10 @@ def test_an_error_of_ours_keeps_its_traceback(tmp_path, capsys, monkeypatch):
 
 
 def test_a_closed_pipe_is_silent():
-    command = f"{sys.executable} -m krea2_model inspect {' '.join(['nowhere'] * 300)} | true"
+    words = "models --memory 16 --models nowhere"
+    command = f'"{sys.executable}" -m krea2_model {words} | true; echo "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_names_that_exist_are_not_written_over(tmp_path, capsys):
