@@ -28,6 +28,11 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.copymode(path, partial)
         os.replace(partial, path)
+    except OSError as error:
+        # A full disk's error names no file.
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,17 +101,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing, a full disk's for example, which do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-
-
 @dataclass(frozen=True)
 class Entry:
     """A tensor to be written: what the header says, and how it is made when its turn comes."""
@@ -151,7 +139,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _named(path), replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         written = 0

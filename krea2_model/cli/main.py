@@ -26,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             build_parser().print_help()
             return 0
         args = parse(words)
-        level = logging.WARNING if args.quiet else logging.INFO
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
+        _set_up_log(args.quiet)
         for line in run(args, words):
             print(line, flush=True)
     except BrokenPipeError:
@@ -55,6 +54,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     if unknown:
         raise UsageError(_unknown(unknown, words[0]))
     return args
+
+
+def _set_up_log(quiet: bool) -> None:
+    from .progress import LogHandler
+
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, handlers=[LogHandler()])
 
 
 def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:

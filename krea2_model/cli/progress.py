@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,13 @@ class Console:
         """A line with a clock for work that has no steps to count."""
         with self.bar(None, text, bar_format="{desc}: {elapsed}"):
             yield
+
+
+class LogHandler(logging.Handler):
+    """Writes log lines above the bars, where others would break them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,10 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import krea2_model
-from krea2_model import public
+from krea2_model import nano, public
 from krea2_model.cli import choices
 from krea2_model.cli.main import main
 from krea2_model.cli.parser import COMMANDS, command_parser
+from krea2_model.images.picture_texts import read_texts
 from krea2_model.memory.plan import OFFLOADS
 from krea2_model.pipeline import Krea2Pipeline
 from krea2_model.text.expander import LENGTHS, MAX_VARIANTS
@@ -204,6 +206,7 @@ def test_a_closed_pipe_is_silent():
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
+@pytest.mark.usefixtures("nano_once")
 def test_names_that_exist_are_not_written_over(tmp_path, capsys):
     output = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(output)
@@ -215,3 +218,38 @@ def test_names_that_exist_are_not_written_over(tmp_path, capsys):
     assert main([*words, "--force"]) == 0
     assert output.read_bytes() == (tmp_path / "a-2.png").read_bytes() != old
     assert sorted(os.listdir(tmp_path)) == ["a-2.png", "a-3.png", "a.png"]
+
+
+@pytest.mark.usefixtures("nano_once")
+def test_notes_on_stderr_and_files_on_stdout(tmp_path, capsys):
+    output = tmp_path / "a.png"
+    words = ["a star", "--model", "nano", "--steps", "1", "--output", str(output), "--force"]
+    assert main([*words, "--negative", "blue"]) == 0
+    out, error = capsys.readouterr()
+    assert out == f"{output}\n"
+    assert "--negative has no effect at guidance 0; add --nag" in error
+    assert "a.png: 100%" in error and "loading the model" in error
+    assert main([*words, "--negative", "blue", "--nag"]) == 0
+    assert "no effect" not in capsys.readouterr().err
+    assert main([*words, "--negative", "blue", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["a star", *words[1:], "--evaluate-every", "5"]) == 0
+    assert "no ComfyUI graph in the picture: it cannot express --evaluate-every" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.usefixtures("nano_once")
+def test_names_of_files_are_found_in_the_models_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "models" / "vae").mkdir(parents=True)
+    shutil.copyfile(nano.VAE, tmp_path / "models" / "vae" / "mine.safetensors")
+    output = tmp_path / "a.png"
+    words = ["a star", "--model", "nano", "--steps", "1", "--output", str(output), "--quiet"]
+    assert main([*words, "--vae", "mine.safetensors"]) == 2
+    assert "no file or folder mine.safetensors (--vae)" in capsys.readouterr().err
+    assert main([*words, "--vae", "mine.safetensors", "--models", str(tmp_path / "models")]) == 0
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    monkeypatch.setattr("krea2_model.cli.checks.find_tokenizer", lambda *names: tmp_path)
+    assert main([*words, "--vae", "mine.safetensors"]) == 0
+    settings = json.loads(read_texts(output)["krea2"])["settings"]
+    assert (settings["model"], settings["vae"]) == ("nano", "mine.safetensors")

@@ -42,6 +42,12 @@ def test_a_folder_imports_only_what_is_below_it(folder):
         assert not others, f"{file.relative_to(ROOT)} imports {', '.join(sorted(others))}"
 
 
+def test_the_command_line_is_above_everything():
+    files = [file for file in ROOT.rglob("*.py") if file.parent != ROOT / "cli"]
+    above = {file.name for file in files if "cli" in imported(file)}
+    assert above == {"__main__.py"}
+
+
 def modules_imported(file: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it, by their dotted names."""
     here, names = file.relative_to(ROOT).parts[:-1], set()

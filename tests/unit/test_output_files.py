@@ -45,8 +45,9 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, failure, step, 
         monkeypatch.setattr(output_files, "image_format", lambda path: "PNG")
     else:
         monkeypatch.setattr(replacing.os, step, lambda *_: fail(None, None))
-    with pytest.raises(type(failure)):
+    with pytest.raises(type(failure)) as raised:
         save_image(red(), path)
+    assert os.path.basename(getattr(raised.value, "filename", path)) == path.name
     assert os.listdir(tmp_path) == ([] if is_new else ["fox.png"])
     assert is_new or path.read_bytes() == old
     monkeypatch.undo()
