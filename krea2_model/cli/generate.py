@@ -17,6 +17,7 @@ from ..text.wildcards import fill_in
 from .checks import check_machine, check_output, check_picture
 from .errors import UsageError
 from .graph import graph_of, not_in_graph, settings_of_graph
+from .model_files import take_from_models
 from .progress import Console
 from .settings import as_json, check_names, from_json, options_of, parameters_text, settings_of
 
@@ -24,6 +25,7 @@ from .settings import as_json, check_names, from_json, options_of, parameters_te
 def generate(args: Namespace) -> Iterator[Path]:
     """Make the pictures that `args` ask for; yields each file as it is written."""
     console = Console(args.quiet)
+    take_from_models(args)
     check_output(args)
     check_picture(args)
     weights = check_machine(args)

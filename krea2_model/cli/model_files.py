@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..catalogue import RAW, TURBO, files_in
 from .choices import NANO
 from .errors import UsageError
 
@@ -74,6 +75,20 @@ def find_file(
         f"There is no file or folder {name} (--{option.replace('_', '-')}){looked}. Check the name "
         "and the folder."
     )
+
+
+def take_from_models(args: Namespace) -> None:
+    """Name the parts that `args` leave out by the files of the tables in the models folder."""
+    if any(getattr(args, part) is not None for part in ("model", "transformer")):
+        return
+    models = models_folder(args.models)
+    if models is None:
+        return
+    parts = ("transformer", "text_encoder", "vae")
+    found = {p: files_in(models, p, TURBO) or files_in(models, p, RAW) for p in parts}
+    if all(found.values()):
+        for part, files in found.items():
+            setattr(args, part, getattr(args, part) or files[0])
 
 
 def find_weights(args: Namespace) -> Weights:

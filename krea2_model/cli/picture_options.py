@@ -47,7 +47,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     files.add_argument(
         "--models", type=Path, metavar="FOLDER",
-        help="also look for these files in ComfyUI's models folder; default: COMFYUI_PATH's",
+        help="ComfyUI's models folder, where these files are looked for by name, and taken from if "
+        "none is named; default: that of COMFYUI_PATH",
     )  # fmt: skip
 
     picture = parser.add_argument_group("picture")

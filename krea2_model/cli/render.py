@@ -25,6 +25,7 @@ from ..images.output_files import check_outputs, numbered, save_image
 from .checks import check_folder, check_machine, check_picture
 from .errors import Failure, UsageError, explain
 from .generate import pictures_of, save
+from .model_files import take_from_models
 from .progress import Console
 from .settings import settings_of
 from .table import Row, read_rows
@@ -50,6 +51,7 @@ def render(args: Namespace, typed: list[str]) -> Iterator[Path]:
     Raises Failure at the end where rows had errors, and at once with --strict.
     """
     console = Console(args.quiet)
+    take_from_models(args)
     check_folder(args.output)
     if args.grid is not None:
         check_outputs([args.grid])

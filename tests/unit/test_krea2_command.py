@@ -253,3 +253,30 @@ def test_names_of_files_are_found_in_the_models_folder(tmp_path, capsys, monkeyp
     assert main([*words, "--vae", "mine.safetensors"]) == 0
     settings = json.loads(read_texts(output)["krea2"])["settings"]
     assert (settings["model"], settings["vae"]) == ("nano", "mine.safetensors")
+
+
+def test_parts_that_are_not_named_come_from_the_models_folder(models, tmp_path, monkeypatch):
+    taken = []
+
+    def load(*files, **options):
+        taken.append([file.name for file in files if file])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Krea2Pipeline, "from_files", load)
+    places = {
+        "diffusion_models/krea2_turbo_fp8_scaled.safetensors": "krea2_tiny_turbo",
+        "text_encoders/qwen3vl_4b_bf16.safetensors": "qwen3vl_tiny",
+        "vae/qwen_image_vae.safetensors": "qwen_image_vae_tiny",
+    }
+    for name, source in places.items():
+        (tmp_path / name).parent.mkdir()
+        folder = name.partition("/")[0]
+        shutil.copyfile(models / folder / f"{source}.safetensors", tmp_path / name)
+    words = ["a fox", "--models", str(tmp_path), "--output", str(tmp_path / "a.png")]
+    assert main(words) == 2
+    mine = str(models / "vae" / "qwen_image_vae_tiny.safetensors")
+    assert main([*words, "--vae", mine]) == 2
+    assert main([*words, "--model", "nano"]) == 2
+    names = [Path(name).name for name in places]
+    assert taken[:2] == [names, [*names[:2], "qwen_image_vae_tiny.safetensors"]]
+    assert taken[2][0] == "krea2_nano_turbo.safetensors"

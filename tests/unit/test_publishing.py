@@ -78,3 +78,16 @@ def test_workflow_files_use_what_there_is():
     assert "run: bash scripts/test.sh" in tests and (ROOT / "scripts" / "test.sh").is_file()
     assert "uses: ./.github/workflows/test.yml" in publish and "workflow_call" in tests
     assert "secrets.REGISTRY_ACCESS_TOKEN" in publish and "pyproject.toml" in publish
+
+
+def test_pip_installs_all_of_the_package_and_nothing_else():
+    tool = SETTINGS["tool"]["setuptools"]
+    (pattern,) = tool["packages"]["find"]["include"]
+    folders = {file.parent for file in (ROOT / "krea2_model").rglob("*.py")}
+    assert pattern == "krea2_model*" and all((f / "__init__.py").is_file() for f in folders)
+    data = {
+        file for file in (ROOT / "krea2_model").rglob("*.*") if file.suffix not in (".py", ".pyc")
+    }
+    (wanted,) = tool["package-data"]["krea2_model"]
+    assert data == set((ROOT / "krea2_model").glob(wanted))
+    assert PROJECT["scripts"] == {"krea2": "krea2_model.cli.main:main"}
