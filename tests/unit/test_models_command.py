@@ -9,7 +9,9 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
 from krea2_model import catalogue
@@ -141,6 +143,19 @@ def test_room_is_checked_first(tmp_path):
     fetch.check_room(tmp_path / "not there", 1)
     with pytest.raises(Failure, match=r"The files have 1000000000\.0 GB and .* free"):
         fetch.check_room(tmp_path / "not there", 10**18)
+
+
+def test_nothing_is_downloaded_without_room_for_all(tmp_path, capsys, monkeypatch):
+    def download(*arguments, **options):
+        raise AssertionError("a download began")
+
+    size = SimpleNamespace(size=10**18)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: size)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    words = ["--memory", "16", "--models", str(tmp_path), "--fetch", "--yes"]
+    assert main(["models", *words]) == 1
+    assert "The files have 3000000000.0 GB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

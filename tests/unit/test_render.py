@@ -80,10 +80,13 @@ def test_columns_are_options_with_their_types(render, painted):
 
 def test_a_picture_is_the_one_that_generate_makes(render, krea2, tmp_path):
     row = json.dumps({"prompt": "a star", "seed": 4, "lora": [[nano.LORA.name, 0.5]]})
-    render("p.jsonl", '{"prompt": "a circle"}\n' + row)
-    words = ["--seed", "4", "--lora", f"{nano.LORA}:0.5", "--output", "a.png"]
-    (alone,) = krea2("a star", *MODEL, *words)
-    assert alone.read_bytes() == (tmp_path / "renders" / "0002.png").read_bytes()
+    plain = json.dumps({"prompt": "a star", "seed": 4})
+    files = render("p.jsonl", f"{plain}\n{row}\n{plain}\n")
+    words = ["--seed", "4", "--output", "a.png"]
+    lora = ["--lora", f"{nano.LORA}:0.5"]
+    alone = [krea2("a star", *MODEL, *words, *options)[0] for options in ([], lora)]
+    first, second, third = (file.read_bytes() for file in files)
+    assert first == third == alone[0].read_bytes() != second == alone[1].read_bytes()
 
 
 BAD = """\
