@@ -1,26 +1,20 @@
 """Krea 2 in plain torch: the transformer, its text encoder, its VAE, and the way to an image.
 
-Runs without ComfyUI and never imports it.
+Runs without ComfyUI and never imports it. Importing the package is cheap: torch and the modules
+behind these names are imported when the first of them is used.
 """
 
-from .arguments import PromptImages, References
-from .checkpoints.identify import CheckpointError
-from .checkpoints.text_encoder import load_text_encoder
-from .checkpoints.transformer import load_transformer, save_transformer
-from .checkpoints.vae import load_vae
-from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
-from .guidance import GuidanceSchedule
-from .pipeline import Krea2Pipeline
-from .sampling import denoise
-from .schedule import shift_mu, sigma_schedule
-from .text.encoder import Qwen3VLTextEncoder
-from .text.expander import PromptExpander
-from .text.prompt_images import PromptImage
-from .text.tokenizer import Krea2Tokenizer
-from .transformer.model import Krea2Transformer
-from .transformer.references import Reference, ReferenceSettings
-from .transformer.text_attention import NegativeGuidance
-from .vae.model import QwenImageVAE
+# ruff: noqa: F403, F405 - the names of public.py, and a test compares the two lists
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .public import *
+
+# The same as in pyproject.toml, which the registry reads.
+__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
@@ -44,6 +38,7 @@ __all__ = [
     "TextEncoderConfig",
     "TransformerConfig",
     "VAEConfig",
+    "__version__",
     "denoise",
     "load_text_encoder",
     "load_transformer",
@@ -52,3 +47,15 @@ __all__ = [
     "shift_mu",
     "sigma_schedule",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import public
+
+        return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..krea2_model import nano
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, WHERE, CheckpointError
+from ..krea2_model.checkpoints.pairing import encoder_width, size_of, text_width, wrong_pair
 from . import model_files
 from .model_files import shapes_of_part
 
@@ -45,10 +46,7 @@ def check_pair(model: Path, encoder: Path) -> None:
     """Raise CheckpointError where a text encoder's width is not what the transformer needs."""
     needed, actual = _text_width(model), _encoder_width(encoder)
     if None not in (needed, actual) and needed != actual:
-        raise CheckpointError(
-            f"{encoder.name} gives text of width {actual}; {model.name} needs {needed}. Use the "
-            f"text encoder that belongs to it, for example {WHERE[TEXT_ENCODER]}."
-        )
+        raise CheckpointError(wrong_pair(encoder, actual, model, needed))
 
 
 def _fits(path: Path, part: str, model: Path) -> bool:
@@ -56,8 +54,8 @@ def _fits(path: Path, part: str, model: Path) -> bool:
         return _encoder_width(path) == _text_width(model)
     # Relatives of this VAE differ in the channels of images or latents.
     shapes = shapes_of_part(path, part)
-    first = _size(shapes, "encoder.conv1.weight", "encoder.conv_in.weight", axis=1)
-    last = _size(shapes, "conv2.weight", "post_quant_conv.weight", axis=0)
+    first = size_of(shapes, "encoder.conv1.weight", "encoder.conv_in.weight", axis=1)
+    last = size_of(shapes, "conv2.weight", "post_quant_conv.weight", axis=0)
     return (first, last) == (3, 16)
 
 
@@ -66,20 +64,8 @@ def _has_vision_tower(encoder: Path) -> bool:
 
 
 def _text_width(model: Path) -> int | None:
-    names = (
-        "txtfusion.layerwise_blocks.0.prenorm.scale",
-        "text_fusion.layerwise_blocks.0.norm1.weight",
-    )
-    return _size(shapes_of_part(model, TRANSFORMER), *names)
+    return text_width(shapes_of_part(model, TRANSFORMER))
 
 
 def _encoder_width(encoder: Path) -> int | None:
-    return _size(shapes_of_part(encoder, TEXT_ENCODER), "layers.0.input_layernorm.weight")
-
-
-def _size(shapes, *endings: str, axis: int = 0) -> int | None:
-    """One size of the first tensor whose name, after any prefix, is one of `endings`."""
-    for name, shape in shapes.items():
-        if any(name == end or name.endswith(f".{end}") for end in endings):
-            return shape[axis]
-    return None
+    return encoder_width(shapes_of_part(encoder, TEXT_ENCODER))

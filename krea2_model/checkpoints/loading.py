@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import find_device, find_dtype
 from ..config import Preset
+from ..devices import find_device, find_dtype
 from ..nn.layers import TorchLayers
 from .identify import WHERE, CheckpointError
 from .quantised import dequantise, is_quantised, refuse_integers

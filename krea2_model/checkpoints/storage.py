@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..replacing import replacing
 from .identify import CheckpointError
 
 _DTYPE_NAMES = {
@@ -23,6 +23,8 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 
+
+Progress = Callable[[int, int], None]
 
 # An index of shards names every tensor of a model; no configuration is longer.
 _MAX_JSON = 25_000_000
@@ -99,28 +101,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `path` at the end and only if all went well."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing, a full disk's for example, which do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-
-
 @dataclass(frozen=True)
 class Entry:
     """A tensor to be written: what the header says, and how it is made when its turn comes."""
@@ -135,10 +115,16 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path,
+    entries: Iterable[Entry],
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+) -> None:
     """Write a safetensors file, holding one tensor at a time.
 
     An existing file is replaced only once the new one is whole.
+    progress: called after each tensor with the bytes written so far and in all.
     """
     entries = list(entries)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -153,12 +139,16 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _named(path), replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
+        written = 0
         for entry in entries:
             tensor = entry.make()
             if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
                 raise RuntimeError(f"{entry.name} came out as {tensor.dtype} {tensor.shape}.")
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             file.write(data.numpy().data)
+            if progress is not None:
+                written += entry.size
+                progress(written, start)

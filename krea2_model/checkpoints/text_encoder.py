@@ -21,7 +21,11 @@ from ..text.encoder import (
     text_encoder_keys,
 )
 from ..text.language_model import LanguageTail
-from ..text.tokenizer import Krea2Tokenizer, find_tokenizer_folder
+from ..text.tokenizer import (
+    Krea2Tokenizer,
+    TokenizerNotFoundError,
+    find_tokenizer_folder,
+)
 from ..text.vision import PATCHES, Qwen3VLVisionTower, infer_vision_config, vision_keys
 from .checkpoint import Checkpoint, open_checkpoint, raise_wrong_kind
 from .gguf import GGUFTensor
@@ -57,17 +61,26 @@ def load_text_encoder(
     return load_part(replace(state, build=build), device, dtype, layers, keep_quantised)
 
 
-def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:
-    """The named tokenizer, the one beside the weights, or ComfyUI's; None where none is found."""
-    if explicit is not None:
-        return Krea2Tokenizer(explicit)
+def find_tokenizer(path: Path, explicit: str | Path | None = None) -> Path:
+    """The folder of the named tokenizer, of the one beside a text encoder, or of ComfyUI's.
+
+    Raises TokenizerNotFoundError where there is none.
+    """
     folder = path if path.is_dir() else path.parent
-    for candidate in (folder, folder.parent / "tokenizer"):
-        if (candidate / "tokenizer_config.json").is_file():
-            return Krea2Tokenizer(candidate)
+    if explicit is None:
+        for candidate in (folder, folder.parent / "tokenizer", folder / "tokenizer"):
+            if (candidate / "tokenizer_config.json").is_file():
+                return candidate
+    return find_tokenizer_folder(explicit)
+
+
+def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:
+    """The tokenizer that `find_tokenizer` finds; None where none is found and none is named."""
     try:
-        return Krea2Tokenizer(find_tokenizer_folder())
-    except FileNotFoundError:
+        return Krea2Tokenizer(find_tokenizer(path, explicit))
+    except TokenizerNotFoundError:
+        if explicit is not None:
+            raise
         return None
 
 

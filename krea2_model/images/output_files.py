@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
+import itertools
 import os
-import secrets
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from ..replacing import replacing
+from .picture_texts import save_options
+
 _ENDINGS = ".png, .jpg or .webp"
 
 
-def numbered(path: Path, count: int) -> list[Path]:
-    """Names of several images: `fox.png`, `fox-2.png`, `fox-3.png`."""
-    return [path, *(path.with_stem(f"{path.stem}-{n}") for n in range(2, count + 1))]
+def numbered(path: Path, count: int, overwrite: bool = True) -> list[Path]:
+    """Names of several images: `fox.png`, `fox-2.png`, `fox-3.png`.
+
+    overwrite: False leaves out names that are there already.
+    """
+    names = (path if n == 1 else path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+    free = names if overwrite else (name for name in names if not os.path.lexists(name))
+    return list(itertools.islice(free, count))
 
 
 def image_format(path: Path) -> str:
@@ -79,22 +85,14 @@ def check_outputs(paths: Sequence[Path]) -> None:
             ) from error
 
 
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> list[str]:
     """Write an image; an existing file is replaced once the new one is complete.
 
-    A full disk or a cancel leaves the old file as it was.
+    texts: kept in the file by `picture_texts.save_options`. Returns the names of those that the
+    format does not take.
     """
-    path = Path(os.path.realpath(path))  # what a link points to is written, and the link stays
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        # With the rights that a new file has here, which a temporary one would not.
-        with beside.open("xb") as file:
-            image.save(file, image_format(path))
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, beside)
-        beside.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+    kind = image_format(path)
+    options, left_out = save_options(kind, texts or {})
+    with replacing(path) as partial, partial.open("xb") as file:
+        image.save(file, kind, **options)
+    return left_out

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import find_device
+from ..devices import find_device
 from .block_stream import PLACES
 from .machine import GB
 

@@ -11,18 +11,17 @@ is made on first use, in the user's cache folder.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 import tempfile
-import uuid
 from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..replacing import replacing
 from .encoder import CONFIG as TEXT_ENCODER_CONFIG
 from .encoder import VISION_CONFIG, checksum, encoder_tensors
 
@@ -107,14 +106,9 @@ def _make(file: Path) -> Path:
             f"{TEXT_ENCODER_CHECKSUM}. Please report this with your versions of Python, NumPy "
             "and torch."
         )
-    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
         save_file(tensors, partial, {"format": "pt"})
-        partial.replace(file)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return file
 
 

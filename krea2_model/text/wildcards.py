@@ -1,13 +1,15 @@
 """Wildcards: `{red|dark blue|green}` stands for one of its words, drawn by a seed.
 
 Choices may be nested, up to `MAX_DEPTH` deep, and may be empty; `\\{`, `\\|` and `\\}` are the
-characters themselves.
+characters themselves. `__colour__` stands for a line of the file colour.txt, where a folder of such
+files is named.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 # Braces inside each other; nobody writes as many, and each level copies what is inside.
 MAX_DEPTH = 64
@@ -15,15 +17,60 @@ MAX_DEPTH = 64
 _TOKEN = re.compile(r"\\[{|}]|[{|}]")
 
 
-def fill_in(prompt: str, seed: int) -> str:
+_FILE = re.compile(r"__([A-Za-z0-9][\w\-]*(?:/[A-Za-z0-9][\w\-]*)*?)__")
+# Files that name files; more is a circle.
+_MAX_FILES = 16
+
+
+def fill_in(prompt: str, seed: int, folder: Path | None = None) -> str:
     """The prompt with each wildcard replaced by one of its choices; the same seed draws the same.
 
-    Raises ValueError where braces do not pair or are nested deeper than `MAX_DEPTH`.
+    folder: text files with choices, a line each; a line may hold wildcards too.
+    Raises ValueError where braces do not pair or are nested deeper than `MAX_DEPTH`, and where a
+    file is not there, is empty or names itself.
     """
-    text, end = _sequence(prompt, 0, random.Random(f"{seed}"), depth=0)
+    draw = random.Random(f"{seed}")
+    if folder is not None:
+        prompt = _from_files(prompt, Path(folder), draw)
+    text, end = _sequence(prompt, 0, draw, depth=0)
     if end != len(prompt):
         raise _unpaired(prompt, end)
     return text
+
+
+def _from_files(prompt: str, folder: Path, draw: random.Random) -> str:
+    lines: dict[str, list[str]] = {}
+
+    def choose(match: re.Match) -> str:
+        name = match[1]
+        if name not in lines:
+            lines[name] = _lines(folder / f"{name}.txt", match[0])
+        return draw.choice(lines[name])
+
+    for _ in range(_MAX_FILES):
+        prompt, count = _FILE.subn(choose, prompt)
+        if not count:
+            return prompt
+    raise ValueError(
+        f"The wildcards in {folder} name each other more than {_MAX_FILES} deep; expected files "
+        "that do not name themselves."
+    )
+
+
+def _lines(path: Path, wildcard: str) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The wildcard {wildcard} needs {path}, which cannot be read. Make that file, with a "
+            "choice a line."
+        ) from error
+    found = [line for line in found if line and not line.startswith("#")]
+    if not found:
+        raise ValueError(
+            f"The wildcard {wildcard} needs a choice a line in {path}, which is empty."
+        )
+    return found
 
 
 def _sequence(prompt: str, start: int, draw: random.Random, depth: int) -> tuple[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..checkpoints.gguf import GGUFTensor
 from ..checkpoints.identify import CheckpointError
 from ..checkpoints.quantised import SETTINGS, is_quantised
 from ..checkpoints.quantised_weight import hadamard_rotate
-from ..checkpoints.storage import Entry, write_safetensors
+from ..checkpoints.storage import Entry, Progress, write_safetensors
 from ..checkpoints.text_encoder import read_text_encoder
 from ..checkpoints.transformer import preset_metadata, read_transformer
 from ..checkpoints.transformer_keys import (
@@ -30,9 +29,14 @@ from ..checkpoints.transformer_keys import (
 )
 from ..checkpoints.vae import read_vae
 from ..checkpoints.vae_keys import vae_key_map
-from ..config import TransformerConfig, VAEConfig
-from ..text.tokenizer import find_tokenizer_folder
-from ..text.vision import infer_vision_config, vision_keys
+from .diffusers_folder import (
+    SCHEDULER,
+    copy_tokenizer,
+    encoder_config,
+    transformer_config,
+    vae_config,
+    write_json,
+)
 
 PARTS = ("transformer", "text_encoder", "vae")
 # Prefixes of the parts in an all-in-one file of ComfyUI.
@@ -51,13 +55,18 @@ QUANTISATIONS = tuple(STORED_FORMATS)
 
 
 def convert(
-    source: Path, target: Path, quantise: str | None = None, part: str | None = None
+    source: Path,
+    target: Path,
+    quantise: str | None = None,
+    part: str | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Convert a file or diffusers folder into a file (`.safetensors`) or a diffusers folder.
 
     quantise: one of `QUANTISATIONS`, for the matrices of the transformer's blocks; None keeps what
         is stored, and turns GGUF blocks into bfloat16.
     part: only this one of `PARTS`; None is all that the source holds.
+    progress: called with the bytes written so far and in all, of each file.
     Returns the files written. Raises CheckpointError for a source without any part, and
     ValueError for options that contradict each other.
     """
@@ -70,7 +79,7 @@ def convert(
         raise ValueError(f"{target} is the source itself; name another target.")
     checkpoints = _open_parts(source, (part,) if part else PARTS)
     if target.suffix.lower() in (".safetensors", ".sft"):
-        return [_write_file(checkpoints, target, quantise)]
+        return [_write_file(checkpoints, target, quantise, progress)]
     if target.suffix:
         raise ValueError(
             f"{target.name} ends in {target.suffix}; expected a name that ends in .safetensors, or "
@@ -78,7 +87,7 @@ def convert(
         )
     if quantise:
         raise ValueError("diffusers folders are not quantised; name a .safetensors target.")
-    return _write_folder(checkpoints, target)
+    return _write_new_folder(checkpoints, target, progress)
 
 
 _READERS: dict[str, Callable[[Checkpoint], Any]] = {
@@ -104,7 +113,12 @@ def _open_parts(source: Path, parts: Iterable[str]) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def _write_file(checkpoints: Mapping[str, Checkpoint], target: Path, quantise: str | None) -> Path:
+def _write_file(
+    checkpoints: Mapping[str, Checkpoint],
+    target: Path,
+    quantise: str | None,
+    progress: Progress | None,
+) -> Path:
     """One file: a part alone under bare names, several under ComfyUI's prefixes."""
     if quantise and "transformer" not in checkpoints:
         raise ValueError("quantise is for transformers, and the source holds none.")
@@ -121,7 +135,7 @@ def _write_file(checkpoints: Mapping[str, Checkpoint], target: Path, quantise: s
         else:
             rename = _encoder_name if part == "text_encoder" else _vae_names(checkpoint, False)
             entries += _plain_entries(checkpoint, part, rename, prefix)
-    write_safetensors(target, entries, metadata)
+    write_safetensors(target, entries, metadata, progress)
     return target
 
 
@@ -276,7 +290,22 @@ def _vae_names(checkpoint: Checkpoint, diffusers: bool) -> Callable[[str], str |
     return rename
 
 
-def _write_folder(checkpoints: Mapping[str, Checkpoint], target: Path) -> list[Path]:
+def _write_new_folder(
+    checkpoints: Mapping[str, Checkpoint], target: Path, progress: Progress | None
+) -> list[Path]:
+    """`_write_folder`; a folder that was not there is removed again where it fails."""
+    is_new = not target.exists()
+    try:
+        return _write_folder(checkpoints, target, progress)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _write_folder(
+    checkpoints: Mapping[str, Checkpoint], target: Path, progress: Progress | None
+) -> list[Path]:
     """Write a diffusers folder with these parts."""
     files: list[Path] = []
     index: dict[str, object] = {"_class_name": "Krea2Pipeline"}
@@ -285,31 +314,31 @@ def _write_folder(checkpoints: Mapping[str, Checkpoint], target: Path) -> list[P
         if part == "transformer":
             state = read_transformer(checkpoint)
             entries = list(_diffusers_entries(state.tensors, checkpoint))
-            config = {"_class_name": "Krea2Transformer2DModel", **_diffusers_config(state.config)}
+            config = {"_class_name": "Krea2Transformer2DModel", **transformer_config(state.config)}
             index |= {
                 "is_distilled": state.variant == "turbo",
                 "transformer": ["diffusers", "Krea2Transformer2DModel"],
                 "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             }
-            _write_json(target / "scheduler" / "scheduler_config.json", _SCHEDULER)
+            write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
         elif part == "text_encoder":
             entries = list(_plain_entries(checkpoint, part, _folder_encoder_name, ""))
-            config = checkpoint.config or _encoder_config(checkpoint, entries)
+            config = checkpoint.config or encoder_config(checkpoint, entries)
             index |= {
                 "text_encoder_select_layers": list(read_text_encoder(checkpoint).config.tap_layers),
                 "text_encoder": ["transformers", "Qwen3VLModel"],
                 "tokenizer": ["transformers", "Qwen2TokenizerFast"],
             }
-            _copy_tokenizer(checkpoint.path, target / "tokenizer")
+            copy_tokenizer(checkpoint.path, target / "tokenizer")
         else:
             entries = list(_plain_entries(checkpoint, part, _vae_names(checkpoint, True), ""))
-            config = _vae_config(read_vae(checkpoint).config)
+            config = vae_config(read_vae(checkpoint).config)
             index["vae"] = ["diffusers", "AutoencoderKLQwenImage"]
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         files.append(folder / f"{name}.safetensors")
-        write_safetensors(files[-1], entries, {"format": "pt"})
-        _write_json(folder / "config.json", config)
-    _write_json(target / "model_index.json", index)
+        write_safetensors(files[-1], entries, {"format": "pt"}, progress)
+        write_json(folder / "config.json", config)
+    write_json(target / "model_index.json", index)
     return files
 
 
@@ -323,93 +352,3 @@ def _diffusers_entries(tensors: Mapping[str, Tensor], checkpoint: Checkpoint) ->
         official = module_to_official(name)
         shape = (6, tensor.numel() // 6) if official.endswith(".mod.lin") else None
         yield _entry(official_to_diffusers(official), tensor, shape)
-
-
-def _diffusers_config(config: TransformerConfig) -> dict[str, object]:
-    fields = asdict(config)
-    for ours_alone in ("out_channels", "patch_size"):
-        del fields[ours_alone]
-    return fields
-
-
-_SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 6400,
-}
-
-
-def _vae_config(config: VAEConfig) -> dict[str, object]:
-    return {
-        "_class_name": "AutoencoderKLQwenImage",
-        "base_dim": config.base_dim,
-        "z_dim": config.z_dim,
-        "dim_mult": config.dim_mult,
-        "num_res_blocks": config.num_res_blocks,
-        "latents_mean": config.latents_mean,
-        "latents_std": config.latents_std,
-    }
-
-
-def _encoder_config(checkpoint: Checkpoint, entries: Iterable[Entry]) -> dict[str, object]:
-    """A configuration for transformers' Qwen3VLModel, from shapes and the released values."""
-    state = read_text_encoder(checkpoint)
-    shapes = {entry.name: entry.shape for entry in entries}
-    layers = {
-        int(name.split(".")[2]) for name in shapes if name.startswith("language_model.layers.")
-    }
-    size = state.config
-    side = size.head_dim * 5 // 32
-    text = {
-        "model_type": "qwen3_vl_text",
-        "vocab_size": size.vocab_size,
-        "hidden_size": size.hidden_size,
-        "intermediate_size": size.intermediate_size,
-        "num_hidden_layers": max(layers) + 1,
-        "num_attention_heads": size.num_attention_heads,
-        "num_key_value_heads": size.num_key_value_heads,
-        "head_dim": size.head_dim,
-        "rms_norm_eps": size.rms_norm_eps,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": size.rope_theta,
-            # Pairs of time, row and column: 24, 20 and 20 at head 128.
-            "mrope_section": [size.head_dim // 2 - 2 * side, side, side],
-            "mrope_interleaved": True,
-        },
-        "tie_word_embeddings": True,
-    }
-    return {
-        "architectures": ["Qwen3VLModel"],
-        "model_type": "qwen3_vl",
-        "text_config": text,
-        **_vision_config(shapes),
-    }
-
-
-def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
-    keys = vision_keys(shapes)
-    if not keys:
-        return {}
-    sizes = asdict(infer_vision_config({keys[name]: shapes[name] for name in keys}))
-    return {"vision_config": {"model_type": "qwen3_vl", **sizes}}
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the source's own tokenizer or ComfyUI's; nothing if there is neither."""
-    folder = source if source.is_dir() else source.parent
-    tokenizer = folder.parent / "tokenizer"
-    try:
-        if not (tokenizer / "tokenizer_config.json").is_file():
-            tokenizer = find_tokenizer_folder()
-    except FileNotFoundError:
-        return
-    shutil.copytree(tokenizer, target, dirs_exist_ok=True)
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

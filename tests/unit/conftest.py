@@ -137,3 +137,43 @@ def diffusers_folder(diffusers_pipeline, tmp_path_factory) -> Path:
         file.unlink()
     diffusers_pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="1MB")
     return folder
+
+
+@pytest.fixture(scope="session")
+def nano_pipelines():
+    """krea2-nano by variant, each loaded on first use."""
+    return {}
+
+
+@pytest.fixture
+def nano_once(monkeypatch, nano_pipelines):
+    """Commands share one loaded krea2-nano a variant."""
+    import torch
+
+    from krea2_model import nano
+    from krea2_model.pipeline import Krea2Pipeline
+
+    load = Krea2Pipeline.from_files
+
+    def load_once(transformer, *files, **options):
+        if transformer not in nano_pipelines:
+            files = (nano.text_encoder_file(), nano.VAE)
+            nano_pipelines[transformer] = load(transformer, *files, dtype=torch.float32)
+        nano_pipelines[transformer].unload_lora()
+        return nano_pipelines[transformer]
+
+    monkeypatch.setattr(Krea2Pipeline, "from_files", load_once)
+
+
+@pytest.fixture
+def krea2(capsys):
+    """Run a command line, quietly: the files it prints, or its error where it ends in `code`."""
+    from krea2_model.cli.main import main
+
+    def run(*words, code=0):
+        found = main([*map(str, words), "--quiet"])
+        out, error = capsys.readouterr()
+        assert found == code, error
+        return [Path(line) for line in out.splitlines()] if code == 0 else error
+
+    return run

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import formats
 import tiny_checkpoints as tiny
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, load_vae
-from krea2_model.__main__ import main
 from krea2_model.checkpoints.identify import CheckpointError, read_header
+from krea2_model.cli.main import main
 from krea2_model.tools.convert import convert as convert_files
 from krea2_model.tools.convert import quantise_blocks
 from parity import assert_close, relative_error, same_weights
@@ -244,9 +244,9 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(turbo, tmp_path):
     target = tmp_path / "target.safetensors"
     target.write_bytes(b"old")
     script = (
-        "import resource, sys; from krea2_model.__main__ import main\n"
+        "import resource, sys; from krea2_model.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "sys.exit(main(['convert', *sys.argv[1:], '--quantise', 'fp8']))"
+        "sys.exit(main(['convert', *sys.argv[1:], '--quantise', 'fp8', '--force']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(turbo), str(target)], capture_output=True, text=True

@@ -8,7 +8,8 @@ import pytest
 import krea2_model
 
 ROOT = Path(krea2_model.__file__).parent
-# Besides itself, config.py and checks.py.
+# Modules that every folder may import, and what each may besides itself.
+BELOW_ALL = {"checks", "config", "devices", "replacing"}
 MAY_IMPORT = {
     "nn": set(),
     "images": set(),
@@ -37,8 +38,14 @@ def test_a_folder_imports_only_what_is_below_it(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for file in files:
-        others = imported(file) - {folder, "config", "checks"} - MAY_IMPORT[folder]
+        others = imported(file) - {folder, *BELOW_ALL} - MAY_IMPORT[folder]
         assert not others, f"{file.relative_to(ROOT)} imports {', '.join(sorted(others))}"
+
+
+def test_the_command_line_is_above_everything():
+    files = [file for file in ROOT.rglob("*.py") if file.parent != ROOT / "cli"]
+    above = {file.name for file in files if "cli" in imported(file)}
+    assert above == {"__main__.py"}
 
 
 def modules_imported(file: Path) -> set[str]:

@@ -3,11 +3,13 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from krea2_model.__main__ import main
+from krea2_model import replacing
+from krea2_model.cli.main import main
 from krea2_model.images import output_files
 from krea2_model.images.output_files import check_outputs, image_format, numbered, save_image
 
@@ -43,10 +45,11 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, failure, step, 
         monkeypatch.setattr(Image.Image, "save", fail)
         monkeypatch.setattr(output_files, "image_format", lambda path: "PNG")
     else:
-        owner = output_files.Path if step == "replace" else output_files.os
+        owner = replacing.Path if step == "replace" else replacing.os
         monkeypatch.setattr(owner, step, lambda *_: fail(None, None))
-    with pytest.raises(type(failure)):
+    with pytest.raises(type(failure)) as raised:
         save_image(red(), path)
+    assert Path(getattr(raised.value, "filename", path)).name == path.name
     assert list(tmp_path.iterdir()) == ([] if is_new else [path])
     assert is_new or path.read_bytes() == old
     monkeypatch.undo()
@@ -103,10 +106,10 @@ def test_what_cannot_be_written_to_is_refused_before_weights_are_read(
     before = sorted(places.rglob("*"))
     with pytest.raises(ValueError, match=message):
         check_outputs([path])
-    monkeypatch.setattr("krea2_model.__main__.Krea2Pipeline.from_files", None)
+    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", None)
     assert main(["a fox", "--model", "nano", "--output", str(path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("krea2: error: ") and error.count("\n") == 1
     assert sorted(places.rglob("*")) == before
 
 
@@ -128,19 +131,25 @@ def test_names_of_several_images_are_checked(places, capsys, monkeypatch):
         "a.b-2.png",
         "a.b-3.png",
     ]
-    monkeypatch.setattr("krea2_model.__main__.Krea2Pipeline.from_files", None)
+    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", None)
     fox = places / "fox.png"
     (places / "fox-3.png").mkdir()
-    assert main(["a fox", "--model", "nano", "--output", str(fox), "--images", "3"]) == 2
+    assert [p.name for p in numbered(fox, 3, overwrite=False)] == [
+        "fox.png",
+        "fox-2.png",
+        "fox-4.png",
+    ]
+    assert main(["a fox", "--model", "nano", "--output", str(fox), "--images", "3", "--force"]) == 2
     assert "fox-3.png is a folder" in capsys.readouterr().err
     assert main(["a fox", "--model", "nano", "--output", str(fox), "--images", "0"]) == 2
-    assert "images is 0; expected" in capsys.readouterr().err
+    assert "--images is 0; expected" in capsys.readouterr().err
 
 
 def test_a_cancel_is_one_line(monkeypatch, capsys, tmp_path):
     def cancel(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("krea2_model.__main__.Krea2Pipeline.from_files", cancel)
-    assert main(["a fox", "--model", "nano", "--output", str(tmp_path / "fox.png")]) == 130
-    assert capsys.readouterr().err == "cancelled\n"
+    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", cancel)
+    options = ["--output", str(tmp_path / "fox.png"), "--quiet"]
+    assert main(["a fox", "--model", "nano", *options]) == 130
+    assert capsys.readouterr().err == "krea2: stopped\n"

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import formats
 from krea2_model import Krea2Pipeline
-from krea2_model.__main__ import main
 from krea2_model.arguments import PromptImages
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.checkpoints.text_encoder import load_text_encoder, load_vision_tower
+from krea2_model.cli.main import main
 from krea2_model.config import TextEncoderConfig
 from krea2_model.images.resize import on_white
 from krea2_model.prompt_embeds import encode_prompts

@@ -27,7 +27,8 @@ def test_name_and_version():
 
 def test_what_the_registry_shows():
     assert PROJECT["description"] and COMFY["DisplayName"] == "Krea 2 Kit"
-    assert (ROOT / PROJECT["license"]["file"]).is_file() and (ROOT / PROJECT["readme"]).is_file()
+    assert [(ROOT / name).is_file() for name in PROJECT["license-files"]] == [True]
+    assert PROJECT["license"] == "Apache-2.0" and (ROOT / PROJECT["readme"]).is_file()
     assert re.fullmatch(r">=\d+\.\d+\.\d+", COMFY["requires-comfyui"])
     # Beside WEB_DIRECTORY the page would load its scripts twice.
     assert "web" not in COMFY
@@ -40,7 +41,7 @@ def test_requirements_are_told_once_the_same():
 
 def test_the_owner_s_fields_are_filled_in_together():
     """The icon's address needs the repository's, and without a publisher neither is used."""
-    fields = (PROJECT["urls"]["Repository"], COMFY["PublisherId"], COMFY["Icon"])
+    fields = (PROJECT["urls"].get("Repository", ""), COMFY["PublisherId"], COMFY["Icon"])
     assert all(fields) or not any(fields)
     guide = read("CONTRIBUTING.md").partition("## Publishing")[2]
     for name in ("Repository", "PublisherId", "Icon", "docs/icon.png", "REGISTRY_ACCESS_TOKEN"):
@@ -77,3 +78,16 @@ def test_workflow_files_use_what_there_is():
     assert "run: bash scripts/test.sh" in tests and (ROOT / "scripts" / "test.sh").is_file()
     assert "uses: ./.github/workflows/test.yml" in publish and "workflow_call" in tests
     assert "secrets.REGISTRY_ACCESS_TOKEN" in publish and "pyproject.toml" in publish
+
+
+def test_pip_installs_all_of_the_package_and_nothing_else():
+    tool = SETTINGS["tool"]["setuptools"]
+    (pattern,) = tool["packages"]["find"]["include"]
+    folders = {file.parent for file in (ROOT / "krea2_model").rglob("*.py")}
+    assert pattern == "krea2_model*" and all((f / "__init__.py").is_file() for f in folders)
+    data = {
+        file for file in (ROOT / "krea2_model").rglob("*.*") if file.suffix not in (".py", ".pyc")
+    }
+    (wanted,) = tool["package-data"]["krea2_model"]
+    assert data == set((ROOT / "krea2_model").glob(wanted))
+    assert PROJECT["scripts"] == {"krea2": "krea2_model.cli.main:main"}

@@ -1,13 +1,10 @@
 """Habits from diffusers and Hugging Face: names, repositories, wrong types, repr."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import krea2_model
 from krea2_model import (
     GuidanceSchedule,
     Krea2Pipeline,
@@ -19,7 +16,7 @@ from krea2_model import (
     sigma_schedule,
 )
 from krea2_model.checkpoints.identify import CheckpointError, CheckpointNotFoundError
-from krea2_model.checks import find_dtype
+from krea2_model.devices import find_dtype
 
 ONE_STEP = {"steps": 1, "guidance": 0, "output_type": "latent"}
 
@@ -211,14 +208,3 @@ def test_a_repository_that_cannot_be_had(hub):
         Krea2Pipeline.from_pretrained("krea/Krea-2-Raw", cache_dir=hub, local_files_only=True)
     with pytest.raises(CheckpointNotFoundError, match="no file or folder nowhere"):
         Krea2Pipeline.from_pretrained("nowhere")
-
-
-def test_the_network_is_left_alone_until_a_repository_is_named():
-    """Nothing but `from_pretrained` imports the file that may reach it."""
-    root = Path(krea2_model.__file__).parent
-    importers = [
-        file.name
-        for file in root.rglob("*.py")
-        if "from .hub import" in (text := file.read_text(encoding="utf-8")) or ".hub " in text
-    ]
-    assert importers == ["parts.py"]

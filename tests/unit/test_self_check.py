@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
 from formats import gguf_file
-from krea2_model.__main__ import main
 from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.cli.main import main
 from krea2_model.tools import self_check as checking
 from krea2_model.tools.self_check import Report, check
 

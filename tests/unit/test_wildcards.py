@@ -50,3 +50,27 @@ def test_wildcards_nest_up_to_a_limit(prompt):
 ])  # fmt: skip
 def test_long_prompts_are_filled_in_in_linear_time(prompt):
     assert_linear(lambda n: fill_in(prompt(n), 0), 1_000)
+
+
+def test_names_stand_for_lines_of_files(tmp_path):
+    (tmp_path / "colour.txt").write_text("\ufeffred\n# no colour\n\ndark {blue|green}\n", "utf-8")
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "round.txt").write_text("__colour__ circle\n", "utf-8")
+    found = {fill_in("a __shapes/round__!", seed, tmp_path) for seed in range(64)}
+    assert found == {"a red circle!", "a dark blue circle!", "a dark green circle!"}
+    assert fill_in("__colour__", 7, tmp_path) == fill_in("__colour__", 7, tmp_path)
+    # Without a folder they are text, and so is what is no name.
+    assert fill_in("a __colour__ _x_ ____", 0) == "a __colour__ _x_ ____"
+    assert fill_in("a __../secret__ __ /x__", 0, tmp_path) == "a __../secret__ __ /x__"
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "empty.txt").write_text("# nothing\n", "utf-8")
+    (tmp_path / "circle.txt").write_text("a __circle__\n", "utf-8")
+    for prompt, said in (
+        ("a __missing__", "__missing__ needs .*missing.txt, which cannot be read"),
+        ("a __empty__", "__empty__ needs a choice a line"),
+        ("a __circle__", "name each other more than 16 deep"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fill_in(prompt, 0, tmp_path)

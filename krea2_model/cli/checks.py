@@ -1,0 +1,105 @@
+"""Checks of everything that a run needs, before any weight is read."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.pairing import check_parts
+from ..checkpoints.text_encoder import find_tokenizer
+from ..guidance import GuidanceSchedule
+from ..images.output_files import check_outputs, numbered
+from ..images.pictures import pixels_of
+from ..memory.plan import check_offload
+from ..text.wildcards import fill_in
+from .errors import UsageError
+from .model_files import Weights, find_file, find_loras, find_weights
+from .progress import Console
+
+_NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
+
+
+def check_machine(args: Namespace) -> Weights:
+    """The weights of a run, whose files fit each other, and a device that is there."""
+    weights = find_weights(args)
+    check_parts(weights.transformer, weights.text_encoder, weights.vae)
+    check_offload(args.device, args.offload, args.max_memory)
+    find_tokenizer(weights.text_encoder, weights.tokenizer)
+    return weights
+
+
+def check_picture(args: Namespace) -> list[tuple[Path, float]]:
+    """Check the options of one picture against each other, and its input files.
+
+    Returns its LoRA files. Raises UsageError, CheckpointError or ValueError.
+    """
+    check_text(args)
+    GuidanceSchedule(args.guidance_start, args.guidance_end)
+    nag_settings(args)
+    if args.start_image is None and args.denoise != 1:
+        raise UsageError(
+            f"--denoise is {args.denoise:g} without a picture to change; give --start-image."
+        )
+    if args.start_image is not None and (args.width is None) != (args.height is None):
+        raise UsageError("Give both --width and --height with --start-image, or neither.")
+    find_input_pictures(args)
+    return find_loras(args)
+
+
+def check_text(args: Namespace) -> None:
+    if not args.prompt.strip():
+        raise UsageError("The prompt is empty; expected words for what the picture shows.")
+    if args.wildcards:
+        fill_in(args.prompt, args.seed, args.wildcard_folder)
+
+
+def nag_settings(args: Namespace) -> dict[str, float] | None:
+    """Settings of normalised attention guidance, or None where it is off."""
+    chosen = {name.removeprefix("nag_"): getattr(args, name) for name in _NAG}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if not args.nag and not chosen:
+        return None
+    return chosen
+
+
+def find_input_pictures(args: Namespace) -> dict[str, Any]:
+    """Pixels of the pictures that options name. Raises ValueError for what is no picture."""
+
+    def read(option: str, path: Path):
+        found = path
+        if not path.exists():
+            beside = getattr(args, "beside", ())
+            # Reading it says that it is not there.
+            with contextlib.suppress(UsageError):
+                found = find_file(option, path, None, beside)
+        return pixels_of(found, f"--{option.replace('_', '-')}")
+
+    start = args.start_image
+    return {
+        "start_image": None if start is None else read("start_image", start),
+        "references": [read("reference", path) for path in args.reference],
+        "images": [read("image", path) for path in args.image],
+    }
+
+
+def check_output(args: Namespace) -> None:
+    """Check the names that the pictures of `args` would be written to."""
+    is_odd = args.output.exists() and not args.output.is_file()
+    check_outputs([args.output] if is_odd else numbered(args.output, args.images, args.force))
+
+
+def check_folder(path: Path) -> None:
+    """Check that a folder can take files; it need not be there yet."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--output is {path}, which is a file; expected a folder.")
+    check_outputs([path / "picture.png"])
+
+
+def note_unused(args: Namespace, guidance: float, console: Console) -> None:
+    """Say where a negative prompt has no effect."""
+    if args.negative and guidance == 0 and nag_settings(args) is None:
+        console.note(
+            "note: --negative has no effect at guidance 0; add --nag (Turbo) or --guidance"
+        )

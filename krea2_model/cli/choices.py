@@ -1,0 +1,10 @@
+"""Words that options take. Their modules import torch, which help does without; a test compares."""
+
+OFFLOADS = ("auto", "none", "parts", "blocks")
+DTYPES = ("bf16", "fp16", "fp32")
+LENGTHS = ("short", "medium", "long")
+PARTS = ("transformer", "text_encoder", "vae")
+QUANTISATIONS = ("fp8", "int8", "int8_convrot")
+REFERENCE_METHODS = ("index_timestep_zero", "index")
+# Names that --model takes instead of a path; a folder of that name is ./nano.
+NANO = {"nano": "turbo", "nano-raw": "raw"}

@@ -1,0 +1,151 @@
+"""Files that options name: where they are looked for, and their names inside pictures."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..catalogue import RAW, TURBO, files_in
+from .choices import NANO
+from .errors import UsageError
+
+# ComfyUI's model folders that may hold the file of an option.
+KEYS = {
+    "model": ("checkpoints", "diffusers", "diffusion_models"),
+    "transformer": ("diffusion_models", "unet", "checkpoints", "diffusers"),
+    "text_encoder": ("text_encoders", "clip", "checkpoints", "diffusers"),
+    "vae": ("vae", "checkpoints", "diffusers"),
+    "tokenizer": (),
+    "lora": ("loras",),
+}
+_NANO_FOLDER = Path(__file__).resolve().parents[1] / "nano"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files or folders of the three parts.
+
+    built_in: "turbo" or "raw" where the transformer is krea2-nano's.
+    """
+
+    transformer: Path
+    text_encoder: Path
+    vae: Path
+    tokenizer: Path | None = None
+    built_in: str | None = None
+
+
+def models_folder(chosen: Path | None) -> Path | None:
+    """ComfyUI's models folder: the chosen one, or that of COMFYUI_PATH where it is there."""
+    if chosen is not None:
+        if not chosen.is_dir():
+            raise UsageError(
+                f"--models is {chosen}, which is no folder; expected ComfyUI's models folder, "
+                "which holds diffusion_models, text_encoders and vae."
+            )
+        return chosen
+    root = os.environ.get("COMFYUI_PATH")
+    folder = Path(root, "models") if root else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def find_file(
+    option: str, name: str | Path, models: Path | None, beside: Sequence[Path] = ()
+) -> Path:
+    """The file or folder that an option names: its path, or its name in ComfyUI's models folder.
+
+    beside: more folders to look in. Raises UsageError where there is none.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    places = [folder / path for folder in beside]
+    if models is not None:
+        places += [models / key / path for key in KEYS.get(option, ())]
+    if option == "lora":
+        places.append(_NANO_FOLDER / path.name)
+    for place in places if not path.is_absolute() else ():
+        if place.exists():
+            return place
+    looked = f", nor in {models}" if models is not None and KEYS.get(option) else ""
+    raise UsageError(
+        f"There is no file or folder {name} (--{option.replace('_', '-')}){looked}. Check the name "
+        "and the folder."
+    )
+
+
+def take_from_models(args: Namespace) -> None:
+    """Name the parts that `args` leave out by the files of the tables in the models folder."""
+    if any(getattr(args, part) is not None for part in ("model", "transformer")):
+        return
+    models = models_folder(args.models)
+    if models is None:
+        return
+    parts = ("transformer", "text_encoder", "vae")
+    found = {p: files_in(models, p, TURBO) or files_in(models, p, RAW) for p in parts}
+    if all(found.values()):
+        for part, files in found.items():
+            setattr(args, part, getattr(args, part) or files[0])
+
+
+def find_weights(args: Namespace) -> Weights:
+    """The model files of a run. Raises UsageError where one is not named or not there."""
+    from .. import nano
+
+    models, beside = models_folder(args.models), getattr(args, "beside", ())
+    found: dict[str, Path] = {}
+    built_in = None
+    if args.model in NANO:
+        built_in = NANO[args.model]
+        found = {
+            "transformer": nano.TRANSFORMERS[built_in],
+            "text_encoder": nano.text_encoder_file(),
+            "vae": nano.VAE,
+        }
+    elif args.model is not None:
+        whole = find_file("model", args.model, models, beside)
+        found = dict.fromkeys(("transformer", "text_encoder", "vae"), whole)
+    for part in ("transformer", "text_encoder", "vae"):
+        if (name := getattr(args, part, None)) is not None:
+            found[part] = find_file(part, name, models, beside)
+    if args.transformer is not None:
+        built_in = None
+    if missing := [part for part in ("transformer", "text_encoder", "vae") if part not in found]:
+        if len(missing) == 3:
+            raise UsageError(
+                "Name the weights: --model (nano is small and built in), or --transformer, "
+                "--text-encoder and --vae. `krea2 models` says which files to get."
+            )
+        options = " and ".join(f"--{part.replace('_', '-')}" for part in missing)
+        raise UsageError(
+            f"{options} is missing: a model has a transformer, a text encoder and a VAE."
+        )
+    tokenizer = args.tokenizer and find_file("tokenizer", args.tokenizer, models, beside)
+    return Weights(**found, tokenizer=tokenizer, built_in=built_in)
+
+
+def find_loras(args: Namespace) -> list[tuple[Path, float]]:
+    """LoRA files and their scales. Raises UsageError for what is not there or is no LoRA."""
+    from ..checkpoints.identify import CONTROL_LORA, LORA, identify, read_header
+
+    models, found = models_folder(args.models), []
+    for name, scale in args.lora:
+        path = find_file("lora", name, models, getattr(args, "beside", ()))
+        kind = identify(read_header(path).tensors)
+        if LORA not in kind or CONTROL_LORA in kind:
+            raise UsageError(f"--lora {name} is {kind}; expected a LoRA as .safetensors.")
+        found.append((path, scale))
+    return found
+
+
+def name_in_models(path: Path | str, keys: Iterable[str]) -> str:
+    """The name that a picture keeps of a file: its place in a folder of ComfyUI's, or its own."""
+    path = Path(path)
+    parts, keys = path.parts, tuple(keys)
+    for index in range(len(parts) - 2, -1, -1):
+        if parts[index] in keys:
+            return "/".join(parts[index + 1 :])
+    return path.name

@@ -1,0 +1,255 @@
+"""The commands and their options, without anything that takes time to import."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__
+from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
+from .errors import UsageError, suggestion
+from .picture_options import add_picture_options, add_run_options
+from .values import number, seeds, whole
+
+SUMMARIES = {
+    "generate": "make pictures from a prompt",
+    "render": "make a picture of every row of a text, CSV or JSONL file",
+    "again": "make a picture again, from the settings inside its file",
+    "models": "say which files to get for this machine, and fetch them",
+    "expand": "write a detailed caption from a short prompt",
+    "inspect": "say what a model file is",
+    "check": "say what this machine has and what is wrong, for a bug report",
+    "convert": "make one file of a folder, or the other way; quantise",
+}
+COMMANDS = tuple(SUMMARIES)
+
+_EXAMPLES = """\
+examples:
+  krea2 "a red circle left of a blue square" --model nano
+  krea2 "a fox in the snow" --model FOLDER --output fox.png
+  krea2 again fox.png --seed 5
+  krea2 models
+
+A first word that is no command is the prompt of `generate`. `krea2 COMMAND --help` has its options.
+"""
+
+_RENDER = """\
+FILE has a prompt a line (.txt, a line that begins with # is a comment), or rows whose columns are
+options of generate (.csv, .jsonl): prompt, negative, seed, steps, guidance, width, height, output,
+lora, ... Options on the command line hold for rows that do not set them. Each finished picture is a
+line of results.jsonl in the folder of --output.
+"""
+_AGAIN = """\
+Options on the command line replace those in the picture. A picture holds names of files and no
+folders: they are looked for in this folder, beside the picture, and in --models.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `UsageError`s in whole sentences, with suggestions."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_Formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(_sentence(message, self))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help of one width, that lists commands without the line of their names in braces."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        if isinstance(action, argparse._SubParsersAction):
+            text = text.partition("\n")[2]
+        return text
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="krea2",
+        usage="krea2 PROMPT [options] | krea2 COMMAND ...",
+        description="Krea 2: text to image.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"krea2 {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", title="commands", metavar="COMMAND", prog="krea2"
+    )
+    for name, summary in SUMMARIES.items():
+        described = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=described)
+        _OPTIONS[name](command)
+        talk = command.add_argument_group("messages")
+        talk.add_argument("--quiet", action="store_true", help="no progress and no notes")
+        talk.add_argument("--verbose", action="store_true", help="show where an error came from")
+    return parser
+
+
+def command_parser(name: str) -> Parser:
+    """The parser of one command."""
+    found = build_parser()._subparsers
+    assert found is not None
+    return next(a for a in found._group_actions if a.choices).choices[name]  # type: ignore
+
+
+def _generate(parser: Parser) -> None:
+    parser.usage = 'krea2 "PROMPT" [options]'
+    parser.add_argument("prompt", help="what the picture shows, in whole sentences")
+    add_picture_options(parser)
+    add_run_options(parser)
+    add_machine(parser)
+
+
+def _render(parser: Parser) -> None:
+    parser.usage = "krea2 render FILE [options]"
+    parser.epilog = _RENDER
+    parser.add_argument("table", type=Path, metavar="FILE", help="a .txt, .csv or .jsonl file")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument(
+        "--seeds", type=seeds, metavar="LIST", help="a picture of each seed: 7, 1,2,3 or 1-4"
+    )
+    batch.add_argument(
+        "--resume", action="store_true", help="skip pictures that an earlier run has made"
+    )
+    batch.add_argument("--strict", action="store_true", help="stop at the first row with an error")
+    batch.add_argument(
+        "--grid", type=Path, metavar="FILE", help="a sheet of all pictures at the end"
+    )
+    batch.add_argument(
+        "--format", choices=("png", "jpg", "webp"), default="png", help="default: png"
+    )
+    add_picture_options(parser)
+    add_run_options(parser, Path("renders"), "the folder of pictures; default: renders")
+    add_machine(parser)
+
+
+def _again(parser: Parser) -> None:
+    parser.usage = "krea2 again PICTURE [options]"
+    parser.epilog = _AGAIN
+    parser.add_argument("picture", type=Path, help="a .png, .jpg or .webp made here, or in ComfyUI")
+    parser.add_argument("--prompt", metavar="TEXT", help="another prompt")
+    add_picture_options(parser)
+    add_run_options(parser)
+    add_machine(parser)
+
+
+def _models(parser: Parser) -> None:
+    parser.usage = "krea2 models [options]"
+    parser.add_argument(
+        "--memory", type=number(0, 10_000, above=True, unit=" of GB"), metavar="GB",
+        help="of the GPU; default: that of this machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--models", type=Path, metavar="FOLDER",
+        help="ComfyUI's models folder; default: models in COMFYUI_PATH, or ./models",
+    )  # fmt: skip
+    parser.add_argument(
+        "--raw", action="store_true", help="Raw (28 steps, guidance) instead of Turbo (8 steps)"
+    )
+    parser.add_argument("--fetch", action="store_true", help="download what is missing")
+    parser.add_argument("--yes", action="store_true", help="download without asking")
+
+
+def _expand(parser: Parser) -> None:
+    parser.usage = 'krea2 expand "PROMPT" [options]'
+    parser.add_argument("prompt")
+    files = parser.add_argument_group("model files")
+    files.add_argument("--model", help="a diffusers folder or an all-in-one file")
+    files.add_argument(
+        "--text-encoder", type=Path, metavar="FILE", help="a Qwen3-VL file or folder"
+    )
+    files.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with the Qwen tokenizer"
+    )
+    caption = parser.add_argument_group("caption")
+    caption.add_argument(
+        "--creativity", type=number(0, 1), default=0.5, metavar="X",
+        help="0 (the most likely words) to 1; default: 0.5",
+    )  # fmt: skip
+    caption.add_argument("--length", choices=LENGTHS, default="medium", help="default: medium")
+    caption.add_argument(
+        "--seed", type=whole(0, 2**64 - 1), default=0, metavar="N", help="of the first variant"
+    )
+    caption.add_argument(
+        "--variants", type=whole(1, 16), default=1, metavar="N", help="how many, a line each"
+    )
+    caption.add_argument("--style", default="", help="words for the look")
+    caption.add_argument("--language", default="", help="default: the prompt's")
+    add_machine(parser)
+
+
+def _inspect(parser: Parser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a file or folder")
+
+
+def _check(parser: Parser) -> None:
+    parser.add_argument(
+        "models", nargs="?", type=Path, help="ComfyUI's models folder, to look through its files"
+    )
+
+
+def _convert(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, help="a model file or a diffusers folder")
+    parser.add_argument("target", type=Path, help="a .safetensors file, or a folder to make")
+    parser.add_argument("--part", choices=PARTS, help="only this part; default: all there are")
+    parser.add_argument(
+        "--quantise", choices=QUANTISATIONS, help="the transformer's blocks in 8 bits"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a target that exists")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, mps or xpu; default: auto, the GPU if there is one",
+    )  # fmt: skip
+    machine.add_argument(
+        "--offload", choices=OFFLOADS, default="auto",
+        help="none: all weights stay on the device; parts: text encoder, transformer and VAE take "
+        "turns; blocks: what does not fit streams; default: auto, by free memory",
+    )  # fmt: skip
+    machine.add_argument(
+        "--max-memory", type=number(0, above=True, unit=" of GB"), metavar="GB",
+        help="of the device; default: all that is free",
+    )  # fmt: skip
+    machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
+
+
+_OPTIONS = {
+    "generate": _generate,
+    "render": _render,
+    "again": _again,
+    "models": _models,
+    "expand": _expand,
+    "inspect": _inspect,
+    "check": _check,
+    "convert": _convert,
+}
+
+_NAMED = re.compile(r"^argument (\S+?)(?:[/ ,]\S+)*: (.*)$", re.DOTALL)
+_CHOICE = re.compile(r"^invalid choice: '?(.*?)'? \(choose from (.*)\)$", re.DOTALL)
+
+
+def _sentence(message: str, parser: argparse.ArgumentParser) -> str:
+    """argparse's message as the other errors are: the option, its value, what was expected."""
+    named = _NAMED.match(message)
+    if named is None:
+        if message.startswith("the following arguments are required: "):
+            missing = message.rpartition(": ")[2]
+            return f"{missing} is missing. See {parser.prog} --help."
+        return f"{message[0].upper()}{message[1:]}. See {parser.prog} --help."
+    option, problem = named.groups()
+    if choice := _CHOICE.match(problem):
+        value, allowed = choice[1], re.sub(r"'", "", choice[2])
+        hint = suggestion(value, allowed.split(", "))
+        return f"{option} is {value}; expected one of {allowed}.{hint}"
+    if problem.startswith("is "):
+        return f"{option} {problem}."
+    return f"{option}: {problem}. See {parser.prog} --help."

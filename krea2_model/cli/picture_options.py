@@ -1,0 +1,172 @@
+"""Options of a picture, which generate, render and again share, in groups by topic."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..guidance import RAMPS
+from ..images.sizes import MAX_SIZE
+from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
+from .choices import REFERENCE_METHODS
+from .values import lora, number, numbers, whole
+
+# Options that decide how a picture looks, and are kept in its file. Those after it do not.
+PICTURE = (
+    "model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "dtype",
+    "prompt", "negative", "weights", "layer_weights", "max_sequence_length",
+    "width", "height", "steps", "seed", "mu", "evaluate_every",
+    "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
+    "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
+    "start_image", "denoise", "reference", "reference_method", "image",
+)  # fmt: skip
+# Of these, files: a picture keeps their names without folders.
+FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora")
+PICTURES = ("start_image", "reference", "image")
+WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("model files")
+    files.add_argument(
+        "--model", metavar="NAME",
+        help="a diffusers folder or an all-in-one file; or nano or nano-raw, small and built in",
+    )  # fmt: skip
+    for name, what in (
+        ("transformer", "a transformer file or folder"),
+        ("text-encoder", "a Qwen3-VL file or folder"),
+        ("vae", "a Qwen-Image VAE file or folder"),
+    ):
+        files.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
+    files.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with the Qwen tokenizer"
+    )
+    files.add_argument(
+        "--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA of any trainer; repeat it for several",
+    )  # fmt: skip
+    files.add_argument(
+        "--models", type=Path, metavar="FOLDER",
+        help="ComfyUI's models folder, where these files are looked for by name, and taken from if "
+        "none is named; default: that of COMFYUI_PATH",
+    )  # fmt: skip
+
+    picture = parser.add_argument_group("picture")
+    side, seed = whole(1, MAX_SIZE), whole(0, MAX_SEED)
+    picture.add_argument(
+        "--width", type=side, metavar="PX", help="default: the checkpoint's, 1024 (nano 128)"
+    )
+    picture.add_argument("--height", type=side, metavar="PX", help="likewise")
+    picture.add_argument(
+        "--steps", type=whole(1, MAX_STEPS), metavar="N", help="default: the checkpoint's"
+    )
+    picture.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="of the first picture; default: 0"
+    )
+    picture.add_argument(
+        "--images", type=whole(1, 100_000), default=1, metavar="N",
+        help="how many, each with the next seed; default: 1",
+    )  # fmt: skip
+
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument(
+        "--negative", default="", metavar="TEXT",
+        help="what not to show; needs guidance above 0 (Raw), or --nag (Turbo)",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--no-weights", dest="weights", action="store_false",
+        help="(word:1.3) is text; default: a weight",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--no-wildcards", dest="wildcards", action="store_false",
+        help="{red|blue} and __colour__ are text; default: one is drawn by the seed",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--wildcard-folder", type=Path, metavar="FOLDER",
+        help="colour.txt there has the choices of __colour__, a line each",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--max-sequence-length", type=whole(1), metavar="N", help="cut the prompt; 512 is official"
+    )
+    prompt.add_argument(
+        "--layer-weights", type=numbers(12), metavar="W,W,...",
+        help="12 weights of the text encoder's layers",
+    )  # fmt: skip
+
+    guidance = parser.add_argument_group("guidance")
+    share = number(0, 1)
+    guidance.add_argument(
+        "--guidance", type=number(0, MAX_GUIDANCE), metavar="X",
+        help="Krea's convention, 0 is off, ComfyUI's cfg - 1; default: the checkpoint's",
+    )  # fmt: skip
+    guidance.add_argument(
+        "--guidance-start", type=share, default=0.0, metavar="X",
+        help="begin at this share of the run; default: 0",
+    )  # fmt: skip
+    guidance.add_argument(
+        "--guidance-end", type=share, default=1.0, metavar="X", help="and stop here; default: 1"
+    )
+    guidance.add_argument(
+        "--guidance-ramp", choices=tuple(RAMPS), default="constant", help="default: constant"
+    )
+    guidance.add_argument(
+        "--guidance-rescale", type=share, default=0.0, metavar="X",
+        help="take back contrast, 0 to 1; default: 0",
+    )  # fmt: skip
+    guidance.add_argument(
+        "--nag", action="store_true", help="negative for Turbo: normalised attention guidance"
+    )
+    guidance.add_argument(
+        "--nag-scale", type=number(0), metavar="X", help="its strength; default: 4"
+    )
+    guidance.add_argument("--nag-blend", type=share, metavar="X", help="its share; default: 0.25")
+    guidance.add_argument("--nag-limit", type=number(1), metavar="X", help="default: 2.5")
+    guidance.add_argument(
+        "--nag-start", type=share, metavar="X", help="share of the run; default: 0"
+    )
+    guidance.add_argument("--nag-end", type=share, metavar="X", help="likewise; default: 0.75")
+
+    inputs = parser.add_argument_group("pictures as input")
+    inputs.add_argument(
+        "--start-image", type=Path, metavar="FILE", help="a picture to change, see --denoise"
+    )
+    inputs.add_argument(
+        "--denoise", type=number(0, 1, above=True), default=1.0, metavar="X",
+        help="how much to change it; 1 is all of it",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--reference", type=Path, action="append", default=[], metavar="FILE",
+        help="a picture to look at, for LoRAs that take references; repeat it for several",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--reference-method", choices=REFERENCE_METHODS, default=REFERENCE_METHODS[0],
+        metavar="NAME", help="index_timestep_zero (default), or index for identity LoRAs",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE",
+        help="a picture in the prompt, for LoRAs that read pictures; repeat it for several",
+    )  # fmt: skip
+
+    speed = parser.add_argument_group("schedule")
+    speed.add_argument(
+        "--mu", type=number(-MAX_MU, MAX_MU), metavar="X",
+        help="time shift; default: the checkpoint's (Turbo 1.15, Raw by size)",
+    )  # fmt: skip
+    speed.add_argument(
+        "--evaluate-every", type=whole(1, MAX_STEPS), default=1, metavar="N",
+        help="2: later steps in turns without the model, faster and not exact",
+    )  # fmt: skip
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser,
+    output: Path = Path("krea2.png"),
+    help_text: str = "a .png, .jpg or .webp file; default: krea2.png, or krea2-2.png if it exists",
+) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", "-o", type=Path, default=output, metavar="FILE", help=help_text)
+    group.add_argument("--force", action="store_true", help="replace files that exist")
+    group.add_argument(
+        "--no-metadata", dest="metadata", action="store_false",
+        help="keep prompt and settings out of the file",
+    )  # fmt: skip

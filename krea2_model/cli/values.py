@@ -1,0 +1,94 @@
+"""Values of options: numbers within limits, lists, and a LoRA with its scale."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+    allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise ArgumentTypeError(f"is {text}; expected a whole number {allowed}")
+        return value
+
+    return read
+
+
+def number(
+    low: float, high: float = math.inf, above: bool = False, unit: str = ""
+) -> Callable[[str], float]:
+    """A number from `low` to `high`; above: `low` itself is too small."""
+    least = f"above {low:g}" if above else f"{low:g}"
+    allowed = f"{least} to {high:g}" if high < math.inf else least if above else f"{least} or more"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            raise ArgumentTypeError(f"is {text}; expected a number{unit}, {allowed}")
+        return value
+
+    return read
+
+
+def numbers(count: int) -> Callable[[str], list[float]]:
+    """So many numbers with commas between them."""
+
+    def read(text: str) -> list[float]:
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if len(values) != count or not all(map(math.isfinite, values)):
+            raise ArgumentTypeError(f"is {text}; expected {count} numbers with commas between them")
+        return values
+
+    return read
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds: `7`, `1,2,3` or `1-4`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ArgumentTypeError(f"is {text}; expected seeds such as 7, 1,2,3 or 1-4")
+        low, high = int(first), int(last) if dash else int(first)
+        if not low <= high < 2**64 or high - low >= 100_000:
+            raise ArgumentTypeError(f"is {text}; expected seeds from 0 to {2**64 - 1}, rising")
+        found += range(low, high + 1)
+    return found
+
+
+def lora(text: str) -> tuple[str, float]:
+    """`style.safetensors:0.8`; what follows the last colon counts where it is a number."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        value = (name, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        value = (text, 1.0)
+    if not math.isfinite(value[1]):
+        raise ArgumentTypeError(f"is {text}; expected a scale that is a number, such as 0.8")
+    return value
+
+
+def text_of(value: object) -> str:
+    """A value as it is typed: the other way round."""
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and isinstance(value[0], str):
+            return f"{value[0]}:{value[1]:g}"
+        return ",".join(f"{part:g}" for part in value)
+    if isinstance(value, float):
+        return repr(value)
+    return str(value)

@@ -1,0 +1,24 @@
+"""What `from krea2_model import ...` offers; `krea2_model` imports it on first use."""
+
+# ruff: noqa: F401
+
+from __future__ import annotations
+
+from .arguments import PromptImages, References
+from .checkpoints.identify import CheckpointError
+from .checkpoints.text_encoder import load_text_encoder
+from .checkpoints.transformer import load_transformer, save_transformer
+from .checkpoints.vae import load_vae
+from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .guidance import GuidanceSchedule
+from .pipeline import Krea2Pipeline
+from .sampling import denoise
+from .schedule import shift_mu, sigma_schedule
+from .text.encoder import Qwen3VLTextEncoder
+from .text.expander import PromptExpander
+from .text.prompt_images import PromptImage
+from .text.tokenizer import Krea2Tokenizer
+from .transformer.model import Krea2Transformer
+from .transformer.references import Reference, ReferenceSettings
+from .transformer.text_attention import NegativeGuidance
+from .vae.model import QwenImageVAE

@@ -1,0 +1,86 @@
+"""The graph in a picture of the command line makes that picture again, in ComfyUI."""
+
+import io
+import json
+import os
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from conftest import COMFYUI
+
+CASES = {
+    "turbo": ["a (red:1.3) circle", "--model", "nano", "--seed", "7", "--steps", "3"],
+    "turbo with a negative": [
+        "a red circle", "--model", "nano", "--steps", "3", "--nag", "--negative", "a blue star",
+        "--layer-weights", "1,1,1,1,1,1,1,1,1,1,1,2",
+    ],
+    "raw": [
+        "a red circle", "--model", "nano-raw", "--steps", "5", "--guidance", "2", "--negative",
+        "green", "--guidance-end", "0.8", "--evaluate-every", "2", "--mu", "0.9",
+        "--lora", "krea2_nano_notebook_lora.safetensors:0.8", "--width", "144",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def make(pack, tmp_path_factory):
+    """Make a picture of a case; its pixels, its graph and its file."""
+    folder = tmp_path_factory.mktemp("pictures")
+
+    @cache
+    def call(case, ending="png"):
+        path = folder / f"{case}.{ending}"
+        os.environ["COMFYUI_PATH"] = str(COMFYUI)
+        main = pack("krea2_model.cli.main").main
+        assert main([*CASES[case], "--output", str(path), "--quiet", "--force"]) == 0
+        texts = pack("krea2_model.images.picture_texts").read_texts(path)
+        return np.asarray(Image.open(path)).astype(int), json.loads(texts["prompt"]), path
+
+    return call
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graph_makes_the_picture_to_the_pixel(run, make, case):
+    pixels, graph, _ = make(case)
+    results = {}
+    for key, node in graph.items():  # in the order in which they depend on each other
+        if node["class_type"] == "SaveImage":
+            continue
+        inputs = {
+            name: results[value[0]][value[1]] if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        }
+        results[key] = run(node["class_type"], **inputs)
+    (image,) = results[str(len(graph) - 1)][0]
+    found = (image.numpy() * 255).round().astype(int)
+    # The graph mixes layers and negatives in another order of sums.
+    far = 1 if case == "turbo with a negative" else 0
+    assert np.abs(found - pixels).max() <= far
+
+
+def test_a_server_takes_the_graph_of_a_webp(server, make):
+    """Save Image rounds down, so a value may be lower by one; the WebP itself is compressed."""
+    _, graph, path = make("turbo", "webp")
+    pixels, _, _ = make("turbo", "png")
+    (image,) = server.images(server.run(graph))
+    found = np.asarray(Image.open(io.BytesIO(image))).astype(int)
+    assert found.shape == pixels.shape and set(np.unique(pixels - found)) <= {0, 1}
+
+
+@pytest.mark.parametrize("case", ["raw"])
+def test_again_reads_the_graph(pack, make, case):
+    """Without our own settings, as in a picture that ComfyUI has saved."""
+    pixels, graph, path = make(case)
+    picture = Image.open(path)
+    chunks = PngInfo()
+    chunks.add_text("prompt", json.dumps(graph))
+    saved = path.with_name(f"comfy-{path.name}")
+    picture.save(saved, pnginfo=chunks)
+    again = path.with_name(f"again-{path.name}")
+    main = pack("krea2_model.cli.main").main
+    assert main(["again", str(saved), "--output", str(again), "--quiet", "--dtype", "fp32"]) == 0
+    assert (np.asarray(Image.open(again)).astype(int) == pixels).all()
