@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import nano
 from ..config import VisionConfig
 from ..text.encoder import (
     Qwen3VLTextEncoder,
@@ -64,14 +65,20 @@ def load_text_encoder(
 def find_tokenizer(path: Path, explicit: str | Path | None = None) -> Path:
     """The folder of the named tokenizer, of the one beside a text encoder, or of ComfyUI's.
 
-    Raises TokenizerNotFoundError where there is none.
+    krea2-nano's where there is none of these and the encoder is its own. Raises
+    TokenizerNotFoundError where there is none.
     """
     folder = path if path.is_dir() else path.parent
     if explicit is None:
         for candidate in (folder, folder.parent / "tokenizer", folder / "tokenizer"):
             if (candidate / "tokenizer_config.json").is_file():
                 return candidate
-    return find_tokenizer_folder(explicit)
+    try:
+        return find_tokenizer_folder(explicit)
+    except TokenizerNotFoundError:
+        if explicit is None and path.name == nano.TEXT_ENCODER_NAME:
+            return nano.TOKENIZER
+        raise
 
 
 def _tokenizer_for(path: Path, explicit: str | Path | None) -> Krea2Tokenizer | None:

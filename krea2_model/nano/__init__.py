@@ -36,6 +36,9 @@ LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 # Takes colours over from reference images: the prompt names shapes and places, a LoRA on Raw too.
 REFERENCE_LORA = FOLDER / "krea2_nano_reference_lora.safetensors"
 
+# Qwen's tokenizer with the words that prompts for it have; used where there is no whole one.
+TOKENIZER = FOLDER / "tokenizer"
+
 TEXT_ENCODER_CHECKSUM = "e0b5e2e872eef3b98e1749328d5ad0d012a97ea6c19043e3ffce813b55fc66b1"
 # Another version of the encoder would be another file.
 TEXT_ENCODER_NAME = f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
@@ -45,6 +48,7 @@ __all__ = [
     "REFERENCE_LORA",
     "TEXT_ENCODER_CONFIG",
     "TEXT_ENCODER_NAME",
+    "TOKENIZER",
     "TRANSFORMERS",
     "VAE",
     "VARIANTS",

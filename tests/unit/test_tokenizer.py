@@ -4,6 +4,7 @@ import logging
 import shutil
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
+from krea2_model import nano
+from krea2_model.checkpoints.text_encoder import find_tokenizer
 from krea2_model.text import tokenizer as module
 from krea2_model.text.tokenizer import (
     OFFICIAL_LENGTH,
@@ -24,6 +27,7 @@ from krea2_model.text.tokenizer import (
     TokenizerNotFoundError,
     find_tokenizer_folder,
 )
+from nano_training.scenes import held_out_prompts
 
 PROMPTS = {
     "empty": "",
@@ -285,3 +289,19 @@ def test_an_explicit_folder_is_final(nowhere, tokenizer_folder, monkeypatch):
     assert find_tokenizer_folder(str(tokenizer_folder)) == tokenizer_folder
     with pytest.raises(FileNotFoundError, match="no tokenizer folder"):
         find_tokenizer_folder(nowhere / "pack")
+
+
+def test_nano_has_one_where_there_is_none(nowhere):
+    encoder = Path(nano.TEXT_ENCODER_NAME)
+    assert find_tokenizer(encoder) == nano.TOKENIZER
+    with pytest.raises(TokenizerNotFoundError):
+        find_tokenizer(Path("qwen3vl_4b.safetensors"))
+
+
+def test_nano_s_makes_the_same_tokens(tokenizer):
+    small = Krea2Tokenizer(nano.TOKENIZER)
+    prompts = [prompt for prompt, _ in held_out_prompts()]
+    for prompt in [*prompts, "A Yellow Circle.", "(no star) {two|three} rings"]:
+        assert small.tokenize(prompt) == tokenizer.tokenize(prompt), prompt
+    other = "über den Wolken 🌥"
+    assert small.decode(small.tokenize_raw(other)) == other
