@@ -36,8 +36,8 @@ run_pytest() {
   return "$status"
 }
 
-# beside COMMAND...: runs checks in the background, since none keeps two cores busy. What they print
-# and found is shown by `join_beside`.
+# beside COMMAND...: runs checks in the background. What they print and found is shown by
+# `join_beside`.
 beside() {
   rm -f -- "$LOCAL/beside.results"
   (
@@ -63,13 +63,20 @@ join_beside() {
   fi
 }
 
-# In a process of its own, where `nodes` is ComfyUI's module and not the pack's folder.
-comfy_tests() {
-  PYTHONPATH=$COMFYUI_PATH run_pytest "$1" -c tests/comfy/pytest.ini "${@:2}"
+# A file's tests stay in one process: they share models and pictures. The files that take longest
+# come first, see `longest_first` in tests/support.
+processes() {
+  local cores
+  cores=$(nproc 2>/dev/null || echo 2)
+  printf '%s\n' -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder
 }
 
-# These of tests/comfy run beside the others, so that both sides take about as long.
-beside_comfy=(tests/comfy/test_{clip,contract,expander,formats,reliability,security}.py)
+# In processes of their own, where `nodes` is ComfyUI's module and not the pack's folder.
+comfy_tests() {
+  local workers
+  mapfile -t workers < <(processes)
+  PYTHONPATH=$COMFYUI_PATH run_pytest "$1" -c tests/comfy/pytest.ini "${workers[@]}" "${@:2}"
+}
 
 # The page itself, in a browser on a real server.
 browser_tests() { run_pytest browser -c tests/browser/pytest.ini tests/browser "$@"; }
@@ -87,13 +94,10 @@ check_types() {
   MYPYPATH=$LOCAL/types "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.nodes
 }
 
-# A file's tests stay in one process: they share models and pictures.
-unit_tests() { run_pytest unit -n "$((cores < 4 ? cores : 4))" --dist loadfile tests/unit "$@"; }
-
-# All that runs beside tests/comfy.
-others() {
-  check "tests/comfy, second part" comfy_tests comfy-2 "${beside_comfy[@]}" "$@"
-  check "mypy" check_types
+unit_tests() {
+  local workers
+  mapfile -t workers < <(processes)
+  run_pytest unit "${workers[@]}" tests/unit "$@"
 }
 
 matrix=
@@ -124,8 +128,8 @@ else
   cores=$(nproc 2>/dev/null || echo 2)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
   check "tests/unit" unit_tests "$@"
-  beside others "$@"
-  check "tests/comfy" comfy_tests comfy tests/comfy "${beside_comfy[@]/#/--ignore=}" "$@"
+  beside check "mypy" check_types
+  check "tests/comfy" comfy_tests comfy tests/comfy "$@"
   join_beside
   # Alone: a page on a busy machine takes minutes to open.
   if find_chromium; then

@@ -18,9 +18,14 @@ atexit.register(shutil.rmtree, BASE, ignore_errors=True)
 sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 
 import in_process  # noqa: E402
+import longest_first  # noqa: E402
 
 in_process.start(BASE)
 COMFYUI = Path(sys.modules["folder_paths"].__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    longest_first.sort(items, longest_first.COMFY)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import longest_first
+
+
+def pytest_collection_modifyitems(items):
+    longest_first.sort(items, longest_first.UNIT)
+
 
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> Path:
