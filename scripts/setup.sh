@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A virtual environment with a ComfyUI, inside the repository under .local/.
 #
-#   bash scripts/setup.sh [run|test] [VERSION]     "test" adds what the tests need
+#   bash scripts/setup.sh [run|test] [VERSION|newest]     "test" adds what the tests need
 #
 # demo.sh and test.sh source this file and call set_up, which sets
 #   VENV_PYTHON     the environment's Python
 #   COMFYUI_PATH    ComfyUI's folder: the one this variable named before, else a fresh 0.30.0
 # With a VERSION of ComfyUI it is that one in an environment of its own (.local/venv-VERSION),
-# whatever COMFYUI_PATH named.
+# whatever COMFYUI_PATH named. "newest" is 0.30.0 with the newest releases of what it pins.
 # PYTHON names the Python to use; else it is the newest of the usual names.
 # CHROMIUM names the browser of tests/browser; else it is looked for.
 set -euo pipefail
@@ -20,9 +20,15 @@ SETUP_LOG=$LOCAL/setup.log
 
 # The versions that the pack is tested with; the last one unless another is asked for.
 COMFYUI_VERSIONS=(0.26.0 0.27.0 0.30.0)
-COMFYUI_VERSION=0.30.0
+COMFYUI_DEFAULT=0.30.0
+COMFYUI_VERSION=$COMFYUI_DEFAULT
+newest=
 # ComfyUI needs all three, and their versions have to belong together.
 TORCH=(torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0)
+
+# For "newest". torchaudio's last release refuses newer torch's CUDA, and ComfyUI runs without it.
+NEWEST=(torch torchvision comfyui-frontend-package comfyui-workflow-templates comfy-kitchen
+  transformers huggingface_hub safetensors numpy scipy Pillow einops)
 
 # ComfyUI is no package of its own; this one's source archives carry the whole server.
 comfyui_source() {
@@ -87,8 +93,14 @@ fill_venv() {
 }
 
 choose_version() {
+  newest=
+  VENV=$LOCAL/venv-$1
+  if [[ $1 == newest ]]; then
+    newest=1
+    set -- "$COMFYUI_DEFAULT"
+  fi
   comfyui_source "$1" >/dev/null
-  COMFYUI_VERSION=$1 COMFYUI_PATH='' VENV=$LOCAL/venv-$1
+  COMFYUI_VERSION=$1 COMFYUI_PATH=''
   VENV_PYTHON=$VENV/bin/python
 }
 
@@ -123,7 +135,7 @@ unpack_comfyui() {
 # What the environment was filled from; anything else means filling it again.
 requirements_key() {
   {
-    printf '%s\n' "$COMFYUI_PATH" "${TORCH[@]}"
+    printf '%s\n' "$COMFYUI_PATH" "${TORCH[@]}" ${newest:+"${NEWEST[@]}"}
     cat "$COMFYUI_PATH/requirements.txt" "$ROOT"/requirements*.txt
   } | "$VENV_PYTHON" -c \
     'import hashlib, sys; print(sys.version, hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
@@ -139,6 +151,7 @@ install_requirements() {
   if [[ $level == test ]]; then packages+=(-r "$ROOT/requirements-test.txt"); fi
   rm -f "$stamp"
   step "Installing requirements (torch is large: minutes on a slow line)" install "${packages[@]}"
+  if [[ $newest ]]; then step "Replacing what is pinned by the newest releases" install_newest; fi
   printf '%s\n' "$key $level" >"$stamp"
 }
 
@@ -148,6 +161,11 @@ install() {
     echo "uv could not; trying pip."
   fi
   "$VENV_PYTHON" -m pip install "$@"
+}
+
+install_newest() {
+  install --upgrade "${NEWEST[@]}" || return
+  "$VENV_PYTHON" -m pip uninstall --yes torchaudio
 }
 
 # Sets CHROMIUM for tests/browser: the one it names or the system's, else Debian's package where we

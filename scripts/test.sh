@@ -3,9 +3,11 @@
 #
 #   bash scripts/test.sh [pytest arguments]      for example -k lora; they go to every run
 #   bash scripts/test.sh --matrix [pytest arguments]
+#   bash scripts/test.sh --newest [pytest arguments]
 #
 # --matrix runs the tests that need ComfyUI, and only those, on each version that the pack supports,
-# in environments of their own. PYTHON, COMFYUI_PATH and CHROMIUM are explained in setup.sh.
+# in environments of their own. --newest runs all tests with the newest releases of torch,
+# transformers, the page and the other packages that ComfyUI pins. PYTHON, COMFYUI_PATH and CHROMIUM are explained in setup.sh.
 # shellcheck disable=SC2317,SC2329 # check calls functions by name
 set -euo pipefail
 
@@ -101,7 +103,10 @@ unit_tests() {
 }
 
 matrix=
-if [[ ${1:-} == --matrix ]]; then
+if [[ ${1:-} == --newest ]]; then
+  shift
+  set_up test newest
+elif [[ ${1:-} == --matrix ]]; then
   matrix=1
   shift
   # All of them first, so that trouble shows before the long runs.

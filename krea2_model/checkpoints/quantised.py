@@ -36,7 +36,7 @@ SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING, SETTI
 BRANCH = (".svdq_l1", ".svdq_l2")
 BESIDE = (*SUFFIXES, *BRANCH)
 
-# Multipliers of a weight or its input; of the first some formats have one a block.
+# Multipliers of a weight or its input; of the first some formats have one per block.
 SCALES = (".weight_scale", ".weight_scale_2", ".input_scale", SMOOTHING)
 # Settings are a line of JSON.
 _LONGEST_SETTINGS = 65_536
@@ -125,7 +125,7 @@ def check_quantised(
                 sizes = (weight.shape[1], 2 * weight.shape[1])
             elif suffix == SCALES[0]:
                 if not one_value_a_byte:
-                    continue  # a scale a block, in a format of its own
+                    continue  # a scale per block, in a format of its own
                 sizes = (1, weight.shape[0])
             _check_scale(scale, sizes, weight, f"{name}: {layer}{suffix}")
 

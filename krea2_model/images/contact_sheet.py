@@ -26,7 +26,7 @@ def contact_sheet(
 ) -> np.ndarray:
     """One picture (H, W, 3) in [0, 1] of many (h, w, 3), row by row.
 
-    captions: one a picture, wrapped to the cell; missing ones are empty. Cells are as wide as the
+    captions: one per picture, wrapped to the cell; missing ones are empty. Cells are as wide as the
         widest character. Of a long one `MAX_CAPTION` characters are written.
     columns: 0 makes the sheet about square. cell: the longest side of a picture there, in pixels;
         smaller ones are not enlarged.
@@ -37,7 +37,7 @@ def contact_sheet(
     if len(captions) > len(images):
         raise ValueError(
             f"There are {len(captions)} captions for {len(images)} pictures; expected at most one "
-            "a picture, each on a line of its own."
+            "per picture, each on a line of its own."
         )
     if columns < 0 or cell < 16 or text_size < 4:
         raise ValueError(

@@ -199,7 +199,7 @@ def mask_for(mask: Tensor, image: Tensor) -> Tensor:
         mask = without_noise(mask)
     if len(mask) > 1 and len(image) > 1 and len(mask) != len(image):
         raise ValueError(
-            f"There are {len(mask)} masks for {len(image)} images; expected one, or one an image."
+            f"There are {len(mask)} masks for {len(image)} images; expected one, or one per image."
         )
     return mask
 

@@ -26,7 +26,7 @@ Images = list[Image.Image] | np.ndarray | Tensor
 # As many as the largest image has that this package makes; they would take 4 GB as numbers.
 MAX_PIXELS = MAX_SIZE**2
 
-_REMEDY = "Save it as PNG or JPEG with 8 or 16 bits a channel."
+_REMEDY = "Save it as PNG or JPEG with 8 or 16 bits per channel."
 
 
 def pixels_of(picture: Picture, name: str) -> Tensor:

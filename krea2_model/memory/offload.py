@@ -35,7 +35,7 @@ class Part:
 
     name: what messages call it.
     blocks: modules of it that may stream, in the order in which they run.
-    brief: modules of it that are needed for one call a run; where blocks stream, they are on the
+    brief: modules of it that are needed for one call of a run; where blocks stream, they are on the
         device for that call only.
     forget: frees what the module caches on the device.
     """

@@ -25,7 +25,7 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with grouped key/value heads and a norm a head on queries and keys."""
+    """Causal attention with grouped key/value heads and a norm per head on queries and keys."""
 
     def __init__(self, config: TextEncoderConfig, layers, attend: Attend, **factory):
         super().__init__()

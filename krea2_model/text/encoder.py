@@ -214,7 +214,7 @@ class Qwen3VLTextEncoder(nn.Module):
             )
         if images is not None and len(images) != len(prompts):
             raise ValueError(
-                f"images has {len(images)} lists; expected {len(prompts)}, one a prompt."
+                f"images has {len(images)} lists; expected {len(prompts)}, one per prompt."
             )
         tokenizer = self.get_tokenizer()
         tokens = [

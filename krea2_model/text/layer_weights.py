@@ -1,8 +1,8 @@
 """The mix of the encoder layers that a prompt is made of.
 
-Krea 2 reads twelve layers of its text encoder a token. Scaling some of them shifts what the text
-fusion hears most of; a token that grew as a whole would only leave the range that the model was
-trained on (artifacts, then black images), so each token keeps its size.
+Of each token Krea 2 reads twelve layers of its text encoder. Scaling some of them shifts what the
+text fusion hears most of; a token that grew as a whole would only leave the range that the model
+was trained on (artifacts, then black images), so each token keeps its size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..checks import numbers
 
 
 def weigh_taps(taps: Tensor, weights: Sequence[float]) -> Tensor:
-    """Taps (B, L, T, D) times a weight a tap, every token brought back to the RMS it had.
+    """Taps (B, L, T, D) times one weight per tap, every token brought back to the RMS it had.
 
     Equal weights change nothing, and `taps` itself comes back.
     Raises ValueError unless there are T finite weights, not all of them 0.

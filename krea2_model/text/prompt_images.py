@@ -92,7 +92,7 @@ def read_strengths(text: str, count: int) -> list[float]:
         numbers = [float(word) for word in words]
     except ValueError as error:
         raise ValueError(
-            f"strengths is {text!r}; expected numbers such as '1, 0.5', one an image."
+            f"strengths is {text!r}; expected numbers such as '1, 0.5', one per image."
         ) from error
     return _one_each("strengths", numbers, count, 1.0)
 

@@ -1,6 +1,6 @@
 """The Krea 2 transformer: text fusion and a single-stream MMDiT over `[text, image]` tokens.
 
-Unusual in this model: the text arrives as twelve tapped encoder layers a token, which a small
+Unusual in this model: each token of text arrives as twelve tapped encoder layers, which a small
 transformer fuses; one time vector modulates every block, and each block only adds a learned table
 to it; norms are zero-centred; attention output is gated by a sigmoid of the input; all text tokens
 have rotary position zero.
@@ -197,7 +197,7 @@ class Krea2Transformer(nn.Module):
         """Keys and values of references at time zero that attend only to themselves.
 
         Pass the result to the `ExtendedBackend` of each step instead of `references` to the call.
-        It holds 2 x layers x key/value width values a token. dtype: that of the text.
+        It holds 2 x layers x key/value width values per token. dtype: that of the text.
         """
         cache = ReferenceKVCache()
         for reference in with_indices(references):

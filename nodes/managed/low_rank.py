@@ -88,7 +88,7 @@ def branches_of(patch) -> list[Branch] | None:
 
 
 def branch_bytes(patches: dict, size: int) -> int:
-    """Bytes of the branches of a patcher's patches, at `size` bytes a value."""
+    """Bytes of the branches of a patcher's patches, at `size` bytes per value."""
     branches = (_branch(entry[1]) for entries in patches.values() for entry in entries)
     return sum(size * (b.up.numel() + b.down.numel()) for b in branches if b is not None)
 

@@ -143,7 +143,7 @@ def _bits(data, at, shift):
 
 @triton.jit
 def _pair_of_bits(packed, group, at):
-    """Two bits a value in groups of 16: two halves of 128, in each four runs share 32 bytes."""
+    """Two bits per value in groups of 16: two halves of 128, in each four runs share 32 bytes."""
     first = packed + (group >> 3) * 32 + (group & 1) * 16
     return _bits(first, at, ((group & 7) >> 1) * 2) & 3
 
