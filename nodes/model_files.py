@@ -19,7 +19,8 @@ from ..krea2_model.checkpoints.identify import (
 )
 from ..krea2_model.checkpoints.storage import weight_files
 from ..krea2_model.tools.self_check import ModelFile
-from .file_kinds import Shapes, is_krea_folder, kind_of, shapes_of, stamp, walk
+from .file_kinds import Shapes, is_krea_folder, kind_of, preset_of_file, shapes_of, stamp, walk
+from .reports import settings_report
 
 AUTO = "auto"
 
@@ -69,6 +70,19 @@ def list_user_models(part: str) -> list[str]:
                 names[name] = None
     folders = _diffusers_folders()
     return [*names, *(n for n in folders if n not in names and holds(folders[n], part))]
+
+
+def settings_of_models() -> dict[str, str]:
+    """Sampling defaults by name of a transformer, as text, where its file tells them."""
+    settings = {}
+    for name in list_models(TRANSFORMER):
+        try:
+            preset = preset_of_file(find_model(TRANSFORMER, name))
+        except (CheckpointError, OSError):
+            continue  # lists show broken files too
+        if preset is not None:
+            settings[name] = settings_report(preset)
+    return settings
 
 
 def _places(key: str, name: str) -> Iterator[Path]:
