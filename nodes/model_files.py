@@ -33,8 +33,9 @@ BUILT_IN = {
     VAE: {NANO: nano.VAE},
 }
 
+NANO_NOTEBOOK_LORA = "krea2-nano notebook (built in)"
 _BUILT_IN_LORAS = {
-    "krea2-nano notebook (built in)": nano.LORA,
+    NANO_NOTEBOOK_LORA: nano.LORA,
     "krea2-nano reference (built in)": nano.REFERENCE_LORA,
 }
 
