@@ -38,15 +38,15 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2ContactSheet": (None, 200),
     "K2CropForInpaint": (None, 190),
     "K2EmptyLatent": (None, 256),
-    "K2FitImage": (None, 230),
+    "K2FitImage": (None, 246),
     "K2GuidanceSchedule": (None, 134),
-    "K2Inpaint": (None, 210),
+    "K2Inpaint": (None, 226),
     "K2Loader": (390, 194),
     "K2LoraLoader": (420, 260),
     "K2ModelLoader": (390, 106),
-    "K2ModelSampling": (None, 150),
+    "K2ModelSampling": (None, 162),
     "K2NegativeGuidance": (None, 178),
-    "K2Outpaint": (None, 210),
+    "K2Outpaint": (None, 230),
     "K2PromptBatch": (400, 380),
     "K2PromptExpander": (400, 480),
     "K2Reference": (None, 350),
@@ -55,7 +55,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2StyleLora": (420, 380),
     "K2StyleMix": (400, 640),
     "K2TapWeights": (None, 326),
-    "K2TextEncode": (400, 320),
+    "K2TextEncode": (400, 330),
     "K2TextEncodeImages": (400, 600),
     "K2TwoStage": (None, 330),
     "K2VAEDecode": (None, 46),
@@ -78,19 +78,16 @@ def size_of(node: dict) -> tuple[int, int]:
 
 def note_height(text: str) -> int:
     """Height at which a note shows its text without scrolling, at the width of a loader."""
-    height = 40
+    height = 50
     for line in text.splitlines():
         if line.startswith("#"):
-            height += 44
+            height += 34
         elif line.startswith("| ---"):
             continue
         elif line.startswith("|"):
-            # Of a link only its text is drawn.
-            height += 42 if "](" in line else 28
+            height += 22
         elif line:
-            height += 18 * math.ceil(len(line) / 60) + 4
-        else:
-            height += 5
+            height += 15 * math.ceil(len(line) / 66) + 10
     return height
 
 
@@ -171,7 +168,9 @@ def _place(workflow: dict, links: list) -> tuple[int, list[tuple[int, list]]]:
         for stations in _ways(workflow, link):
             wire = wire_of(workflow, link, stations)
             through = sum(passes(wire, node) for node in workflow["nodes"])
-            faults = 10 * through + sum(crosses(wire, other) for other in placed)
+            faults = 10 * through + sum(
+                crosses(wire, other) + overlap(wire, other) for other in placed
+            )
             if best is None or faults < best[0]:
                 best = faults, wire, stations
             if not faults:
@@ -280,6 +279,16 @@ def crosses(one: dict, other: dict) -> bool:
             return False
     pairs = itertools.product(itertools.pairwise(one["path"]), itertools.pairwise(other["path"]))
     return any(cross(*a, *b) for a, b in pairs)
+
+
+def overlap(one: dict, other: dict) -> bool:
+    """True if two wires share a lane."""
+    for (x, y), (x_end, y_end) in itertools.pairwise(one["stations"][1:-1]):
+        for (u, v), (u_end, v_end) in itertools.pairwise(other["stations"][1:-1]):
+            is_flat = abs(y - y_end) < 2 and abs(v - v_end) < 2
+            if is_flat and abs(y - v) < LANE / 2 and max(x, u) < min(x_end, u_end):
+                return True
+    return False
 
 
 def box(node: dict) -> tuple[float, float, float, float]:

@@ -19,6 +19,7 @@ from arrange_templates import (
     box,
     cross,
     crosses,
+    overlap,
     passes,
     scale_of,
     size_of,
@@ -128,6 +129,11 @@ def test_wires_pass_no_node(workflow):
 def test_wires_between_different_nodes_do_not_cross(workflow):
     for one, other in itertools.combinations(wires(workflow), 2):
         assert not crosses(one, other), f"{one['name']} crosses {other['name']}"
+
+
+def test_wires_have_lanes_of_their_own(workflow):
+    for one, other in itertools.combinations(wires(workflow), 2):
+        assert not overlap(one, other), f"{one['name']} lies on {other['name']}"
 
 
 def test_a_crossing_is_seen():

@@ -15,8 +15,10 @@ function swap(graph, isNano) {
     for (const [name, [own, nano]] of Object.entries(values)) {
       const widget = node?.widgets?.find((each) => each.name === name);
       if (!widget || widget.value !== (isNano ? own : nano)) continue;
+      const old = widget.value;
       widget.value = isNano ? nano : own;
       widget.callback?.(widget.value, app.canvas, node);
+      node.onWidgetChanged?.(name, widget.value, old, widget);
     }
   }
 }
