@@ -136,7 +136,10 @@ def nodes_of(workflow: dict, group: dict) -> list[dict]:
     nodes = []
     for node in workflow["nodes"]:
         (x, y), (node_width, node_height) = node["pos"], node["size"]
-        if left <= x + node_width / 2 <= left + width and top <= y + node_height / 2 <= top + height:
+        if (
+            left <= x + node_width / 2 <= left + width
+            and top <= y + node_height / 2 <= top + height
+        ):
             nodes.append(node)
     return sorted(nodes, key=lambda node: node["pos"][1])
 

@@ -141,7 +141,9 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
 def side_by_side(pictures: Pictures) -> Image.Image:
     """Pictures of one height beside each other on a white ground."""
     scaled = [
-        picture.resize((round(picture.width * SIDE / picture.height), SIDE), Image.Resampling.LANCZOS)
+        picture.resize(
+            (round(picture.width * SIDE / picture.height), SIDE), Image.Resampling.LANCZOS
+        )
         for picture in pictures
     ]
     width = sum(picture.width for picture in scaled) + GAP * (len(scaled) - 1)
@@ -155,7 +157,10 @@ def side_by_side(pictures: Pictures) -> Image.Image:
 def main(names: list[str]) -> None:
     if unknown := set(names) - set(DRAWN):
         sys.exit(f"Unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(DRAWN)}.")
-    with tempfile.TemporaryDirectory() as base, page_server(Path(base) / "server", "none") as server:
+    with (
+        tempfile.TemporaryDirectory() as base,
+        page_server(Path(base) / "server", "none") as server,
+    ):
         for name in names or DRAWN:
             print(name, flush=True)
             picture = side_by_side(DRAWN[name](server))

@@ -96,9 +96,7 @@ def test_loaders_tell_the_settings_of_their_files(models, pack):
     for node_id, name in (("K2Loader", "model"), ("K2ModelLoader", "file")):
         inputs = {entry.id: entry.as_dict() for entry in NODES[node_id].define_schema().inputs}
         settings = inputs[name][key]
-        assert settings["krea2-nano (built in)"] == (
-            "turbo, 8 steps, mu 1.15\nguidance 0 (cfg 1)"
-        )
+        assert settings["krea2-nano (built in)"] == ("turbo, 8 steps, mu 1.15\nguidance 0 (cfg 1)")
         assert settings["krea2-nano Raw (built in)"] == (
             "raw, 28 steps, mu by size\nguidance 3.5 (cfg 4.5)"
         )
