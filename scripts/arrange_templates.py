@@ -67,6 +67,9 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "VAEDecode": (None, 46),
 }
 
+# Below a node, in its group: the page shows previews of a run there, and the node grows by them.
+ROOM = {"K2Sampler": 180, "K2TwoStage": 230, "KSampler": 230}
+
 
 def size_of(node: dict) -> tuple[int, int]:
     """Width and height of a node; a note's height follows its text."""
@@ -74,6 +77,10 @@ def size_of(node: dict) -> tuple[int, int]:
         return 390, note_height(node["widgets_values"][0])
     width, height = SIZES[node["type"]]
     return width or WIDTH, height
+
+
+def room_of(node: dict) -> int:
+    return ROOM.get(node["type"], 0)
 
 
 def note_height(text: str) -> int:
@@ -104,7 +111,7 @@ def arrange(workflow: dict) -> int:
             for node in nodes:
                 y += TITLE
                 node["pos"], node["size"] = [x + PAD, y], [width, size_of(node)[1]]
-                y += node["size"][1] + NODE_GAP
+                y += node["size"][1] + room_of(node) + NODE_GAP
             y += PAD - NODE_GAP
             group["bounding"] = [x, top, width + 2 * PAD, y - top]
             bottom = max(bottom, y)

@@ -147,15 +147,6 @@ def test_the_sampler_shows_what_it_will_use(load_template):
     assert page.evaluate(REPORT, "K2Sampler") == ""
 
 
-def test_nodes_stay_in_their_groups_after_a_run(load_template, server):
-    """The largest: reports, previews and pictures have made the nodes grow."""
-    page = load_template("krea2_raw_faster")
-    pick_model(page, NANO_RAW)
-    run(page)
-    outputs_of_run(page, server, "SaveImage")
-    assert page.evaluate(OUTSIDE) == []
-
-
 def test_the_pack_is_listed_by_its_name(server):
     for words in server.request("/i18n").values():
         category = words.get("templateWorkflows", {}).get("category", {})
@@ -306,3 +297,12 @@ def test_blueprint_is_offered_and_runs(page, server):
     run(page)
     outputs = outputs_of_run(page, server, "PreviewImage")
     assert len(server.images(outputs)) == 1
+
+
+def test_nodes_stay_in_their_groups_after_a_run(load_template, server):
+    """Reports, the sampler's previews and pictures have made the nodes grow."""
+    page = load_template("krea2_raw_faster")
+    pick_model(page, NANO_RAW)
+    run(page)
+    outputs_of_run(page, server, "SaveImage")
+    assert page.evaluate(OUTSIDE) == []

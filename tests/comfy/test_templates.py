@@ -1,4 +1,4 @@
-"""The example workflows on krea2-nano, as the page makes them when it is picked: all of them run."""
+"""The example workflows on krea2-nano, as the page makes them when it is picked: all run."""
 
 import io
 from pathlib import Path
