@@ -127,7 +127,7 @@ def find_model(part: str, name: str) -> Path:
     )
 
 
-def problem(find: Callable[..., Path], *arguments: str) -> bool | str:
+def problem(find: Callable[..., Path | None], *arguments: str) -> bool | str:
     """The error that `find(*arguments)` raises, for a node's validation; True where none."""
     try:
         find(*arguments)
