@@ -108,7 +108,7 @@ def find_model(part: str, name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
-    _check_text(name)
+    check_text(name)
     if name in BUILT_IN[part]:
         return BUILT_IN[part][name]
     for spelled in _spellings(name):
@@ -151,7 +151,7 @@ def find_lora(name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
-    _check_text(name)
+    check_text(name)
     if name in _BUILT_IN_LORAS:
         return _BUILT_IN_LORAS[name]
     for spelled in _spellings(name):
@@ -188,7 +188,7 @@ def own_files() -> list[ModelFile]:
 
 def find_anything(name: str) -> Path:
     """The file or folder of a name from `list_everything`. Raises CheckpointError for another."""
-    _check_text(name)
+    check_text(name)
     key, _, rest = name.replace("\\", "/").partition("/")
     if key == "diffusers" and rest in _diffusers_folders():
         return _diffusers_folders()[rest]
@@ -256,7 +256,7 @@ def _checked_lora(path: Path) -> Path:
     return path
 
 
-def _check_text(name: object) -> None:
+def check_text(name: object) -> None:
     """Raise CheckpointError for a name that is no text: a program may post anything."""
     if not isinstance(name, str):
         raise CheckpointError(f"The file is {name!r}; expected a name from the list.")

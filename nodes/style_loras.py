@@ -101,6 +101,7 @@ def find_style(style: str) -> Path | None:
 
     Raises CheckpointError for an unknown style, and for a file that is not here or broken.
     """
+    model_files.check_text(style)
     if style == NONE:
         return None
     if style == NANO_NOTEBOOK_LORA:
