@@ -18,6 +18,7 @@ from .references import K2Reference
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .speed import K2Approximate, K2Compile
+from .style_loras import K2StyleLora
 from .style_mix import K2StyleMix
 
 NODES = [
@@ -26,6 +27,7 @@ NODES = [
     K2TextEncoderLoader,
     K2VAELoader,
     K2LoraLoader,
+    K2StyleLora,
     K2PromptExpander,
     K2TextEncode,
     K2TextEncodeImages,

@@ -90,6 +90,12 @@ class K2PromptExpander(io.ComfyNode):
                         "prompt's."
                     ),
                 ),
+                io.Boolean.Input(
+                    "enabled",
+                    default=True,
+                    optional=True,
+                    tooltip="When off, the prompt goes on as it is and nothing is written.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -113,8 +119,11 @@ class K2PromptExpander(io.ComfyNode):
         variants=1,
         style="",
         language="",
+        enabled=True,
     ):
         check_clip(clip)
+        if not enabled:
+            return io.NodeOutput([prompt], ui=ui.PreviewText("off: the prompt goes on as it is"))
         writer = _Writer(clip, cls.hidden.unique_id if cls.hidden else None)
         expansions = expand(
             writer,

@@ -9,15 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..krea2_model.checkpoints.checkpoint import read_shapes
+from ..krea2_model.checkpoints.checkpoint import Checkpoint, read_shapes
+from ..krea2_model.checkpoints.gguf import is_gguf
+from ..krea2_model.checkpoints.gguf_header import read_gguf_header
 from ..krea2_model.checkpoints.identify import (
     TEXT_ENCODER,
     TRANSFORMER,
     VAE,
     CheckpointError,
     identify,
+    read_header,
 )
 from ..krea2_model.checkpoints.storage import read_json
+from ..krea2_model.checkpoints.transformer import sampling_defaults
+from ..krea2_model.config import Preset
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,6 +39,7 @@ class Kind(NamedTuple):
 _kinds: dict[str, tuple[tuple[int, ...], Kind]] = {}
 _shapes: dict[str, tuple[tuple[int, ...], Shapes]] = {}
 _indexes: dict[str, tuple[tuple[int, ...], bool]] = {}
+_presets: dict[str, tuple[tuple[int, ...], Preset | None]] = {}
 
 
 def kind_of(path: Path) -> Kind:
@@ -65,6 +71,30 @@ def shapes_of(path: Path) -> Shapes:
     current = stamp(path)
     cached = _shapes.get(str(path))
     return cached[1] if cached is not None and cached[0] == current else read_shapes(path)
+
+
+def preset_of_file(path: Path) -> Preset | None:
+    """Sampling defaults of a transformer's file or diffusers folder, from its headers alone.
+
+    None where nothing says whether it is Raw or Turbo, or where it cannot be read. Never raises.
+    """
+    source = path / "model_index.json" if path.is_dir() else path
+    try:
+        current = stamp(source)
+        cached = _presets.get(str(path))
+        if cached is None or cached[0] != current:
+            cached = _presets[str(path)] = (current, _read_preset(path))
+        return cached[1]
+    except (OSError, CheckpointError):
+        return None
+
+
+def _read_preset(path: Path) -> Preset | None:
+    if path.is_dir():
+        index = read_json(path / "model_index.json")
+        return sampling_defaults(Checkpoint(path, {}, model_index=index))
+    header = read_gguf_header(path) if is_gguf(path) else read_header(path)
+    return sampling_defaults(Checkpoint(path, {}, header.metadata))
 
 
 def stamp(path: Path) -> tuple[int, ...]:

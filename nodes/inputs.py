@@ -13,12 +13,17 @@ from ..krea2_model.config import PRESETS
 from ..krea2_model.images.sizes import MAX_SIZE, MULTIPLE
 from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED
 from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE
+from .reports import settings_report
 
 # Choices of preset and shift.
 AUTO, CUSTOM = "auto", "custom"
 BY_SIZE, FIXED = "by size", "fixed"
 
 TURBO_MU = cast(float, PRESETS["turbo"].mu)
+
+# Key of an input's options, beside its tooltip: the settings that each choice means, as text. The
+# page (web/js/settings.js) shows them on the sampler before a run.
+SETTINGS = "krea2_settings"
 
 # The highest max_side, max_tokens, and distance in pixels.
 MAX_MAX_SIDE = 2048
@@ -116,6 +121,7 @@ PRESET = io.Combo.Input(
         "Steps and guidance: auto uses the checkpoint's settings, raw is 28 steps at guidance 4.5, "
         "turbo 8 steps at 0, custom uses the values below. The node shows the values used."
     ),
+    extra_dict={SETTINGS: {name: settings_report(preset) for name, preset in PRESETS.items()}},
 )
 STEPS = io.Int.Input(
     "steps", default=28, min=1, max=1000, tooltip="Number of steps, for preset custom only."

@@ -43,6 +43,15 @@ _MODEL_DTYPE = io.Combo.Input(
 )
 
 
+def _transformer_input(name: str):
+    return io.Combo.Input(
+        name,
+        options=model_files.list_models(TRANSFORMER),
+        tooltip=_MODEL_TIP,
+        extra_dict={inputs.SETTINGS: model_files.settings_of_models()},
+    )
+
+
 def _dtype_input(tooltip: str):
     return io.Combo.Input(
         "dtype", options=list(DTYPES), default="auto", tooltip=tooltip, advanced=True
@@ -109,9 +118,7 @@ class K2Loader(io.ComfyNode):
             description="Loads all of Krea 2: transformer, text encoder and VAE.",
             search_aliases=inputs.aliases("turbo, raw, qwen, checkpoint"),
             inputs=[
-                io.Combo.Input(
-                    "model", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
-                ),
+                _transformer_input("model"),
                 io.Combo.Input(
                     "text_encoder",
                     options=[model_files.AUTO, *model_files.list_models(TEXT_ENCODER)],
@@ -192,9 +199,7 @@ class K2ModelLoader(io.ComfyNode):
             description="Loads a Krea 2 transformer, Raw or Turbo.",
             search_aliases=inputs.aliases("turbo, raw, unet, diffusion model"),
             inputs=[
-                io.Combo.Input(
-                    "file", options=model_files.list_models(TRANSFORMER), tooltip=_MODEL_TIP
-                ),
+                _transformer_input("file"),
                 _MODEL_DTYPE,
                 _IMPLEMENTATION,
             ],

@@ -19,7 +19,8 @@ from ..krea2_model.checkpoints.identify import (
 )
 from ..krea2_model.checkpoints.storage import weight_files
 from ..krea2_model.tools.self_check import ModelFile
-from .file_kinds import Shapes, is_krea_folder, kind_of, shapes_of, stamp, walk
+from .file_kinds import Shapes, is_krea_folder, kind_of, preset_of_file, shapes_of, stamp, walk
+from .reports import settings_report
 
 AUTO = "auto"
 
@@ -35,8 +36,9 @@ _BUILT_IN: dict[str, dict[str, Callable[[], Path]]] = {
     VAE: {NANO: lambda: nano.VAE},
 }
 
+NANO_NOTEBOOK_LORA = "krea2-nano notebook (built in)"
 _BUILT_IN_LORAS = {
-    "krea2-nano notebook (built in)": nano.LORA,
+    NANO_NOTEBOOK_LORA: nano.LORA,
     "krea2-nano reference (built in)": nano.REFERENCE_LORA,
 }
 
@@ -74,6 +76,19 @@ def list_user_models(part: str) -> list[str]:
     return [*names, *(n for n in folders if n not in names and holds(folders[n], part))]
 
 
+def settings_of_models() -> dict[str, str]:
+    """Sampling defaults by name of a transformer, as text, where its file tells them."""
+    settings = {}
+    for name in list_models(TRANSFORMER):
+        try:
+            preset = preset_of_file(find_model(TRANSFORMER, name))
+        except (CheckpointError, OSError):
+            continue  # lists show broken files too
+        if preset is not None:
+            settings[name] = settings_report(preset)
+    return settings
+
+
 def _places(key: str, name: str) -> Iterator[Path]:
     """The files of a name in all folders of a key, ComfyUI's choice first.
 
@@ -96,7 +111,7 @@ def find_model(part: str, name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
-    _check_text(name)
+    check_text(name)
     if name in _BUILT_IN[part]:
         return _BUILT_IN[part][name]()
     for spelled in _spellings(name):
@@ -115,7 +130,7 @@ def find_model(part: str, name: str) -> Path:
     )
 
 
-def problem(find: Callable[..., Path], *arguments: str) -> bool | str:
+def problem(find: Callable[..., Path | None], *arguments: str) -> bool | str:
     """The error that `find(*arguments)` raises, for a node's validation; True where none."""
     try:
         find(*arguments)
@@ -139,7 +154,7 @@ def find_lora(name: str) -> Path:
 
     Raises CheckpointError where there is none, or where it is something else.
     """
-    _check_text(name)
+    check_text(name)
     if name in _BUILT_IN_LORAS:
         return _BUILT_IN_LORAS[name]
     for spelled in _spellings(name):
@@ -176,7 +191,7 @@ def own_files() -> list[ModelFile]:
 
 def find_anything(name: str) -> Path:
     """The file or folder of a name from `list_everything`. Raises CheckpointError for another."""
-    _check_text(name)
+    check_text(name)
     key, _, rest = name.replace("\\", "/").partition("/")
     if key == "diffusers" and rest in _diffusers_folders():
         return _diffusers_folders()[rest]
@@ -244,7 +259,7 @@ def _checked_lora(path: Path) -> Path:
     return path
 
 
-def _check_text(name: object) -> None:
+def check_text(name: object) -> None:
     """Raise CheckpointError for a name that is no text: a program may post anything."""
     if not isinstance(name, str):
         raise CheckpointError(f"The file is {name!r}; expected a name from the list.")

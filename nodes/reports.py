@@ -32,10 +32,20 @@ def sampling_report(choice: str, settings: Preset, mu: float, sigmas, guided: bo
     name = settings.name if choice == settings.name else f"{choice}: {settings.name}"
     lines = [f"{name}, {settings.steps} steps, {shift_report(mu)}"]
     if guided:
-        lines.append(f"guidance {settings.guidance:g} (cfg {settings.guidance + 1:g})")
+        lines.append(guidance_report(settings.guidance))
     if sigmas[0] < 1:
         lines.append(f"starts at sigma {sigmas[0]:.3f}")
     return "\n".join(lines)
+
+
+def settings_report(preset: Preset) -> str:
+    """Sampling defaults as the sampler shows them before a run, when the size is not known."""
+    shift = "mu by size" if preset.mu is None else shift_report(preset.mu)
+    return f"{preset.name}, {preset.steps} steps, {shift}\n{guidance_report(preset.guidance)}"
+
+
+def guidance_report(guidance: float) -> str:
+    return f"guidance {guidance:g} (cfg {guidance + 1:g})"
 
 
 def shift_report(mu: float) -> str:

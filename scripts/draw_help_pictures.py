@@ -31,7 +31,7 @@ WORKFLOWS = ROOT / "tests" / "workflows"
 EXAMPLES = ROOT / "example_workflows"
 # Their thumbnails are pictures of these nodes of the graph, since krea2-nano cannot write or see.
 GRAPHS = {
-    "krea2_prompt_expander": ("K2PromptExpander", "K2TextEncode"),
+    "krea2_prompt_expander": ("K2PromptExpander",),
     "krea2_prompt_with_images": ("LoadImage", "K2TextEncodeImages"),
 }
 # The README's screenshot, in docs/, and the template that it shows.
@@ -102,6 +102,10 @@ NODES = {
     "K2SelfCheck": Shot({}, _MODEL | _CLIP, runs=True, width=560, height=200),
     "K2Sigmas": Shot({}, _MODEL | _LATENT, runs=True),
     "K2Stitch": Shot(width=280),
+    "K2StyleLora": Shot(
+        {"prompt": "a large purple star", "style": "krea2-nano notebook (built in)"},
+        _MODEL, runs=True, width=420, room=40,
+    ),
     "K2StyleMix": Shot(
         {"prompt": "a lighthouse on a cliff at dusk", "shares": "2, 1"},
         _CLIP | _VAE | {"image_1": ("LoadImage", "IMAGE"), "image_2": ("LoadImage", "IMAGE")},
@@ -146,7 +150,9 @@ BUILD = """([type, shot, sources]) => {
     }
     window.shown = shown;
 }"""
-HAS_REPORT = "() => shown.widgets?.some(widget => widget.name === 'report' && widget.value)"
+# After a run: the sampler shows its settings before one.
+HAS_REPORT = """() => app.nodeOutputs[shown.id]
+    && shown.widgets?.some(widget => widget.name === 'report' && widget.value)"""
 # The pack's name above each node.
 NO_BADGES = """() => app.extensionManager.setting.set(
     'Comfy.NodeBadge.NodeSourceBadgeMode', 'None')"""

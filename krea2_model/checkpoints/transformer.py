@@ -137,6 +137,11 @@ def variant_of(checkpoint: Checkpoint) -> tuple[str | None, str]:
     return named, "its name" if named else "nothing says so"
 
 
+def sampling_defaults(checkpoint: Checkpoint) -> Preset | None:
+    """A checkpoint's sampling defaults, as `read_transformer` gives them; needs no tensors."""
+    return _preset(checkpoint, variant_of(checkpoint)[0])
+
+
 def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
     """Sampling defaults: the file's own where its metadata carries them, else the variant's."""
     metadata = checkpoint.metadata

@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from conftest import ROOT, read_json
+from nano_templates import NANO, NANO_RAW, nano_graph
 from page import PACK_FOLDER, open_template
 
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
@@ -27,6 +28,14 @@ SEARCHES = {
     "turbo": {"Load Krea 2", "Load Krea 2 Model", "Krea 2 Sampler", "Krea 2 Size"},
     "raw": {"Load Krea 2", "Load Krea 2 Model", "Krea 2 Sampler", "Krea 2 Size"},
 }
+LOADER = "K2Loader"
+HIDDEN = """type => app.rootGraph.nodes.find(node => node.type === type)
+    .widgets.filter(widget => widget.hidden).map(widget => widget.name)"""
+# Nodes whose lower right corner is in no group.
+OUTSIDE = """() => app.rootGraph.nodes.filter(node => !app.rootGraph.groups.some(group =>
+    node.pos[0] >= group.pos[0] && node.pos[1] >= group.pos[1]
+    && node.pos[0] + node.size[0] <= group.pos[0] + group.size[0]
+    && node.pos[1] + node.size[1] <= group.pos[1] + group.size[1])).map(node => node.type)"""
 BLUEPRINT = "Krea 2 text to image"
 
 
@@ -47,6 +56,23 @@ def set_widgets(page, node_type: str, **values):
         }""",
         [node_type, values],
     )
+
+
+def choose(page, node_type: str, name: str, value: str):
+    """Choose from a node's list, as its menu does."""
+    page.evaluate(
+        """([type, name, value]) => {
+            const node = app.rootGraph.nodes.find(node => node.type === type);
+            const widget = node.widgets.find(widget => widget.name === name);
+            widget.value = value;
+            widget.callback(value, app.canvas, node);
+        }""",
+        [node_type, name, value],
+    )
+
+
+def pick_model(page, name: str):
+    choose(page, LOADER, "model", name)
 
 
 def run(page):
@@ -82,6 +108,50 @@ def test_template_opens_whole_and_equals_its_twin(load_template, server, name):
     thumbnail = f"http://{server.address}/api/workflow_templates/{PACK_FOLDER}/{name}.jpg"
     with urllib.request.urlopen(thumbnail) as answer:
         assert answer.headers.get_content_type() == "image/jpeg"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_picking_nano_puts_its_values_in_and_another_model_the_template_s(load_template, name):
+    page = load_template(name)
+    own, nano = api_form(page), nano_graph(name)
+    (loader,) = [node["inputs"]["model"] for node in nano.values() if node["class_type"] == LOADER]
+    pick_model(page, loader)
+    assert api_form(page) == nano
+    pick_model(page, next(n for n in own.values() if n["class_type"] == LOADER)["inputs"]["model"])
+    assert api_form(page) == own
+
+
+def test_a_value_of_the_user_s_stays(load_template):
+    page = load_template("krea2_turbo_text_to_image")
+    set_widgets(page, "K2PromptExpander", prompt="a hare")
+    pick_model(page, NANO)
+    form = {node["class_type"]: node["inputs"] for node in api_form(page).values()}
+    assert form["K2PromptExpander"]["prompt"] == "a hare"
+    assert form["K2EmptyLatent"]["width"] == 128
+
+
+def test_the_sampler_shows_what_it_will_use(load_template):
+    page = load_template("krea2_raw_text_to_image")
+    # By its name: the file is not here.
+    assert page.evaluate(REPORT, "K2Sampler") == "auto: raw, 28 steps, mu by size\n" + (
+        "guidance 4.5 (cfg 5.5)"
+    )
+    assert page.evaluate(HIDDEN, "K2Sampler") == ["steps", "guidance", "mu"]
+    pick_model(page, NANO_RAW)
+    assert "guidance 3.5" in page.evaluate(REPORT, "K2Sampler")
+    choose(page, "K2Sampler", "preset", "turbo")
+    assert page.evaluate(REPORT, "K2Sampler").startswith("turbo, 8 steps, mu 1.15")
+    choose(page, "K2Sampler", "preset", "custom")
+    choose(page, "K2Sampler", "shift", "fixed")
+    assert page.evaluate(HIDDEN, "K2Sampler") == []
+    assert page.evaluate(REPORT, "K2Sampler") == ""
+
+
+def test_the_pack_is_listed_by_its_name(server):
+    for words in server.request("/i18n").values():
+        category = words.get("templateWorkflows", {}).get("category", {})
+        if "nodeDefs" in words:
+            assert category[PACK_FOLDER] == "Krea 2 Kit"
 
 
 def test_templates_are_offered(server):
@@ -227,3 +297,12 @@ def test_blueprint_is_offered_and_runs(page, server):
     run(page)
     outputs = outputs_of_run(page, server, "PreviewImage")
     assert len(server.images(outputs)) == 1
+
+
+def test_nodes_stay_in_their_groups_after_a_run(load_template, server):
+    """Reports, the sampler's previews and pictures have made the nodes grow."""
+    page = load_template("krea2_raw_faster")
+    pick_model(page, NANO_RAW)
+    run(page)
+    outputs_of_run(page, server, "SaveImage")
+    assert page.evaluate(OUTSIDE) == []

@@ -9,7 +9,13 @@ from in_process import NODES
 from live_bytes import LiveBytes
 from parity import assert_close
 
-PROMPTS = ["a fox in the snow", "", "狐狸在雪地里 🦊", "x" * 300, "two\nlines "]
+PROMPTS = [
+    "a fox in the snow",
+    "",
+    "\u72d0\u72f8\u5728\u96ea\u5730\u91cc \U0001f98a",
+    "x" * 300,
+    "two\nlines ",
+]
 
 
 @pytest.fixture

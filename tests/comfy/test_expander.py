@@ -342,6 +342,12 @@ def test_nano_is_refused_with_the_remedy(run, models):
         run("K2PromptExpander", clip=clip, prompt="a fox")
 
 
+def test_switched_off_it_passes_the_prompt_on(run, models):
+    """With any encoder: nothing is written."""
+    clip = run("K2TextEncoderLoader", file="krea2-nano (built in)")[0]
+    assert run("K2PromptExpander", clip=clip, prompt="a fox", enabled=False) == (["a fox"],)
+
+
 def test_other_encoders_are_refused(run):
     class Other:
         cond_stage_model = None

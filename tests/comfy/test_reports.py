@@ -1,5 +1,7 @@
 """What the nodes show after a run, and the size that swap turns."""
 
+import shutil
+
 import pytest
 
 from in_process import NODES
@@ -86,3 +88,27 @@ def test_schedule_and_shift_tell_what_they_took(turbo, raw, latent):
         "mu 0.9062",
         "1024 x 1024 px, 4096 tokens",
     ]
+
+
+def test_loaders_tell_the_settings_of_their_files(models, pack):
+    """Before a run, from headers alone; the page shows them on the sampler."""
+    key = pack("nodes.inputs").SETTINGS
+    for node_id, name in (("K2Loader", "model"), ("K2ModelLoader", "file")):
+        inputs = {entry.id: entry.as_dict() for entry in NODES[node_id].define_schema().inputs}
+        settings = inputs[name][key]
+        assert settings["krea2-nano (built in)"] == ("turbo, 8 steps, mu 1.15\nguidance 0 (cfg 1)")
+        assert settings["krea2-nano Raw (built in)"] == (
+            "raw, 28 steps, mu by size\nguidance 3.5 (cfg 4.5)"
+        )
+        assert settings["krea2_tiny_raw.safetensors"].startswith("raw, 28 steps")
+
+
+def test_a_file_without_settings_is_left_out(models, pack):
+    """A name without raw or turbo, and no metadata: nothing is guessed."""
+    file = models / "diffusion_models" / "someone.safetensors"
+    shutil.copy(models / "diffusion_models" / "krea2_tiny_raw.safetensors", file)
+    try:
+        settings = pack("nodes.model_files").settings_of_models()
+    finally:
+        file.unlink()
+    assert "someone.safetensors" not in settings and "krea2_tiny_turbo.safetensors" in settings

@@ -13,7 +13,9 @@ INPUTS = {
     "K2LoraLoader": ["model", "clip", "lora", "strength", "clip_strength"],
     "K2PromptExpander": [
         *("clip", "prompt", "creativity", "length", "seed", "variants", "style", "language"),
+        "enabled",
     ],
+    "K2StyleLora": ["model", "prompt", "style", "strength"],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens", "weights"],
     "K2TextEncodeImages": [
         *("clip", "prompt", *(f"image_{number}" for number in range(1, 9)), "negative", "labels"),
@@ -64,6 +66,7 @@ OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
     "K2LoraLoader": ["MODEL", "CLIP", "STRING"],
     "K2PromptExpander": ["STRING"],
+    "K2StyleLora": ["MODEL", "STRING"],
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
     "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
@@ -111,6 +114,7 @@ def test_inputs_that_came_later_are_optional():
         "K2TextEncode": ["max_tokens", "weights"],
         "K2Sampler": ["seeds", "start_sigma"],
         "K2Sigmas": ["start_sigma"],
+        "K2PromptExpander": ["enabled"],
     }
     for node_id, names in later.items():
         inputs = {entry.id: entry for entry in NODES[node_id].GET_SCHEMA().inputs}

@@ -173,7 +173,7 @@ def test_nano_paints_the_same_everywhere(server, pack):
 def test_translations_are_served(server):
     words = server.request("/i18n")
     assert {"en", "es", "ja", "zh"} <= words.keys()
-    assert words["zh"]["nodeDefs"]["K2Sampler"]["inputs"]["steps"]["name"] == "步数"
+    assert words["zh"]["nodeDefs"]["K2Sampler"]["inputs"]["steps"]["name"] == "\u6b65\u6570"
 
 
 def test_inpainting_changes_no_byte_outside_of_the_mask(server):

@@ -56,7 +56,9 @@ def use_every_node(base: Path) -> set[str]:
         run("K2VAELoader", file=nano)
         run("K2Inspect", file="diffusion_models/copy.safetensors")
         model, clip, _ = run("K2LoraLoader", model=model, clip=clip, lora=lora)
-        positive, negative = run("K2TextEncode", clip=clip, prompt="a red star", negative="blue")
+        style = "krea2-nano notebook (built in)"
+        model, prompt = run("K2StyleLora", model=model, prompt="a red star", style=style)
+        positive, negative = run("K2TextEncode", clip=clip, prompt=prompt, negative="blue")
         latent, width, height = run("K2EmptyLatent", aspect="custom", width=64, height=64)
         run("K2Sigmas", model=model, latent=latent)
         run("K2ModelSampling", model=model, width=width, height=height)

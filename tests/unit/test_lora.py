@@ -311,7 +311,8 @@ def test_several_loras_make_each_weight_once(weights, monkeypatch):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.other = (torch.nn.Linear(24, 16, bias=False) for _ in range(2))
+            linear = torch.nn.Linear
+            self.one, self.other = (linear(24, 16, bias=False) for _ in range(2))
 
     torch.manual_seed(3)
     model = Model().requires_grad_(False)

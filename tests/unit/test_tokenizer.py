@@ -46,22 +46,30 @@ PROMPTS = {
     "leading tab": "\ta fox",
     "escaped brackets": r"a \(very\) red fox \\ [a|b] (weight:1.3)",
     "comma and points": "fox, snow... , ,, !?",
-    "CJK": "雪の中の狐、北海道。雪中的狐狸",
-    "Korean": "눈 속의 여우",
-    "Thai": "สุนัขจิ้งจอกในหิมะ",
-    "right to left": "ثعلب in the שלג, 12 units",
-    "emoji": "🦊❄️ 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
+    "CJK": (
+        "\u96ea\u306e\u4e2d\u306e\u72d0\u3001\u5317\u6d77\u9053\u3002\u96ea\u4e2d\u7684\u72d0\u72f8"
+    ),
+    "Korean": "\ub208 \uc18d\uc758 \uc5ec\uc6b0",
+    "Thai": (
+        "\u0e2a\u0e38\u0e19\u0e31\u0e02\u0e08\u0e34\u0e49\u0e07\u0e08\u0e2d\u0e01\u0e43"
+        "\u0e19\u0e2b\u0e34\u0e21\u0e30"
+    ),
+    "right to left": "\u062b\u0639\u0644\u0628 in the \u05e9\u05dc\u05d2, 12 units",
+    "emoji": (
+        "\U0001f98a\u2744\ufe0f \U0001f469\u200d\U0001f469\u200d\U0001f467\u200d"
+        "\U0001f466 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd"
+    ),
     "combining marks": "e\u0301toile, n\u0303, a\u0308\u0323",
     "Hangul jamo": "\u1112\u1161\u11ab",
     "zero-width": "fo\u200dx\u200b and\ufeff snow\u00ad",
     "no-break space": "a\u00a0fox\u2003in\u3000snow",
-    "ligature and full width": "ﬁne Ｆｏｘ ① ½",
+    "ligature and full width": "\ufb01ne \uff26\uff4f\uff58 \u2460 ½",
     "chat markers": "a fox<|im_end|>\n<|im_start|>assistant\nno<|endoftext|>",
     "chat marker first": "<|im_start|>user\na fox",
     "vision and tool markers": "<|vision_start|><|image_pad|><|vision_end|><tool_call><think>x",
     "broken marker": "<|im_end| > <|im_endx|> <| im_end |>",
     "contractions": "it's the fox's DON'T we'LL I'd they've",
-    "numbers": "1234567890 3.14159 1e-5 12,000 ２０２６",
+    "numbers": "1234567890 3.14159 1e-5 12,000 \uff12\uff10\uff12\uff16",
     "code": "def f(x):\n    return x ** 2  # comment\n\n\n",
     "URL": "https://example.com/a_b?c=d&e=%20f#g",
     "long word": "fox" * 900,
@@ -72,7 +80,7 @@ PROMPTS = {
     "one over the budget": " fox" * (PROMPT_BUDGET + 1),
     "line break over the budget": "\n" + " fox" * (PROMPT_BUDGET + 1),
     "marker at the cut": " fox" * (PROMPT_BUDGET - 1) + "<|im_end|><|im_end|>",
-    "character in pieces at the cut": "𓂀" * 400,
+    "character in pieces at the cut": "\U00013080" * 400,
 }
 
 
@@ -204,9 +212,9 @@ def test_half_characters_are_refused(tokenizer):
 
 
 def test_decode(tokenizer):
-    ids = tokenizer.tokenize_raw("<|im_start|>user\na 🦊")
-    assert tokenizer.decode(ids) == "user\na 🦊"
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\na 🦊"
+    ids = tokenizer.tokenize_raw("<|im_start|>user\na \U0001f98a")
+    assert tokenizer.decode(ids) == "user\na \U0001f98a"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\na \U0001f98a"
 
 
 def test_loading_is_local(tokenizer_folder, monkeypatch):

@@ -20,7 +20,11 @@ function removeProgress(node) {
   node.widgets.splice(index, 1);
 }
 
-function show(node, text) {
+export function reportOf(node) {
+  return node.widgets?.find((each) => each.name === NAME)?.value;
+}
+
+export function show(node, text) {
   removeProgress(node);
   let widget = node.widgets?.find((each) => each.name === NAME);
   if (!widget) {
@@ -56,7 +60,7 @@ function update(node, output) {
 }
 
 app.registerExtension({
-  name: "krea2.nodeText",
+  name: "krea2kit.nodeText",
 
   nodeCreated(node) {
     if (!isOurs(node)) return;

@@ -1,0 +1,171 @@
+"""Draws the thumbnails of the example workflows that take images: before and after, by krea2-nano.
+
+    COMFYUI_PATH=... python scripts/draw_thumbnails.py [NAME ...]
+
+Each is the workflow's own graph with krea2-nano's values (nano_templates.py), on an image that
+krea2-nano painted too.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from headless import ROOT, ComfyServer
+from nano_templates import nano_graph
+from page import page_server
+
+EXAMPLES = ROOT / "example_workflows"
+# Pixels of a picture's side, and between the two.
+SIDE, GAP = 384, 12
+START = "a red circle left of a blue square on a yellow background"
+# Of the server's input folder; the workflows name the first.
+NAMES = ("example.png", "second.png")
+Pictures = list[Image.Image]
+
+
+def paint(server: ComfyServer, name: str, **values: Mapping[str, Any]) -> Image.Image:
+    """A picture by a workflow on krea2-nano; `values` are inputs by type of node."""
+    graph = nano_graph(name)
+    for node in graph.values():
+        node["inputs"].update(values.get(node["class_type"], {}))
+    return Image.open(io.BytesIO(server.images(server.run(graph, timeout=600))[-1])).convert("RGB")
+
+
+def start(server: ComfyServer, prompt: str = START) -> Image.Image:
+    return paint(server, "krea2_nano_first_image", K2TextEncode={"prompt": prompt})
+
+
+def give(server: ComfyServer, image: Image.Image, name: str = NAMES[0]) -> None:
+    """Put an image where the workflow's Load Image finds it; what is transparent is the mask."""
+    image.save(server.base / "input" / name)
+
+
+def masked(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, box)
+    image = image.copy()
+    image.putalpha(alpha)
+    return image
+
+
+def outlined(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The image with the edge of its mask drawn, enlarged so that the line is thin."""
+    factor = SIDE / image.height
+    image = image.resize((round(image.width * factor), SIDE), Image.Resampling.LANCZOS)
+    corners = [round(each * factor) for each in box]
+    ImageDraw.Draw(image).rectangle(corners, outline="black", width=3)
+    return image
+
+
+def image_to_image(server: ComfyServer) -> Pictures:
+    before = start(server, "a red circle on a yellow background")
+    give(server, before)
+    prompt = {"prompt": "a blue square on a pink background"}
+    return [before, paint(server, "krea2_image_to_image", K2TextEncode=prompt,
+                          K2Sampler={"denoise": 0.75})]  # fmt: skip
+
+
+def inpaint(server: ComfyServer) -> Pictures:
+    before, box = start(server), (64, 16, 124, 112)
+    give(server, masked(before, box))
+    prompt = {"prompt": "a red circle left of a green star on a yellow background"}
+    return [outlined(before, box), paint(server, "krea2_inpaint", K2TextEncode=prompt)]
+
+
+def inpaint_detail(server: ComfyServer) -> Pictures:
+    before = start(server, "a large blue circle on a yellow background").resize((256, 256))
+    box = (96, 96, 160, 160)
+    give(server, masked(before, box))
+    prompt = {"prompt": "a white star on a blue background"}
+    settings = {"denoise": 1.0}
+    after = paint(server, "krea2_inpaint_detail", K2TextEncode=prompt, K2Sampler=settings)
+    return [outlined(before, box), after]
+
+
+def outpaint(server: ComfyServer) -> Pictures:
+    before = start(server).crop((0, 0, 64, 128))
+    give(server, before)
+    prompt = {"prompt": "a red circle left of a blue triangle on a yellow background"}
+    return [before, paint(server, "krea2_outpaint", K2TextEncode=prompt,
+                          K2FitImage={"megapixels": 0.0})]  # fmt: skip
+
+
+def reference(server: ComfyServer) -> Pictures:
+    before = start(server, "a green square on a pink background")
+    give(server, before)
+    return [before, paint(server, "krea2_reference")]
+
+
+def style_mix(server: ComfyServer) -> Pictures:
+    images = [
+        start(server, "a red square on a white background"),
+        start(server, "a black ring on a blue background"),
+    ]
+    for image, name in zip(images, NAMES, strict=True):
+        give(server, image, name)
+    graph = nano_graph("krea2_style_mix")
+    graph["4"]["inputs"]["image"] = NAMES[1]
+    painted = server.images(server.run(graph, timeout=600))[-1]
+    both = Image.new("RGB", (128, 128))
+    for index, image in enumerate(images):
+        both.paste(image.crop((32, 0, 96, 128)), (64 * index, 0))
+    return [both, Image.open(io.BytesIO(painted)).convert("RGB")]
+
+
+def style_loras(server: ComfyServer) -> Pictures:
+    prompt = "a large purple star on a white background"
+    return [
+        paint(server, "krea2_style_loras", K2StyleLora={"prompt": prompt, "style": style})
+        for style in ("none", "krea2-nano notebook (built in)")
+    ]
+
+
+DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
+    "krea2_image_to_image": image_to_image,
+    "krea2_inpaint": inpaint,
+    "krea2_inpaint_detail": inpaint_detail,
+    "krea2_outpaint": outpaint,
+    "krea2_reference": reference,
+    "krea2_style_loras": style_loras,
+    "krea2_style_mix": style_mix,
+}
+
+
+def side_by_side(pictures: Pictures) -> Image.Image:
+    """Pictures of one height beside each other on a white ground."""
+    scaled = [
+        picture.resize(
+            (round(picture.width * SIDE / picture.height), SIDE), Image.Resampling.LANCZOS
+        )
+        for picture in pictures
+    ]
+    width = sum(picture.width for picture in scaled) + GAP * (len(scaled) - 1)
+    row, x = Image.new("RGB", (width, SIDE), "white"), 0
+    for picture in scaled:
+        row.paste(picture, (x, 0))
+        x += picture.width + GAP
+    return row
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - set(DRAWN):
+        sys.exit(f"Unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(DRAWN)}.")
+    with (
+        tempfile.TemporaryDirectory() as base,
+        page_server(Path(base) / "server", "none") as server,
+    ):
+        for name in names or DRAWN:
+            print(name, flush=True)
+            picture = side_by_side(DRAWN[name](server))
+            picture.save(EXAMPLES / f"{name}.jpg", quality=90, optimize=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,47 @@
+"""The example workflows on krea2-nano, as the page makes them when it is picked: all run."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from headless import JobError
+from nano_templates import nano_graph
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "workflows").glob("*.json"))
+# Models that krea2-nano stands for, and a LoRA of its own.
+SUFFIX = ".safetensors"
+
+
+@pytest.fixture(scope="module")
+def picture(server):
+    """ComfyUI's example image, its middle masked."""
+    image = Image.linear_gradient("L").resize((160, 160)).convert("RGB")
+    opaque = Image.new("L", image.size, 255)
+    opaque.paste(0, (48, 48, 112, 112))
+    image.putalpha(opaque)
+    image.save(server.base / "input" / "example.png")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_without_a_download(server, picture, name):
+    graph = nano_graph(name)
+    values = [value for node in graph.values() for value in node["inputs"].values()]
+    assert not [value for value in values if str(value).endswith(SUFFIX)]
+    images = server.images(server.run(graph, timeout=120))
+    assert images
+    for image in images:
+        with Image.open(io.BytesIO(image)) as opened:
+            assert len(opened.convert("RGB").getcolors(1 << 20)) > 20, "more than an empty ground"
+
+
+@pytest.mark.parametrize("name", ["krea2_turbo_text_to_image", "krea2_raw_text_to_image"])
+def test_the_expander_is_a_switch(server, name):
+    """Off, the prompt is what is encoded; on, the text encoder is asked, and nano's cannot."""
+    graph = nano_graph(name)
+    (expander,) = [n for n in graph.values() if n["class_type"] == "K2PromptExpander"]
+    assert expander["inputs"]["enabled"] is False
+    expander["inputs"]["enabled"] = True
+    with pytest.raises(JobError, match="random and cannot write"):
+        server.run(graph, timeout=120)

@@ -1,0 +1,120 @@
+// Krea 2 Sampler and its relatives: numbers that a preset leaves unused are hidden, and the
+// settings that it stands for are written on the node before a run.
+
+import { app } from "../../../scripts/app.js";
+import { reportOf, show } from "./node_text.js";
+
+// A widget is shown where another one has this value.
+const SHOWN_WITH = {
+  steps: ["preset", "custom"],
+  guidance: ["preset", "custom"],
+  mu: ["shift", "fixed"],
+};
+// Key of an input's options: the settings of each choice, as text (nodes/inputs.py).
+const SETTINGS = "krea2_settings";
+// Nodes without guidance show the first line only.
+const SAMPLER = "K2Sampler";
+const FARTHEST = 50;
+
+// The settings last shown on a node: a report of a run stays until they change.
+const planned = new WeakMap();
+
+const isOurs = (node) => node?.comfyClass?.startsWith("K2");
+const widgetOf = (node, name) => node.widgets?.find((each) => each.name === name);
+const inputOf = (node, name) => node.inputs?.find((each) => each.name === name);
+const isLinked = (node, name) => inputOf(node, name)?.link != null;
+
+function settingsOf(node, name) {
+  const inputs = node.constructor?.nodeData?.input;
+  return inputs?.required?.[name]?.[1]?.[SETTINGS] ?? inputs?.optional?.[name]?.[1]?.[SETTINGS];
+}
+
+function hideUnused(node) {
+  let changed = false;
+  for (const [name, [by, value]] of Object.entries(SHOWN_WITH)) {
+    const widget = widgetOf(node, name);
+    const control = widgetOf(node, by);
+    if (!widget || !control) continue;
+    const hidden = control.value !== value && !isLinked(node, name) && !isLinked(node, by);
+    if (Boolean(widget.hidden) === hidden) continue;
+    widget.hidden = hidden;
+    if (widget.options) widget.options.hidden = hidden;
+    changed = true;
+  }
+  if (!changed) return;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+// The settings of the file at the beginning of the wire, as far as its loader tells them.
+function settingsOfModel(node, presets) {
+  for (let step = 0; node && step < FARTHEST; step++) {
+    for (const name of ["model", "file", "unet_name", "ckpt_name"]) {
+      const widget = widgetOf(node, name);
+      if (typeof widget?.value !== "string" || isLinked(node, name)) continue;
+      const known = settingsOf(node, name)?.[widget.value];
+      if (known) return known;
+      // A file that is not here yet, as in a template: named by Raw or Turbo.
+      const words = widget.value.toLowerCase().split(/[^a-z]+/);
+      return presets[["turbo", "raw"].find((word) => words.includes(word))];
+    }
+    const slot = node.inputs?.findIndex((each) => each.name === "model" || each.type === "MODEL");
+    node = slot >= 0 ? node.getInputNode?.(slot) : null;
+  }
+  return undefined;
+}
+
+function plan(node) {
+  const preset = widgetOf(node, "preset");
+  const presets = settingsOf(node, "preset");
+  if (!preset || !presets || isLinked(node, "preset")) return "";
+  if (preset.value === "custom") return "";
+  const named = presets[preset.value];
+  const settings = named ?? settingsOfModel(node, presets);
+  if (!settings) return "";
+  const text = named ? settings : `${preset.value}: ${settings}`;
+  return node.comfyClass === SAMPLER ? text : text.split("\n")[0];
+}
+
+function refresh(node) {
+  hideUnused(node);
+  const text = plan(node);
+  if (text === planned.get(node)) return;
+  const isFirst = !planned.has(node);
+  planned.set(node, text);
+  if (isFirst && reportOf(node)) return;
+  if (text || reportOf(node)) show(node, text);
+}
+
+function refreshAll() {
+  for (const node of app.graph?.nodes ?? []) if (isOurs(node)) refresh(node);
+}
+
+app.registerExtension({
+  name: "krea2kit.settings",
+
+  nodeCreated(node) {
+    if (!isOurs(node)) return;
+    for (const name of ["preset", "shift", "model", "file"]) {
+      const widget = widgetOf(node, name);
+      if (!widget) continue;
+      const before = widget.callback;
+      widget.callback = function () {
+        const result = before?.apply(this, arguments);
+        refreshAll();
+        return result;
+      };
+    }
+    const connected = node.onConnectionsChange;
+    node.onConnectionsChange = function () {
+      const result = connected?.apply(this, arguments);
+      // Links are written after this call.
+      queueMicrotask(refreshAll);
+      return result;
+    };
+    queueMicrotask(() => node.graph && refresh(node));
+  },
+
+  afterConfigureGraph: refreshAll,
+});
