@@ -31,6 +31,7 @@ class K2LoraLoader(io.ComfyNode):
                 io.Combo.Input(
                     "lora",
                     options=model_files.list_loras(),
+                    extra_dict={inputs.SETTINGS: model_files.settings_of_loras()},
                     tooltip=(
                         "A file in models/loras, or one of the LoRAs that come with krea2-nano."
                     ),

@@ -18,6 +18,7 @@ from ..krea2_model.checkpoints.identify import (
     read_header,
 )
 from ..krea2_model.checkpoints.storage import weight_files
+from ..krea2_model.lora.few_steps import few_step_preset, read_steps
 from ..krea2_model.tools.self_check import ModelFile
 from .file_kinds import Shapes, is_krea_folder, kind_of, preset_of_file, shapes_of, stamp, walk
 from .reports import settings_report
@@ -87,6 +88,16 @@ def settings_of_models() -> dict[str, str]:
         if preset is not None:
             settings[name] = settings_report(preset)
     return settings
+
+
+def settings_of_loras() -> dict[str, str]:
+    """Sampling defaults by name of a few-step LoRA, as text, where the name tells them."""
+    steps = {name: read_steps(Path(name).name) for name in list_loras()}
+    return {
+        name: settings_report(few_step_preset(count, None))
+        for name, count in steps.items()
+        if count is not None
+    }
 
 
 def _places(key: str, name: str) -> Iterator[Path]:

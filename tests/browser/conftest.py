@@ -1,6 +1,7 @@
 """The real page: a ComfyUI server with the pack, and Chromium on it; see scripts/page.py."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +13,19 @@ sys.path.append(str(ROOT / "scripts"))
 
 import page as pages  # noqa: E402
 
+NANO_LORA = ROOT / "krea2_model" / "nano" / "krea2_nano_notebook_lora.safetensors"
+FEW_STEP_LORA = "krea2_turbo_distill_4step.safetensors"
+
 expect.set_options(timeout=pages.PATIENCE)
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    with pages.page_server(tmp_path_factory.mktemp("server"), "latent2rgb") as running:
+    base = tmp_path_factory.mktemp("server")
+    loras = base / "models" / "loras"
+    loras.mkdir(parents=True)
+    shutil.copyfile(NANO_LORA, loras / FEW_STEP_LORA)
+    with pages.page_server(base, "latent2rgb") as running:
         yield running
 
 

@@ -58,7 +58,7 @@ def set_widgets(page, node_type: str, **values):
     )
 
 
-def choose(page, node_type: str, name: str, value: str):
+def choose(page, node_type: str, name: str, value: str | float):
     """Choose from a node's list, as its menu does."""
     page.evaluate(
         """([type, name, value]) => {
@@ -145,6 +145,14 @@ def test_the_sampler_shows_what_it_will_use(load_template):
     choose(page, "K2Sampler", "shift", "fixed")
     assert page.evaluate(HIDDEN, "K2Sampler") == []
     assert page.evaluate(REPORT, "K2Sampler") == ""
+
+
+def test_the_sampler_shows_the_steps_of_a_few_step_lora(load_template):
+    page = load_template("krea2_lora")
+    choose(page, "K2LoraLoader", "lora", "krea2_turbo_distill_4step.safetensors")
+    assert page.evaluate(REPORT, "K2Sampler").startswith("auto: few-step LoRA, 4 steps")
+    choose(page, "K2LoraLoader", "strength", 0.5)
+    assert page.evaluate(REPORT, "K2Sampler").startswith("auto: turbo, 8 steps")
 
 
 def test_the_pack_is_listed_by_its_name(server):

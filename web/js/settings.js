@@ -14,6 +14,8 @@ const SHOWN_WITH = {
 const SETTINGS = "krea2_settings";
 // Nodes without guidance show the first line only.
 const SAMPLER = "K2Sampler";
+// Below this strength a few-step LoRA leaves the checkpoint's settings (krea2_model/lora).
+const FULL_STRENGTH = 0.8;
 const FARTHEST = 50;
 
 // The settings last shown on a node: a report of a run stays until they change.
@@ -50,6 +52,8 @@ function hideUnused(node) {
 // The settings of the file at the beginning of the wire, as far as its loader tells them.
 function settingsOfModel(node, presets) {
   for (let step = 0; node && step < FARTHEST; step++) {
+    const ofLora = settingsOf(node, "lora")?.[widgetOf(node, "lora")?.value];
+    if (ofLora && !(widgetOf(node, "strength")?.value < FULL_STRENGTH)) return ofLora;
     for (const name of ["model", "file", "unet_name", "ckpt_name"]) {
       const widget = widgetOf(node, name);
       if (typeof widget?.value !== "string" || isLinked(node, name)) continue;
@@ -96,7 +100,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!isOurs(node)) return;
-    for (const name of ["preset", "shift", "model", "file"]) {
+    for (const name of ["preset", "shift", "model", "file", "lora", "strength"]) {
       const widget = widgetOf(node, name);
       if (!widget) continue;
       const before = widget.callback;
