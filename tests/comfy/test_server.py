@@ -22,6 +22,10 @@ OFFICIAL_NAMES = {
     "diffusion_models/krea2_turbo_bf16": "diffusion_models/krea2_tiny_turbo",
     "diffusion_models/krea2_raw_bf16": "diffusion_models/krea2_tiny_raw",
     "text_encoders/qwen3vl_4b_bf16": "text_encoders/qwen3vl_tiny",
+    # The workflows name these.
+    "diffusion_models/krea2_turbo_fp8_scaled": "diffusion_models/krea2_tiny_turbo",
+    "diffusion_models/krea2_raw_fp8_scaled": "diffusion_models/krea2_tiny_raw",
+    "text_encoders/qwen3vl_4b_fp8_scaled": "text_encoders/qwen3vl_tiny",
     "vae/qwen_image_vae": "vae/qwen_image_vae_tiny",
 }
 
@@ -47,16 +51,17 @@ def make_brief(encoder):
 
 
 def make_lora(models):
-    """A small LoRA under the name of the one that the workflows load."""
+    """A small LoRA under the names of those that the workflows load."""
     weights = load_file(models / "diffusion_models" / "krea2_tiny_turbo.safetensors")
     rows, columns = weights["blocks.0.attn.wq.weight"].shape
     name = "diffusion_model.blocks.0.attn.wq.lora"
     (models / "loras").mkdir(exist_ok=True)
-    save_file(
-        {f"{name}_A.weight": torch.full((4, columns), 0.01),
-         f"{name}_B.weight": torch.full((rows, 4), 0.01)},
-        models / "loras" / "krea2_style_reference.safetensors",
-    )  # fmt: skip
+    for file in ("krea2_style_reference", "krea2_darkbrush"):
+        save_file(
+            {f"{name}_A.weight": torch.full((4, columns), 0.01),
+             f"{name}_B.weight": torch.full((rows, 4), 0.01)},
+            models / "loras" / f"{file}.safetensors",
+        )  # fmt: skip
 
 
 def make_bad_files(models):
@@ -86,6 +91,8 @@ def graph():
     whole = json.loads((ROOT / "tests/workflows/krea2_turbo_text_to_image.json").read_text())
     nodes = {node["class_type"]: node["inputs"] for node in whole.values()}
     nodes["K2EmptyLatent"].update(aspect="custom", width=128, height=96)
+    # Without the expander, which is a switch there.
+    nodes["K2TextEncode"]["prompt"] = nodes["K2PromptExpander"]["prompt"]
     nodes["graph"] = whole
     return nodes
 
@@ -103,6 +110,24 @@ def example_image():
     opaque.paste(0, (100, 60, 160, 120))
     image.putalpha(opaque)
     return image
+
+
+@pytest.mark.parametrize("variant", ["turbo", "raw"])
+def test_the_expander_of_text_to_image_is_a_switch(server, variant):
+    """Off, as in the workflow, the prompt is encoded as it is; on, a caption of it."""
+    whole = json.loads((ROOT / f"tests/workflows/krea2_{variant}_text_to_image.json").read_text())
+    inputs = {node["class_type"]: node["inputs"] for node in whole.values()}
+    number = {node["class_type"]: number for number, node in whole.items()}["K2PromptExpander"]
+    inputs["K2EmptyLatent"].update(aspect="custom", width=64, height=64)
+    inputs["K2PromptExpander"].update(length="short", prompt="a fox")
+    shown = []
+    for enabled in (False, True):
+        inputs["K2PromptExpander"]["enabled"] = enabled
+        inputs["K2Sampler"]["seed"] = int(enabled)
+        outputs = server.wait(server.post(whole), timeout=120)
+        assert len(server.images(outputs)) == 1
+        shown.append(outputs[number]["text"][0])
+    assert shown[0] == "off: the prompt goes on as it is" and shown[1] not in ("", shown[0])
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

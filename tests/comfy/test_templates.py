@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from headless import JobError
 from nano_templates import nano_graph
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "workflows").glob("*.json"))
@@ -34,14 +33,3 @@ def test_it_runs_without_a_download(server, picture, name):
     for image in images:
         with Image.open(io.BytesIO(image)) as opened:
             assert len(opened.convert("RGB").getcolors(1 << 20)) > 20, "more than an empty ground"
-
-
-@pytest.mark.parametrize("name", ["krea2_turbo_text_to_image", "krea2_raw_text_to_image"])
-def test_the_expander_is_a_switch(server, name):
-    """Off, the prompt is what is encoded; on, the text encoder is asked, and nano's cannot."""
-    graph = nano_graph(name)
-    (expander,) = [n for n in graph.values() if n["class_type"] == "K2PromptExpander"]
-    assert expander["inputs"]["enabled"] is False
-    expander["inputs"]["enabled"] = True
-    with pytest.raises(JobError, match="random and cannot write"):
-        server.run(graph, timeout=120)
