@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _COMFY = "https://huggingface.co/Comfy-Org/Krea-2/resolve/main"
-_QWEN = "https://huggingface.co/Comfy-Org/Qwen3-VL/resolve/main"
 
 TURBO, RAW = "turbo", "raw"
 # Sizes of graphics cards in GB that have a row of their own, the largest first.
@@ -22,13 +21,13 @@ class ModelFile:
 
     name: of the file, or what to look for on the page. folder: in ComfyUI's models folder.
     pattern: of the names of files that a page offers; empty where this is one file.
-    size: in GB as the tables give it, None where they do not.
+    size: in GB as the tables give it.
     cards: the sizes of cards that it is for, the best choice for a card first in the table.
     """
 
     name: str
     folder: str
-    size: str | None
+    size: str
     url: str
     cards: tuple[int, ...]
     variant: str | None = None
@@ -81,8 +80,8 @@ TEXT_ENCODERS = (
         f"{_COMFY}/text_encoders/qwen3vl_4b_bf16.safetensors", (24,),
     ),
     ModelFile(
-        "qwen3vl_4b_fp8_scaled.safetensors", "text_encoders", None,
-        f"{_QWEN}/text_encoders/qwen3vl_4b_fp8_scaled.safetensors", (16, 12, 8),
+        "qwen3vl_4b_fp8_scaled.safetensors", "text_encoders", "about 5.2 GB",
+        f"{_COMFY}/text_encoders/qwen3vl_4b_fp8_scaled.safetensors", (16, 12, 8),
     ),
 )  # fmt: skip
 VAES = (
