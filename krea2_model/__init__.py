@@ -22,6 +22,7 @@ __all__ = [
     "TURBO",
     "CheckpointError",
     "GuidanceSchedule",
+    "Inpaint",
     "Krea2Pipeline",
     "Krea2Tokenizer",
     "Krea2Transformer",

@@ -12,11 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import check_type, is_whole
+from .guidance import GuidanceSchedule
 from .images.pictures import Picture, pixels_of, reference_pixels
 from .images.sizes import round_size
+from .inpainting import Canvas, Inpaint
 from .schedule import MAX_SEED, check_seed
 from .text.prompt_images import MAX_SIDE, PromptImage, nonzero_images
 from .transformer.references import TIME_ZERO, Reference
+from .transformer.text_attention import NegativeGuidance
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,33 @@ def check_embeds(name: str, embeds: object, mask: object) -> None:
         check_type(which, value, Tensor, f"a tensor {shape}")
         if value.ndim != axes:  # type: ignore[attr-defined]
             raise ValueError(f"{which} has shape {tuple(value.shape)}; expected {shape}.")  # type: ignore[attr-defined]
+
+
+def check_latents(latents: object) -> None:
+    """Raise ValueError for what is no tensor."""
+    check_type("latents", latents, Tensor, "a tensor (B, 16, height / 8, width / 8)")
+
+
+def check_options(callback, negative_guidance, guidance_schedule) -> None:
+    """Raise ValueError for options of a run that are of another type."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback is {callback!r}; expected callback(step, latents, predicted).")
+    if negative_guidance is not None:
+        kind = NegativeGuidance
+        check_type("negative_guidance", negative_guidance, kind, "a NegativeGuidance, or None")
+    check_type("guidance_schedule", guidance_schedule, GuidanceSchedule, "a GuidanceSchedule")
+
+
+def canvas_of(image: Picture | None, inpaint: Inpaint | Picture, sides: tuple) -> Canvas:
+    """The image to paint in. Raises ValueError without one, and where a size is given too."""
+    if image is None:
+        raise ValueError("inpaint needs the picture that it is a mask of: give start_image.")
+    if sides != (None, None):
+        raise ValueError(
+            f"height and width are {sides} with inpaint, where a picture keeps its size; leave "
+            "them out, or resize picture and mask first."
+        )
+    return Canvas(image, Inpaint.of(inpaint))
 
 
 def start_sides(*sides: int | None) -> list[int | None]:

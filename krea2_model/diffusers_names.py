@@ -17,6 +17,7 @@ ALIASES = {
     "guidance_scale": "guidance",
     "num_images_per_prompt": "num_images",
     "image": "start_image",
+    "mask_image": "inpaint",
     "torch_dtype": "dtype",
 }
 # Not the same thing: the remedy.
@@ -31,7 +32,6 @@ ANSWERS = {
     "return_dict": "the images themselves are returned: pipeline(prompt)[0] is the first",
     "attention_kwargs": "references=, negative_guidance= and prompt_weights= change attention",
     "true_cfg_scale": "give guidance=; 0 is off, and true_cfg_scale - 1 is the same strength",
-    "mask_image": "masks are ComfyUI's part of this pack, see its node Krea 2 Inpaint",
     "eta": "sampling is deterministic",
     "device_map": 'give device="auto", and offload= for where weights wait',
     "variant": "the files of a folder are taken as they are; name a file with from_files",

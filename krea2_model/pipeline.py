@@ -16,7 +16,10 @@ from tqdm import tqdm
 from .arguments import (
     PromptImages,
     References,
+    canvas_of,
     check_embeds,
+    check_latents,
+    check_options,
     negative_list,
     prompt_list,
     start_noise,
@@ -27,6 +30,7 @@ from .diffusers_names import accept_diffusers_names
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.sizes import is_far
+from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
@@ -78,6 +82,7 @@ class Krea2Pipeline(LoadedParts):
         images: PromptImages | Sequence[PromptImage | Picture] | None = None,
         start_image: Picture | None = None,
         denoise: float = 1.0,
+        inpaint: Inpaint | Picture | None = None,
         references: References | Sequence[Reference | Picture] | None = None,
         negative_guidance: NegativeGuidance | None = None,
         guidance_schedule: GuidanceSchedule = ALWAYS,
@@ -110,6 +115,8 @@ class Krea2Pipeline(LoadedParts):
             and strength; or `PromptImages` with options. The vision tower is loaded on first use.
         start_image: an image to change; cropped to height and width, or at its own size.
         denoise: how much of start_image to change, above 0 to 1 (all of it).
+        inpaint: a mask whose white part of start_image is painted anew, or `Inpaint` with options;
+            the rest of the picture stays to the bit, and so does its size.
         references: images that the transformer attends to, or `Reference` with latents and
             settings; or `References` with options.
         negative_guidance: NAG: the negative prompt counts also at guidance 0 (Turbo).
@@ -125,7 +132,7 @@ class Krea2Pipeline(LoadedParts):
             raise ValueError(f"output_type is {output_type!r}; expected one of {OUTPUT_TYPES}.")
         if not is_whole(num_images) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}; expected a whole number from 1 up.")
-        _check_types(callback, negative_guidance, guidance_schedule)
+        check_options(callback, negative_guidance, guidance_schedule)
         check_embeds("prompt_embeds", prompt_embeds, prompt_embeds_mask)
         check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask)
         prompts = prompt_list(prompt, prompt_embeds)
@@ -139,6 +146,10 @@ class Krea2Pipeline(LoadedParts):
         reference_images = references.prepared()
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
+        canvas = None
+        if inpaint is not None:
+            canvas = canvas_of(start_image, inpaint, (height, width))
+            start_image = canvas.start
         start, height, width = self._start(start_image, height, width)
         noise = self._noise(batch, height, width, seed, latents)
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
@@ -166,8 +177,14 @@ class Krea2Pipeline(LoadedParts):
         if negatives is not None:
             negative = self.encode_prompt(negatives, **options)
         assert positive is not None  # of prompts or of embeddings
+        result, area = noise, None  # where the run starts, and the part that it paints
+        if start is not None:
+            encoded = self.encode(start[None]).to(noise)
+            result = torch.lerp(encoded, noise, sigmas[0])
+            if canvas is not None:
+                area = LatentMask(canvas.cells, encoded, noise, canvas.soft)
         result = self._denoise(
-            noise if start is None else self._add_noise(start, noise, sigmas[0]),
+            result,
             positive.with_layer_weights(layer_weights),
             negative,
             has_room,
@@ -180,9 +197,13 @@ class Krea2Pipeline(LoadedParts):
             negative_guidance=negative_guidance,
             guidance_schedule=guidance_schedule,
             evaluate_every=evaluate_every,
+            inpaint=area,
             progress=progress,
         )
-        return result if output_type == "latent" else to_output(self.decode(result), output_type)
+        if output_type == "latent":
+            return result
+        pictures = self.decode(result)
+        return to_output(pictures if canvas is None else canvas.paste(pictures), output_type)
 
     @torch.no_grad()
     def encode_prompt(
@@ -241,7 +262,7 @@ class Krea2Pipeline(LoadedParts):
         self, latents: Tensor, steps: int | None = None, denoise: float = 1.0
     ) -> list[float]:
         """Sigmas of the checkpoint's preset for latents (B, 16, h, w), see `sigma_schedule`."""
-        _check_latents(latents)
+        check_latents(latents)
         mu = resolve_mu(self.preset, token_count(latents))
         return sigma_schedule(self.preset.steps if steps is None else steps, mu, denoise)
 
@@ -263,9 +284,9 @@ class Krea2Pipeline(LoadedParts):
         positive, negative: n prompts, where n divides B; each is used for B / n images in a row.
         guidance: above 0 needs a negative.
         options: partial, evaluate_every, guidance_schedule, negative_guidance, see
-            `sampling.denoise`.
+            `sampling.denoise`; inpaint, a `LatentMask`.
         """
-        _check_latents(latents)
+        check_latents(latents)
         for name, text in (("positive", positive), ("negative", negative)):
             if text is not None or name == "positive":
                 check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
@@ -300,7 +321,7 @@ class Krea2Pipeline(LoadedParts):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1], in tiles if memory runs out."""
-        _check_latents(latents)
+        check_latents(latents)
         with self._offload.use(VAE):
             latents = latents.to(device_of(self.vae))
             try:
@@ -357,6 +378,7 @@ class Krea2Pipeline(LoadedParts):
         callback: Callback | None,
         *,
         references: Sequence[Reference | Tensor],
+        inpaint: LatentMask | None = None,
         progress: bool = False,
         **options,
     ) -> Tensor:
@@ -381,6 +403,7 @@ class Krea2Pipeline(LoadedParts):
                 *texts,
                 references=[reference.to(latents) for reference in encoded],
                 share_calls=share_calls,
+                inpaint=None if inpaint is None else inpaint.to(latents),
                 **options,
             )
             total = len(options["sigmas"]) - 1
@@ -422,17 +445,3 @@ class Krea2Pipeline(LoadedParts):
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares
-
-
-def _check_latents(latents: object) -> None:
-    check_type("latents", latents, Tensor, "a tensor (B, 16, height / 8, width / 8)")
-
-
-def _check_types(callback, negative_guidance, guidance_schedule) -> None:
-    """Raise ValueError for options that are not what a run uses."""
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback is {callback!r}; expected callback(step, latents, predicted).")
-    if negative_guidance is not None:
-        kind = NegativeGuidance
-        check_type("negative_guidance", negative_guidance, kind, "a NegativeGuidance, or None")
-    check_type("guidance_schedule", guidance_schedule, GuidanceSchedule, "a GuidanceSchedule")

@@ -6,7 +6,7 @@ Time runs from 1 (noise) to 0 (image) and the model predicts `noise - image`, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .extrapolation import VelocityExtrapolation
 from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
+from .inpainting import LatentMask, MaskedVelocity
 from .schedule import check_guidance, check_sigmas, schedule_of
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
@@ -24,6 +25,8 @@ from .transformer.shared_calls import share
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
 FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
+# Of latents at a sigma.
+Velocity = Callable[[Tensor, float], Tensor]
 
 
 def denoise(
@@ -42,6 +45,7 @@ def denoise(
     reference_method: str = TIME_ZERO,
     cache_references: bool = False,
     share_calls: bool = False,
+    inpaint: LatentMask | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
@@ -62,6 +66,7 @@ def denoise(
     references, reference_method: reference images, see `Krea2Transformer` and `Reference`.
     cache_references: references attend only to themselves, so their keys and values are computed
         once and not at each step. Faster, and not as LoRAs were trained. Only at time zero.
+    inpaint: the part of the latents to paint; the rest is put back at every step.
     share_calls: evaluate both texts in one call with twice the batch, where they have no weights
         and neither NAG nor cached references take part.
 
@@ -99,7 +104,10 @@ def denoise(
         [reference.latents for reference in images],
         share_calls,
     )
-    return _euler(velocity, noise.float(), sigmas, extrapolation)
+    velocity_at: Velocity = velocity
+    if inpaint is not None:
+        velocity_at = MaskedVelocity(velocity, inpaint, sigmas[0], sigma_at)
+    return _euler(transformer, velocity_at, noise.float(), sigmas, extrapolation)
 
 
 class _GuidedVelocity:
@@ -185,7 +193,8 @@ def _attention(
 
 
 def _euler(
-    velocity_at: _GuidedVelocity,
+    transformer: Krea2Transformer,
+    velocity_at: Velocity,
     latents: Tensor,
     sigmas: list[float],
     extrapolation: VelocityExtrapolation,
@@ -198,7 +207,7 @@ def _euler(
                 velocity = velocity_at(latents, sigma)
                 extrapolation.record(sigma, velocity)
             if not torch.isfinite(velocity).all():
-                dtype = velocity_at.transformer.compute_dtype
+                dtype = transformer.compute_dtype
                 raise ValueError(
                     f"The model returned NaN or infinite values at step {step} (sigma {sigma:.4f}, "
                     f"{dtype}). Try bfloat16 or float32, or another file."

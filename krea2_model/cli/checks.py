@@ -12,6 +12,7 @@ from ..checkpoints.text_encoder import find_tokenizer
 from ..guidance import GuidanceSchedule
 from ..images.output_files import check_outputs, numbered
 from ..images.pictures import pixels_of
+from ..inpainting import Canvas, Inpaint
 from ..memory.plan import check_offload
 from ..text.wildcards import fill_in
 from .errors import UsageError
@@ -42,6 +43,10 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
         raise UsageError(
             f"--denoise is {args.denoise:g} without a picture to change; give --start-image."
         )
+    if args.mask is not None and args.start_image is None:
+        raise UsageError("--mask is the part of a picture to paint; give --start-image.")
+    if args.mask is not None and (args.width, args.height) != (None, None):
+        raise UsageError("With --mask a picture keeps its size; leave --width and --height out.")
     if args.start_image is not None and (args.width is None) != (args.height is None):
         raise UsageError("Give both --width and --height with --start-image, or neither.")
     find_input_pictures(args)
@@ -76,9 +81,19 @@ def find_input_pictures(args: Namespace) -> dict[str, Any]:
                 found = find_file(option, path, None, beside)
         return pixels_of(found, f"--{option.replace('_', '-')}")
 
-    start = args.start_image
+    start, mask = (
+        None if path is None else read(option, path)
+        for option, path in (("start_image", args.start_image), ("mask", args.mask))
+    )
+    inpaint = None
+    if start is not None and mask is not None:
+        inpaint = Inpaint(
+            mask, args.mask_grow, args.mask_feather, not args.mask_hard, args.mask_fill
+        )
+        Canvas(start, inpaint)  # says what is wrong with the two
     return {
-        "start_image": None if start is None else read("start_image", start),
+        "start_image": start,
+        "inpaint": inpaint,
         "references": [read("reference", path) for path in args.reference],
         "images": [read("image", path) for path in args.image],
     }

@@ -5,6 +5,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 LENGTHS = ("short", "medium", "long")
 PARTS = ("transformer", "text_encoder", "vae")
 QUANTISATIONS = ("fp8", "int8", "int8_convrot")
+FILLS = ("original", "grey", "surroundings")
 REFERENCE_METHODS = ("index_timestep_zero", "index")
 # Names that --model takes instead of a path; a folder of that name is ./nano.
 NANO = {"nano": "turbo", "nano-raw": "raw"}

@@ -30,7 +30,9 @@ _NAG = {"scale": "strength", "blend": "blend", "limit": "limit", "start": "start
 
 def not_in_graph(settings: Mapping[str, Any]) -> list[str]:
     """Options of these settings that a graph cannot express."""
-    names = [n for n in ("start_image", "reference", "image", "tokenizer") if settings.get(n)]
+    names = [
+        n for n in ("start_image", "mask", "reference", "image", "tokenizer") if settings.get(n)
+    ]
     if settings.get("evaluate_every", 1) not in _EVERY:
         names.append("evaluate_every")
     length = settings.get("max_sequence_length")

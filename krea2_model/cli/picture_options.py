@@ -8,7 +8,7 @@ from pathlib import Path
 from ..guidance import RAMPS
 from ..images.sizes import MAX_SIZE
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
-from .choices import REFERENCE_METHODS
+from .choices import FILLS, REFERENCE_METHODS
 from .values import lora, number, numbers, whole
 
 # Options that decide how a picture looks, and are kept in its file. Those after it do not.
@@ -18,11 +18,12 @@ PICTURE = (
     "width", "height", "steps", "seed", "mu", "evaluate_every",
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
-    "start_image", "denoise", "reference", "reference_method", "image",
+    "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
+    "reference", "reference_method", "image",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora")
-PICTURES = ("start_image", "reference", "image")
+PICTURES = ("start_image", "mask", "reference", "image")
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
@@ -133,6 +134,25 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--denoise", type=number(0, 1, above=True), default=1.0, metavar="X",
         help="how much to change it; 1 is all of it",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--mask", type=Path, metavar="FILE",
+        help="paint only the white part of the start picture, of the same size; grey changes less",
+    )  # fmt: skip
+    pixels = whole(0, 1024)
+    inputs.add_argument(
+        "--mask-grow", type=pixels, default=8, metavar="PX", help="make it larger; default: 8"
+    )
+    inputs.add_argument(
+        "--mask-feather", type=pixels, default=8, metavar="PX",
+        help="fade the change out over so many pixels beyond; default: 8",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--mask-hard", action="store_true", help="a place is painted or not, by half"
+    )
+    inputs.add_argument(
+        "--mask-fill", choices=FILLS, default=FILLS[0],
+        help="what is under the mask at the start; grey or surroundings to remove things",
     )  # fmt: skip
     inputs.add_argument(
         "--reference", type=Path, action="append", default=[], metavar="FILE",

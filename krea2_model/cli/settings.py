@@ -93,6 +93,8 @@ def options_of(settings: Mapping[str, Any]) -> list[str]:
         option = f"--{name.replace('_', '-')}"
         if name == "prompt" or value is None:
             continue
+        if name in ("width", "height") and settings.get("mask"):
+            continue  # the size is the start picture's
         if isinstance(value, bool):
             if name in _OFF:
                 words += [] if value else [_OFF[name]]

@@ -175,6 +175,19 @@ def test_files_are_found_beside_the_picture(krea2, tmp_path, monkeypatch):
     assert "--start-image is start.png, which is not there" in krea2("again", again, code=2)
 
 
+def test_an_inpainted_picture_again(krea2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48), "yellow").save("start.png")
+    Image.new("L", (32, 24), "white").save("mask.png")
+    words = ["--model", "nano", "--steps", 1, "--start-image", "start.png", "--mask", "mask.png"]
+    krea2("a star", *words, "--mask-grow", 3, "--mask-hard", "--output", "a.png")
+    krea2("again", "a.png", "--output", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert Image.open("a.png").size == (64, 48)
+    assert "give --start-image" in krea2("a star", "--model", "nano", *words[-2:], code=2)
+    assert "leave --width" in krea2("a star", *words, "--width", 64, "--height", 48, code=2)
+
+
 def test_a_jpeg_leaves_out_what_it_has_no_room_for():
     texts = {"krea2": "a" * 30_000, "parameters": "b" * 10_000, "prompt": "c" * 60_000}
     options, left_out = save_options("JPEG", texts)
