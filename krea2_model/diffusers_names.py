@@ -44,7 +44,8 @@ ANSWERS = {
     "scheduler": "give sigmas=, or steps=",
 }
 METHODS = {
-    "to": "name the device when you load: from_pretrained(path, device='cuda')",
+    "to": "name device and dtype when you load, as in from_pretrained(path, device='cuda', "
+    "dtype='bfloat16') or nano(device='cuda')",
     "enable_model_cpu_offload": "load with offload='parts'",
     "enable_sequential_cpu_offload": "load with offload='blocks'",
     "enable_group_offload": "load with offload='blocks'",
@@ -92,8 +93,8 @@ def _answer(function: str, name: str, names: list[str]) -> str:
     if name in ANSWERS:
         return f"{caller} has no argument {name}: {ANSWERS[name]}."
     near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {near[0]}" if near else f"it takes {', '.join(names[1:])}"
-    return f"{caller} has no argument {name}; {hint}."
+    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names[1:])}."
+    return f"{caller} has no argument {name}; {hint}"
 
 
 class AnswersDiffusersMethods:
@@ -105,5 +106,5 @@ class AnswersDiffusersMethods:
             raise AttributeError(f"{kind} has no method {name}: {METHODS[name]}.")
         near = [] if name.startswith("_") else difflib.get_close_matches(name, dir(type(self)), 1)
         raise AttributeError(
-            f"{kind} has no attribute {name}{f'; did you mean {near[0]}' if near else ''}."
+            f"{kind} has no attribute {name}{f'; did you mean {near[0]}?' if near else '.'}"
         )

@@ -1,5 +1,6 @@
 """Model files in ComfyUI's folders: the lists of the loaders, and the paths of names."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -135,9 +136,10 @@ def find_model(part: str, name: str) -> Path:
         if folder:
             return _checked(folder, part)
     folders = " or ".join(f"models/{key}" for key in (*_FOLDERS[part], "diffusers"))
+    choices = "one of the list" if part == TRANSFORMER else "auto or another one of the list"
     raise CheckpointError(
         f"There is no {name!r} in {folders}. Expected {part}, for example {WHERE[part]}; put the "
-        "file there and refresh, or choose one of the list."
+        f"file there and refresh, or choose {choices}."
     )
 
 
@@ -217,12 +219,14 @@ def find_anything(name: str) -> Path:
     )
 
 
-def fingerprint(*paths: Path) -> tuple:
+def fingerprint(*paths: Path) -> str:
     """A value that changes when a file, or one in a folder, is replaced under its name.
 
-    ComfyUI caches a loader's outputs for as long as this stays the same.
+    ComfyUI caches a loader's outputs for as long as this stays the same. It also writes it into
+    pictures, so it is a hash, which tells nobody the folders of this machine.
     """
-    return tuple((str(path), *map(stamp, _files_of(path))) for path in paths)
+    stamps = [(str(path), *map(stamp, _files_of(path))) for path in paths]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
 
 def holds(path: Path, part: str) -> bool:

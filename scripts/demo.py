@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -121,7 +122,15 @@ def generate(options: argparse.Namespace) -> Path:
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes(server.images(outputs)[0])
     say(f"Done in {time.monotonic() - started:.0f} s.")
+    say("To open this ComfyUI as a page, at http://127.0.0.1:8188:")
+    say("  " + shlex.join(page_command(options, extra_args)))
     return picture
+
+
+def page_command(options: argparse.Namespace, extra_args: list[str]) -> list[str]:
+    """The command line that starts the same ComfyUI for a browser."""
+    main, base = Path(options.comfyui) / "main.py", str(options.base.resolve())
+    return [sys.executable, str(main), "--base-directory", base, *extra_args]
 
 
 def parse_arguments() -> argparse.Namespace:

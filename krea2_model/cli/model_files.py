@@ -78,17 +78,51 @@ def find_file(
 
 
 def take_from_models(args: Namespace) -> None:
-    """Name the parts that `args` leave out by the files of the tables in the models folder."""
+    """Name the parts that `args` leave out by the files in the models folder.
+
+    Those of the tables come first, Turbo before Raw, then any that its header says to be the part.
+    Raises UsageError for a folder that the user names and that lacks one.
+    """
     if any(getattr(args, part) is not None for part in ("model", "transformer")):
         return
     models = models_folder(args.models)
     if models is None:
         return
     parts = ("transformer", "text_encoder", "vae")
-    found = {p: files_in(models, p, TURBO) or files_in(models, p, RAW) for p in parts}
-    if all(found.values()):
+    found = {
+        p: files_in(models, p, TURBO) or files_in(models, p, RAW) or files_by_header(models, p)
+        for p in parts
+        if getattr(args, p) is None
+    }
+    lacking = [part.replace("_", " ") for part, files in found.items() if not files]
+    if lacking and args.models is not None:
+        raise UsageError(
+            f"In {models} there is no {' and no '.join(lacking)} of Krea 2. Name the files with "
+            "--transformer, --text-encoder and --vae; `krea2 models` says which to get."
+        )
+    if not lacking:
         for part, files in found.items():
-            setattr(args, part, getattr(args, part) or files[0])
+            setattr(args, part, files[0])
+
+
+def files_by_header(models: Path, part: str) -> list[Path]:
+    """Files in ComfyUI's models folder that hold a part, by their headers; Turbo's first."""
+    from ..checkpoints.checkpoint import read_shapes
+    from ..checkpoints.identify import CheckpointError, identify
+    from ..checkpoints.pairing import COMPONENTS
+
+    kinds = {component: kind for kind, component in COMPONENTS.items()}
+    found = []
+    for folder in (models / key for key in KEYS[part]):
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if file.suffix.lower() not in (".safetensors", ".sft", ".gguf"):
+                continue
+            try:
+                if kinds[part] in identify(read_shapes(file)):
+                    found.append(file)
+            except (CheckpointError, OSError):
+                continue  # an incomplete download, for example
+    return sorted(found, key=lambda file: TURBO not in file.name.lower())
 
 
 def find_weights(args: Namespace) -> Weights:

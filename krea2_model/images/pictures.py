@@ -20,8 +20,17 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # two in [0, 1] or in bytes.
 Picture = Tensor | np.ndarray | Image.Image | PathLike[str] | str
 
+
+class PictureList(list[Image.Image]):
+    """Pictures; `images` is the list itself, for programs written for diffusers."""
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return self
+
+
 # Images of a run, by `OUTPUT_TYPES`.
-Images = list[Image.Image] | np.ndarray | Tensor
+Images = PictureList | np.ndarray | Tensor
 
 # As many as the largest image has that this package makes; they would take 4 GB as numbers.
 MAX_PIXELS = MAX_SIZE**2
@@ -82,7 +91,7 @@ def to_output(images: Tensor, output_type: str) -> Images:
     array = images.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
-    return [Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
+    return PictureList(map(Image.fromarray, (array * 255).round().astype(np.uint8)))
 
 
 def _opened(path: PathLike[str] | str, name: str) -> Image.Image:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..checkpoints.checkpoint import read_shapes
 from ..checkpoints.identify import (
     LORA,
@@ -102,7 +102,7 @@ def versions() -> list[str]:
     """Versions of the pack, of Python, and of the packages that matter."""
     packages = ("transformers", "safetensors", "comfy-kitchen", "gguf")
     return [
-        f"Krea 2 Kit: {_pack_version()}",
+        f"Krea 2 Kit: {__version__}",
         f"system: {platform.platform()}",
         f"Python: {platform.python_version()}",
         f"torch: {torch.__version__}",
@@ -169,13 +169,6 @@ def without_home(text: str) -> str:
     except RuntimeError:  # none, as in some containers
         return text
     return text.replace(home, "~") if len(home) > 1 else text
-
-
-def _pack_version() -> str:
-    file = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    if not file.is_file():
-        return "unknown (no pyproject.toml beside it)"
-    return tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"]
 
 
 def _accelerators() -> list[tuple[torch.device, str, int]]:

@@ -275,6 +275,7 @@ def test_fingerprints_change_with_the_files(pack, models, folder_model):
     for file, fingerprint in replaced.items():
         before = fingerprint()
         assert fingerprint() == before
+        assert str(models) not in str(before), "it is written into pictures"
         copy, times = file.with_suffix(".part"), file.stat()
         copy.write_bytes(file.read_bytes())
         os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))

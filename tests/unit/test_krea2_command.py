@@ -276,6 +276,12 @@ def test_parts_that_are_not_named_come_from_the_models_folder(models, tmp_path, 
     mine = str(models / "vae" / "qwen_image_vae_tiny.safetensors")
     assert main([*words, "--vae", mine]) == 2
     assert main([*words, "--model", "nano"]) == 2
+    # Files of other names are known by their headers.
+    assert main(["a fox", "--models", str(models), "--output", str(tmp_path / "a.png")]) == 2
+    assert taken[3] == [
+        f"{name}.safetensors"
+        for name in ("krea2_tiny_turbo", "qwen3vl_tiny", "qwen_image_vae_tiny")
+    ]
     names = [Path(name).name for name in places]
     assert taken[:2] == [names, [*names[:2], "qwen_image_vae_tiny.safetensors"]]
     assert taken[2][0] == "krea2_nano_turbo.safetensors"

@@ -38,6 +38,16 @@ def test_diffusers_names_mean_the_same(turbo):
     assert torch.equal(ours, theirs)
 
 
+def test_the_result_has_images_as_in_diffusers(turbo):
+    pictures = turbo("a red circle", steps=1)
+    assert pictures.images[0] is pictures[0]
+
+
+def test_built_in_loras_go_by_their_names(turbo):
+    assert turbo.load_lora(nano.LORA.name).matched
+    turbo.unload_lora()
+
+
 def test_torch_dtype_is_dtype():
     transformer = Krea2Pipeline.nano(torch_dtype="bf16").transformer
     assert transformer.blocks[0].mlp.up.weight.dtype == torch.bfloat16
