@@ -16,8 +16,11 @@ function swap(graph, isNano) {
       const widget = node?.widgets?.find((each) => each.name === name);
       if (!widget || widget.value !== (isNano ? own : nano)) continue;
       const old = widget.value;
-      widget.value = isNano ? nano : own;
-      widget.callback?.(widget.value, app.canvas, node);
+      const value = isNano ? nano : own;
+      widget.value = value;
+      widget.callback?.(value, app.canvas, node);
+      // Numbers are rounded to the step of the widget there: 0.016 megapixels are 128 px.
+      widget.value = value;
       node.onWidgetChanged?.(name, widget.value, old, widget);
     }
   }
