@@ -68,8 +68,6 @@ join_beside() {
 # A file's tests stay in one process: they share models and pictures. The files that take longest
 # come first, see `longest_first` in tests/support.
 processes() {
-  local cores
-  cores=$(nproc 2>/dev/null || echo 2)
   printf '%s\n' -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder
 }
 
@@ -120,6 +118,8 @@ unset PYTHONPATH PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE=1 PYTHONPYCACHEPREFIX=$LOCAL/pycache
 given_arguments=$#
 closing=()
+# Before OMP_NUM_THREADS is set, which nproc obeys.
+cores=$(nproc 2>/dev/null || echo 2)
 
 if [[ $matrix ]]; then
   for version in "${COMFYUI_VERSIONS[@]}"; do
@@ -130,7 +130,6 @@ if [[ $matrix ]]; then
 else
   check "ruff check" lint
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
-  cores=$(nproc 2>/dev/null || echo 2)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
   check "tests/unit" unit_tests "$@"
   beside check "mypy" check_types
