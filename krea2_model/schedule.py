@@ -1,9 +1,11 @@
 """The schedule: exponential time shift, sigmas, and checks of steps, guidance and seeds.
 
-Time runs from 1 (noise) to 0 (image). The exponent mu decides the shift: the checkpoint's preset
-fixes it or leaves it to the image's size (`resolve_mu`), unless the user gives one. Shift and
-schedule are those of krea-ai/krea-2, sampling.py. `sigmas` always means final values: shifted,
-ending in 0.
+Time runs from 1 (noise) to 0 (image). The exponent mu decides the shift: the preset of a run fixes
+it (Turbo 1.15) or leaves it to the image's size (Raw), see `resolve_mu`. The preset is that of a
+few-step LoRA or else the checkpoint's (`Krea2Pipeline.preset`), in ComfyUI the node's choice
+(nodes/sampler_run.py). A user's own mu is `shift: fixed` of the nodes, `--mu`, and in Python the
+sigmas of `sigma_schedule`. Shift and schedule are those of krea-ai/krea-2, sampling.py. `sigmas`
+always means final values: shifted, ending in 0.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def has_other_negative(model) -> bool:
 def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0) -> Preset:
     """The sampling settings for a choice of the preset input."""
     known = known_preset(model)
-    if name == CUSTOM:
+    if name == CUSTOM:  # other steps and guidance; the shift stays the checkpoint's
         mu = known.mu if known is not None else None
         return Preset(CUSTOM, steps if steps is not None else 28, guidance, mu)
     if name in PRESETS:

@@ -6,7 +6,9 @@ ggml's `ggml-common.h`. Formats beyond `FORMATS` go through the `gguf` package o
 CPU, which is slower.
 
 A new format needs a decoder from blocks (N, bytes) to values (N, values) and its entry in `FORMATS`
-under ggml's name; a kernel in `nn/triton_kernels/gguf.py`, named in its `KERNELS`, is optional.
+under ggml's name, whose id the `gguf` package has to know; and a kernel in
+`nn/triton_kernels/gguf.py`: its branch in `_dequantise` and its name in `KERNELS`. Its blocks are
+tested by the lists of tests/unit/test_gguf.py; docs/models.md names it.
 """
 
 from __future__ import annotations

@@ -143,7 +143,10 @@ def sampling_defaults(checkpoint: Checkpoint) -> Preset | None:
 
 
 def _preset(checkpoint: Checkpoint, variant: str | None) -> Preset | None:
-    """Sampling defaults: the file's own where its metadata carries them, else the variant's."""
+    """Sampling defaults: the file's own where its metadata carries them, else the variant's.
+
+    All of them or none: `krea2.steps` decides, and without `krea2.mu` the shift is by size.
+    """
     metadata = checkpoint.metadata
     if STEPS_KEY not in metadata:
         return PRESETS.get(variant or "")

@@ -1,9 +1,9 @@
-"""Alpha of a LoRA where no tensor gives it: settings in its file's header.
+"""Alpha of a LoRA: where it comes from, and what settings beside the tensors say.
 
-A LoRA's matrices are multiplied by alpha / rank. kohya, musubi-tuner, OneTrainer and LyCORIS write
-alpha as a tensor per layer, which files.py reads first; ai-toolkit makes alpha equal to the rank
-and writes nothing. The rest is read here, in this order, with alpha / sqrt(rank) for
-rank-stabilised ones:
+A LoRA's matrices are multiplied by alpha / rank (`Update.scale`). kohya, musubi-tuner, OneTrainer
+and LyCORIS write alpha as a tensor per layer, which files.py reads first; ai-toolkit makes alpha
+equal to the rank and writes nothing, so without any alpha the scale is 1. The rest is read here,
+in this order, with alpha / sqrt(rank) for rank-stabilised ones:
 
 - `lora_adapter_metadata`: the adapter's configuration as JSON, from diffusers with the part's name
   before each key (`transformer.r`), from SimpleTuner and `save_lora_adapter` without;
