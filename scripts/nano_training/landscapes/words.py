@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from .landscapes import SKY, Landscape, Part, held_out_landscapes
+from .scene import SKY, Landscape, Part, held_out_landscapes
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}
 PLURALS = {"sheep": "sheep", "fish": "fish", "cactus": "cacti"}
@@ -134,8 +134,13 @@ def _sentence(scene: Landscape, random: Random, full: bool) -> str:
     text = f"{_and(names)} {place}" if names else _ground(scene, random)
     if scene.backdrop and (full or random.random() < 0.85):
         backdrop = random.choice(BACKDROPS[scene.backdrop])
-        text += random.choice((f" in front of {backdrop}", f" with {backdrop} in the background",
-                               f" and {backdrop} behind"))  # fmt: skip
+        text += random.choice(
+            (
+                f" in front of {backdrop}",
+                f" with {backdrop} in the background",
+                f" and {backdrop} behind",
+            )
+        )
     for fact in (_when(scene, random, full), _weather(scene, random, full)):
         text += f" {fact}" if fact else ""
     for fact in _light(scene, random, full):
@@ -152,9 +157,15 @@ def _description(scene: Landscape, random: Random, full: bool) -> str:
     for part in _spoken(scene, random, full):
         name, where = _part(part, random), _where(part, random)
         verb = "is" if part.count == 1 else "are"
-        stands = {"house": "stands", "castle": "stands", "windmill": "stands",
-                  "lighthouse": "stands", "sailing boat": "sails", "bird": "flies",
-                  "balloon": "floats"}.get(part.kind, verb)  # fmt: skip
+        stands = {
+            "house": "stands",
+            "castle": "stands",
+            "windmill": "stands",
+            "lighthouse": "stands",
+            "sailing boat": "sails",
+            "bird": "flies",
+            "balloon": "floats",
+        }.get(part.kind, verb)
         if part.count > 1 and stands != verb:
             stands = {"flies": "fly"}.get(stands, stands.removesuffix("s"))
         there = f"{where} there {verb} {name}"
@@ -162,9 +173,15 @@ def _description(scene: Landscape, random: Random, full: bool) -> str:
     if scene.backdrop and (full or random.random() < 0.85):
         backdrop = random.choice(BACKDROPS[scene.backdrop])
         verb = "rises" if scene.backdrop == "city" and not backdrop.endswith("s") else "rise"
-        sentences.append(random.choice((f"{backdrop} {verb} in the background",
-                                        f"{backdrop} {verb} on the horizon",
-                                        f"behind it {verb} {backdrop}")))  # fmt: skip
+        sentences.append(
+            random.choice(
+                (
+                    f"{backdrop} {verb} in the background",
+                    f"{backdrop} {verb} on the horizon",
+                    f"behind it {verb} {backdrop}",
+                )
+            )
+        )
     for fact in _light(scene, random, full):
         sentences.append(fact)
     return ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences) + "."
@@ -172,8 +189,9 @@ def _description(scene: Landscape, random: Random, full: bool) -> str:
 
 def _spoken(scene: Landscape, random: Random, full: bool) -> list[Part]:
     """The parts that a caption names: the first always."""
-    return [part for index, part in enumerate(scene.parts)
-            if full or not index or random.random() < 0.9]  # fmt: skip
+    return [
+        part for index, part in enumerate(scene.parts) if full or not index or random.random() < 0.9
+    ]
 
 
 def _part(part: Part, random: Random) -> str:
@@ -220,12 +238,26 @@ def _light(scene: Landscape, random: Random, full: bool) -> list[str]:
         return []
     name = "full moon" if scene.light == "moon" and random.random() < 0.3 else scene.light
     if scene.side == "centre":
-        return [random.choice((f"the {name} in the middle of the sky", f"the {name} in the centre",
-                               f"the {name} is in the middle"))]  # fmt: skip
+        return [
+            random.choice(
+                (
+                    f"the {name} in the middle of the sky",
+                    f"the {name} in the centre",
+                    f"the {name} is in the middle",
+                )
+            )
+        ]
     side = scene.side
-    return [random.choice((f"the {name} on the {side}", f"the {name} is on the {side}",
-                           f"the {name} in the upper {side}",
-                           f"the {name} shines on the {side} side"))]  # fmt: skip
+    return [
+        random.choice(
+            (
+                f"the {name} on the {side}",
+                f"the {name} is on the {side}",
+                f"the {name} in the upper {side}",
+                f"the {name} shines on the {side} side",
+            )
+        )
+    ]
 
 
 def _when(scene: Landscape, random: Random, full: bool) -> str:
@@ -253,8 +285,14 @@ def _ground(scene: Landscape, random: Random) -> str:
 
 
 def _on(scene: Landscape) -> str:
-    return {"meadow": "on", "field": "on", "desert": "in", "beach": "at", "sea": "on",
-            "lake": "at"}[scene.ground]  # fmt: skip
+    return {
+        "meadow": "on",
+        "field": "on",
+        "desert": "in",
+        "beach": "at",
+        "sea": "on",
+        "lake": "at",
+    }[scene.ground]
 
 
 def _style(scene: Landscape, text: str, random: Random) -> str:

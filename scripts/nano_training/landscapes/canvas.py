@@ -94,9 +94,15 @@ class Canvas:
         self.polygon(points, colour, plain=plain)
 
     def rectangle(
-        self, left: float, top: float, right: float, bottom: float, colour: Colour, *,
+        self,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        colour: Colour,
+        *,
         plain: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         points = [(left, top), (right, top), (right, bottom), (left, bottom)]
         self.polygon(points, colour, plain=plain)
 

@@ -1,8 +1,8 @@
 """Landscapes: what they hold, how they are drawn at random, and the exam about them.
 
 A landscape has a time of day with the sun or the moon on one side, a ground, a backdrop at the
-horizon, weather, a season where meadows show it, up to four kinds of things, and a style of drawing.
-`landscape_drawing.draw` paints it and `landscape_words.caption` describes it. Some combinations are
+horizon, weather, a season where meadows show it, up to four kinds of things, and a style.
+`drawing.draw` paints it and `words.caption` describes it. Some combinations are
 never drawn for training (`Landscape.is_held_out`), so that prompts about them show understanding.
 """
 
@@ -47,9 +47,22 @@ THINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 BUILDINGS = ("house", "windmill", "castle", "lighthouse")
 TREES = ("round tree", "fir tree", "palm tree", "cactus")
 ANIMALS = ("sheep", "cat", "rabbit", "cow", "duck", "fish")
-MOST = {"round tree": 3, "fir tree": 4, "palm tree": 2, "cactus": 3, "sheep": 3, "cat": 1,
-        "rabbit": 2, "cow": 2, "duck": 3, "fish": 2, "flower": 7, "bird": 5, "sailing boat": 2,
-        "house": 2}  # fmt: skip
+MOST = {
+    "round tree": 3,
+    "fir tree": 4,
+    "palm tree": 2,
+    "cactus": 3,
+    "sheep": 3,
+    "cat": 1,
+    "rabbit": 2,
+    "cow": 2,
+    "duck": 3,
+    "fish": 2,
+    "flower": 7,
+    "bird": 5,
+    "sailing boat": 2,
+    "house": 2,
+}
 
 # Width and height in pixels, and how often each is drawn for training.
 PICTURE_SIZES = {(256, 256): 0.55, (128, 128): 0.2, (320, 192): 0.13, (192, 320): 0.12}
