@@ -33,7 +33,8 @@ from .scene import (
     Part,
 )
 
-DRAWINGS = {"rows": 8, "detail": 8, "regions": 4, "thirds": 4, "sky thirds": 4}  # of each scene
+DRAWINGS = {"rows": 12, "detail": 10, "regions": 4, "thirds": 8, "sky thirds": 4}  # of each scene
+TOO_SMALL = ("bird", "rabbit")  # to be told from what else varies at their place
 _GRID = 64  # pictures are compared at this many pixels a side
 _FINE_GRID = 128  # and their style at this many
 _LEVELS = 5  # of each channel in a histogram
@@ -46,6 +47,7 @@ def judge_landscape(picture: np.ndarray, scene: Landscape) -> dict[str, bool]:
 
     time, ground, backdrop, weather, light (sun or moon, and its side), style, and each of the
     first three things by number: "thing 1" is right where its kind and colour are on its side.
+    Birds and rabbits are too small to be asked for.
     """
     height, width = picture.shape[:2]
     result = {}
@@ -75,6 +77,8 @@ def questions(scene: Landscape) -> dict[str, tuple[tuple[Landscape, ...], str]]:
         hidden = replace(scene, light="", side="")
         found["light"] = ((scene, *others, hidden), "sky thirds")
     for index, part in enumerate(scene.parts[:3]):
+        if part.kind in TOO_SMALL:
+            continue
         others = [_with(scene, index, other) for other in _other_parts(part)]
         found[f"thing {index + 1}"] = ((scene, *others, _with(scene, index, None)), "thirds")
     return found
@@ -119,7 +123,7 @@ def _other_parts(part: Part) -> list[Part]:
 def _statistics(
     scenes: tuple[Landscape, ...], name: str, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means (scenes, N) of the features of several drawings, and the weight (N,) of each feature."""
+    """Means (scenes, N) of the features of several drawings, and the weight (N,) of each."""
     features = _FEATURES[name]
     drawn = np.stack(
         [
