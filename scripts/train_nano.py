@@ -1,6 +1,6 @@
-"""Train krea2-nano at 128 px: its VAE, nano Raw, nano Turbo distilled from Raw, and two LoRAs on Raw.
+"""Train krea2-nano at 128 px: its VAE, nano Raw, nano Turbo distilled from it, two LoRAs on Raw.
 
-That is how the files of today were made; train_nano_256.py is the recipe of their successors.
+The shipped files were made so. `train_nano_256.py` is the recipe of their successors.
 
     python scripts/train_nano.py                    # everything, in this order
     python scripts/train_nano.py raw --steps 6000   # one stage

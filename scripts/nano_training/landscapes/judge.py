@@ -10,7 +10,7 @@ depends on no other model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import lru_cache
 from random import Random
@@ -42,16 +42,22 @@ _LEVELS = 5  # of each channel in a histogram
 Features = Callable[[np.ndarray], np.ndarray]
 
 
-def judge_landscape(picture: np.ndarray, scene: Landscape) -> dict[str, bool]:
+def judge_landscape(
+    picture: np.ndarray, scene: Landscape, asked: Collection[str] | None = None
+) -> dict[str, bool]:
     """Which parts of a landscape a picture (H, W, 3) in [0, 1] gets right.
 
     time, ground, backdrop, weather, light (sun or moon, and its side), style, and each of the
     first three things by number: "thing 1" is right where its kind and colour are on its side.
     Birds and rabbits are too small to be asked for.
+
+    asked: the questions to answer; None answers all.
     """
     height, width = picture.shape[:2]
     result = {}
     for question, (scenes, name) in questions(scene).items():
+        if asked is not None and question not in asked:
+            continue
         features = _FEATURES[name]
         # Half the size has the same proportions and takes less time to draw.
         half = 2 if min(width, height) >= 192 else 1

@@ -189,6 +189,8 @@ def _random_parts(
         kinds.append("flower")
     if weather in ("clear", "clouds") and random.random() < (0.3 if kinds else 1):
         kinds.append(random.choice(("bird", "bird", "balloon")))
+    if not kinds:
+        kinds.append("sailing boat")
     parts = []
     for kind in kinds:
         habitat, colours = THINGS[kind]

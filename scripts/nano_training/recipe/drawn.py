@@ -189,7 +189,7 @@ class Artists:
         return len(self.requests.get(queue, ()))
 
     def take(self, queue: str, wait: bool = False) -> Chunk | None:
-        """The next chunk of a queue, or None where none is ready; with `wait`, where none is left."""
+        """The next chunk of a queue; None where none is ready, or, with `wait`, left."""
         requests = self.requests.get(queue, [])
         if not requests:
             return None
@@ -205,6 +205,14 @@ class Artists:
     def map(self, function: Callable[..., Any], *columns: list) -> list:
         """A function over arguments, on all workers."""
         return list((self.pool.map if self.pool else map)(function, *columns))
+
+    def cancel(self) -> None:
+        """Draw no more, so that the workers are free for other work."""
+        for requests in self.requests.values():
+            for request in requests:
+                if isinstance(request, Future):
+                    request.cancel()
+            requests.clear()
 
     def close(self) -> None:
         if self.pool:

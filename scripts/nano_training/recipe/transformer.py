@@ -31,6 +31,7 @@ RAW_PRESET = Preset("raw", steps=28, guidance=3.5, mu=None, size=256)
 TURBO_PRESET = replace(TURBO, size=256)
 TOKENS = 256  # image tokens of a picture of 256 px
 KINDS = ("scenes", "landscapes")
+GROW_EVERY = 6  # steps
 
 
 def flow_loss(
@@ -80,7 +81,7 @@ def train_raw(
     run.on_save = lambda: write(_averaged(run, RAW_PRESET))
 
     def loss_of_step(step: int) -> Tensor:
-        if step % 4 == 0:
+        if step % GROW_EVERY == 0:
             pool.grow(KINDS)
         random = Random(f"raw {step}")
         batch = pool.batch(plan.captions * TOKENS, random)
