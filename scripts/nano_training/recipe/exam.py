@@ -9,12 +9,21 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from krea2_model import Krea2Pipeline, References, nano
+from krea2_model import (
+    Krea2Pipeline,
+    References,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    nano,
+)
+from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.references import Reference
 
 from ..judge import background_colour, judge
@@ -36,17 +45,23 @@ Scores = dict[str, float]
 
 def pipeline_of(folder: Path, variant: str, lora: Path | None = None) -> Krea2Pipeline:
     """The pipeline of the files that a run wrote into a folder."""
-    pipeline = Krea2Pipeline.from_files(
-        folder / nano.TRANSFORMERS[variant].name,
-        nano.text_encoder_file(),
-        folder / nano.VAE.name,
+    options = {"device": DEVICE, "dtype": torch.float32}
+    pipeline = Krea2Pipeline(
+        load_transformer(folder / nano.TRANSFORMERS[variant].name, **options),
+        _text_encoder(),
+        load_vae(folder / nano.VAE.name, **options),
         device=DEVICE,
-        dtype=torch.float32,
         offload="none",
     )
     if lora is not None:
         pipeline.load_lora(folder / lora.name)
     return pipeline
+
+
+@cache
+def _text_encoder() -> Qwen3VLTextEncoder:
+    """The text encoder on the device, which all pipelines share."""
+    return load_text_encoder(nano.text_encoder_file(), device=DEVICE, dtype=torch.float32)
 
 
 def paint(pipeline: Krea2Pipeline, prompts: list[str], side: int, **options) -> np.ndarray:

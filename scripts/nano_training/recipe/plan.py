@@ -102,6 +102,7 @@ TINY = Plan(
     reference_chunks=1,
     reference_chunk=2,
     captions=1,
+    draws=1,
     turbo_captions=1,
     lora_captions=1,
     reference_captions=1,

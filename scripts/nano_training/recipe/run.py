@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -68,9 +69,13 @@ class RecipeRun:
     def run(self) -> None:
         """All stages. Files are in the output folder as soon as they can be used."""
         torch.backends.cudnn.benchmark = True  # The VAE sees few shapes, each of them often.
+        # The text encoder's file is made on first use, in seconds that the VAE's steps can hide.
+        making = threading.Thread(target=nano.text_encoder_file, daemon=True)
+        making.start()
         try:
             self.report.add("device", _device_name())
             self.stage("vae", self.vae)
+            making.join()
             pool = self.encoded_pool()
             self.stage("raw", lambda: self.raw(pool))
             self.stage("turbo", lambda: self.turbo(pool))
@@ -184,6 +189,8 @@ class RecipeRun:
 
     def samples(self, variant: str, **options) -> None:
         """A sheet of landscapes and scenes from prompts of the exams."""
+        if not self.plan.exam_landscapes:
+            return
         pipeline = pipeline_of(self.output, variant)
         count = 24 if self.plan.exam_landscapes > 24 else self.plan.exam_landscapes
         prompts = [prompt for prompt, _ in landscape_prompts(count)]
