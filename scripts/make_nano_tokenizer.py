@@ -24,6 +24,9 @@ from krea2_model.text.tokenizer import (  # noqa: E402
     TEMPLATE_SUFFIX,
     find_tokenizer_folder,
 )
+from nano_training.landscapes import scene as landscapes  # noqa: E402
+from nano_training.landscapes.words import caption as landscape_caption  # noqa: E402
+from nano_training.landscapes.words import landscape_prompts  # noqa: E402
 from nano_training.scenes import caption, random_scene  # noqa: E402
 
 CAPTIONS = 20_000
@@ -39,6 +42,10 @@ def texts() -> list[str]:
     """What the tokenizer has to know whole."""
     random = Random("tokenizer")
     captions = [caption(random_scene(random), random) for _ in range(CAPTIONS)]
+    captions += [
+        landscape_caption(landscapes.random_landscape(random), random) for _ in range(CAPTIONS)
+    ]
+    captions += [prompt for prompt, _ in landscape_prompts()]
     words = {word for text in captions for word in text.split()} | set(OTHERS.split())
     words |= {word.capitalize() for word in words}
     around = [f"{before}{word}" for word in words for before in (" ", "(", " (", "{", " {", "|")]

@@ -1,4 +1,6 @@
-"""Train krea2-nano: its VAE, nano Raw, nano Turbo distilled from Raw, and two LoRAs on Raw.
+"""Train krea2-nano at 128 px: its VAE, nano Raw, nano Turbo distilled from it, two LoRAs on Raw.
+
+The shipped files were made so. `train_nano_256.py` is the recipe of their successors.
 
     python scripts/train_nano.py                    # everything, in this order
     python scripts/train_nano.py raw --steps 6000   # one stage
@@ -17,8 +19,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,14 +28,12 @@ from krea2_model import (  # noqa: E402
     load_transformer,
     load_vae,
     nano,
-    save_transformer,
 )
-from krea2_model.checkpoints.transformer_keys import is_norm_or_table  # noqa: E402
-from krea2_model.checkpoints.vae_keys import restore_temporal  # noqa: E402
 from krea2_model.text.encoder import Qwen3VLTextEncoder  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 from krea2_model.vae.model import QwenImageVAE  # noqa: E402
 from nano_training.examples import Examples  # noqa: E402
+from nano_training.files import write_lora, write_transformer, write_vae  # noqa: E402
 from nano_training.train_lora import train_lora  # noqa: E402
 from nano_training.train_raw import train_raw  # noqa: E402
 from nano_training.train_reference import ReferenceExamples, train_reference  # noqa: E402
@@ -48,10 +46,7 @@ STAGES = ("vae", "raw", "turbo", "lora", "reference")
 def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None:
     options = {} if steps is None else {"steps": steps}
     if stage == "vae":
-        vae = train_vae(folder, **options)
-        tensors = restore_temporal(vae.state_dict(), vae.config)
-        tensors = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, nano.VAE, {"format": "pt"})
+        write_vae(train_vae(folder, **options), nano.VAE)
     elif stage == "raw":
         start = load_transformer(nano.TRANSFORMERS["raw"]) if onward else None
         save(train_raw(folder, examples(folder), start=start, **options))
@@ -61,11 +56,11 @@ def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None
         save(train_turbo(folder, examples(folder), raw, start=start, **options))
     elif stage == "lora":
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
-        save_lora(train_lora(folder, examples(folder, notebook=True), raw, **options), nano.LORA)
+        write_lora(train_lora(folder, examples(folder, notebook=True), raw, **options), nano.LORA)
     else:
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         shown = ReferenceExamples(folder / "examples", *encoders())
-        save_lora(train_reference(folder, shown, raw, **options), nano.REFERENCE_LORA)
+        write_lora(train_reference(folder, shown, raw, **options), nano.REFERENCE_LORA)
 
 
 def examples(folder: Path, notebook: bool = False) -> Examples:
@@ -79,17 +74,9 @@ def encoders() -> tuple[Qwen3VLTextEncoder, QwenImageVAE]:
     return encoder, load_vae(nano.VAE, dtype=torch.float32)
 
 
-def save_lora(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a LoRA in bfloat16."""
-    save_file({name: t.bfloat16() for name, t in tensors.items()}, file, {"format": "pt"})
-
-
 def save(transformer: Krea2Transformer) -> None:
-    """Write a transformer to its place: matrices in bfloat16, norms and tables in float32."""
-    for name, parameter in transformer.named_parameters():
-        if not is_norm_or_table(name):
-            parameter.data = parameter.data.bfloat16()
-    save_transformer(transformer.cpu(), nano.TRANSFORMERS[transformer.variant])
+    """Write a transformer to its place."""
+    write_transformer(transformer, nano.TRANSFORMERS[transformer.variant])
 
 
 def main() -> None:

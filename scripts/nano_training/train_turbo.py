@@ -17,11 +17,11 @@ from random import Random
 import torch
 from torch import Tensor
 
-from krea2_model.config import TURBO
+from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_time
 from krea2_model.transformer.model import Krea2Transformer
 
-from .examples import Examples
+from .examples import Batch, Examples
 from .loop import DEVICE, Run, Schedule, autocast
 from .train_raw import PRESET as RAW_PRESET
 from .train_raw import new_transformer, optimisers
@@ -60,36 +60,54 @@ def train_turbo(
         generator = torch.Generator().manual_seed(random.getrandbits(62))
         shape = (CAPTIONS * DRAWS, *batch.latents.shape[1:])
         latents = torch.randn(shape, generator=generator).to(DEVICE)
-        mask = batch.mask.repeat_interleave(DRAWS, 0)
-        with torch.no_grad(), autocast():
-            cond = raw.fuse_text(batch.taps, batch.mask).repeat_interleave(DRAWS, 0)
-            uncond = raw.fuse_text(empty).expand(len(cond), -1, -1)
-        with autocast():
-            text = model.fuse_text(batch.taps, batch.mask)
-        # The fusion is gone back through once, with what all eight states ask of it.
-        held = text.detach().requires_grad_()
-        total = 0.0
-        for index in range(PRESET.steps):
-            times = [
-                shift_time(1 - (index + part / TEACHER_STEPS) / PRESET.steps, PRESET.mu)
-                for part in range(TEACHER_STEPS + 1)
-            ]
-            target = teacher_velocity(raw, latents, times, (cond, mask), uncond)
-            with autocast():
-                now = torch.full((len(latents),), times[0], device=DEVICE)
-                velocity = model(latents, now, held.repeat_interleave(DRAWS, 0), mask).float()
-            loss = (velocity - target).square().mean() / PRESET.steps
-            loss.backward()  # Here, so that one state's activations are held at a time.
-            total += loss.item()
-            latents = latents + (times[-1] - times[0]) * velocity.detach()
-        # The value is the sum of the losses, the gradient what is left of theirs.
-        rest = (text * held.grad).sum()
-        return rest - rest.detach() + total
+        return distillation_loss(model, raw, batch, latents, empty)
 
     run.train(loss_of_step)
     model.load_state_dict(run.averaged_state())
     model.variant, model.preset = PRESET.name, PRESET
     return model.requires_grad_(False).eval()
+
+
+def distillation_loss(
+    model: Krea2Transformer,
+    raw: Krea2Transformer,
+    batch: Batch,
+    latents: Tensor,
+    empty: Tensor,
+    preset: Preset = PRESET,
+) -> Tensor:
+    """The loss along the student's own way from noise to picture.
+
+    latents: noise (captions * draws, 16, h, w), of which each caption has the same number.
+    empty: taps (1, L, 12, D) of the empty prompt.
+    The gradients of the blocks have been added when this returns; what is left is the fusion's.
+    """
+    draws = len(latents) // len(batch.taps)
+    mask = batch.mask.repeat_interleave(draws, 0)
+    with torch.no_grad(), autocast():
+        cond = raw.fuse_text(batch.taps, batch.mask).repeat_interleave(draws, 0)
+        uncond = raw.fuse_text(empty).expand(len(cond), -1, -1)
+    with autocast():
+        text = model.fuse_text(batch.taps, batch.mask)
+    # The fusion is gone back through once, with what all eight states ask of it.
+    held = text.detach().requires_grad_()
+    total = latents.new_zeros(())
+    for index in range(preset.steps):
+        times = [
+            shift_time(1 - (index + part / TEACHER_STEPS) / preset.steps, preset.mu)
+            for part in range(TEACHER_STEPS + 1)
+        ]
+        target = teacher_velocity(raw, latents, times, (cond, mask), uncond)
+        with autocast():
+            now = torch.full((len(latents),), times[0], device=DEVICE)
+            velocity = model(latents, now, held.repeat_interleave(draws, 0), mask).float()
+        loss = (velocity - target).square().mean() / preset.steps
+        loss.backward()  # Here, so that one state's activations are held at a time.
+        total += loss.detach()
+        latents = latents + (times[-1] - times[0]) * velocity.detach()
+    # The value is the sum of the losses, the gradient what is left of theirs.
+    rest = (text * held.grad).sum()
+    return rest - rest.detach() + total
 
 
 @torch.no_grad()

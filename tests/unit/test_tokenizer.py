@@ -27,6 +27,7 @@ from krea2_model.text.tokenizer import (
     TokenizerNotFoundError,
     find_tokenizer_folder,
 )
+from nano_training.landscapes.words import landscape_prompts
 from nano_training.scenes import held_out_prompts
 
 PROMPTS = {
@@ -309,6 +310,7 @@ def test_nano_has_one_where_there_is_none(nowhere):
 def test_nano_s_makes_the_same_tokens(tokenizer):
     small = Krea2Tokenizer(nano.TOKENIZER)
     prompts = [prompt for prompt, _ in held_out_prompts()]
+    prompts += [prompt for prompt, _ in landscape_prompts()]
     for prompt in [*prompts, "A Yellow Circle.", "(no star) {two|three} rings"]:
         assert small.tokenize(prompt) == tokenizer.tokenize(prompt), prompt
     other = "über den Wolken 🌥"

@@ -1,0 +1,1 @@
+"""Landscapes, the second kind of picture that krea2-nano learns: scenes, drawing, words, judge."""
