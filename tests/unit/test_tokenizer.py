@@ -313,5 +313,5 @@ def test_nano_s_makes_the_same_tokens(tokenizer):
     prompts += [prompt for prompt, _ in landscape_prompts()]
     for prompt in [*prompts, "A Yellow Circle.", "(no star) {two|three} rings"]:
         assert small.tokenize(prompt) == tokenizer.tokenize(prompt), prompt
-    other = "über den Wolken 🌥"
+    other = "über den Wolken \U0001f325"
     assert small.decode(small.tokenize_raw(other)) == other
