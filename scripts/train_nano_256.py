@@ -45,7 +45,10 @@ def main() -> None:
     plan = TOY if options.toy else Plan()
     workers = (os.cpu_count() or 2) - 1 if options.workers is None else options.workers
     folder = options.folder or options.output.with_name(f"{options.output.name}_states")
-    RecipeRun(options.output, folder, plan, 60 * options.minutes, workers).run()
+    run = RecipeRun(options.output, folder, plan, 60 * options.minutes, workers)
+    run.run()
+    if run.failed:
+        sys.exit(f"Failed: {', '.join(run.failed)}. The log above and report.json say why.")
 
 
 if __name__ == "__main__":

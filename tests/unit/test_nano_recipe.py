@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from krea2_model import Krea2Pipeline, load_text_encoder, nano
+from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, nano
 from nano_training.loop import DEVICE, Run, Schedule, TimedSchedule
 from nano_training.recipe.drawn import Artists, draw_chunk
 from nano_training.recipe.plan import SHARES, TINY, Clock
 from nano_training.recipe.pool import EncodedPool, Pixels, encode_captions, encode_pixels
 from nano_training.recipe.run import FILES, RecipeRun, install
-from nano_training.recipe.vae import side_of
+from nano_training.recipe.transformer import flow_loss
+from nano_training.recipe.vae import side_of, train_vae
+from nano_training.train_raw import new_transformer
 
 
 class FakeTime:
@@ -148,6 +150,24 @@ def test_the_pool_gives_batches_of_one_size(encoder, tmp_path):
         assert batch.taps.shape[:2] == batch.mask.shape and len(batch.taps) == count
 
 
+def test_the_loss_is_what_the_shipped_raw_was_trained_to_lower(encoder, tmp_path):
+    """On scenes of 128 px, which it knows: encoding, captions, times and noise have to fit."""
+    raw = Krea2Pipeline.nano("raw")
+    pool = EncodedPool(Artists(tmp_path, 0), encoder, raw.vae)
+    for index in range(6):
+        chunk = draw_chunk("scenes", index, 8)
+        if chunk.pictures.shape[1:3] == (128, 128):
+            pool.add(chunk)
+    model = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32, device=DEVICE)
+    batch = pool.batch(64 * 6, Random(1), empty=0)
+    with torch.no_grad():
+        loss = float(flow_loss(model, batch, Random(2), 3))
+        batch.taps = batch.taps.roll(1, dims=0)
+        wrong_captions = float(flow_loss(model, batch, Random(2), 3))
+        untrained = float(flow_loss(new_transformer().to(DEVICE), batch, Random(2), 3))
+    assert loss < 0.3 * untrained and loss < 0.8 * wrong_captions, (loss, wrong_captions, untrained)
+
+
 def test_pixels_are_encoded_as_the_pipeline_does():
     pipeline = Krea2Pipeline.nano("raw")
     chunk = draw_chunk("scenes", 0, 2)
@@ -170,9 +190,22 @@ def test_crops_are_parts_of_pictures():
     assert [side_of(share) for share in (0, 0.7, 0.9)] == [64, 128, 256]
 
 
+def test_the_vae_trains_on_small_pictures_where_no_large_ones_are_ready(tmp_path):
+    pixels = Pixels()
+    pixels.add(draw_chunk("practice", 0, 2))
+    sides = []
+    batch = pixels.batch
+    pixels.batch = lambda *asked: sides.append(batch(*asked).shape[-1]) or batch(*asked)
+    vae = train_vae(tmp_path, pixels, lambda step: None, Schedule(8, warmup=1), TINY)
+    assert sides[0] == 64 and sides[-1] == 128
+    assert all(torch.isfinite(weight).all() for weight in vae.state_dict().values())
+
+
 def test_every_stage_writes_its_file_and_the_numbers(tmp_path, monkeypatch):
     output = tmp_path / "output"
-    RecipeRun(output, tmp_path / "states", TINY, 600, workers=0).run()
+    run = RecipeRun(output, tmp_path / "states", TINY, 600, workers=0)
+    run.run()
+    assert not run.failed
     assert {path.name for path in output.iterdir()} == {
         *FILES.values(),
         "report.json",
@@ -190,6 +223,12 @@ def test_every_stage_writes_its_file_and_the_numbers(tmp_path, monkeypatch):
     (output / FILES["raw"]).unlink()
     with pytest.raises(ValueError, match="krea2_nano_raw"):
         install(output)
+    # A LoRA that fails costs no exam.
+    failing = RecipeRun(output, tmp_path / "states", TINY, 600, workers=0)
+    failing.stage("lora", lambda: 1 / 0, needed=False)
+    assert failing.failed == ["lora"] and "division" in failing.report.numbers["lora error"]
+    with pytest.raises(ZeroDivisionError):
+        failing.stage("raw", lambda: 1 / 0)
     # A second run goes on: every stage is over, and its states say so.
     again = RecipeRun(output, tmp_path / "states", replace(TINY, exam_scenes=1), 600, workers=0)
     assert again.schedule("raw", 1, 0.5).share(1) == 1

@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ class RecipeRun:
         self.output, self.folder, self.plan = output, folder, plan
         self.clock = Clock(seconds)
         self.report = Report(output)
+        self.failed: list[str] = []  # stages without which the others went on
         folder.mkdir(parents=True, exist_ok=True)
         self.artists = Artists(folder / "pictures", workers)
         self.request_pictures()
@@ -67,7 +69,10 @@ class RecipeRun:
         ask("references", plan.reference_chunks, plan.reference_chunk)
 
     def run(self) -> None:
-        """All stages. Files are in the output folder as soon as they can be used."""
+        """All stages. Files are in the output folder as soon as they can be used.
+
+        `failed` names the stages that failed while the others went on.
+        """
         torch.backends.cudnn.benchmark = True  # The VAE sees few shapes, each of them often.
         # The text encoder's file is made on first use, in seconds that the VAE's steps can hide.
         making = threading.Thread(target=nano.text_encoder_file, daemon=True)
@@ -78,17 +83,27 @@ class RecipeRun:
             making.join()
             pool = self.encoded_pool()
             self.stage("raw", lambda: self.raw(pool))
+            self.stage("raw samples", lambda: self.samples("raw"), needed=False)
             self.stage("turbo", lambda: self.turbo(pool))
-            self.stage("lora", lambda: self.lora(pool))
-            self.stage("reference", lambda: self.reference(pool))
-            self.stage("exam", self.exam)
+            self.stage("turbo samples", lambda: self.samples("turbo"), needed=False)
+            self.stage("lora", lambda: self.lora(pool), needed=False)
+            self.stage("reference", lambda: self.reference(pool), needed=False)
+            self.stage("exam", self.exam, needed=False)
         finally:
             self.artists.close()
         shutil.rmtree(self.artists.folder, ignore_errors=True)
 
-    def stage(self, name: str, function) -> None:
+    def stage(self, name: str, function: Callable[[], None], needed: bool = True) -> None:
+        """Run a stage and report it. Where others do not need it, its errors are reported too."""
         started = time.monotonic()
-        function()
+        try:
+            function()
+        except Exception as error:
+            if needed:
+                raise
+            logger.exception("%s failed; the other stages go on", name)
+            self.failed.append(name)
+            self.report.add(f"{name} error", str(error))
         self.report.add_losses(name, self.folder / f"{name}.jsonl")
         self.report.add(f"{name} seconds", round(time.monotonic() - started, 1))
         if DEVICE.type == "cuda":
@@ -156,7 +171,6 @@ class RecipeRun:
         model = train_raw(self.folder, pool, self.schedule("raw", 100, 0.3), self.plan, write)
         write(model)
         self.report.add("pictures of raw", pool.size)
-        self.samples("raw", steps=self.plan.raw_steps)
 
     def turbo(self, pool: EncodedPool) -> None:
         def write(model):
@@ -165,7 +179,6 @@ class RecipeRun:
         schedule = self.schedule("turbo", 20, 0.5)
         model = train_turbo(self.folder, pool, self.load_raw(), schedule, self.plan, write)
         write(model)
-        self.samples("turbo")
 
     def lora(self, pool: EncodedPool) -> None:
         own = EncodedPool(self.artists, pool.encoder, pool.vae)
@@ -187,7 +200,7 @@ class RecipeRun:
     def load_raw(self):
         return load_transformer(self.output / FILES["raw"], dtype=torch.float32)
 
-    def samples(self, variant: str, **options) -> None:
+    def samples(self, variant: str) -> None:
         """A sheet of landscapes and scenes from prompts of the exams."""
         if not self.plan.exam_landscapes:
             return
@@ -195,6 +208,7 @@ class RecipeRun:
         count = 24 if self.plan.exam_landscapes > 24 else self.plan.exam_landscapes
         prompts = [prompt for prompt, _ in landscape_prompts(count)]
         prompts += [prompt for prompt, _ in held_out_prompts()[: max(1, count // 3)]]
+        options = {"steps": self.plan.raw_steps} if variant == "raw" else {}
         self.report.add_sheet(list(paint(pipeline, prompts, 256, **options)))
 
 

@@ -52,7 +52,8 @@ def train_vae(folder: Path, pixels: Pixels, refill, schedule: Schedule, plan: Pl
         images = pixels.batch(side, max(1, plan.vae_pixels // side**2), random)
         images = images.contiguous(memory_format=torch.channels_last)
         strength = NOISE * torch.rand(len(images), 1, 1, 1, device=DEVICE)
-        noise = torch.randn(len(images), CONFIG.z_dim, side // 8, side // 8, device=DEVICE)
+        cells = (images.shape[-2] // 8, images.shape[-1] // 8)  # Early on crops may be smaller.
+        noise = torch.randn(len(images), CONFIG.z_dim, *cells, device=DEVICE)
         with autocast():
             decoded = model(images, strength * noise)
         return vae_loss(decoded.float(), images)
