@@ -4,7 +4,13 @@ from pathlib import Path
 
 from ..krea2_model import nano
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, WHERE, CheckpointError
-from ..krea2_model.checkpoints.pairing import encoder_width, size_of, text_width, wrong_pair
+from ..krea2_model.checkpoints.pairing import (
+    encoder_width,
+    has_all_layers,
+    size_of,
+    text_width,
+    wrong_pair,
+)
 from . import model_files
 from .model_files import shapes_of_part
 
@@ -51,7 +57,8 @@ def check_pair(model: Path, encoder: Path) -> None:
 
 def _fits(path: Path, part: str, model: Path) -> bool:
     if part == TEXT_ENCODER:
-        return _encoder_width(path) == _text_width(model)
+        shapes = shapes_of_part(path, TEXT_ENCODER)
+        return encoder_width(shapes) == _text_width(model) and has_all_layers(shapes)
     # Relatives of this VAE differ in the channels of images or latents.
     shapes = shapes_of_part(path, part)
     first = size_of(shapes, "encoder.conv1.weight", "encoder.conv_in.weight", axis=1)

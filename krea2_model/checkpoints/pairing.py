@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..config import TextEncoderConfig
 from .checkpoint import read_shapes
 from .gguf import is_gguf, require_package
 from .identify import (
@@ -19,6 +21,8 @@ from .identify import (
 from .storage import weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Layers of a text encoder up to the last that is tapped.
+LAYERS = max(TextEncoderConfig().tap_layers)
 COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "vae"}
 
 
@@ -49,6 +53,12 @@ def text_width(shapes: Shapes) -> int | None:
 def encoder_width(shapes: Shapes) -> int | None:
     """Width of a text encoder; None where its shapes do not say."""
     return size_of(shapes, "layers.0.input_layernorm.weight")
+
+
+def has_all_layers(shapes: Shapes) -> bool:
+    """True if a text encoder has every layer that Krea 2 reads."""
+    layers = (re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in shapes)
+    return max((int(layer[1]) for layer in layers if layer), default=-1) + 1 >= LAYERS
 
 
 def wrong_pair(encoder: Path, width: int | None, model: Path, needed: int | None) -> str:

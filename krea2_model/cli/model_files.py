@@ -109,7 +109,7 @@ def files_by_header(models: Path, part: str) -> list[Path]:
     """Files in ComfyUI's models folder that hold a part, by their headers; Turbo's first."""
     from ..checkpoints.checkpoint import read_shapes
     from ..checkpoints.identify import CheckpointError, identify
-    from ..checkpoints.pairing import COMPONENTS
+    from ..checkpoints.pairing import COMPONENTS, has_all_layers
 
     kinds = {component: kind for kind, component in COMPONENTS.items()}
     found = []
@@ -118,7 +118,9 @@ def files_by_header(models: Path, part: str) -> list[Path]:
             if file.suffix.lower() not in (".safetensors", ".sft", ".gguf"):
                 continue
             try:
-                if kinds[part] in identify(read_shapes(file)):
+                shapes = read_shapes(file)
+                is_whole = part != "text_encoder" or has_all_layers(shapes)
+                if kinds[part] in identify(shapes) and is_whole:
                     found.append(file)
             except (CheckpointError, OSError):
                 continue  # an incomplete download, for example

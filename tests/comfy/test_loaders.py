@@ -218,7 +218,7 @@ def test_auto_with_a_folder_that_lacks_the_encoder(pack, models, folder_model, t
 
 
 def test_auto_passes_over_relatives_of_other_sizes(pack, models):
-    """A VAE for images with transparency, and an encoder of another width, come first by name."""
+    """First by name: a VAE for images with transparency, encoders of another width and depth."""
     from dataclasses import replace
 
     pairing, kinds = pack("nodes.pairing"), pack("krea2_model.checkpoints.identify")
@@ -227,6 +227,9 @@ def test_auto_passes_over_relatives_of_other_sizes(pack, models):
     wide = replace(tiny_checkpoints.TEXT_ENCODER, hidden_size=80, vocab_size=100)
     encoder = tiny_checkpoints.text_encoder_tensors(wide)
     save_file(encoder, models / "text_encoders" / "a_narrow_encoder.safetensors")
+    short = replace(tiny_checkpoints.TEXT_ENCODER, num_hidden_layers=20, vocab_size=100)
+    encoder = tiny_checkpoints.text_encoder_tensors(short)
+    save_file(encoder, models / "text_encoders" / "a_short_encoder.safetensors")
     model = models / TURBO
     assert pairing.find_fitting(kinds.VAE, model).name == Path(VAE).name
     assert pairing.find_fitting(kinds.TEXT_ENCODER, model).name == Path(ENCODER).name
