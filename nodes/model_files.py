@@ -18,6 +18,7 @@ from ..krea2_model.checkpoints.identify import (
     identify,
     read_header,
 )
+from ..krea2_model.checkpoints.pairing import COMPONENTS
 from ..krea2_model.checkpoints.storage import weight_files
 from ..krea2_model.lora.few_steps import few_step_preset, read_steps
 from ..krea2_model.tools.self_check import ModelFile
@@ -50,7 +51,6 @@ _FOLDERS = {
     TEXT_ENCODER: ("text_encoders", "checkpoints"),
     VAE: ("vae", "checkpoints"),
 }
-COMPONENTS = {TRANSFORMER: "transformer", TEXT_ENCODER: "text_encoder", VAE: "vae"}
 _SUFFIXES = (".safetensors", ".sft")
 _GGUF = ".gguf"
 

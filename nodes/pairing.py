@@ -5,6 +5,7 @@ from pathlib import Path
 from ..krea2_model import nano
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, WHERE, CheckpointError
 from ..krea2_model.checkpoints.pairing import (
+    COMPONENTS,
     encoder_width,
     has_all_layers,
     size_of,
@@ -43,7 +44,7 @@ def find_fitting(part: str, model: Path) -> Path:
     if second_best is not None:
         return second_best
     raise CheckpointError(
-        f"Nothing that fits {model.name} was found for {model_files.COMPONENTS[part]}. Download "
+        f"Nothing that fits {model.name} was found for {COMPONENTS[part]}. Download "
         f'{WHERE[part]}, or choose a file instead of "auto".'
     )
 

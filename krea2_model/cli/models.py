@@ -110,10 +110,11 @@ def _memory() -> tuple[float, str]:
 
 
 def _main_memory() -> float:
-    try:
-        import psutil
-    except ImportError as error:
+    from ..tools.self_check import main_memory
+
+    size = main_memory()
+    if not size:
         raise UsageError(
             "The size of the memory is not known without the package psutil; say it: --memory 16."
-        ) from error
-    return psutil.virtual_memory().total
+        )
+    return size

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ..checkpoints.transformer import STEPS_KEY
 from ..config import RAW, TURBO, Preset
 
-STEPS_KEY = "krea2.steps"
 MAX_STEPS = 16
 
 # Below this strength a checkpoint is between its own schedule and that of the LoRA.
