@@ -16,6 +16,7 @@ gone at the end, where detail is (DyPE, Issachar et al., arXiv 2510.20766).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ class RotaryScaling:
         if not (is_number(self.strength) and 0 < self.strength <= 4):
             raise ValueError(f"strength is {self.strength!r}; expected above 0 to 4.")
 
+    def at(self, grid: tuple[int, int], sigma: float) -> Stretch | None:
+        """The scaling for an image of so many rows and columns of tokens; None for no change."""
+        stretches = tuple(self.stretch(side, sigma) for side in grid)
+        return None if stretches == (1.0, 1.0) else Stretch(self, *stretches)
+
     def stretch(self, tokens: int, sigma: float) -> float:
         """The stretch along a side of so many tokens at a sigma; 1 changes nothing."""
         scale = max(1.0, tokens / (self.size / 16))
@@ -71,3 +77,23 @@ class RotaryScaling:
         turns = self.size / 16 * plain / (2 * math.pi)
         kept = ((turns - _LOW_TURNS) / (_HIGH_TURNS - _LOW_TURNS)).clamp(0, 1)
         return plain * (kept + (1 - kept) / stretch)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A scaling at one step of an image: its stretch along rows and along columns."""
+
+    scaling: RotaryScaling
+    rows: float
+    columns: float
+
+    def frequencies(self, dims: Sequence[int], theta: float) -> list[Tensor | None]:
+        """Frequencies of the three axes: index, row, column; None for unchanged ones."""
+        _, *spatial = dims
+        return [
+            None,
+            *(
+                self.scaling.frequencies(dim, theta, stretch)
+                for dim, stretch in zip(spatial, (self.rows, self.columns), strict=True)
+            ),
+        ]

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from krea2_model.transformer.rotary_scaling import RotaryScaling
+from diffusers_reference import TINY
+from krea2_model.transformer.model import Krea2Transformer, grid_positions
+from krea2_model.transformer.rotary_scaling import RotaryScaling, Stretch
+from samples import random
 
 THETA, DIM = 1000.0, 56
 
@@ -59,3 +62,54 @@ def test_a_dynamic_stretch_follows_the_step():
 def test_bad_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         RotaryScaling(**options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    generator = torch.Generator().manual_seed(0)
+    model = Krea2Transformer(TINY).requires_grad_(False)
+    for weight in model.parameters():
+        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def velocity(model, latents, **options):
+    text = random(1, 4, TINY.hidden_size, seed=2)
+    with torch.no_grad():
+        return model(latents, torch.tensor([0.7]), text, **options)
+
+
+def test_a_stretch_of_ones_and_a_small_image_are_as_before(model):
+    latents, scaling = random(1, 16, 8, 12), RotaryScaling(64, dynamic=False)
+    plain = velocity(model, latents)
+    assert scaling.at((4, 4), 0.7) is None
+    assert torch.equal(velocity(model, latents, stretch=Stretch(scaling, 1.0, 1.0)), plain)
+    stretched = velocity(model, latents, stretch=scaling.at((4, 6), 0.7))
+    assert not torch.allclose(stretched, plain, rtol=1e-3)
+    # The table of one stretch is not taken for another's.
+    assert torch.equal(velocity(model, latents), plain)
+
+
+def test_the_table_has_the_frequencies_of_each_axis(model):
+    """Along columns alone: rotations of rows stay, those of columns turn more slowly."""
+    scaling = RotaryScaling(64, "ntk", dynamic=False, strength=1.0)
+    stretch = scaling.at((4, 8), 0.7)
+    assert (stretch.rows, stretch.columns) == (1.0, 2.0)
+    dims, theta = TINY.axes_dims_rope, TINY.rope_theta
+    index, rows, columns = stretch.frequencies(dims, theta)
+    assert index is None
+    torch.testing.assert_close(rows, theta ** -(torch.arange(0, dims[1], 2).double() / dims[1]))
+    torch.testing.assert_close(columns, scaling.frequencies(dims[2], theta, 2.0))
+
+
+def test_a_tile_lies_at_its_place(model):
+    """A tile of an image that sees nothing but itself: where its tokens are counts.
+
+    Attention among a tile's own tokens depends on their distance alone, so a model without text
+    would not notice; with text, at position 0, it does, as in the whole image.
+    """
+    tile = random(1, 16, 4, 6)
+    at_zero, moved = velocity(model, tile), velocity(model, tile, origin=(2, 3))
+    assert not torch.allclose(at_zero, moved, rtol=1e-3)
+    whole = grid_positions([(0, 4, 6)]).reshape(4, 6, 3)[2:, 3:].reshape(-1, 3)
+    assert torch.equal(grid_positions([(0, 2, 3, 2, 3)]), whole)
