@@ -12,6 +12,7 @@ import functools
 from torch import Tensor
 
 from ..nn.attention import Attend
+from ..nn.kernels import Span
 from ..nn.partial_attention import AttendPartially
 from .references import KVRecorder, ReferenceKVCache
 from .text_attention import TextAttention
@@ -43,9 +44,9 @@ class AttentionExtensions:
         """Tokens that `prepare` prepends."""
         return self.text.front
 
-    def prepare(self, hidden: Tensor, query_slice: slice, rope: Tensor, mask: Tensor | None, split):
+    def prepare(self, hidden: Tensor, query_slice: Span, rope: Tensor, mask: Tensor | None, split):
         """The blocks' arguments, see `TextAttention.prepare`."""
-        self._text_tokens = query_slice.start
+        self._text_tokens = query_slice[0]
         return self.text.prepare(hidden, query_slice, rope, mask, split)
 
     def attend(
@@ -57,7 +58,7 @@ class AttentionExtensions:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        query_slice: slice | None = None,
+        query_slice: Span | None = None,
     ) -> Tensor:
         """Attention over normed and rotated heads; (B, Q, H * D).
 

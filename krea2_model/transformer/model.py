@@ -175,9 +175,9 @@ class Krea2Transformer(nn.Module):
         if text_mask is not None:
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
-        query_slice = slice(text_tokens, text_tokens + image_tokens)
+        query_slice = (text_tokens, text_tokens + image_tokens)
         strengths, length = [r.settings.strength for r in indexed], hidden.shape[1]
-        mask = add_strength_bias(mask, query_slice.stop, counts, strengths, length, hidden.device)
+        mask = add_strength_bias(mask, query_slice[1], counts, strengths, length, hidden.device)
         step = None if modulation is None else modulation.at(vector, hidden.dtype)
         hidden = backend.run_blocks(
             self.blocks, hidden, query_slice, vector, rope, mask, split, step
@@ -210,7 +210,7 @@ class Krea2Transformer(nn.Module):
             _, image, *patched = backend.prepare_tokens(no_text, image, *positions)
             _, vector = backend.embed_time(embed, torch.zeros(len(latents), device=latents.device))
             rope = self._rope_for(tuple(patched), image.device)
-            query_slice = slice(0, image.shape[1])
+            query_slice = (0, image.shape[1])
             backend.run_blocks(self.blocks, image, query_slice, vector, rope, None, None)
         return cache
 
