@@ -142,7 +142,7 @@ class TwoStreams(Backend):
             for index, first in enumerate(firsts):
                 out = torch.cat((seen[index][:, :first], guided), dim=1)
                 streams[index] = block(streams[index], vector, tables[index], backend=Recorder(out))
-        return streams[0][:, query_slice]
+        return streams[0][:, slice(*query_slice)]
 
 
 def test_negative_guidance_equals_two_whole_streams(model):
