@@ -150,12 +150,14 @@ class Krea2Transformer(nn.Module):
                 f"reference_method is {reference_method!r}; expected one of {REFERENCE_METHODS}."
             )
         indexed = with_indices(references)
-        images = [(0, latents), *((r.settings.index, r.latents) for r in indexed)]
-        patches = [self._patches(image, text.dtype) for _, image in images]
+        patches = [
+            self._patches(image, text.dtype) for image in (latents, *(r.latents for r in indexed))
+        ]
         image_tokens, *counts = (part.shape[1] for part in patches)
         tokens = self.first(torch.cat(patches, dim=1))
         del patches
-        grids = tuple((at, *grid_size(image, self.config.patch_size)) for at, image in images)
+        patch = self.config.patch_size
+        grids = ((0, *grid_size(latents, patch)), *(_grid_of(r, patch) for r in indexed))
         positions = _positions(text.shape[1], grids)
         text, image, *patched = backend.prepare_tokens(text, tokens, *positions)
         text_tokens = text.shape[1]
@@ -182,7 +184,6 @@ class Krea2Transformer(nn.Module):
         hidden = backend.run_blocks(
             self.blocks, hidden, query_slice, vector, rope, mask, split, step
         )
-        patch = self.config.patch_size
         velocity = unpatchify(self.last(hidden, time), *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
 
@@ -203,7 +204,7 @@ class Krea2Transformer(nn.Module):
         for reference in with_indices(references):
             latents = reference.latents
             image = self.first(self._patches(latents, dtype))
-            grid = (reference.settings.index, *grid_size(latents, self.config.patch_size))
+            grid = _grid_of(reference, self.config.patch_size)
             backend = backend_for(cache.recorder(reference.settings.strength))
             embed = functools.partial(self._embed_time, dtype=dtype)
             no_text, positions = image[:, :0], _positions(0, (grid,))
@@ -280,18 +281,30 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
+def _grid_of(reference: Reference, patch: int) -> tuple[float, ...]:
+    """Index, rows, columns and offset of a reference, for `grid_positions`."""
+    settings = reference.settings
+    assert settings.index is not None  # `with_indices` fills it in
+    return settings.index, *grid_size(reference.latents, patch), *settings.offset
+
+
 @outside_graphs
 @functools.lru_cache(maxsize=16)
-def _positions(text_tokens: int, grids: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
+def _positions(text_tokens: int, grids: tuple[tuple[float, ...], ...]) -> tuple[Tensor, Tensor]:
     """Rotary positions (1, L, 3) of text, all zero, and of images, see `grid_positions`."""
     with torch.inference_mode(False):
         return torch.zeros(1, text_tokens, 3), grid_positions(grids)[None]
 
 
-def grid_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Rotary positions (L, 3) of images by (index, rows, columns): (index, row, column)."""
+def grid_positions(grids: Sequence[tuple[float, ...]]) -> Tensor:
+    """Rotary positions (L, 3) of images: (index, row, column).
+
+    grids: (index, rows, columns) of each, and perhaps an offset of its rows and of its columns.
+    """
     positions = []
-    for index, rows, columns in grids:
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        positions.append(F.pad(grid, (1, 0), value=index).float())
+    for index, rows, columns, *offset in grids:
+        grid = torch.cartesian_prod(torch.arange(int(rows)), torch.arange(int(columns))).float()
+        if any(offset):
+            grid = grid + torch.tensor(offset)
+        positions.append(F.pad(grid, (1, 0), value=index))
     return torch.cat(positions)
