@@ -7,6 +7,7 @@ and call the model within `StepFeatures.live`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
+from .transformer.references import Reference, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
@@ -41,13 +43,17 @@ class RunFeatures:
 
 @dataclass(frozen=True)
 class StepFeatures:
-    """The features of one step."""
+    """The features of one step. references: active ones, for their boosts."""
 
     sigma: float
     grid: tuple[int, int]
     device: torch.device
     regions: ActiveRegions | None = None
     loras: tuple[RunLora, ...] = ()
+    references: tuple[Reference, ...] = ()
+
+    def with_references(self, references: Sequence[Reference]) -> StepFeatures:
+        return replace(self, references=tuple(references))
 
     def for_negative(self) -> StepFeatures:
         """Those of the negative text's call, which has no regions."""
@@ -60,7 +66,13 @@ class StepFeatures:
 
     @property
     def groups(self) -> TokenGroups | None:
-        return None if self.regions is None else self.regions.groups
+        """Groups of tokens that see different keys, None where all see all alike."""
+        groups = None if self.regions is None else self.regions.groups
+        boosts = boost_factors(self.references, *self.grid)
+        if not boosts:
+            return groups
+        groups = groups or TokenGroups(self.grid[0] * self.grid[1])
+        return groups.with_references(boosts, self.device)
 
     def join(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The text (B, L, width) and its mask with the texts of regions in front."""

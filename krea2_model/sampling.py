@@ -141,13 +141,15 @@ class _GuidedVelocity:
         self._guidance, self._schedule, self._sigma_at = guidance, schedule, sigma_at
         self._nag, self._nag_window = nag, NEVER if nag is None else nag.window(sigma_at)
         self._plan, self._reference_latents = plan, reference_latents
-        self._shared = share(*texts) if share_calls and not features else None
+        may_share = share_calls and not features and not plan.has_boosts
+        self._shared = share(*texts) if may_share else None
         self._modulation: RunModulation | None = None
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
         guidance = self._guidance * self._schedule.factor(sigma, self._sigma_at)
         nag = self._nag if self._nag_window.contains(sigma) else None
-        options, cache = self._options(sigma, latents.device)
+        references = self._plan.active(sigma, self._reference_latents)
+        options, cache = self._options(references, latents.device)
         timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
         if self._shared is not None and guidance != 0 and nag is None and cache is None:
             conditional, unconditional = self._shared.velocities(
@@ -155,7 +157,7 @@ class _GuidedVelocity:
             )
         else:
             grid = grid_size(latents, PATCH)
-            step = self._features.at(sigma, grid, latents.device)
+            step = self._features.at(sigma, grid, latents.device).with_references(references)
             inputs = (latents, timestep, options, cache)
             positive, negative = self._positive, self._negative
             other = negative if nag is not None else None
@@ -183,8 +185,9 @@ class _GuidedVelocity:
         attention, backend = None, {}
         if text.weights is not None or negative is not None or step.texts:
             attention = TextAttention(text.weights, text.mask, negative, nag, step.texts)
-        if attention is not None or cache is not None:
-            backend["backend"] = ExtendedBackend(attention, cache, step.groups)
+        groups = step.groups
+        if attention is not None or cache is not None or groups is not None:
+            backend["backend"] = ExtendedBackend(attention, cache, groups)
         front = 0 if attention is None else attention.front
         references = sum(token_count(r.latents) for r in options.get("references", ()))
         with step.live(self.transformer, states.shape[1], references, front):
@@ -192,7 +195,7 @@ class _GuidedVelocity:
         return velocity.float()
 
     def _options(
-        self, sigma: float, device: torch.device
+        self, references: list[Reference], device: torch.device
     ) -> tuple[dict[str, Any], ReferenceKVCache | None]:
         """Arguments of the model at a step, and the KV cache of its references or None."""
         options: dict[str, Any] = {}
@@ -202,7 +205,6 @@ class _GuidedVelocity:
             if self._modulation is None:
                 self._modulation = RunModulation(blocks, device)
             options["modulation"] = self._modulation
-        references = self._plan.active(sigma, self._reference_latents)
         if not references:
             return options, None
         if self._plan.caches is None:

@@ -65,19 +65,21 @@ class AttentionExtensions:
         attention: that of the host. partial: its attention to parts of the keys, None without.
         block: index of the block. query_slice: as in `Backend.attend`.
         """
-        groups = self.groups
 
-        def grouped(query, key, value, mask=None):
-            assert groups is not None
-            only_image = query_slice is not None
-            tokens = self._text_tokens
-            return groups.attend(attention, partial, tokens, query, key, value, mask, only_image)
+        def attend_to(text: int, groups: TokenGroups | None) -> Attend:
+            """Attention of a sequence with so many tokens of text."""
 
-        def with_references(attend: Attend) -> Attend:
+            def grouped(query, key, value, mask=None):
+                assert groups is not None
+                only_image = query_slice is not None
+                return groups.attend(attention, partial, text, query, key, value, mask, only_image)
+
+            attend = attention if groups is None else grouped
             if self.references is None:
                 return attend
             return functools.partial(self.references.attend, attend, block)
 
-        plain = with_references(attention)
-        positive = plain if groups is None else with_references(grouped)
-        return self.text.attend(positive, query, key, value, mask, query_slice, plain)
+        positive = attend_to(self._text_tokens, self.groups)
+        others = None if self.groups is None else self.groups.without_regions()
+        negative = attend_to(self.front, others)
+        return self.text.attend(positive, query, key, value, mask, query_slice, negative)

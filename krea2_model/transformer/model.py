@@ -295,10 +295,10 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _grid_of(reference: Reference, patch: int) -> tuple[float, ...]:
-    """Index, rows and columns of a reference, for `grid_positions`."""
+    """Index, rows, columns and offset of a reference, for `grid_positions`."""
     settings = reference.settings
     assert settings.index is not None  # `with_indices` fills it in
-    return settings.index, *grid_size(reference.latents, patch)
+    return settings.index, *grid_size(reference.latents, patch), *settings.offset
 
 
 @outside_graphs

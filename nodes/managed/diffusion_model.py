@@ -90,6 +90,7 @@ class Krea2DiffusionModel(contract.Transformer):
         frames = [_single_frame(latent) for latent in ref_latents or ()]
         frames = [comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames]
         references = plan.active(sigma, frames)
+        groups = step.with_references(references).groups
         options = transformer_options
         if references:
             counts = [token_count(reference.latents) for reference in references]
@@ -99,8 +100,8 @@ class Krea2DiffusionModel(contract.Transformer):
             kv_cache = self._kv_cache(plan.caches, references, text.dtype, options, cache.times)
             references = []
         extensions = None
-        if attention is not None or kv_cache is not None:
-            extensions = AttentionExtensions(attention, kv_cache, step.groups)
+        if attention is not None or kv_cache is not None or groups is not None:
+            extensions = AttentionExtensions(attention, kv_cache, groups)
         backend = ComfyBackend(
             options,
             is_touched,

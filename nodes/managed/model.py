@@ -97,7 +97,7 @@ class Krea2Model(comfy.model_base.Krea2):
                 mask is None
                 and conditions.token_weights is None
                 and conditions.negative is None
-                and (plan is None or plan.caches is None)
+                and (plan is None or (plan.caches is None and not plan.has_boosts))
                 and not conditions.features
                 and self._may_share_calls(kwargs["noise"])
             )
