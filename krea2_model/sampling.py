@@ -17,6 +17,7 @@ from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
 from .inpainting import LatentMask, MaskedVelocity
 from .run_features import RunFeatures, StepFeatures
 from .schedule import check_guidance, check_sigmas, schedule_of
+from .tiles import Tile, fuse
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation
@@ -146,6 +147,16 @@ class _GuidedVelocity:
         self._modulation: RunModulation | None = None
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
+        grid = grid_size(latents, PATCH)
+        tiles = self._features.tiles_at(sigma, grid)
+        if tiles is None:
+            return self._velocity(latents, sigma, grid)
+        return fuse(latents, tiles, lambda tile, part: self._velocity(part, sigma, grid, tile))
+
+    def _velocity(
+        self, latents: Tensor, sigma: float, image: tuple[int, int], tile: Tile | None = None
+    ) -> Tensor:
+        """The velocity of an image, or of a tile of it. image: rows and columns of its tokens."""
         guidance = self._guidance * self._schedule.factor(sigma, self._sigma_at)
         nag = self._nag if self._nag_window.contains(sigma) else None
         references = self._plan.active(sigma, self._reference_latents)
@@ -156,8 +167,8 @@ class _GuidedVelocity:
                 self.transformer, latents, timestep, **options
             )
         else:
-            grid = grid_size(latents, PATCH)
-            step = self._features.at(sigma, grid, latents.device).with_references(references)
+            step = self._features.at(sigma, image, latents.device, tile)
+            step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
             positive, negative = self._positive, self._negative
             other = negative if nag is not None else None
@@ -191,7 +202,8 @@ class _GuidedVelocity:
         front = 0 if attention is None else attention.front
         references = sum(token_count(r.latents) for r in options.get("references", ()))
         with step.live(self.transformer, states.shape[1], references, front):
-            velocity = self.transformer(latents, timestep, states, mask, **options, **backend)
+            options = {**options, **step.places, **backend}
+            velocity = self.transformer(latents, timestep, states, mask, **options)
         return velocity.float()
 
     def _options(

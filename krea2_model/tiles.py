@@ -31,22 +31,20 @@ _ROOM = 1 / 8
 class TileSettings:
     """Tiles of a run.
 
-    size: side in pixels of a tile, a multiple of 16; None is the checkpoint's size.
+    size: side in pixels of a tile, a multiple of 16; the checkpoint's own size is best.
     overlap: least share of a tile that it has in common with each neighbour, 0 to 0.5.
     moves: inner tiles lie elsewhere at each step.
 
     Raises ValueError for values out of range.
     """
 
-    size: int | None = None
+    size: int = 1024
     overlap: float = 0.25
     moves: bool = True
 
     def __post_init__(self):
         size = self.size
-        if size is not None and not (
-            is_whole(size) and 4 * MULTIPLE <= size <= MAX_SIZE and size % MULTIPLE == 0
-        ):
+        if not (is_whole(size) and 4 * MULTIPLE <= size <= MAX_SIZE and size % MULTIPLE == 0):
             raise ValueError(
                 f"A tile's size is {size!r}; expected a multiple of {MULTIPLE} pixels from "
                 f"{4 * MULTIPLE} to {MAX_SIZE}, such as 1024."
@@ -82,14 +80,14 @@ class Tile:
 
 
 def tiles_at(
-    grid: tuple[int, int], settings: TileSettings, size: int, sigma: float
+    grid: tuple[int, int], settings: TileSettings, sigma: float
 ) -> list[tuple[Tile, Tensor]]:
     """Tiles of an image at a step, and the weight of each token in them, (rows, columns).
 
-    grid: rows and columns of the image's tokens. size: side of a tile in pixels, where the settings
-    leave it to the checkpoint. sigma: at which the step begins. Weights sum to 1 at every token.
+    grid: rows and columns of the image's tokens. sigma: at which the step begins. Weights sum to 1
+    at every token.
     """
-    tile = (settings.size or size) // MULTIPLE
+    tile = settings.size // MULTIPLE
     phase = math.modf(round(sigma, 5) * 1009 * _GOLDEN)[0]
     # Rows and columns move by different parts of their room.
     shifts = 2 * phase - 1, 2 * math.modf(phase + _GOLDEN)[0] - 1

@@ -1,11 +1,13 @@
 """Our transformer behind the calling convention of ComfyUI's own Krea 2."""
 
 from dataclasses import replace
+from functools import partial
 
 import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.tiles import fuse
 from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.references import ReferenceKVCache
@@ -17,6 +19,9 @@ from .layers import comfy_layers
 from .references import default_plan
 from .regions import fuse_regions
 from .run_cache import RunCache
+
+# Keys of `TileSettings` and `RotaryScaling` in transformer_options.
+TILES, ROTARY = "krea2_tiles", "krea2_rotary_scaling"
 
 
 class Krea2DiffusionModel(contract.Transformer):
@@ -73,25 +78,60 @@ class Krea2DiffusionModel(contract.Transformer):
             # The latents come in the dtype that ComfyUI chose for this run.
             fusing = ComfyBackend(transformer_options, is_touched)
             text = self.fuse_context(context.to(latents.dtype), mask, fusing)
-        sigma = timesteps[0].item()
-        grid = grid_size(latents, self.config.patch_size)
-        features = self._fused_features(conditions.features, latents, transformer_options)
-        step = features.at(sigma, grid, latents.device)
-        attention = self._text_attention(
-            conditions, sigma, mask, step.texts, transformer_options, is_touched
-        )
-        text, mask = step.join(text, mask)
-        lengths, padding = conditions.text_lengths, None
-        if lengths is not None and min(lengths) < context.shape[1]:
-            padding = [context.shape[1] - length for length in lengths]
-        plan = conditions.reference_plan or default_plan(
-            len(ref_latents or ()), kwargs.get("ref_latents_method")
+        features = replace(
+            self._fused_features(conditions.features, latents, transformer_options),
+            tiles=transformer_options.get(TILES),
+            rotary=transformer_options.get(ROTARY),
         )
         frames = [_single_frame(latent) for latent in ref_latents or ()]
-        frames = [comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames]
+        plan = conditions.reference_plan or default_plan(
+            len(frames), kwargs.get("ref_latents_method")
+        )
+        conditions = replace(conditions, features=features, reference_plan=plan)
+        velocity_of = partial(
+            self._velocity,
+            timesteps=timesteps,
+            text=text,
+            mask=mask,
+            frames=[comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames],
+            conditions=conditions,
+            options=transformer_options,
+            is_touched=is_touched,
+            image=(image := grid_size(latents, self.config.patch_size)),
+        )
+        tiles = features.tiles_at(timesteps[0].item(), image)
+        if tiles is None:
+            return velocity_of(None, latents).reshape(x.shape)
+        return fuse(latents, tiles, velocity_of).to(x.dtype).reshape(x.shape)
+
+    def _velocity(
+        self,
+        tile,
+        latents,
+        *,
+        timesteps,
+        text,
+        mask,
+        frames,
+        conditions,
+        options,
+        is_touched,
+        image,
+    ):
+        """The velocity (B, C, h, w) of latents, which are an image's or those of a tile.
+
+        text, mask: fused. frames: latents of references. image: rows and columns of the image's
+        tokens.
+        """
+        sigma, plan = timesteps[0].item(), conditions.reference_plan
+        step = conditions.features.at(sigma, image, latents.device, tile)
+        attention = self._text_attention(conditions, sigma, mask, step.texts, options, is_touched)
+        lengths, padding = conditions.text_lengths, None
+        if lengths is not None and min(lengths) < text.shape[1]:
+            padding = [text.shape[1] - length for length in lengths]
+        text, mask = step.join(text, mask)
         references = plan.active(sigma, frames)
         groups = step.with_references(references).groups
-        options = transformer_options
         if references:
             counts = [token_count(reference.latents) for reference in references]
             options = {**options, "reference_image_num_tokens": counts}
@@ -114,7 +154,7 @@ class Krea2DiffusionModel(contract.Transformer):
         front = 0 if attention is None else attention.front
         reference_tokens = sum(token_count(reference.latents) for reference in references)
         with step.live(self, text.shape[1], reference_tokens, front):
-            velocity = super().forward(
+            return super().forward(
                 latents,
                 timesteps,
                 text,
@@ -123,8 +163,8 @@ class Krea2DiffusionModel(contract.Transformer):
                 reference_method=plan.method,
                 backend=backend,
                 modulation=cache.modulation(self, latents.device) if conditions.run_cache else None,
+                **step.places,
             )
-        return velocity.reshape(x.shape)
 
     def _kv_cache(self, caches, references, dtype, options, times) -> ReferenceKVCache:
         """Keys and values of cached references, computed once a run."""

@@ -15,7 +15,7 @@ def test_weights_sum_to_one_and_tiles_are_alike(grid, overlap):
     settings = TileSettings(128, overlap)
     for sigma in SIGMAS:
         total, sizes = torch.zeros(grid), set()
-        for tile, weights in tiles_at(grid, settings, 1024, sigma):
+        for tile, weights in tiles_at(grid, settings, sigma):
             assert weights.shape == tile.grid and (weights > 0).all()
             total[slice(*tile.rows), slice(*tile.columns)] += weights
             sizes.add(tile.grid)
@@ -27,7 +27,7 @@ def test_weights_sum_to_one_and_tiles_are_alike(grid, overlap):
 def test_neighbours_share_the_overlap_wherever_they_move(overlap):
     seen = set()
     for sigma in SIGMAS:
-        tiles = [tile for tile, _ in tiles_at((8, 50), TileSettings(128, overlap), 1024, sigma)]
+        tiles = [tile for tile, _ in tiles_at((8, 50), TileSettings(128, overlap), sigma)]
         columns = [tile.columns for tile in tiles]
         assert columns[0][0] == 0 and columns[-1][1] == 50
         for left, right in zip(columns, columns[1:], strict=False):
@@ -35,16 +35,16 @@ def test_neighbours_share_the_overlap_wherever_they_move(overlap):
         seen.add(tuple(columns))
     assert len(seen) > 1
     still = {
-        tuple(t for t, _ in tiles_at((8, 50), TileSettings(128, overlap, False), 1024, sigma))
+        tuple(t for t, _ in tiles_at((8, 50), TileSettings(128, overlap, False), sigma))
         for sigma in SIGMAS
     }
     assert len(still) == 1
 
 
-def test_the_size_is_the_checkpoints_unless_chosen():
-    (whole, _), *others = tiles_at((64, 64), TileSettings(), 1024, 0.5)
+def test_one_tile_covers_an_image_of_its_size():
+    (whole, _), *others = tiles_at((64, 64), TileSettings(), 0.5)
     assert not others and whole.grid == (64, 64)
-    assert len(tiles_at((64, 64), TileSettings(512, 0.0, False), 1024, 0.5)) == 4
+    assert len(tiles_at((64, 64), TileSettings(512, 0.0, False), 0.5)) == 4
 
 
 @pytest.mark.parametrize("sides", [(48, 66), (47, 65)])
@@ -52,7 +52,7 @@ def test_fused_tiles_of_a_local_function_are_the_whole(sides):
     """Odd sides too: the last tile has the padded row and column."""
     latents = random(1, 16, *sides)
     grid = tuple(-(-side // 2) for side in sides)
-    tiles = tiles_at(grid, TileSettings(128), 1024, 0.7)
+    tiles = tiles_at(grid, TileSettings(128), 0.7)
     found = fuse(latents, tiles, lambda tile, part: torch.sin(part))
     torch.testing.assert_close(found, torch.sin(latents))
 
