@@ -15,12 +15,19 @@ from torch import Tensor
 from .extrapolation import VelocityExtrapolation
 from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
 from .inpainting import LatentMask, MaskedVelocity
+from .run_features import RunFeatures, StepFeatures
 from .schedule import check_guidance, check_sigmas, schedule_of
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation
-from .transformer.patches import token_count
-from .transformer.references import TIME_ZERO, Reference, ReferenceCaches, ReferencePlan
+from .transformer.patches import PATCH, grid_size, token_count
+from .transformer.references import (
+    TIME_ZERO,
+    Reference,
+    ReferenceCaches,
+    ReferenceKVCache,
+    ReferencePlan,
+)
 from .transformer.shared_calls import share
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
@@ -46,6 +53,7 @@ def denoise(
     cache_references: bool = False,
     share_calls: bool = False,
     inpaint: LatentMask | None = None,
+    features: RunFeatures | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
@@ -67,6 +75,7 @@ def denoise(
     cache_references: references attend only to themselves, so their keys and values are computed
         once and not at each step. Faster, and not as LoRAs were trained. Only at time zero.
     inpaint: the part of the latents to paint; the rest is put back at every step.
+    features: regional prompts, and LoRAs that act on some steps and tokens.
     share_calls: evaluate both texts in one call with twice the batch, where they have no weights
         and neither NAG nor cached references take part.
 
@@ -103,6 +112,7 @@ def denoise(
         plan,
         [reference.latents for reference in images],
         share_calls,
+        features or RunFeatures(),
     )
     velocity_at: Velocity = velocity
     if inpaint is not None:
@@ -124,13 +134,14 @@ class _GuidedVelocity:
         plan: ReferencePlan,
         reference_latents: Sequence[Tensor],
         share_calls: bool,
+        features: RunFeatures,
     ):
-        self.transformer = transformer
+        self.transformer, self._features = transformer, features
         self._positive, self._negative = texts
         self._guidance, self._schedule, self._sigma_at = guidance, schedule, sigma_at
         self._nag, self._nag_window = nag, NEVER if nag is None else nag.window(sigma_at)
         self._plan, self._reference_latents = plan, reference_latents
-        self._shared = share(*texts) if share_calls else None
+        self._shared = share(*texts) if share_calls and not features else None
         self._modulation: RunModulation | None = None
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
@@ -143,25 +154,46 @@ class _GuidedVelocity:
                 self.transformer, latents, timestep, **options
             )
         else:
-
-            def evaluate(text: TextStates, attention: TextAttention | None) -> Tensor:
-                backend = {}
-                if attention is not None or cache is not None:
-                    backend["backend"] = ExtendedBackend(attention, cache)
-                inputs = latents, timestep, text.states, text.mask
-                return self.transformer(*inputs, **options, **backend).float()
-
+            grid = grid_size(latents, PATCH)
+            step = self._features.at(sigma, grid, latents.device)
+            inputs = (latents, timestep, options, cache)
             positive, negative = self._positive, self._negative
             other = negative if nag is not None else None
-            conditional = evaluate(positive, _attention(positive, other, nag))
+            conditional = self._evaluate(*inputs, positive, step, other, nag)
             if guidance == 0:
                 return conditional
             assert negative is not None  # checked by denoise
-            unconditional = evaluate(negative, _attention(negative))
+            unconditional = self._evaluate(*inputs, negative, step.for_negative())
         guided = conditional + guidance * (conditional - unconditional)
         return rescaled(guided, conditional, self._schedule.rescale)
 
-    def _options(self, sigma: float, device: torch.device) -> tuple[dict[str, Any], Any]:
+    def _evaluate(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        options: dict[str, Any],
+        cache: ReferenceKVCache | None,
+        text: TextStates,
+        step: StepFeatures,
+        negative: TextStates | None = None,
+        nag: NegativeGuidance | None = None,
+    ) -> Tensor:
+        """The velocity for one text, in float32. options, cache: of `_options`."""
+        states, mask = step.join(text.states, text.mask)
+        attention, backend = None, {}
+        if text.weights is not None or negative is not None or step.texts:
+            attention = TextAttention(text.weights, text.mask, negative, nag, step.texts)
+        if attention is not None or cache is not None:
+            backend["backend"] = ExtendedBackend(attention, cache, step.groups)
+        front = 0 if attention is None else attention.front
+        references = sum(token_count(r.latents) for r in options.get("references", ()))
+        with step.live(self.transformer, states.shape[1], references, front):
+            velocity = self.transformer(latents, timestep, states, mask, **options, **backend)
+        return velocity.float()
+
+    def _options(
+        self, sigma: float, device: torch.device
+    ) -> tuple[dict[str, Any], ReferenceKVCache | None]:
         """Arguments of the model at a step, and the KV cache of its references or None."""
         options: dict[str, Any] = {}
         # A stand-in for a transformer may have no blocks.
@@ -181,15 +213,6 @@ class _GuidedVelocity:
             references, lambda: self.transformer.cache_references(references, dtype)
         )
         return options, cache
-
-
-def _attention(
-    text: TextStates, negative: TextStates | None = None, nag: NegativeGuidance | None = None
-) -> TextAttention | None:
-    """Text weights and NAG of a call, None without either."""
-    if text.weights is None and negative is None:
-        return None
-    return TextAttention(text.weights, text.mask, negative, nag)
 
 
 def _euler(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,6 +117,9 @@ class Update:
         rows = slice(None) if self.rows is None else slice(*self.rows)
         return self.parts["up"][rows].flatten(1), self.parts["down"].flatten(1)
 
+    def parts_without(self, name: str) -> Mapping[str, Tensor]:
+        return {other: tensor for other, tensor in self.parts.items() if other != name}
+
     def with_parts(self, parts: Mapping[str, Tensor]) -> Update:
         """The same update with other tensors, such as copies on a device."""
         return replace(self, parts=parts)
@@ -132,17 +135,11 @@ class Update:
         all_rows: for all fused rows instead of the weight's own.
         """
         part = self._reader(device)
-
-        def factor(name: str) -> Tensor:
-            if name in self.parts:
-                return part(name)
-            return part(f"{name}_a") @ part(f"{name}_b")
-
         if self.kind == "lora":
             rows = slice(None) if all_rows or self.rows is None else slice(*self.rows)
             return self.scale * (part("up")[rows].flatten(1) @ part("down").flatten(1))
         if self.kind == "lokr":
-            result = torch.kron(factor("w1"), factor("w2"))
+            result = torch.kron(*self.factors(device))
         elif self.kind == "loha":
             first = part("hada_w1_a") @ part("hada_w1_b")
             second = part("hada_w2_a") @ part("hada_w2_b")
@@ -156,22 +153,27 @@ class Update:
             result = result[slice(*self.rows)]
         return self.scale * result
 
-    def apply(self, weight: Tensor, strength: float, fused_norm: Tensor | None = None) -> Tensor:
-        """The changed weight in float32; `weight` is left as it is.
+    def factors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The two factors of LoKr, in float32."""
+        part = self._reader(device)
 
-        fused_norm: column norms (1, in) of the fused weight plus difference, where
-            `needs_fused_weights`.
+        def factor(name: str) -> Tensor:
+            if name in self.parts:
+                return part(name)
+            return part(f"{name}_a") @ part(f"{name}_b")
+
+        return factor("w1"), factor("w2")
+
+    def magnitude_factors(self, weight: Tensor, fused_norm: Tensor | None = None) -> Tensor:
+        """DoRA's factors on the rows (out, 1) or columns (1, in) of the weight plus difference.
+
+        weight: in float32. fused_norm: as for `apply`.
         """
-        weight = weight.float()
-        if self.kind in _OF_THE_WEIGHT:
-            return weight + strength * _OF_THE_WEIGHT[self.kind](self, weight, strength)
-        change = self.difference(weight.device).reshape(weight.shape)
-        if self.kind == "set":
-            return torch.lerp(weight, change, strength)
-        if self.magnitude is None:
-            return weight.add(change, alpha=strength)
-        changed = weight + change
-        magnitude = self.magnitude.to(weight.device, torch.float32)
+        return self._magnitude_over(weight + self.difference(weight.device), fused_norm)
+
+    def _magnitude_over(self, changed: Tensor, fused_norm: Tensor | None) -> Tensor:
+        assert self.magnitude is not None
+        magnitude = self.magnitude.to(changed.device, torch.float32)
         if self.over_columns:
             magnitude = magnitude.reshape(1, -1)
             norm = changed.norm(dim=0, keepdim=True) if fused_norm is None else fused_norm
@@ -180,7 +182,24 @@ class Update:
             if self.rows is not None:
                 magnitude = magnitude[slice(*self.rows)]
             norm = changed.norm(dim=1, keepdim=True)
-        changed *= magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        return magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def apply(self, weight: Tensor, strength: float, fused_norm: Tensor | None = None) -> Tensor:
+        """The changed weight in float32; `weight` is left as it is.
+
+        fused_norm: column norms (1, in) of the fused weight plus difference, where
+            `needs_fused_weights`.
+        """
+        weight = weight.float()
+        if self.kind in OF_THE_WEIGHT:
+            return weight + strength * OF_THE_WEIGHT[self.kind](self, weight, strength)
+        change = self.difference(weight.device).reshape(weight.shape)
+        if self.kind == "set":
+            return torch.lerp(weight, change, strength)
+        if self.magnitude is None:
+            return weight.add(change, alpha=strength)
+        changed = weight + change
+        changed *= self._magnitude_over(changed, fused_norm)
         return torch.lerp(weight, changed, strength)
 
     @functools.cached_property
@@ -217,6 +236,15 @@ class Update:
             # These replace the weight, zeros too.
             return max(abs(self.scale) * bound, 1.0) + 0 * sum(map(_largest, parts.values()))
         return abs(self.scale) * bound
+
+    def glora_parts(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+        """a1, a2, b1, b2 for a weight of a shape; older files have each two the other way round."""
+        part = self._reader(device)
+        a1, a2, b1, b2 = (part(name).flatten(1) for name in ("a1", "a2", "b1", "b2"))
+        newer = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
+        older = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+        square = a2.shape[0] == shape[0] == shape[1]
+        return (a2, a1, b2, b1) if older and (not newer or square) else (a1, a2, b1, b2)
 
     def _reader(self, device) -> Callable[[str], Tensor]:
         return lambda name: self.parts[name].to(device=device, dtype=torch.float32)
@@ -270,18 +298,13 @@ def _boft_change(update: Update, weight: Tensor, strength: float) -> Tensor:
 
 
 def _glora_change(update: Update, weight: Tensor, strength: float) -> Tensor:
-    """`scale * (weight a1 a2 + b1 b2)`; older files have the two of each the other way round."""
-    part = update._reader(weight.device)
-    a1, a2, b1, b2 = (part(name).flatten(1) for name in ("a1", "a2", "b1", "b2"))
-    newer = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
-    older = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
-    square = a2.shape[0] == weight.shape[0] == weight.shape[1]
-    if older and (not newer or square):
-        a1, a2, b1, b2 = a2, a1, b2, b1
+    """`scale * (weight a1 a2 + b1 b2)`."""
+    a1, a2, b1, b2 = update.glora_parts(weight.shape, weight.device)
     return update.scale * (weight @ a1 @ a2 + b1 @ b2)
 
 
-_OF_THE_WEIGHT = {"oft": _oft_change, "boft": _boft_change, "glora": _glora_change}
+# Kinds whose difference depends on the weight, which is (outputs, ...): they are linear in it.
+OF_THE_WEIGHT = {"oft": _oft_change, "boft": _boft_change, "glora": _glora_change}
 
 
 # Updates and strengths by weight, as they were before an `add`.

@@ -1,21 +1,22 @@
 """The backend of a forward pass: attention, norms and the loop over blocks, for a host to replace.
 
-`Backend` is plain torch. `ExtendedBackend` adds text weights, normalised attention guidance and
-cached references.
+`Backend` is plain torch. `ExtendedBackend` adds the extensions of attention.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ..nn.attention import attend
 from ..nn.kernels import HeadNorm, modulated_norm, norm_and_rotate
+from ..nn.partial_attention import attend_partially
+from .extensions import AttentionExtensions
 from .modulation import StepModulation, for_blocks
 from .references import KVRecorder, ReferenceKVCache
 from .text_attention import TextAttention
+from .token_groups import TokenGroups
 
 
 class Backend:
@@ -83,26 +84,25 @@ class Backend:
 
 
 class ExtendedBackend(Backend):
-    """A backend for one call with text weights, NAG or cached references."""
+    """A backend for one call with extensions of attention, see `AttentionExtensions`."""
 
     def __init__(
         self,
         text: TextAttention | None = None,
         references: ReferenceKVCache | KVRecorder | None = None,
+        groups: TokenGroups | None = None,
     ):
-        self.text = text or TextAttention()
-        self.references = references
+        self.extensions = AttentionExtensions(text, references, groups)
         self._block = 0
 
     def attend(self, query, key, value, norm, rope, mask, query_slice=None):
         query, key = norm_and_rotate(query, key, norm, rope, query_slice)
-        attention = attend
-        if self.references is not None:
-            attention = functools.partial(self.references.attend, attend, self._block)
-        return self.text.attend(attention, query, key, value, mask, query_slice)
+        return self.extensions.attend(
+            attend, attend_partially, self._block, query, key, value, mask, query_slice
+        )
 
     def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
-        prepared = self.text.prepare(hidden, query_slice, rope, mask, split)
+        prepared = self.extensions.prepare(hidden, query_slice, rope, mask, split)
         hidden, query_slice, rope, mask, split = prepared
         by_block = for_blocks(modulation, len(blocks))
         last = len(blocks) - 1

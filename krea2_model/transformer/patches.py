@@ -7,10 +7,13 @@ import math
 from einops import rearrange
 from torch import Tensor
 
+# Cells of latents along a side of a token, in every Krea 2.
+PATCH = 2
+
 
 def token_count(images: Tensor, downscale: int = 1) -> int:
     """Tokens of latents (..., h, w), or of pixels with the VAE's downscale factor."""
-    return math.prod(-(-side // (2 * downscale)) for side in images.shape[-2:])
+    return math.prod(-(-side // (PATCH * downscale)) for side in images.shape[-2:])
 
 
 def grid_size(latents: Tensor, patch: int) -> tuple[int, int]:

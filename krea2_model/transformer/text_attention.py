@@ -14,6 +14,7 @@ Both act inside attention. Scaling text states instead would do little: every bl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,7 @@ class TextAttention:
 
     weights, mask: (B, L) of the call's text tokens, each or None.
     negative, settings: the negative text of NAG, whose tokens come first, or None without NAG.
+    before: texts of the call that stand in front of this text, after the negative.
 
     `prepare` is called once, before the blocks, and `attend` in each of them.
     """
@@ -105,14 +107,17 @@ class TextAttention:
         mask: Tensor | None = None,
         negative: TextStates | None = None,
         settings: NegativeGuidance | None = None,
+        before: Sequence[TextStates] = (),
     ):
         self._negative, self._settings = negative, settings
         self._text_tokens = 0
         # Tokens that `prepare` prepends.
         self.front = 0 if negative is None else negative.states.shape[1]
-        texts = [(0, weights, mask)]
-        if negative is not None:
-            texts = [(self.front, weights, mask), (0, negative.weights, negative.mask)]
+        texts, first = [], 0
+        for text in before if negative is None else (negative, *before):
+            texts.append((first, text.weights, text.mask))
+            first += text.states.shape[1]
+        texts.append((first, weights, mask))
         # Of each weighted text: its first token, the weights, and the shares of the mean.
         self._weights = [
             (first, weights, _shares(weights, mask))
@@ -148,8 +153,12 @@ class TextAttention:
         value: Tensor,
         mask: Tensor | None,
         query_slice: slice | None,
+        negative_attention: Attend | None = None,
     ) -> Tensor:
-        """Attention over normed and rotated heads; `query_slice` as in `Backend.attend`."""
+        """Attention over normed and rotated heads; `query_slice` as in `Backend.attend`.
+
+        negative_attention: to NAG's negative text, the image and references; None is `attention`.
+        """
         for first, weights, shares in self._weights:
             value = _apply_weights(value, first, weights, shares)
         if self._settings is None:
@@ -167,7 +176,7 @@ class TextAttention:
             value[:, :, positive],
             None if mask is None else mask[..., positive],
         )
-        negative_out = attention(
+        negative_out = (negative_attention or attention)(
             query if query_slice is not None else without_text(query),
             without_text(key),
             without_text(value),

@@ -1,6 +1,5 @@
 """ComfyUI's attention selection and transformer patches, around our transformer."""
 
-import functools
 import inspect
 from collections.abc import Callable
 
@@ -15,11 +14,12 @@ from ...krea2_model.nn.attention import attend as attend_plainly
 from ...krea2_model.nn.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.nn.attention_backends import preferred
 from ...krea2_model.nn.kernels import apply_rope, keeping_inputs, modulated_norm, norm_and_rotate
+from ...krea2_model.nn.partial_attention import attend_partially
 from ...krea2_model.transformer.backend import Backend
+from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.modulation import for_blocks
-from ...krea2_model.transformer.references import KVRecorder, ReferenceKVCache, additive_mask
+from ...krea2_model.transformer.references import additive_mask
 from ...krea2_model.transformer.shared_calls import attend_past_padding
-from ...krea2_model.transformer.text_attention import TextAttention
 from .contract import announce
 from .graphs import BlockGraphs
 from .run_cache import ScheduleTimes
@@ -54,27 +54,29 @@ class ComfyBackend(Backend):
         transformer_options: dict,
         is_touched: Callable | None = None,
         *,
-        text: TextAttention | None = None,
-        references: ReferenceKVCache | KVRecorder | None = None,
+        extensions: AttentionExtensions | None = None,
         padding: list[int] | None = None,
         times: ScheduleTimes | None = None,
         graphs: BlockGraphs | None = None,
+        has_live_loras: bool = False,
     ):
         """A backend for one call.
 
         is_touched: tells whether others changed something in a block, see `contract`; None where
             nobody did.
-        text: weights and NAG. references: their KV cache, or its recorder.
+        extensions: of attention, None without any.
         padding: padding tokens at the front of each sequence.
         times: time embeddings of the run's schedule. graphs: CUDA graphs of the run's blocks.
+        has_live_loras: layers have hooks, which compiled blocks would pass over.
         """
         self.options = transformer_options.copy()
         announce(self, self.options)
         self.patches = self.options.get("patches", {})
         self.replacements = self.options.get("patches_replace", {}).get("dit", {})
         self.is_touched = is_touched
-        self.text, self.references, self.padding = text, references, padding
+        self.extensions, self.padding = extensions, padding
         self.times, self.graphs = times, graphs
+        self.has_live_loras = has_live_loras
         self._has_attended = False
 
     def attend(self, query, key, value, norm, rope, mask, query_slice=None):
@@ -100,14 +102,15 @@ class ComfyBackend(Backend):
             return attend_past_padding(
                 self.attention, self.padding, query, key, value, mask, query_slice
             )
-        attention = self.attention
-        if self.references is not None and in_block:
+        if self.extensions is not None and in_block:
+            # An attention function of another pack is called with masks: it returns no sums.
+            partial = None if OVERRIDE in self.options else attend_partially
             block = self.options["block_index"]
-            attention = functools.partial(self.references.attend, attention, block)
-        if self.text is not None and in_block:
-            out = self.text.attend(attention, query, key, value, mask, query_slice)
+            out = self.extensions.attend(
+                self.attention, partial, block, query, key, value, mask, query_slice
+            )
         else:
-            out = attention(query, key, value, mask)
+            out = self.attention(query, key, value, mask)
         patches = self.patches.get("attn1_output_patch", ()) if in_block else ()
         for patch in patches:
             out = patch(out, self.options.copy())
@@ -201,21 +204,30 @@ class ComfyBackend(Backend):
 
     def _may_record(self) -> bool:
         """True if the blocks of this call depend on nothing but tokens, times and weights."""
-        others = (self.text, self.references, self.padding, self.patches, self.replacements)
+        others = (
+            self.extensions,
+            self.padding,
+            self.patches,
+            self.replacements,
+            self.has_live_loras,
+        )
         return OVERRIDE not in self.options and not any(others)
 
     def _run(self, blocks, touched, hidden, query_slice, vector, rope, mask, split, modulation):
         by_block = for_blocks(modulation, len(blocks))
-        if self.text is not None:
-            hidden, query_slice, rope, mask, split = self.text.prepare(
+        if self.extensions is not None:
+            hidden, query_slice, rope, mask, split = self.extensions.prepare(
                 hidden, query_slice, rope, mask, split
             )
-            self.options["img_slice"] = [self.text.front + at for at in self.options["img_slice"]]
+            front = self.extensions.front
+            self.options["img_slice"] = [front + at for at in self.options["img_slice"]]
         self.options["total_blocks"] = len(blocks)
         self.options["block_type"] = "single"
         device, queue = hidden.device, None
         if model_prefetch is not None:
             queue = model_prefetch.make_prefetch_queue(list(blocks), device, self.options)
+        if self.has_live_loras:
+            blocks = [getattr(block, "_orig_mod", block) for block in blocks]
         last = len(blocks) - 1
         # Others' attention may expect a query for every key.
         needs_all = (
@@ -258,11 +270,11 @@ class ComfyBackend(Backend):
             self._has_attended = False
             with keeping_inputs():
                 out = block(hidden, vector, rope, mask, **options)
-            if not self._has_attended and (self.text is not None or self.references is not None):
+            if not self._has_attended and self.extensions is not None:
                 raise ValueError(
                     "A node of another pack has replaced the model's attention, where prompt "
-                    "weights, Krea 2 Negative (NAG) and cached references have no effect. Remove "
-                    "that node, or these."
+                    "weights, regions, Krea 2 Negative (NAG) and cached references have no "
+                    "effect. Remove that node, or these."
                 )
             return out
 

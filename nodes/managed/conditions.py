@@ -6,7 +6,7 @@ call: the shorter ones are padded at the front, and attention leaves the padding
 the same as alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...krea2_model.guidance import StepWindow
+from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.transformer.references import ReferencePlan
 from ...krea2_model.transformer.text_attention import NegativeGuidance
 from .run_cache import RunCache
@@ -74,6 +75,13 @@ class PlanCondition(comfy.conds.CONDConstant):
         return [0 if self.cond.caches is None else self.cond.caches.tokens]
 
 
+class FeaturesCondition(comfy.conds.CONDConstant):
+    """Features of a run, whose size is the number of the regions' text tokens."""
+
+    def size(self):
+        return [0 if self.cond.regions is None else self.cond.regions.tokens]
+
+
 @dataclass(frozen=True)
 class NegativeText:
     """The negative of NAG: text (B, L, width or features), mask and weights (B, L) or None."""
@@ -99,6 +107,7 @@ class RunConditions:
     token_weights: torch.Tensor | None = None
     negative: NegativeText | None = None
     reference_plan: ReferencePlan | None = None
+    features: RunFeatures = field(default_factory=RunFeatures)
 
     def to_conds(self) -> dict[str, Any]:
         """ComfyUI's conditions, which it batches, repeats and moves by their own rules."""
@@ -112,6 +121,8 @@ class RunConditions:
             conds["token_weights"] = regular(self.token_weights)
         if self.reference_plan is not None:
             conds["reference_plan"] = PlanCondition(self.reference_plan)
+        if self.features:
+            conds["run_features"] = FeaturesCondition(self.features)
         negative = self.negative
         if negative is not None:
             conds["negative_text"] = regular(negative.states)
@@ -141,6 +152,7 @@ class RunConditions:
             token_weights=kwargs.get("token_weights"),
             negative=negative,
             reference_plan=kwargs.get("reference_plan"),
+            features=kwargs.get("run_features") or RunFeatures(),
         )
 
 

@@ -6,7 +6,8 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
-from ...krea2_model.transformer.patches import token_count
+from ...krea2_model.transformer.extensions import AttentionExtensions
+from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.references import ReferenceKVCache
 from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
@@ -14,6 +15,7 @@ from .backend import ComfyBackend
 from .conditions import RunConditions
 from .layers import comfy_layers
 from .references import default_plan
+from .regions import fuse_regions
 from .run_cache import RunCache
 
 
@@ -71,9 +73,14 @@ class Krea2DiffusionModel(contract.Transformer):
             # The latents come in the dtype that ComfyUI chose for this run.
             fusing = ComfyBackend(transformer_options, is_touched)
             text = self.fuse_context(context.to(latents.dtype), mask, fusing)
+        sigma = timesteps[0].item()
+        grid = grid_size(latents, self.config.patch_size)
+        features = self._fused_features(conditions.features, latents, transformer_options)
+        step = features.at(sigma, grid, latents.device)
         attention = self._text_attention(
-            conditions, timesteps, mask, transformer_options, is_touched
+            conditions, sigma, mask, step.texts, transformer_options, is_touched
         )
+        text, mask = step.join(text, mask)
         lengths, padding = conditions.text_lengths, None
         if lengths is not None and min(lengths) < context.shape[1]:
             padding = [context.shape[1] - length for length in lengths]
@@ -82,7 +89,7 @@ class Krea2DiffusionModel(contract.Transformer):
         )
         frames = [_single_frame(latent) for latent in ref_latents or ()]
         frames = [comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames]
-        references = plan.active(timesteps[0].item(), frames)
+        references = plan.active(sigma, frames)
         options = transformer_options
         if references:
             counts = [token_count(reference.latents) for reference in references]
@@ -91,25 +98,31 @@ class Krea2DiffusionModel(contract.Transformer):
         if plan.caches is not None and references:
             kv_cache = self._kv_cache(plan.caches, references, text.dtype, options, cache.times)
             references = []
+        extensions = None
+        if attention is not None or kv_cache is not None:
+            extensions = AttentionExtensions(attention, kv_cache, step.groups)
         backend = ComfyBackend(
             options,
             is_touched,
-            text=attention,
-            references=kv_cache,
+            extensions=extensions,
             padding=padding,
             times=cache.times,
             graphs=cache.graphs,
+            has_live_loras=bool(step.loras),
         )
-        velocity = super().forward(
-            latents,
-            timesteps,
-            text,
-            mask,
-            references=references,
-            reference_method=plan.method,
-            backend=backend,
-            modulation=cache.modulation(self, latents.device) if conditions.run_cache else None,
-        )
+        front = 0 if attention is None else attention.front
+        reference_tokens = sum(token_count(reference.latents) for reference in references)
+        with step.live(self, text.shape[1], reference_tokens, front):
+            velocity = super().forward(
+                latents,
+                timesteps,
+                text,
+                mask,
+                references=references,
+                reference_method=plan.method,
+                backend=backend,
+                modulation=cache.modulation(self, latents.device) if conditions.run_cache else None,
+            )
         return velocity.reshape(x.shape)
 
     def _kv_cache(self, caches, references, dtype, options, times) -> ReferenceKVCache:
@@ -123,23 +136,40 @@ class Krea2DiffusionModel(contract.Transformer):
         ]
 
         def backend_for(recorder):
-            return ComfyBackend(options, self.is_touched, references=recorder, times=times)
+            extensions = AttentionExtensions(references=recorder)
+            return ComfyBackend(options, self.is_touched, extensions=extensions, times=times)
 
         return caches.get(single, lambda: self.cache_references(single, dtype, backend_for))
 
+    def _fused_features(self, features, latents, options):
+        """Features with the texts of regions fused, which `extra_conds` may have left to do."""
+        if features.regions is None or all(
+            self.is_fused(text.states) for text in features.regions.texts
+        ):
+            return features
+
+        def fuse(states, mask):
+            fusing = ComfyBackend(options, self.is_touched)
+            mask = None if mask is None else mask.to(latents.device)
+            return self.fuse_context(states.to(latents), mask, fusing)
+
+        return fuse_regions(features, self, fuse)
+
     def _text_attention(
-        self, conditions, timesteps, mask, options, is_touched
+        self, conditions, sigma, mask, before, options, is_touched
     ) -> TextAttention | None:
-        """Text weights and NAG of a call, None without either."""
+        """Text weights and NAG of a call, and texts before its own; None without any."""
         weights, negative = conditions.token_weights, conditions.negative
-        if negative is None or not negative.window.contains(timesteps[0].item()):
-            return None if weights is None else TextAttention(weights, mask)
+        if negative is None or not negative.window.contains(sigma):
+            if weights is None and not before:
+                return None
+            return TextAttention(weights, mask, before=before)
         negative_mask = None if negative.mask is None else negative.mask > 0.5
         states = negative.states
         if not self.is_fused(states):
             states = self.fuse_context(states, negative_mask, ComfyBackend(options, is_touched))
         text = TextStates(states, negative_mask, negative.weights)
-        return TextAttention(weights, mask, text, negative.settings)
+        return TextAttention(weights, mask, text, negative.settings, before)
 
     def takes(self, context) -> bool:
         """True if a context has the features of this model's text encoder."""

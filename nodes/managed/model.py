@@ -24,6 +24,7 @@ from ...krea2_model.checkpoints.transformer_keys import (
     official_to_module,
 )
 from ...krea2_model.config import Preset
+from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
 from ...krea2_model.transformer.patches import token_count
@@ -46,6 +47,7 @@ from .low_rank import branch_bytes
 from .patcher import patcher_class
 from .previews import latent_format
 from .references import LATENTS, SETTINGS, reference_plan
+from .regions import REGIONS, fuse_regions
 from .run_cache import RunCache, ScheduleTimes, run_cache
 from .svdquant import add_branches, file_name, take_branches
 
@@ -86,6 +88,7 @@ class Krea2Model(comfy.model_base.Krea2):
             token_weights=None if context is None else weights_of(kwargs, context),
             negative=None if context is None else self._negative(kwargs),
             reference_plan=plan,
+            features=self._features(kwargs, may_fuse),
         )
         # Text that does not fit is refused where it is used: a negative at guidance 0 never is.
         if may_fuse and context is not None and self.diffusion_model.takes(context):
@@ -95,6 +98,7 @@ class Krea2Model(comfy.model_base.Krea2):
                 and conditions.token_weights is None
                 and conditions.negative is None
                 and (plan is None or plan.caches is None)
+                and not conditions.features
                 and self._may_share_calls(kwargs["noise"])
             )
             out["c_crossattn"] = FusedText(text, shared)
@@ -116,6 +120,21 @@ class Krea2Model(comfy.model_base.Krea2):
         elif self._records():
             cache.graphs = cache.graphs or BlockGraphs()
         return cache
+
+    def _features(self, conditioning, may_fuse: bool) -> RunFeatures:
+        """Regions of a conditioning, their texts fused where this is possible now."""
+        regions = conditioning.get(REGIONS)
+        if regions is None:
+            return RunFeatures()
+
+        features = regions.features(self.model_sampling.percent_to_sigma)
+        if not may_fuse:
+            return features
+
+        def fuse(states, mask):
+            return self._fuse_now(states, mask, conditioning["device"])
+
+        return fuse_regions(features, self.diffusion_model, fuse)
 
     def _negative(self, conditioning) -> NegativeText | None:
         """The negative of Krea 2 Negative (NAG), for any conditioning but a negative."""
@@ -214,6 +233,7 @@ class Krea2Model(comfy.model_base.Krea2):
         tokens = rows * columns
         for kind in ("c_crossattn", "negative_text"):
             tokens += sum(shape[1] for shape in cond_shapes.get(kind, ()))
+        tokens += sum(shape[0] for shape in cond_shapes.get("run_features", ()))
         for shape in cond_shapes.get("ref_latents", ()):
             tokens += shape[-1] // config.patch_size**2
         elements = input_shape[0] * tokens * (3 * config.hidden_size + 2 * config.intermediate_size)

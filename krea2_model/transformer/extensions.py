@@ -1,0 +1,82 @@
+"""Attention of a call with everything that a feature adds to it, in one order.
+
+Values of weighted tokens are moved first; normalised attention guidance attends with each of its
+two texts; then come cached keys and values of references; innermost, tokens in groups see different
+keys. A host has one place to call, `attend`, whatever a call has.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from ..nn.attention import Attend
+from ..nn.partial_attention import AttendPartially
+from .references import KVRecorder, ReferenceKVCache
+from .text_attention import TextAttention
+from .token_groups import TokenGroups
+
+
+class AttentionExtensions:
+    """The extensions of one call.
+
+    text: token weights and NAG. references: cached keys and values of references, or a recorder of
+    them. groups: regions, and biases of image tokens on references.
+
+    `prepare` is called once, before the blocks, and `attend` in each of them.
+    """
+
+    def __init__(
+        self,
+        text: TextAttention | None = None,
+        references: ReferenceKVCache | KVRecorder | None = None,
+        groups: TokenGroups | None = None,
+    ):
+        self.text = text or TextAttention()
+        self.references = references
+        self.groups = groups
+        self._text_tokens = 0
+
+    @property
+    def front(self) -> int:
+        """Tokens that `prepare` prepends."""
+        return self.text.front
+
+    def prepare(self, hidden: Tensor, query_slice: slice, rope: Tensor, mask: Tensor | None, split):
+        """The blocks' arguments, see `TextAttention.prepare`."""
+        self._text_tokens = query_slice.start
+        return self.text.prepare(hidden, query_slice, rope, mask, split)
+
+    def attend(
+        self,
+        attention: Attend,
+        partial: AttendPartially | None,
+        block: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        query_slice: slice | None = None,
+    ) -> Tensor:
+        """Attention over normed and rotated heads; (B, Q, H * D).
+
+        attention: that of the host. partial: its attention to parts of the keys, None without.
+        block: index of the block. query_slice: as in `Backend.attend`.
+        """
+        groups = self.groups
+
+        def grouped(query, key, value, mask=None):
+            assert groups is not None
+            only_image = query_slice is not None
+            tokens = self._text_tokens
+            return groups.attend(attention, partial, tokens, query, key, value, mask, only_image)
+
+        def with_references(attend: Attend) -> Attend:
+            if self.references is None:
+                return attend
+            return functools.partial(self.references.attend, attend, block)
+
+        plain = with_references(attention)
+        positive = plain if groups is None else with_references(grouped)
+        return self.text.attend(positive, query, key, value, mask, query_slice, plain)

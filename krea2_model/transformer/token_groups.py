@@ -1,0 +1,266 @@
+"""Tokens of a call in groups that see different keys: regional prompts, biases on references.
+
+A sequence is `[region texts | text | image | references]`. Every query sees every key, except that
+
+- a region's text sees itself, the image tokens of its region, and references;
+- image tokens and references do not see the text of regions, but for image tokens in the region;
+- an image token may see a group with a bias of its own: the region's share in it, say.
+
+Attention is computed a group at a time and merged by log-sum-exp (`nn.partial_attention`), so no
+mask of all pairs is held, and most of the work goes through the kernel of a plain call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..nn.attention import Attend
+from ..nn.partial_attention import AttendPartially, Partial, merge, merge_rows
+from .references import additive_mask
+
+# Bytes of the mask for a number of image queries, where attention has to be called with one.
+_MASK_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class QueryBias:
+    """A bias of each image query (I,) on the keys of a group; -inf leaves the group out.
+
+    rows: the queries that see it, (R,), or None for all. is_zero: for these the bias is 0.
+    """
+
+    values: Tensor
+    rows: Tensor | None
+    is_zero: bool
+
+    @classmethod
+    def of(cls, factors: Tensor) -> QueryBias | None:
+        """The bias that multiplies attention by factors (I,) from 0 up; None where all are 1."""
+        if bool((factors == 1).all()):
+            return None
+        seen = factors > 0
+        rows = None if bool(seen.all()) else seen.nonzero()[:, 0]
+        return cls(factors.log(), rows, bool((factors[seen] == 1).all()))
+
+
+@dataclass(frozen=True)
+class RegionTokens:
+    """The text of a region in a call.
+
+    length: of its text. share: of the region in each image token, (I,) in [0, 1].
+    strength: factor on attention to its text, above 0.
+    """
+
+    length: int
+    share: Tensor
+    strength: float = 1.0
+
+
+class TokenGroups:
+    """The groups of a call, and attention among them.
+
+    image: number of image tokens.
+    regions: in the order of their texts, which stand in front of the text.
+    text_factor: on attention of image tokens to the text, where regions cover them wholly.
+    separate: image tokens see only image tokens of their own region, the one with the largest
+        share, or of the rest of the image.
+    reference_factors: first token after the image, number, and factor of each image query (I,),
+        for references to which attention is multiplied by it.
+
+    Made once a run for each set of active regions: it holds what depends on shares alone.
+    """
+
+    def __init__(
+        self,
+        image: int,
+        regions: Sequence[RegionTokens] = (),
+        *,
+        text_factor: float = 1.0,
+        separate: bool = False,
+        reference_factors: Sequence[tuple[int, int, Tensor]] = (),
+    ):
+        self.image = image
+        # Tokens of all regions' texts, which are first.
+        self.front = sum(region.length for region in regions)
+        self._lengths = [region.length for region in regions]
+        self._text: QueryBias | None = None
+        # Of each region: the bias of image queries, and of its text's queries on image tokens.
+        self._regions: list[tuple[QueryBias | None, QueryBias | None]] = []
+        self._owners: list[Tensor] = []
+        if regions:
+            shares = torch.stack([region.share.float() for region in regions])
+            covered = shares.sum(dim=0).clamp(max=1.0)
+            self._text = QueryBias.of(1 - covered * (1 - text_factor))
+            self._regions = [
+                (QueryBias.of(share * region.strength), QueryBias.of(share))
+                for share, region in zip(shares, regions, strict=True)
+            ]
+            if separate:
+                owner = torch.cat(((1 - covered)[None], shares)).argmax(dim=0)
+                groups = (owner == index for index in range(len(regions) + 1))
+                self._owners = [group.nonzero()[:, 0] for group in groups if bool(group.any())]
+        self._references = [
+            (first, count, bias)
+            for first, count, factors in reference_factors
+            if (bias := QueryBias.of(factors)) is not None
+        ]
+
+    def attend(
+        self,
+        attention: Attend,
+        partial: AttendPartially | None,
+        text: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        only_image: bool,
+    ) -> Tensor:
+        """Attention over normed and rotated heads; (B, Q, H * D).
+
+        attention: for queries whose keys need no bias. partial: for parts of the keys; None where
+            the host has one way of attention only, which is then called with masks.
+        text: tokens before the image, regions' included.
+        query: of all tokens, or of the image alone (only_image). mask: of keys, (B or 1, 1, 1, L).
+        """
+        end = text + self.image
+        of_image = query if only_image else query[:, :, text:end]
+        if partial is None:
+            image_out = self._attend_by_masks(attention, text, of_image, key, value, mask)
+        else:
+            out = self._attend_by_parts(partial, text, of_image, key, value, mask)
+            image_out = out.transpose(1, 2).flatten(2)
+        if only_image:
+            return image_out
+        outs, first = [], 0
+        for length, (_, share) in zip(self._lengths, self._regions, strict=True):
+            own = slice(first, first := first + length)
+            keys = self._seen_from_region(own, text, share, key, value, mask)
+            outs.append(attention(query[:, :, own], *keys))
+        if text > self.front:
+            outs.append(attention(query[:, :, self.front : text], key, value, mask))
+        outs.append(image_out)
+        if query.shape[2] > end:
+            others = slice(self.front, None)
+            keys = key[:, :, others], value[:, :, others], _of_keys(mask, others)
+            outs.append(attention(query[:, :, end:], *keys))
+        return torch.cat(outs, dim=1)
+
+    def _seen_from_region(self, own, text, share, key, value, mask):
+        """Keys, values and mask for the text of a region: itself, its image tokens, references."""
+        end = text + self.image
+        rows = slice(text, end)
+        bias = None
+        if share is not None:
+            bias = share.values[None, None, None]
+            if share.rows is not None:
+                rows, bias = text + share.rows, bias[..., share.rows]
+        parts = [own, rows, slice(end, None)]
+        keys, values = (torch.cat([t[:, :, part] for part in parts], dim=2) for t in (key, value))
+        if mask is not None:
+            mask = torch.cat([mask[..., part] for part in parts], dim=-1)
+        if bias is not None and not share.is_zero:
+            seen = keys.new_zeros(1, 1, 1, keys.shape[2], dtype=torch.float32)
+            first = own.stop - own.start
+            seen[..., first : first + bias.shape[-1]] = bias
+            mask = seen if mask is None else additive_mask(mask) + seen
+        return keys, values, mask
+
+    def _attend_by_parts(self, partial, text, query, key, value, mask) -> Tensor:
+        """Attention of image queries (B, H, I, D), merged from parts of the keys."""
+        mask = None if mask is None else additive_mask(mask)
+
+        def part(queries: Tensor, keys: slice | Tensor) -> Partial:
+            return partial(queries, key[:, :, keys], value[:, :, keys], _of_keys(mask, keys))
+
+        plain, biased = self._segments(text, key.shape[2])
+        whole = None
+        if self._owners:
+            whole = _empty(query)
+            for rows in self._owners:
+                own = part(query[:, :, rows], text + rows)
+                whole.out.index_copy_(2, rows, own.out)
+                whole.lse.index_copy_(2, rows, own.lse)
+        for keys in plain:
+            found = part(query, keys)
+            whole = found if whole is None else merge(whole, found)
+        assert whole is not None  # image tokens see image tokens
+        for keys, bias in biased:
+            if bias.rows is None:
+                whole = merge(whole, part(query, keys).biased(bias.values))
+            elif len(bias.rows):
+                found = part(query[:, :, bias.rows], keys)
+                merge_rows(whole, found.biased(bias.values[bias.rows]), bias.rows)
+        return whole.out
+
+    def _segments(self, text: int, length: int):
+        """Keys that all image queries see alike, as few slices; and slices with their bias.
+
+        Without the image's own where these are separate.
+        """
+        end = text + self.image
+        segments: list[tuple[int, int, QueryBias | None]] = []
+        first = 0
+        for count, (bias, _) in zip(self._lengths, self._regions, strict=True):
+            # A region whose share is 1 in every token has no bias.
+            segments.append((first, first + count, bias))
+            first += count
+        segments.append((first, text, self._text))
+        if not self._owners:
+            segments.append((text, end, None))
+        first = end
+        for at, count, bias in self._references:
+            segments += [(first, end + at, None), (end + at, end + at + count, bias)]
+            first = end + at + count
+        segments.append((first, length, None))
+        plain: list[slice] = []
+        for start, stop, bias in segments:
+            if bias is not None or start == stop:
+                continue
+            if plain and plain[-1].stop == start:
+                start = plain.pop().start
+            plain.append(slice(start, stop))
+        biased = [(slice(a, b), bias) for a, b, bias in segments if bias is not None and a < b]
+        return plain, biased
+
+    def _attend_by_masks(self, attention, text, query, key, value, mask) -> Tensor:
+        """Attention of image queries (B, I, H * D) by a function that takes masks.
+
+        For some queries at a time, so that the mask stays small.
+        """
+        length, count = key.shape[2], query.shape[2]
+        rows = max(1, _MASK_BYTES // (4 * length))
+        outs = []
+        for first in range(0, count, rows):
+            chunk = slice(first, min(first + rows, count))
+            bias = self._dense(chunk, text, length, key.device)
+            if mask is not None:
+                bias = bias + additive_mask(mask)
+            outs.append(attention(query[:, :, chunk], key, value, bias))
+        return torch.cat(outs, dim=1)
+
+    def _dense(self, rows: slice, text: int, length: int, device: torch.device) -> Tensor:
+        """The bias (1, 1, R, L) of some image queries on all keys."""
+        dense = torch.zeros(1, 1, rows.stop - rows.start, length, device=device)
+        for keys, bias in self._segments(text, length)[1]:
+            dense[..., keys] = bias.values[rows, None]
+        if self._owners:
+            owner = torch.empty(self.image, dtype=torch.long, device=device)
+            for index, own in enumerate(self._owners):
+                owner[own] = index
+            apart = owner[rows, None] != owner
+            dense[..., text : text + self.image].masked_fill_(apart, -torch.inf)
+        # Half of the largest number, as in `additive_mask`.
+        return dense.clamp_(min=torch.finfo(torch.bfloat16).min / 2)
+
+
+def _of_keys(mask: Tensor | None, keys: slice | Tensor) -> Tensor | None:
+    return None if mask is None else mask[..., keys]
+
+
+def _empty(query: Tensor) -> Partial:
+    return Partial(torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32))
