@@ -1,4 +1,4 @@
-"""Features of a run that act on single steps and tokens: regions, and LoRAs on some of the tokens.
+"""Features of a run that act on single steps and tokens: regions, controls, LoRAs on some tokens.
 
 Both hosts of the transformer, `sampling` and ComfyUI's, ask for those of a step (`RunFeatures.at`)
 and call the model within `StepFeatures.live`.
@@ -6,28 +6,48 @@ and call the model within `StepFeatures.live`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
 from .transformer.regions import ActiveRegions, RegionPlan
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
 
+# A control LoRA in a run: its control channels, and the LoRA beside them, each or None.
+ControlPair = tuple[RunControl | None, RunLora | None]
+
 
 @dataclass(frozen=True)
 class RunFeatures:
-    """The features of a run. loras: act on the calls of both texts."""
+    """The features of a run. loras and controls: act on the calls of both texts."""
 
     regions: RegionPlan | None = None
     loras: tuple[RunLora, ...] = ()
+    controls: tuple[RunControl, ...] = ()
 
     def __bool__(self) -> bool:
-        return self.regions is not None or bool(self.loras)
+        return self.regions is not None or bool(self.loras) or bool(self.controls)
+
+    def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
+        """The features with control LoRAs added."""
+        loras = tuple(lora for _, lora in controls if lora is not None)
+        channels = tuple(control for control, _ in controls if control is not None)
+        return replace(self, loras=self.loras + loras, controls=self.controls + channels)
+
+    def uses_on_all_text(self, sigma: float) -> list[LoraUse]:
+        """LoRAs on all text in a step that begins at a sigma, for its fusion."""
+        return [
+            LoraUse(own.lora, own.strength)
+            for own in self.loras
+            if own.region is None and own.lora.changes_text and own.acts_at(sigma)
+        ]
 
     def uses_on_text(self, number: int) -> list[LoraUse]:
         """LoRAs on the text of a region, for its fusion."""
@@ -36,7 +56,7 @@ class RunFeatures:
     def at(self, sigma: float, grid: tuple[int, int], device: torch.device) -> StepFeatures:
         """The features of a step that begins at a sigma; grid: rows and columns of image tokens."""
         active = None if self.regions is None else self.regions.at(sigma, grid, device)
-        return StepFeatures(sigma, grid, device, active, self.loras)
+        return StepFeatures(sigma, grid, device, active, self.loras, self.controls)
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,7 @@ class StepFeatures:
     device: torch.device
     regions: ActiveRegions | None = None
     loras: tuple[RunLora, ...] = ()
+    controls: tuple[RunControl, ...] = ()
 
     def for_negative(self) -> StepFeatures:
         """Those of the negative text's call, which has no regions."""
@@ -66,10 +87,11 @@ class StepFeatures:
         """The text (B, L, width) and its mask with the texts of regions in front."""
         return (states, mask) if self.regions is None else self.regions.join(states, mask)
 
+    @contextmanager
     def live(
         self, model: nn.Module, text: int, references: int = 0, front: int = 0
-    ) -> AbstractContextManager[None]:
-        """Apply the LoRAs to calls of a transformer.
+    ) -> Iterator[None]:
+        """Apply the LoRAs and controls to calls of a transformer.
 
         text: tokens of the joined text. references: tokens of references in the sequence. front:
         tokens before the text, of a negative.
@@ -79,4 +101,9 @@ class StepFeatures:
         uses = [
             lora.use_at(self.sigma, layout, self.grid, texts, self.device) for lora in self.loras
         ]
-        return live_loras(model, [use for use in uses if use is not None], layout)
+        controls = [control for control in self.controls if control.acts_at(self.sigma)]
+        with (
+            live_controls(model, controls),
+            live_loras(model, [use for use in uses if use is not None], layout),
+        ):
+            yield
