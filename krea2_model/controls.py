@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -67,8 +67,8 @@ class Control:
     def settings(self) -> ControlSettings:
         return ControlSettings(self.strength, self.start, self.end)
 
-    def prepared(self, shapes: Mapping[str, Shape]) -> PreparedControl:
-        """The control for a transformer with weights of these shapes.
+    def prepared(self, shapes: Mapping[str, Shape]) -> tuple[PreparedControl, Tensor]:
+        """The control for a transformer with weights of these shapes, and its pixels (3, H, W).
 
         Raises CheckpointError for a file that does not fit, and ValueError for a picture or a mask
         that cannot be used.
@@ -79,17 +79,16 @@ class Control:
         lora = self.lora
         if not isinstance(lora, ControlLora):
             lora = read_control_lora(built_in(as_path(lora, "A control's lora")), shapes, self.form)
-        check_use(lora, mask is not None)
-        return PreparedControl(lora, self.settings, pixels, mask, self.method)
+        check_mask(lora.name, lora.form, mask is not None)
+        return PreparedControl(lora, self.settings, mask, self.method), pixels
 
 
 @dataclass(frozen=True)
 class PreparedControl:
-    """A control whose file and pictures are read: pixels (3, H, W), mask (H, W) or None."""
+    """A control whose file is read. mask: (H, W) of the size of its image, or None."""
 
     lora: ControlLora
     settings: ControlSettings
-    pixels: Tensor
     mask: Tensor | None = None
     method: str = TIME_ZERO
 
@@ -97,24 +96,27 @@ class PreparedControl:
     def is_reference(self) -> bool:
         return self.lora.form == REFERENCES
 
-    def pixels_for(self, width: int, height: int) -> Tensor:
+    def resized(self, pixels: Tensor, width: int, height: int) -> Tensor:
         """The control image (3, H', W') that the VAE encodes for a picture of this size."""
         if self.is_reference:
-            return reference_pixels(self.pixels, REFERENCE_MEGAPIXELS)
-        return fit(self.pixels, width, height)
+            return reference_pixels(pixels, REFERENCE_MEGAPIXELS)
+        return fit(pixels, width, height)
 
     def reference(self, latents: Tensor) -> Reference:
         """The control image as a reference."""
         settings = self.settings
         return Reference(latents, ReferenceSettings(start=settings.start, end=settings.end))
 
-    def in_run(self, latents: Tensor, sigma_at: SigmaAt) -> ControlPair:
-        """What takes part in a run. latents: (B or 1, C, h, w) of `pixels_for`, normalised."""
+    def in_run(self, latents: Tensor | None, sigma_at: SigmaAt) -> ControlPair:
+        """What takes part in a run.
+
+        latents: (B or 1, C, h, w) of the control image, normalised; of a reference not needed.
+        """
         strength, window = self.settings.strength, self.settings.window(sigma_at)
         live = self.lora.live.for_run()
         share_at = None if self.mask is None else share_of(self.mask)
         lora = RunLora(live, strength, window, share_at, on_references=self.is_reference)
-        if self.lora.projection is None:
+        if self.lora.projection is None or latents is None:
             return None, lora
         control = RunControl(self.lora.projection, latents, strength, window, share_at)
         return control, (lora if live.names else None)
@@ -122,12 +124,13 @@ class PreparedControl:
 
 @dataclass(frozen=True)
 class Controls:
-    """The controls of a run, without those that are off.
+    """The controls of a run, without those that are off; pixels: (3, H, W) of each one's image.
 
     Raises ValueError where those with reference tokens differ in their method.
     """
 
-    controls: Sequence[PreparedControl] = field(default_factory=tuple)
+    controls: Sequence[PreparedControl] = ()
+    pixels: Sequence[Tensor] = ()
 
     @classmethod
     def of(
@@ -139,7 +142,13 @@ class Controls:
         for entry in entries:
             check_type("control", entry, Control, "a Control, or a list of them")
         prepared = [entry.prepared(shapes) for entry in entries]
-        return cls([entry for entry in prepared if not entry.settings.is_off])
+        active = [(own, pixels) for own, pixels in prepared if not own.settings.is_off]
+        return cls([own for own, _ in active], [pixels for _, pixels in active])
+
+    def images(self, width: int, height: int) -> list[Tensor]:
+        """The images (3, H', W') to encode for a picture of this size, one a control."""
+        pairs = zip(self.controls, self.pixels, strict=True)
+        return [control.resized(pixels, width, height) for control, pixels in pairs]
 
     def method(self, others: str | None) -> str:
         """The method of all references of a run. others: that of its other references, or None."""
@@ -194,11 +203,11 @@ def check_images(pixels: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask[0]
 
 
-def check_use(lora: ControlLora, has_mask: bool) -> None:
+def check_mask(name: str, form: str, has_mask: bool) -> None:
     """Raise ValueError for a mask with a control LoRA whose image is a reference."""
-    if has_mask and lora.form != CHANNELS:
+    if has_mask and form != CHANNELS:
         raise ValueError(
-            f"{lora.name} takes its control image as a reference, to which a mask cannot be "
+            f"{name} takes its control image as a reference, to which a mask cannot be "
             "applied. Leave the mask out."
         )
 

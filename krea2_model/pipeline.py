@@ -173,7 +173,7 @@ class Krea2Pipeline(LoadedParts):
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
         sides = [self.vae.config.downscale * side for side in noise.shape[-2:]]
-        control_images = [each.pixels_for(sides[1], sides[0]) for each in controls.controls]
+        control_images = controls.images(sides[1], sides[0])
         seen = [*reference_images, *controls.seen_as_references(control_images)]
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0)
         options: dict[str, Any] = {

@@ -24,6 +24,7 @@ from ..checkpoints.transformer_keys import Shape
 from .control_files import CHANNELS, FORMS, REFERENCES, control_form, input_part, is_widened
 from .files import LoraReport, read_lora, read_lora_file
 from .live import LiveLora
+from .names import UNKNOWN_NAME
 from .updates import Update
 
 AUTO = "auto"
@@ -75,7 +76,8 @@ def control_lora(
     form: str = AUTO,
 ) -> ControlLora:
     """`read_control_lora` of tensors."""
-    form = form_of(tensors, name, metadata, form)
+    sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    form = form_of(sizes, name, metadata, form)
     if form == REFERENCES:
         updates, _, report = read_lora(tensors, shapes, name, metadata=metadata)
         return ControlLora(name, form, updates, report)
@@ -91,6 +93,7 @@ def control_lora(
     updates, report = {}, LoraReport(name)
     if others:
         updates, _, report = read_lora(others, shapes, name, metadata=metadata)
+    _check_fit(report, name)
     if image is not None:
         updates["first.weight"] = [image]
     if not torch.isfinite(projection).all():
@@ -101,12 +104,14 @@ def control_lora(
 
 
 def form_of(
-    tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str] | None, form: str
+    shapes: Mapping[str, Shape], name: str, metadata: Mapping[str, str] | None, form: str = AUTO
 ) -> str:
-    """The form of a control LoRA. Raises CheckpointError for a plain LoRA, and for another form."""
+    """The form of a control LoRA by the shapes of its tensors.
+
+    Raises CheckpointError for a plain LoRA, and where `form` asks for another one.
+    """
     if form not in (AUTO, *FORMS):
         raise ValueError(f"form is {form!r}; expected one of {', '.join((AUTO, *FORMS))}.")
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if form == AUTO:
         found = control_form(shapes, name, metadata)
         if found is None:
@@ -124,6 +129,15 @@ def form_of(
             f"{AUTO!r}."
         )
     return form
+
+
+def _check_fit(report: LoraReport, name: str) -> None:
+    """Refuse a LoRA of the blocks that fits in part: nothing was trained to follow half of it."""
+    for key, reason in report.unmatched.items():
+        if reason != UNKNOWN_NAME:
+            raise CheckpointError(
+                f"{name} is a control LoRA of another model: {key} does not fit ({reason})."
+            )
 
 
 def _projection(

@@ -62,6 +62,21 @@ def input_channels(shapes: Mapping[str, Shape]) -> int | None:
     return None
 
 
+def input_sizes(shapes: Mapping[str, Shape]) -> tuple[int, int] | None:
+    """Width and channels of the input layer that a file holds or changes; None without."""
+    parts = {input_part(name): shape for name, shape in shapes.items() if len(shape) == 2}
+    channels = input_channels(shapes)
+    for part in ("weight", "diff", "up"):
+        if part in parts and channels is not None:
+            return parts[part][0], channels
+    return None
+
+
+def is_down(name: str) -> bool:
+    """True for the first matrix of a LoRA of another layer than the input layer."""
+    return input_part(name) is None and name.endswith(tuple(f".{part}" for part in _DOWN))
+
+
 def is_widened(shapes: Mapping[str, Shape]) -> bool:
     """True for the tensors of a control LoRA with control channels."""
     channels = input_channels(shapes)

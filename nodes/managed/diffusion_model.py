@@ -6,6 +6,7 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.lora.live import live_loras_of_text
 from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.references import ReferenceKVCache
@@ -13,6 +14,7 @@ from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
 from .backend import ComfyBackend
 from .conditions import RunConditions
+from .control import with_controls
 from .layers import comfy_layers
 from .references import default_plan
 from .regions import fuse_regions
@@ -69,17 +71,19 @@ class Krea2DiffusionModel(contract.Transformer):
         # Text that is already fused means that `extra_conds` found no foreign changes.
         is_touched = None if self.is_fused(context) else self.is_touched
         text = context
-        if not self.is_fused(context):
-            # The latents come in the dtype that ComfyUI chose for this run.
-            fusing = ComfyBackend(transformer_options, is_touched)
-            text = self.fuse_context(context.to(latents.dtype), mask, fusing)
         sigma = timesteps[0].item()
         grid = grid_size(latents, self.config.patch_size)
         features = self._fused_features(conditions.features, latents, transformer_options)
+        features = with_controls(features, kwargs.get("control"))
         step = features.at(sigma, grid, latents.device)
-        attention = self._text_attention(
-            conditions, sigma, mask, step.texts, transformer_options, is_touched
-        )
+        with live_loras_of_text(self, features.uses_on_all_text(sigma)):
+            if not self.is_fused(context):
+                # The latents come in the dtype that ComfyUI chose for this run.
+                fusing = ComfyBackend(transformer_options, is_touched)
+                text = self.fuse_context(context.to(latents.dtype), mask, fusing)
+            attention = self._text_attention(
+                conditions, sigma, mask, step.texts, transformer_options, is_touched
+            )
         text, mask = step.join(text, mask)
         lengths, padding = conditions.text_lengths, None
         if lengths is not None and min(lengths) < context.shape[1]:

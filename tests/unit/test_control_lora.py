@@ -129,10 +129,13 @@ def test_reference_tokens_are_left_alone_and_a_mask_gives_the_rest_its_shares(
     def embedded(run):
         seen = []
         step = run.at(0.7, (3, 4), LATENTS.device)
-        with torch.no_grad(), step.live(model, TAPS.shape[1], references):
+        with (
+            torch.no_grad(),
+            step.live(model, TAPS.shape[1], references),
             # Registered last, it sees what the hooks before it made.
-            with model.first.register_forward_hook(lambda *call: seen.append(call[2])):
-                model(LATENTS, TIME, model.fuse_text(TAPS), references=[other])
+            model.first.register_forward_hook(lambda *call: seen.append(call[2])),
+        ):
+            model(LATENTS, TIME, model.fuse_text(TAPS), references=[other])
         return seen[0]
 
     plain = embedded(RunFeatures())
@@ -227,6 +230,10 @@ def test_refused_files(tensors, shapes, tmp_path):
     assert "does not widen" in error(plain, CHANNELS)
     assert "widens" in error(tensors, REFERENCES)
     assert "form is 'depth'" in error(tensors, "depth")
+    deeper = tensors | {
+        f"blocks.9.attn.wq.{part}": tensors[f"blocks.0.attn.wq.{part}"] for part in "AB"
+    }
+    assert "another model" in error(deeper) and "3 blocks" in error(deeper)
     broken = tensors | {"first.weight": torch.full((WIDTH, 2 * CHANNEL_COUNT), torch.nan)}
     assert "NaN" in error(broken)
     half = {"first.lora_A.weight": torch.zeros(2, 2 * CHANNEL_COUNT)}
