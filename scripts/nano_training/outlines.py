@@ -60,8 +60,11 @@ class Drawn:
 
     def outlines(self) -> np.ndarray:
         """The control image (H, W, 3): edges of the things, drawn in black on white."""
-        drawing = self._painted(np.ones(3, np.float32), [np.zeros(3)] * len(self.spots))
-        return edges(drawing)
+        return edges(self.drawing())
+
+    def drawing(self) -> np.ndarray:
+        """The things in black on white (H, W, 3), whatever their colours."""
+        return self._painted(np.ones(3, np.float32), [np.zeros(3)] * len(self.spots))
 
     def mask(self) -> np.ndarray:
         """Pixels (H, W) that things cover."""

@@ -1,10 +1,13 @@
 """Control LoRAs in a graph: our node, core's Apply ControlNet, and what each refuses."""
 
 import comfy.controlnet
+import numpy as np
 import pytest
 import torch
+from comfy_extras.nodes_canny import Canny
 from safetensors.torch import load_file, save_file
 
+from nano_training.outlines import outline_exam
 from parity import assert_close, relative_error
 
 NANO = "krea2-nano outlines (built in)"
@@ -97,7 +100,9 @@ def test_a_mask_counts(nano, controlled, sample):
 def test_a_batch_of_control_images_and_other_sizes(run, nano, controlled, outlines, sample):
     latent = run("K2EmptyLatent", aspect="custom", width=96, height=64, batch=2)[0]
     images = torch.cat((outlines, outlines.flip(2)))
-    both = run("K2Sampler", model=nano[0], positive=controlled(image=images)[0], latent=latent, **SHORT)
+    both = run(
+        "K2Sampler", model=nano[0], positive=controlled(image=images)[0], latent=latent, **SHORT
+    )
     one = sample(controlled(image=outlines)[0])
     assert_close(both[0]["samples"][:1], one, 1e-4, "the first")
     other = run(
@@ -192,3 +197,10 @@ def test_the_lora_loader_names_the_right_node(run, nano, models, pack):
         run("K2LoraLoader", model=nano[0], lora="outlines.safetensors")
     text = run("K2Inspect", file="loras/outlines.safetensors")[0]
     assert "a control LoRA" in text and "width 256, 128 channels" in text
+
+
+def test_the_nano_lora_s_outlines_are_those_of_core_s_canny_node():
+    for case in outline_exam(3):
+        drawing = torch.from_numpy(case.drawn.drawing())[None].float()
+        (edges,) = Canny.execute(drawing, 0.1, 0.2).args
+        assert np.array_equal(edges[0].numpy() > 0, case.drawn.outlines() > 0)
