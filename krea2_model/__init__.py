@@ -21,6 +21,7 @@ __all__ = [
     "RAW",
     "TURBO",
     "CheckpointError",
+    "Control",
     "GuidanceSchedule",
     "Inpaint",
     "Krea2Pipeline",

@@ -1,4 +1,4 @@
-"""Features of a run that act on single steps and tokens: regions, and LoRAs on some of the tokens.
+"""Features of a run that act on single steps and tokens: regions, controls, LoRAs on some tokens.
 
 Both hosts of the transformer, `sampling` and ComfyUI's, ask for those of a step (`RunFeatures.at`)
 and call the model within `StepFeatures.live`.
@@ -7,14 +7,15 @@ and call the model within `StepFeatures.live`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
 from .tiles import Tile, TileSettings, tiles_at
@@ -24,22 +25,40 @@ from .transformer.rotary_scaling import RotaryScaling, Stretch
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
 
+# A control LoRA in a run: its control channels, and the LoRA beside them, each or None.
+ControlPair = tuple[RunControl | None, RunLora | None]
+
 
 @dataclass(frozen=True)
 class RunFeatures:
     """The features of a run.
 
-    loras: act on the calls of both texts. tiles: of a large image, None for the image in one.
-    rotary: scaling of rotary positions.
+    loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
+    in one. rotary: scaling of rotary positions.
     """
 
     regions: RegionPlan | None = None
     loras: tuple[RunLora, ...] = ()
+    controls: tuple[RunControl, ...] = ()
     tiles: TileSettings | None = None
     rotary: RotaryScaling | None = None
 
     def __bool__(self) -> bool:
-        return any((self.regions, self.loras, self.tiles, self.rotary))
+        return any((self.regions, self.loras, self.controls, self.tiles, self.rotary))
+
+    def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
+        """The features with control LoRAs added."""
+        loras = tuple(lora for _, lora in controls if lora is not None)
+        channels = tuple(control for control, _ in controls if control is not None)
+        return replace(self, loras=self.loras + loras, controls=self.controls + channels)
+
+    def uses_on_all_text(self, sigma: float) -> list[LoraUse]:
+        """LoRAs on all text in a step that begins at a sigma, for its fusion."""
+        return [
+            LoraUse(own.lora, own.strength)
+            for own in self.loras
+            if own.region is None and own.lora.changes_text and own.acts_at(sigma)
+        ]
 
     def uses_on_text(self, number: int) -> list[LoraUse]:
         """LoRAs on the text of a region, for its fusion."""
@@ -66,7 +85,16 @@ class RunFeatures:
         cut = None if tile is None else functools.partial(tile.cut_tokens, grid=grid)
         active = None if self.regions is None else self.regions.at(sigma, grid, device, cut)
         stretch = None if self.rotary is None else self.rotary.at(grid, sigma)
-        return StepFeatures(sigma, grid, device, active, self.loras, tile=tile, stretch=stretch)
+        return StepFeatures(
+            sigma,
+            grid,
+            device,
+            active,
+            self.loras,
+            self.controls,
+            tile=tile,
+            stretch=stretch,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,7 @@ class StepFeatures:
     device: torch.device
     regions: ActiveRegions | None = None
     loras: tuple[RunLora, ...] = ()
+    controls: tuple[RunControl, ...] = ()
     references: tuple[Reference, ...] = ()
     tile: Tile | None = None
     stretch: Stretch | None = None
@@ -133,10 +162,11 @@ class StepFeatures:
         """The text (B, L, width) and its mask with the texts of regions in front."""
         return (states, mask) if self.regions is None else self.regions.join(states, mask)
 
+    @contextmanager
     def live(
         self, model: nn.Module, text: int, references: int = 0, front: int = 0
-    ) -> AbstractContextManager[None]:
-        """Apply the LoRAs to calls of a transformer.
+    ) -> Iterator[None]:
+        """Apply the LoRAs and controls to calls of a transformer.
 
         text: tokens of the joined text. references: tokens of references in the sequence. front:
         tokens before the text, of a negative.
@@ -147,4 +177,9 @@ class StepFeatures:
             lora.use_at(self.sigma, layout, self.image, texts, self.device, self.cut)
             for lora in self.loras
         ]
-        return live_loras(model, [use for use in uses if use is not None], layout)
+        controls = [control for control in self.controls if control.acts_at(self.sigma)]
+        with (
+            live_controls(model, controls, self.tile),
+            live_loras(model, [use for use in uses if use is not None], layout),
+        ):
+            yield

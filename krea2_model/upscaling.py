@@ -1,4 +1,4 @@
-"""The second of two stages: a finished image made larger, noised again, and denoised at its new size.
+"""The second of two stages: an image made larger, noised again, and denoised at its new size.
 
 The layout is fixed by the first stage at the size that the model was made for, so subjects do not
 come twice. The noise is given as a sigma: a number of steps or a share of the schedule would mean
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import is_number, is_whole
 from .config import Preset
-from .images.sizes import MAX_SIZE, MULTIPLE, is_far
+from .images.sizes import MAX_SIZE, MULTIPLE, image_tokens, is_far
 from .schedule import resolve_mu, sigma_schedule, unshift_time
 from .tiles import TileSettings
 
@@ -97,7 +97,7 @@ class Upscale:
         """The exponent of the shift: of a tile where the model sees tiles."""
         tiles = self.tiles(width, height, preset)
         sides = (width, height) if tiles is None else (tiles.size, tiles.size)
-        tokens = math.prod(min(a, b) // MULTIPLE for a, b in zip(sides, (width, height), strict=True))
+        tokens = image_tokens(min(width, sides[0]), min(height, sides[1]))
         return resolve_mu(preset, tokens)
 
     def sigmas(self, width: int, height: int, preset: Preset) -> list[float]:

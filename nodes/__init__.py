@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
+from .control import K2ControlLora
 from .diagnostics import K2Inspect, K2SelfCheck
 from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
@@ -33,6 +34,7 @@ NODES = [
     K2TextEncodeImages,
     K2StyleMix,
     K2Reference,
+    K2ControlLora,
     K2TapWeights,
     K2PromptBatch,
     K2EmptyLatent,

@@ -41,6 +41,7 @@ from .conditions import (
     RunConditions,
     weights_of,
 )
+from .control import changes_text, controls_of
 from .core_model import CoreModel, core_patcher_class, core_unet_config
 from .diffusion_model import TILES, Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
@@ -170,7 +171,8 @@ class Krea2Model(comfy.model_base.Krea2):
 
         ComfyUI calls this once a run, the model loaded and patched. False where weights change with
         the step (hooks), with gradients, or where others may read or change the encoder's states at
-        each step (wrappers of other packs, ControlNets, replaced parts of the model).
+        each step (wrappers of other packs, ControlNets, replaced parts of the model), and with
+        control LoRAs that change the fusion in some steps.
         """
         if self.current_patcher is None:
             return False
@@ -183,7 +185,9 @@ class Krea2Model(comfy.model_base.Krea2):
             wrappers.append(options["model_function_wrapper"])
         return (
             conditioning.get("device") is not None
-            and not {"hooks", "control"} & conditioning.keys()
+            and "hooks" not in conditioning
+            and ("control" not in conditioning or bool(controls_of(conditioning)))
+            and not changes_text(conditioning, self)
             and not torch.is_grad_enabled()
             and all(_is_from_comfyui(function) for function in wrappers)
             and not self._has_foreign_references(conditioning)

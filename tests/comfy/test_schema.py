@@ -30,6 +30,10 @@ INPUTS = {
         *("positive", "negative", "vae", "image", "family", "strength", "start", "end", "fit"),
         *("megapixels", "latent", "index", "apart"),
     ],
+    "K2ControlLora": [
+        *("control", "positive", "negative", "vae", "image", "strength", "start", "end", "mask"),
+        "form",
+    ],
     "K2TapWeights": [
         *("conditioning", "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17"),
         *("layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35"),
@@ -71,6 +75,7 @@ OUTPUTS = {
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
     "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
     "K2Reference": ["CONDITIONING", "CONDITIONING"],
+    "K2ControlLora": ["CONDITIONING", "CONDITIONING", "CONTROL_NET", "STRING"],
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
