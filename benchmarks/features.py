@@ -93,7 +93,7 @@ def seconds(pixels: int) -> dict[str, list[float]]:
         hidden = torch.randn(1, length, CONFIG.hidden_size)
         rope = torch.eye(2).expand(1, 1, length, CONFIG.attention_head_dim // 2, 2, 2)
         if options:
-            prepare = options["backend"].text.prepare
+            prepare = options["backend"].extensions.prepare
             hidden, _, rope, _, _ = prepare(hidden, image, rope, None, None)
         started = time.process_time()
         with torch.no_grad():

@@ -7,6 +7,7 @@ from ..krea2_model.config import Preset
 from ..krea2_model.images.sizes import image_tokens
 from ..krea2_model.text.prompt_images import PromptImage
 from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
+from ..krea2_model.tiles import TileSettings
 
 
 def prompt_report(name: str, conditioning, images: int = 0) -> str:
@@ -93,6 +94,26 @@ def control_report(name: str, form: str, settings, image) -> str:
     else:
         where = f"from {settings.start:g} to {settings.end:g} of the schedule"
         lines.append(f"strength {settings.strength:g}, {where}")
+    return "\n".join(lines)
+
+
+def upscale_report(
+    preset: Preset,
+    steps: int,
+    mu: float,
+    sigma: float,
+    width: int,
+    height: int,
+    tiles: TileSettings | None,
+) -> str:
+    """Size, schedule and tiles of the second stage."""
+    lines = [
+        f"{preset.name}, {steps} steps from sigma {sigma:g}",
+        shift_report(mu),
+        size_report(width, height, image_tokens(width, height)),
+    ]
+    if tiles is not None:
+        lines.append(f"in tiles of {tiles.size} px")
     return "\n".join(lines)
 
 
