@@ -1,4 +1,4 @@
-"""Pictures of krea2-nano at 2, 3 and 4 times its side: in one, with scaled positions, in two stages.
+"""krea2-nano at 2, 3 and 4 times its side: in one, with scaled positions, in two stages.
 
     python benchmarks/nano_large.py [--count 40] [--sheet large.png]
 

@@ -238,7 +238,9 @@ class Krea2Pipeline(LoadedParts):
                 **run,
             )
         if enlarged is not None:
-            result = self._upscale(result, enlarged, seed, both, callback, text_tokens, **run)
+            pixels = start[None].expand(batch, -1, -1, -1) if sigmas is None else None
+            inputs = (result, pixels, enlarged, seed, both, callback, text_tokens)
+            result = self._upscale(*inputs, **run)
         if output_type == "latent":
             return result
         pictures = self.decode(result)
@@ -416,6 +418,7 @@ class Krea2Pipeline(LoadedParts):
     def _upscale(
         self,
         latents: Tensor,
+        pixels: Tensor | None,
         upscale: Upscale,
         seed: int | Sequence[int],
         texts: tuple[PromptEmbeds, PromptEmbeds | None],
@@ -423,13 +426,17 @@ class Krea2Pipeline(LoadedParts):
         text_tokens: int,
         **run,
     ) -> Tensor:
-        """The second stage: latents (B, 16, h, w) enlarged, noised and denoised."""
+        """The second stage: latents (B, 16, h, w) enlarged, noised and denoised.
+
+        pixels: (B, 3, H, W) of the same images, None to decode them.
+        """
         downscale = self.vae.config.downscale
         width, height = upscale.size(*self._sides(latents))
         if upscale.method == LATENT:
             larger = enlarge_latents(latents, width, height)
         else:
-            images = resize(self.decode(latents).movedim(1, -1), width, height).movedim(-1, 1)
+            images = self.decode(latents) if pixels is None else pixels
+            images = resize(images.movedim(1, -1), width, height).movedim(-1, 1)
             larger = torch.cat([self.encode(image[None]) for image in images])
         sigmas = upscale.sigmas(width, height, self.preset)
         shape = (len(larger), larger.shape[1], downscale)

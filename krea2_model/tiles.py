@@ -2,8 +2,8 @@
 
 The model sees tiles of the size that it was made for, and their velocities are averaged where they
 overlap (MultiDiffusion, Bar-Tal et al., arXiv 2302.08113). Weights fade by a raised cosine, and
-inner tiles move from step to step, so no place is always an edge. Memory is that of a tile, whatever
-the size of the image.
+inner tiles move from step to step, so no place is always an edge. Memory is that of a tile,
+whatever the size of the image.
 
 Rotary positions count from a tile's own corner. At its true place in the image they would exceed
 those of training: attention among image tokens depends on their distances alone, but text is at
