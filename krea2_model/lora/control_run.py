@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..checks import is_number
 from ..guidance import ALL_STEPS, NEVER, SigmaAt, StepWindow, unshifted
 from ..transformer.patches import patchify
+from .control_files import MAX_STRENGTH
 from .in_run import ShareAt
-
-MAX_STRENGTH = 10.0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def test_there_are_examples():
     twins = (ROOT / "tests" / "workflows").glob("*.json")
     assert {path.stem for path in EXAMPLES} == {path.stem for path in twins}
     assert {path.stem for path in EXAMPLES} >= {
+        "krea2_control",
         "krea2_image_to_image",
         "krea2_inpaint",
         "krea2_inpaint_detail",
