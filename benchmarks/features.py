@@ -4,8 +4,8 @@
 
 Operations are counted on the whole model without computing anything; time is the processor's for
 one block at 512 px, in turns. Guidance is there to compare: a second pass. A reference has the
-image's size; one that is kept apart is gone through before the first step, which is not counted. The control is a
-control LoRA with control channels of rank 64, counted in operations alone.
+image's size; one that is kept apart is gone through before the first step, which is not counted.
+The control is a control LoRA with control channels, counted in operations alone.
 """
 
 from __future__ import annotations

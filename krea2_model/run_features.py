@@ -6,9 +6,11 @@ and call the model within `StepFeatures.live`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
+from .tiles import Tile, TileSettings, tiles_at
+from .transformer.references import Reference, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
+from .transformer.rotary_scaling import RotaryScaling, Stretch
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
 
@@ -26,14 +31,20 @@ ControlPair = tuple[RunControl | None, RunLora | None]
 
 @dataclass(frozen=True)
 class RunFeatures:
-    """The features of a run. loras and controls: act on the calls of both texts."""
+    """The features of a run.
+
+    loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
+    in one. rotary: scaling of rotary positions.
+    """
 
     regions: RegionPlan | None = None
     loras: tuple[RunLora, ...] = ()
     controls: tuple[RunControl, ...] = ()
+    tiles: TileSettings | None = None
+    rotary: RotaryScaling | None = None
 
     def __bool__(self) -> bool:
-        return self.regions is not None or bool(self.loras) or bool(self.controls)
+        return any((self.regions, self.loras, self.controls, self.tiles, self.rotary))
 
     def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
         """The features with control LoRAs added."""
@@ -53,22 +64,77 @@ class RunFeatures:
         """LoRAs on the text of a region, for its fusion."""
         return [LoraUse(own.lora, own.strength) for own in self.loras if own.region == number]
 
-    def at(self, sigma: float, grid: tuple[int, int], device: torch.device) -> StepFeatures:
-        """The features of a step that begins at a sigma; grid: rows and columns of image tokens."""
-        active = None if self.regions is None else self.regions.at(sigma, grid, device)
-        return StepFeatures(sigma, grid, device, active, self.loras, self.controls)
+    def tiles_at(self, sigma: float, grid: tuple[int, int]) -> list[tuple[Tile, Tensor]] | None:
+        """Tiles and their weights at a step, see `tiles`; None where one covers the image."""
+        if self.tiles is None:
+            return None
+        tiles = tiles_at(grid, self.tiles, sigma)
+        return tiles if len(tiles) > 1 else None
+
+    def at(
+        self,
+        sigma: float,
+        grid: tuple[int, int],
+        device: torch.device,
+        tile: Tile | None = None,
+    ) -> StepFeatures:
+        """The features of a step that begins at a sigma, of all of an image or of a tile.
+
+        grid: rows and columns of the image's tokens.
+        """
+        cut = None if tile is None else functools.partial(tile.cut_tokens, grid=grid)
+        active = None if self.regions is None else self.regions.at(sigma, grid, device, cut)
+        stretch = None if self.rotary is None else self.rotary.at(grid, sigma)
+        return StepFeatures(
+            sigma,
+            grid,
+            device,
+            active,
+            self.loras,
+            self.controls,
+            tile=tile,
+            stretch=stretch,
+        )
 
 
 @dataclass(frozen=True)
 class StepFeatures:
-    """The features of one step."""
+    """The features of one step.
+
+    image: rows and columns of the image's tokens. references: active ones, for their boosts.
+    """
 
     sigma: float
-    grid: tuple[int, int]
+    image: tuple[int, int]
     device: torch.device
     regions: ActiveRegions | None = None
     loras: tuple[RunLora, ...] = ()
     controls: tuple[RunControl, ...] = ()
+    references: tuple[Reference, ...] = ()
+    tile: Tile | None = None
+    stretch: Stretch | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of the call: the tile's, or the image's."""
+        return self.image if self.tile is None else self.tile.grid
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Arguments of the transformer that say where the tokens of the call are."""
+        places: dict[str, Any] = {}
+        if self.tile is not None:
+            places["origin"] = (self.tile.rows[0], self.tile.columns[0])
+        if self.stretch is not None:
+            places["stretch"] = self.stretch
+        return places
+
+    def cut(self, shares: Tensor) -> Tensor:
+        """Values (..., I) of the image's tokens, for those of the call."""
+        return shares if self.tile is None else self.tile.cut_tokens(shares, self.image)
+
+    def with_references(self, references: Sequence[Reference]) -> StepFeatures:
+        return replace(self, references=tuple(references))
 
     def for_negative(self) -> StepFeatures:
         """Those of the negative text's call, which has no regions."""
@@ -81,7 +147,16 @@ class StepFeatures:
 
     @property
     def groups(self) -> TokenGroups | None:
-        return None if self.regions is None else self.regions.groups
+        """Groups of tokens that see different keys, None where all see all alike."""
+        groups = None if self.regions is None else self.regions.groups
+        boosts = [
+            (first, count, self.cut(factors))
+            for first, count, factors in boost_factors(self.references, *self.image)
+        ]
+        if not boosts:
+            return groups
+        groups = groups or TokenGroups(self.grid[0] * self.grid[1])
+        return groups.with_references(boosts, self.device)
 
     def join(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The text (B, L, width) and its mask with the texts of regions in front."""
@@ -99,11 +174,12 @@ class StepFeatures:
         layout = TokenLayout(front + text, self.grid[0] * self.grid[1], references)
         texts = {} if self.regions is None else self.regions.text_tokens(front)
         uses = [
-            lora.use_at(self.sigma, layout, self.grid, texts, self.device) for lora in self.loras
+            lora.use_at(self.sigma, layout, self.image, texts, self.device, self.cut)
+            for lora in self.loras
         ]
         controls = [control for control in self.controls if control.acts_at(self.sigma)]
         with (
-            live_controls(model, controls),
+            live_controls(model, controls, self.tile),
             live_loras(model, [use for use in uses if use is not None], layout),
         ):
             yield

@@ -17,6 +17,7 @@ from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
 from .inpainting import LatentMask, MaskedVelocity
 from .run_features import RunFeatures, StepFeatures
 from .schedule import check_guidance, check_sigmas, schedule_of
+from .tiles import Tile, fuse
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation
@@ -105,7 +106,7 @@ def denoise(
     plan = ReferencePlan.of(settings, sigma_at, reference_method, caches)
     texts = _text_at(positive), None if negative is None else _text_at(negative)
     shared = None
-    if share_calls and texts[1] is not None and not features:
+    if share_calls and texts[1] is not None and not features and not plan.has_boosts:
         shared = share(texts[0](sigmas[0]), texts[1](sigmas[0]))
     velocity = _GuidedVelocity(
         transformer,
@@ -150,17 +151,28 @@ class _GuidedVelocity:
         self._modulation: RunModulation | None = None
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
+        grid = grid_size(latents, PATCH)
+        tiles = self._features.tiles_at(sigma, grid)
+        if tiles is None:
+            return self._velocity(latents, sigma, grid)
+        return fuse(latents, tiles, lambda tile, part: self._velocity(part, sigma, grid, tile))
+
+    def _velocity(
+        self, latents: Tensor, sigma: float, image: tuple[int, int], tile: Tile | None = None
+    ) -> Tensor:
+        """The velocity of an image, or of a tile of it. image: rows and columns of its tokens."""
         guidance = self._guidance * self._schedule.factor(sigma, self._sigma_at)
         nag = self._nag if self._nag_window.contains(sigma) else None
-        options, cache = self._options(sigma, latents.device)
+        references = self._plan.active(sigma, self._reference_latents)
+        options, cache = self._options(references, sigma, latents.device)
         timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
         if self._shared is not None and guidance != 0 and nag is None and cache is None:
             conditional, unconditional = self._shared.velocities(
                 self.transformer, latents, timestep, **options
             )
         else:
-            grid = grid_size(latents, PATCH)
-            step = self._features.at(sigma, grid, latents.device)
+            step = self._features.at(sigma, image, latents.device, tile)
+            step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
             positive = self._positive(sigma)
             negative = None
@@ -191,16 +203,18 @@ class _GuidedVelocity:
         attention, backend = None, {}
         if text.weights is not None or negative is not None or step.texts:
             attention = TextAttention(text.weights, text.mask, negative, nag, step.texts)
-        if attention is not None or cache is not None:
-            backend["backend"] = ExtendedBackend(attention, cache, step.groups)
+        groups = step.groups
+        if attention is not None or cache is not None or groups is not None:
+            backend["backend"] = ExtendedBackend(attention, cache, groups)
         front = 0 if attention is None else attention.front
         references = sum(token_count(r.latents) for r in options.get("references", ()))
         with step.live(self.transformer, states.shape[1], references, front):
-            velocity = self.transformer(latents, timestep, states, mask, **options, **backend)
+            options = {**options, **step.places, **backend}
+            velocity = self.transformer(latents, timestep, states, mask, **options)
         return velocity.float()
 
     def _options(
-        self, sigma: float, device: torch.device
+        self, references: list[Reference], sigma: float, device: torch.device
     ) -> tuple[dict[str, Any], ReferenceKVCache | None]:
         """Arguments of the model at a step, and the KV cache of its references or None."""
         options: dict[str, Any] = {}
@@ -210,7 +224,6 @@ class _GuidedVelocity:
             if self._modulation is None:
                 self._modulation = RunModulation(blocks, device)
             options["modulation"] = self._modulation
-        references = self._plan.active(sigma, self._reference_latents)
         if not references:
             return options, None
         if self._plan.caches is None:

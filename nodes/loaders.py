@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from ..krea2_model.tools.convert import QUANTISATIONS
@@ -170,10 +170,19 @@ class K2Loader(io.ComfyNode):
     ):
         transformer, encoder, decoder = _find_parts(model, text_encoder, vae)
         check_pair(transformer, encoder)
+        chosen = [
+            f"{title}: {path.name}"
+            for title, name, path in (
+                ("text encoder", text_encoder, encoder),
+                ("VAE", vae, decoder),
+            )
+            if name == model_files.AUTO and path != transformer and model not in model_files.NANOS
+        ]
         return io.NodeOutput(
             _load_transformer(transformer, dtype, implementation),
             load_clip(encoder),
             load_vae(decoder),
+            ui=ui.PreviewText("\n".join(chosen)) if chosen else None,
         )
 
 

@@ -30,6 +30,7 @@ AUTO = "auto"
 # Models that the pack contains. The text encoder's file is made when its path is first needed.
 NANO = "krea2-nano (built in)"
 NANO_RAW = "krea2-nano Raw (built in)"
+NANOS = (NANO, NANO_RAW)
 _BUILT_IN: dict[str, dict[str, Callable[[], Path]]] = {
     TRANSFORMER: {
         NANO: lambda: nano.TRANSFORMERS["turbo"],

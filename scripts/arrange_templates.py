@@ -70,7 +70,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
 }
 
 # Below a node, in its group: the page shows previews of a run there, and the node grows by them.
-ROOM = {"K2Sampler": 180, "K2TwoStage": 230, "KSampler": 230}
+ROOM = {"K2Loader": 80, "K2Sampler": 180, "K2TwoStage": 230, "KSampler": 230}
 
 
 def size_of(node: dict) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..catalogue import RAW, TURBO, files_in
 from .choices import NANO
-from .errors import UsageError
+from .errors import UsageError, suggestion
 
 # ComfyUI's model folders that may hold the file of an option.
 KEYS = {
@@ -72,9 +72,12 @@ def find_file(
         if place.exists():
             return place
     looked = f", nor in {models}" if models is not None and KEYS.get(option) else ""
+    # A path has folders or an ending; a bare word may be a built-in model.
+    is_word = option == "model" and path.name == str(name) and not path.suffix
+    hint = suggestion(path.name, NANO, 0.5) if is_word else ""
     raise UsageError(
         f"There is no file or folder {name} (--{option.replace('_', '-')}){looked}. Check the name "
-        "and the folder."
+        f"and the folder.{hint}"
     )
 
 

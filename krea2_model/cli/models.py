@@ -17,6 +17,11 @@ def models(args: Namespace) -> Iterator[str]:
     folder = args.models or models_folder(None) or Path("models")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--models is {folder}, which is a file; expected a folder.")
+    if args.models is not None and not folder.exists() and not args.fetch:
+        raise UsageError(
+            f"--models is {folder}, which does not exist; expected ComfyUI's models folder. "
+            "With --fetch it is made."
+        )
     memory, machine = (args.memory, "") if args.memory is not None else _memory()
     variant = RAW if args.raw else TURBO
     choices = files_for(card_for(memory), variant)

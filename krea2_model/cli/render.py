@@ -117,7 +117,7 @@ def render(args: Namespace, typed: list[str]) -> Iterator[Path]:
             _write(results, **line, file=path.name, seconds=seconds)
             files.append((path, job.args.prompt))
             yield path
-    if args.grid is not None and files:
+    if args.grid is not None and files and (left or not args.grid.exists()):
         yield _save_sheet(args, files)
     if failed:
         raise Failure(

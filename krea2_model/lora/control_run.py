@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..checks import is_number
 from ..guidance import ALL_STEPS, NEVER, SigmaAt, StepWindow, unshifted
-from ..transformer.patches import patchify
+from ..tiles import Tile
+from ..transformer.patches import grid_size, patchify
 from .control_files import MAX_STRENGTH
 from .in_run import ShareAt
 
@@ -75,29 +76,42 @@ class RunControl:
         """True in a step that begins at a sigma."""
         return self.strength != 0 and self.window.contains(sigma)
 
-    def added(self, like: Tensor) -> Tensor:
-        """Addition (B or 1, I, width) to the embedded tokens of the image."""
+    def added(self, like: Tensor, tile: Tile | None = None) -> Tensor:
+        """Addition (B or 1, I, width) to the embedded tokens of the image, or of a tile of it."""
         key = like.device, like.dtype
+        if tile is not None:
+            return self._project(*key, tile)
         if key not in self._added:
-            latents, projection = self.latents.to(*key), self.projection.to(*key)
-            patch = math.isqrt(projection.shape[1] // latents.shape[1])
-            rows, columns = (-(-side // patch) for side in latents.shape[-2:])
-            bottom, right = -latents.shape[-2] % patch, -latents.shape[-1] % patch
-            padded = F.pad(latents, (0, right, 0, bottom), mode="replicate")
-            added = self.strength * F.linear(patchify(padded, patch), projection)
-            if self.share_at is not None:
-                added = added * self.share_at(rows, columns).to(*key)[:, None]
-            self._added[key] = added
+            self._added[key] = self._project(*key)
         return self._added[key]
+
+    def _project(self, device: torch.device, dtype: torch.dtype, tile: Tile | None = None):
+        patch = math.isqrt(self.projection.shape[1] // self.latents.shape[1])
+        grid = grid_size(self.latents, patch)
+        latents = self.latents if tile is None else tile.cut(self.latents)
+        bottom, right = -latents.shape[-2] % patch, -latents.shape[-1] % patch
+        padded = F.pad(latents.to(device, dtype), (0, right, 0, bottom), mode="replicate")
+        projection = self.projection.to(device, dtype)
+        added = self.strength * F.linear(patchify(padded, patch), projection)
+        if self.share_at is None:
+            return added
+        share = self.share_at(*grid)
+        share = share if tile is None else tile.cut_tokens(share, grid)
+        return added * share.to(device, dtype)[:, None]
 
 
 @contextmanager
-def live_controls(model: nn.Module, controls: Sequence[RunControl]) -> Iterator[None]:
-    """Within it, the input layer of a transformer adds the control images to the image's tokens."""
+def live_controls(
+    model: nn.Module, controls: Sequence[RunControl], tile: Tile | None = None
+) -> Iterator[None]:
+    """Within it, the input layer of a transformer adds the control images to the image's tokens.
+
+    tile: of the image, whose tokens are then those of the call.
+    """
     if not controls:
         yield
         return
-    handle = model.get_submodule("first").register_forward_hook(_AddControls(controls))
+    handle = model.get_submodule("first").register_forward_hook(_AddControls(controls, tile))
     try:
         yield
     finally:
@@ -110,12 +124,12 @@ class _AddControls:
     A class, so that a host can tell whose hook it is.
     """
 
-    def __init__(self, controls: Sequence[RunControl]):
-        self._controls = controls
+    def __init__(self, controls: Sequence[RunControl], tile: Tile | None):
+        self._controls, self._tile = controls, tile
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for control in self._controls:
-            added = control.added(output)
+            added = control.added(output, self._tile)
             if len(added) > 1:
                 added = added.repeat(len(output) // len(added), 1, 1)
             tokens = added.shape[1]

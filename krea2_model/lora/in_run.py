@@ -44,10 +44,12 @@ class RunLora:
         grid: tuple[int, int],
         texts: Mapping[int, slice],
         device: torch.device,
+        cut: Callable[[Tensor], Tensor] | None = None,
     ) -> LoraUse | None:
         """Its use in a step that begins at a sigma, None where it does not act.
 
-        grid: rows and columns of image tokens. texts: tokens of the texts of active regions.
+        grid: rows and columns of the image's tokens. texts: tokens of the texts of active regions.
+        cut: of shares of the image's tokens, for those of a tile, whose tokens the layout has.
         """
         if not self.acts_at(sigma):
             return None
@@ -58,4 +60,6 @@ class RunLora:
         else:
             text = texts.get(self.region, slice(0, 0))
         image = None if self.share_at is None else self.share_at(*grid)
+        if image is not None and cut is not None:
+            image = cut(image)
         return LoraUse(self.lora, self.strength, layout.shares(image, text).to(device))

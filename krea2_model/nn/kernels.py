@@ -18,6 +18,10 @@ from torch import Tensor
 
 from . import switches, triton_kernels
 
+# First token and the one after the last. A tuple: torch's compiler takes the ends of a slice for
+# constants, and would compile anew for every size.
+Span = tuple[int, int]
+
 
 class HeadNorm(NamedTuple):
     """The RMS norms of queries and keys: multipliers (D,) in float32, and the epsilon."""
@@ -39,7 +43,7 @@ def norm_and_rotate(
     key: Tensor,
     norm: HeadNorm,
     rope: Tensor | None = None,
-    query_slice: slice | None = None,
+    query_slice: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMS norm over each head, then rotary positions: query (B, H, L, D), key (B, KV, L, D).
 
@@ -49,7 +53,7 @@ def norm_and_rotate(
     of_keys = None if rope is None else _rotations(rope)
     of_queries = of_keys
     if of_keys is not None and query_slice is not None:
-        of_queries = of_keys[:, :, query_slice]
+        of_queries = of_keys[:, :, slice(*query_slice)]
     return (
         _norm_and_rotate(query, norm.query, norm.eps, of_queries),
         _norm_and_rotate(key, norm.key, norm.eps, of_keys),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..nn.attention import attend
-from ..nn.kernels import HeadNorm, modulated_norm, norm_and_rotate
+from ..nn.kernels import HeadNorm, Span, modulated_norm, norm_and_rotate
 from ..nn.partial_attention import attend_partially
 from .extensions import AttentionExtensions
 from .modulation import StepModulation, for_blocks
@@ -34,11 +34,12 @@ class Backend:
         norm: HeadNorm,
         rope: Tensor | None,
         mask: Tensor | None,
-        query_slice: slice | None = None,
+        query_slice: Span | None = None,
     ) -> Tensor:
         """Attention over projected heads (B, H, L, D), which are normed and rotated here.
 
-        query_slice: the tokens that have a query, None for all. Keys and values cover all tokens.
+        query_slice: first and end of the tokens that have a query, None for all. Keys and values
+            cover all tokens.
         Returns (B, L, H * D), which the caller may overwrite.
         """
         return attend(*norm_and_rotate(query, key, norm, rope, query_slice), value, mask)
@@ -63,7 +64,7 @@ class Backend:
         self,
         blocks: nn.ModuleList,
         hidden: Tensor,
-        query_slice: slice,
+        query_slice: Span,
         vector: Tensor,
         rope: Tensor,
         mask: Tensor | None,

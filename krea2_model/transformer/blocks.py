@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TransformerConfig
-from ..nn.kernels import HeadNorm, gated_residual, may_overwrite, sigmoid_gated, silu_gated
+from ..nn.kernels import HeadNorm, Span, gated_residual, may_overwrite, sigmoid_gated, silu_gated
 from ..nn.layers import ZeroCentredRMSNorm, read_scales, share_input
 from .backend import TORCH_BACKEND, Backend
 from .modulation import BlockModulation, FinalModulation, Modulation, fold_norms
@@ -79,7 +79,7 @@ class GatedAttention(nn.Module):
         rope: Tensor | None,
         mask: Tensor | None,
         backend: Backend,
-        query_slice: slice | None = None,
+        query_slice: Span | None = None,
         norm: HeadNorm | None = None,
     ) -> Tensor:
         """Attention of tokens (B, L, D).
@@ -90,7 +90,7 @@ class GatedAttention(nn.Module):
         queries = hidden
         wq, wk, wv, gate = self.share_input(hidden, self.wq, self.wk, self.wv, self.gate)
         if query_slice is not None:
-            queries = hidden[:, query_slice]
+            queries = hidden[:, slice(*query_slice)]
             wq, gate = self.share_input(queries, self.wq, self.gate)
         query = self._split_heads(wq(queries))
         key = self._split_heads(wk(hidden))
@@ -186,7 +186,7 @@ class SingleStreamBlock(nn.Module):
         mask: Tensor | None = None,
         split: int | None = None,
         backend: Backend | None = None,
-        query_slice: slice | None = None,
+        query_slice: Span | None = None,
         modulation: Modulation | None = None,
     ) -> Tensor:
         """The next hidden state; overwrites `hidden` where gradients are off.
@@ -201,7 +201,7 @@ class SingleStreamBlock(nn.Module):
         update = self.attn(normed, rope, mask, backend, query_slice, norm)
         del normed  # attention's tensors are freed before the MLP, the widest part, runs
         if query_slice is not None:
-            hidden, split = hidden[:, query_slice], None
+            hidden, split = hidden[:, slice(*query_slice)], None
             attn_gate, mlp_gate = attn_gate[:, :1], mlp_gate[:, :1]
             mlp_scale, mlp_shift = mlp_scale[:, :1], mlp_shift[:, :1]
         hidden = _residual(hidden, attn_gate, update, split)

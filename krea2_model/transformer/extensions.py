@@ -12,6 +12,7 @@ import functools
 from torch import Tensor
 
 from ..nn.attention import Attend
+from ..nn.kernels import Span
 from ..nn.partial_attention import AttendPartially
 from .references import KVRecorder, ReferenceKVCache
 from .text_attention import TextAttention
@@ -43,9 +44,9 @@ class AttentionExtensions:
         """Tokens that `prepare` prepends."""
         return self.text.front
 
-    def prepare(self, hidden: Tensor, query_slice: slice, rope: Tensor, mask: Tensor | None, split):
+    def prepare(self, hidden: Tensor, query_slice: Span, rope: Tensor, mask: Tensor | None, split):
         """The blocks' arguments, see `TextAttention.prepare`."""
-        self._text_tokens = query_slice.start
+        self._text_tokens = query_slice[0]
         return self.text.prepare(hidden, query_slice, rope, mask, split)
 
     def attend(
@@ -57,26 +58,28 @@ class AttentionExtensions:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        query_slice: slice | None = None,
+        query_slice: Span | None = None,
     ) -> Tensor:
         """Attention over normed and rotated heads; (B, Q, H * D).
 
         attention: that of the host. partial: its attention to parts of the keys, None without.
         block: index of the block. query_slice: as in `Backend.attend`.
         """
-        groups = self.groups
 
-        def grouped(query, key, value, mask=None):
-            assert groups is not None
-            only_image = query_slice is not None
-            tokens = self._text_tokens
-            return groups.attend(attention, partial, tokens, query, key, value, mask, only_image)
+        def attend_to(text: int, groups: TokenGroups | None) -> Attend:
+            """Attention of a sequence with so many tokens of text."""
 
-        def with_references(attend: Attend) -> Attend:
+            def grouped(query, key, value, mask=None):
+                assert groups is not None
+                only_image = query_slice is not None
+                return groups.attend(attention, partial, text, query, key, value, mask, only_image)
+
+            attend = attention if groups is None else grouped
             if self.references is None:
                 return attend
             return functools.partial(self.references.attend, attend, block)
 
-        plain = with_references(attention)
-        positive = plain if groups is None else with_references(grouped)
-        return self.text.attend(positive, query, key, value, mask, query_slice, plain)
+        positive = attend_to(self._text_tokens, self.groups)
+        others = None if self.groups is None else self.groups.without_regions()
+        negative = attend_to(self.front, others)
+        return self.text.attend(positive, query, key, value, mask, query_slice, negative)

@@ -36,6 +36,7 @@ from .references import (
     add_strength_bias,
     with_indices,
 )
+from .rotary_scaling import Stretch
 
 
 class Krea2Transformer(nn.Module):
@@ -91,7 +92,7 @@ class Krea2Transformer(nn.Module):
             self.block_class(config, layers, **factory) for _ in range(config.num_layers)
         )
         self.last = FinalLayer(config, layers, **factory)
-        self._rope: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._rope: list[tuple[tuple[Tensor, ...], Stretch | None, Tensor]] = []
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -129,6 +130,8 @@ class Krea2Transformer(nn.Module):
         reference_method: str = TIME_ZERO,
         backend: Backend = TORCH_BACKEND,
         modulation: RunModulation | None = None,
+        origin: tuple[int, int] = (0, 0),
+        stretch: Stretch | None = None,
     ) -> Tensor:
         """Velocity at a time of the flow.
 
@@ -143,6 +146,8 @@ class Krea2Transformer(nn.Module):
         backend: attention, norms and the loop over blocks.
         modulation: tables and norm weights of all blocks, read once for many steps; None reads
             them here.
+        origin: row and column of the first token, for a tile of a larger image.
+        stretch: of rotary positions, see `rotary_scaling`.
         Returns (B, C, h, w) in the dtype of `text`.
         """
         if reference_method not in REFERENCE_METHODS:
@@ -150,16 +155,18 @@ class Krea2Transformer(nn.Module):
                 f"reference_method is {reference_method!r}; expected one of {REFERENCE_METHODS}."
             )
         indexed = with_indices(references)
-        images = [(0, latents), *((r.settings.index, r.latents) for r in indexed)]
-        patches = [self._patches(image, text.dtype) for _, image in images]
+        patches = [
+            self._patches(image, text.dtype) for image in (latents, *(r.latents for r in indexed))
+        ]
         image_tokens, *counts = (part.shape[1] for part in patches)
         tokens = self.first(torch.cat(patches, dim=1))
         del patches
-        grids = tuple((at, *grid_size(image, self.config.patch_size)) for at, image in images)
+        patch = self.config.patch_size
+        grids = ((0, *grid_size(latents, patch), *origin), *(_grid_of(r, patch) for r in indexed))
         positions = _positions(text.shape[1], grids)
         text, image, *patched = backend.prepare_tokens(text, tokens, *positions)
         text_tokens = text.shape[1]
-        rope = self._rope_for(tuple(patched), text.device)
+        rope = self._rope_for(tuple(patched), text.device, stretch)
 
         embed = functools.partial(self._embed_time, dtype=text.dtype)
         time, vector = backend.embed_time(embed, timestep)
@@ -175,14 +182,13 @@ class Krea2Transformer(nn.Module):
         if text_mask is not None:
             mask = F.pad(text_mask, (0, hidden.shape[1] - text_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
-        query_slice = slice(text_tokens, text_tokens + image_tokens)
+        query_slice = (text_tokens, text_tokens + image_tokens)
         strengths, length = [r.settings.strength for r in indexed], hidden.shape[1]
-        mask = add_strength_bias(mask, query_slice.stop, counts, strengths, length, hidden.device)
+        mask = add_strength_bias(mask, query_slice[1], counts, strengths, length, hidden.device)
         step = None if modulation is None else modulation.at(vector, hidden.dtype)
         hidden = backend.run_blocks(
             self.blocks, hidden, query_slice, vector, rope, mask, split, step
         )
-        patch = self.config.patch_size
         velocity = unpatchify(self.last(hidden, time), *grid_size(latents, patch), patch)
         return velocity[..., : latents.shape[-2], : latents.shape[-1]]
 
@@ -203,14 +209,14 @@ class Krea2Transformer(nn.Module):
         for reference in with_indices(references):
             latents = reference.latents
             image = self.first(self._patches(latents, dtype))
-            grid = (reference.settings.index, *grid_size(latents, self.config.patch_size))
+            grid = _grid_of(reference, self.config.patch_size)
             backend = backend_for(cache.recorder(reference.settings.strength))
             embed = functools.partial(self._embed_time, dtype=dtype)
             no_text, positions = image[:, :0], _positions(0, (grid,))
             _, image, *patched = backend.prepare_tokens(no_text, image, *positions)
             _, vector = backend.embed_time(embed, torch.zeros(len(latents), device=latents.device))
             rope = self._rope_for(tuple(patched), image.device)
-            query_slice = slice(0, image.shape[1])
+            query_slice = (0, image.shape[1])
             backend.run_blocks(self.blocks, image, query_slice, vector, rope, None, None)
         return cache
 
@@ -229,22 +235,30 @@ class Krea2Transformer(nn.Module):
         return time, self.tproj(time).float()
 
     @outside_graphs
-    def _rope_for(self, positions: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    def _rope_for(
+        self, positions: tuple[Tensor, ...], device: torch.device, stretch: Stretch | None = None
+    ) -> Tensor:
         """The rotary table of text and image positions, (1, L, 3) each; the last four are cached.
 
         A run uses a few at every step: for the positive, the negative and regional texts.
         """
-        for index, (known, table) in enumerate(self._rope):
-            if table.device == device and all(map(_same, known, positions)):
+        for index, (known, of_stretch, table) in enumerate(self._rope):
+            if (
+                table.device == device
+                and of_stretch == stretch
+                and all(map(_same, known, positions))
+            ):
                 self._rope.append(self._rope.pop(index))
                 return table
         # A table outlives this call, and one made in inference mode could not be trained with.
         with torch.inference_mode(False):
             joined = torch.cat([part.to("cpu", torch.float32) for part in positions], dim=1)
-            table = rope_table(joined, self.config.axes_dims_rope, self.config.rope_theta)
+            dims, theta = self.config.axes_dims_rope, self.config.rope_theta
+            frequencies = None if stretch is None else stretch.frequencies(dims, theta)
+            table = rope_table(joined, dims, theta, frequencies)
             table = table.to(device)
         # Positions from `_positions`' own cache are the same objects, compared without a read.
-        self._rope = [*self._rope[-3:], (positions, table)]
+        self._rope = [*self._rope[-3:], (positions, stretch, table)]
         return table
 
     def forget_tables(self) -> None:
@@ -280,18 +294,30 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
+def _grid_of(reference: Reference, patch: int) -> tuple[float, ...]:
+    """Index, rows, columns and offset of a reference, for `grid_positions`."""
+    settings = reference.settings
+    assert settings.index is not None  # `with_indices` fills it in
+    return settings.index, *grid_size(reference.latents, patch), *settings.offset
+
+
 @outside_graphs
 @functools.lru_cache(maxsize=16)
-def _positions(text_tokens: int, grids: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
+def _positions(text_tokens: int, grids: tuple[tuple[float, ...], ...]) -> tuple[Tensor, Tensor]:
     """Rotary positions (1, L, 3) of text, all zero, and of images, see `grid_positions`."""
     with torch.inference_mode(False):
         return torch.zeros(1, text_tokens, 3), grid_positions(grids)[None]
 
 
-def grid_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Rotary positions (L, 3) of images by (index, rows, columns): (index, row, column)."""
+def grid_positions(grids: Sequence[tuple[float, ...]]) -> Tensor:
+    """Rotary positions (L, 3) of images: (index, row, column).
+
+    grids: (index, rows, columns) of each, and perhaps an offset of its rows and of its columns.
+    """
     positions = []
-    for index, rows, columns in grids:
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        positions.append(F.pad(grid, (1, 0), value=index).float())
+    for index, rows, columns, *offset in grids:
+        grid = torch.cartesian_prod(torch.arange(int(rows)), torch.arange(int(columns))).float()
+        if any(offset):
+            grid = grid + torch.tensor(offset)
+        positions.append(F.pad(grid, (1, 0), value=index))
     return torch.cat(positions)

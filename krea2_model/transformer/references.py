@@ -8,6 +8,7 @@ index on the first rotary axis, where the image is at 0.
 A strength s adds log(s) to the attention scores of a reference's tokens, so exp(score) is
 multiplied by s before the softmax normalises: 1 adds nothing, 0 leaves the reference out. All
 queries have this bias; with cached references, which attend to themselves alone, all but theirs.
+A boost b is the same for queries of the image alone, or of a part of it, see `token_groups`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,30 @@ TIME_ZERO, SHARED_TIME = "index_timestep_zero", "index"
 REFERENCE_METHODS = (TIME_ZERO, SHARED_TIME)
 
 
+class BoostMask:
+    """The part of the image whose attention to a reference is boosted.
+
+    mask: (H, W) in [0, 1], of the image's aspect and any size; 1 has the boost, 0 has none.
+    Raises ValueError for another shape.
+    """
+
+    def __init__(self, mask: Tensor):
+        check_type("A boost's mask", mask, Tensor, "a tensor (height, width) in [0, 1]")
+        if mask.ndim != 2 or 0 in mask.shape:
+            raise ValueError(
+                f"A boost's mask has shape {tuple(mask.shape)}; expected (height, width)."
+            )
+        self._mask = mask.detach().float().cpu().clamp(0, 1)
+        self._shares: dict[tuple[int, int], Tensor] = {}
+
+    def shares(self, rows: int, columns: int) -> Tensor:
+        """The mean of the mask in each image token, (rows * columns,)."""
+        if (rows, columns) not in self._shares:
+            cells = F.interpolate(self._mask[None, None], (rows, columns), mode="area")
+            self._shares[rows, columns] = cells.flatten()
+        return self._shares[rows, columns]
+
+
 @dataclass(frozen=True)
 class ReferenceSettings:
     """Use of one reference image.
@@ -36,6 +61,10 @@ class ReferenceSettings:
     index: on the first rotary axis, 1 to 255; None is its place in the list.
     strength: 1 leaves attention as it is, 0 leaves the reference out.
     start, end: fractions of the schedule's time between which it is attended to, see `guidance`.
+    offset: rows and columns that are added to its rotary positions, which begin at 0 as the
+        image's do; in tokens, fractions included.
+    boost: factor on the attention of image tokens to it, 0 to 1000.
+    boost_mask: the image tokens that have the boost; None is all of them.
 
     Raises ValueError for values out of range.
     """
@@ -44,6 +73,9 @@ class ReferenceSettings:
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    offset: tuple[float, float] = (0.0, 0.0)
+    boost: float = 1.0
+    boost_mask: BoostMask | None = None
 
     def __post_init__(self):
         if self.index is not None and not (is_whole(self.index) and 1 <= self.index <= 255):
@@ -61,6 +93,18 @@ class ReferenceSettings:
                 f"A reference has start {self.start!r} and end {self.end!r}; expected fractions of "
                 "the schedule with 0 <= start <= end <= 1."
             )
+        is_pair = isinstance(self.offset, tuple) and len(self.offset) == 2
+        if not is_pair or not all(is_number(o) and abs(o) <= 1024 for o in self.offset):
+            raise ValueError(
+                f"A reference's offset is {self.offset!r}; expected a pair of numbers from -1024 "
+                "to 1024, rows and columns of tokens."
+            )
+        if not (is_number(self.boost) and 0 <= self.boost <= 1000):
+            raise ValueError(
+                f"A reference's boost is {self.boost!r}; expected 0 to 1000 (1 changes nothing)."
+            )
+        if self.boost_mask is not None:
+            check_type("A reference's boost_mask", self.boost_mask, BoostMask, "a BoostMask")
 
     def window(self, sigma_at: SigmaAt = unshifted) -> StepWindow:
         """The steps of a schedule that attend to it."""
@@ -131,6 +175,11 @@ class ReferencePlan:
         indexed = tuple(replace(s, index=s.index or place) for place, s in enumerate(settings, 1))
         return cls(indexed, tuple(s.window(sigma_at) for s in indexed), method, caches)
 
+    @property
+    def has_boosts(self) -> bool:
+        """True if image tokens attend to a reference with a bias of their own."""
+        return any(settings.boost != 1 for settings in self.settings)
+
     def active(self, sigma: float, latents: Sequence[Tensor]) -> list[Reference]:
         """The references that a step which begins at a sigma attends to.
 
@@ -190,6 +239,27 @@ def add_strength_bias(
     bias = torch.cat([torch.zeros(first), *pieces])
     bias = F.pad(bias, (0, length - len(bias))).to(device)[None, None, None]
     return bias if mask is None else additive_mask(mask) + bias
+
+
+def boost_factors(
+    references: Sequence[Reference], rows: int, columns: int
+) -> list[tuple[int, int, Tensor]]:
+    """Boosts of active references, for an image of so many rows and columns of tokens.
+
+    Of each reference with a boost: its first token, counted from the end of the image, its number
+    of tokens, and the factors (rows * columns,) on the attention of image tokens to it.
+    """
+    found, first = [], 0
+    for reference in references:
+        count, settings = token_count(reference.latents), reference.settings
+        if settings.boost != 1:
+            factors = torch.full((rows * columns,), float(settings.boost))
+            if settings.boost_mask is not None:
+                shares = settings.boost_mask.shares(rows, columns)
+                factors = 1 + shares * (settings.boost - 1)
+            found.append((first, count, factors))
+        first += count
+    return found
 
 
 def additive_mask(mask: Tensor) -> Tensor:

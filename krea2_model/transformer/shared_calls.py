@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.attention import Attend, attend
-from ..nn.kernels import norm_and_rotate
+from ..nn.kernels import Span, norm_and_rotate
 from .backend import TORCH_BACKEND, Backend
 from .references import Reference
 from .text_attention import TextStates
@@ -39,7 +39,7 @@ def attend_past_padding(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    query_slice: slice | None = None,
+    query_slice: Span | None = None,
 ) -> Tensor:
     """Exact attention of each sequence by itself, without its padding; (B, L, H * D).
 

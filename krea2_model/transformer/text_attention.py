@@ -23,6 +23,7 @@ from torch import Tensor
 from ..checks import is_number
 from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
 from ..nn.attention import Attend
+from ..nn.kernels import Span
 from .references import additive_mask
 
 
@@ -125,9 +126,9 @@ class TextAttention:
             if weights is not None
         ]
 
-    def prepare(self, hidden: Tensor, query_slice: slice, rope: Tensor, mask: Tensor | None, split):
+    def prepare(self, hidden: Tensor, query_slice: Span, rope: Tensor, mask: Tensor | None, split):
         """The blocks' arguments with the negative's tokens first, see `Backend.run_blocks`."""
-        self._text_tokens, front = query_slice.start, self.front
+        self._text_tokens, front = query_slice[0], self.front
         if self._negative is None:
             return hidden, query_slice, rope, mask, split
         hidden = torch.cat((self._negative.states.to(hidden.dtype), hidden), dim=1)
@@ -142,7 +143,7 @@ class TextAttention:
             if right.dtype is not torch.bool:
                 left = additive_mask(left)
             mask = torch.cat([part.expand(rows, -1, -1, -1) for part in (left, right)], dim=3)
-        query_slice = slice(query_slice.start + front, query_slice.stop + front)
+        query_slice = (query_slice[0] + front, query_slice[1] + front)
         return hidden, query_slice, rope, mask, None if split is None else split + front
 
     def attend(
@@ -152,7 +153,7 @@ class TextAttention:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        query_slice: slice | None,
+        query_slice: Span | None,
         negative_attention: Attend | None = None,
     ) -> Tensor:
         """Attention over normed and rotated heads; `query_slice` as in `Backend.attend`.

@@ -12,6 +12,7 @@ mask of all pairs is held, and most of the work goes through the kernel of a pla
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,10 @@ class QueryBias:
         seen = factors > 0
         rows = None if bool(seen.all()) else seen.nonzero()[:, 0]
         return cls(factors.log(), rows, bool((factors[seen] == 1).all()))
+
+    def to(self, device: torch.device) -> QueryBias:
+        rows = None if self.rows is None else self.rows.to(device)
+        return QueryBias(self.values.to(device), rows, self.is_zero)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,26 @@ class TokenGroups:
             for first, count, factors in reference_factors
             if (bias := QueryBias.of(factors)) is not None
         ]
+
+    def with_references(
+        self, factors: Sequence[tuple[int, int, Tensor]], device: torch.device
+    ) -> TokenGroups:
+        """The same groups with other `reference_factors`, which are on the CPU."""
+        groups = copy.copy(self)
+        groups._references = [
+            (first, count, bias.to(device))
+            for first, count, values in factors
+            if (bias := QueryBias.of(values)) is not None
+        ]
+        return groups
+
+    def without_regions(self) -> TokenGroups | None:
+        """The biases on references alone, None without any."""
+        if not self._references:
+            return None
+        groups = TokenGroups(self.image)
+        groups._references = self._references
+        return groups
 
     def attend(
         self,

@@ -195,8 +195,7 @@ class ComfyBackend(Backend):
             hidden.shape,
             hidden.dtype,
             rows.shape,
-            query_slice.start,
-            query_slice.stop,
+            query_slice,
             split,
             id(rope),
         )
@@ -250,11 +249,11 @@ class ComfyBackend(Backend):
                 queries = query_slice if index == last and not needs_all else None
                 hidden = block(hidden, *conditions, self, queries, by_block[index])
                 if queries is not None:
-                    query_slice = slice(None)
+                    query_slice = (0, hidden.shape[1])
         if queue is not None:
             model_prefetch.prefetch_queue_pop(queue, device, None)
         del self.options["block_index"]
-        return hidden[:, query_slice]
+        return hidden[:, slice(*query_slice)]
 
     def _in_core_s_way(self, block):
         """A block that others changed, called as ComfyUI's own Krea 2 calls it."""

@@ -101,6 +101,10 @@ def unknown_to(model, *conditionings) -> list[str]:
     settings = [each for extra in extras for each in extra.get(SETTINGS, ())]
     if any((each.strength, each.start, each.end) != (1.0, 0.0, 1.0) for each in settings):
         features.append("strength, start and end of references")
+    if any(each.boost != 1 for each in settings):
+        features.append("boost of references")
+    if any(any(each.offset) for each in settings):
+        features.append("place of references beside the image")
     if any(extra.get(CACHED) for extra in extras):
         features.append("cached references")
     return features

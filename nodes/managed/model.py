@@ -1,5 +1,6 @@
 """MODEL: our transformer under ComfyUI's model management."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ...krea2_model.checkpoints.transformer_keys import (
     official_to_module,
 )
 from ...krea2_model.config import Preset
+from ...krea2_model.images.sizes import MULTIPLE
 from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
@@ -41,7 +43,7 @@ from .conditions import (
 )
 from .control import changes_text, controls_of
 from .core_model import CoreModel, core_patcher_class, core_unet_config
-from .diffusion_model import Krea2DiffusionModel
+from .diffusion_model import TILES, Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .graphs import CUDA_GRAPH, BlockGraphs
 from .low_rank import branch_bytes
@@ -98,7 +100,7 @@ class Krea2Model(comfy.model_base.Krea2):
                 mask is None
                 and conditions.token_weights is None
                 and conditions.negative is None
-                and (plan is None or plan.caches is None)
+                and (plan is None or (plan.caches is None and not plan.has_boosts))
                 and not conditions.features
                 and self._may_share_calls(kwargs["noise"])
             )
@@ -136,6 +138,12 @@ class Krea2Model(comfy.model_base.Krea2):
             return self._fuse_now(states, mask, conditioning["device"])
 
         return fuse_regions(features, self.diffusion_model, fuse)
+
+    def _tile_tokens(self) -> int | float:
+        """Tokens along the side of a tile, where an image is denoised in tiles."""
+        options = getattr(self.current_patcher, "model_options", {})
+        tiles = options.get("transformer_options", {}).get(TILES)
+        return math.inf if tiles is None else tiles.size // MULTIPLE
 
     def _negative(self, conditioning) -> NegativeText | None:
         """The negative of Krea 2 Negative (NAG), for any conditioning but a negative."""
@@ -233,8 +241,9 @@ class Krea2Model(comfy.model_base.Krea2):
         and the dequantised matrix of a GGUF file.
         """
         config = self.diffusion_model.config
-        rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
-        tokens = rows * columns
+        tokens = math.prod(
+            min(self._tile_tokens(), -(-size // config.patch_size)) for size in input_shape[-2:]
+        )
         for kind in ("c_crossattn", "negative_text"):
             tokens += sum(shape[1] for shape in cond_shapes.get(kind, ()))
         tokens += sum(shape[0] for shape in cond_shapes.get("run_features", ()))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
+from in_process import NODES
 from krea2_model.checkpoints.transformer_keys import official_to_diffusers
 from krea2_model.checkpoints.vae_keys import vae_key_map
 from parity import assert_close
@@ -188,6 +189,19 @@ def test_auto_takes_each_part_from_where_it_is(pack, models, all_in_one):
     save_file({k: v for k, v in tensors.items() if not k.startswith("text_encoders.")}, partial)
     assert pairing.find_fitting(kinds.VAE, partial) == partial
     assert pairing.find_fitting(kinds.TEXT_ENCODER, partial).name == Path(ENCODER).name
+
+
+def test_the_node_shows_what_auto_took(models, all_in_one):
+    node_output = NODES["K2Loader"].execute
+    shown = node_output(model=Path(TURBO).name).ui.as_dict()["text"]
+    assert shown == (f"text encoder: {Path(ENCODER).name}\nVAE: {Path(VAE).name}",)
+    encoder = {"text_encoder": Path(ENCODER).name}
+    assert node_output(model=Path(TURBO).name, **encoder).ui.as_dict()["text"] == (
+        f"VAE: {Path(VAE).name}",
+    )
+    # A file or a model of which all parts are used says nothing new.
+    for model in (all_in_one, "krea2-nano (built in)"):
+        assert node_output(model=model).ui is None
 
 
 def test_auto_prefers_an_encoder_that_is_qwen3_vl_for_sure(pack, models, monkeypatch):

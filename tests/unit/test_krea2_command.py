@@ -136,6 +136,7 @@ def test_a_word_near_a_command_is_a_prompt_beside_weights(tmp_path, capsys, monk
         (["--lora", "{vae}"], "--lora {vae} is a Qwen-Image VAE; expected a LoRA"),
         (["--transformer", "{vae}"], "is a Qwen-Image VAE; expected a Krea 2 transformer"),
         (["--text-encoder", "{encoder}"], "gives text of width 64; krea2_nano_turbo"),
+        (["--model", "krea2-nano"], "Check the name and the folder. Did you mean nano?"),
         (["--models", "nowhere"], "--models is nowhere, which is no folder"),
         (["--offload", "none", "--max-memory", "5"], "--max-memory is 5.0, and offload 'none'"),
         (["--guidance-start", "0.9", "--guidance-end", "0.1"], "start 0.9 and end 0.1"),
@@ -199,7 +200,7 @@ def test_an_error_of_ours_keeps_its_traceback(tmp_path, capsys, monkeypatch):
 
 
 def test_a_closed_pipe_is_silent():
-    words = "models --memory 16 --models nowhere"
+    words = "models --memory 16 --models ."
     command = f'"{sys.executable}" -m krea2_model {words} | true; echo "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("141\n", "")

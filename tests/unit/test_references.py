@@ -126,7 +126,7 @@ class Apart(Backend):
 
     def attend(self, query, key, value, norm, rope, mask, query_slice=None):
         query, key = norm_and_rotate(query, key, norm, rope, query_slice)
-        rows = self.mask if query_slice is None else self.mask[query_slice]
+        rows = self.mask if query_slice is None else self.mask[slice(*query_slice)]
         return attend(query, key, value, rows[None, None])
 
 

@@ -156,6 +156,11 @@ def test_a_stopped_run_goes_on(render, painted, tmp_path, monkeypatch):
     painted.clear()
     render("p.txt", "a square\na star\na moon\n", "--resume", "--guidance", "1")
     assert len(painted) == 3
+    # A sheet is made anew with new pictures alone.
+    sheet = tmp_path / "sheet.png"
+    for _ in range(2):
+        render("p.txt", "a star\n", "--resume", "--guidance", "1", "--grid", str(sheet))
+    assert list(tmp_path.glob("sheet*")) == [sheet]
 
 
 def test_a_failure_of_one_picture_is_a_line_of_the_results(render, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_weight_moves_the_value_of_its_token():
     weights[0, 1], weights[0, 3], weights[1, 2] = 1.5, -1.0, 0.0
     seen = []
     attention = TextAttention(weights)
-    attention.prepare(random(2, 9, 32), slice(5, 9), None, None, None)
+    attention.prepare(random(2, 9, 32), (5, 9), None, None, None)
     attention.attend(lambda *args: seen.extend(args), query, key, value, None, None)
     assert seen[0] is query and seen[1] is key and seen[3] is None, "and no mask is needed"
     for item in range(2):
@@ -128,9 +128,9 @@ class TwoStreams(Backend):
     def run_blocks(self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None):
         own = self.negative.shape[1]
         at_text = rope[:, :, :1].expand(-1, -1, own, -1, -1, -1)
-        streams = [hidden, torch.cat((self.negative, hidden[:, query_slice.start :]), dim=1)]
-        tables = [rope, torch.cat((at_text, rope[:, :, query_slice.start :]), dim=2)]
-        firsts = [query_slice.start, own]
+        streams = [hidden, torch.cat((self.negative, hidden[:, query_slice[0] :]), dim=1)]
+        tables = [rope, torch.cat((at_text, rope[:, :, query_slice[0] :]), dim=2)]
+        firsts = [query_slice[0], own]
         for block in blocks:
             seen = []
             for stream, table in zip(streams, tables, strict=True):
@@ -142,7 +142,7 @@ class TwoStreams(Backend):
             for index, first in enumerate(firsts):
                 out = torch.cat((seen[index][:, :first], guided), dim=1)
                 streams[index] = block(streams[index], vector, tables[index], backend=Recorder(out))
-        return streams[0][:, query_slice]
+        return streams[0][:, slice(*query_slice)]
 
 
 def test_negative_guidance_equals_two_whole_streams(model):
