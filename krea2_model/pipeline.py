@@ -172,8 +172,7 @@ class Krea2Pipeline(LoadedParts):
 
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
-        sides = [self.vae.config.downscale * side for side in noise.shape[-2:]]
-        control_images = controls.images(sides[1], sides[0])
+        control_images = self._control_images(controls, noise)
         seen = [*reference_images, *controls.seen_as_references(control_images)]
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0)
         options: dict[str, Any] = {
@@ -286,6 +285,7 @@ class Krea2Pipeline(LoadedParts):
         sigmas: Sequence[float],
         guidance: float = 0.0,
         references: References | Sequence[Reference | Picture] | None = None,
+        control: Control | Sequence[Control] | None = None,
         callback: Callback | None = None,
         **options,
     ) -> Tensor:
@@ -302,8 +302,12 @@ class Krea2Pipeline(LoadedParts):
                 check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
         group = References.of(references)
         prepared = group.prepared()
+        controls = Controls.of(control, self._loras[0].shapes)
+        method = controls.method(group.method if prepared else None)
+        control_images = self._control_images(controls, latents)
+        seen = [*prepared, *controls.seen_as_references(control_images)]
         text_tokens = positive.taps.shape[1]
-        has_room = self._plan_memory(latents, text_tokens, prepared, guidance > 0)
+        has_room = self._plan_memory(latents, text_tokens, seen, guidance > 0)
         return self._denoise(
             latents,
             positive,
@@ -313,8 +317,10 @@ class Krea2Pipeline(LoadedParts):
             sigmas=sigmas,
             guidance=guidance,
             references=prepared,
-            reference_method=group.method,
+            reference_method=method,
             cache_references=group.cache,
+            controls=controls,
+            control_images=control_images,
             **options,
         )
 
@@ -342,6 +348,11 @@ class Krea2Pipeline(LoadedParts):
             if images is None:  # outside the except block, whose traceback holds tensors
                 images = self.vae.decode_tiled(latents)
             return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _control_images(self, controls: Controls, latents: Tensor) -> list[Tensor]:
+        """Pixels of control images for pictures with these latents."""
+        height, width = (self.vae.config.downscale * side for side in latents.shape[-2:])
+        return controls.images(width, height)
 
     def _start(
         self, image: Picture | None, height: int | None, width: int | None
