@@ -1,10 +1,11 @@
-"""What weights, a negative and references cost at full width, beside a plain step.
+"""What weights, a negative, references and a control cost at full width, beside a plain step.
 
     PYTHONPATH=ComfyUI python -P benchmarks/features.py     # prints JSON
 
 Operations are counted on the whole model without computing anything; time is the processor's for
 one block at 512 px, in turns. Guidance is there to compare: a second pass. A reference has the
 image's size; one that is kept apart is gone through before the first step, which is not counted.
+The control is a control LoRA with control channels, counted in operations alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
+from krea2_model.lora.control_run import RunControl  # noqa: E402
+from krea2_model.lora.in_run import RunLora  # noqa: E402
+from krea2_model.lora.live import LiveLora  # noqa: E402
+from krea2_model.lora.updates import Update  # noqa: E402
 from krea2_model.nn.attention import attend  # noqa: E402
+from krea2_model.run_features import RunFeatures  # noqa: E402
 from krea2_model.transformer.backend import ExtendedBackend  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 from krea2_model.transformer.references import ReferenceKVCache  # noqa: E402
@@ -32,6 +38,7 @@ TEXT, NEGATIVE = 128, 32
 SIZES = (1024, 2048)
 FEATURES = ("plain", "weights", "negative", "reference", "apart")
 TURNS = 3
+RANK = 64  # of the control LoRA
 
 
 def hooks_of(name: str, device: str, recorded: ReferenceKVCache) -> dict:
@@ -68,8 +75,31 @@ def operations(pixels: int) -> dict[str, float]:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*arguments, **options)
         found[name] = float(counter.get_total_flops())
+    run = control(model, latents)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        step = run.at(0.5, (pixels // 16, pixels // 16), latents.device)
+        with step.live(model, TEXT):
+            model(*arguments)
+    found["control"] = float(counter.get_total_flops())
     found["guidance"] = 2 * found["plain"]
     return found
+
+
+def control(model: Krea2Transformer, latents: torch.Tensor) -> RunFeatures:
+    """A control LoRA with control channels, of all matrices of the blocks."""
+    updates = {}
+    for name, layer in model.blocks.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            rows, columns = layer.weight.shape
+            up, down = (
+                torch.zeros(rows, RANK, device="meta"),
+                torch.zeros(RANK, columns, device="meta"),
+            )
+            weight = f"blocks.{name}.weight"
+            updates[weight] = [Update(weight, "lora", {"up": up, "down": down})]
+    projection = torch.zeros(CONFIG.hidden_size, CONFIG.in_channels, device="meta")
+    pair = RunControl(projection, latents), RunLora(LiveLora(updates))
+    return RunFeatures().with_controls((pair,))
 
 
 def seconds(pixels: int) -> dict[str, list[float]]:

@@ -317,6 +317,7 @@ class Krea2Pipeline(LoadedParts):
         sigmas: Sequence[float],
         guidance: float = 0.0,
         references: References | Sequence[Reference | Picture] | None = None,
+        control: Control | Sequence[Control] | None = None,
         callback: Callback | None = None,
         **options,
     ) -> Tensor:
@@ -333,8 +334,12 @@ class Krea2Pipeline(LoadedParts):
                 check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
         group = References.of(references)
         prepared = group.prepared()
+        controls = Controls.of(control, self._loras[0].shapes)
+        method = controls.method(group.method if prepared else None)
+        control_images = controls.images(*self._sides(latents))
+        seen = [*prepared, *controls.seen_as_references(control_images)]
         text_tokens = positive.taps.shape[1]
-        has_room = self._plan_memory(latents, text_tokens, prepared, guidance > 0)
+        has_room = self._plan_memory(latents, text_tokens, seen, guidance > 0)
         return self._denoise(
             latents,
             positive,
@@ -344,8 +349,10 @@ class Krea2Pipeline(LoadedParts):
             sigmas=sigmas,
             guidance=guidance,
             references=prepared,
-            reference_method=group.method,
+            reference_method=method,
             cache_references=group.cache,
+            controls=controls,
+            control_images=control_images,
             **options,
         )
 

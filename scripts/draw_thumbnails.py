@@ -97,6 +97,12 @@ def outpaint(server: ComfyServer) -> Pictures:
                           K2FitImage={"megapixels": 0.0})]  # fmt: skip
 
 
+def control(server: ComfyServer) -> Pictures:
+    before = start(server, "a small green star in the top right")
+    give(server, before)
+    return [before, paint(server, "krea2_control")]
+
+
 def reference(server: ComfyServer) -> Pictures:
     before = start(server, "a green square on a pink background")
     give(server, before)
@@ -128,6 +134,7 @@ def style_loras(server: ComfyServer) -> Pictures:
 
 
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
+    "krea2_control": control,
     "krea2_image_to_image": image_to_image,
     "krea2_inpaint": inpaint,
     "krea2_inpaint_detail": inpaint_detail,

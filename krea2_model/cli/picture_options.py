@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..guidance import RAMPS
 from ..images.sizes import MAX_SIZE
-from ..lora.control_run import MAX_STRENGTH
+from ..lora.control_files import MAX_STRENGTH
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
 from .choices import FILLS, REFERENCE_METHODS
 from .values import lora, number, numbers, whole
