@@ -22,6 +22,7 @@ __all__ = [
     "TURBO",
     "CheckpointError",
     "GuidanceSchedule",
+    "Edit",
     "Inpaint",
     "Krea2Pipeline",
     "Krea2Tokenizer",

@@ -64,7 +64,7 @@ class Canvas:
 
     def __init__(self, image: Picture, inpaint: Inpaint):
         self._original = pixels_of(image, "start_image").movedim(0, -1)[None]
-        mask = mask_for(_mask_pixels(inpaint.mask), self._original)
+        mask = mask_for(mask_pixels(inpaint.mask), self._original)
         self._repaint = repaint_mask(mask, inpaint.grow, inpaint.feather, inpaint.soft)
         if not self._repaint.any():
             raise ValueError(f"{EMPTY}nothing would be painted. White in the mask is painted.")
@@ -124,8 +124,8 @@ class MaskedVelocity:
         return 1.0 - fraction_at(min(1.0, sigma), self._sigma_at)
 
 
-def _mask_pixels(mask: Picture) -> Tensor:
-    """A mask (1, H, W): a picture's grey."""
+def mask_pixels(mask: Picture, name: str = "inpaint") -> Tensor:
+    """A mask (1, H, W): a picture's grey. name: of the argument, for errors."""
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.array(mask))
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -134,7 +134,7 @@ def _mask_pixels(mask: Picture) -> Tensor:
         mask = mask.movedim(-1, 0)
     if not isinstance(mask, (Tensor, str, PathLike)) and not hasattr(mask, "convert"):
         raise ValueError(
-            f"inpaint is {type(mask).__name__}; expected a mask: an image in grey, the path of "
+            f"{name} is {type(mask).__name__}; expected a mask: an image in grey, the path of "
             "one, or numbers (height, width) in [0, 1]."
         )
     return pixels_of(mask, "The mask").mean(dim=0, keepdim=True)

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from .arguments import (
     PromptImages,
+    ReferencePicture,
     References,
     canvas_of,
+    check_edit,
     check_embeds,
     check_latents,
     check_options,
@@ -27,6 +29,7 @@ from .arguments import (
 )
 from .checks import check_type, is_number, is_whole
 from .diffusers_names import accept_diffusers_names
+from .edits import Edit, EditPlan, edit_size
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.sizes import is_far
@@ -88,6 +91,7 @@ class Krea2Pipeline(LoadedParts):
         guidance_schedule: GuidanceSchedule = ALWAYS,
         evaluate_every: int = 1,
         progress: bool = False,
+        edit: Edit | Picture | Sequence[Picture] | None = None,
     ) -> Images:
         """Generate images.
 
@@ -123,6 +127,9 @@ class Krea2Pipeline(LoadedParts):
         guidance_schedule: a factor on guidance along the run.
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
         progress: show a bar of the steps on stderr.
+        edit: one or two pictures to edit as the prompt says, or `Edit` with options; needs an edit
+            LoRA, see `edits`. They stand in front of negatives too. The size is that of the first,
+            up to two megapixels, where no other is given.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.
         Raises ValueError that names the argument, what was expected and the remedy.
@@ -144,6 +151,12 @@ class Krea2Pipeline(LoadedParts):
             raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         references = References.of(references)
         reference_images = references.prepared()
+        edit = Edit.of(edit)
+        if edit is not None:
+            edit = check_edit(edit, prompts, images, references)
+            steps, guidance = edit.settings(self.preset, steps, guidance)
+            if start_image is None and latents is None and height is None and width is None:
+                width, height = edit_size(edit.images[0])
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         canvas = None
@@ -152,6 +165,12 @@ class Krea2Pipeline(LoadedParts):
             start_image = canvas.start
         start, height, width = self._start(start_image, height, width)
         noise = self._noise(batch, height, width, seed, latents)
+        plan = None if edit is None else self._plan_edit(edit, noise)
+        if plan is not None:
+            images = PromptImages(plan.prompt_images, plan.recipe.labels, 4096)
+            prompt_images = plan.prompt_images
+            reference_images = [ReferencePicture(*each) for each in plan.references]
+            references = References((), plan.recipe.method, plan.recipe.cache)
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         sigmas = self.schedule(noise, steps, denoise) if sigmas is None else check_sigmas(sigmas)
         if negative_guidance is not None and negative_guidance.is_off:
@@ -175,7 +194,8 @@ class Krea2Pipeline(LoadedParts):
         if prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
-            negative = self.encode_prompt(negatives, **options)
+            grounded = {} if plan is None else {"images": images}
+            negative = self.encode_prompt(negatives, **grounded, **options)
         assert positive is not None  # of prompts or of embeddings
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:
@@ -365,6 +385,15 @@ class Krea2Pipeline(LoadedParts):
             )
         return noise
 
+    def _plan_edit(self, edit: Edit, noise: Tensor) -> EditPlan:
+        """The edit of a run, for the size of its noise (B, 16, h, w)."""
+        downscale = self.vae.config.downscale
+        height, width = (downscale * side for side in noise.shape[-2:])
+        plan, notes = edit.plan(width, height, self.edit_families, self.preset)
+        for note in notes:
+            logger.warning("%s", note)
+        return plan
+
     def _add_noise(self, pixels: Tensor, noise: Tensor, sigma: float) -> Tensor:
         """Latents of an image (3, H, W) with noise as of a sigma."""
         return torch.lerp(self.encode(pixels[None]).to(noise), noise, sigma)
@@ -377,14 +406,16 @@ class Krea2Pipeline(LoadedParts):
         has_room: bool,
         callback: Callback | None,
         *,
-        references: Sequence[Reference | Tensor],
+        references: Sequence[Reference | ReferencePicture],
         inpaint: LatentMask | None = None,
         progress: bool = False,
         **options,
     ) -> Tensor:
         with self._offload.use(VAE) if references else nullcontext():
             encoded = [
-                image if isinstance(image, Reference) else Reference(self.encode(image[None]))
+                image
+                if isinstance(image, Reference)
+                else Reference(self.encode(image.pixels[None]), image.settings)
                 for image in references
             ]
         with self._offload.use(TRANSFORMER):
@@ -417,7 +448,7 @@ class Krea2Pipeline(LoadedParts):
         self,
         latents: Tensor,
         text_tokens: int,
-        references: Sequence[Reference | Tensor],
+        references: Sequence[Reference | ReferencePicture],
         guided: bool,
     ) -> bool:
         """Plan the device's memory for a run. True if both texts fit in one call of the model.
@@ -427,7 +458,7 @@ class Krea2Pipeline(LoadedParts):
         sizes = [
             token_count(r.latents)
             if isinstance(r, Reference)
-            else token_count(r, self.vae.config.downscale)
+            else token_count(r.pixels, self.vae.config.downscale)
             for r in references
         ]
         one, both = (

@@ -6,8 +6,8 @@ and call the model within `StepFeatures.live`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
