@@ -272,7 +272,11 @@ class LoadedParts(AnswersDiffusersMethods):
         for report in reports:
             if not report.is_complete:
                 logger.warning("%s", report)
-        self.edit_families += [report.edit for report in reports if report.edit is not None]
+        self.edit_families += [
+            report.edit
+            for report, (_, scale) in zip(reports, files, strict=True)
+            if report.edit is not None and scale != 0
+        ]
         self._few_steps += [
             report.steps
             for report, (_, scale) in zip(reports, files, strict=True)
