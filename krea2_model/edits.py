@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class EditTask:
         return self.guidance is not None and base is not None and base.guidance == 0
 
 
-EDIT, REMOVAL, OUTPAINTING, PERSON = "edit", "removal", "outpainting", "identity of a person"
+EDIT, REMOVAL, OUTPAINTING, PERSON = "edit", "removal", "outpainting", "person"
 TASKS = {
     EDIT: EditTask(),
     # Without guidance what should go is painted again.
@@ -144,10 +145,14 @@ class Edit:
 
     def pictures(self) -> list[Tensor]:
         """Its pictures as (3, H, W). Raises ValueError for none, for more than two, for others."""
-        given = self.images
-        given = list(given) if isinstance(given, (list, tuple)) else [given]
+        images = self.images
+        given = list(images) if isinstance(images, (list, tuple)) else [cast(Picture, images)]
         check_picture_count(len(given))
         return [pixels_of(image, "an image of edit") for image in given]
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of its result where no other is given."""
+        return edit_size(self.pictures()[0])
 
     def settings(
         self, base: Preset, steps: int | None, guidance: float | None
@@ -296,7 +301,8 @@ def check_picture_count(count: int) -> None:
 
 def boosts_of(boost: float | Sequence[float], count: int) -> list[float]:
     """A boost for each of `count` pictures. Raises ValueError for another number of them."""
-    boosts = list(boost) if isinstance(boost, (list, tuple)) else [boost] * count
+    one_each = isinstance(boost, (list, tuple))
+    boosts = list(boost) if one_each else [cast(float, boost)] * count  # type: ignore[arg-type]
     if len(boosts) != count or not all(is_number(b) and 0 <= b <= 1000 for b in boosts):
         raise ValueError(
             f"boost is {boost!r}; expected a number from 0 to 1000, or one for each of {count} "

@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .checks import check_type, is_number, is_whole
 from .diffusers_names import accept_diffusers_names
-from .edits import Edit, EditPlan, edit_size
+from .edits import Edit, EditPlan
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.sizes import is_far
@@ -156,7 +156,7 @@ class Krea2Pipeline(LoadedParts):
             edit = check_edit(edit, prompts, images, references)
             steps, guidance = edit.settings(self.preset, steps, guidance)
             if start_image is None and latents is None and height is None and width is None:
-                width, height = edit_size(edit.images[0])
+                width, height = edit.size()
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         canvas = None
@@ -194,8 +194,8 @@ class Krea2Pipeline(LoadedParts):
         if prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
-            grounded = {} if plan is None else {"images": images}
-            negative = self.encode_prompt(negatives, **grounded, **options)
+            before = None if plan is None else images
+            negative = self.encode_prompt(negatives, images=before, **options)
         assert positive is not None  # of prompts or of embeddings
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:

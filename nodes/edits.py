@@ -70,7 +70,7 @@ class K2Edit(io.ComfyNode):
                     "clip",
                     tooltip=(
                         "The text encoder from a Krea 2 loader; its file must contain the vision "
-                        "tower, except for the family references only."
+                        "tower, except for the family references-only."
                     ),
                 ),
                 io.Vae.Input("vae", tooltip="The Krea 2 VAE."),
@@ -91,7 +91,7 @@ class K2Edit(io.ComfyNode):
                     default=AUTO,
                     tooltip=(
                         "How the LoRA was trained: identity (identity-edit), ai-toolkit (its edit "
-                        "LoRAs and style_reference) or references only. auto reads it from the "
+                        "LoRAs and style_reference) or references-only. auto reads it from the "
                         "LoRA's file; the node shows the result."
                     ),
                 ),
@@ -101,7 +101,7 @@ class K2Edit(io.ComfyNode):
                     default=EDIT,
                     tooltip=(
                         "Settings for a kind of edit: a removal gives Raw 20 steps at guidance 2, "
-                        "outpainting checks the size, identity of a person shows the text encoder "
+                        "outpainting checks the size, person shows the text encoder "
                         "more of a face."
                     ),
                 ),

@@ -31,7 +31,9 @@ _NAG = {"scale": "strength", "blend": "blend", "limit": "limit", "start": "start
 def not_in_graph(settings: Mapping[str, Any]) -> list[str]:
     """Options of these settings that a graph cannot express."""
     names = [
-        n for n in ("start_image", "mask", "reference", "image", "tokenizer") if settings.get(n)
+        n
+        for n in ("start_image", "mask", "reference", "image", "edit", "tokenizer")
+        if settings.get(n)
     ]
     if settings.get("evaluate_every", 1) not in _EVERY:
         names.append("evaluate_every")

@@ -4,7 +4,7 @@
   the image; the text encoder reads the pictures without labels.
 - ai-toolkit: its edit LoRAs and style_reference. References are finished images (time 0) of their
   own size; the text encoder reads small copies, with labels.
-- references only: references at time 0 that the text encoder does not read.
+- references-only: references at time 0 that the text encoder does not read.
 
 The weights do not tell them apart. The header or the name does, or else the user.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IDENTITY, AI_TOOLKIT, REFERENCES_ONLY = "identity", "ai-toolkit", "references only"
+IDENTITY, AI_TOOLKIT, REFERENCES_ONLY = "identity", "ai-toolkit", "references-only"
 FAMILIES = (IDENTITY, AI_TOOLKIT, REFERENCES_ONLY)
 
 # How much a sign says: a trainer's settings, a name, the trainer alone.

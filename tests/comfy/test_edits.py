@@ -12,7 +12,7 @@ from parity import assert_close, relative_error
 from samples import image
 
 BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
-IDENTITY, AI_TOOLKIT, ONLY = "identity", "ai-toolkit", "references only"
+IDENTITY, AI_TOOLKIT, ONLY = "identity", "ai-toolkit", "references-only"
 METHODS = {IDENTITY: "index", AI_TOOLKIT: "index_timestep_zero"}
 PROMPT = "make it blue"
 
