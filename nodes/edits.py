@@ -124,6 +124,7 @@ class K2Edit(io.ComfyNode):
                     "Area of the new image in image_1's shape, in units of 1024 x 1024 pixels; 0 "
                     "keeps its area. Not used with a latent.",
                     default=0.0,
+                    step=0.01,
                     advanced=True,
                 ),
                 io.Int.Input(
