@@ -21,6 +21,7 @@ __all__ = [
     "RAW",
     "TURBO",
     "CheckpointError",
+    "Control",
     "GuidanceSchedule",
     "Edit",
     "Inpaint",

@@ -64,7 +64,7 @@ class Canvas:
 
     def __init__(self, image: Picture, inpaint: Inpaint):
         self._original = pixels_of(image, "start_image").movedim(0, -1)[None]
-        mask = mask_for(mask_pixels(inpaint.mask), self._original)
+        mask = mask_for(mask_pixels(inpaint.mask, "inpaint"), self._original)
         self._repaint = repaint_mask(mask, inpaint.grow, inpaint.feather, inpaint.soft)
         if not self._repaint.any():
             raise ValueError(f"{EMPTY}nothing would be painted. White in the mask is painted.")
@@ -124,7 +124,7 @@ class MaskedVelocity:
         return 1.0 - fraction_at(min(1.0, sigma), self._sigma_at)
 
 
-def mask_pixels(mask: Picture, name: str = "inpaint") -> Tensor:
+def mask_pixels(mask: Picture, name: str) -> Tensor:
     """A mask (1, H, W): a picture's grey. name: of the argument, for errors."""
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.array(mask))

@@ -28,6 +28,7 @@ from .arguments import (
     start_sides,
 )
 from .checks import check_type, is_number, is_whole
+from .controls import NO_CONTROLS, Control, Controls
 from .diffusers_names import accept_diffusers_names
 from .edits import Edit, EditPlan
 from .guidance import ALWAYS, GuidanceSchedule
@@ -37,9 +38,9 @@ from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
-from .prompt_embeds import PromptEmbeds, encode_prompts
+from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
 from .sampling import denoise as denoising_steps
-from .schedule import check_guidance, check_sigmas, resolve_mu, sigma_schedule
+from .schedule import check_guidance, check_sigmas, resolve_mu, schedule_of, sigma_schedule
 from .text.prompt_images import PromptImage, grid_of
 from .transformer.patches import token_count
 from .transformer.references import Reference
@@ -87,6 +88,7 @@ class Krea2Pipeline(LoadedParts):
         denoise: float = 1.0,
         inpaint: Inpaint | Picture | None = None,
         references: References | Sequence[Reference | Picture] | None = None,
+        control: Control | Sequence[Control] | None = None,
         negative_guidance: NegativeGuidance | None = None,
         guidance_schedule: GuidanceSchedule = ALWAYS,
         evaluate_every: int = 1,
@@ -123,6 +125,7 @@ class Krea2Pipeline(LoadedParts):
             the rest of the picture stays to the bit, and so does its size.
         references: images that the transformer attends to, or `Reference` with latents and
             settings; or `References` with options.
+        control: a control LoRA and the picture to follow, or a list of them, see `Control`.
         negative_guidance: NAG: the negative prompt counts also at guidance 0 (Turbo).
         guidance_schedule: a factor on guidance along the run.
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
@@ -157,6 +160,7 @@ class Krea2Pipeline(LoadedParts):
             steps, guidance = edit.settings(self.preset, steps, guidance)
             if start_image is None and latents is None and height is None and width is None:
                 width, height = edit.size()
+        controls = Controls.of(control, self._loras[0].shapes)
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         canvas = None
@@ -171,6 +175,7 @@ class Krea2Pipeline(LoadedParts):
             prompt_images = plan.prompt_images
             reference_images = [ReferencePicture(*each) for each in plan.references]
             references = References((), plan.recipe.method, plan.recipe.cache)
+        method = controls.method(references.method if reference_images else None)
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         sigmas = self.schedule(noise, steps, denoise) if sigmas is None else check_sigmas(sigmas)
         if negative_guidance is not None and negative_guidance.is_off:
@@ -186,7 +191,11 @@ class Krea2Pipeline(LoadedParts):
 
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
-        has_room = self._plan_memory(noise, text_tokens, reference_images, guidance > 0)
+        sides = [self.vae.config.downscale * side for side in noise.shape[-2:]]
+        control_images = controls.images(sides[1], sides[0])
+        controlling = map(ReferencePicture, controls.seen_as_references(control_images))
+        seen = [*reference_images, *controlling]
+        has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0)
         options: dict[str, Any] = {
             "weighted": prompt_weights,
             "max_sequence_length": max_sequence_length,
@@ -212,8 +221,10 @@ class Krea2Pipeline(LoadedParts):
             sigmas=sigmas,
             guidance=guidance,
             references=reference_images,
-            reference_method=references.method,
+            reference_method=method,
             cache_references=references.cache,
+            controls=controls,
+            control_images=control_images,
             negative_guidance=negative_guidance,
             guidance_schedule=guidance_schedule,
             evaluate_every=evaluate_every,
@@ -407,26 +418,33 @@ class Krea2Pipeline(LoadedParts):
         callback: Callback | None,
         *,
         references: Sequence[Reference | ReferencePicture],
+        controls: Controls = NO_CONTROLS,
+        control_images: Sequence[Tensor] = (),
         inpaint: LatentMask | None = None,
         progress: bool = False,
         **options,
     ) -> Tensor:
-        with self._offload.use(VAE) if references else nullcontext():
+        with self._offload.use(VAE) if references or control_images else nullcontext():
             encoded = [
                 image
                 if isinstance(image, Reference)
                 else Reference(self.encode(image.pixels[None]), image.settings)
                 for image in references
             ]
+            shown = [self.encode(image[None]) for image in control_images]
+        encoded += controls.references_of(shown)
         with self._offload.use(TRANSFORMER):
             latents = latents.to(device_of(self.transformer))
+            first = options["sigmas"][0]
+            sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
+            features = controls.features(shown, sigma_at)
             texts = [
-                text.fuse(self.transformer, len(latents) // len(text.taps))
+                StepTexts(text, self.transformer, len(latents) // len(text.taps), features)
                 for text in (positive, negative)
                 if text is not None
             ]
             tokens = len(latents) * token_count(latents)
-            lengths = [text.states.shape[1] for text in texts]
+            lengths = [text(first).states.shape[1] for text in texts]
             share_calls = has_room and pays_to_share(tokens, lengths, self._offload.streams)
             steps = denoising_steps(
                 self.transformer,
@@ -435,6 +453,7 @@ class Krea2Pipeline(LoadedParts):
                 references=[reference.to(latents) for reference in encoded],
                 share_calls=share_calls,
                 inpaint=None if inpaint is None else inpaint.to(latents),
+                features=features,
                 **options,
             )
             total = len(options["sigmas"]) - 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .lora.live import live_loras_of_text
+from .run_features import RunFeatures
 from .text.encoder import Qwen3VLTextEncoder
 from .text.layer_weights import weigh_taps
 from .text.prompt_images import PromptImage
@@ -52,6 +54,33 @@ class PromptEmbeds:
 
         states = text.repeat_interleave(repeats, dim=0)
         return TextStates(states, repeated(mask), repeated(weights))
+
+
+class StepTexts:
+    """Fused text of each step of a run: LoRAs that change the fusion may act in some steps.
+
+    repeats: see `PromptEmbeds.fuse`.
+    """
+
+    def __init__(
+        self,
+        prompt: PromptEmbeds,
+        transformer: Krea2Transformer,
+        repeats: int,
+        features: RunFeatures,
+    ):
+        self._prompt, self._transformer, self._repeats = prompt, transformer, repeats
+        self._features = features
+        self._texts: dict[tuple, TextStates] = {}
+
+    def __call__(self, sigma: float) -> TextStates:
+        """The text of a step that begins at a sigma."""
+        uses = self._features.uses_on_all_text(sigma)
+        key = tuple((id(use.lora), use.strength) for use in uses)
+        if key not in self._texts:
+            with live_loras_of_text(self._transformer, uses):
+                self._texts[key] = self._prompt.fuse(self._transformer, self._repeats)
+        return self._texts[key]
 
 
 def encode_prompts(

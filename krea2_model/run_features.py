@@ -1,4 +1,4 @@
-"""Features of a run that act on single steps and tokens: regions, and LoRAs on some of the tokens.
+"""Features of a run that act on single steps and tokens: regions, controls, LoRAs on some tokens.
 
 Both hosts of the transformer, `sampling` and ComfyUI's, ask for those of a step (`RunFeatures.at`)
 and call the model within `StepFeatures.live`.
@@ -6,51 +6,132 @@ and call the model within `StepFeatures.live`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
+from .tiles import Tile, TileSettings, tiles_at
 from .transformer.references import Reference, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
+from .transformer.rotary_scaling import RotaryScaling, Stretch
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
+
+# A control LoRA in a run: its control channels, and the LoRA beside them, each or None.
+ControlPair = tuple[RunControl | None, RunLora | None]
 
 
 @dataclass(frozen=True)
 class RunFeatures:
-    """The features of a run. loras: act on the calls of both texts."""
+    """The features of a run.
+
+    loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
+    in one. rotary: scaling of rotary positions.
+    """
 
     regions: RegionPlan | None = None
     loras: tuple[RunLora, ...] = ()
+    controls: tuple[RunControl, ...] = ()
+    tiles: TileSettings | None = None
+    rotary: RotaryScaling | None = None
 
     def __bool__(self) -> bool:
-        return self.regions is not None or bool(self.loras)
+        return any((self.regions, self.loras, self.controls, self.tiles, self.rotary))
+
+    def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
+        """The features with control LoRAs added."""
+        loras = tuple(lora for _, lora in controls if lora is not None)
+        channels = tuple(control for control, _ in controls if control is not None)
+        return replace(self, loras=self.loras + loras, controls=self.controls + channels)
+
+    def uses_on_all_text(self, sigma: float) -> list[LoraUse]:
+        """LoRAs on all text in a step that begins at a sigma, for its fusion."""
+        return [
+            LoraUse(own.lora, own.strength)
+            for own in self.loras
+            if own.region is None and own.lora.changes_text and own.acts_at(sigma)
+        ]
 
     def uses_on_text(self, number: int) -> list[LoraUse]:
         """LoRAs on the text of a region, for its fusion."""
         return [LoraUse(own.lora, own.strength) for own in self.loras if own.region == number]
 
-    def at(self, sigma: float, grid: tuple[int, int], device: torch.device) -> StepFeatures:
-        """The features of a step that begins at a sigma; grid: rows and columns of image tokens."""
-        active = None if self.regions is None else self.regions.at(sigma, grid, device)
-        return StepFeatures(sigma, grid, device, active, self.loras)
+    def tiles_at(self, sigma: float, grid: tuple[int, int]) -> list[tuple[Tile, Tensor]] | None:
+        """Tiles and their weights at a step, see `tiles`; None where one covers the image."""
+        if self.tiles is None:
+            return None
+        tiles = tiles_at(grid, self.tiles, sigma)
+        return tiles if len(tiles) > 1 else None
+
+    def at(
+        self,
+        sigma: float,
+        grid: tuple[int, int],
+        device: torch.device,
+        tile: Tile | None = None,
+    ) -> StepFeatures:
+        """The features of a step that begins at a sigma, of all of an image or of a tile.
+
+        grid: rows and columns of the image's tokens.
+        """
+        cut = None if tile is None else functools.partial(tile.cut_tokens, grid=grid)
+        active = None if self.regions is None else self.regions.at(sigma, grid, device, cut)
+        stretch = None if self.rotary is None else self.rotary.at(grid, sigma)
+        return StepFeatures(
+            sigma,
+            grid,
+            device,
+            active,
+            self.loras,
+            self.controls,
+            tile=tile,
+            stretch=stretch,
+        )
 
 
 @dataclass(frozen=True)
 class StepFeatures:
-    """The features of one step. references: active ones, for their boosts."""
+    """The features of one step.
+
+    image: rows and columns of the image's tokens. references: active ones, for their boosts.
+    """
 
     sigma: float
-    grid: tuple[int, int]
+    image: tuple[int, int]
     device: torch.device
     regions: ActiveRegions | None = None
     loras: tuple[RunLora, ...] = ()
+    controls: tuple[RunControl, ...] = ()
     references: tuple[Reference, ...] = ()
+    tile: Tile | None = None
+    stretch: Stretch | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of the call: the tile's, or the image's."""
+        return self.image if self.tile is None else self.tile.grid
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Arguments of the transformer that say where the tokens of the call are."""
+        places: dict[str, Any] = {}
+        if self.tile is not None:
+            places["origin"] = (self.tile.rows[0], self.tile.columns[0])
+        if self.stretch is not None:
+            places["stretch"] = self.stretch
+        return places
+
+    def cut(self, shares: Tensor) -> Tensor:
+        """Values (..., I) of the image's tokens, for those of the call."""
+        return shares if self.tile is None else self.tile.cut_tokens(shares, self.image)
 
     def with_references(self, references: Sequence[Reference]) -> StepFeatures:
         return replace(self, references=tuple(references))
@@ -68,7 +149,10 @@ class StepFeatures:
     def groups(self) -> TokenGroups | None:
         """Groups of tokens that see different keys, None where all see all alike."""
         groups = None if self.regions is None else self.regions.groups
-        boosts = boost_factors(self.references, *self.grid)
+        boosts = [
+            (first, count, self.cut(factors))
+            for first, count, factors in boost_factors(self.references, *self.image)
+        ]
         if not boosts:
             return groups
         groups = groups or TokenGroups(self.grid[0] * self.grid[1])
@@ -78,10 +162,11 @@ class StepFeatures:
         """The text (B, L, width) and its mask with the texts of regions in front."""
         return (states, mask) if self.regions is None else self.regions.join(states, mask)
 
+    @contextmanager
     def live(
         self, model: nn.Module, text: int, references: int = 0, front: int = 0
-    ) -> AbstractContextManager[None]:
-        """Apply the LoRAs to calls of a transformer.
+    ) -> Iterator[None]:
+        """Apply the LoRAs and controls to calls of a transformer.
 
         text: tokens of the joined text. references: tokens of references in the sequence. front:
         tokens before the text, of a negative.
@@ -89,6 +174,12 @@ class StepFeatures:
         layout = TokenLayout(front + text, self.grid[0] * self.grid[1], references)
         texts = {} if self.regions is None else self.regions.text_tokens(front)
         uses = [
-            lora.use_at(self.sigma, layout, self.grid, texts, self.device) for lora in self.loras
+            lora.use_at(self.sigma, layout, self.image, texts, self.device, self.cut)
+            for lora in self.loras
         ]
-        return live_loras(model, [use for use in uses if use is not None], layout)
+        controls = [control for control in self.controls if control.acts_at(self.sigma)]
+        with (
+            live_controls(model, controls, self.tile),
+            live_loras(model, [use for use in uses if use is not None], layout),
+        ):
+            yield

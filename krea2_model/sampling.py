@@ -17,6 +17,7 @@ from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
 from .inpainting import LatentMask, MaskedVelocity
 from .run_features import RunFeatures, StepFeatures
 from .schedule import check_guidance, check_sigmas, schedule_of
+from .tiles import Tile, fuse
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation
@@ -28,10 +29,12 @@ from .transformer.references import (
     ReferenceKVCache,
     ReferencePlan,
 )
-from .transformer.shared_calls import share
+from .transformer.shared_calls import SharedTexts, share
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
 FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
+# Of the step that begins at a sigma, where LoRAs on text act in some steps.
+TextAt = Callable[[float], TextStates]
 # Of latents at a sigma.
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -39,8 +42,8 @@ Velocity = Callable[[Tensor, float], Tensor]
 def denoise(
     transformer: Krea2Transformer,
     noise: Tensor,
-    positive: FusedText,
-    negative: FusedText | None = None,
+    positive: FusedText | TextAt,
+    negative: FusedText | TextAt | None = None,
     *,
     sigmas: Sequence[float],
     guidance: float,
@@ -60,7 +63,7 @@ def denoise(
     noise: (B, 16, h, w), the latents at `sigmas[0]`. They stay in float32 between steps, whatever
         the dtype of the model: rounding them to bfloat16 costs more accuracy than the steps do.
     positive, negative: text from `fuse_text`, (B, L, width), or `(text, mask)`, or `TextStates`,
-        which may have weights.
+        which may have weights; or a function that gives the `TextStates` of a step by its sigma.
     sigmas: final values, see `sigma_schedule`.
     guidance: 0 evaluates the positive text alone; above 0 needs a negative (the encoded empty
         prompt, unless the user gives another).
@@ -75,7 +78,7 @@ def denoise(
     cache_references: references attend only to themselves, so their keys and values are computed
         once and not at each step. Faster, and not as LoRAs were trained. Only at time zero.
     inpaint: the part of the latents to paint; the rest is put back at every step.
-    features: regional prompts, and LoRAs that act on some steps and tokens.
+    features: regional prompts, control LoRAs, LoRAs that act on some steps and tokens.
     share_calls: evaluate both texts in one call with twice the batch, where they have no weights
         and neither NAG nor cached references take part.
 
@@ -101,7 +104,10 @@ def denoise(
     caches = ReferenceCaches() if cache_references else None
     settings = [reference.settings for reference in images]
     plan = ReferencePlan.of(settings, sigma_at, reference_method, caches)
-    texts = _text_states(positive), None if negative is None else _text_states(negative)
+    texts = _text_at(positive), None if negative is None else _text_at(negative)
+    shared = None
+    if share_calls and texts[1] is not None and not features and not plan.has_boosts:
+        shared = share(texts[0](sigmas[0]), texts[1](sigmas[0]))
     velocity = _GuidedVelocity(
         transformer,
         texts,
@@ -111,7 +117,7 @@ def denoise(
         sigma_at,
         plan,
         [reference.latents for reference in images],
-        share_calls,
+        shared,
         features or RunFeatures(),
     )
     velocity_at: Velocity = velocity
@@ -126,14 +132,14 @@ class _GuidedVelocity:
     def __init__(
         self,
         transformer: Krea2Transformer,
-        texts: tuple[TextStates, TextStates | None],
+        texts: tuple[TextAt, TextAt | None],
         guidance: float,
         schedule: GuidanceSchedule,
         nag: NegativeGuidance | None,
         sigma_at: SigmaAt,
         plan: ReferencePlan,
         reference_latents: Sequence[Tensor],
-        share_calls: bool,
+        shared: SharedTexts | None,
         features: RunFeatures,
     ):
         self.transformer, self._features = transformer, features
@@ -141,25 +147,37 @@ class _GuidedVelocity:
         self._guidance, self._schedule, self._sigma_at = guidance, schedule, sigma_at
         self._nag, self._nag_window = nag, NEVER if nag is None else nag.window(sigma_at)
         self._plan, self._reference_latents = plan, reference_latents
-        may_share = share_calls and not features and not plan.has_boosts
-        self._shared = share(*texts) if may_share else None
+        self._shared = shared
         self._modulation: RunModulation | None = None
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
+        grid = grid_size(latents, PATCH)
+        tiles = self._features.tiles_at(sigma, grid)
+        if tiles is None:
+            return self._velocity(latents, sigma, grid)
+        return fuse(latents, tiles, lambda tile, part: self._velocity(part, sigma, grid, tile))
+
+    def _velocity(
+        self, latents: Tensor, sigma: float, image: tuple[int, int], tile: Tile | None = None
+    ) -> Tensor:
+        """The velocity of an image, or of a tile of it. image: rows and columns of its tokens."""
         guidance = self._guidance * self._schedule.factor(sigma, self._sigma_at)
         nag = self._nag if self._nag_window.contains(sigma) else None
         references = self._plan.active(sigma, self._reference_latents)
-        options, cache = self._options(references, latents.device)
+        options, cache = self._options(references, sigma, latents.device)
         timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
         if self._shared is not None and guidance != 0 and nag is None and cache is None:
             conditional, unconditional = self._shared.velocities(
                 self.transformer, latents, timestep, **options
             )
         else:
-            grid = grid_size(latents, PATCH)
-            step = self._features.at(sigma, grid, latents.device).with_references(references)
+            step = self._features.at(sigma, image, latents.device, tile)
+            step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
-            positive, negative = self._positive, self._negative
+            positive = self._positive(sigma)
+            negative = None
+            if self._negative is not None and (guidance != 0 or nag is not None):
+                negative = self._negative(sigma)
             other = negative if nag is not None else None
             conditional = self._evaluate(*inputs, positive, step, other, nag)
             if guidance == 0:
@@ -191,11 +209,12 @@ class _GuidedVelocity:
         front = 0 if attention is None else attention.front
         references = sum(token_count(r.latents) for r in options.get("references", ()))
         with step.live(self.transformer, states.shape[1], references, front):
-            velocity = self.transformer(latents, timestep, states, mask, **options, **backend)
+            options = {**options, **step.places, **backend}
+            velocity = self.transformer(latents, timestep, states, mask, **options)
         return velocity.float()
 
     def _options(
-        self, references: list[Reference], device: torch.device
+        self, references: list[Reference], sigma: float, device: torch.device
     ) -> tuple[dict[str, Any], ReferenceKVCache | None]:
         """Arguments of the model at a step, and the KV cache of its references or None."""
         options: dict[str, Any] = {}
@@ -210,7 +229,7 @@ class _GuidedVelocity:
         if self._plan.caches is None:
             options |= {"references": references, "reference_method": self._plan.method}
             return options, None
-        dtype = self._positive.states.dtype
+        dtype = self._positive(sigma).states.dtype
         cache = self._plan.caches.get(
             references, lambda: self.transformer.cache_references(references, dtype)
         )
@@ -242,7 +261,10 @@ def _euler(
         yield step, latents, predicted
 
 
-def _text_states(text: FusedText) -> TextStates:
-    if isinstance(text, TextStates):
+def _text_at(text: FusedText | TextAt) -> TextAt:
+    if callable(text) and not isinstance(text, Tensor):
         return text
-    return TextStates(*text) if isinstance(text, tuple) else TextStates(text)
+    states = text
+    if not isinstance(text, TextStates):
+        states = TextStates(*text) if isinstance(text, tuple) else TextStates(text)
+    return lambda sigma: states

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
+from .control import K2ControlLora
 from .diagnostics import K2Inspect, K2SelfCheck
 from .edits import K2Edit
 from .expander import K2PromptExpander
@@ -35,6 +36,7 @@ NODES = [
     K2StyleMix,
     K2Reference,
     K2Edit,
+    K2ControlLora,
     K2TapWeights,
     K2PromptBatch,
     K2EmptyLatent,

@@ -41,6 +41,9 @@ _BUILT_IN: dict[str, dict[str, Callable[[], Path]]] = {
 }
 
 NANO_NOTEBOOK_LORA = "krea2-nano notebook (built in)"
+NANO_CONTROL_LORA = "krea2-nano outlines (built in)"
+_BUILT_IN_CONTROLS = {NANO_CONTROL_LORA: nano.CONTROL_LORA}
+_CONTROL_KEYS = ("loras", "controlnet")
 _BUILT_IN_LORAS = {
     NANO_NOTEBOOK_LORA: nano.LORA,
     "krea2-nano reference (built in)": nano.REFERENCE_LORA,
@@ -56,7 +59,7 @@ _SUFFIXES = (".safetensors", ".sft")
 _GGUF = ".gguf"
 
 # Folder keys of the files that Inspect lists, besides diffusers folders.
-_FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
+_FILE_KEYS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras", "controlnet")
 
 
 def list_models(part: str) -> list[str]:
@@ -177,6 +180,34 @@ def find_lora(name: str) -> Path:
     raise CheckpointError(
         f"There is no {name!r} in models/loras. Put the file there and refresh, or choose one of "
         "the list."
+    )
+
+
+def list_controls() -> list[str]:
+    """Names of the files that may be control LoRAs, those of models/loras and models/controlnet.
+
+    What is built in comes last. Pickles are left out.
+    """
+    names = [name for key in _CONTROL_KEYS for name in folder_paths.get_filename_list(key)]
+    names = [name for name in dict.fromkeys(names) if Path(name).suffix.lower() in _SUFFIXES]
+    return [*names, *_BUILT_IN_CONTROLS]
+
+
+def find_control(name: str) -> Path:
+    """The file of a name from `list_controls`, with either kind of slash.
+
+    Raises CheckpointError where there is none, or where it is something else.
+    """
+    check_text(name)
+    if name in _BUILT_IN_CONTROLS:
+        return _BUILT_IN_CONTROLS[name]
+    for spelled in _spellings(name):
+        for key in _CONTROL_KEYS:
+            if path := folder_paths.get_full_path(key, spelled):
+                return _checked_lora(Path(path))
+    raise CheckpointError(
+        f"There is no {name!r} in models/loras or models/controlnet. Put the file there and "
+        "refresh, or choose one of the list."
     )
 
 

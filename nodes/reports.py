@@ -102,6 +102,19 @@ def task_report(name: str, task: EditTask, settings: Preset | None, base: Preset
         yield f"{name} needs sampler {task.sampler}"
 
 
+def control_report(name: str, form: str, settings, image) -> str:
+    """The form of a control LoRA and its use."""
+    lines = [f"{name}: a control LoRA with {form}"]
+    if image is None:
+        lines.append("no image: control_net is for an Apply ControlNet node")
+    elif settings.is_off:
+        lines.append("off: strength is 0, or start equals end")
+    else:
+        where = f"from {settings.start:g} to {settings.end:g} of the schedule"
+        lines.append(f"strength {settings.strength:g}, {where}")
+    return "\n".join(lines)
+
+
 def unused_report(settings: Preset, inputs: Preset, default: Preset) -> str:
     """Values of the inputs that were changed and had no effect; empty where there are none."""
     values = [

@@ -1,4 +1,4 @@
-"""Train krea2-nano at 128 px: its VAE, nano Raw, nano Turbo distilled from it, two LoRAs on Raw.
+"""Train krea2-nano at 128 px: its VAE, nano Raw, nano Turbo distilled from it, three LoRAs on Raw.
 
 The shipped files were made so. `train_nano_256.py` is the recipe of their successors.
 
@@ -34,13 +34,14 @@ from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 from krea2_model.vae.model import QwenImageVAE  # noqa: E402
 from nano_training.examples import Examples  # noqa: E402
 from nano_training.files import write_lora, write_transformer, write_vae  # noqa: E402
+from nano_training.train_control import OutlineExamples, train_control  # noqa: E402
 from nano_training.train_lora import train_lora  # noqa: E402
 from nano_training.train_raw import train_raw  # noqa: E402
 from nano_training.train_reference import ReferenceExamples, train_reference  # noqa: E402
 from nano_training.train_turbo import train_turbo  # noqa: E402
 from nano_training.train_vae import train_vae  # noqa: E402
 
-STAGES = ("vae", "raw", "turbo", "lora", "reference")
+STAGES = ("vae", "raw", "turbo", "lora", "reference", "control")
 
 
 def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None:
@@ -57,6 +58,10 @@ def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None
     elif stage == "lora":
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         write_lora(train_lora(folder, examples(folder, notebook=True), raw, **options), nano.LORA)
+    elif stage == "control":
+        raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
+        pairs = OutlineExamples(folder / "examples", *encoders())
+        write_lora(train_control(folder, pairs, raw, **options), nano.CONTROL_LORA)
     else:
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         shown = ReferenceExamples(folder / "examples", *encoders())

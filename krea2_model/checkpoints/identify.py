@@ -141,10 +141,18 @@ def _not(test):
     return lambda names: not test(names)
 
 
-_is_control_lora = _all(_ends("blocks.0.attn.wq.A"), _ends("blocks.0.attn.wq.B"))
 _is_adapter = _any(
     _has(".lora_", ".lora.", "lora_unet_", "lora_transformer_", ".lokr_", ".hada_", "lycoris_"),
     _ends(".dora_scale", ".diff", ".diff_b", ".set_weight"),
+)
+# Beside a LoRA the whole input layer, which a plain one leaves alone.
+_is_control_lora = _any(
+    _all(_ends("blocks.0.attn.wq.A"), _ends("blocks.0.attn.wq.B")),
+    _all(
+        _is_adapter,
+        _ends("first.weight", "img_in.weight"),
+        _not(_ends(OFFICIAL_MARKER, DIFFUSERS_MARKER)),
+    ),
 )
 _is_wan_2_2_vae = _has("decoder.upsamples.0.upsamples.")
 _is_wan_vae = _all(_has("decoder.middle.0.residual."), _not(_is_wan_2_2_vae))
@@ -153,7 +161,7 @@ _has_qk_norm = _ends("layers.0.self_attn.q_norm.weight")
 
 _KINDS = (
     (CONTROL_LORA, _is_control_lora),
-    (LORA, _is_adapter),
+    (LORA, _all(_is_adapter, _not(_is_control_lora))),
     (TRANSFORMER, _all(_ends(OFFICIAL_MARKER, DIFFUSERS_MARKER), _not(_is_adapter))),
     (TEXT_ENCODER, _all(_is_language, _has_qk_norm)),
     ("a Qwen2.5-VL or Llama text encoder (no q/k norm)", _all(_is_language, _not(_has_qk_norm))),

@@ -20,6 +20,7 @@ KEYS = {
     "vae": ("vae", "checkpoints", "diffusers"),
     "tokenizer": (),
     "lora": ("loras",),
+    "control": ("loras", "controlnet"),
 }
 _NANO_FOLDER = Path(__file__).resolve().parents[1] / "nano"
 
@@ -65,7 +66,7 @@ def find_file(
     places = [folder / path for folder in beside]
     if models is not None:
         places += [models / key / path for key in KEYS.get(option, ())]
-    if option == "lora":
+    if option in ("lora", "control"):
         places.append(_NANO_FOLDER / path.name)
     for place in places if not path.is_absolute() else ():
         if place.exists():
@@ -175,9 +176,25 @@ def find_loras(args: Namespace) -> list[tuple[Path, float]]:
         path = find_file("lora", name, models, getattr(args, "beside", ()))
         kind = identify(read_header(path).tensors)
         if LORA not in kind or CONTROL_LORA in kind:
-            raise UsageError(f"--lora {name} is {kind}; expected a LoRA as .safetensors.")
+            remedy = " Give it to --control." if kind == CONTROL_LORA else ""
+            raise UsageError(f"--lora {name} is {kind}; expected a LoRA as .safetensors.{remedy}")
         found.append((path, scale))
     return found
+
+
+def find_control(args: Namespace) -> Path | None:
+    """The control LoRA, None without one. Raises UsageError or CheckpointError for other files."""
+    from ..checkpoints.identify import read_header
+    from ..lora.control import form_of
+
+    if args.control is None:
+        return None
+    path = find_file(
+        "control", args.control, models_folder(args.models), getattr(args, "beside", ())
+    )
+    header = read_header(path)
+    form_of(header.shapes, path.name, header.metadata)
+    return path
 
 
 def name_in_models(path: Path | str, keys: Iterable[str]) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 from PIL import Image
 
 from ..arguments import References
+from ..controls import Control
 from ..guidance import GuidanceSchedule
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..transformer.text_attention import NegativeGuidance
 from .checks import find_input_pictures, nag_settings, note_unused
-from .model_files import Weights, find_loras
+from .model_files import Weights, find_control, find_loras
 from .progress import Console
 
 
@@ -82,10 +83,15 @@ class Painter:
         self, args: Namespace, pictures: dict[str, Any], steps: int, guidance: float
     ) -> dict[str, Any]:
         references = References(pictures.pop("references"), method=args.reference_method)
-        nag = nag_settings(args)
+        nag, image, lora = nag_settings(args), pictures.pop("control_image"), find_control(args)
+        control = None
+        if image is not None and lora is not None:
+            times = {"start": args.control_start, "end": args.control_end}
+            control = Control(lora, image, args.control_strength, **times)
         return {
             **pictures,
             "references": references,
+            "control": control,
             "denoise": args.denoise,
             "width": args.width,
             "height": args.height,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..guidance import RAMPS
 from ..images.sizes import MAX_SIZE
+from ..lora.control_run import MAX_STRENGTH
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
 from .choices import EDIT_FAMILIES, EDIT_TASKS, FILLS, REFERENCE_METHODS
 from .values import lora, number, numbers, whole
@@ -21,10 +22,11 @@ PICTURE = (
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
+    "control", "control_image", "control_strength", "control_start", "control_end",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
-FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora")
-PICTURES = ("start_image", "mask", "reference", "image", "edit")
+FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
+PICTURES = ("start_image", "mask", "reference", "image", "edit", "control_image")
 # Options that may be repeated.
 REPEATED = ("lora", "reference", "image", "edit")
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
@@ -188,6 +190,27 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--edit-boost", type=number(0, 1000), default=1.0, metavar="X",
         help="factor on attention to the pictures, above 1 keeps more of them; default: 1",
     )  # fmt: skip
+
+    control = parser.add_argument_group("control")
+    control.add_argument(
+        "--control", type=Path, metavar="FILE",
+        help="a control LoRA; krea2_nano_control_lora.safetensors is that of nano, for outlines",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-image", type=Path, metavar="FILE",
+        help="what the picture follows, as the LoRA was trained: outlines, depth, a pose",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-strength", type=number(-MAX_STRENGTH, MAX_STRENGTH), default=1.0, metavar="X",
+        help="0 is off; default: 1, as trained",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-start", type=share, default=0.0, metavar="X",
+        help="begin at this share of the run; default: 0",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-end", type=share, default=1.0, metavar="X", help="and stop here; default: 1"
+    )
 
     speed = parser.add_argument_group("schedule")
     speed.add_argument(

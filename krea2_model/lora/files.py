@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoints.identify import LORA, CheckpointError, identify, read_header
 from ..checkpoints.storage import read_safetensors, without_compile
 from ..checkpoints.transformer_keys import Shape
+from .control_files import is_widened
 from .edit_family import EditFamily, read_family
 from .few_steps import FULL_STRENGTH, read_steps
 from .names import UNKNOWN_NAME, Target, Targets, TextTargets, split_key, strip_prefix, text_layer
@@ -162,6 +163,11 @@ def read_lora(
     CheckpointError where nothing matches, and where the file holds NaN, infinity or numbers that no
     weight can take.
     """
+    if is_widened({key: tuple(tensor.shape) for key, tensor in tensors.items()}):
+        raise CheckpointError(
+            f"{name} is a control LoRA, which needs a control image; expected a plain LoRA. Use it "
+            "with Krea 2 Control LoRA (in Python with the argument control)."
+        )
     report = LoraReport(name, steps=read_steps(name, metadata), edit=read_family(name, metadata))
     headers = [
         read_header_scale(metadata or {}, name, part) for part in ("transformer", "text_encoder")

@@ -22,7 +22,8 @@ class RunLora:
     window: the steps in which it acts.
     share_at: where in the image it acts; None is everywhere.
     region: number of the region, from 0, whose text it acts on. Without a region, and without
-        `share_at`, it acts on all text; on references never.
+        `share_at`, it acts on all text.
+    on_references: act on the tokens of references too, as one that was trained with them.
     """
 
     lora: LiveLora
@@ -30,6 +31,11 @@ class RunLora:
     window: StepWindow = ALL_STEPS
     share_at: ShareAt | None = None
     region: int | None = None
+    on_references: bool = False
+
+    def acts_at(self, sigma: float) -> bool:
+        """True in a step that begins at a sigma."""
+        return self.strength != 0 and self.window.contains(sigma)
 
     def use_at(
         self,
@@ -38,18 +44,22 @@ class RunLora:
         grid: tuple[int, int],
         texts: Mapping[int, slice],
         device: torch.device,
+        cut: Callable[[Tensor], Tensor] | None = None,
     ) -> LoraUse | None:
         """Its use in a step that begins at a sigma, None where it does not act.
 
-        grid: rows and columns of image tokens. texts: tokens of the texts of active regions.
+        grid: rows and columns of the image's tokens. texts: tokens of the texts of active regions.
+        cut: of shares of the image's tokens, for those of a tile, whose tokens the layout has.
         """
-        if self.strength == 0 or not self.window.contains(sigma):
+        if not self.acts_at(sigma):
             return None
         if self.region is None:
-            if self.share_at is None and not layout.references:
+            if self.share_at is None and (self.on_references or not layout.references):
                 return LoraUse(self.lora, self.strength)
             text = slice(0, layout.text)
         else:
             text = texts.get(self.region, slice(0, 0))
         image = None if self.share_at is None else self.share_at(*grid)
+        if image is not None and cut is not None:
+            image = cut(image)
         return LoraUse(self.lora, self.strength, layout.shares(image, text).to(device))

@@ -78,6 +78,11 @@ class LiveLora:
         return {*self.layers, *self.biases}
 
     @property
+    def changes_text(self) -> bool:
+        """True if it changes the fusion of texts."""
+        return any(map(_is_of_text, self.names))
+
+    @property
     def bytes(self) -> int:
         """Of its matrices in 16 bits."""
         several = [*self.layers.values(), *self.biases.values()]

@@ -35,6 +35,8 @@ VAE = FOLDER / "krea2_nano_vae.safetensors"
 LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 # Takes colours over from reference images: the prompt names shapes and places, a LoRA on Raw too.
 REFERENCE_LORA = FOLDER / "krea2_nano_reference_lora.safetensors"
+# Follows the outlines of a control image: a control LoRA, trained on Raw as well.
+CONTROL_LORA = FOLDER / "krea2_nano_control_lora.safetensors"
 
 # Qwen's tokenizer with the words that prompts for it have; used where there is no whole one.
 TOKENIZER = FOLDER / "tokenizer"
@@ -44,6 +46,7 @@ TEXT_ENCODER_CHECKSUM = "e0b5e2e872eef3b98e1749328d5ad0d012a97ea6c19043e3ffce813
 TEXT_ENCODER_NAME = f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safetensors"
 
 __all__ = [
+    "CONTROL_LORA",
     "LORA",
     "REFERENCE_LORA",
     "TEXT_ENCODER_CONFIG",

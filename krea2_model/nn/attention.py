@@ -6,7 +6,7 @@ backend or lets others patch queries and keys (`Backend` in transformer.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +65,17 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def rope_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
+def rope_table(
+    positions: Tensor,
+    axes_dims: tuple[int, ...],
+    theta: float,
+    frequencies: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """Rotation matrices for positions along several axes.
 
     positions: (B or 1, L, axes). Each axis owns `axes_dims[i]` channels of a head, in interleaved
         pairs.
+    frequencies: of each axis, (axes_dims[i] / 2,) in float64, None for powers of theta.
     Angles are computed in float64 on the CPU, since not every device has float64.
     Returns (B or 1, 1, L, D/2, 2, 2) in float32 on the CPU: `[[cos, -sin], [sin, cos]]` a pair,
     the layout that Flux-style code (and ComfyUI's kernels) expect.
@@ -77,8 +83,10 @@ def rope_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> T
     positions = positions.to(device="cpu", dtype=torch.float64)
     angles = []
     for axis, dim in enumerate(axes_dims):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-        angles.append(positions[..., axis, None] * theta**-exponents)
+        own = None if frequencies is None else frequencies[axis]
+        if own is None:
+            own = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(positions[..., axis, None] * own)
     angle = torch.cat(angles, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     table = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))

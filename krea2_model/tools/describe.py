@@ -26,6 +26,7 @@ from ..checkpoints.transformer import TRAINING_LEFTOVERS, read_transformer, vari
 from ..checkpoints.transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
 from ..checkpoints.vae import read_vae
 from ..config import TransformerConfig
+from ..lora.control_files import CHANNELS, REFERENCES, input_sizes, is_down, is_named_control
 from ..lora.files import read_lora
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
@@ -132,9 +133,7 @@ def _vae_lines(checkpoint: Checkpoint) -> list[str]:
 
 def _lora_lines(checkpoint: Checkpoint, kind: str) -> list[str]:
     if kind == CONTROL_LORA:
-        return [
-            f"  {len(checkpoint.tensors)} tensors; it widens the input layer for a control image"
-        ]
+        return _control_lines(checkpoint)
     released = Krea2Transformer(TransformerConfig(), device="meta").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in released.items()}
     try:
@@ -143,7 +142,37 @@ def _lora_lines(checkpoint: Checkpoint, kind: str) -> list[str]:
         )
     except CheckpointError as error:
         return [f"  {error}"]
-    return [f"  {line}" for line in str(report).splitlines()]
+    lines = [f"  {line}" for line in str(report).splitlines()]
+    if is_named_control(checkpoint.path.name, checkpoint.metadata):
+        lines.append(
+            f"  its name says that it is a control LoRA with {REFERENCES}: use Krea 2 Control LoRA"
+        )
+    return lines
+
+
+def _control_lines(checkpoint: Checkpoint) -> list[str]:
+    """Lines on a control LoRA with control channels."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    sizes = input_sizes(shapes)
+    if sizes is None:
+        return ["  broken: without an input layer, so nothing reads the control image"]
+    width, channels = sizes
+    released = TransformerConfig()
+    lines = [
+        f"  {CHANNELS}: reads a control image beside the picture; use Krea 2 Control LoRA",
+        f"  input layer: width {width}, {channels} channels",
+    ]
+    if sizes != (released.hidden_size, 2 * released.in_channels):
+        lines.append(
+            f"  not for the released Krea 2, which has width {released.hidden_size} and "
+            f"{2 * released.in_channels} channels with those of a control image"
+        )
+    downs = [shape for name, shape in shapes.items() if is_down(name) and len(shape) == 2]
+    if downs:
+        ranks = sorted({shape[0] for shape in downs})
+        text = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
+        lines.append(f"  LoRA of {len(downs)} layers of the blocks, rank {text}")
+    return lines
 
 
 def _unknown_lines(checkpoint: Checkpoint) -> list[str]:

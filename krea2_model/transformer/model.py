@@ -36,6 +36,7 @@ from .references import (
     add_strength_bias,
     with_indices,
 )
+from .rotary_scaling import Stretch
 
 
 class Krea2Transformer(nn.Module):
@@ -91,7 +92,7 @@ class Krea2Transformer(nn.Module):
             self.block_class(config, layers, **factory) for _ in range(config.num_layers)
         )
         self.last = FinalLayer(config, layers, **factory)
-        self._rope: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._rope: list[tuple[tuple[Tensor, ...], Stretch | None, Tensor]] = []
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -129,6 +130,8 @@ class Krea2Transformer(nn.Module):
         reference_method: str = TIME_ZERO,
         backend: Backend = TORCH_BACKEND,
         modulation: RunModulation | None = None,
+        origin: tuple[int, int] = (0, 0),
+        stretch: Stretch | None = None,
     ) -> Tensor:
         """Velocity at a time of the flow.
 
@@ -143,6 +146,8 @@ class Krea2Transformer(nn.Module):
         backend: attention, norms and the loop over blocks.
         modulation: tables and norm weights of all blocks, read once for many steps; None reads
             them here.
+        origin: row and column of the first token, for a tile of a larger image.
+        stretch: of rotary positions, see `rotary_scaling`.
         Returns (B, C, h, w) in the dtype of `text`.
         """
         if reference_method not in REFERENCE_METHODS:
@@ -157,11 +162,11 @@ class Krea2Transformer(nn.Module):
         tokens = self.first(torch.cat(patches, dim=1))
         del patches
         patch = self.config.patch_size
-        grids = ((0, *grid_size(latents, patch)), *(_grid_of(r, patch) for r in indexed))
+        grids = ((0, *grid_size(latents, patch), *origin), *(_grid_of(r, patch) for r in indexed))
         positions = _positions(text.shape[1], grids)
         text, image, *patched = backend.prepare_tokens(text, tokens, *positions)
         text_tokens = text.shape[1]
-        rope = self._rope_for(tuple(patched), text.device)
+        rope = self._rope_for(tuple(patched), text.device, stretch)
 
         embed = functools.partial(self._embed_time, dtype=text.dtype)
         time, vector = backend.embed_time(embed, timestep)
@@ -230,22 +235,30 @@ class Krea2Transformer(nn.Module):
         return time, self.tproj(time).float()
 
     @outside_graphs
-    def _rope_for(self, positions: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    def _rope_for(
+        self, positions: tuple[Tensor, ...], device: torch.device, stretch: Stretch | None = None
+    ) -> Tensor:
         """The rotary table of text and image positions, (1, L, 3) each; the last four are cached.
 
         A run uses a few at every step: for the positive, the negative and regional texts.
         """
-        for index, (known, table) in enumerate(self._rope):
-            if table.device == device and all(map(_same, known, positions)):
+        for index, (known, of_stretch, table) in enumerate(self._rope):
+            if (
+                table.device == device
+                and of_stretch == stretch
+                and all(map(_same, known, positions))
+            ):
                 self._rope.append(self._rope.pop(index))
                 return table
         # A table outlives this call, and one made in inference mode could not be trained with.
         with torch.inference_mode(False):
             joined = torch.cat([part.to("cpu", torch.float32) for part in positions], dim=1)
-            table = rope_table(joined, self.config.axes_dims_rope, self.config.rope_theta)
+            dims, theta = self.config.axes_dims_rope, self.config.rope_theta
+            frequencies = None if stretch is None else stretch.frequencies(dims, theta)
+            table = rope_table(joined, dims, theta, frequencies)
             table = table.to(device)
         # Positions from `_positions`' own cache are the same objects, compared without a read.
-        self._rope = [*self._rope[-3:], (positions, table)]
+        self._rope = [*self._rope[-3:], (positions, stretch, table)]
         return table
 
     def forget_tables(self) -> None:

@@ -126,29 +126,40 @@ class RegionPlan:
         plan.texts, plan._active = tuple(texts), {}
         return plan
 
-    def at(self, sigma: float, grid: tuple[int, int], device: torch.device) -> ActiveRegions | None:
+    def at(
+        self,
+        sigma: float,
+        grid: tuple[int, int],
+        device: torch.device,
+        cut: Callable[[Tensor], Tensor] | None = None,
+    ) -> ActiveRegions | None:
         """The regions of a step that begins at a sigma, or None without any.
 
-        grid: rows and columns of image tokens.
+        grid: rows and columns of the image's tokens. cut: of shares (N, I) of these, for those of a
+        tile; regions that have no part in the tile are left out.
         """
         active = tuple(w.contains(sigma) for w in self._windows)
-        key = active, self._separate.contains(sigma), grid, device
+        separate = self._separate.contains(sigma)
+        if cut is not None:  # tiles move from step to step
+            return self._regions(active, separate, cut(self._shares_at(*grid)).to(device))
+        key = active, separate, grid, device
         if key not in self._active:
-            self._active[key] = self._regions(active, key[1], grid, device)
+            shares = self._shares_at(*grid).to(device)
+            self._active[key] = self._regions(active, separate, shares)
         return self._active[key]
 
-    def _regions(self, active, separate, grid, device) -> ActiveRegions | None:
-        if not any(active):
+    def _regions(self, active, separate, shares: Tensor) -> ActiveRegions | None:
+        used = (shares > 0).any(dim=1).tolist() if len(shares) else []
+        numbers = tuple(n for n, is_active in enumerate(active) if is_active and used[n])
+        if not numbers:
             return None
-        shares = self._shares_at(*grid).to(device)
-        numbers = tuple(number for number, used in enumerate(active) if used)
         texts = tuple(self.texts[number] for number in numbers)
         regions = [
             RegionTokens(text.states.shape[1], shares[number], self._settings[number].strength)
             for number, text in zip(numbers, texts, strict=True)
         ]
         groups = TokenGroups(
-            grid[0] * grid[1], regions, text_factor=self._text_factor, separate=separate
+            shares.shape[1], regions, text_factor=self._text_factor, separate=separate
         )
         return ActiveRegions(numbers, texts, groups)
 

@@ -1,11 +1,14 @@
 """Our transformer behind the calling convention of ComfyUI's own Krea 2."""
 
 from dataclasses import replace
+from functools import partial
 
 import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.lora.live import live_loras_of_text
+from ...krea2_model.tiles import fuse
 from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.references import ReferenceKVCache
@@ -13,10 +16,14 @@ from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
 from .backend import ComfyBackend
 from .conditions import RunConditions
+from .control import with_controls
 from .layers import comfy_layers
 from .references import default_plan
 from .regions import fuse_regions
 from .run_cache import RunCache
+
+# Keys of `TileSettings` and `RotaryScaling` in transformer_options.
+TILES, ROTARY = "krea2_tiles", "krea2_rotary_scaling"
 
 
 class Krea2DiffusionModel(contract.Transformer):
@@ -69,29 +76,70 @@ class Krea2DiffusionModel(contract.Transformer):
         # Text that is already fused means that `extra_conds` found no foreign changes.
         is_touched = None if self.is_fused(context) else self.is_touched
         text = context
-        if not self.is_fused(context):
-            # The latents come in the dtype that ComfyUI chose for this run.
-            fusing = ComfyBackend(transformer_options, is_touched)
-            text = self.fuse_context(context.to(latents.dtype), mask, fusing)
         sigma = timesteps[0].item()
-        grid = grid_size(latents, self.config.patch_size)
         features = self._fused_features(conditions.features, latents, transformer_options)
-        step = features.at(sigma, grid, latents.device)
-        attention = self._text_attention(
-            conditions, sigma, mask, step.texts, transformer_options, is_touched
+        features = replace(
+            with_controls(features, kwargs.get("control")),
+            tiles=transformer_options.get(TILES),
+            rotary=transformer_options.get(ROTARY),
         )
-        text, mask = step.join(text, mask)
-        lengths, padding = conditions.text_lengths, None
-        if lengths is not None and min(lengths) < context.shape[1]:
-            padding = [context.shape[1] - length for length in lengths]
-        plan = conditions.reference_plan or default_plan(
-            len(ref_latents or ()), kwargs.get("ref_latents_method")
-        )
+        with live_loras_of_text(self, features.uses_on_all_text(sigma)):
+            if not self.is_fused(context):
+                # The latents come in the dtype that ComfyUI chose for this run.
+                fusing = ComfyBackend(transformer_options, is_touched)
+                text = self.fuse_context(context.to(latents.dtype), mask, fusing)
+            negative = self._fused_negative(
+                conditions.negative, sigma, latents, transformer_options
+            )
         frames = [_single_frame(latent) for latent in ref_latents or ()]
-        frames = [comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames]
+        plan = conditions.reference_plan or default_plan(
+            len(frames), kwargs.get("ref_latents_method")
+        )
+        conditions = replace(conditions, features=features, reference_plan=plan, negative=negative)
+        velocity_of = partial(
+            self._velocity,
+            timesteps=timesteps,
+            text=text,
+            mask=mask,
+            frames=[comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames],
+            conditions=conditions,
+            options=transformer_options,
+            is_touched=is_touched,
+            image=(image := grid_size(latents, self.config.patch_size)),
+        )
+        tiles = features.tiles_at(sigma, image)
+        if tiles is None:
+            return velocity_of(None, latents).reshape(x.shape)
+        return fuse(latents, tiles, velocity_of).to(x.dtype).reshape(x.shape)
+
+    def _velocity(
+        self,
+        tile,
+        latents,
+        *,
+        timesteps,
+        text,
+        mask,
+        frames,
+        conditions,
+        options,
+        is_touched,
+        image,
+    ):
+        """The velocity (B, C, h, w) of latents, which are an image's or those of a tile.
+
+        text, mask: fused. frames: latents of references. image: rows and columns of the image's
+        tokens.
+        """
+        sigma, plan = timesteps[0].item(), conditions.reference_plan
+        step = conditions.features.at(sigma, image, latents.device, tile)
+        attention = _text_attention(conditions, mask, step.texts)
+        lengths, padding = conditions.text_lengths, None
+        if lengths is not None and min(lengths) < text.shape[1]:
+            padding = [text.shape[1] - length for length in lengths]
+        text, mask = step.join(text, mask)
         references = plan.active(sigma, frames)
         groups = step.with_references(references).groups
-        options = transformer_options
         if references:
             counts = [token_count(reference.latents) for reference in references]
             options = {**options, "reference_image_num_tokens": counts}
@@ -114,7 +162,7 @@ class Krea2DiffusionModel(contract.Transformer):
         front = 0 if attention is None else attention.front
         reference_tokens = sum(token_count(reference.latents) for reference in references)
         with step.live(self, text.shape[1], reference_tokens, front):
-            velocity = super().forward(
+            return super().forward(
                 latents,
                 timesteps,
                 text,
@@ -123,8 +171,8 @@ class Krea2DiffusionModel(contract.Transformer):
                 reference_method=plan.method,
                 backend=backend,
                 modulation=cache.modulation(self, latents.device) if conditions.run_cache else None,
+                **step.places,
             )
-        return velocity.reshape(x.shape)
 
     def _kv_cache(self, caches, references, dtype, options, times) -> ReferenceKVCache:
         """Keys and values of cached references, computed once a run."""
@@ -156,21 +204,16 @@ class Krea2DiffusionModel(contract.Transformer):
 
         return fuse_regions(features, self, fuse)
 
-    def _text_attention(
-        self, conditions, sigma, mask, before, options, is_touched
-    ) -> TextAttention | None:
-        """Text weights and NAG of a call, and texts before its own; None without any."""
-        weights, negative = conditions.token_weights, conditions.negative
+    def _fused_negative(self, negative, sigma, latents, options):
+        """The negative of NAG with fused states; None in steps without it."""
         if negative is None or not negative.window.contains(sigma):
-            if weights is None and not before:
-                return None
-            return TextAttention(weights, mask, before=before)
-        negative_mask = None if negative.mask is None else negative.mask > 0.5
+            return None
+        mask = None if negative.mask is None else negative.mask > 0.5
         states = negative.states
         if not self.is_fused(states):
-            states = self.fuse_context(states, negative_mask, ComfyBackend(options, is_touched))
-        text = TextStates(states, negative_mask, negative.weights)
-        return TextAttention(weights, mask, text, negative.settings, before)
+            fusing = ComfyBackend(options, self.is_touched)
+            states = self.fuse_context(states.to(latents.dtype), mask, fusing)
+        return replace(negative, states=states, mask=mask)
 
     def takes(self, context) -> bool:
         """True if a context has the features of this model's text encoder."""
@@ -191,6 +234,17 @@ class Krea2DiffusionModel(contract.Transformer):
                 "to it, through Load Krea 2 Text Encoder (or CLIPLoader of type krea2)."
             )
         return self._fuse(context.unflatten(-1, (taps, width)), mask, backend)
+
+
+def _text_attention(conditions, mask, before) -> TextAttention | None:
+    """Text weights and NAG of a call, and texts before its own; None without any."""
+    weights, negative = conditions.token_weights, conditions.negative
+    if negative is None:
+        return (
+            None if weights is None and not before else TextAttention(weights, mask, before=before)
+        )
+    text = TextStates(negative.states, negative.mask, negative.weights)
+    return TextAttention(weights, mask, text, negative.settings, before)
 
 
 def _single_frame(latents):

@@ -1,5 +1,6 @@
 """MODEL: our transformer under ComfyUI's model management."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ...krea2_model.checkpoints.transformer_keys import (
     official_to_module,
 )
 from ...krea2_model.config import Preset
+from ...krea2_model.images.sizes import MULTIPLE
 from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
@@ -39,8 +41,9 @@ from .conditions import (
     RunConditions,
     weights_of,
 )
+from .control import changes_text, controls_of
 from .core_model import CoreModel, core_patcher_class, core_unet_config
-from .diffusion_model import Krea2DiffusionModel
+from .diffusion_model import TILES, Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .graphs import CUDA_GRAPH, BlockGraphs
 from .low_rank import branch_bytes
@@ -136,6 +139,12 @@ class Krea2Model(comfy.model_base.Krea2):
 
         return fuse_regions(features, self.diffusion_model, fuse)
 
+    def _tile_tokens(self) -> int | float:
+        """Tokens along the side of a tile, where an image is denoised in tiles."""
+        options = getattr(self.current_patcher, "model_options", {})
+        tiles = options.get("transformer_options", {}).get(TILES)
+        return math.inf if tiles is None else tiles.size // MULTIPLE
+
     def _negative(self, conditioning) -> NegativeText | None:
         """The negative of Krea 2 Negative (NAG), for any conditioning but a negative."""
         options = getattr(self.current_patcher, "model_options", {})
@@ -162,7 +171,8 @@ class Krea2Model(comfy.model_base.Krea2):
 
         ComfyUI calls this once a run, the model loaded and patched. False where weights change with
         the step (hooks), with gradients, or where others may read or change the encoder's states at
-        each step (wrappers of other packs, ControlNets, replaced parts of the model).
+        each step (wrappers of other packs, ControlNets, replaced parts of the model), and with
+        control LoRAs that change the fusion in some steps.
         """
         if self.current_patcher is None:
             return False
@@ -175,7 +185,9 @@ class Krea2Model(comfy.model_base.Krea2):
             wrappers.append(options["model_function_wrapper"])
         return (
             conditioning.get("device") is not None
-            and not {"hooks", "control"} & conditioning.keys()
+            and "hooks" not in conditioning
+            and ("control" not in conditioning or bool(controls_of(conditioning)))
+            and not changes_text(conditioning, self)
             and not torch.is_grad_enabled()
             and all(_is_from_comfyui(function) for function in wrappers)
             and not self._has_foreign_references(conditioning)
@@ -229,8 +241,9 @@ class Krea2Model(comfy.model_base.Krea2):
         and the dequantised matrix of a GGUF file.
         """
         config = self.diffusion_model.config
-        rows, columns = (-(-size // config.patch_size) for size in input_shape[-2:])
-        tokens = rows * columns
+        tokens = math.prod(
+            min(self._tile_tokens(), -(-size // config.patch_size)) for size in input_shape[-2:]
+        )
         for kind in ("c_crossattn", "negative_text"):
             tokens += sum(shape[1] for shape in cond_shapes.get(kind, ()))
         tokens += sum(shape[0] for shape in cond_shapes.get("run_features", ()))

@@ -406,9 +406,7 @@ def test_memory_estimate_counts_what_the_released_model_takes(turbo, pack, monke
         def modulated_norm(self, hidden, scale, shift, eps):
             return torch.empty_like(hidden)
 
-    monkeypatch.setattr(
-        transformer, "_rope_for", lambda positions, device: torch.empty(0, device="meta")
-    )
+    monkeypatch.setattr(transformer, "_rope_for", lambda *arguments: torch.empty(0, device="meta"))
     monkeypatch.setattr(turbo.model.diffusion_model, "config", config)
     monkeypatch.setattr(turbo.model, "get_dtype_inference", lambda: torch.bfloat16)
     text = torch.empty(1, 128, config.hidden_size, device="meta", dtype=torch.bfloat16)

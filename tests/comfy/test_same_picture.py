@@ -149,11 +149,43 @@ def inpaint_some(graph, krea2_model):
     return inpaint(graph, krea2_model, denoise=0.7, soft=False, fill="surroundings")
 
 
+def control(graph, krea2_model, **options):
+    mask = options.pop("mask", None)
+    graph.positive, graph.negative = graph.run(
+        "K2ControlLora", control="krea2-nano outlines (built in)", positive=graph.positive,
+        negative=graph.negative, vae=graph.vae, image=image(80, 96, 4),
+        mask=None if mask is None else mask[None], **options,
+    )[:2]  # fmt: skip
+    picture = image(80, 96, 4)[0].movedim(-1, 0)
+    file = "krea2_nano_control_lora.safetensors"
+    return {"control": krea2_model.Control(file, picture, mask=mask, **options)}
+
+
+def control_in_a_window(graph, krea2_model):
+    mask = torch.zeros(80, 96)
+    mask[:, 20:70] = 1
+    options = control(graph, krea2_model, strength=0.7, start=0.2, end=0.8, mask=mask)
+    return guided(graph, krea2_model) | options
+
+
+def control_with_other_features(graph, krea2_model):
+    """Two controls, a reference, and a negative by attention guidance."""
+    first = control(graph, krea2_model, strength=0.6)["control"]
+    second = control(graph, krea2_model, strength=0.5, end=0.6)["control"]
+    others = references(graph, krea2_model) | nag(graph, krea2_model)
+    return {"control": [first, second], **others}
+
+
+def control_while_inpainting(graph, krea2_model):
+    return inpaint(graph, krea2_model, denoise=0.8) | control(graph, krea2_model)
+
+
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
               references_at_the_step_s_time, weak_references, cached_references, nag, start_image,
-              inpaint, inpaint_some],
-    "raw": [guided, guidance_schedule, step_skipping],
+              inpaint, inpaint_some, control, control_with_other_features,
+              control_while_inpainting],
+    "raw": [guided, guidance_schedule, step_skipping, control_in_a_window],
 }  # fmt: skip
 
 

@@ -34,6 +34,10 @@ INPUTS = {
         *("model", "clip", "vae", "prompt", "image_1", "image_2", "negative", "family", "task"),
         *("boost", "boost_2", "mask", "latent", "megapixels", "encoder_side", "cache", "weights"),
     ],
+    "K2ControlLora": [
+        *("control", "positive", "negative", "vae", "image", "strength", "start", "end", "mask"),
+        "form",
+    ],
     "K2TapWeights": [
         *("conditioning", "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17"),
         *("layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35"),
@@ -76,6 +80,7 @@ OUTPUTS = {
     "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
     "K2Reference": ["CONDITIONING", "CONDITIONING"],
     "K2Edit": ["CONDITIONING", "CONDITIONING", "LATENT", "MODEL"],
+    "K2ControlLora": ["CONDITIONING", "CONDITIONING", "CONTROL_NET", "STRING"],
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "text": {"nn", "images", "nano"},
     "nano": set(),
     "checkpoints": {"nn", "nano", "text", "transformer", "vae"},
-    "lora": {"nn", "checkpoints", "guidance"},
+    "lora": {"tiles", "nn", "checkpoints", "guidance", "transformer"},
 }
 
 
