@@ -146,6 +146,7 @@ def features_report(found: dict[str, Any]) -> str:
         "weights": "with prompt weights",
         "negative": f"with a negative of {found['negative']} tokens beside it",
         "reference": "with a reference of the image's size",
+        "boost": "with a boost of it",
         "apart": "with one that is kept apart, after it was gone through once",
         "control": "with a control LoRA of rank 64",
         "guidance": "with guidance",

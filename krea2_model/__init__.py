@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "Control",
     "GuidanceSchedule",
+    "Edit",
     "Inpaint",
     "Krea2Pipeline",
     "Krea2Tokenizer",

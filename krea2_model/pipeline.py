@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from .arguments import (
     PromptImages,
+    ReferencePicture,
     References,
     canvas_of,
+    check_edit,
     check_embeds,
     check_latents,
     check_options,
@@ -28,6 +30,7 @@ from .arguments import (
 from .checks import check_type, is_number, is_whole
 from .controls import NO_CONTROLS, Control, Controls
 from .diffusers_names import accept_diffusers_names
+from .edits import Edit, EditPlan
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.resize import resize
@@ -97,6 +100,7 @@ class Krea2Pipeline(LoadedParts):
         rotary: RotaryScaling | None = None,
         upscale: Upscale | float | None = None,
         progress: bool = False,
+        edit: Edit | Picture | Sequence[Picture] | None = None,
     ) -> Images:
         """Generate images.
 
@@ -137,6 +141,9 @@ class Krea2Pipeline(LoadedParts):
         upscale: a second stage that makes the images so many times larger, or `Upscale` with
             options. With start_image and denoise=0 it is the only stage.
         progress: show a bar of the steps on stderr.
+        edit: one or two pictures to edit as the prompt says, or `Edit` with options; needs an edit
+            LoRA, see `edits`. They stand in front of negatives too. The size is that of the first,
+            up to two megapixels, where no other is given.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.
         Raises ValueError that names the argument, what was expected and the remedy.
@@ -158,8 +165,13 @@ class Krea2Pipeline(LoadedParts):
             raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         references = References.of(references)
         reference_images = references.prepared()
+        edit = Edit.of(edit)
+        if edit is not None:
+            edit = check_edit(edit, prompts, images, references)
+            steps, guidance = edit.settings(self.preset, steps, guidance)
+            if start_image is None and latents is None and height is None and width is None:
+                width, height = edit.size()
         controls = Controls.of(control, self._loras[0].shapes)
-        method = controls.method(references.method if reference_images else None)
         enlarged = Upscale.of(upscale)
         check_stages(enlarged, tiles, rotary, (start_image, denoise, inpaint))
         if start_image is None and denoise != 1 and sigmas is None:
@@ -170,6 +182,13 @@ class Krea2Pipeline(LoadedParts):
             start_image = canvas.start
         start, height, width = self._start(start_image, height, width)
         noise = self._noise(batch, height, width, seed, latents)
+        plan = None if edit is None else self._plan_edit(edit, noise)
+        if plan is not None:
+            images = PromptImages(plan.prompt_images, plan.recipe.labels, 4096)
+            prompt_images = plan.prompt_images
+            reference_images = [ReferencePicture(*each) for each in plan.references]
+            references = References((), plan.recipe.method, plan.recipe.cache)
+        method = controls.method(references.method if reference_images else None)
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if denoise == 0:  # the second stage alone
             sigmas = None
@@ -193,7 +212,8 @@ class Krea2Pipeline(LoadedParts):
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
         control_images = controls.images(*self._sides(noise))
-        seen = [*reference_images, *controls.seen_as_references(control_images)]
+        controlling = map(ReferencePicture, controls.seen_as_references(control_images))
+        seen = [*reference_images, *controlling]
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles)
         options: dict[str, Any] = {
             "weighted": prompt_weights,
@@ -202,7 +222,8 @@ class Krea2Pipeline(LoadedParts):
         if prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
-            negative = self.encode_prompt(negatives, **options)
+            before = None if plan is None else images
+            negative = self.encode_prompt(negatives, images=before, **options)
         assert positive is not None  # of prompts or of embeddings
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:
@@ -238,7 +259,9 @@ class Krea2Pipeline(LoadedParts):
                 **run,
             )
         if enlarged is not None:
-            pixels = start[None].expand(batch, -1, -1, -1) if sigmas is None else None
+            pixels = None
+            if sigmas is None and start is not None:  # as checked above
+                pixels = start[None].expand(batch, -1, -1, -1)
             inputs = (result, pixels, enlarged, seed, both, callback, text_tokens)
             result = self._upscale(*inputs, **run)
         if output_type == "latent":
@@ -337,7 +360,7 @@ class Krea2Pipeline(LoadedParts):
         controls = Controls.of(control, self._loras[0].shapes)
         method = controls.method(group.method if prepared else None)
         control_images = controls.images(*self._sides(latents))
-        seen = [*prepared, *controls.seen_as_references(control_images)]
+        seen = [*prepared, *map(ReferencePicture, controls.seen_as_references(control_images))]
         text_tokens = positive.taps.shape[1]
         has_room = self._plan_memory(latents, text_tokens, seen, guidance > 0)
         return self._denoise(
@@ -413,6 +436,15 @@ class Krea2Pipeline(LoadedParts):
             )
         return noise
 
+    def _plan_edit(self, edit: Edit, noise: Tensor) -> EditPlan:
+        """The edit of a run, for the size of its noise (B, 16, h, w)."""
+        downscale = self.vae.config.downscale
+        height, width = (downscale * side for side in noise.shape[-2:])
+        plan, notes = edit.plan(width, height, self.edit_families, self.preset)
+        for note in notes:
+            logger.warning("%s", note)
+        return plan
+
     def _add_noise(self, pixels: Tensor, noise: Tensor, sigma: float) -> Tensor:
         """Latents of an image (3, H, W) with noise as of a sigma."""
         return torch.lerp(self.encode(pixels[None]).to(noise), noise, sigma)
@@ -450,7 +482,7 @@ class Krea2Pipeline(LoadedParts):
         noise = start_noise(None, shape, (height, width), 0, seed)
         tiles, controls = upscale.tiles(width, height, self.preset), run["controls"]
         images = controls.images(width, height)
-        seen = [*run["references"], *controls.seen_as_references(images)]
+        seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]
         start = torch.lerp(larger.to(noise), noise, sigmas[0])
         has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles)
         options = {"sigmas": sigmas, "control_images": images, "tiles": tiles, **run}
@@ -464,7 +496,7 @@ class Krea2Pipeline(LoadedParts):
         has_room: bool,
         callback: Callback | None,
         *,
-        references: Sequence[Reference | Tensor],
+        references: Sequence[Reference | ReferencePicture],
         controls: Controls = NO_CONTROLS,
         control_images: Sequence[Tensor] = (),
         inpaint: LatentMask | None = None,
@@ -475,7 +507,9 @@ class Krea2Pipeline(LoadedParts):
     ) -> Tensor:
         with self._offload.use(VAE) if references or control_images else nullcontext():
             encoded = [
-                image if isinstance(image, Reference) else Reference(self.encode(image[None]))
+                image
+                if isinstance(image, Reference)
+                else Reference(self.encode(image.pixels[None]), image.settings)
                 for image in references
             ]
             shown = [self.encode(image[None]) for image in control_images]
@@ -515,7 +549,7 @@ class Krea2Pipeline(LoadedParts):
         self,
         latents: Tensor,
         text_tokens: int,
-        references: Sequence[Reference | Tensor],
+        references: Sequence[Reference | ReferencePicture],
         guided: bool,
         tiles: TileSettings | None = None,
     ) -> bool:
@@ -526,7 +560,7 @@ class Krea2Pipeline(LoadedParts):
         sizes = [
             token_count(r.latents)
             if isinstance(r, Reference)
-            else token_count(r, self.vae.config.downscale)
+            else token_count(r.pixels, self.vae.config.downscale)
             for r in references
         ]
         one, both = (

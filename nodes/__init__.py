@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .batches import K2ContactSheet, K2PromptBatch
 from .control import K2ControlLora
 from .diagnostics import K2Inspect, K2SelfCheck
+from .edits import K2Edit
 from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
 from .images import K2FitImage, K2Outpaint
@@ -35,6 +36,7 @@ NODES = [
     K2TextEncodeImages,
     K2StyleMix,
     K2Reference,
+    K2Edit,
     K2ControlLora,
     K2TapWeights,
     K2PromptBatch,

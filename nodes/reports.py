@@ -4,6 +4,7 @@ Lines stay under 40 characters, for which web/js/node_text.js need not widen a n
 """
 
 from ..krea2_model.config import Preset
+from ..krea2_model.edits import EditTask
 from ..krea2_model.images.sizes import image_tokens
 from ..krea2_model.text.prompt_images import PromptImage
 from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
@@ -82,6 +83,24 @@ def reference_report(width: int, height: int, strength: float) -> str:
     tokens = image_tokens(width, height)
     count = f"{tokens} tokens" if strength > 0 else "left out"
     return f"reference: {width} x {height} px, {count}"
+
+
+def edit_report(source: str) -> str:
+    """The family of an edit, and where it is from: "family identity (by its name)"."""
+    head, _, sign = source.partition(" (")
+    return source if len(source) < 40 else f"{head}\n({sign}"
+
+
+def task_report(name: str, task: EditTask, settings: Preset | None, base: Preset | None):
+    """Lines on what a task needs: given, or to be set by hand."""
+    if settings is not None:
+        yield f"{name}: {settings.steps} steps, guidance {settings.guidance:g}\n(by preset auto)"
+    elif task.lacks_guidance(base):
+        yield f"{name} needs Raw at guidance {task.guidance:g},\n{task.steps} steps"
+    elif task.guidance is not None:
+        yield f"{name} needs guidance {task.guidance:g},\n{task.steps} steps"
+    if task.sampler is not None:
+        yield f"{name} needs sampler {task.sampler}"
 
 
 def control_report(name: str, form: str, settings, image) -> str:

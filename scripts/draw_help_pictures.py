@@ -88,6 +88,10 @@ NODES = {
         {"control": "krea2-nano outlines (built in)"}, _TEXTS | _VAE | _IMAGE, runs=True, width=400
     ),
     "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
+    "K2Edit": Shot(
+        {"prompt": "make the sky a stormy one", "family": "identity"},
+        _MODEL | _CLIP | _VAE | {"image_1": ("LoadImage", "IMAGE")}, runs=True, width=420,
+    ),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
     "K2FitImage": Shot({}, _IMAGE, runs=True),
     "K2GuidanceSchedule": Shot({"end": 0.6}),

@@ -109,6 +109,12 @@ def reference(server: ComfyServer) -> Pictures:
     return [before, paint(server, "krea2_reference")]
 
 
+def edit(server: ComfyServer) -> Pictures:
+    before = start(server, "a blue ring on a yellow background")
+    give(server, before)
+    return [before, paint(server, "krea2_edit")]
+
+
 def style_mix(server: ComfyServer) -> Pictures:
     images = [
         start(server, "a red square on a white background"),
@@ -135,6 +141,7 @@ def style_loras(server: ComfyServer) -> Pictures:
 
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_control": control,
+    "krea2_edit": edit,
     "krea2_image_to_image": image_to_image,
     "krea2_inpaint": inpaint,
     "krea2_inpaint_detail": inpaint_detail,

@@ -32,7 +32,7 @@ def not_in_graph(settings: Mapping[str, Any]) -> list[str]:
     """Options of these settings that a graph cannot express."""
     names = [
         n
-        for n in ("start_image", "mask", "reference", "image", "control_image", "tokenizer")
+        for n in ("start_image", "mask", "reference", "image", "edit", "control_image", "tokenizer")
         if settings.get(n)
     ]
     if settings.get("evaluate_every", 1) not in _EVERY:

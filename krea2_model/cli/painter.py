@@ -55,10 +55,14 @@ class Painter:
         """One picture; `args.prompt` is used as it is."""
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
-        steps = preset.steps if args.steps is None else args.steps
-        guidance = preset.guidance if args.guidance is None else args.guidance
+        pictures = find_input_pictures(args)
+        steps, guidance = args.steps, args.guidance
+        if (edit := pictures["edit"]) is not None:
+            steps, guidance = edit.settings(preset, steps, guidance)
+        steps = preset.steps if steps is None else steps
+        guidance = preset.guidance if guidance is None else guidance
         note_unused(args, guidance, self._console)
-        options = self._options(args, steps, guidance)
+        options = self._options(args, pictures, steps, guidance)
         with self._console.bar(steps, f"{title}: reading the prompt", unit="step") as bar:
 
             def step_done(step, latents, predicted) -> None:
@@ -75,8 +79,9 @@ class Painter:
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return Picture(image, results)
 
-    def _options(self, args: Namespace, steps: int, guidance: float) -> dict[str, Any]:
-        pictures = find_input_pictures(args)
+    def _options(
+        self, args: Namespace, pictures: dict[str, Any], steps: int, guidance: float
+    ) -> dict[str, Any]:
         references = References(pictures.pop("references"), method=args.reference_method)
         nag, image, lora = nag_settings(args), pictures.pop("control_image"), find_control(args)
         control = None

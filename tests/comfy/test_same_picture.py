@@ -103,6 +103,30 @@ def cached_references(graph, krea2_model):
     return {"references": krea2_model.References(images, cache=True)}
 
 
+def edit(graph, krea2_model, family="identity", **options):
+    pictures = [image(48, 64, 1), image(64, 32, 2)]
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:] = 1.0
+    positive, negative, _, graph.model = graph.run(
+        "K2Edit", model=graph.model, clip=graph.clip, vae=graph.vae, prompt=PROMPT,
+        negative=NEGATIVE, image_1=pictures[0], image_2=pictures[1], family=family, boost=2.0,
+        boost_2=0.5, mask=mask, latent=graph.latent, **options,
+    )  # fmt: skip
+    graph.positive, graph.negative = positive, negative
+    images = [picture[0].movedim(-1, 0) for picture in pictures]
+    return {
+        "edit": krea2_model.Edit(images, family, boost=(2.0, 0.5), boost_mask=mask[0], **options)
+    }
+
+
+def edit_with_cached_references(graph, krea2_model):
+    return edit(graph, krea2_model, "ai-toolkit", cache=True)
+
+
+def guided_edit(graph, krea2_model):
+    return guided(graph, krea2_model) | edit(graph, krea2_model)
+
+
 def nag(graph, krea2_model):
     (graph.model,) = graph.run("K2NegativeGuidance", model=graph.model, negative=graph.negative)[:1]
     return {"negative_guidance": krea2_model.NegativeGuidance()}
@@ -204,10 +228,11 @@ def rotary_scaling(graph, krea2_model):
 
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
-              references_at_the_step_s_time, weak_references, cached_references, nag, start_image,
+              references_at_the_step_s_time, weak_references, cached_references, edit,
+              edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
               control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling],
-    "raw": [guided, guidance_schedule, step_skipping, control_in_a_window],
+    "raw": [guided, guided_edit, guidance_schedule, step_skipping, control_in_a_window],
 }  # fmt: skip
 
 

@@ -30,6 +30,10 @@ INPUTS = {
         *("positive", "negative", "vae", "image", "family", "strength", "start", "end", "fit"),
         *("megapixels", "latent", "index", "apart"),
     ],
+    "K2Edit": [
+        *("model", "clip", "vae", "prompt", "image_1", "image_2", "negative", "family", "task"),
+        *("boost", "boost_2", "mask", "latent", "megapixels", "encoder_side", "cache", "weights"),
+    ],
     "K2ControlLora": [
         *("control", "positive", "negative", "vae", "image", "strength", "start", "end", "mask"),
         "form",
@@ -81,6 +85,7 @@ OUTPUTS = {
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
     "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
     "K2Reference": ["CONDITIONING", "CONDITIONING"],
+    "K2Edit": ["CONDITIONING", "CONDITIONING", "LATENT", "MODEL"],
     "K2ControlLora": ["CONDITIONING", "CONDITIONING", "CONTROL_NET", "STRING"],
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
