@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import check_type, is_number, is_whole
 from .config import Preset
-from .images.sizes import MAX_SIZE, MULTIPLE, image_tokens, is_far
+from .images.sizes import MAX_SCALE, MAX_SIZE, MULTIPLE, image_tokens, is_far
 from .schedule import resolve_mu, sigma_schedule, unshift_time
 from .tiles import TileSettings
 from .transformer.rotary_scaling import RotaryScaling
@@ -53,10 +53,10 @@ class Upscale:
     overlap: float = 0.25
 
     def __post_init__(self):
-        if not (is_number(self.scale) and 1 < self.scale <= 8):
+        if not (is_number(self.scale) and 1 < self.scale <= MAX_SCALE):
             raise ValueError(
-                f"scale is {self.scale!r}; expected above 1 (a larger image) to 8. To change an "
-                "image at its own size use denoise."
+                f"scale is {self.scale!r}; expected above 1 (a larger image) to {MAX_SCALE}. To "
+                "change an image at its own size use denoise."
             )
         if not (is_number(self.sigma) and 0 < self.sigma <= 1):
             raise ValueError(f"sigma is {self.sigma!r}; expected above 0 to 1 (noise alone).")

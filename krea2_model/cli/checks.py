@@ -42,6 +42,16 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
     check_text(args)
     GuidanceSchedule(args.guidance_start, args.guidance_end)
     nag_settings(args)
+    if args.upscale is not None and args.mask is not None:
+        raise UsageError(
+            "--upscale and --mask do not go together: the rest of the picture would change. Paint "
+            "first, then upscale the result."
+        )
+    if args.denoise == 0 and (args.upscale is None or args.start_image is None):
+        raise UsageError(
+            "--denoise 0 changes nothing; it goes with --start-image and --upscale, to make a "
+            "picture larger."
+        )
     if args.start_image is None and args.denoise != 1:
         raise UsageError(
             f"--denoise is {args.denoise:g} without a picture to change; give --start-image."

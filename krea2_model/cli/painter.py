@@ -12,9 +12,11 @@ from PIL import Image
 from ..arguments import References
 from ..controls import Control
 from ..guidance import GuidanceSchedule
+from ..images.pictures import fit
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..transformer.text_attention import NegativeGuidance
+from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
 from .model_files import Weights, find_control, find_loras
 from .progress import Console
@@ -64,8 +66,10 @@ class Painter:
         note_unused(args, guidance, self._console)
         options = self._options(args, pictures, steps, guidance)
         with self._console.bar(steps, f"{title}: reading the prompt", unit="step") as bar:
+            sides: list[int] = []  # of the first stage, which a later run asks for
 
             def step_done(step, latents, predicted) -> None:
+                sides[:] = sides or [8 * side for side in latents.shape[-2:]]
                 bar.set_description(
                     f"{title}: {'decoding' if step == steps else 'sampling'}", False
                 )
@@ -76,6 +80,10 @@ class Painter:
             image = images[0]
             bar.set_description(title)
         width, height = image.size
+        if args.upscale is not None and args.denoise > 0:
+            height, width = sides
+        elif args.upscale is not None:
+            height, width = fit(options["start_image"], args.width, args.height).shape[1:]
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return Picture(image, results)
 
@@ -88,6 +96,10 @@ class Painter:
         if image is not None and lora is not None:
             times = {"start": args.control_start, "end": args.control_end}
             control = Control(lora, image, args.control_strength, **times)
+        upscale = None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma)
+        sigmas = None
+        if args.mu is not None and args.denoise > 0:
+            sigmas = sigma_schedule(steps, args.mu, args.denoise)
         return {
             **pictures,
             "references": references,
@@ -106,7 +118,8 @@ class Painter:
                 args.guidance_start, args.guidance_end, args.guidance_ramp, args.guidance_rescale
             ),
             "evaluate_every": args.evaluate_every,
-            "sigmas": None if args.mu is None else sigma_schedule(steps, args.mu, args.denoise),
+            "sigmas": sigmas,
+            "upscale": upscale,
         }
 
     def _use_loras(self, loras: list[tuple[Path, float]]) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..guidance import RAMPS
-from ..images.sizes import MAX_SIZE
+from ..images.sizes import MAX_SCALE, MAX_SIZE
 from ..lora.control_files import MAX_STRENGTH
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
 from .choices import EDIT_FAMILIES, EDIT_TASKS, FILLS, REFERENCE_METHODS
@@ -20,6 +20,7 @@ PICTURE = (
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
+    "upscale", "upscale_sigma",
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
@@ -137,8 +138,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--start-image", type=Path, metavar="FILE", help="a picture to change, see --denoise"
     )
     inputs.add_argument(
-        "--denoise", type=number(0, 1, above=True), default=1.0, metavar="X",
-        help="how much to change it; 1 is all of it",
+        "--denoise", type=number(0, 1), default=1.0, metavar="X",
+        help="how much to change it; 1 is all of it, 0 nothing, see --upscale",
     )  # fmt: skip
     inputs.add_argument(
         "--mask", type=Path, metavar="FILE",
@@ -189,6 +190,17 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--edit-boost", type=number(0, 1000), default=1.0, metavar="X",
         help="factor on attention to the pictures, above 1 keeps more of them; default: 1",
+    )  # fmt: skip
+
+    large = parser.add_argument_group("large pictures")
+    large.add_argument(
+        "--upscale", type=number(1, MAX_SCALE, above=True), metavar="X",
+        help="make the picture X times larger in a second stage, in tiles where it is more than "
+        "the checkpoint paints well; with --start-image FILE --denoise 0, a picture that exists",
+    )  # fmt: skip
+    large.add_argument(
+        "--upscale-sigma", type=number(0, 1, above=True), default=0.4, metavar="X",
+        help="its noise: 0.3 keeps shapes, 0.6 changes them; default: 0.4",
     )  # fmt: skip
 
     control = parser.add_argument_group("control")
