@@ -146,7 +146,9 @@ def features_report(found: dict[str, Any]) -> str:
         "weights": "with prompt weights",
         "negative": f"with a negative of {found['negative']} tokens beside it",
         "reference": "with a reference of the image's size",
+        "boost": "with a boost of it",
         "apart": "with one that is kept apart, after it was gone through once",
+        "control": "with a control LoRA of rank 64",
         "guidance": "with guidance",
     }
     times, rows = found["seconds"], []
@@ -171,7 +173,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "text_encoder": ("Text encoder", text_report),
     "sharing": ("One call for two texts", sharing_report),
     "lossy": ("Faster at a price", lossy_report),
-    "features": ("Weights, negatives, references", features_report),
+    "features": ("Weights, negatives, references, controls", features_report),
     "load_memory": ("Loading", memory_report),
 }
 ON_A_GPU = (

@@ -1,10 +1,12 @@
-"""What weights, a negative and references cost at full width, beside a plain step.
+"""What weights, a negative, references and a control cost at full width, beside a plain step.
 
     PYTHONPATH=ComfyUI python -P benchmarks/features.py     # prints JSON
 
 Operations are counted on the whole model without computing anything; time is the processor's for
 one block at 512 px, in turns. Guidance is there to compare: a second pass. A reference has the
-image's size; one that is kept apart is gone through before the first step, which is not counted.
+image's size, with a boost or not; one that is kept apart is gone through before the first step,
+which is not counted. The control is a control LoRA with control channels, counted in operations
+alone.
 """
 
 from __future__ import annotations
@@ -21,23 +23,39 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
+from krea2_model.lora.control_run import RunControl  # noqa: E402
+from krea2_model.lora.in_run import RunLora  # noqa: E402
+from krea2_model.lora.live import LiveLora  # noqa: E402
+from krea2_model.lora.updates import Update  # noqa: E402
 from krea2_model.nn.attention import attend  # noqa: E402
+from krea2_model.run_features import RunFeatures  # noqa: E402
 from krea2_model.transformer.backend import ExtendedBackend  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
+from krea2_model.transformer.patches import token_count  # noqa: E402
 from krea2_model.transformer.references import ReferenceKVCache  # noqa: E402
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
+from krea2_model.transformer.token_groups import TokenGroups  # noqa: E402
 
 CONFIG = TransformerConfig()
 TEXT, NEGATIVE = 128, 32
 SIZES = (1024, 2048)
-FEATURES = ("plain", "weights", "negative", "reference", "apart")
+FEATURES = ("plain", "weights", "negative", "reference", "boost", "apart")
 TURNS = 3
+RANK = 64  # of the control LoRA
 
 
-def hooks_of(name: str, device: str, recorded: ReferenceKVCache) -> dict:
+def boosted(tokens: int, device: str) -> TokenGroups:
+    """Image tokens that attend three times as much to a reference of the image's size."""
+    factors = [(0, tokens, torch.full((tokens,), 3.0))]
+    return TokenGroups(tokens).with_references(factors, torch.device(device))
+
+
+def hooks_of(name: str, device: str, recorded: ReferenceKVCache, tokens: int) -> dict:
     """Arguments of a call with a feature that works inside attention."""
     if name in ("plain", "reference"):
         return {}
+    if name == "boost":
+        return {"backend": ExtendedBackend(groups=boosted(tokens, device))}
     if name == "apart":
         return {"backend": ExtendedBackend(None, recorded)}
     weights = torch.ones(1, TEXT, device=device)
@@ -62,14 +80,37 @@ def operations(pixels: int) -> dict[str, float]:
         recorded = model.cache_references([latents], torch.float32)
     found = {}
     for name in FEATURES:
-        options = hooks_of(name, "meta", recorded)
-        if name == "reference":
-            options = {"references": [latents]}
+        options = hooks_of(name, "meta", recorded, token_count(latents))
+        if name in ("reference", "boost"):
+            options["references"] = [latents]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*arguments, **options)
         found[name] = float(counter.get_total_flops())
+    run = control(model, latents)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        step = run.at(0.5, (pixels // 16, pixels // 16), latents.device)
+        with step.live(model, TEXT):
+            model(*arguments)
+    found["control"] = float(counter.get_total_flops())
     found["guidance"] = 2 * found["plain"]
     return found
+
+
+def control(model: Krea2Transformer, latents: torch.Tensor) -> RunFeatures:
+    """A control LoRA with control channels, of all matrices of the blocks."""
+    updates = {}
+    for name, layer in model.blocks.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            rows, columns = layer.weight.shape
+            up, down = (
+                torch.zeros(rows, RANK, device="meta"),
+                torch.zeros(RANK, columns, device="meta"),
+            )
+            weight = f"blocks.{name}.weight"
+            updates[weight] = [Update(weight, "lora", {"up": up, "down": down})]
+    projection = torch.zeros(CONFIG.hidden_size, CONFIG.in_channels, device="meta")
+    pair = RunControl(projection, latents), RunLora(LiveLora(updates))
+    return RunFeatures().with_controls((pair,))
 
 
 def seconds(pixels: int) -> dict[str, list[float]]:
@@ -83,17 +124,17 @@ def seconds(pixels: int) -> dict[str, list[float]]:
     heads = torch.randn(1, CONFIG.num_key_value_heads, tokens, CONFIG.attention_head_dim)
     recorded = ReferenceKVCache()
     recorded.recorder(1.0).attend(attend, 0, heads, heads, heads, None)
-    image = slice(TEXT, TEXT + tokens)
+    image = (TEXT, TEXT + tokens)
 
     def run(name: str) -> float:
-        options, split, vectors = hooks_of(name, "cpu", recorded), None, vector
+        options, split, vectors = hooks_of(name, "cpu", recorded, tokens), None, vector
         length = TEXT + tokens
-        if name == "reference":
+        if name in ("reference", "boost"):
             length, split, vectors = length + tokens, length, vector.expand(-1, 2, -1)
         hidden = torch.randn(1, length, CONFIG.hidden_size)
         rope = torch.eye(2).expand(1, 1, length, CONFIG.attention_head_dim // 2, 2, 2)
         if options:
-            prepare = options["backend"].text.prepare
+            prepare = options["backend"].extensions.prepare
             hidden, _, rope, _, _ = prepare(hidden, image, rope, None, None)
         started = time.process_time()
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 import numpy as np
@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import check_type, is_whole
+from .edits import Edit
 from .guidance import GuidanceSchedule
 from .images.pictures import Picture, pixels_of, reference_pixels
 from .images.sizes import round_size
 from .inpainting import Canvas, Inpaint
 from .schedule import MAX_SEED, check_seed
 from .text.prompt_images import MAX_SIDE, PromptImage, nonzero_images
-from .transformer.references import TIME_ZERO, Reference
+from .transformer.references import TIME_ZERO, Reference, ReferenceSettings
 from .transformer.text_attention import NegativeGuidance
 
 
@@ -54,6 +55,14 @@ class PromptImages:
 
 
 @dataclass(frozen=True)
+class ReferencePicture:
+    """A reference before it is encoded: pixels (3, H, W) at their final size, and its settings."""
+
+    pixels: Tensor
+    settings: ReferenceSettings = field(default_factory=ReferenceSettings)
+
+
+@dataclass(frozen=True)
 class References:
     """Reference images of a run.
 
@@ -62,7 +71,7 @@ class References:
     max_megapixels: larger images are reduced to this area, in units of 1024 x 1024 pixels.
     """
 
-    images: Sequence[Reference | Picture] = ()
+    images: Sequence[Reference | ReferencePicture | Picture] = ()
     method: str = TIME_ZERO
     cache: bool = False
     max_megapixels: float = 1.0
@@ -73,15 +82,17 @@ class References:
             return references
         return cls(_as_list("references", references))
 
-    def prepared(self) -> list[Reference | Tensor]:
-        """`Reference`s as they are, of other images the pixels (3, H, W) at their final size.
+    def prepared(self) -> list[Reference | ReferencePicture]:
+        """`Reference`s as they are, other images at their final size.
 
         Raises ValueError for what is no image.
         """
         return [
             image
-            if isinstance(image, Reference)
-            else reference_pixels(pixels_of(image, "an entry of references"), self.max_megapixels)
+            if isinstance(image, (Reference, ReferencePicture))
+            else ReferencePicture(
+                reference_pixels(pixels_of(image, "an entry of references"), self.max_megapixels)
+            )
             for image in self.images
         ]
 
@@ -114,6 +125,18 @@ def check_embeds(name: str, embeds: object, mask: object) -> None:
         check_type(which, value, Tensor, f"a tensor {shape}")
         if value.ndim != axes:  # type: ignore[attr-defined]
             raise ValueError(f"{which} has shape {tuple(value.shape)}; expected {shape}.")  # type: ignore[attr-defined]
+
+
+def check_edit(edit: Edit, prompts, images: PromptImages, references: References) -> Edit:
+    """The edit with its pictures read. Raises ValueError beside arguments that it gives itself."""
+    if prompts is None:
+        raise ValueError("edit puts its pictures in front of a prompt; give prompt, no embeddings.")
+    for name, given in (("images", images.images), ("references", references.images)):
+        if given:
+            raise ValueError(
+                f"edit gives {name} itself, as its family needs them; leave {name} out."
+            )
+    return replace(edit, images=edit.pictures())
 
 
 def check_latents(latents: object) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import nano
 from .checkpoints.transformer_keys import Shape
 from .checks import as_path, check_type
 from .guidance import SigmaAt
@@ -226,6 +227,4 @@ def share_of(mask: Tensor) -> ShareAt:
 
 def built_in(path: Path) -> Path:
     """A control LoRA's path, or krea2-nano's own by its name alone."""
-    from . import nano
-
     return nano.CONTROL_LORA if not path.exists() and str(path) == nano.CONTROL_LORA.name else path

@@ -19,6 +19,7 @@ from .checkpoints.vae import load_vae
 from .checks import as_path, check_type, is_number
 from .config import RAW, Preset
 from .diffusers_names import AnswersDiffusersMethods, accept_diffusers_names
+from .lora.edit_family import EditFamily
 from .lora.few_steps import FULL_STRENGTH, few_step_preset
 from .lora.files import LoraReport, read_lora, read_lora_file
 from .lora.updates import LoraStack
@@ -79,6 +80,8 @@ class LoadedParts(AnswersDiffusersMethods):
         self._offload = offload_parts(transformer, text_encoder, vae, device, offload, max_memory)
         self._loras = LoraStack(transformer), LoraStack(text_encoder)
         self._lora_names: list[str] = []
+        # Of the loaded LoRAs, where their files tell one.
+        self.edit_families: list[EditFamily] = []
         self._few_steps: list[int] = []
         self._expander: PromptExpander | None = None
 
@@ -269,6 +272,11 @@ class LoadedParts(AnswersDiffusersMethods):
         for report in reports:
             if not report.is_complete:
                 logger.warning("%s", report)
+        self.edit_families += [
+            report.edit
+            for report, (_, scale) in zip(reports, files, strict=True)
+            if report.edit is not None and scale != 0
+        ]
         self._few_steps += [
             report.steps
             for report, (_, scale) in zip(reports, files, strict=True)
@@ -283,6 +291,7 @@ class LoadedParts(AnswersDiffusersMethods):
         for stack in self._loras:
             stack.clear()
         self._lora_names.clear()
+        self.edit_families.clear()
         self._few_steps.clear()
 
     def expand(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from .arguments import (
     PromptImages,
+    ReferencePicture,
     References,
     canvas_of,
+    check_edit,
     check_embeds,
     check_latents,
     check_options,
@@ -28,8 +30,10 @@ from .arguments import (
 from .checks import check_type, is_number, is_whole
 from .controls import NO_CONTROLS, Control, Controls
 from .diffusers_names import accept_diffusers_names
+from .edits import Edit, EditPlan
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
+from .images.resize import resize
 from .images.sizes import is_far
 from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS, activations
@@ -39,10 +43,13 @@ from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
 from .sampling import denoise as denoising_steps
 from .schedule import check_guidance, check_sigmas, resolve_mu, schedule_of, sigma_schedule
 from .text.prompt_images import PromptImage, grid_of
+from .tiles import TileSettings
 from .transformer.patches import token_count
 from .transformer.references import Reference
+from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
 from .transformer.text_attention import NegativeGuidance
+from .upscaling import LATENT, Upscale, check_stages, enlarge_latents
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +96,11 @@ class Krea2Pipeline(LoadedParts):
         negative_guidance: NegativeGuidance | None = None,
         guidance_schedule: GuidanceSchedule = ALWAYS,
         evaluate_every: int = 1,
+        tiles: TileSettings | None = None,
+        rotary: RotaryScaling | None = None,
+        upscale: Upscale | float | None = None,
         progress: bool = False,
+        edit: Edit | Picture | Sequence[Picture] | None = None,
     ) -> Images:
         """Generate images.
 
@@ -125,7 +136,14 @@ class Krea2Pipeline(LoadedParts):
         negative_guidance: NAG: the negative prompt counts also at guidance 0 (Turbo).
         guidance_schedule: a factor on guidance along the run.
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
+        tiles: denoise a large image in tiles that are fused at every step, see `tiles`.
+        rotary: stretch the rotary positions of a large image, see `RotaryScaling`.
+        upscale: a second stage that makes the images so many times larger, or `Upscale` with
+            options. With start_image and denoise=0 it is the only stage.
         progress: show a bar of the steps on stderr.
+        edit: one or two pictures to edit as the prompt says, or `Edit` with options; needs an edit
+            LoRA, see `edits`. They stand in front of negatives too. The size is that of the first,
+            up to two megapixels, where no other is given.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.
         Raises ValueError that names the argument, what was expected and the remedy.
@@ -147,8 +165,15 @@ class Krea2Pipeline(LoadedParts):
             raise ValueError("images stand in front of a prompt; with prompt_embeds give none.")
         references = References.of(references)
         reference_images = references.prepared()
+        edit = Edit.of(edit)
+        if edit is not None:
+            edit = check_edit(edit, prompts, images, references)
+            steps, guidance = edit.settings(self.preset, steps, guidance)
+            if start_image is None and latents is None and height is None and width is None:
+                width, height = edit.size()
         controls = Controls.of(control, self._loras[0].shapes)
-        method = controls.method(references.method if reference_images else None)
+        enlarged = Upscale.of(upscale)
+        check_stages(enlarged, tiles, rotary, (start_image, denoise, inpaint))
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         canvas = None
@@ -157,8 +182,22 @@ class Krea2Pipeline(LoadedParts):
             start_image = canvas.start
         start, height, width = self._start(start_image, height, width)
         noise = self._noise(batch, height, width, seed, latents)
+        plan = None if edit is None else self._plan_edit(edit, noise)
+        if plan is not None:
+            images = PromptImages(plan.prompt_images, plan.recipe.labels, 4096)
+            prompt_images = plan.prompt_images
+            reference_images = [ReferencePicture(*each) for each in plan.references]
+            references = References((), plan.recipe.method, plan.recipe.cache)
+        method = controls.method(references.method if reference_images else None)
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
-        sigmas = self.schedule(noise, steps, denoise) if sigmas is None else check_sigmas(sigmas)
+        if denoise == 0:  # the second stage alone
+            sigmas = None
+        elif sigmas is None:
+            sigmas = self.schedule(noise, steps, denoise)
+        else:
+            sigmas = check_sigmas(sigmas)
+        if enlarged is not None:
+            enlarged.size(*self._sides(noise))
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
         positive = negative = negatives = None
@@ -172,10 +211,10 @@ class Krea2Pipeline(LoadedParts):
 
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
-        sides = [self.vae.config.downscale * side for side in noise.shape[-2:]]
-        control_images = controls.images(sides[1], sides[0])
-        seen = [*reference_images, *controls.seen_as_references(control_images)]
-        has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0)
+        control_images = controls.images(*self._sides(noise))
+        controlling = map(ReferencePicture, controls.seen_as_references(control_images))
+        seen = [*reference_images, *controlling]
+        has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles)
         options: dict[str, Any] = {
             "weighted": prompt_weights,
             "max_sequence_length": max_sequence_length,
@@ -183,33 +222,48 @@ class Krea2Pipeline(LoadedParts):
         if prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
-            negative = self.encode_prompt(negatives, **options)
+            before = None if plan is None else images
+            negative = self.encode_prompt(negatives, images=before, **options)
         assert positive is not None  # of prompts or of embeddings
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:
             encoded = self.encode(start[None]).to(noise)
-            result = torch.lerp(encoded, noise, sigmas[0])
+            result = encoded.expand_as(noise)
+            if sigmas is not None:
+                result = torch.lerp(encoded, noise, sigmas[0])
             if canvas is not None:
                 area = LatentMask(canvas.cells, encoded, noise, canvas.soft)
-        result = self._denoise(
-            result,
-            positive.with_layer_weights(layer_weights),
-            negative,
-            has_room,
-            callback,
-            sigmas=sigmas,
-            guidance=guidance,
-            references=reference_images,
-            reference_method=method,
-            cache_references=references.cache,
-            controls=controls,
-            control_images=control_images,
-            negative_guidance=negative_guidance,
-            guidance_schedule=guidance_schedule,
-            evaluate_every=evaluate_every,
-            inpaint=area,
-            progress=progress,
-        )
+        both = positive.with_layer_weights(layer_weights), negative
+        run: dict[str, Any] = {
+            "guidance": guidance,
+            "references": reference_images,
+            "reference_method": method,
+            "cache_references": references.cache,
+            "controls": controls,
+            "negative_guidance": negative_guidance,
+            "guidance_schedule": guidance_schedule,
+            "rotary": rotary,
+            "progress": progress,
+        }
+        if sigmas is not None:
+            result = self._denoise(
+                result,
+                *both,
+                has_room,
+                callback,
+                sigmas=sigmas,
+                control_images=control_images,
+                evaluate_every=evaluate_every,
+                inpaint=area,
+                tiles=tiles,
+                **run,
+            )
+        if enlarged is not None:
+            pixels = None
+            if sigmas is None and start is not None:  # as checked above
+                pixels = start[None].expand(batch, -1, -1, -1)
+            inputs = (result, pixels, enlarged, seed, both, callback, text_tokens)
+            result = self._upscale(*inputs, **run)
         if output_type == "latent":
             return result
         pictures = self.decode(result)
@@ -286,6 +340,7 @@ class Krea2Pipeline(LoadedParts):
         sigmas: Sequence[float],
         guidance: float = 0.0,
         references: References | Sequence[Reference | Picture] | None = None,
+        control: Control | Sequence[Control] | None = None,
         callback: Callback | None = None,
         **options,
     ) -> Tensor:
@@ -302,8 +357,12 @@ class Krea2Pipeline(LoadedParts):
                 check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
         group = References.of(references)
         prepared = group.prepared()
+        controls = Controls.of(control, self._loras[0].shapes)
+        method = controls.method(group.method if prepared else None)
+        control_images = controls.images(*self._sides(latents))
+        seen = [*prepared, *map(ReferencePicture, controls.seen_as_references(control_images))]
         text_tokens = positive.taps.shape[1]
-        has_room = self._plan_memory(latents, text_tokens, prepared, guidance > 0)
+        has_room = self._plan_memory(latents, text_tokens, seen, guidance > 0)
         return self._denoise(
             latents,
             positive,
@@ -313,8 +372,10 @@ class Krea2Pipeline(LoadedParts):
             sigmas=sigmas,
             guidance=guidance,
             references=prepared,
-            reference_method=group.method,
+            reference_method=method,
             cache_references=group.cache,
+            controls=controls,
+            control_images=control_images,
             **options,
         )
 
@@ -375,9 +436,57 @@ class Krea2Pipeline(LoadedParts):
             )
         return noise
 
+    def _plan_edit(self, edit: Edit, noise: Tensor) -> EditPlan:
+        """The edit of a run, for the size of its noise (B, 16, h, w)."""
+        downscale = self.vae.config.downscale
+        height, width = (downscale * side for side in noise.shape[-2:])
+        plan, notes = edit.plan(width, height, self.edit_families, self.preset)
+        for note in notes:
+            logger.warning("%s", note)
+        return plan
+
     def _add_noise(self, pixels: Tensor, noise: Tensor, sigma: float) -> Tensor:
         """Latents of an image (3, H, W) with noise as of a sigma."""
         return torch.lerp(self.encode(pixels[None]).to(noise), noise, sigma)
+
+    def _sides(self, latents: Tensor) -> tuple[int, int]:
+        """Width and height in pixels of latents (..., h, w)."""
+        height, width = (self.vae.config.downscale * side for side in latents.shape[-2:])
+        return width, height
+
+    def _upscale(
+        self,
+        latents: Tensor,
+        pixels: Tensor | None,
+        upscale: Upscale,
+        seed: int | Sequence[int],
+        texts: tuple[PromptEmbeds, PromptEmbeds | None],
+        callback: Callback | None,
+        text_tokens: int,
+        **run,
+    ) -> Tensor:
+        """The second stage: latents (B, 16, h, w) enlarged, noised and denoised.
+
+        pixels: (B, 3, H, W) of the same images, None to decode them.
+        """
+        downscale = self.vae.config.downscale
+        width, height = upscale.size(*self._sides(latents))
+        if upscale.method == LATENT:
+            larger = enlarge_latents(latents, width, height)
+        else:
+            images = self.decode(latents) if pixels is None else pixels
+            images = resize(images.movedim(1, -1), width, height).movedim(-1, 1)
+            larger = torch.cat([self.encode(image[None]) for image in images])
+        sigmas = upscale.sigmas(width, height, self.preset)
+        shape = (len(larger), larger.shape[1], downscale)
+        noise = start_noise(None, shape, (height, width), 0, seed)
+        tiles, controls = upscale.tiles(width, height, self.preset), run["controls"]
+        images = controls.images(width, height)
+        seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]
+        start = torch.lerp(larger.to(noise), noise, sigmas[0])
+        has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles)
+        options = {"sigmas": sigmas, "control_images": images, "tiles": tiles, **run}
+        return self._denoise(start, *texts, has_room, callback, **options)
 
     def _denoise(
         self,
@@ -387,16 +496,20 @@ class Krea2Pipeline(LoadedParts):
         has_room: bool,
         callback: Callback | None,
         *,
-        references: Sequence[Reference | Tensor],
+        references: Sequence[Reference | ReferencePicture],
         controls: Controls = NO_CONTROLS,
         control_images: Sequence[Tensor] = (),
         inpaint: LatentMask | None = None,
+        tiles: TileSettings | None = None,
+        rotary: RotaryScaling | None = None,
         progress: bool = False,
         **options,
     ) -> Tensor:
         with self._offload.use(VAE) if references or control_images else nullcontext():
             encoded = [
-                image if isinstance(image, Reference) else Reference(self.encode(image[None]))
+                image
+                if isinstance(image, Reference)
+                else Reference(self.encode(image.pixels[None]), image.settings)
                 for image in references
             ]
             shown = [self.encode(image[None]) for image in control_images]
@@ -406,6 +519,7 @@ class Krea2Pipeline(LoadedParts):
             first = options["sigmas"][0]
             sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
             features = controls.features(shown, sigma_at)
+            features = replace(features, tiles=tiles, rotary=rotary)
             texts = [
                 StepTexts(text, self.transformer, len(latents) // len(text.taps), features)
                 for text in (positive, negative)
@@ -435,8 +549,9 @@ class Krea2Pipeline(LoadedParts):
         self,
         latents: Tensor,
         text_tokens: int,
-        references: Sequence[Reference | Tensor],
+        references: Sequence[Reference | ReferencePicture],
         guided: bool,
+        tiles: TileSettings | None = None,
     ) -> bool:
         """Plan the device's memory for a run. True if both texts fit in one call of the model.
 
@@ -445,7 +560,7 @@ class Krea2Pipeline(LoadedParts):
         sizes = [
             token_count(r.latents)
             if isinstance(r, Reference)
-            else token_count(r, self.vae.config.downscale)
+            else token_count(r.pixels, self.vae.config.downscale)
             for r in references
         ]
         one, both = (
@@ -454,7 +569,7 @@ class Krea2Pipeline(LoadedParts):
                 self.text_encoder,
                 self.vae,
                 batch=calls * len(latents),
-                image=token_count(latents),
+                image=token_count(latents) if tiles is None else tiles.tokens(latents),
                 text=text_tokens,
                 references=sum(sizes),
             )

@@ -11,6 +11,7 @@ from .checkpoints.transformer import load_transformer, save_transformer
 from .checkpoints.vae import load_vae
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
 from .controls import Control
+from .edits import Edit
 from .guidance import GuidanceSchedule
 from .inpainting import Inpaint
 from .pipeline import Krea2Pipeline
@@ -20,7 +21,10 @@ from .text.encoder import Qwen3VLTextEncoder
 from .text.expander import PromptExpander
 from .text.prompt_images import PromptImage
 from .text.tokenizer import Krea2Tokenizer
+from .tiles import TileSettings
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferenceSettings
+from .transformer.rotary_scaling import RotaryScaling
 from .transformer.text_attention import NegativeGuidance
+from .upscaling import Upscale
 from .vae.model import QwenImageVAE

@@ -98,6 +98,7 @@ class RunFeatures:
             self.loras,
             self.controls,
             tile=tile,
+            at_true_place=self.tiles is not None and self.tiles.true_places,
             stretch=stretch,
             style=self.style,
         )
@@ -118,6 +119,7 @@ class StepFeatures:
     controls: tuple[RunControl, ...] = ()
     references: tuple[Reference, ...] = ()
     tile: Tile | None = None
+    at_true_place: bool = False
     stretch: Stretch | None = None
     style: StyleRun | None = None
 
@@ -130,7 +132,7 @@ class StepFeatures:
     def places(self) -> dict[str, Any]:
         """Arguments of the transformer that say where the tokens of the call are."""
         places: dict[str, Any] = {}
-        if self.tile is not None:
+        if self.tile is not None and self.at_true_place:
             places["origin"] = (self.tile.rows[0], self.tile.columns[0])
         if self.stretch is not None:
             places["stretch"] = self.stretch

@@ -283,9 +283,12 @@ def _euler(
 
 
 def _text_at(text: FusedText | TextAt) -> TextAt:
-    if callable(text) and not isinstance(text, Tensor):
+    if isinstance(text, TextStates):
+        states = text
+    elif isinstance(text, Tensor):
+        states = TextStates(text)
+    elif isinstance(text, tuple):
+        states = TextStates(*text)
+    else:
         return text
-    states = text
-    if not isinstance(text, TextStates):
-        states = TextStates(*text) if isinstance(text, tuple) else TextStates(text)
     return lambda sigma: states

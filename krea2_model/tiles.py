@@ -1,9 +1,13 @@
 """Tiles of a large image, denoised one at a time and fused at every step.
 
-The model sees tiles of the size that it was made for, each at its true place in the rotary
-positions, and their velocities are averaged where they overlap (MultiDiffusion, Bar-Tal et al.,
-arXiv 2302.08113). Weights fade by a raised cosine, and inner tiles move from step to step, so no
-place is always an edge. Memory is that of a tile, whatever the size of the image.
+The model sees tiles of the size that it was made for, and their velocities are averaged where they
+overlap (MultiDiffusion, Bar-Tal et al., arXiv 2302.08113). Weights fade by a raised cosine, and
+inner tiles move from step to step, so no place is always an edge. Memory is that of a tile,
+whatever the size of the image.
+
+Rotary positions count from a tile's own corner. At its true place in the image they would exceed
+those of training: attention among image tokens depends on their distances alone, but text is at
+position 0, and krea2-nano then draws lines along the edges.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from .checks import is_number, is_whole
 from .images.sizes import MAX_SIZE, MULTIPLE
-from .transformer.patches import PATCH
+from .transformer.patches import PATCH, grid_size
 from .vae.tiling import plan_tiles
 
 # Successive multiples of it spread evenly over [0, 1).
@@ -34,6 +38,7 @@ class TileSettings:
     size: side in pixels of a tile, a multiple of 16; the checkpoint's own size is best.
     overlap: least share of a tile that it has in common with each neighbour, 0 to 0.5.
     moves: inner tiles lie elsewhere at each step.
+    true_places: rotary positions are those in the whole image.
 
     Raises ValueError for values out of range.
     """
@@ -41,6 +46,7 @@ class TileSettings:
     size: int = 1024
     overlap: float = 0.25
     moves: bool = True
+    true_places: bool = False
 
     def __post_init__(self):
         size = self.size
@@ -54,6 +60,10 @@ class TileSettings:
                 f"The overlap of tiles is {self.overlap!r}; expected a share of the tile from 0 to "
                 "0.5."
             )
+
+    def tokens(self, latents: Tensor) -> int:
+        """Tokens of the largest tile of latents (..., h, w)."""
+        return math.prod(min(self.size // MULTIPLE, side) for side in grid_size(latents, PATCH))
 
 
 @dataclass(frozen=True)

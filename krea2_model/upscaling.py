@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import check_type, is_number, is_whole
 from .config import Preset
-from .images.sizes import MAX_SIZE, MULTIPLE, image_tokens, is_far
+from .images.sizes import MAX_SCALE, MAX_SIZE, MULTIPLE, image_tokens, is_far
 from .schedule import resolve_mu, sigma_schedule, unshift_time
 from .tiles import TileSettings
+from .transformer.rotary_scaling import RotaryScaling
 
 PIXELS, LATENT = "pixels", "latent"
 METHODS = (PIXELS, LATENT)
@@ -52,10 +53,10 @@ class Upscale:
     overlap: float = 0.25
 
     def __post_init__(self):
-        if not (is_number(self.scale) and 1 < self.scale <= 8):
+        if not (is_number(self.scale) and 1 < self.scale <= MAX_SCALE):
             raise ValueError(
-                f"scale is {self.scale!r}; expected above 1 (a larger image) to 8. To change an "
-                "image at its own size use denoise."
+                f"scale is {self.scale!r}; expected above 1 (a larger image) to {MAX_SCALE}. To "
+                "change an image at its own size use denoise."
             )
         if not (is_number(self.sigma) and 0 < self.sigma <= 1):
             raise ValueError(f"sigma is {self.sigma!r}; expected above 0 to 1 (noise alone).")
@@ -67,6 +68,11 @@ class Upscale:
         if not (is_whole(self.steps) and 0 <= self.steps <= 1000):
             raise ValueError(f"steps is {self.steps!r}; expected 0 (by the preset) to 1000.")
         TileSettings(self.tile or 1024, self.overlap)
+
+    @classmethod
+    def of(cls, upscale: Upscale | float | None) -> Upscale | None:
+        """A scale alone has the other settings' defaults."""
+        return upscale if upscale is None or isinstance(upscale, Upscale) else cls(upscale)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the result, in multiples of 16.
@@ -106,6 +112,33 @@ class Upscale:
         time = unshift_time(self.sigma, mu)
         steps = self.steps or max(_LEAST_STEPS, math.ceil(time * preset.steps))
         return sigma_schedule(steps, mu, time)
+
+
+def check_stages(
+    upscale: Upscale | None,
+    tiles: TileSettings | None,
+    rotary: RotaryScaling | None,
+    start: tuple[object, float, object],
+) -> None:
+    """Raise ValueError for stages of a run that do not go together.
+
+    start: start_image, denoise and inpaint of the run.
+    """
+    image, denoise, inpaint = start
+    if tiles is not None:
+        check_type("tiles", tiles, TileSettings, "a TileSettings, or None")
+    if rotary is not None:
+        check_type("rotary", rotary, RotaryScaling, "a RotaryScaling, or None")
+    if upscale is not None and inpaint is not None:
+        raise ValueError(
+            "upscale and inpaint do not go together: the rest of the picture would change. "
+            "Inpaint first, then upscale the result."
+        )
+    if denoise == 0 and (upscale is None or image is None):
+        raise ValueError(
+            "denoise is 0, which changes nothing; it needs start_image and upscale, to make a "
+            "picture larger."
+        )
 
 
 def enlarge_latents(latents: Tensor, width: int, height: int) -> Tensor:

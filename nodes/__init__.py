@@ -5,10 +5,12 @@ from comfy_api.latest import ComfyExtension
 from .batches import K2ContactSheet, K2PromptBatch
 from .control import K2ControlLora
 from .diagnostics import K2Inspect, K2SelfCheck
+from .edits import K2Edit
 from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
 from .images import K2FitImage, K2Outpaint
 from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
+from .large import K2RotaryScaling, K2TiledSampling, K2Upscale
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .layer_weights import K2TapWeights
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
@@ -34,6 +36,7 @@ NODES = [
     K2TextEncodeImages,
     K2StyleMix,
     K2Reference,
+    K2Edit,
     K2ControlLora,
     K2TapWeights,
     K2PromptBatch,
@@ -44,6 +47,9 @@ NODES = [
     K2GuidanceSchedule,
     K2NegativeGuidance,
     K2TwoStage,
+    K2Upscale,
+    K2TiledSampling,
+    K2RotaryScaling,
     K2VAEDecode,
     K2VAEEncode,
     K2FitImage,

@@ -213,10 +213,16 @@ def width_and_height(tooltip: str):
     ]
 
 
-def megapixels(tooltip: str, lowest: float = 0.0, step: float = 0.05, advanced: bool | None = None):
+def megapixels(
+    tooltip: str,
+    lowest: float = 0.0,
+    step: float = 0.05,
+    advanced: bool | None = None,
+    default: float = 1.0,
+):
     return io.Float.Input(
         "megapixels",
-        default=1.0,
+        default=default,
         min=lowest,
         max=16.0,
         step=step,

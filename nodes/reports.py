@@ -4,9 +4,11 @@ Lines stay under 40 characters, for which web/js/node_text.js need not widen a n
 """
 
 from ..krea2_model.config import Preset
+from ..krea2_model.edits import EditTask
 from ..krea2_model.images.sizes import image_tokens
 from ..krea2_model.text.prompt_images import PromptImage
 from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
+from ..krea2_model.tiles import TileSettings
 
 
 def prompt_report(name: str, conditioning, images: int = 0) -> str:
@@ -83,6 +85,24 @@ def reference_report(width: int, height: int, strength: float) -> str:
     return f"reference: {width} x {height} px, {count}"
 
 
+def edit_report(source: str) -> str:
+    """The family of an edit, and where it is from: "family identity (by its name)"."""
+    head, _, sign = source.partition(" (")
+    return source if len(source) < 40 else f"{head}\n({sign}"
+
+
+def task_report(name: str, task: EditTask, settings: Preset | None, base: Preset | None):
+    """Lines on what a task needs: given, or to be set by hand."""
+    if settings is not None:
+        yield f"{name}: {settings.steps} steps, guidance {settings.guidance:g}\n(by preset auto)"
+    elif task.lacks_guidance(base):
+        yield f"{name} needs Raw at guidance {task.guidance:g},\n{task.steps} steps"
+    elif task.guidance is not None:
+        yield f"{name} needs guidance {task.guidance:g},\n{task.steps} steps"
+    if task.sampler is not None:
+        yield f"{name} needs sampler {task.sampler}"
+
+
 def control_report(name: str, form: str, settings, image) -> str:
     """The form of a control LoRA and its use."""
     lines = [f"{name}: a control LoRA with {form}"]
@@ -93,6 +113,26 @@ def control_report(name: str, form: str, settings, image) -> str:
     else:
         where = f"from {settings.start:g} to {settings.end:g} of the schedule"
         lines.append(f"strength {settings.strength:g}, {where}")
+    return "\n".join(lines)
+
+
+def upscale_report(
+    preset: Preset,
+    steps: int,
+    mu: float,
+    sigma: float,
+    width: int,
+    height: int,
+    tiles: TileSettings | None,
+) -> str:
+    """Size, schedule and tiles of the second stage."""
+    lines = [
+        f"{preset.name}, {steps} steps from sigma {sigma:g}",
+        shift_report(mu),
+        size_report(width, height, image_tokens(width, height)),
+    ]
+    if tiles is not None:
+        lines.append(f"in tiles of {tiles.size} px")
     return "\n".join(lines)
 
 

@@ -33,10 +33,13 @@ WIDTH = 300
 # Width and height by type, with room for a report, a preview or a prompt. None takes WIDTH.
 SIZES: dict[str, tuple[int | None, int]] = {
     "CLIPTextEncode": (380, 150),
+    "Canny": (None, 86),
     "K2Approximate": (None, 86),
     "K2Composite": (None, 100),
     "K2ContactSheet": (None, 200),
+    "K2ControlLora": (None, 340),
     "K2CropForInpaint": (None, 190),
+    "K2Edit": (420, 660),
     "K2EmptyLatent": (None, 256),
     "K2FitImage": (None, 246),
     "K2GuidanceSchedule": (None, 134),

@@ -84,7 +84,14 @@ NODES = {
     "K2Approximate": Shot({"evaluate": "every 2nd step"}),
     "K2Compile": Shot(width=280),
     "K2Composite": Shot(width=280),
+    "K2ControlLora": Shot(
+        {"control": "krea2-nano outlines (built in)"}, _TEXTS | _VAE | _IMAGE, runs=True, width=400
+    ),
     "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
+    "K2Edit": Shot(
+        {"prompt": "make the sky a stormy one", "family": "identity"},
+        _MODEL | _CLIP | _VAE | {"image_1": ("LoadImage", "IMAGE")}, runs=True, width=420,
+    ),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
     "K2FitImage": Shot({}, _IMAGE, runs=True),
     "K2GuidanceSchedule": Shot({"end": 0.6}),

@@ -97,10 +97,22 @@ def outpaint(server: ComfyServer) -> Pictures:
                           K2FitImage={"megapixels": 0.0})]  # fmt: skip
 
 
+def control(server: ComfyServer) -> Pictures:
+    before = start(server, "a small green star in the top right")
+    give(server, before)
+    return [before, paint(server, "krea2_control")]
+
+
 def reference(server: ComfyServer) -> Pictures:
     before = start(server, "a green square on a pink background")
     give(server, before)
     return [before, paint(server, "krea2_reference")]
+
+
+def edit(server: ComfyServer) -> Pictures:
+    before = start(server, "a blue ring on a yellow background")
+    give(server, before)
+    return [before, paint(server, "krea2_edit")]
 
 
 def style_mix(server: ComfyServer) -> Pictures:
@@ -128,6 +140,8 @@ def style_loras(server: ComfyServer) -> Pictures:
 
 
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
+    "krea2_control": control,
+    "krea2_edit": edit,
     "krea2_image_to_image": image_to_image,
     "krea2_inpaint": inpaint,
     "krea2_inpaint_detail": inpaint_detail,

@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoints.pairing import check_parts
 from ..checkpoints.text_encoder import find_tokenizer
 from ..controls import check_images
+from ..edits import MAX_PICTURES, Edit
 from ..guidance import GuidanceSchedule
 from ..images.output_files import check_outputs, numbered
 from ..images.pictures import pixels_of
@@ -41,6 +42,16 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
     check_text(args)
     GuidanceSchedule(args.guidance_start, args.guidance_end)
     nag_settings(args)
+    if args.upscale is not None and args.mask is not None:
+        raise UsageError(
+            "--upscale and --mask do not go together: the rest of the picture would change. Paint "
+            "first, then upscale the result."
+        )
+    if args.denoise == 0 and (args.upscale is None or args.start_image is None):
+        raise UsageError(
+            "--denoise 0 changes nothing; it goes with --start-image and --upscale, to make a "
+            "picture larger."
+        )
     if args.start_image is None and args.denoise != 1:
         raise UsageError(
             f"--denoise is {args.denoise:g} without a picture to change; give --start-image."
@@ -51,6 +62,7 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
         raise UsageError("With --mask a picture keeps its size; leave --width and --height out.")
     if args.start_image is not None and (args.width is None) != (args.height is None):
         raise UsageError("Give both --width and --height with --start-image, or neither.")
+    check_edit(args)
     if (args.control is None) != (args.control_image is None):
         raise UsageError("Give both --control, a control LoRA, and --control-image, or neither.")
     ControlSettings(args.control_strength, args.control_start, args.control_end)
@@ -59,6 +71,19 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
     if pixels is not None:
         check_images(pixels, None)
     return find_loras(args)
+
+
+def check_edit(args: Namespace) -> None:
+    """Check the pictures to edit against the options that an edit sets by itself."""
+    if len(args.edit) > MAX_PICTURES:
+        raise UsageError(
+            f"There are {len(args.edit)} pictures of --edit; expected one, or two with a subject."
+        )
+    for option in ("reference", "image") if args.edit else ():
+        if getattr(args, option):
+            raise UsageError(
+                f"--edit gives its pictures to the model itself; leave --{option} out."
+            )
 
 
 def check_text(args: Namespace) -> None:
@@ -99,11 +124,16 @@ def find_input_pictures(args: Namespace) -> dict[str, Any]:
             mask, args.mask_grow, args.mask_feather, not args.mask_hard, args.mask_fill
         )
         Canvas(start, inpaint)  # says what is wrong with the two
+    edit = None
+    if args.edit:
+        pictures = [read("edit", path) for path in args.edit]
+        edit = Edit(pictures, args.edit_family, args.edit_task, args.edit_boost)
     return {
         "start_image": start,
         "inpaint": inpaint,
         "references": [read("reference", path) for path in args.reference],
         "images": [read("image", path) for path in args.image],
+        "edit": edit,
         "control_image": args.control_image and read("control_image", args.control_image),
     }
 

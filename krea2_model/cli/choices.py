@@ -6,6 +6,8 @@ LENGTHS = ("short", "medium", "long")
 PARTS = ("transformer", "text_encoder", "vae")
 QUANTISATIONS = ("fp8", "int8", "int8_convrot")
 FILLS = ("original", "grey", "surroundings")
+EDIT_FAMILIES = ("identity", "ai-toolkit", "references-only")
+EDIT_TASKS = ("edit", "removal", "outpainting", "person")
 REFERENCE_METHODS = ("index_timestep_zero", "index")
 # Names that --model takes instead of a path; a folder of that name is ./nano.
 NANO = {"nano": "turbo", "nano-raw": "raw"}

@@ -22,6 +22,11 @@ _NANO_LORAS = {
     "krea2_nano_notebook_lora.safetensors": "krea2-nano notebook (built in)",
     "krea2_nano_reference_lora.safetensors": "krea2-nano reference (built in)",
 }
+# Options whose nodes the graph does not have.
+_OTHER_NODES = (
+    *("start_image", "mask", "reference", "image", "edit", "control_image"),
+    *("tokenizer", "upscale"),
+)
 _LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 _EVERY = {1: "every step", 2: "every 2nd step", 3: "every 3rd step"}
 _OFFICIAL_LENGTH, _SUFFIX_TOKENS = 512, 5
@@ -32,7 +37,16 @@ def not_in_graph(settings: Mapping[str, Any]) -> list[str]:
     """Options of these settings that a graph cannot express."""
     names = [
         n
-        for n in ("start_image", "mask", "reference", "image", "control_image", "tokenizer")
+        for n in (
+            "start_image",
+            "mask",
+            "reference",
+            "image",
+            "edit",
+            "control_image",
+            "tokenizer",
+            "upscale",
+        )
         if settings.get(n)
     ]
     if settings.get("evaluate_every", 1) not in _EVERY:

@@ -12,9 +12,11 @@ from PIL import Image
 from ..arguments import References
 from ..controls import Control
 from ..guidance import GuidanceSchedule
+from ..images.pictures import fit
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..transformer.text_attention import NegativeGuidance
+from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
 from .model_files import Weights, find_control, find_loras
 from .progress import Console
@@ -55,13 +57,19 @@ class Painter:
         """One picture; `args.prompt` is used as it is."""
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
-        steps = preset.steps if args.steps is None else args.steps
-        guidance = preset.guidance if args.guidance is None else args.guidance
+        pictures = find_input_pictures(args)
+        steps, guidance = args.steps, args.guidance
+        if (edit := pictures["edit"]) is not None:
+            steps, guidance = edit.settings(preset, steps, guidance)
+        steps = preset.steps if steps is None else steps
+        guidance = preset.guidance if guidance is None else guidance
         note_unused(args, guidance, self._console)
-        options = self._options(args, steps, guidance)
+        options = self._options(args, pictures, steps, guidance)
         with self._console.bar(steps, f"{title}: reading the prompt", unit="step") as bar:
+            sides: list[int] = []  # of the first stage, which a later run asks for
 
             def step_done(step, latents, predicted) -> None:
+                sides[:] = sides or [8 * side for side in latents.shape[-2:]]
                 bar.set_description(
                     f"{title}: {'decoding' if step == steps else 'sampling'}", False
                 )
@@ -72,17 +80,26 @@ class Painter:
             image = images[0]
             bar.set_description(title)
         width, height = image.size
+        if args.upscale is not None and args.denoise > 0:
+            height, width = sides
+        elif args.upscale is not None:
+            height, width = fit(options["start_image"], args.width, args.height).shape[1:]
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return Picture(image, results)
 
-    def _options(self, args: Namespace, steps: int, guidance: float) -> dict[str, Any]:
-        pictures = find_input_pictures(args)
+    def _options(
+        self, args: Namespace, pictures: dict[str, Any], steps: int, guidance: float
+    ) -> dict[str, Any]:
         references = References(pictures.pop("references"), method=args.reference_method)
         nag, image, lora = nag_settings(args), pictures.pop("control_image"), find_control(args)
         control = None
         if image is not None and lora is not None:
             times = {"start": args.control_start, "end": args.control_end}
             control = Control(lora, image, args.control_strength, **times)
+        upscale = None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma)
+        sigmas = None
+        if args.mu is not None and args.denoise > 0:
+            sigmas = sigma_schedule(steps, args.mu, args.denoise)
         return {
             **pictures,
             "references": references,
@@ -101,7 +118,8 @@ class Painter:
                 args.guidance_start, args.guidance_end, args.guidance_ramp, args.guidance_rescale
             ),
             "evaluate_every": args.evaluate_every,
-            "sigmas": None if args.mu is None else sigma_schedule(steps, args.mu, args.denoise),
+            "sigmas": sigmas,
+            "upscale": upscale,
         }
 
     def _use_loras(self, loras: list[tuple[Path, float]]) -> None:

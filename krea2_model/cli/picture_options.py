@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from ..guidance import RAMPS
-from ..images.sizes import MAX_SIZE
-from ..lora.control_run import MAX_STRENGTH
+from ..images.sizes import MAX_SCALE, MAX_SIZE
+from ..lora.control_files import MAX_STRENGTH
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
-from .choices import FILLS, REFERENCE_METHODS
+from .choices import EDIT_FAMILIES, EDIT_TASKS, FILLS, REFERENCE_METHODS
 from .values import lora, number, numbers, whole
 
 # Options that decide how a picture looks, and are kept in its file. Those after it do not.
@@ -20,12 +20,16 @@ PICTURE = (
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
+    "upscale", "upscale_sigma",
     "reference", "reference_method", "image",
+    "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
-PICTURES = ("start_image", "mask", "reference", "image", "control_image")
+PICTURES = ("start_image", "mask", "reference", "image", "edit", "control_image")
+# Options that may be repeated.
+REPEATED = ("lora", "reference", "image", "edit")
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
@@ -134,8 +138,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--start-image", type=Path, metavar="FILE", help="a picture to change, see --denoise"
     )
     inputs.add_argument(
-        "--denoise", type=number(0, 1, above=True), default=1.0, metavar="X",
-        help="how much to change it; 1 is all of it",
+        "--denoise", type=number(0, 1), default=1.0, metavar="X",
+        help="how much to change it; 1 is all of it, 0 nothing, see --upscale",
     )  # fmt: skip
     inputs.add_argument(
         "--mask", type=Path, metavar="FILE",
@@ -167,6 +171,36 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--image", type=Path, action="append", default=[], metavar="FILE",
         help="a picture in the prompt, for LoRAs that read pictures; repeat it for several",
+    )  # fmt: skip
+
+    inputs.add_argument(
+        "--edit", type=Path, action="append", default=[], metavar="FILE",
+        help="a picture to edit as the prompt says, with an edit LoRA; a second one is a subject "
+        "to put into it",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--edit-family", choices=("auto", *EDIT_FAMILIES), default="auto", metavar="NAME",
+        help="how the LoRA was trained: identity, ai-toolkit or references-only; default: auto, "
+        "by its file",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--edit-task", choices=EDIT_TASKS, default=EDIT_TASKS[0], metavar="NAME",
+        help="edit (default), removal, outpainting or person: settings that it needs",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--edit-boost", type=number(0, 1000), default=1.0, metavar="X",
+        help="factor on attention to the pictures, above 1 keeps more of them; default: 1",
+    )  # fmt: skip
+
+    large = parser.add_argument_group("large pictures")
+    large.add_argument(
+        "--upscale", type=number(1, MAX_SCALE, above=True), metavar="X",
+        help="make the picture X times larger in a second stage, in tiles where it is more than "
+        "the checkpoint paints well; with --start-image FILE --denoise 0, a picture that exists",
+    )  # fmt: skip
+    large.add_argument(
+        "--upscale-sigma", type=number(0, 1, above=True), default=0.4, metavar="X",
+        help="its noise: 0.3 keeps shapes, 0.6 changes them; default: 0.4",
     )  # fmt: skip
 
     control = parser.add_argument_group("control")

@@ -15,7 +15,7 @@ from ..config import PRESETS
 from .choices import NANO
 from .errors import UsageError
 from .model_files import KEYS, name_in_models
-from .picture_options import FILES, PICTURE, PICTURES
+from .picture_options import FILES, PICTURE, PICTURES, REPEATED
 from .values import text_of
 
 # Switches that are off when they are named.
@@ -100,7 +100,7 @@ def options_of(settings: Mapping[str, Any]) -> list[str]:
                 words += [] if value else [_OFF[name]]
             else:
                 words += [option] if value else []
-        elif name in ("lora", "reference", "image"):
+        elif name in REPEATED:
             values = value if isinstance(value, list) else [value]
             words += [f"{option}={text_of(each)}" for each in values]
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, suggestion
-from .picture_options import PICTURE, WEIGHTS
+from .picture_options import PICTURE, REPEATED, WEIGHTS
 from .settings import options_of
 
 # Columns beside options of a picture. Weights are loaded once, so no row has its own.
@@ -134,11 +134,11 @@ def _parser():
 def _value(name: str, value: Any) -> Any:
     if name in ("nag", "weights"):
         return _switch(name, value)
-    if name in ("lora", "reference", "image") and isinstance(value, str):
+    if name in REPEATED and isinstance(value, str):
         return [part.strip() for part in value.split(";") if part.strip()]
     if isinstance(value, (dict, bool)):
         raise UsageError(f"{name} is {value!r}; expected a number or a text.")
-    if isinstance(value, list) and name not in ("lora", "reference", "image", "layer_weights"):
+    if isinstance(value, list) and name not in (*REPEATED, "layer_weights"):
         return ",".join(map(str, value))
     return value
 

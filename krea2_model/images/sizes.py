@@ -10,6 +10,8 @@ logger = logging.getLogger(__name__)
 # One token covers a square of this many pixels.
 MULTIPLE = 16
 MAX_SIZE = 16384
+# The most that the second stage of an image enlarges its sides.
+MAX_SCALE = 8
 
 ASPECTS = ("1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21")
 

@@ -158,7 +158,7 @@ def _projection(
         columns = update.scale * (up.float() @ down[:, channels:].float())
         return columns, update
     whole = parts["diff"] if "diff" in parts else parts["weight"]
-    _check_sides(*whole.shape, width, channels, name)
+    _check_sides(whole.shape[0], whole.shape[1], width, channels, name)
     change = None
     if "diff" in parts:
         change = Update("first.weight", "diff", {"diff": whole[:, :channels].contiguous()})

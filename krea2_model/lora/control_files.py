@@ -19,6 +19,8 @@ from ..config import TransformerConfig
 CHANNELS, REFERENCES = "control channels", "reference tokens"
 FORMS = (CHANNELS, REFERENCES)
 
+MAX_STRENGTH = 10.0
+
 _IMAGE_CHANNELS = TransformerConfig().in_channels
 
 # The input layer, after any prefix, as official files, diffusers and Flux's files call it.

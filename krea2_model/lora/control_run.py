@@ -15,9 +15,8 @@ from ..checks import is_number
 from ..guidance import ALL_STEPS, NEVER, SigmaAt, StepWindow, unshifted
 from ..tiles import Tile
 from ..transformer.patches import grid_size, patchify
+from .control_files import MAX_STRENGTH
 from .in_run import ShareAt
-
-MAX_STRENGTH = 10.0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..checkpoints.identify import LORA, CheckpointError, identify, read_header
 from ..checkpoints.storage import read_safetensors, without_compile
 from ..checkpoints.transformer_keys import Shape
 from .control_files import is_widened
+from .edit_family import EditFamily, read_family
 from .few_steps import FULL_STRENGTH, read_steps
 from .names import UNKNOWN_NAME, Target, Targets, TextTargets, split_key, strip_prefix, text_layer
 from .scale import ADAPTER_CONFIG, HeaderScale, read_header_scale
@@ -73,6 +74,7 @@ class LoraReport:
     scales: multipliers of its matrices; scale_sources: the settings that give them.
     unmatched: names of tensors that change nothing, with the reason.
     steps: of a few-step LoRA, else None.
+    edit: the family of an edit LoRA, or None where nothing tells one.
     """
 
     name: str
@@ -86,6 +88,7 @@ class LoraReport:
     scales: tuple[float, ...] = ()
     scale_sources: tuple[str, ...] = ()
     steps: int | None = None
+    edit: EditFamily | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -107,6 +110,8 @@ class LoraReport:
                 f"a few-step LoRA: preset auto takes {self.steps} steps without guidance, at a "
                 f"strength from {FULL_STRENGTH}"
             )
+        if self.edit is not None and self.edit.is_edit:
+            lines.append(f"an edit LoRA, {self.edit}: for Krea 2 Edit")
         if self.idle:
             count = len(self.idle)
             part = "all" if count == self.matched + self.text_matched else f"{count}"
@@ -163,7 +168,7 @@ def read_lora(
             f"{name} is a control LoRA, which needs a control image; expected a plain LoRA. Use it "
             "with Krea 2 Control LoRA (in Python with the argument control)."
         )
-    report = LoraReport(name, steps=read_steps(name, metadata))
+    report = LoraReport(name, steps=read_steps(name, metadata), edit=read_family(name, metadata))
     headers = [
         read_header_scale(metadata or {}, name, part) for part in ("transformer", "text_encoder")
     ]

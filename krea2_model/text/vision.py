@@ -231,14 +231,7 @@ def resize_for_tower(
         were trained with. side: what both sides become a multiple of. enlarge: smaller ones too.
     Raises ValueError for no image and for one too narrow to have proportions.
     """
-    if pixels.ndim != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
-        raise ValueError(f"The image has shape {tuple(pixels.shape)}; expected (3, height, width).")
-    height, width = pixels.shape[1:]
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(
-            f"The image is {width} x {height} px; expected one side at most 200 times the other. "
-            "Crop it."
-        )
+    height, width = _check_image(pixels)
     if max_side < side:
         raise ValueError(f"max_side is {max_side}; expected at least {side}, the side of a token.")
     scale = max_side / math.sqrt(height * width)
@@ -247,9 +240,38 @@ def resize_for_tower(
     while target[0] * target[1] > max_side**2 and max(target) > side:
         longer = int(target[1] > target[0])
         target[longer] -= side
-    if (height, width) == tuple(target):
+    return _resized(pixels, *target)
+
+
+def resize_to_longest(pixels: Tensor, longest: int, side: int = 32) -> Tensor:
+    """An image (3, H, W) in [0, 1] for the tower, its longest side at most so many pixels.
+
+    Identity-edit LoRAs were trained with 384 to 768. Raises ValueError as `resize_for_tower`.
+    """
+    height, width = _check_image(pixels)
+    scale = min(1.0, longest / max(height, width))
+    return _resized(
+        pixels, *(max(side, round(length * scale / side) * side) for length in (height, width))
+    )
+
+
+def _check_image(pixels: Tensor) -> tuple[int, int]:
+    """Height and width of an image. Raises ValueError for no image and for one too narrow."""
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
+        raise ValueError(f"The image has shape {tuple(pixels.shape)}; expected (3, height, width).")
+    height, width = pixels.shape[1:]
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(
+            f"The image is {width} x {height} px; expected one side at most 200 times the other. "
+            "Crop it."
+        )
+    return height, width
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    if tuple(pixels.shape[1:]) == (height, width):
         return pixels
-    resized = F.interpolate(pixels[None].float(), target, mode="bicubic", antialias=True)
+    resized = F.interpolate(pixels[None].float(), (height, width), mode="bicubic", antialias=True)
     return resized[0].clamp(0, 1).to(pixels.dtype)
 
 

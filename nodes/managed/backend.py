@@ -272,7 +272,7 @@ class ComfyBackend(Backend):
             if not self._has_attended and self.extensions is not None:
                 raise ValueError(
                     "A node of another pack has replaced the model's attention, where prompt "
-                    "weights, regions, Krea 2 Negative (NAG) and cached references have no "
+                    "weights, regions, Krea 2 Negative (NAG), boosts and cached references have no "
                     "effect. Remove that node, or these."
                 )
             return out

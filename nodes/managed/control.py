@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ...krea2_model.config import TransformerConfig
 from ...krea2_model.controls import PreparedControl, check_images, check_mask
 from ...krea2_model.lora.control import AUTO, ControlLora, read_control_lora
 from ...krea2_model.lora.control_files import CHANNELS, REFERENCES
@@ -31,7 +32,7 @@ class ControlFile:
 
     def __init__(self, path: Path, form: str = AUTO):
         self.path, self.form = path, form
-        self._loras: dict[tuple, ControlLora] = {}
+        self._loras: dict[TransformerConfig, ControlLora] = {}
 
     def of(self, model: comfy.model_base.BaseModel) -> ControlLora:
         """The control LoRA for a model. Raises ValueError for a model that cannot take it."""
@@ -163,6 +164,7 @@ class Krea2Control(comfy.controlnet.ControlBase):
         loaded = comfy.model_management.loaded_models(only_currently_used=True)
         latents = [self.vae.encode(image[None].movedim(1, -1)) for image in images]
         comfy.model_management.load_models_gpu(loaded)
+        assert self._model is not None  # by pre_run
         latents = self._model.process_latent_in(torch.cat(latents))
         latents = latents[:, :, 0] if latents.ndim == 5 else latents
         if len(latents) == 1:
@@ -186,14 +188,14 @@ def add_control(conditionings: list, control: Krea2Control) -> list:
     added: dict = {}
     results: list = []
     for conditioning in conditionings:
-        result = None if conditioning is None else []
+        result: list = []
         for states, extra in conditioning or ():
             earlier = extra.get("control")
             if earlier not in added:
                 added[earlier] = control.copy().set_previous_controlnet(earlier)
             options = {"control": added[earlier], "control_apply_to_uncond": False}
-            result.append([states, extra | options])  # type: ignore[union-attr]
-        results.append(result)
+            result.append([states, extra | options])
+        results.append(None if conditioning is None else result)
     return results
 
 

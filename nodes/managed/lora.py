@@ -18,6 +18,8 @@ from ...krea2_model.transformer.model import Krea2Transformer
 
 # In the options of a MODEL: the sampling defaults that a few-step LoRA gives it.
 PRESET = "krea2_preset"
+# And the families of its edit LoRAs, a tuple of `EditFamily`.
+EDIT_FAMILIES = "krea2_edit_families"
 
 
 def checkpoint_preset(model) -> Preset | None:
@@ -86,6 +88,9 @@ def apply_lora(model, clip, path: Path, strength: float, clip_strength: float):
     _add(model, updates, names, strength, path.name)
     if report.steps is not None and strength >= FULL_STRENGTH:
         model.model_options[PRESET] = few_step_preset(report.steps, checkpoint_preset(model))
+    if report.edit is not None and strength != 0:
+        earlier = model.model_options.get(EDIT_FAMILIES, ())
+        model.model_options[EDIT_FAMILIES] = (*earlier, report.edit)
     if clip is not None:
         clip = clip.clone()
         _add(clip.patcher, text_updates, text_names, clip_strength, path.name)

@@ -114,6 +114,30 @@ def test_a_batch_of_control_images_and_other_sizes(run, nano, controlled, outlin
     assert_close(sample(controlled(image=larger.movedim(1, -1))[0]), one, 0.2, "twice the size")
 
 
+@pytest.mark.parametrize("dtype", ["fp8_scaled", "int8_convrot", "bf16"])
+def test_quantised_weights_stay_as_they_are(run, nano, controlled, sample, dtype):
+    model = run("K2ModelLoader", file="krea2-nano (built in)", dtype=dtype)[0]
+    found, plain = sample(controlled()[0], model=model), sample(nano[3], model=model)
+    whole, none = sample(controlled()[0]), sample(nano[3])
+    assert relative_error(found, whole) < 0.5 * relative_error(none, whole)
+    assert relative_error(plain, none) < 0.5 * relative_error(none, whole)
+
+
+def test_a_cancelled_run_leaves_nothing_behind(nano, controlled, sample):
+    model, control = nano[0], controlled()[0]
+    whole = sample(control)
+
+    def cancel(*arguments):
+        raise InterruptedError
+
+    hook = model.model.diffusion_model.blocks[1].register_forward_hook(cancel)
+    with pytest.raises(InterruptedError):
+        sample(control)
+    hook.remove()
+    hooks = [len(each._forward_hooks) for each in model.model.diffusion_model.modules()]
+    assert not any(hooks) and torch.equal(sample(control), whole)
+
+
 def test_refusals(run, nano, controlled, outlines, sample, models):
     _, _, vae, positive, _, _ = nano
 

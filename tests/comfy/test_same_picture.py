@@ -103,6 +103,30 @@ def cached_references(graph, krea2_model):
     return {"references": krea2_model.References(images, cache=True)}
 
 
+def edit(graph, krea2_model, family="identity", **options):
+    pictures = [image(48, 64, 1), image(64, 32, 2)]
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:] = 1.0
+    positive, negative, _, graph.model = graph.run(
+        "K2Edit", model=graph.model, clip=graph.clip, vae=graph.vae, prompt=PROMPT,
+        negative=NEGATIVE, image_1=pictures[0], image_2=pictures[1], family=family, boost=2.0,
+        boost_2=0.5, mask=mask, latent=graph.latent, **options,
+    )  # fmt: skip
+    graph.positive, graph.negative = positive, negative
+    images = [picture[0].movedim(-1, 0) for picture in pictures]
+    return {
+        "edit": krea2_model.Edit(images, family, boost=(2.0, 0.5), boost_mask=mask[0], **options)
+    }
+
+
+def edit_with_cached_references(graph, krea2_model):
+    return edit(graph, krea2_model, "ai-toolkit", cache=True)
+
+
+def guided_edit(graph, krea2_model):
+    return guided(graph, krea2_model) | edit(graph, krea2_model)
+
+
 def nag(graph, krea2_model):
     (graph.model,) = graph.run("K2NegativeGuidance", model=graph.model, negative=graph.negative)[:1]
     return {"negative_guidance": krea2_model.NegativeGuidance()}
@@ -180,12 +204,35 @@ def control_while_inpainting(graph, krea2_model):
     return inpaint(graph, krea2_model, denoise=0.8) | control(graph, krea2_model)
 
 
+def tiles(graph, krea2_model, **options):
+    """An image of two tiles, with a mask of a reference and a control cut to them."""
+    settings = {"overlap": 0.3, **options}
+    (graph.model,) = graph.run("K2TiledSampling", model=graph.model, tile=64, **settings)[:1]
+    size = {"width": 112, "height": 64}
+    (graph.latent,) = graph.run("K2EmptyLatent", aspect="custom", **size)[:1]
+    return {"tiles": krea2_model.TileSettings(64, 0.3), **size}
+
+
+def tiles_with_other_features(graph, krea2_model):
+    mask = torch.zeros(80, 96)
+    mask[:, 20:50] = 1
+    others = control(graph, krea2_model, mask=mask) | references(graph, krea2_model)
+    return tiles(graph, krea2_model) | others | nag(graph, krea2_model)
+
+
+def rotary_scaling(graph, krea2_model):
+    (graph.model,) = graph.run("K2RotaryScaling", model=graph.model, size=64)[:1]
+    (graph.latent,) = graph.run("K2EmptyLatent", aspect="custom", width=128, height=64)[:1]
+    return {"rotary": krea2_model.RotaryScaling(64), "width": 128, "height": 64}
+
+
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
-              references_at_the_step_s_time, weak_references, cached_references, nag, start_image,
+              references_at_the_step_s_time, weak_references, cached_references, edit,
+              edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
-              control_while_inpainting],
-    "raw": [guided, guidance_schedule, step_skipping, control_in_a_window],
+              control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling],
+    "raw": [guided, guided_edit, guidance_schedule, step_skipping, control_in_a_window],
 }  # fmt: skip
 
 
@@ -201,7 +248,7 @@ def test_graph_and_python_give_one_picture(run, pack, loaded, variant, feature):
     options = {"guidance": 0.0, "steps": STEPS} | feature(graph, krea2_model)
     found = graph.picture()
     sigmas = krea2_model.sigma_schedule(options.pop("steps"), 1.15, options.get("denoise", 1.0))
-    size = {} if "start_image" in options else {"height": SIZE, "width": SIZE}
+    size = {} if {"start_image", "width"} & options.keys() else {"height": SIZE, "width": SIZE}
     expected = pipeline(
         PROMPT, NEGATIVE, seed=SEED, prompt_weights=True, output_type="pt", sigmas=sigmas,
         **size, **options,

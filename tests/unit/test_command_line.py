@@ -79,7 +79,7 @@ def test_errors_are_one_line(capsys, arguments, message):
     assert error.startswith("krea2: error: ") and message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("option", ["--start-image", "--reference", "--image"])
+@pytest.mark.parametrize("option", ["--start-image", "--reference", "--image", "--edit"])
 @pytest.mark.parametrize("content", [None, b"no picture", "cut"])
 def test_no_picture_is_said_before_weights_are_read(tmp_path, capsys, monkeypatch, option, content):
     path = tmp_path / "photo.png"
@@ -146,3 +146,21 @@ def test_expand_refuses_nano(tokenizer_folder, capsys):
     assert "krea2-nano's text encoder is random and cannot write" in capsys.readouterr().err
     assert main(["expand", "a fox"]) == 2
     assert "Name the weights: --model or --text-encoder." in capsys.readouterr().err
+
+
+def test_edits_are_made_again(tokenizer_folder, tmp_path, capsys):
+    """By krea2-nano's reference LoRA, whose name tells its family; and what does not go along."""
+    photo, output, again = (tmp_path / name for name in ("photo.png", "edit.png", "again.png"))
+    Image.effect_noise((128, 96), 90).save(photo)
+    lora = ["--model", "nano-raw", "--lora", "krea2_nano_reference_lora.safetensors"]
+    edit = ["--edit", str(photo), "--edit-task", "removal", "--edit-boost", "2", "--steps", "2"]
+    assert main(["a green star", *lora, *edit, "--output", str(output)]) == 0
+    with Image.open(output) as picture:
+        assert picture.size == (128, 96)
+    assert main(["again", str(output), "--output", str(again), "--edit", str(photo)]) == 0
+    assert again.read_bytes() != b"" and np.array_equal(Image.open(again), Image.open(output))
+    capsys.readouterr()
+    for more, words in ((["--image", str(photo)], "leave --image out"),
+                        (["--edit", str(photo)] * 2, "There are 3 pictures")):  # fmt: skip
+        assert main(["a green star", *lora, *edit, *more]) == 2
+        assert words in capsys.readouterr().err

@@ -18,6 +18,7 @@ from krea2_model import nano, public
 from krea2_model.cli import choices
 from krea2_model.cli.main import main
 from krea2_model.cli.parser import COMMANDS, command_parser
+from krea2_model.edits import FAMILIES, TASKS
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.memory.plan import OFFLOADS
 from krea2_model.pipeline import Krea2Pipeline
@@ -77,6 +78,7 @@ def test_words_and_defaults_in_help_are_those_of_the_code():
     assert choices.OFFLOADS == OFFLOADS and tuple(LENGTHS) == choices.LENGTHS
     assert choices.PARTS == PARTS and choices.QUANTISATIONS == QUANTISATIONS
     assert choices.REFERENCE_METHODS == REFERENCE_METHODS
+    assert choices.EDIT_FAMILIES == FAMILIES and tuple(TASKS) == choices.EDIT_TASKS
     assert str(MAX_VARIANTS) == "16"
     text, nag = command_parser("generate").format_help(), NegativeGuidance()
     for name in ("scale", "blend", "limit", "end"):

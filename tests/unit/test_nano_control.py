@@ -76,4 +76,9 @@ def test_without_it_the_prompt_alone_misses_the_place(turbo):
     off = turbo(prompts[0], control=dataclasses.replace(control, strength=0.0), **one)
     assert np.array_equal(off, turbo(prompts[0], **one))
     followed = turbo(prompts[0], control=[control], **one)
+    # The same by the stages of a run.
+    noise = turbo.prepare_latents(seed=0)
+    text, sigmas = turbo.encode_prompt(prompts[0]), turbo.schedule(noise)
+    stages = turbo.decode(turbo.denoise(noise, text, sigmas=sigmas, control=control))
+    assert np.array_equal(stages[0].movedim(0, -1).numpy(), followed[0])
     assert overlap(followed[0], cases[0].drawn, background_colour(followed[0])) > 0.8

@@ -41,6 +41,8 @@ def test_there_are_examples():
     twins = (ROOT / "tests" / "workflows").glob("*.json")
     assert {path.stem for path in EXAMPLES} == {path.stem for path in twins}
     assert {path.stem for path in EXAMPLES} >= {
+        "krea2_control",
+        "krea2_edit",
         "krea2_image_to_image",
         "krea2_inpaint",
         "krea2_inpaint_detail",
@@ -133,7 +135,10 @@ def test_loaders_say_where_their_files_come_from(workflow):
         assert set(_files(node)) <= {model["name"] for model in models}
         for model in models:
             assert model["url"].startswith("https://huggingface.co/")
-            assert model["url"].endswith(f"/resolve/main/{model['directory']}/{model['name']}")
+            # Other people's repositories have folders of their own.
+            folder = f"{model['directory']}/" if "/Comfy-Org/" in model["url"] else ""
+            assert "/resolve/main/" in model["url"]
+            assert model["url"].endswith(f"/{folder}{model['name']}")
             assert model["directory"] in {"diffusion_models", "text_encoders", "vae", "loras"}
             assert f"[{model['name']}]({model['url']}) | `{model['directory']}` |" in notes
 

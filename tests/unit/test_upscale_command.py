@@ -1,0 +1,41 @@
+"""The second stage on the command line, and the same picture again."""
+
+import pytest
+from PIL import Image
+
+from krea2_model.cli.main import main
+
+
+@pytest.fixture
+def krea2(tmp_path, monkeypatch, tokenizer_folder, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, code=0):
+        assert main([*words, "--quiet"]) == code
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_pictures_are_made_larger_and_made_again(krea2, tmp_path):
+    common = ("--model", "nano", "--upscale", "2", "--width", "64", "--height", "48")
+    krea2("a green star", *common, "--output", "a.png", "--steps", "2")
+    alone = ("--start-image", "a.png", "--denoise", "0", "--upscale", "1.5")
+    krea2("a green star", "--model", "nano", *alone, "--output", "b.png")
+    for name, size in (("a.png", (128, 96)), ("b.png", (192, 144))):
+        krea2("again", name, "--output", f"again_{name}")
+        pictures = [Image.open(tmp_path / prefix) for prefix in (name, f"again_{name}")]
+        assert pictures[0].size == size
+        assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--denoise", "0"), "--denoise 0 changes nothing"),
+        (("--upscale", "1"), "--upscale"),
+        (("--upscale", "2", "--start-image", "a.png", "--mask", "a.png"), "do not go together"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(krea2, words, message):
+    assert message in krea2("a star", "--model", "nano", *words, code=2)
