@@ -39,6 +39,7 @@ __all__ = [
     "ReferenceSettings",
     "References",
     "RotaryScaling",
+    "StyleTransfer",
     "TextEncoderConfig",
     "TileSettings",
     "TransformerConfig",

@@ -20,9 +20,9 @@ from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
 from .style_transfer import StyleRun
 from .tiles import Tile, TileSettings, tiles_at
+from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
-from .transformer.model import Krea2Transformer
 from .transformer.rotary_scaling import RotaryScaling, Stretch
 from .transformer.style_attention import StyleKeys
 from .transformer.text_attention import TextStates

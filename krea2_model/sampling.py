@@ -121,6 +121,7 @@ def denoise(
         [reference.latents for reference in images],
         shared,
         features or RunFeatures(),
+        sigmas,
     )
     velocity_at: Velocity = velocity
     if inpaint is not None:
@@ -143,8 +144,9 @@ class _GuidedVelocity:
         reference_latents: Sequence[Tensor],
         shared: SharedTexts | None,
         features: RunFeatures,
+        sigmas: Sequence[float],
     ):
-        self.transformer, self._features = transformer, features
+        self.transformer, self._features, self._sigmas = transformer, features, sigmas
         self._positive, self._negative = texts
         self._guidance, self._schedule, self._sigma_at = guidance, schedule, sigma_at
         self._nag, self._nag_window = nag, NEVER if nag is None else nag.window(sigma_at)
@@ -203,7 +205,10 @@ class _GuidedVelocity:
         negative: TextStates | None = None,
         nag: NegativeGuidance | None = None,
     ) -> Tensor:
-        """The velocity for one text, in float32. options, cache: of `_options`. style: of a step."""
+        """The velocity for one text, in float32.
+
+        options, cache: of `_options`. style: of the step.
+        """
         states, mask = step.join(text.states, text.mask)
         attention, backend = None, {}
         if text.weights is not None or negative is not None or step.texts:
@@ -232,7 +237,7 @@ class _GuidedVelocity:
             velocity = self.transformer(latents.to(device), timestep, states, None, **call)
             return velocity.float()
 
-        style.prepare(sigma, len(self.transformer.blocks), evaluate)
+        style.prepare(sigma, self._sigmas, len(self.transformer.blocks), evaluate)
 
     def _options(
         self, references: list[Reference], sigma: float, device: torch.device

@@ -124,6 +124,7 @@ class Trajectory:
     """
 
     def __init__(self, latents: Tensor, sigmas: Sequence[float]):
+        # Sigmas and latents, these on the device of the picture's own.
         self._points: list[tuple[float, Tensor]] = [(0.0, latents.float())]
         self._sigmas = _rising(sigmas)
         self._velocity: Tensor | None = None
@@ -144,14 +145,14 @@ class Trajectory:
         distance, velocity = following - now, self._velocity
         if velocity is None:
             velocity = evaluate(latents, following, None)
-        velocity = evaluate(latents + distance * velocity, following, None)
+        velocity = evaluate(latents + distance * velocity.to(latents), following, None)
         if not torch.isfinite(velocity).all():
             raise ValueError(
                 f"The inversion of the style picture gave NaN or infinite values at sigma "
                 f"{following:.4f}. Load the model as bf16 or fp32."
             )
         self._velocity = velocity
-        self._points.append((following, latents + distance * velocity))
+        self._points.append((following, latents + distance * velocity.to(latents)))
 
 
 def _rising(sigmas: Sequence[float]) -> list[float]:
@@ -164,13 +165,40 @@ def _rising(sigmas: Sequence[float]) -> list[float]:
     return [rising[0] * step / steps for step in range(1, steps)] + rising
 
 
-class StyleRun:
-    """The style pictures of a run.
+class Inversions:
+    """Trajectories that runs with the same model, text and sigmas share, those of the last run."""
 
-    latents: (1 or B, C, h, w) of each, normalised. shares: of each, see `style_shares`.
-    text: of their passes, (1, L, width).
-    trajectories: of each, which runs with the same model, text and sigmas may share.
+    def __init__(self):
+        self._last: tuple[object, list[Trajectory]] | None = None
+
+    def get(self, key: object, make: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        """The trajectories for a key, None for ones that no run shares."""
+        if key is None:
+            return make()
+        if self._last is None or self._last[0] != key:
+            self._last = key, make()
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class StylePictures:
+    """Style pictures of a run: latents (1 or B, C, h, w) of each, normalised, and its share.
+
     share_at: where in the image they act; None is everywhere.
+    inversions: shared by runs, or None.
+    """
+
+    latents: Sequence[Tensor]
+    shares: Sequence[float]
+    share_at: ShareAt | None = None
+    inversions: Inversions | None = None
+
+
+class StyleRun:
+    """The style pictures in a run.
+
+    text: of their passes, (1, L, width); L may be 0.
+    key: of the model and the text, for `Inversions`.
 
     `prepare` is called at each step, before the image's calls, and `keys` for each of these.
     """
@@ -178,50 +206,50 @@ class StyleRun:
     def __init__(
         self,
         settings: StyleSettings,
-        latents: Sequence[Tensor],
-        shares: Sequence[float],
+        pictures: StylePictures,
         text: TextStates,
-        trajectories: Sequence[Trajectory],
         sigma_at: SigmaAt,
-        share_at: ShareAt | None = None,
+        key: object = None,
     ):
-        used = [share > 0 for share in shares]
+        used = [
+            (own, share)
+            for own, share in zip(pictures.latents, pictures.shares, strict=True)
+            if share > 0
+        ]
         self.settings, self.text = settings, text
-        self._trajectories = [t for t, is_used in zip(trajectories, used, strict=True) if is_used]
-        self._grids = [
-            grid_size(own, PATCH) for own, is_used in zip(latents, used, strict=True) if is_used
-        ]
-        self._counts = [
-            token_count(own) for own, is_used in zip(latents, used, strict=True) if is_used
-        ]
-        self._shares = [share for share in shares if share > 0]
-        self._window, self._share_at = settings.window(sigma_at), share_at
+        self._latents, self._shares = [own for own, _ in used], [share for _, share in used]
+        self._share_at, self._key = pictures.share_at, key
+        self._inversions = pictures.inversions or Inversions()
+        self._window = settings.window(sigma_at)
+        self._trajectories: list[Trajectory] | None = None
         # The sigma of a step, and of each picture its keys and values by block.
         self._step: tuple[float, list[dict[int, BlockStyle]]] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all pictures."""
-        return sum(self._counts)
 
     def acts_at(self, sigma: float) -> bool:
         """True in a step that begins at a sigma."""
         return self._window.contains(sigma)
 
-    def prepare(self, sigma: float, layers: int, evaluate: StylePass) -> None:
+    def prepare(
+        self, sigma: float, sigmas: Sequence[float], layers: int, evaluate: StylePass
+    ) -> None:
         """Compute keys and values for a step that begins at a sigma; those before are freed.
 
-        layers: number of the model's blocks.
+        sigmas: of the run. layers: number of the model's blocks.
         """
         if self._step is not None and self._step[0] == sigma:
             return
         self._step = None
         if not self.acts_at(sigma):
             return
+        if self._trajectories is None:
+            key = None if self._key is None else (self._key, tuple(sigmas))
+            self._trajectories = self._inversions.get(
+                key, lambda: [Trajectory(own, sigmas) for own in self._latents]
+            )
         recorded = []
-        for trajectory, count in zip(self._trajectories, self._counts, strict=True):
+        for trajectory in self._trajectories:
             latents = trajectory.at(sigma, evaluate)
-            text = self.text.states.shape[1]
+            text, count = self.text.states.shape[1], token_count(latents)
             recorder = StyleRecorder(text, count, self.settings.blocks(layers))
             evaluate(latents, sigma, recorder)
             recorded.append(recorder.blocks)
@@ -253,8 +281,8 @@ class StyleRun:
         # Left of the image: at places of its own, and no further away than tokens of an image of
         # twice the width are from each other.
         shifts = [
-            transformer.rotation((0, row, column - columns), device)
-            for _, columns in self._grids
+            transformer.rotation((0, row, column - grid_size(own, PATCH)[1]), device)
+            for own in self._latents
         ]
         factors = [settings.strength * share * within for share in self._shares]
         amount = settings.value_statistics * min(1.0, settings.strength) * within

@@ -48,9 +48,7 @@ class StyleRecorder:
     def attend(self, attention, block, query, key, value, mask):
         if self._first <= block < self._end:
             own = value[:, :, self._tokens].clone()
-            self.blocks[block] = BlockStyle(
-                key[:, :, self._tokens].clone(), own, *_statistics(own)
-            )
+            self.blocks[block] = BlockStyle(key[:, :, self._tokens].clone(), own, *_statistics(own))
         return attention(query, key, value, mask)
 
 
