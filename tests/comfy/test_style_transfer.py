@@ -64,7 +64,7 @@ def test_off_is_bit_exact(nano, styled, sample):
 
 
 def test_passes_of_a_run_and_of_the_next(nano, styled, sample, calls):
-    """An inversion of 4 calls, one pass a step for both texts; the next run inverts no more."""
+    """An inversion of 4 calls and one pass a step; the next run inverts no more."""
     model = styled()
     first = sample(model, guidance=2.0)
     assert calls.count(STYLE) == 4 + 3
@@ -82,16 +82,30 @@ def test_passes_of_a_run_and_of_the_next(nano, styled, sample, calls):
     assert calls.count(STYLE) == 4 + 3
 
 
-def test_where_others_change_the_model_each_text_has_its_own_passes(nano, styled, sample, calls):
-    """And the picture is the same: nothing is shared that they could change."""
+def test_where_others_change_the_model_no_run_shares_an_inversion(nano, styled, sample, calls):
+    """And the picture is the same."""
     model = styled()
     first = sample(model, guidance=2.0)
     calls.clear()
     hook = nano[0].model.diffusion_model.first.register_forward_hook(lambda *_: None)
     found = sample(model, guidance=2.0)
     hook.remove()
-    assert calls.count(STYLE) == 2 * (4 + 3)
+    assert calls.count(STYLE) == 4 + 3
     assert_close(found, first, 1e-4, "with an idle hook")
+
+
+def test_the_negative_has_no_style(nano, styled, sample):
+    """So guidance pushes away from the picture without the style."""
+    model, empty = styled(), styled(strength=0.0)
+    both = sample(model, guidance=2.0)
+    alone = sample(model)
+    assert relative_error(both, alone) > 0.05
+    names = {"positive": nano[4], "negative": nano[3]}
+    assert relative_error(sample(model, guidance=2.0, **names), both) > 0.05
+    # One text for both: without a style guidance would change nothing.
+    same = {"negative": nano[3]}
+    assert_close(sample(empty, guidance=2.0, **same), sample(empty), 1e-4, "no style")
+    assert relative_error(sample(model, guidance=2.0, **same), alone) > 0.05
 
 
 def test_a_lora_behind_the_node_changes_the_inversion(run, styled, sample, calls):
