@@ -38,6 +38,8 @@ __all__ = [
     "Reference",
     "ReferenceSettings",
     "References",
+    "Region",
+    "Regions",
     "RotaryScaling",
     "TextEncoderConfig",
     "TileSettings",

@@ -40,11 +40,12 @@ from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
+from .regions import PreparedRegions, Region, Regions
 from .sampling import denoise as denoising_steps
 from .schedule import check_guidance, check_sigmas, resolve_mu, schedule_of, sigma_schedule
 from .text.prompt_images import PromptImage, grid_of
 from .tiles import TileSettings
-from .transformer.patches import token_count
+from .transformer.patches import PATCH, grid_size, token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
@@ -101,6 +102,7 @@ class Krea2Pipeline(LoadedParts):
         upscale: Upscale | float | None = None,
         progress: bool = False,
         edit: Edit | Picture | Sequence[Picture] | None = None,
+        regions: Regions | Sequence[Region] | None = None,
     ) -> Images:
         """Generate images.
 
@@ -144,6 +146,8 @@ class Krea2Pipeline(LoadedParts):
         edit: one or two pictures to edit as the prompt says, or `Edit` with options; needs an edit
             LoRA, see `edits`. They stand in front of negatives too. The size is that of the first,
             up to two megapixels, where no other is given.
+
+        regions: prompts for parts of the images, each with a `Region`; or `Regions` with options.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.
         Raises ValueError that names the argument, what was expected and the remedy.
@@ -211,6 +215,10 @@ class Krea2Pipeline(LoadedParts):
 
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
+        places = None if regions is None else Regions.of(regions)
+        prepared = None
+        if places is not None:
+            prepared = places.prepared(self._loras[0].shapes, grid_size(noise, PATCH))
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
@@ -225,6 +233,9 @@ class Krea2Pipeline(LoadedParts):
             before = None if plan is None else images
             negative = self.encode_prompt(negatives, images=before, **options)
         assert positive is not None  # of prompts or of embeddings
+        in_regions: list[PromptEmbeds] = []
+        if places is not None:
+            in_regions = [self.encode_prompt(text, **options) for text in places.prompts()]
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:
             encoded = self.encode(start[None]).to(noise)
@@ -243,6 +254,8 @@ class Krea2Pipeline(LoadedParts):
             "negative_guidance": negative_guidance,
             "guidance_schedule": guidance_schedule,
             "rotary": rotary,
+            "regions": prepared,
+            "in_regions": in_regions,
             "progress": progress,
         }
         if sigmas is not None:
@@ -502,6 +515,8 @@ class Krea2Pipeline(LoadedParts):
         inpaint: LatentMask | None = None,
         tiles: TileSettings | None = None,
         rotary: RotaryScaling | None = None,
+        regions: PreparedRegions | None = None,
+        in_regions: Sequence[PromptEmbeds] = (),
         progress: bool = False,
         **options,
     ) -> Tensor:
@@ -519,6 +534,13 @@ class Krea2Pipeline(LoadedParts):
             first = options["sigmas"][0]
             sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
             features = controls.features(shown, sigma_at)
+            if regions is not None:
+                own = regions.features(
+                    lambda number: in_regions[number].fuse(self.transformer),
+                    self.transformer,
+                    sigma_at,
+                )
+                features = replace(features, regions=own.regions, loras=features.loras + own.loras)
             features = replace(features, tiles=tiles, rotary=rotary)
             texts = [
                 StepTexts(text, self.transformer, len(latents) // len(text.taps), features)

@@ -15,6 +15,7 @@ from .edits import Edit
 from .guidance import GuidanceSchedule
 from .inpainting import Inpaint
 from .pipeline import Krea2Pipeline
+from .regions import Region, Regions
 from .sampling import denoise
 from .schedule import shift_mu, sigma_schedule
 from .text.encoder import Qwen3VLTextEncoder

@@ -18,6 +18,7 @@ from .loras import K2LoraLoader
 from .prompt_images import K2TextEncodeImages
 from .prompts import K2TextEncode
 from .references import K2Reference
+from .regions import K2Regions
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .speed import K2Approximate, K2Compile
@@ -38,6 +39,7 @@ NODES = [
     K2Reference,
     K2Edit,
     K2ControlLora,
+    K2Regions,
     K2TapWeights,
     K2PromptBatch,
     K2EmptyLatent,

@@ -3,6 +3,8 @@
 The graph runs ComfyUI's sampler on ComfyUI's managed model, Python the pipeline's own loop.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -226,13 +228,49 @@ def rotary_scaling(graph, krea2_model):
     return {"rotary": krea2_model.RotaryScaling(64), "width": 128, "height": 64}
 
 
+TWO = [
+    {"prompt": "a red circle", "box": [0, 0, 0.5, 1], "soft": 0.1},
+    {"prompt": "a (blue:1.2) star", "box": [0.5, 0, 0.5, 1], "strength": 1.5, "end": 0.7},
+]
+
+
+def regions(graph, krea2_model, entries=TWO, **options):
+    graph.positive, graph.negative = graph.run(
+        "K2Regions", clip=graph.clip, positive=graph.positive, negative=graph.negative,
+        model=graph.model, latent=graph.latent, regions=json.dumps(entries), **options,
+    )[:2]  # fmt: skip
+    given = [krea2_model.Region(**entry) for entry in entries]
+    return {"regions": krea2_model.Regions(given, **options)}
+
+
+def regions_with_other_features(graph, krea2_model):
+    """A LoRA in a region, a reference, a control and a negative by attention guidance."""
+    files = {
+        "graph": "krea2-nano notebook (built in)",
+        "python": krea2_model.nano.LORA,
+    }
+    with_lora = {**TWO[0], "loras": [[files["graph"], 0.8]]}
+    options = regions(graph, krea2_model, [with_lora, TWO[1]], separate=0.2, text_factor=0.5)
+    region = krea2_model.Region(**{**with_lora, "loras": [(files["python"], 0.8)]})
+    others = [region, *options["regions"].regions[1:]]
+    merged = krea2_model.Regions(others, text_factor=0.5, separate=0.2)
+    extra = control(graph, krea2_model) | references(graph, krea2_model) | nag(graph, krea2_model)
+    return {"regions": merged, **extra}
+
+
+def guided_regions(graph, krea2_model):
+    return guided(graph, krea2_model) | regions_with_other_features(graph, krea2_model)
+
+
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
               references_at_the_step_s_time, weak_references, cached_references, edit,
               edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
-              control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling],
-    "raw": [guided, guided_edit, guidance_schedule, step_skipping, control_in_a_window],
+              control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
+              regions, regions_with_other_features],
+    "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
+            control_in_a_window],
 }  # fmt: skip
 
 

@@ -66,6 +66,10 @@ INPUTS = {
         *("raw", "turbo", "positive", "negative", "latent", "turbo_last", "seed", "raw_steps"),
         "guidance",
     ],
+    "K2Regions": [
+        *("clip", "positive", "negative", "regions", "masks", "model", "latent", "places"),
+        *("text_factor", "separate", "weights"),
+    ],
     "K2Upscale": [
         *("model", "positive", "negative", "vae", "image", "latent", "upscale_model", "scale"),
         *("sigma", "seed", "method", "parts", "steps", "guidance", "tile", "overlap"),
@@ -106,6 +110,7 @@ OUTPUTS = {
     "K2Inspect": ["STRING"],
     "K2GuidanceSchedule": ["MODEL"],
     "K2TwoStage": ["LATENT"],
+    "K2Regions": ["CONDITIONING", "CONDITIONING"],
     "K2Upscale": ["LATENT"],
     "K2TiledSampling": ["MODEL"],
     "K2RotaryScaling": ["MODEL"],
