@@ -21,6 +21,7 @@ __all__ = [
     "RAW",
     "TURBO",
     "CheckpointError",
+    "DetailAreas",
     "GuidanceSchedule",
     "Inpaint",
     "Krea2Pipeline",

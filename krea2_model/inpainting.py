@@ -64,7 +64,7 @@ class Canvas:
 
     def __init__(self, image: Picture, inpaint: Inpaint):
         self._original = pixels_of(image, "start_image").movedim(0, -1)[None]
-        mask = mask_for(_mask_pixels(inpaint.mask), self._original)
+        mask = mask_for(mask_pixels(inpaint.mask, "inpaint"), self._original)
         self._repaint = repaint_mask(mask, inpaint.grow, inpaint.feather, inpaint.soft)
         if not self._repaint.any():
             raise ValueError(f"{EMPTY}nothing would be painted. White in the mask is painted.")
@@ -82,9 +82,9 @@ class Canvas:
 
 @dataclass(frozen=True)
 class LatentMask:
-    """A mask (1, 1, h, w) of latents, 1 where they are painted, and what stays elsewhere.
+    """A mask (1 or B, 1, h, w) of latents, 1 where they are painted, and what stays elsewhere.
 
-    original: latents (1, C, h, w). noise: of the run, (B, C, h, w). soft: see `Inpaint`.
+    original: latents (1 or B, C, h, w). noise: of the run, (B, C, h, w). soft: see `Inpaint`.
     """
 
     mask: Tensor
@@ -124,8 +124,8 @@ class MaskedVelocity:
         return 1.0 - fraction_at(min(1.0, sigma), self._sigma_at)
 
 
-def _mask_pixels(mask: Picture) -> Tensor:
-    """A mask (1, H, W): a picture's grey."""
+def mask_pixels(mask: Picture, name: str) -> Tensor:
+    """A mask (1, H, W): a picture's grey. name: of the argument, for messages."""
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.array(mask))
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -134,7 +134,7 @@ def _mask_pixels(mask: Picture) -> Tensor:
         mask = mask.movedim(-1, 0)
     if not isinstance(mask, (Tensor, str, PathLike)) and not hasattr(mask, "convert"):
         raise ValueError(
-            f"inpaint is {type(mask).__name__}; expected a mask: an image in grey, the path of "
+            f"{name} is {type(mask).__name__}; expected a mask: an image in grey, the path of "
             "one, or numbers (height, width) in [0, 1]."
         )
     return pixels_of(mask, "The mask").mean(dim=0, keepdim=True)

@@ -10,6 +10,7 @@ from .checkpoints.text_encoder import load_text_encoder
 from .checkpoints.transformer import load_transformer, save_transformer
 from .checkpoints.vae import load_vae
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
+from .detail import DetailAreas
 from .guidance import GuidanceSchedule
 from .inpainting import Inpaint
 from .pipeline import Krea2Pipeline

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
+from .detailer import K2Detailer
 from .diagnostics import K2Inspect, K2SelfCheck
 from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
@@ -50,6 +51,7 @@ NODES = [
     K2Outpaint,
     K2CropForInpaint,
     K2Stitch,
+    K2Detailer,
     K2ContactSheet,
     K2Compile,
     K2Approximate,
