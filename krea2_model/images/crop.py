@@ -201,16 +201,24 @@ def align_to_original(original: Tensor, painted: Tensor, mask: Tensor) -> tuple[
     """The painted images in the original's size, and the mask limited to the part they show.
 
     Sides that were continued to multiples of 16 are cut at the right and bottom; sides that the
-    VAE cropped to multiples of 8, on both ends alike, are put back there.
+    VAE cropped to multiples of 8, on both ends alike, are put back there. The image of a decoder
+    that doubles the size is reduced.
     """
     height, width = original.shape[1:3]
     rows, columns = painted.shape[1:3]
-    if not (-8 < rows - height < MULTIPLE and -8 < columns - width < MULTIPLE):
-        raise ValueError(
-            f"The painted image is {columns} x {rows} px and the original {width} x {height}; "
-            "expected the same size. Connect the image that was encoded, or put a crop back with "
-            "Krea 2 Stitch."
-        )
+
+    def is_near(rows: int, columns: int) -> bool:
+        return -8 < rows - height < MULTIPLE and -8 < columns - width < MULTIPLE
+
+    if not is_near(rows, columns):
+        if not is_near(rows // 2, columns // 2):
+            raise ValueError(
+                f"The painted image is {columns} x {rows} px and the original {width} x {height}; "
+                "expected the same size. Connect the image that was encoded, or put a crop back "
+                "with Krea 2 Stitch."
+            )
+        rows, columns = rows // 2, columns // 2
+        painted = resize(painted, columns, rows)
     painted = painted[:, :height, :width]
     top, left = max(0, height - rows) // 2, max(0, width - columns) // 2
     bottom, right = max(0, height - rows) - top, max(0, width - columns) - left

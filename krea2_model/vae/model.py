@@ -236,7 +236,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_dim, h, w) to (B, 3, H, W)."""
+    """(B, z_dim, h, w) to (B, 3, H, W).
+
+    With `config.upscale` the last convolution gives the pixels of a block as channels, in the order
+    of `F.pixel_shuffle`.
+    """
 
     def __init__(self, config: VAEConfig, layers, **factory):
         super().__init__()
@@ -245,22 +249,26 @@ class Decoder(nn.Module):
         self.conv1 = layers.Conv2d(config.z_dim, channels, 3, padding=1, **factory)
         self.middle = middle_blocks(channels, layers, **factory)
         self.upsamples = stage_blocks(stages, layers, **factory)
-        self.head = head_blocks(stages[-1].out_channels, config.image_channels, layers, **factory)
+        self.upscale = config.upscale
+        out_channels = config.image_channels * config.upscale**2
+        self.head = head_blocks(stages[-1].out_channels, out_channels, layers, **factory)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.middle(self.conv1(latents))
         for block in self.upsamples:
             hidden = block(hidden)
-        return self.head(hidden)
+        image = self.head(hidden)
+        return image if self.upscale == 1 else F.pixel_shuffle(image, self.upscale)
 
 
 class QwenImageVAE(nn.Module):
     """Encoder and decoder between images in [-1, 1] and normalised latents.
 
     Images are (B, 3, H, W) with H and W multiples of `config.downscale` (8), latents
-    (B, 16, H/8, W/8). Work runs in the dtype of the weights, one image of a batch at a time to
-    bound memory; results are contiguous float32. Weights in channels_last, as `slice_temporal`
-    gives them and `load_state_dict(..., assign=True)` keeps them, spare a conversion a call.
+    (B, 16, H/8, W/8); decoded images are `config.upscale` times as large. Work runs in the dtype of
+    the weights, one image of a batch at a time to bound memory; results are contiguous float32.
+    Weights in channels_last, as `slice_temporal` gives them and `load_state_dict(..., assign=True)`
+    keeps them, spare a conversion a call.
     Gradients flow through every method.
     """
 
@@ -344,12 +352,17 @@ class QwenImageVAE(nn.Module):
         tile: int = 1024,
         overlap: int = 128,
         progress: Progress | None = None,
+        out_device: torch.device | str | None = None,
     ) -> Tensor:
-        """`decode` in overlapping square tiles; see `encode_tiled`."""
+        """`decode` in overlapping square tiles; see `encode_tiled`.
+
+        `tile` and `overlap` are in pixels of the size that the latents were encoded from. Besides
+        one tile's activations there is the image alone, on `out_device` (the latents' by default).
+        """
         self._check("latents", latents, self.config.z_dim)
-        sides = [side * self.config.downscale for side in latents.shape[2:]]
+        sides = [side * self.config.decoded_cell for side in latents.shape[2:]]
         size = (latents.shape[0], self.config.image_channels, *sides)
-        images = latents.new_zeros(size, dtype=torch.float32)
+        images = latents.new_zeros(size, dtype=torch.float32, device=out_device)
         cell = self.config.downscale
         return convert_tiled(latents, images, self.decode, cell, tile, overlap, progress)
 

@@ -23,6 +23,8 @@ def convert_tiled(
 ) -> Tensor:
     """Convert `source` (images or latents) a tile at a time into `result`, which is zeros.
 
+    `result` may be on another device than `source`.
+
     cell: pixels along a latent cell. tile, overlap: in pixels, multiples of it.
     """
     if tile % cell or overlap % cell or not 0 <= overlap < tile:
@@ -41,9 +43,10 @@ def convert_tiled(
     for rows, row_weight in zip(row_spans, row_weights, strict=True):
         for columns, column_weight in zip(column_spans, column_weights, strict=True):
             part = source[..., _slice(rows, source_cell), _slice(columns, source_cell)]
-            weight = (row_weight[:, None] * column_weight).to(result.device)
+            converted = convert(part)
+            converted *= (row_weight[:, None] * column_weight).to(converted.device)
             place = result[..., _slice(rows, result_cell), _slice(columns, result_cell)]
-            place += convert(part) * weight
+            place += converted.to(place.device)
             done += 1
             if progress is not None:
                 progress(done, len(row_spans) * len(column_spans))

@@ -39,7 +39,7 @@ class Krea2VAE(comfy.sd.VAE):
     def __init__(self, state, dtype=None, device=None, disable_dynamic=False):
         # comfy.sd.VAE offers no way in for other models, so its fields are set here.
         management, config = comfy.model_management, state.config
-        self.downscale_ratio = self.upscale_ratio = config.downscale
+        self.downscale_ratio, self.upscale_ratio = config.downscale, config.decoded_cell
         self.downscale_index_formula = self.upscale_index_formula = None
         self.latent_channels, self.latent_dim = config.z_dim, 2
         self.output_channels, self.pad_channel_value = config.image_channels, 1.0
@@ -84,7 +84,7 @@ class Krea2VAE(comfy.sd.VAE):
     ):
         """As `decode`, in square tiles; sizes are in latent cells, as core passes them."""
         latents = self._latents(samples)
-        tile, overlap = self._tiling(tile_x, tile_y, overlap, self.upscale_ratio)
+        tile, overlap = self._tiling(tile_x, tile_y, overlap, self.downscale_ratio)
         self._load(
             self.memory_used_decode((*latents.shape[:2], tile // 8, tile // 8), self.vae_dtype)
         )
@@ -139,7 +139,8 @@ class Krea2VAE(comfy.sd.VAE):
     def _with_fallback(self, source, convert, convert_tiled, finish):
         """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles."""
         # Images and latents alike by their sides in pixels.
-        pixels = max(source.shape[-2:]) * (self.upscale_ratio if finish == self._to_images else 1)
+        cell = self.downscale_ratio if finish == self._to_images else 1
+        pixels = max(source.shape[-2:]) * cell
         attempts = [convert]
         for tile in FALLBACK_TILES:
             if tile < pixels:
@@ -191,7 +192,9 @@ class Krea2VAE(comfy.sd.VAE):
 
     def _decode_tiles(self, latents, tile, overlap):
         model = self.first_stage_model
-        return model.decode_tiled(_normalise(latents), tile, overlap, _progress())
+        latents = _normalise(latents)
+        # The whole image may be larger than what the device has beside a tile.
+        return model.decode_tiled(latents, tile, overlap, _progress(), self.output_device)
 
     def _encode_tiles(self, images, tile, overlap):
         model = self.first_stage_model

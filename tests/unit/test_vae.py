@@ -436,8 +436,10 @@ def test_other_models_are_refused_by_what_differs():
                 if name != "encoder.downsamples.7.residual.6.bias"
             }
         )
-    with pytest.raises(ValueError, match=r"decoder.head.2.weight has shape \(12, 16, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"decoder.head.2.bias has shape \(3,\), expected \(12,\)"):
         infer_vae_config(shapes | {"decoder.head.2.weight": (12, 16, 3, 3)})
+    with pytest.raises(ValueError, match="decoder gives 5 channels; expected 3, or 12"):
+        infer_vae_config(shapes | {"decoder.head.2.weight": (5, 16, 3, 3)})
     with pytest.raises(ValueError, match="encoder.extra is unknown"):
         infer_vae_config(shapes | {"encoder.extra": (1,)})
     with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] residual blocks"):
