@@ -72,11 +72,9 @@ def test_a_file_in_original_names_is_the_same_and_is_described(vae, original_nam
 
 def test_tiles_are_of_twice_the_size_too(vae):
     latents, calls = random(1, 16, 16, 24), []
-    tiled = vae.decode_tiled(latents, 64, 32, lambda done, total: calls.append(total))
-    assert tiled.shape == (1, 3, 256, 384) and set(calls) == {15}
-    assert torch.equal(vae.decode_tiled(latents, 256, 64), vae.decode(latents))
-    part = vae.decode(latents[..., :8, :8])
-    assert_close(tiled[..., :64, :64], part[..., :64, :64], 1e-5, "the first tile's own corner")
+    tiled = vae.decode_tiled(latents, 64, lambda done, total: calls.append(total))
+    assert tiled.shape == (1, 3, 256, 384) and set(calls) == {6}
+    assert_close(tiled, vae.decode(latents), 1e-5, "tiles")
 
 
 def test_pipelines_give_twice_the_size_and_inpaint_keeps_the_picture_s():
