@@ -22,6 +22,7 @@ __all__ = [
     "TURBO",
     "CheckpointError",
     "Control",
+    "DetailAreas",
     "GuidanceSchedule",
     "Edit",
     "Inpaint",

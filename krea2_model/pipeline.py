@@ -29,12 +29,13 @@ from .arguments import (
 )
 from .checks import check_type, is_number, is_whole
 from .controls import NO_CONTROLS, Control, Controls
+from .detail import detail
 from .diffusers_names import accept_diffusers_names
 from .edits import Edit, EditPlan
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.resize import resize
-from .images.sizes import is_far
+from .images.sizes import image_tokens, is_far
 from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
@@ -417,6 +418,19 @@ class Krea2Pipeline(LoadedParts):
                 images = self.vae.decode_tiled(latents)
             return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    detail = detail
+
+    def images_at_once(self, width: int, height: int, text_tokens: int, limit: int = 64) -> int:
+        """Images of a size whose steps run in one call of the model without other offloading."""
+        tokens = image_tokens(width, height)
+        one = self._activations(1, tokens, text_tokens)
+        count = 1
+        while count < limit:
+            if not self._offload.has_room(self._activations(count + 1, tokens, text_tokens), one):
+                break
+            count += 1
+        return count
+
     def _start(
         self, image: Picture | None, height: int | None, width: int | None
     ) -> tuple[Tensor | None, int | None, int | None]:
@@ -586,17 +600,21 @@ class Krea2Pipeline(LoadedParts):
             for r in references
         ]
         one, both = (
-            activations(
-                self.transformer,
-                self.text_encoder,
-                self.vae,
-                batch=calls * len(latents),
-                image=token_count(latents) if tiles is None else tiles.tokens(latents),
-                text=text_tokens,
-                references=sum(sizes),
+            self._activations(
+                calls * len(latents),
+                token_count(latents) if tiles is None else tiles.tokens(latents),
+                text_tokens,
+                sum(sizes),
             )
             for calls in (1, 2)
         )
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares
+
+    def _activations(
+        self, batch: int, image: int, text: int, references: int = 0
+    ) -> dict[str, int]:
+        """Bytes of a run by the name of the part; see `activations`."""
+        parts = (self.transformer, self.text_encoder, self.vae)
+        return activations(*parts, batch=batch, image=image, text=text, references=references)

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
 from .control import K2ControlLora
+from .detailer import K2Detailer
 from .diagnostics import K2Inspect, K2SelfCheck
 from .edits import K2Edit
 from .expander import K2PromptExpander
@@ -60,6 +61,7 @@ NODES = [
     K2Outpaint,
     K2CropForInpaint,
     K2Stitch,
+    K2Detailer,
     K2ContactSheet,
     K2Compile,
     K2Approximate,

@@ -295,3 +295,23 @@ def test_graph_and_python_give_one_picture(run, pack, loaded, variant, feature):
     if feature.__name__ != "<lambda>":
         is_same = found.shape == plain.shape and torch.allclose(found, plain, atol=1e-3)
         assert not is_same, "the feature changes the picture"
+
+
+def test_the_detailer_gives_one_picture(run, pack, loaded):
+    """Two areas of one size in a batch, and one that overlaps the first, on top of its result."""
+    (model, clip, vae), pipeline = loaded["turbo"]
+    krea2_model, original = pack("krea2_model"), image(180, 200, 3)
+    masks = torch.zeros(3, 180, 200)
+    masks[0, 20:60, 20:60] = masks[1, 30:70, 120:160] = masks[2, 50:90, 50:90] = 1
+    positive = run("K2TextEncode", clip=clip, prompt=PROMPT, negative="")[0]
+    options = {"denoise": 0.7, "seed": SEED, "steps": STEPS, "guidance": 0.0}
+    found = run(
+        "K2Detailer", model=model, positive=positive, vae=vae, image=original, mask=masks,
+        clip=clip, prompts="\na green star", preset="custom", **options,
+    )[0]  # fmt: skip
+    expected = pipeline.detail(
+        original[0].movedim(-1, 0), [PROMPT, "a green star", PROMPT],
+        krea2_model.DetailAreas(masks), prompt_weights=True, output_type="pt", **options,
+    )  # fmt: skip
+    assert_close(found.movedim(-1, 1), expected, 1e-3, "graph and Python")
+    assert not torch.allclose(found, original, atol=1e-2)
