@@ -42,6 +42,7 @@ __all__ = [
     "Region",
     "Regions",
     "RotaryScaling",
+    "StyleTransfer",
     "TextEncoderConfig",
     "TileSettings",
     "TransformerConfig",

@@ -44,6 +44,7 @@ from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
 from .regions import PreparedRegions, Region, Regions
 from .sampling import denoise as denoising_steps
 from .schedule import check_guidance, check_sigmas, resolve_mu, schedule_of, sigma_schedule
+from .styles import PreparedStyle, StyleTransfer
 from .text.prompt_images import PromptImage, grid_of
 from .tiles import TileSettings
 from .transformer.patches import PATCH, grid_size, token_count
@@ -104,6 +105,7 @@ class Krea2Pipeline(LoadedParts):
         progress: bool = False,
         edit: Edit | Picture | Sequence[Picture] | None = None,
         regions: Regions | Sequence[Region] | None = None,
+        style: StyleTransfer | None = None,
     ) -> Images:
         """Generate images.
 
@@ -136,6 +138,7 @@ class Krea2Pipeline(LoadedParts):
         references: images that the transformer attends to, or `Reference` with latents and
             settings; or `References` with options.
         control: a control LoRA and the picture to follow, or a list of them, see `Control`.
+        style: pictures whose style the image takes over, without a LoRA, see `StyleTransfer`.
         negative_guidance: NAG: the negative prompt counts also at guidance 0 (Turbo).
         guidance_schedule: a factor on guidance along the run.
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
@@ -194,6 +197,9 @@ class Krea2Pipeline(LoadedParts):
             reference_images = [ReferencePicture(*each) for each in plan.references]
             references = References((), plan.recipe.method, plan.recipe.cache)
         method = controls.method(references.method if reference_images else None)
+        if style is not None:
+            check_type("style", style, StyleTransfer, "a StyleTransfer")
+        styled = None if style is None else style.prepared(*self._sides(noise))
         guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
         if denoise == 0:  # the second stage alone
             sigmas = None
@@ -223,7 +229,7 @@ class Krea2Pipeline(LoadedParts):
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
-        has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles)
+        has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles, styled)
         options: dict[str, Any] = {
             "weighted": prompt_weights,
             "max_sequence_length": max_sequence_length,
@@ -233,6 +239,7 @@ class Krea2Pipeline(LoadedParts):
         if negatives is not None:
             before = None if plan is None else images
             negative = self.encode_prompt(negatives, images=before, **options)
+        style_text = None if styled is None else self.encode_prompt(styled.prompt)
         assert positive is not None  # of prompts or of embeddings
         in_regions: list[PromptEmbeds] = []
         if places is not None:
@@ -257,6 +264,7 @@ class Krea2Pipeline(LoadedParts):
             "rotary": rotary,
             "regions": prepared,
             "in_regions": in_regions,
+            "style": None if styled is None or style_text is None else (styled, style_text),
             "progress": progress,
         }
         if sigmas is not None:
@@ -511,7 +519,8 @@ class Krea2Pipeline(LoadedParts):
         images = controls.images(width, height)
         seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]
         start = torch.lerp(larger.to(noise), noise, sigmas[0])
-        has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles)
+        style = None if run["style"] is None else run["style"][0]
+        has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles, style)
         options = {"sigmas": sigmas, "control_images": images, "tiles": tiles, **run}
         return self._denoise(start, *texts, has_room, callback, **options)
 
@@ -531,10 +540,12 @@ class Krea2Pipeline(LoadedParts):
         rotary: RotaryScaling | None = None,
         regions: PreparedRegions | None = None,
         in_regions: Sequence[PromptEmbeds] = (),
+        style: tuple[PreparedStyle, PromptEmbeds] | None = None,
         progress: bool = False,
         **options,
     ) -> Tensor:
-        with self._offload.use(VAE) if references or control_images else nullcontext():
+        needs_vae = references or control_images or style
+        with self._offload.use(VAE) if needs_vae else nullcontext():
             encoded = [
                 image
                 if isinstance(image, Reference)
@@ -542,6 +553,7 @@ class Krea2Pipeline(LoadedParts):
                 for image in references
             ]
             shown = [self.encode(image[None]) for image in control_images]
+            styles = [] if style is None else [self.encode(p[None]) for p in style[0].pictures]
         encoded += controls.references_of(shown)
         with self._offload.use(TRANSFORMER):
             latents = latents.to(device_of(self.transformer))
@@ -556,6 +568,10 @@ class Krea2Pipeline(LoadedParts):
                 )
                 features = replace(features, regions=own.regions, loras=features.loras + own.loras)
             features = replace(features, tiles=tiles, rotary=rotary)
+            if style is not None:
+                prepared, text = style
+                run = prepared.run(styles, text.fuse(self.transformer), sigma_at)
+                features = replace(features, style=run)
             texts = [
                 StepTexts(text, self.transformer, len(latents) // len(text.taps), features)
                 for text in (positive, negative)
@@ -588,6 +604,7 @@ class Krea2Pipeline(LoadedParts):
         references: Sequence[Reference | ReferencePicture],
         guided: bool,
         tiles: TileSettings | None = None,
+        style: PreparedStyle | None = None,
     ) -> bool:
         """Plan the device's memory for a run. True if both texts fit in one call of the model.
 
@@ -605,6 +622,7 @@ class Krea2Pipeline(LoadedParts):
                 token_count(latents) if tiles is None else tiles.tokens(latents),
                 text_tokens,
                 sum(sizes),
+                () if style is None else style.tokens,
             )
             for calls in (1, 2)
         )
@@ -613,8 +631,15 @@ class Krea2Pipeline(LoadedParts):
         return shares
 
     def _activations(
-        self, batch: int, image: int, text: int, references: int = 0
+        self,
+        batch: int,
+        image: int,
+        text: int,
+        references: int = 0,
+        styles: Sequence[int] = (),
     ) -> dict[str, int]:
         """Bytes of a run by the name of the part; see `activations`."""
         parts = (self.transformer, self.text_encoder, self.vae)
-        return activations(*parts, batch=batch, image=image, text=text, references=references)
+        return activations(
+            *parts, batch=batch, image=image, text=text, references=references, styles=styles
+        )

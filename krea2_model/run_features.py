@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
+from .style_transfer import StyleRun
 from .tiles import Tile, TileSettings, tiles_at
+from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
 from .transformer.rotary_scaling import RotaryScaling, Stretch
+from .transformer.style_attention import StyleKeys
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
 
@@ -34,7 +37,7 @@ class RunFeatures:
     """The features of a run.
 
     loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
-    in one. rotary: scaling of rotary positions.
+    in one. rotary: scaling of rotary positions. style: style pictures, for the calls of both texts.
     """
 
     regions: RegionPlan | None = None
@@ -42,9 +45,11 @@ class RunFeatures:
     controls: tuple[RunControl, ...] = ()
     tiles: TileSettings | None = None
     rotary: RotaryScaling | None = None
+    style: StyleRun | None = None
 
     def __bool__(self) -> bool:
-        return any((self.regions, self.loras, self.controls, self.tiles, self.rotary))
+        others = (self.tiles, self.rotary, self.style)
+        return any((self.regions, self.loras, self.controls, *others))
 
     def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
         """The features with control LoRAs added."""
@@ -95,6 +100,7 @@ class RunFeatures:
             tile=tile,
             at_true_place=self.tiles is not None and self.tiles.true_places,
             stretch=stretch,
+            style=self.style,
         )
 
 
@@ -115,6 +121,7 @@ class StepFeatures:
     tile: Tile | None = None
     at_true_place: bool = False
     stretch: Stretch | None = None
+    style: StyleRun | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -159,6 +166,12 @@ class StepFeatures:
             return groups
         groups = groups or TokenGroups(self.grid[0] * self.grid[1])
         return groups.with_references(boosts, self.device)
+
+    def style_keys(self, model: Krea2Transformer) -> StyleKeys | None:
+        """Keys and values of the style pictures, prepared for this step; None without any."""
+        if self.style is None:
+            return None
+        return self.style.keys(self.sigma, model, self.image, self.device, self.tile)
 
     def join(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The text (B, L, width) and its mask with the texts of regions in front."""

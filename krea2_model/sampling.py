@@ -17,6 +17,7 @@ from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
 from .inpainting import LatentMask, MaskedVelocity
 from .run_features import RunFeatures, StepFeatures
 from .schedule import check_guidance, check_sigmas, schedule_of
+from .style_transfer import StyleRun
 from .tiles import Tile, fuse
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
@@ -30,6 +31,7 @@ from .transformer.references import (
     ReferencePlan,
 )
 from .transformer.shared_calls import SharedTexts, share
+from .transformer.style_attention import StyleKeys, StyleRecorder
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
 FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
@@ -119,6 +121,7 @@ def denoise(
         [reference.latents for reference in images],
         shared,
         features or RunFeatures(),
+        sigmas,
     )
     velocity_at: Velocity = velocity
     if inpaint is not None:
@@ -141,8 +144,9 @@ class _GuidedVelocity:
         reference_latents: Sequence[Tensor],
         shared: SharedTexts | None,
         features: RunFeatures,
+        sigmas: Sequence[float],
     ):
-        self.transformer, self._features = transformer, features
+        self.transformer, self._features, self._sigmas = transformer, features, sigmas
         self._positive, self._negative = texts
         self._guidance, self._schedule, self._sigma_at = guidance, schedule, sigma_at
         self._nag, self._nag_window = nag, NEVER if nag is None else nag.window(sigma_at)
@@ -152,6 +156,8 @@ class _GuidedVelocity:
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
         grid = grid_size(latents, PATCH)
+        if self._features.style is not None:
+            self._prepare_style(self._features.style, sigma, latents.device)
         tiles = self._features.tiles_at(sigma, grid)
         if tiles is None:
             return self._velocity(latents, sigma, grid)
@@ -173,7 +179,7 @@ class _GuidedVelocity:
         else:
             step = self._features.at(sigma, image, latents.device, tile)
             step = step.with_references(references)
-            inputs = (latents, timestep, options, cache)
+            inputs = (latents, timestep, options, cache, step.style_keys(self.transformer))
             positive = self._positive(sigma)
             negative = None
             if self._negative is not None and (guidance != 0 or nag is not None):
@@ -193,25 +199,45 @@ class _GuidedVelocity:
         timestep: Tensor,
         options: dict[str, Any],
         cache: ReferenceKVCache | None,
+        style: StyleKeys | None,
         text: TextStates,
         step: StepFeatures,
         negative: TextStates | None = None,
         nag: NegativeGuidance | None = None,
     ) -> Tensor:
-        """The velocity for one text, in float32. options, cache: of `_options`."""
+        """The velocity for one text, in float32.
+
+        options, cache: of `_options`. style: of the step.
+        """
         states, mask = step.join(text.states, text.mask)
         attention, backend = None, {}
         if text.weights is not None or negative is not None or step.texts:
             attention = TextAttention(text.weights, text.mask, negative, nag, step.texts)
         groups = step.groups
-        if attention is not None or cache is not None or groups is not None:
-            backend["backend"] = ExtendedBackend(attention, cache, groups)
+        if any(part is not None for part in (attention, cache, groups, style)):
+            backend["backend"] = ExtendedBackend(attention, cache, groups, style)
         front = 0 if attention is None else attention.front
         references = sum(token_count(r.latents) for r in options.get("references", ()))
         with step.live(self.transformer, states.shape[1], references, front):
             options = {**options, **step.places, **backend}
             velocity = self.transformer(latents, timestep, states, mask, **options)
         return velocity.float()
+
+    def _prepare_style(self, style: StyleRun, sigma: float, device: torch.device) -> None:
+        """Compute the keys and values of style pictures for a step."""
+        options, _ = self._options([], sigma, device)
+
+        def evaluate(latents: Tensor, at: float, recorder: StyleRecorder | None) -> Tensor:
+            batch, text = len(latents), style.text
+            timestep = torch.full((batch,), at, device=device)
+            states = text.states.expand(batch, -1, -1)
+            call = dict(options)
+            if recorder is not None:
+                call["backend"] = ExtendedBackend(None, recorder)
+            velocity = self.transformer(latents.to(device), timestep, states, None, **call)
+            return velocity.float()
+
+        style.prepare(sigma, self._sigmas, len(self.transformer.blocks), evaluate)
 
     def _options(
         self, references: list[Reference], sigma: float, device: torch.device

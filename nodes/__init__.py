@@ -25,6 +25,7 @@ from .schedules import K2GuidanceSchedule, K2TwoStage
 from .speed import K2Approximate, K2Compile
 from .style_loras import K2StyleLora
 from .style_mix import K2StyleMix
+from .styles import K2StyleTransfer
 
 NODES = [
     K2Loader,
@@ -41,6 +42,7 @@ NODES = [
     K2Edit,
     K2ControlLora,
     K2Regions,
+    K2StyleTransfer,
     K2TapWeights,
     K2PromptBatch,
     K2EmptyLatent,

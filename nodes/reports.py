@@ -101,6 +101,14 @@ def reference_report(width: int, height: int, strength: float) -> str:
     return f"reference: {width} x {height} px, {count}"
 
 
+def style_report(sizes: list[tuple[int, int]]) -> str:
+    """Encoded width and height of style pictures, and the tokens of their passes at each step."""
+    return "\n".join(
+        f"style: {width} x {height} px, {image_tokens(width, height)} tokens"
+        for width, height in sizes
+    )
+
+
 def edit_report(source: str) -> str:
     """The family of an edit, and where it is from: "family identity (by its name)"."""
     head, _, sign = source.partition(" (")

@@ -6,6 +6,8 @@ attention holds no scores; tests/unit/test_memory_plan.py counts them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..checkpoints.quantised_layers import temporary_bytes
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
@@ -33,17 +35,32 @@ def activations(
     image: int,
     text: int = TEXT_TOKENS,
     references: int = 0,
+    styles: Sequence[int] = (),
 ) -> dict[str, int]:
     """Bytes by the name of the part for a run.
 
-    image, text, references: tokens of each of `batch` sequences.
+    image, text, references: tokens of each of `batch` sequences. styles: of each style picture,
+    whose keys and values of one step are held.
     """
+    sequence = image + text + references
+    calls = max(
+        _transformer_bytes(transformer, batch, sequence, text),
+        _transformer_bytes(transformer, 1, max(styles, default=0) + text, text),
+    )
     return {
         ENCODER: _encoder_bytes(text_encoder, text),
-        TRANSFORMER: _transformer_bytes(transformer, batch, image + text + references, text),
+        TRANSFORMER: calls + _style_bytes(transformer, batch, sum(styles)),
         # One image at a time, so a batch needs no more.
-        VAE: _vae_bytes(vae, 256 * max(image, references)),
+        VAE: _vae_bytes(vae, 256 * max(image, references, *styles)),
     }
+
+
+def _style_bytes(transformer: Krea2Transformer, batch: int, tokens: int) -> int:
+    """Keys and values of style pictures in all blocks, and twice those of a block for a batch."""
+    config = transformer.config
+    heads = config.num_key_value_heads * config.attention_head_dim
+    copies = config.num_layers + 2 * batch
+    return 2 * tokens * heads * copies * transformer.compute_dtype.itemsize
 
 
 def _transformer_bytes(transformer: Krea2Transformer, batch: int, tokens: int, text: int) -> int:

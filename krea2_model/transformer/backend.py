@@ -15,6 +15,7 @@ from ..nn.partial_attention import attend_partially
 from .extensions import AttentionExtensions
 from .modulation import StepModulation, for_blocks
 from .references import KVRecorder, ReferenceKVCache
+from .style_attention import StyleKeys, StyleRecorder
 from .text_attention import TextAttention
 from .token_groups import TokenGroups
 
@@ -90,10 +91,11 @@ class ExtendedBackend(Backend):
     def __init__(
         self,
         text: TextAttention | None = None,
-        references: ReferenceKVCache | KVRecorder | None = None,
+        references: ReferenceKVCache | KVRecorder | StyleRecorder | None = None,
         groups: TokenGroups | None = None,
+        style: StyleKeys | None = None,
     ):
-        self.extensions = AttentionExtensions(text, references, groups)
+        self.extensions = AttentionExtensions(text, references, groups, style)
         self._block = 0
 
     def attend(self, query, key, value, norm, rope, mask, query_slice=None):

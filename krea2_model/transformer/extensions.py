@@ -1,8 +1,8 @@
 """Attention of a call with everything that a feature adds to it, in one order.
 
 Values of weighted tokens are moved first; normalised attention guidance attends with each of its
-two texts; then come cached keys and values of references; innermost, tokens in groups see different
-keys. A host has one place to call, `attend`, whatever a call has.
+two texts; then come cached keys and values of references, and those of style pictures; innermost,
+tokens in groups see different keys. A host has one place to call, `attend`, whatever a call has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..nn.attention import Attend
 from ..nn.kernels import Span
 from ..nn.partial_attention import AttendPartially
 from .references import KVRecorder, ReferenceKVCache
+from .style_attention import StyleKeys, StyleRecorder
 from .text_attention import TextAttention
 from .token_groups import TokenGroups
 
@@ -23,7 +24,8 @@ class AttentionExtensions:
     """The extensions of one call.
 
     text: token weights and NAG. references: cached keys and values of references, or a recorder of
-    them. groups: regions, and biases of image tokens on references.
+    them. groups: regions, and biases of image tokens on references. style: keys and values of style
+    pictures at this step.
 
     `prepare` is called once, before the blocks, and `attend` in each of them.
     """
@@ -31,12 +33,14 @@ class AttentionExtensions:
     def __init__(
         self,
         text: TextAttention | None = None,
-        references: ReferenceKVCache | KVRecorder | None = None,
+        references: ReferenceKVCache | KVRecorder | StyleRecorder | None = None,
         groups: TokenGroups | None = None,
+        style: StyleKeys | None = None,
     ):
         self.text = text or TextAttention()
         self.references = references
         self.groups = groups
+        self.style = style
         self._text_tokens = 0
 
     @property
@@ -66,8 +70,14 @@ class AttentionExtensions:
         block: index of the block. query_slice: as in `Backend.attend`.
         """
 
+        style = self.style
+        if style is not None and not style.acts_in(block):
+            style = None
+
         def attend_to(text: int, groups: TokenGroups | None) -> Attend:
             """Attention of a sequence with so many tokens of text."""
+            if style is not None:
+                groups = style.groups(groups)
 
             def grouped(query, key, value, mask=None):
                 assert groups is not None
@@ -75,6 +85,8 @@ class AttentionExtensions:
                 return groups.attend(attention, partial, text, query, key, value, mask, only_image)
 
             attend = attention if groups is None else grouped
+            if style is not None:
+                attend = functools.partial(style.attend, attend, block, text)
             if self.references is None:
                 return attend
             return functools.partial(self.references.attend, attend, block)

@@ -234,6 +234,15 @@ class Krea2Transformer(nn.Module):
         time = self.tmlp(embedding.to(dtype)[:, None])
         return time, self.tproj(time).float()
 
+    def rotation(self, position: tuple[float, float, float], device: torch.device) -> Tensor:
+        """The rotary table (1, 1, 1, D/2, 2, 2) of one position: index, row, column.
+
+        It turns rotated queries and keys on by that distance.
+        """
+        with torch.inference_mode(False):
+            place = torch.tensor([[position]], dtype=torch.float32)
+            return rope_table(place, self.config.axes_dims_rope, self.config.rope_theta).to(device)
+
     @outside_graphs
     def _rope_for(
         self, positions: tuple[Tensor, ...], device: torch.device, stretch: Stretch | None = None

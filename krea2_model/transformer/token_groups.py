@@ -4,7 +4,8 @@ A sequence is `[region texts | text | image | references]`. Every query sees eve
 
 - a region's text sees itself, the image tokens of its region, and references;
 - image tokens and references do not see the text of regions, but for image tokens in the region;
-- an image token may see a group with a bias of its own: the region's share in it, say.
+- an image token may see a group with a bias of its own: the region's share in it, say;
+- keys of style pictures, which stand at the end, are seen by image tokens alone.
 
 Attention is computed a group at a time and merged by log-sum-exp (`nn.partial_attention`), so no
 mask of all pairs is held, and most of the work goes through the kernel of a plain call.
@@ -113,6 +114,17 @@ class TokenGroups:
             for first, count, factors in reference_factors
             if (bias := QueryBias.of(factors)) is not None
         ]
+        # Keys at the end that image tokens alone see: number, and bias or None.
+        self._image_keys: list[tuple[int, QueryBias | None]] = []
+
+    def with_image_keys(self, keys: Sequence[tuple[int, QueryBias | None]]) -> TokenGroups:
+        """The same groups with keys at the end that image tokens alone see.
+
+        keys: number and bias of each part, the bias on the device of the call.
+        """
+        groups = copy.copy(self)
+        groups._image_keys = list(keys)
+        return groups
 
     def with_references(
         self, factors: Sequence[tuple[int, int, Tensor]], device: torch.device
@@ -154,6 +166,7 @@ class TokenGroups:
         """
         end = text + self.image
         of_image = query if only_image else query[:, :, text:end]
+        shared = slice(0, key.shape[2] - sum(count for count, _ in self._image_keys))
         if partial is None:
             image_out = self._attend_by_masks(attention, text, of_image, key, value, mask)
         else:
@@ -161,6 +174,7 @@ class TokenGroups:
             image_out = out.transpose(1, 2).flatten(2)
         if only_image:
             return image_out
+        key, value, mask = key[:, :, shared], value[:, :, shared], _of_keys(mask, shared)
         outs, first = [], 0
         for length, (_, share) in zip(self._lengths, self._regions, strict=True):
             own = slice(first, first := first + length)
@@ -241,7 +255,12 @@ class TokenGroups:
         for at, count, bias in self._references:
             segments += [(first, end + at, None), (end + at, end + at + count, bias)]
             first = end + at + count
-        segments.append((first, length, None))
+        end_of_shared = length - sum(count for count, _ in self._image_keys)
+        segments.append((first, end_of_shared, None))
+        first = end_of_shared
+        for count, bias in self._image_keys:
+            segments.append((first, first + count, bias))
+            first += count
         plain: list[slice] = []
         for start, stop, bias in segments:
             if bias is not None or start == stop:

@@ -272,8 +272,8 @@ class ComfyBackend(Backend):
             if not self._has_attended and self.extensions is not None:
                 raise ValueError(
                     "A node of another pack has replaced the model's attention, where prompt "
-                    "weights, regions, Krea 2 Negative (NAG), boosts and cached references have no "
-                    "effect. Remove that node, or these."
+                    "weights, regions, Krea 2 Negative (NAG), style pictures, boosts and cached "
+                    "references have no effect. Remove that node, or these."
                 )
             return out
 

@@ -107,6 +107,9 @@ class Krea2DiffusionModel(contract.Transformer):
             is_touched=is_touched,
             image=(image := grid_size(latents, self.config.patch_size)),
         )
+        if features.style is not None:
+            place = text.dtype, text.device
+            self._prepare_style(features.style, sigma, *place, conditions, transformer_options)
         tiles = features.tiles_at(sigma, image)
         if tiles is None:
             return velocity_of(None, latents).reshape(x.shape)
@@ -139,7 +142,7 @@ class Krea2DiffusionModel(contract.Transformer):
             padding = [text.shape[1] - length for length in lengths]
         text, mask = step.join(text, mask)
         references = plan.active(sigma, frames)
-        groups = step.with_references(references).groups
+        groups, style = step.with_references(references).groups, step.style_keys(self)
         if references:
             counts = [token_count(reference.latents) for reference in references]
             options = {**options, "reference_image_num_tokens": counts}
@@ -148,8 +151,8 @@ class Krea2DiffusionModel(contract.Transformer):
             kv_cache = self._kv_cache(plan.caches, references, text.dtype, options, cache.times)
             references = []
         extensions = None
-        if attention is not None or kv_cache is not None or groups is not None:
-            extensions = AttentionExtensions(attention, kv_cache, groups)
+        if any(part is not None for part in (attention, kv_cache, groups, style)):
+            extensions = AttentionExtensions(attention, kv_cache, groups, style)
         backend = ComfyBackend(
             options,
             is_touched,
@@ -189,6 +192,40 @@ class Krea2DiffusionModel(contract.Transformer):
             return ComfyBackend(options, self.is_touched, extensions=extensions, times=times)
 
         return caches.get(single, lambda: self.cache_references(single, dtype, backend_for))
+
+    def _prepare_style(self, style, sigma, dtype, device, conditions, options):
+        """Compute the keys and values of style pictures for a step."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            raise ValueError(
+                "Krea 2 Style Transfer needs the sigmas of the run, which this sampler does not "
+                "give the model. Use Krea 2 Sampler or a sampler of ComfyUI's own."
+            )
+        cache, text = conditions.run_cache or RunCache(), style.text.states.to(device, dtype)
+        modulation = cache.modulation(self, device) if conditions.run_cache else None
+        if not self.is_fused(text):
+            text = self.fuse_context(text, None, ComfyBackend(options, self.is_touched))
+
+        def evaluate(latents, at, recorder):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            extensions = None if recorder is None else AttentionExtensions(references=recorder)
+            backend = ComfyBackend(
+                options, self.is_touched, extensions=extensions, times=cache.times
+            )
+            batch = len(latents)
+            timestep = torch.full((batch,), at, device=device)
+            return self._call(
+                latents.to(device),
+                timestep,
+                text.expand(batch, -1, -1),
+                backend=backend,
+                modulation=modulation,
+            ).float()
+
+        style.prepare(sigma, sigmas.tolist(), len(self.blocks), evaluate)
+
+    def _call(self, *inputs, **options):
+        return super().forward(*inputs, **options)
 
     def _fused_features(self, features, latents, options):
         """Features with the texts of regions fused, which `extra_conds` may have left to do."""

@@ -27,10 +27,12 @@ from ...krea2_model.checkpoints.transformer_keys import (
 from ...krea2_model.config import Preset
 from ...krea2_model.images.sizes import MULTIPLE
 from ...krea2_model.run_features import RunFeatures
+from ...krea2_model.style_transfer import StyleRun
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
-from ...krea2_model.transformer.patches import token_count
+from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.shared_calls import SMALL_IMAGE
+from ...krea2_model.transformer.text_attention import TextStates
 from . import contract
 from .backend import OVERRIDE, ComfyBackend
 from .checkpoint import check_format, check_weights, open_part
@@ -52,6 +54,7 @@ from .previews import latent_format
 from .references import LATENTS, SETTINGS, reference_plan
 from .regions import REGIONS, fuse_regions
 from .run_cache import RunCache, ScheduleTimes, run_cache
+from .styles import may_share_inversions, styles_of
 from .svdquant import add_branches, file_name, take_branches
 
 
@@ -86,12 +89,13 @@ class Krea2Model(comfy.model_base.Krea2):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         context = out["c_crossattn"].cond if "c_crossattn" in out else None
         may_fuse = self._may_fuse_now(kwargs)
+        cache = self._run_cache() if may_fuse else None
         conditions = RunConditions(
-            run_cache=self._run_cache() if may_fuse else None,
+            run_cache=cache,
             token_weights=None if context is None else weights_of(kwargs, context),
             negative=None if context is None else self._negative(kwargs),
             reference_plan=plan,
-            features=self._features(kwargs, may_fuse),
+            features=replace(self._features(kwargs, may_fuse), style=self._style(kwargs, cache)),
         )
         # Text that does not fit is refused where it is used: a negative at guidance 0 never is.
         if may_fuse and context is not None and self.diffusion_model.takes(context):
@@ -138,6 +142,30 @@ class Krea2Model(comfy.model_base.Krea2):
             return self._fuse_now(states, mask, conditioning["device"])
 
         return fuse_regions(features, self.diffusion_model, fuse)
+
+    def _style(self, conditioning, cache: RunCache | None) -> StyleRun | None:
+        """The style pictures of a run, one object for all its conditionings where that is safe."""
+        styles = styles_of(self.current_patcher)
+        if styles is None:
+            return None
+        patcher, noise = self.current_patcher, conditioning["noise"]
+        if styles.share_at is not None:
+            styles.share_at(*grid_size(noise, self.diffusion_model.config.patch_size))
+        if cache is not None and cache.style is not None:
+            return cache.style
+        config, context, key = self.diffusion_model.config, styles.text, None
+        if context is None:
+            text = torch.zeros(1, 0, config.hidden_size)
+        elif cache is not None:
+            text = self._fuse_now(context, None, conditioning["device"])
+        else:
+            text = context
+        if cache is not None and may_share_inversions(patcher):
+            key = patcher.patches_uuid
+        run = styles.run(self, TextStates(text), self.model_sampling.percent_to_sigma, key)
+        if cache is not None:
+            cache.style = run
+        return run
 
     def _tile_tokens(self) -> int | float:
         """Tokens along the side of a tile, where an image is denoised in tiles."""
@@ -237,8 +265,8 @@ class Krea2Model(comfy.model_base.Krea2):
         """Bytes of activations and workspace.
 
         The peak is in a block's MLP: two tensors of its width (gate, up) and three of the hidden
-        state's (state, normed input, one for patches). Then keys and values of cached references,
-        and the dequantised matrix of a GGUF file.
+        state's (state, normed input, one for patches). Then keys and values of cached references
+        and, of one step, of style pictures, and the dequantised matrix of a GGUF file.
         """
         config = self.diffusion_model.config
         tokens = math.prod(
@@ -249,8 +277,12 @@ class Krea2Model(comfy.model_base.Krea2):
         tokens += sum(shape[0] for shape in cond_shapes.get("run_features", ()))
         for shape in cond_shapes.get("ref_latents", ()):
             tokens += shape[-1] // config.patch_size**2
-        elements = input_shape[0] * tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
+        styles = styles_of(self.current_patcher)
+        style_tokens = [] if styles is None else styles.tokens
+        tokens = max(input_shape[0] * tokens, *style_tokens, 0)
+        elements = tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
         cached = sum(shape[0] for shape in cond_shapes.get("reference_plan", ()))
+        cached += sum(style_tokens)
         heads = config.num_key_value_heads * config.attention_head_dim
         elements += 2 * cached * config.num_layers * heads
         size = comfy.model_management.dtype_size(self.get_dtype_inference())

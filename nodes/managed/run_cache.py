@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ...krea2_model.style_transfer import StyleRun
 from ...krea2_model.transformer.modulation import RunModulation
 from .graphs import BlockGraphs
 
@@ -39,12 +40,14 @@ class RunCache:
 
     times: time embeddings of the schedule, or None where each step computes its own.
     graphs: CUDA graphs of the blocks, or None without recording.
+    style: the style pictures of the run, or None without any.
     """
 
     def __init__(self):
         self._read: tuple[torch.device, RunModulation] | None = None
         self.times: ScheduleTimes | None = None
         self.graphs: BlockGraphs | None = None
+        self.style: StyleRun | None = None
 
     @torch.compiler.disable
     def modulation(self, transformer, device: torch.device) -> RunModulation:

@@ -262,15 +262,51 @@ def guided_regions(graph, krea2_model):
     return guided(graph, krea2_model) | regions_with_other_features(graph, krea2_model)
 
 
+def style(graph, krea2_model, **options):
+    """Two pictures, weights, a mask and a text of their own."""
+    mask = torch.zeros(64, 64)
+    mask[:, 16:40], mask[:, 40:48] = 1.0, 0.4
+    (graph.model,) = graph.run(
+        "K2StyleTransfer", model=graph.model, vae=graph.vae, clip=graph.clip,
+        image=image(64, 64, 1), image_2=image(64, 32, 2), weights="2, 1", mask=mask[None],
+        strength=0.8, style_prompt="red", **options,
+    )[:1]  # fmt: skip
+    pictures = [image(64, 64, 1)[0].movedim(-1, 0), image(64, 32, 2)[0].movedim(-1, 0)]
+    weights = {"weights": (2, 1), "mask": mask, "strength": 0.8, "prompt": "red"}
+    return {"style": krea2_model.StyleTransfer(pictures, **weights, **options)}
+
+
+def style_in_a_window(graph, krea2_model):
+    options = {"start": 0.2, "end": 0.7, "first_block": 0.4, "last_block": 0.9}
+    return guided(graph, krea2_model) | style(graph, krea2_model, **options)
+
+
+def style_with_other_features(graph, krea2_model):
+    others = control(graph, krea2_model) | nag(graph, krea2_model)
+    return others | cached_references(graph, krea2_model) | style(graph, krea2_model)
+
+
+def style_of_tiles_while_inpainting(graph, krea2_model):
+    """With tiles the latent is another; the mask of the style has its shape."""
+    (graph.model,) = graph.run("K2TiledSampling", model=graph.model, tile=64, overlap=0.3)[:1]
+    options = inpaint(graph, krea2_model, denoise=0.7)
+    picture = image(64, 64, 1)
+    inputs = {"model": graph.model, "vae": graph.vae, "clip": graph.clip, "image": picture}
+    (graph.model,) = graph.run("K2StyleTransfer", **inputs)[:1]
+    style = krea2_model.StyleTransfer(picture[0].movedim(-1, 0))
+    return {"tiles": krea2_model.TileSettings(64, 0.3), "style": style, **options}
+
+
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
               references_at_the_step_s_time, weak_references, cached_references, edit,
               edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
               control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
-              regions, regions_with_other_features],
+              regions, regions_with_other_features, style, style_with_other_features,
+              style_of_tiles_while_inpainting],
     "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
-            control_in_a_window],
+            control_in_a_window, style_in_a_window],
 }  # fmt: skip
 
 

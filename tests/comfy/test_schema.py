@@ -38,6 +38,11 @@ INPUTS = {
         *("control", "positive", "negative", "vae", "image", "strength", "start", "end", "mask"),
         "form",
     ],
+    "K2StyleTransfer": [
+        *("model", "vae", "image", "strength", "start", "end", "image_2", "image_3", "image_4"),
+        *("image_5", "image_6", "image_7", "image_8", "weights", "mask", "clip", "style_prompt"),
+        *("value_statistics", "key_scale", "first_block", "last_block", "megapixels"),
+    ],
     "K2TapWeights": [
         *("conditioning", "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17"),
         *("layer_20", "layer_23", "layer_26", "layer_29", "layer_32", "layer_35"),
@@ -96,6 +101,7 @@ OUTPUTS = {
     "K2Reference": ["CONDITIONING", "CONDITIONING"],
     "K2Edit": ["CONDITIONING", "CONDITIONING", "LATENT", "MODEL"],
     "K2ControlLora": ["CONDITIONING", "CONDITIONING", "CONTROL_NET", "STRING"],
+    "K2StyleTransfer": ["MODEL"],
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
