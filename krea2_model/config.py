@@ -116,6 +116,9 @@ class VisionConfig:
 class VAEConfig:
     """Sizes of the Qwen-Image VAE and the fixed statistics that normalise its latents.
 
+    `upscale` above 1 is that of a decoder whose last convolution gives a block of so many pixels a
+    side for each pixel: the Wan 2x decoder makes images of twice the size that were encoded.
+
     Mean and standard deviation a channel are those of diffusers' AutoencoderKLQwenImage and of
     ComfyUI's Wan21 latent format.
     """
@@ -125,6 +128,7 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     image_channels: int = 3
+    upscale: int = 1
     latents_mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -136,8 +140,13 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels a latent cell covers along one side."""
+        """Pixels a latent cell covers along one side, of an image that is encoded."""
         return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def decoded_cell(self) -> int:
+        """Pixels a latent cell covers along one side, of an image that is decoded."""
+        return self.downscale * self.upscale
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ class Canvas:
 
 @dataclass(frozen=True)
 class LatentMask:
-    """A mask (1, 1, h, w) of latents, 1 where they are painted, and what stays elsewhere.
+    """A mask (1 or B, 1, h, w) of latents, 1 where they are painted, and what stays elsewhere.
 
-    original: latents (1, C, h, w). noise: of the run, (B, C, h, w). soft: see `Inpaint`.
+    original: latents (1 or B, C, h, w). noise: of the run, (B, C, h, w). soft: see `Inpaint`.
     """
 
     mask: Tensor

@@ -29,23 +29,25 @@ from .arguments import (
 )
 from .checks import check_type, is_number, is_whole
 from .controls import NO_CONTROLS, Control, Controls
+from .detail import detail
 from .diffusers_names import accept_diffusers_names
 from .edits import Edit, EditPlan
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
 from .images.resize import resize
-from .images.sizes import is_far
+from .images.sizes import image_tokens, is_far
 from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
+from .regions import PreparedRegions, Region, Regions
 from .sampling import denoise as denoising_steps
 from .schedule import check_guidance, check_sigmas, resolve_mu, schedule_of, sigma_schedule
 from .styles import PreparedStyle, StyleTransfer
 from .text.prompt_images import PromptImage, grid_of
 from .tiles import TileSettings
-from .transformer.patches import token_count
+from .transformer.patches import PATCH, grid_size, token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
@@ -102,6 +104,7 @@ class Krea2Pipeline(LoadedParts):
         upscale: Upscale | float | None = None,
         progress: bool = False,
         edit: Edit | Picture | Sequence[Picture] | None = None,
+        regions: Regions | Sequence[Region] | None = None,
         style: StyleTransfer | None = None,
     ) -> Images:
         """Generate images.
@@ -147,6 +150,8 @@ class Krea2Pipeline(LoadedParts):
         edit: one or two pictures to edit as the prompt says, or `Edit` with options; needs an edit
             LoRA, see `edits`. They stand in front of negatives too. The size is that of the first,
             up to two megapixels, where no other is given.
+
+        regions: prompts for parts of the images, each with a `Region`; or `Regions` with options.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.
         Raises ValueError that names the argument, what was expected and the remedy.
@@ -217,6 +222,10 @@ class Krea2Pipeline(LoadedParts):
 
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
+        places = None if regions is None else Regions.of(regions)
+        prepared = None
+        if places is not None:
+            prepared = places.prepared(self._loras[0].shapes, grid_size(noise, PATCH))
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
@@ -232,6 +241,9 @@ class Krea2Pipeline(LoadedParts):
             negative = self.encode_prompt(negatives, images=before, **options)
         style_text = None if styled is None else self.encode_prompt(styled.prompt)
         assert positive is not None  # of prompts or of embeddings
+        in_regions: list[PromptEmbeds] = []
+        if places is not None:
+            in_regions = [self.encode_prompt(text, **options) for text in places.prompts()]
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:
             encoded = self.encode(start[None]).to(noise)
@@ -250,6 +262,8 @@ class Krea2Pipeline(LoadedParts):
             "negative_guidance": negative_guidance,
             "guidance_schedule": guidance_schedule,
             "rotary": rotary,
+            "regions": prepared,
+            "in_regions": in_regions,
             "style": None if styled is None or style_text is None else (styled, style_text),
             "progress": progress,
         }
@@ -412,6 +426,19 @@ class Krea2Pipeline(LoadedParts):
                 images = self.vae.decode_tiled(latents)
             return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    detail = detail
+
+    def images_at_once(self, width: int, height: int, text_tokens: int, limit: int = 64) -> int:
+        """Images of a size whose steps run in one call of the model without other offloading."""
+        tokens = image_tokens(width, height)
+        one = self._activations(1, tokens, text_tokens)
+        count = 1
+        while count < limit:
+            if not self._offload.has_room(self._activations(count + 1, tokens, text_tokens), one):
+                break
+            count += 1
+        return count
+
     def _start(
         self, image: Picture | None, height: int | None, width: int | None
     ) -> tuple[Tensor | None, int | None, int | None]:
@@ -511,6 +538,8 @@ class Krea2Pipeline(LoadedParts):
         inpaint: LatentMask | None = None,
         tiles: TileSettings | None = None,
         rotary: RotaryScaling | None = None,
+        regions: PreparedRegions | None = None,
+        in_regions: Sequence[PromptEmbeds] = (),
         style: tuple[PreparedStyle, PromptEmbeds] | None = None,
         progress: bool = False,
         **options,
@@ -531,6 +560,13 @@ class Krea2Pipeline(LoadedParts):
             first = options["sigmas"][0]
             sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
             features = controls.features(shown, sigma_at)
+            if regions is not None:
+                own = regions.features(
+                    lambda number: in_regions[number].fuse(self.transformer),
+                    self.transformer,
+                    sigma_at,
+                )
+                features = replace(features, regions=own.regions, loras=features.loras + own.loras)
             features = replace(features, tiles=tiles, rotary=rotary)
             if style is not None:
                 prepared, text = style
@@ -581,18 +617,29 @@ class Krea2Pipeline(LoadedParts):
             for r in references
         ]
         one, both = (
-            activations(
-                self.transformer,
-                self.text_encoder,
-                self.vae,
-                batch=calls * len(latents),
-                image=token_count(latents) if tiles is None else tiles.tokens(latents),
-                text=text_tokens,
-                references=sum(sizes),
-                styles=() if style is None else style.tokens,
+            self._activations(
+                calls * len(latents),
+                token_count(latents) if tiles is None else tiles.tokens(latents),
+                text_tokens,
+                sum(sizes),
+                () if style is None else style.tokens,
             )
             for calls in (1, 2)
         )
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares
+
+    def _activations(
+        self,
+        batch: int,
+        image: int,
+        text: int,
+        references: int = 0,
+        styles: Sequence[int] = (),
+    ) -> dict[str, int]:
+        """Bytes of a run by the name of the part; see `activations`."""
+        parts = (self.transformer, self.text_encoder, self.vae)
+        return activations(
+            *parts, batch=batch, image=image, text=text, references=references, styles=styles
+        )

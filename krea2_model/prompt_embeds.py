@@ -40,6 +40,14 @@ class PromptEmbeds:
         """Taps scaled by a weight for each tapped layer; None leaves them as they are."""
         return self if weights is None else replace(self, taps=weigh_taps(self.taps, weights))
 
+    def rows(self, numbers: Sequence[int]) -> PromptEmbeds:
+        """The prompts of these numbers, from 0, in this order; a number may come twice."""
+
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[list(numbers)]
+
+        return PromptEmbeds(self.taps[list(numbers)], of(self.mask), of(self.weights))
+
     def fuse(self, transformer: Krea2Transformer, repeats: int = 1) -> TextStates:
         """Fused text on the transformer's device, each prompt `repeats` times."""
         device = next(transformer.parameters()).device

@@ -11,10 +11,12 @@ from .checkpoints.transformer import load_transformer, save_transformer
 from .checkpoints.vae import load_vae
 from .config import PRESETS, RAW, TURBO, Preset, TextEncoderConfig, TransformerConfig, VAEConfig
 from .controls import Control
+from .detail import DetailAreas
 from .edits import Edit
 from .guidance import GuidanceSchedule
 from .inpainting import Inpaint
 from .pipeline import Krea2Pipeline
+from .regions import Region, Regions
 from .sampling import denoise
 from .schedule import shift_mu, sigma_schedule
 from .styles import StyleTransfer

@@ -37,7 +37,8 @@ class RunFeatures:
     """The features of a run.
 
     loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
-    in one. rotary: scaling of rotary positions. style: style pictures, for calls of the positive text.
+    in one. rotary: scaling of rotary positions. style: style pictures, for calls of
+    the positive text.
     """
 
     regions: RegionPlan | None = None

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
 from .control import K2ControlLora
+from .detailer import K2Detailer
 from .diagnostics import K2Inspect, K2SelfCheck
 from .edits import K2Edit
 from .expander import K2PromptExpander
@@ -18,6 +19,7 @@ from .loras import K2LoraLoader
 from .prompt_images import K2TextEncodeImages
 from .prompts import K2TextEncode
 from .references import K2Reference
+from .regions import K2Regions
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .speed import K2Approximate, K2Compile
@@ -39,6 +41,7 @@ NODES = [
     K2Reference,
     K2Edit,
     K2ControlLora,
+    K2Regions,
     K2StyleTransfer,
     K2TapWeights,
     K2PromptBatch,
@@ -60,6 +63,7 @@ NODES = [
     K2Outpaint,
     K2CropForInpaint,
     K2Stitch,
+    K2Detailer,
     K2ContactSheet,
     K2Compile,
     K2Approximate,

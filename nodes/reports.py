@@ -3,8 +3,11 @@
 Lines stay under 40 characters, for which web/js/node_text.js need not widen a node.
 """
 
+from collections.abc import Sequence
+
 from ..krea2_model.config import Preset
 from ..krea2_model.edits import EditTask
+from ..krea2_model.images.areas import Area
 from ..krea2_model.images.sizes import image_tokens
 from ..krea2_model.text.prompt_images import PromptImage
 from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
@@ -57,6 +60,19 @@ def shift_report(mu: float) -> str:
 def size_report(width: int, height: int, tokens: int, images: int = 1) -> str:
     batch = f"{images} images, each " if images > 1 else ""
     return f"{batch}{width} x {height} px, {tokens} tokens"
+
+
+def detail_report(areas: Sequence[Area], groups: Sequence[Sequence[Area]]) -> str:
+    """The areas of a detailer, their sizes and runs."""
+    count, runs = len(areas), len(groups)
+    lines = [f"{count} area{'s' * (count > 1)} in {runs} run{'s' * (runs > 1)}"]
+    for area in areas[:8]:
+        box = area.box
+        size = f"{box.width} x {box.height} to {area.width} x {area.height} px"
+        lines.append(f"{area.number + 1}: {size}{', reduced' * area.is_reduced}")
+    if count > 8:
+        lines.append(f"and {count - 8} more")
+    return "\n".join(lines)
 
 
 def far_size_report(size: int) -> str:

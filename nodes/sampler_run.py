@@ -74,6 +74,21 @@ def preset_of(model, name: str, steps: int | None = None, guidance: float = 0.0)
     return known
 
 
+def check_negative(settings: Preset, preset: str, negative) -> None:
+    """Raise ValueError where guidance needs a negative and there is none.
+
+    preset: the choice that gave the settings.
+    """
+    if settings.guidance > 0 and negative is None:
+        choice = settings.name if preset == settings.name else f"{preset}: {settings.name}"
+        widget = "guidance 0" if preset == CUSTOM else "preset custom with guidance 0"
+        raise ValueError(
+            f"Guidance is {settings.guidance} (preset {choice}) but nothing is "
+            "connected to negative. Connect the negative output of Krea 2 Prompt (an empty "
+            f"text is fine), or choose {widget}."
+        )
+
+
 def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
     """The exponent of the time shift for an image of `tokens` tokens."""
     if shift == FIXED:

@@ -23,6 +23,7 @@ from .sampler_run import (
     ONE_STREAM,
     check_mask,
     check_model,
+    check_negative,
     has_other_negative,
     latent_report,
     noise_for,
@@ -125,14 +126,7 @@ class K2Sampler(io.ComfyNode):
         check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers)
         check_mask(latent)
         settings = preset_of(model, preset, steps, guidance)
-        if settings.guidance > 0 and negative is None:
-            choice = settings.name if preset == settings.name else f"{preset}: {settings.name}"
-            widget = "guidance 0" if preset == CUSTOM else "preset custom with guidance 0"
-            raise ValueError(
-                f"Guidance is {settings.guidance} (preset {choice}) but nothing is "
-                "connected to negative. Connect the negative output of Krea 2 Prompt (an empty "
-                f"text is fine), or choose {widget}."
-            )
+        check_negative(settings, preset, negative)
         start = start_of(model, latent)
         far = warn_of_size(model, start)
         exponent = shift_exponent(settings, shift, mu, token_count(start))

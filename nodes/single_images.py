@@ -5,6 +5,8 @@ and one chooses its steps by the whole batch. An image then depends on the other
 is the image that its seed gives alone, with every sampler.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .managed.conditions import NEGATIVE_GUIDANCE
@@ -19,8 +21,8 @@ SIDE_BY_SIDE = frozenset({
 })  # fmt: skip
 
 
-def row(value, index: int):
-    """The row of a tensor (B, ...), or of each of a list of them, for one image of a batch.
+def rows(value, numbers: Sequence[int]):
+    """Rows of a tensor (B, ...), or of each of a list of them, for some images of a batch.
 
     As ComfyUI repeats rows over a batch, from the first where there are fewer. Values without rows,
     or with one for all, stay unchanged.
@@ -28,21 +30,28 @@ def row(value, index: int):
     if isinstance(value, torch.Tensor):
         if value.ndim < 2 or len(value) < 2:
             return value
-        at = index % len(value)
-        return value[at : at + 1]
+        return value[[number % len(value) for number in numbers]]
     if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
-        return type(value)(row(v, index) for v in value)
+        return type(value)(rows(v, numbers) for v in value)
     return value
+
+
+def row(value, index: int):
+    """As `rows`, for one image."""
+    return rows(value, [index])
+
+
+def rows_of(conditioning, numbers: Sequence[int]):
+    """The CONDITIONING of some images of a batch."""
+    return [
+        [rows(states, numbers), {name: rows(value, numbers) for name, value in extra.items()}]
+        for states, extra in conditioning
+    ]
 
 
 def conditioning_of(conditioning, index: int):
     """The CONDITIONING of one image of a batch."""
-    if conditioning is None:
-        return None
-    return [
-        [row(states, index), {name: row(value, index) for name, value in extra.items()}]
-        for states, extra in conditioning
-    ]
+    return None if conditioning is None else rows_of(conditioning, [index])
 
 
 def latent_of(latent: dict, index: int) -> dict:

@@ -62,6 +62,9 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2TextEncode": (400, 330),
     "K2TextEncodeImages": (400, 600),
     "K2TwoStage": (None, 330),
+    "K2RotaryScaling": (None, 162),
+    "K2TiledSampling": (None, 138),
+    "K2Upscale": (None, 470),
     "K2VAEDecode": (None, 46),
     "K2VAEEncode": (None, 46),
     "KSampler": (None, 266),
@@ -72,7 +75,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
 }
 
 # Below a node, in its group: the page shows previews of a run there, and the node grows by them.
-ROOM = {"K2Loader": 80, "K2Sampler": 180, "K2TwoStage": 230, "KSampler": 230}
+ROOM = {"K2Loader": 80, "K2Sampler": 180, "K2TwoStage": 230, "K2Upscale": 180, "KSampler": 230}
 
 
 def size_of(node: dict) -> tuple[int, int]:

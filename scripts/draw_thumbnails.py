@@ -103,6 +103,17 @@ def control(server: ComfyServer) -> Pictures:
     return [before, paint(server, "krea2_control")]
 
 
+def upscale(server: ComfyServer) -> Pictures:
+    """The corner with the star's tip, at the size of the first stage and of the second."""
+    graph = nano_graph("krea2_upscale")
+    graph["8"]["inputs"]["samples"] = ["6", 0]
+    small = Image.open(io.BytesIO(server.images(server.run(graph, timeout=600))[-1]))
+    large = paint(server, "krea2_upscale")
+    box = (32, 8, 96, 72)
+    before = small.convert("RGB").crop(box).resize((128, 128), Image.Resampling.NEAREST)
+    return [before, large.crop(tuple(2 * side for side in box))]
+
+
 def reference(server: ComfyServer) -> Pictures:
     before = start(server, "a green square on a pink background")
     give(server, before)
@@ -155,6 +166,7 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_reference": reference,
     "krea2_style_transfer": style_transfer,
     "krea2_style_loras": style_loras,
+    "krea2_upscale": upscale,
     "krea2_style_mix": style_mix,
 }
 

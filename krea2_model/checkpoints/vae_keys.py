@@ -8,6 +8,7 @@ which one image uses the last temporal slice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -163,15 +164,22 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     """
     diffusers_names = "encoder.conv_in.weight" in shapes
     if diffusers_names:
-        first, blocks, conv, post = (
+        first, blocks, conv, post, last = (
             "encoder.conv_in",
             "encoder.down_blocks",
             "conv1",
             "post_quant_conv",
+            "decoder.conv_out",
         )
     else:
-        first, blocks, conv, post = "encoder.conv1", "encoder.downsamples", "residual.2", "conv2"
-    for name in (f"{first}.weight", f"{post}.weight"):
+        first, blocks, conv, post, last = (
+            "encoder.conv1",
+            "encoder.downsamples",
+            "residual.2",
+            "conv2",
+            "decoder.head.2",
+        )
+    for name in (f"{first}.weight", f"{post}.weight", f"{last}.weight"):
         if name not in shapes:
             raise ValueError(
                 f"not a Qwen-Image VAE: {name} is missing (found {len(shapes)} tensors)"
@@ -207,9 +215,21 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
         dim_mult=tuple(level[-1] // base_dim for level in widths),
         num_res_blocks=counts[0],
         image_channels=image_channels,
+        upscale=_upscale(shapes[f"{last}.weight"][0], image_channels),
     )
     _check_shapes(shapes, config, diffusers_names)
     return config
+
+
+def _upscale(out_channels: int, image_channels: int) -> int:
+    """Pixels along a side of the block that a decoder's last convolution gives for each pixel."""
+    upscale = math.isqrt(out_channels // image_channels)
+    if upscale < 1 or image_channels * upscale**2 != out_channels:
+        raise ValueError(
+            f"not a Qwen-Image VAE: the decoder gives {out_channels} channels; expected "
+            f"{image_channels}, or {4 * image_channels} of one that doubles the size"
+        )
+    return upscale
 
 
 def _check_shapes(

@@ -126,6 +126,8 @@ def _vae_lines(checkpoint: Checkpoint) -> list[str]:
     except CheckpointError as error:
         return [*lines, f"    broken: {error}"]
     lines.append(f"    size: base width {state.config.base_dim}")
+    if state.config.upscale > 1:
+        lines.append(f"    decodes to {state.config.upscale} times the width and height")
     return lines + _weights_lines(
         state.tensors, QwenImageVAE(state.config, device="meta").state_dict()
     )

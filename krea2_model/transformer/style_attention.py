@@ -127,8 +127,9 @@ class StyleKeys:
         own = value[:, :, text : text + self.image]
         mean, deviation = _statistics(own)
         pairs = list(zip(self._shares, styles, strict=True))
-        style_mean = sum(share * style.mean for share, style in pairs)
-        style_deviation = sum(share * style.deviation for share, style in pairs)
+        style_mean = torch.stack([share * style.mean for share, style in pairs]).sum(dim=0)
+        deviations = [share * style.deviation for share, style in pairs]
+        style_deviation = torch.stack(deviations).sum(dim=0)
         scale = (style_deviation / deviation).to(own.dtype)
         moved = (own - mean.to(own.dtype)) * scale + style_mean.to(own.dtype)
         own = torch.lerp(own, moved, self._amount[None, None, :, None].to(own.dtype))

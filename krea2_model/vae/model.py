@@ -14,6 +14,7 @@ Source of the architecture: Wan-Video/Wan2.1, wan/modules/vae.py, in Qwen-Image'
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,13 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from ..config import VAEConfig
 from ..nn.kernels import inverse_rms, may_overwrite
 from ..nn.layers import TorchLayers
-from .tiling import Progress, convert_tiled
+from .tiling import Progress, apply_in_tiles, convert_tiled, plan_tiles
 
 # Largest attention score matrix, in bytes, where the device has no fused kernel for our head size.
 MAX_SCORE_BYTES = 256 * 2**20
+
+# Hidden states at the latents' size that are alive in the decoder's attention at the peak.
+_ATTENTION_STATES = 8.1
 
 # F.normalize floors the L2 norm at 1e-12, which is this order inside a root of a mean square.
 NORM_EPS = 1e-26
@@ -236,7 +240,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_dim, h, w) to (B, 3, H, W)."""
+    """(B, z_dim, h, w) to (B, 3, H, W).
+
+    With `config.upscale` the last convolution gives the pixels of a block as channels, in the order
+    of `F.pixel_shuffle`.
+    """
 
     def __init__(self, config: VAEConfig, layers, **factory):
         super().__init__()
@@ -245,22 +253,63 @@ class Decoder(nn.Module):
         self.conv1 = layers.Conv2d(config.z_dim, channels, 3, padding=1, **factory)
         self.middle = middle_blocks(channels, layers, **factory)
         self.upsamples = stage_blocks(stages, layers, **factory)
-        self.head = head_blocks(stages[-1].out_channels, config.image_channels, layers, **factory)
+        self.upscale = config.upscale
+        out_channels = config.image_channels * config.upscale**2
+        self.head = head_blocks(stages[-1].out_channels, out_channels, layers, **factory)
 
     def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.middle(self.conv1(latents))
+        return self.enlarge(self.attend(latents))
+
+    def attend(self, latents: Tensor) -> Tensor:
+        """The part with attention over the whole image: hidden states (B, C, h, w)."""
+        hidden = self.conv1(latents)
+        for block in self.middle:  # not at once, which would hold its input to the end
+            hidden = block(hidden)
+        return hidden
+
+    def enlarge(self, hidden: Tensor) -> Tensor:
+        """The rest, from hidden states of `attend` to the image; `reach(config)` is its reach."""
         for block in self.upsamples:
             hidden = block(hidden)
-        return self.head(hidden)
+        image = self.head(hidden)
+        return image if self.upscale == 1 else F.pixel_shuffle(image, self.upscale)
+
+
+def reach(config: VAEConfig) -> int:
+    """Latent cells to each side that a decoded pixel depends on, behind the attention.
+
+    A convolution reaches one pixel of its level: two in each residual block, one in each resampler,
+    which works at the larger size, and the head's.
+    """
+    levels = len(config.dim_mult)
+    pixels = [2 * (config.num_res_blocks + 1) + (level > 0) for level in range(levels)]
+    pixels[-1] += 1
+    return math.ceil(sum(count / 2**level for level, count in enumerate(pixels)))
+
+
+def tiled_decode_bytes(
+    config: VAEConfig, cells: tuple[int, int], tile: int, itemsize: int, widths: float
+) -> float:
+    """Bytes on the device that `decode_tiled` of one image needs besides weights and the image.
+
+    cells: rows and columns of the latents. widths: hidden states of the first width that are alive
+    at the peak at full size. The attention's part grows with the image, a tile's does not.
+    """
+    states = cells[0] * cells[1] * config.base_dim * config.dim_mult[-1]
+    margin = 2 * reach(config) * config.downscale
+    across, down = (min(side * config.downscale, tile + margin) for side in cells)
+    own = widths * config.base_dim * across * down
+    return itemsize * max(_ATTENTION_STATES * states, states + own)
 
 
 class QwenImageVAE(nn.Module):
     """Encoder and decoder between images in [-1, 1] and normalised latents.
 
     Images are (B, 3, H, W) with H and W multiples of `config.downscale` (8), latents
-    (B, 16, H/8, W/8). Work runs in the dtype of the weights, one image of a batch at a time to
-    bound memory; results are contiguous float32. Weights in channels_last, as `slice_temporal`
-    gives them and `load_state_dict(..., assign=True)` keeps them, spare a conversion a call.
+    (B, 16, H/8, W/8); decoded images are `config.upscale` times as large. Work runs in the dtype of
+    the weights, one image of a batch at a time to bound memory; results are contiguous float32.
+    Weights in channels_last, as `slice_temporal` gives them and `load_state_dict(..., assign=True)`
+    keeps them, spare a conversion a call.
     Gradients flow through every method.
     """
 
@@ -342,16 +391,43 @@ class QwenImageVAE(nn.Module):
         self,
         latents: Tensor,
         tile: int = 1024,
-        overlap: int = 128,
         progress: Progress | None = None,
+        out_device: torch.device | str | None = None,
     ) -> Tensor:
-        """`decode` in overlapping square tiles; see `encode_tiled`."""
+        """`decode` in square tiles, equal to it but for the rounding of kernels.
+
+        tile: pixels along a side (of the size that was encoded) that are decoded at a time, a
+            multiple of `config.downscale`; `reach` more are computed on each side.
+        out_device: of the image, which no device with little memory has to hold; None is that of
+            the latents.
+        Attention over the whole image runs at the latents' size, see `tiled_decode_bytes`.
+        """
         self._check("latents", latents, self.config.z_dim)
-        sides = [side * self.config.downscale for side in latents.shape[2:]]
-        size = (latents.shape[0], self.config.image_channels, *sides)
-        images = latents.new_zeros(size, dtype=torch.float32)
-        cell = self.config.downscale
-        return convert_tiled(latents, images, self.decode, cell, tile, overlap, progress)
+        config, cell = self.config, self.config.downscale
+        if tile < cell or tile % cell:
+            raise ValueError(f"tile {tile} (pixels) must be a multiple of {cell} above 0")
+        rows, columns = latents.shape[2:]
+        size = (config.image_channels, rows * config.decoded_cell, columns * config.decoded_cell)
+        images = latents.new_empty((len(latents), *size), dtype=torch.float32, device=out_device)
+        total = len(latents)
+        for side in (rows, columns):
+            total *= len(plan_tiles(side, tile // cell, 0))
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        for index, latent in enumerate(latents.split(1)):
+            image = images[index : index + 1]
+            hidden = self.decoder.attend(self.conv2(self._to_weights(self.denormalise(latent))))
+            apply_in_tiles(hidden, image, self._enlarge, tile // cell, reach(config), count)
+        return images
+
+    def _enlarge(self, hidden: Tensor) -> Tensor:
+        return self.decoder.enlarge(hidden).float().clamp(-1.0, 1.0)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (1, z_dim, 1, 1).

@@ -1,4 +1,8 @@
-"""Encode and decode an image in overlapping tiles, whose results are blended linearly."""
+"""An image in tiles: encoded in overlapping ones that are blended, decoded in exact ones.
+
+The decoder's attention runs over the whole image at the size of the latents. Behind it are only
+convolutions, which reach a few cells: a tile with that margin around it is exact.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +54,32 @@ def convert_tiled(
     return result
 
 
+def apply_in_tiles(
+    source: Tensor,
+    result: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    tile: int,
+    margin: int,
+    progress: Callable[[], None],
+) -> None:
+    """Write `apply(source)` (1, C, h, w) into `result` a tile at a time, without seams.
+
+    tile: cells of `source` along a side that one call gives; it sees `margin` more on each side,
+    as far as `apply` reaches. result: a whole multiple of the source's sides, on any device.
+    progress: called after each tile.
+    """
+    height, width = source.shape[2:]
+    scale = result.shape[2] // height
+    for rows in plan_tiles(height, tile, 0):
+        for columns in plan_tiles(width, tile, 0):
+            top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
+            part = source[..., top : rows[1] + margin, left : columns[1] + margin]
+            own = (..., _slice(rows, scale, top), _slice(columns, scale, left))
+            place = result[..., _slice(rows, scale), _slice(columns, scale)]
+            place.copy_(apply(part)[own])
+            progress()
+
+
 def plan_tiles(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     """(start, stop) of the tiles along one axis, all as long as `tile`, spread evenly.
 
@@ -85,5 +115,5 @@ def feather_weights(spans: list[tuple[int, int]], scale: int = 1) -> list[Tensor
     ]
 
 
-def _slice(span: tuple[int, int], scale: int) -> slice:
-    return slice(span[0] * scale, span[1] * scale)
+def _slice(span: tuple[int, int], scale: int, origin: int = 0) -> slice:
+    return slice((span[0] - origin) * scale, (span[1] - origin) * scale)

@@ -151,6 +151,11 @@ def _weight_names(model) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
+def transformer_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Shapes of a Krea 2's weights by our names."""
+    return {name: shape for name, (_, shape) in _weight_names(model).items()}
+
+
 def _text_weight_names(clip) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The name of each weight of the language tower: the patcher's key, and the shape."""
     names = {}

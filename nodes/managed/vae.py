@@ -15,7 +15,7 @@ from ...krea2_model.checkpoints.identify import VAE, WHERE, CheckpointError
 from ...krea2_model.checkpoints.vae import read_vae
 from ...krea2_model.checkpoints.vae_keys import restore_temporal
 from ...krea2_model.config import VAEConfig
-from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE
+from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE, tiled_decode_bytes
 from .checkpoint import check_weights, open_part
 from .layers import comfy_layers
 from .memory import advise
@@ -39,7 +39,7 @@ class Krea2VAE(comfy.sd.VAE):
     def __init__(self, state, dtype=None, device=None, disable_dynamic=False):
         # comfy.sd.VAE offers no way in for other models, so its fields are set here.
         management, config = comfy.model_management, state.config
-        self.downscale_ratio = self.upscale_ratio = config.downscale
+        self.downscale_ratio, self.upscale_ratio = config.downscale, config.decoded_cell
         self.downscale_index_formula = self.upscale_index_formula = None
         self.latent_channels, self.latent_dim = config.z_dim, 2
         self.output_channels, self.pad_channel_value = config.image_channels, 1.0
@@ -84,10 +84,8 @@ class Krea2VAE(comfy.sd.VAE):
     ):
         """As `decode`, in square tiles; sizes are in latent cells, as core passes them."""
         latents = self._latents(samples)
-        tile, overlap = self._tiling(tile_x, tile_y, overlap, self.upscale_ratio)
-        self._load(
-            self.memory_used_decode((*latents.shape[:2], tile // 8, tile // 8), self.vae_dtype)
-        )
+        tile, overlap = self._tiling(tile_x, tile_y, overlap, self.downscale_ratio)
+        self._load(self._tile_activations(latents.shape, tile))
         with comfy.model_management.cuda_device_context(self.device):
             return self._to_images(self._decode_tiles(latents.to(self.device), tile, overlap))
 
@@ -133,13 +131,23 @@ class Krea2VAE(comfy.sd.VAE):
         size = comfy.model_management.dtype_size(dtype)
         return 1.25 * elements * size + 2 * MAX_SCORE_BYTES
 
+    def _tile_activations(self, shape, tile: int) -> float:
+        """Bytes that decoding one image of latents takes in tiles, and a workspace."""
+        size = comfy.model_management.dtype_size(self.vae_dtype)
+        widths = 3.5 if self.device.type == "cuda" else 8
+        config = self.first_stage_model.config
+        return (
+            1.25 * tiled_decode_bytes(config, shape[-2:], tile, size, widths) + 2 * MAX_SCORE_BYTES
+        )
+
     def _load(self, memory):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
 
     def _with_fallback(self, source, convert, convert_tiled, finish):
         """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles."""
         # Images and latents alike by their sides in pixels.
-        pixels = max(source.shape[-2:]) * (self.upscale_ratio if finish == self._to_images else 1)
+        cell = self.downscale_ratio if finish == self._to_images else 1
+        pixels = max(source.shape[-2:]) * cell
         attempts = [convert]
         for tile in FALLBACK_TILES:
             if tile < pixels:
@@ -190,8 +198,10 @@ class Krea2VAE(comfy.sd.VAE):
         return _denormalise(model.encode(images))
 
     def _decode_tiles(self, latents, tile, overlap):
+        """overlap: of no use, since each tile is exact."""
         model = self.first_stage_model
-        return model.decode_tiled(_normalise(latents), tile, overlap, _progress())
+        # The whole image may be larger than what the device has beside a tile.
+        return model.decode_tiled(_normalise(latents), tile, _progress(), self.output_device)
 
     def _encode_tiles(self, images, tile, overlap):
         model = self.first_stage_model

@@ -3,6 +3,8 @@
 The graph runs ComfyUI's sampler on ComfyUI's managed model, Python the pipeline's own loop.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -226,6 +228,40 @@ def rotary_scaling(graph, krea2_model):
     return {"rotary": krea2_model.RotaryScaling(64), "width": 128, "height": 64}
 
 
+TWO = [
+    {"prompt": "a red circle", "box": [0, 0, 0.5, 1], "soft": 0.1},
+    {"prompt": "a (blue:1.2) star", "box": [0.5, 0, 0.5, 1], "strength": 1.5, "end": 0.7},
+]
+
+
+def regions(graph, krea2_model, entries=TWO, **options):
+    graph.positive, graph.negative = graph.run(
+        "K2Regions", clip=graph.clip, positive=graph.positive, negative=graph.negative,
+        model=graph.model, latent=graph.latent, regions=json.dumps(entries), **options,
+    )[:2]  # fmt: skip
+    given = [krea2_model.Region(**entry) for entry in entries]
+    return {"regions": krea2_model.Regions(given, **options)}
+
+
+def regions_with_other_features(graph, krea2_model):
+    """A LoRA in a region, a reference, a control and a negative by attention guidance."""
+    files = {
+        "graph": "krea2-nano notebook (built in)",
+        "python": krea2_model.nano.LORA,
+    }
+    with_lora = {**TWO[0], "loras": [[files["graph"], 0.8]]}
+    options = regions(graph, krea2_model, [with_lora, TWO[1]], separate=0.2, text_factor=0.5)
+    region = krea2_model.Region(**{**with_lora, "loras": [(files["python"], 0.8)]})
+    others = [region, *options["regions"].regions[1:]]
+    merged = krea2_model.Regions(others, text_factor=0.5, separate=0.2)
+    extra = control(graph, krea2_model) | references(graph, krea2_model) | nag(graph, krea2_model)
+    return {"regions": merged, **extra}
+
+
+def guided_regions(graph, krea2_model):
+    return guided(graph, krea2_model) | regions_with_other_features(graph, krea2_model)
+
+
 def style(graph, krea2_model, **options):
     """Two pictures, weights, a mask and a text of their own."""
     mask = torch.zeros(64, 64)
@@ -266,10 +302,11 @@ FEATURES = {
               references_at_the_step_s_time, weak_references, cached_references, edit,
               edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
-              control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling, style,
-              style_with_other_features, style_of_tiles_while_inpainting],
-    "raw": [guided, guided_edit, guidance_schedule, step_skipping, control_in_a_window,
-            style_in_a_window],
+              control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
+              regions, regions_with_other_features, style, style_with_other_features,
+              style_of_tiles_while_inpainting],
+    "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
+            control_in_a_window, style_in_a_window],
 }  # fmt: skip
 
 
@@ -294,3 +331,23 @@ def test_graph_and_python_give_one_picture(run, pack, loaded, variant, feature):
     if feature.__name__ != "<lambda>":
         is_same = found.shape == plain.shape and torch.allclose(found, plain, atol=1e-3)
         assert not is_same, "the feature changes the picture"
+
+
+def test_the_detailer_gives_one_picture(run, pack, loaded):
+    """Two areas of one size in a batch, and one that overlaps the first, on top of its result."""
+    (model, clip, vae), pipeline = loaded["turbo"]
+    krea2_model, original = pack("krea2_model"), image(180, 200, 3)
+    masks = torch.zeros(3, 180, 200)
+    masks[0, 20:60, 20:60] = masks[1, 30:70, 120:160] = masks[2, 50:90, 50:90] = 1
+    positive = run("K2TextEncode", clip=clip, prompt=PROMPT, negative="")[0]
+    options = {"denoise": 0.7, "seed": SEED, "steps": STEPS, "guidance": 0.0}
+    found = run(
+        "K2Detailer", model=model, positive=positive, vae=vae, image=original, mask=masks,
+        clip=clip, prompts="\na green star", preset="custom", **options,
+    )[0]  # fmt: skip
+    expected = pipeline.detail(
+        original[0].movedim(-1, 0), [PROMPT, "a green star", PROMPT],
+        krea2_model.DetailAreas(masks), prompt_weights=True, output_type="pt", **options,
+    )  # fmt: skip
+    assert_close(found.movedim(-1, 1), expected, 1e-3, "graph and Python")
+    assert not torch.allclose(found, original, atol=1e-2)

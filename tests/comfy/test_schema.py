@@ -62,6 +62,11 @@ INPUTS = {
     "K2Outpaint": ["image", "left", "top", "right", "bottom", "feather"],
     "K2CropForInpaint": ["image", "mask", "context", "megapixels"],
     "K2Stitch": ["stitch", "painted", "mask", "feather"],
+    "K2Detailer": [
+        *("model", "positive", "negative", "vae", "image", "mask", "segs", "clip", "prompts"),
+        *("preset", "seed", "steps", "guidance", "denoise", "context", "grow", "feather", "blend"),
+        *("megapixels", "islands", "max_batch", "sampler", "shift", "mu", "start_sigma"),
+    ],
     "K2NegativeGuidance": ["model", "negative", "strength", "blend", "start", "end", "limit"],
     "K2Compile": ["model", "mode"],
     "K2Approximate": ["model", "evaluate", "attention"],
@@ -70,6 +75,10 @@ INPUTS = {
     "K2TwoStage": [
         *("raw", "turbo", "positive", "negative", "latent", "turbo_last", "seed", "raw_steps"),
         "guidance",
+    ],
+    "K2Regions": [
+        *("clip", "positive", "negative", "regions", "masks", "model", "latent", "places"),
+        *("text_factor", "separate", "weights"),
     ],
     "K2Upscale": [
         *("model", "positive", "negative", "vae", "image", "latent", "upscale_model", "scale"),
@@ -106,12 +115,14 @@ OUTPUTS = {
     "K2Outpaint": ["IMAGE", "MASK"],
     "K2CropForInpaint": ["IMAGE", "MASK", "KREA2_STITCH"],
     "K2Stitch": ["IMAGE"],
+    "K2Detailer": ["IMAGE", "MASK"],
     "K2Compile": ["MODEL"],
     "K2NegativeGuidance": ["MODEL"],
     "K2Approximate": ["MODEL"],
     "K2Inspect": ["STRING"],
     "K2GuidanceSchedule": ["MODEL"],
     "K2TwoStage": ["LATENT"],
+    "K2Regions": ["CONDITIONING", "CONDITIONING"],
     "K2Upscale": ["LATENT"],
     "K2TiledSampling": ["MODEL"],
     "K2RotaryScaling": ["MODEL"],

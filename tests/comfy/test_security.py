@@ -30,6 +30,7 @@ FILE_INPUTS = {
     ("K2VAELoader", "file"): "vae",
     ("K2LoraLoader", "lora"): "loras",
     ("K2StyleLora", "style"): "loras",
+    ("K2ControlLora", "control"): "loras",
     ("K2Inspect", "file"): "diffusion_models",
 }
 IDS = [".".join(key) for key in FILE_INPUTS]
@@ -79,6 +80,7 @@ def use(run, pack, models):
         inputs = {
             "K2LoraLoader": {"model": None},
             "K2StyleLora": {"model": None, "prompt": ""},
+            "K2ControlLora": {"form": "reference tokens (time 0)"},
             "K2Loader": {"model": TINY["diffusion_models"]},
         }
         if (node, name) == ("K2LoraLoader", "lora") and verdict is True:

@@ -56,7 +56,12 @@ def make_lora(models):
     rows, columns = weights["blocks.0.attn.wq.weight"].shape
     name = "diffusion_model.blocks.0.attn.wq.lora"
     (models / "loras").mkdir(exist_ok=True)
-    for file in ("krea2_style_reference", "krea2_darkbrush"):
+    for file in (
+        "krea2_style_reference",
+        "krea2_darkbrush",
+        "krea2_identity_edit_v1_2",
+        "NK2E-canny-v0.1",
+    ):
         save_file(
             {f"{name}_A.weight": torch.full((4, columns), 0.01),
              f"{name}_B.weight": torch.full((rows, 4), 0.01)},
@@ -158,7 +163,9 @@ def test_workflows_give_pictures(server, file):
     shape = (96, 128)
     if "K2Outpaint" in kinds:
         shape = (96, 128 + 64)
-    if "K2Stitch" in kinds:
+    if "K2Upscale" in kinds:
+        shape = (2 * 96, 2 * 128)
+    if "K2Stitch" in kinds or "K2Edit" in kinds:
         shape = example_image().size[::-1]
     for image in images:
         assert image.shape == (*shape, 3) and image.std() > 10

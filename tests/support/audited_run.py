@@ -77,6 +77,22 @@ def use_every_node(base: Path) -> set[str]:
         run("K2Stitch", stitch=stitch, painted=part, mask=mask)
         run("K2TextEncodeImages", clip=clip, prompt="a red star", image_1=images, strengths="0.5")
         positive, _ = run("K2Reference", positive=positive, vae=vae, image=images)
+        edited = run(
+            "K2Edit", model=model, clip=clip, vae=vae, prompt="a red star", image_1=images,
+            family="references-only",
+        )  # fmt: skip
+        assert len(edited) == 4
+        control = "krea2-nano outlines (built in)"
+        run("K2ControlLora", control=control, positive=positive, vae=vae, image=images)
+        run("K2Regions", clip=clip, positive=positive, model=model)
+        styled = run("K2StyleTransfer", model=model, vae=vae, image=images)[0]
+        tiled = run("K2TiledSampling", model=styled, tile=64)[0]
+        scaled = run("K2RotaryScaling", model=tiled)[0]
+        run("K2Upscale", model=scaled, positive=positive, vae=vae, latent=latent, scale=1.5)
+        area = torch.zeros(1, 64, 64)
+        area[:, 16:48, 16:48] = 1
+        picture = torch.rand(1, 64, 64, 3)
+        run("K2Detailer", model=model, positive=positive, vae=vae, image=picture, mask=area)
         run("K2StyleMix", clip=clip, prompt="a red star", image_1=images, vae=vae, strength=0.5)
         run("K2SelfCheck", model=model, clip=clip)
         raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]

@@ -19,8 +19,14 @@ from krea2_model.checkpoints.vae_keys import (
 )
 from krea2_model.config import VAEConfig
 from krea2_model.vae import model as vae_module
-from krea2_model.vae.model import QwenImageVAE, attend_in_chunks
+from krea2_model.vae.model import (
+    QwenImageVAE,
+    attend_in_chunks,
+    reach,
+    tiled_decode_bytes,
+)
 from krea2_model.vae.tiling import feather_weights, plan_tiles
+from live_bytes import LiveBytes
 
 SMALL = VAEConfig(base_dim=16)
 # Fewer levels, one block a level, other multiples: nothing of the layout is a constant.
@@ -275,15 +281,10 @@ def test_weights_ramp_inside_and_never_at_the_image_border():
     "size, tile, overlap", [((13, 9), 32, 8), ((8, 20), 64, 48), ((5, 5), 8, 0)]
 )
 def test_tiles_land_where_they_belong(vae, monkeypatch, size, tile, overlap):
-    """With converters that act on single cells, tiled and plain agree in every pixel."""
-    monkeypatch.setattr(
-        vae, "decode", lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
-    )
+    """With a converter that acts on single cells, tiled and plain agree in every pixel."""
     monkeypatch.setattr(
         vae, "encode", lambda x: F.pad(F.avg_pool2d(x, 8), (0, 0, 0, 0, 0, SMALL.z_dim - 3))
     )
-    latents = latents_of(2, *size)
-    torch.testing.assert_close(vae.decode_tiled(latents, tile, overlap), vae.decode(latents))
     images = images_of(2, size[0] * 8, size[1] * 8)
     torch.testing.assert_close(vae.encode_tiled(images, tile, overlap), vae.encode(images))
 
@@ -291,35 +292,80 @@ def test_tiles_land_where_they_belong(vae, monkeypatch, size, tile, overlap):
 @pytest.mark.parametrize("tile", [64, 1024])
 def test_one_tile_equals_plain_bit_for_bit(vae, tile):
     latents, images = latents_of(2, 8, 6), images_of(2, 48, 64)
-    assert torch.equal(vae.decode_tiled(latents, tile, 16), vae.decode(latents))
+    assert torch.equal(vae.decode_tiled(latents, tile), vae.decode(latents))
     assert torch.equal(vae.encode_tiled(images, tile, 16), vae.encode(images))
 
 
-def test_tiles_equal_plain_where_the_cut_is_out_of_sight():
+@pytest.mark.parametrize(
+    "config, tile", [(SMALL, 64), (SHALLOW, 8), (replace(SHALLOW, upscale=2), 40)]
+)
+def test_decoding_in_tiles_has_no_seams(config, tile):
+    """Random weights, sharp attention: far under 2 of 255, in any tile, with the true margin."""
+    torch.manual_seed(0)
+    vae = QwenImageVAE(config).eval().requires_grad_(False)
+    steps, latents = [], latents_of(1, 5 * reach(config) // 2, 11)
+    tiled = vae.decode_tiled(
+        latents, tile // 8 * config.downscale, lambda *step: steps.append(step)
+    )
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1)) and len(steps) > 2
+    error = (tiled - vae.decode(latents)).abs().max()
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("config", [SMALL, SHALLOW, VAEConfig(base_dim=8, num_res_blocks=3)])
+def test_the_margin_is_what_the_convolutions_reach(config):
+    """A cell behind it changes nothing, one at its end does; no bias hides it."""
+    torch.manual_seed(0)
+    decoder = QwenImageVAE(config).decoder.eval().requires_grad_(False).double()
+    far, channels = reach(config), config.base_dim * config.dim_mult[-1]
+    hidden = torch.randn(1, channels, 3, 2 * far + 3, dtype=torch.float64)
+    expected = decoder.enlarge(hidden)
+    # The pixels of one cell in the middle, with the margin to one side changed beyond and within.
+    own = slice((far + 1) * config.downscale, (far + 2) * config.downscale)
+    for distance, is_seen in ((far + 1, False), (far, True)):
+        changed = hidden.clone()
+        changed[..., far + 1 - distance] += 5
+        is_same = torch.equal(decoder.enlarge(changed)[..., own], expected[..., own])
+        assert is_same != is_seen
+
+
+def test_tiles_to_8192_px_keep_their_bound(monkeypatch):
+    """Counted on tensors without content, in bfloat16 at the released sizes."""
+    monkeypatch.setattr(vae_module, "has_fused_attention", lambda *heads: True)
+    monkeypatch.setattr(
+        vae_module.F, "scaled_dot_product_attention", lambda query, *rest: torch.empty_like(query)
+    )
+    options = {"device": "meta", "dtype": torch.bfloat16}
+    vae = QwenImageVAE(VAEConfig(), **options).to(memory_format=torch.channels_last)
+    for side, gigabytes in ((2048, 2.6), (8192, 6.6)):
+        latents = torch.empty(1, 16, side // 8, side // 8, device="meta")
+        with torch.no_grad(), LiveBytes("meta") as counted:
+            vae.decode_tiled(latents)
+        image = 3 * 4 * side**2  # may be elsewhere
+        bound = tiled_decode_bytes(vae.config, latents.shape[2:], 1024, 2, 8.5)
+        assert counted.peak - image <= bound <= gigabytes * 1e9
+        assert bound < 1.3 * (counted.peak - image)
+
+
+def test_encoded_tiles_equal_plain_where_the_cut_is_out_of_sight():
     """Without attention, a tile is exact beyond the reach of the convolutions from its cut."""
     vae = our_vae(reference_vae(SHALLOW), SHALLOW)
-    for part in (vae.encoder, vae.decoder):
-        part.middle[1].proj.weight.zero_()
+    vae.encoder.middle[1].proj.weight.zero_()
     cell, steps = SHALLOW.downscale, []
-    latents, images = latents_of(1, 6, 60), images_of(1, 6 * cell, 60 * cell)
+    images = images_of(1, 6 * cell, 60 * cell)
     # Two tiles, [0, 40) and [20, 60), blended in [20, 40).
-    for tiled, plain, source, unit in (
-        (vae.decode_tiled, vae.decode, latents, cell),
-        (vae.encode_tiled, vae.encode, images, 1),
-    ):
-        steps.clear()
-        found = tiled(source, 40 * cell, 20 * cell, lambda *step: steps.append(step))
-        assert steps == [(1, 2), (2, 2)]
-        expected = plain(source)
-        assert found.shape == expected.shape and found.dtype is torch.float32
-        error = (found - expected).abs().amax(dim=(0, 1, 2)) / expected.abs().max()
-        assert error[: 20 * unit].max() < 1e-5 and error[40 * unit :].max() < 1e-5
-        assert 1e-5 < error.max() < 0.3
+    found = vae.encode_tiled(images, 40 * cell, 20 * cell, lambda *step: steps.append(step))
+    assert steps == [(1, 2), (2, 2)]
+    expected = vae.encode(images)
+    assert found.shape == expected.shape and found.dtype is torch.float32
+    error = (found - expected).abs().amax(dim=(0, 1, 2)) / expected.abs().max()
+    assert error[:20].max() < 1e-5 and error[40:].max() < 1e-5
+    assert 1e-5 < error.max() < 0.3
 
 
 def test_gradients_flow_through_tiles(vae):
     latents = latents_of(1, 5, 4).requires_grad_()
-    vae.decode_tiled(latents, 24, 8).sum().backward()
+    vae.decode_tiled(latents, 24).sum().backward()
     assert latents.grad.isfinite().all() and (latents.grad != 0).all()
 
 
@@ -328,7 +374,13 @@ def test_gradients_flow_through_tiles(vae):
 )
 def test_tile_sizes_are_checked(vae, tile, overlap):
     with pytest.raises(ValueError, match=f"tile {tile} and overlap {overlap}.*multiples of 8"):
-        vae.decode_tiled(latents_of(1, 4, 4), tile, overlap)
+        vae.encode_tiled(images_of(1, 32, 32), tile, overlap)
+
+
+@pytest.mark.parametrize("tile", [0, 60, -64])
+def test_tiles_of_decoding_are_checked(vae, tile):
+    with pytest.raises(ValueError, match=f"tile {tile} .* multiple of 8"):
+        vae.decode_tiled(latents_of(1, 4, 4), tile)
 
 
 # Errors
@@ -436,8 +488,10 @@ def test_other_models_are_refused_by_what_differs():
                 if name != "encoder.downsamples.7.residual.6.bias"
             }
         )
-    with pytest.raises(ValueError, match=r"decoder.head.2.weight has shape \(12, 16, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"decoder.head.2.bias has shape \(3,\), expected \(12,\)"):
         infer_vae_config(shapes | {"decoder.head.2.weight": (12, 16, 3, 3)})
+    with pytest.raises(ValueError, match="decoder gives 5 channels; expected 3, or 12"):
+        infer_vae_config(shapes | {"decoder.head.2.weight": (5, 16, 3, 3)})
     with pytest.raises(ValueError, match="encoder.extra is unknown"):
         infer_vae_config(shapes | {"encoder.extra": (1,)})
     with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] residual blocks"):

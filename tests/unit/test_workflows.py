@@ -60,6 +60,7 @@ def test_there_are_examples():
         "krea2_stock_nodes",
         "krea2_style_mix",
         "krea2_turbo_negative",
+        "krea2_upscale",
         "krea2_turbo_text_to_image",
     }
 
