@@ -294,6 +294,4 @@ class StyleRun:
         ]
         factors = [settings.strength * share * within for share in self._shares]
         amount = settings.value_statistics * min(1.0, settings.strength) * within
-        return StyleKeys(
-            self._step[1], shifts, settings.key_scale, factors, self._shares, amount.to(device)
-        )
+        return StyleKeys(self._step[1], shifts, settings.key_scale, factors, self._shares, amount)

@@ -61,8 +61,9 @@ class StyleKeys:
     key_scale: factor on the keys.
     factors: of each, the factor (I,) of each image token on attention to it, from 0 up.
     shares: of each, its share in the statistics of values; sum 1.
-    amount: how far the values of each image token (I,) move to the styles' statistics, 0 to 1, on
-        the device of the call.
+    amount: how far the values of each image token (I,) move to the styles' statistics, 0 to 1.
+
+    factors and amount are on the CPU, so that a device need not be waited for.
     """
 
     def __init__(
@@ -74,15 +75,14 @@ class StyleKeys:
         shares: Sequence[float],
         amount: Tensor,
     ):
+        keys = [next(iter(style.values())).key for style in styles]
         self._styles, self._shifts, self._shares = styles, shifts, shares
-        self._key_scale, self._amount = key_scale, amount
+        self._key_scale, self._amount = key_scale, amount.to(keys[0].device)
         self._moves_values = bool((amount > 0).any())
-        counts = [next(iter(style.values())).key.shape[2] for style in styles]
-        biases = [QueryBias.of(factor) for factor in factors]
-        self._keys = [
-            (count, None if bias is None else bias.to(amount.device))
-            for count, bias in zip(counts, biases, strict=True)
-        ]
+        self._keys: list[tuple[int, QueryBias | None]] = []
+        for key, factor in zip(keys, factors, strict=True):
+            bias = QueryBias.of(factor)
+            self._keys.append((key.shape[2], None if bias is None else bias.to(key.device)))
 
     @property
     def image(self) -> int:
