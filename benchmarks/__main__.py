@@ -149,6 +149,7 @@ def features_report(found: dict[str, Any]) -> str:
         "boost": "with a boost of it",
         "apart": "with one that is kept apart, after it was gone through once",
         "control": "with a control LoRA of rank 64",
+        "style": "with a style picture of the image's size, after its inversion",
         "guidance": "with guidance",
     }
     times, rows = found["seconds"], []

@@ -49,7 +49,7 @@ class K2StyleTransfer(io.ComfyNode):
                     step=0.05,
                     tooltip=(
                         "How strongly the image attends to the style; 0 is off. Lower it where "
-                        "the prompt's layout suffers."
+                        "the prompt's layout suffers; with guidance (Raw) try 0.4."
                     ),
                 ),
                 inputs.window(

@@ -232,7 +232,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     style.add_argument(
         "--style-strength", type=number(0, 10), default=1.0, metavar="X",
-        help="0 is off; default: 1, and with guidance (Raw) try 0.5",
+        help="0 is off; default: 1, and with guidance (Raw) try 0.4",
     )  # fmt: skip
     style.add_argument(
         "--style-start", type=share, default=0.0, metavar="X",
