@@ -166,8 +166,10 @@ class K2StyleTransfer(io.ComfyNode):
         numbers = {name: value for name, value in locals().items() if name != "cls"}
 
         def check():
+            # A linked end of a window may be any that fits the other one.
+            widest = {"start": 0.0, "end": 1.0, "first_block": 0.0, "last_block": 1.0}
             known = {name: value for name, value in numbers.items() if value is not None}
-            StyleSettings(**known)
+            StyleSettings(**(widest | known))
 
         return verdict(cls, check, **numbers)
 
