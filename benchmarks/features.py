@@ -5,8 +5,9 @@
 Operations are counted on the whole model without computing anything; time is the processor's for
 one block at 512 px, in turns. Guidance is there to compare: a second pass. A reference has the
 image's size, with a boost or not; one that is kept apart is gone through before the first step,
-which is not counted. The control is a control LoRA with control channels, counted in operations
-alone.
+which is not counted. The control is a control LoRA with control channels, and the style a style
+picture of the image's size, both counted in operations alone: the style's own pass and the image's
+call, at a step without inversion; that is a pass a step and one more.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
+from krea2_model.guidance import unshifted  # noqa: E402
 from krea2_model.lora.control_run import RunControl  # noqa: E402
 from krea2_model.lora.in_run import RunLora  # noqa: E402
 from krea2_model.lora.live import LiveLora  # noqa: E402
 from krea2_model.lora.updates import Update  # noqa: E402
 from krea2_model.nn.attention import attend  # noqa: E402
 from krea2_model.run_features import RunFeatures  # noqa: E402
+from krea2_model.style_transfer import StylePictures, StyleRun, StyleSettings  # noqa: E402
 from krea2_model.transformer.backend import ExtendedBackend  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
-from krea2_model.transformer.patches import token_count  # noqa: E402
+from krea2_model.transformer.patches import grid_size, token_count  # noqa: E402
 from krea2_model.transformer.references import ReferenceKVCache  # noqa: E402
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
 from krea2_model.transformer.token_groups import TokenGroups  # noqa: E402
@@ -42,6 +45,7 @@ SIZES = (1024, 2048)
 FEATURES = ("plain", "weights", "negative", "reference", "boost", "apart")
 TURNS = 3
 RANK = 64  # of the control LoRA
+STYLE_TEXT = 5  # tokens of an empty prompt
 
 
 def boosted(tokens: int, device: str) -> TokenGroups:
@@ -92,8 +96,27 @@ def operations(pixels: int) -> dict[str, float]:
         with step.live(model, TEXT):
             model(*arguments)
     found["control"] = float(counter.get_total_flops())
+    found["style"] = style_operations(model, latents, *arguments[1:])
     found["guidance"] = 2 * found["plain"]
     return found
+
+
+def style_operations(model: Krea2Transformer, latents, timestep, text) -> float:
+    """Operations of a step with a style picture that is inverted already."""
+    short = TextStates(text[:, :STYLE_TEXT])
+    run = StyleRun(StyleSettings(), StylePictures([latents], [1.0]), short, unshifted)
+
+    def evaluate(own, sigma, recorder):
+        options = {} if recorder is None else {"backend": ExtendedBackend(None, recorder)}
+        return model(own, timestep, short.states, **options)
+
+    grid = grid_size(latents, CONFIG.patch_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # At sigma 0 the latents are the picture's own.
+        run.record(0.0, [latents], len(model.blocks), evaluate)
+        keys = run.keys(0.0, model, grid, latents.device)
+        model(latents, timestep, text, backend=ExtendedBackend(style=keys))
+    return float(counter.get_total_flops())
 
 
 def control(model: Krea2Transformer, latents: torch.Tensor) -> RunFeatures:

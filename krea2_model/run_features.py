@@ -37,7 +37,8 @@ class RunFeatures:
     """The features of a run.
 
     loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
-    in one. rotary: scaling of rotary positions. style: style pictures, for the calls of both texts.
+    in one. rotary: scaling of rotary positions. style: style pictures, for calls of
+    the positive text.
     """
 
     regions: RegionPlan | None = None
@@ -146,8 +147,11 @@ class StepFeatures:
         return replace(self, references=tuple(references))
 
     def for_negative(self) -> StepFeatures:
-        """Those of the negative text's call, which has no regions."""
-        return replace(self, regions=None)
+        """Those of the negative text's call, which has no regions and no style.
+
+        With guidance the image then moves away from what it would be without the style.
+        """
+        return replace(self, regions=None, style=None)
 
     @property
     def texts(self) -> tuple[TextStates, ...]:

@@ -31,7 +31,7 @@ from .transformer.references import (
     ReferencePlan,
 )
 from .transformer.shared_calls import SharedTexts, share
-from .transformer.style_attention import StyleKeys, StyleRecorder
+from .transformer.style_attention import StyleRecorder
 from .transformer.text_attention import NegativeGuidance, TextAttention, TextStates
 
 FusedText = Tensor | tuple[Tensor, Tensor | None] | TextStates
@@ -179,7 +179,7 @@ class _GuidedVelocity:
         else:
             step = self._features.at(sigma, image, latents.device, tile)
             step = step.with_references(references)
-            inputs = (latents, timestep, options, cache, step.style_keys(self.transformer))
+            inputs = (latents, timestep, options, cache)
             positive = self._positive(sigma)
             negative = None
             if self._negative is not None and (guidance != 0 or nag is not None):
@@ -199,21 +199,17 @@ class _GuidedVelocity:
         timestep: Tensor,
         options: dict[str, Any],
         cache: ReferenceKVCache | None,
-        style: StyleKeys | None,
         text: TextStates,
         step: StepFeatures,
         negative: TextStates | None = None,
         nag: NegativeGuidance | None = None,
     ) -> Tensor:
-        """The velocity for one text, in float32.
-
-        options, cache: of `_options`. style: of the step.
-        """
+        """The velocity for one text, in float32. options, cache: of `_options`."""
         states, mask = step.join(text.states, text.mask)
         attention, backend = None, {}
         if text.weights is not None or negative is not None or step.texts:
             attention = TextAttention(text.weights, text.mask, negative, nag, step.texts)
-        groups = step.groups
+        groups, style = step.groups, step.style_keys(self.transformer)
         if any(part is not None for part in (attention, cache, groups, style)):
             backend["backend"] = ExtendedBackend(attention, cache, groups, style)
         front = 0 if attention is None else attention.front

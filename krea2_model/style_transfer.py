@@ -248,9 +248,15 @@ class StyleRun:
             self._trajectories = self._inversions.get(
                 key, lambda: [Trajectory(own, sigmas) for own in self._latents]
             )
+        points = [trajectory.at(sigma, evaluate) for trajectory in self._trajectories]
+        self.record(sigma, points, layers, evaluate)
+
+    def record(
+        self, sigma: float, points: Sequence[Tensor], layers: int, evaluate: StylePass
+    ) -> None:
+        """Record the keys and values of each picture's latents (B, C, h, w) at a sigma."""
         recorded = []
-        for trajectory in self._trajectories:
-            latents = trajectory.at(sigma, evaluate)
+        for latents in points:
             text, count = self.text.states.shape[1], token_count(latents)
             recorder = StyleRecorder(text, count, self.settings.blocks(layers))
             evaluate(latents, sigma, recorder)

@@ -17,6 +17,7 @@ from ..images.pictures import pixels_of
 from ..inpainting import Canvas, Inpaint
 from ..lora.control_run import ControlSettings
 from ..memory.plan import check_offload
+from ..styles import StyleTransfer, check_pictures
 from ..text.wildcards import fill_in
 from .errors import UsageError
 from .model_files import Weights, find_control, find_file, find_loras, find_weights
@@ -67,9 +68,9 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
         raise UsageError("Give both --control, a control LoRA, and --control-image, or neither.")
     ControlSettings(args.control_strength, args.control_start, args.control_end)
     find_control(args)
-    pixels = find_input_pictures(args)["control_image"]
-    if pixels is not None:
-        check_images(pixels, None)
+    pictures = find_input_pictures(args)
+    if pictures["control_image"] is not None:
+        check_images(pictures["control_image"], None)
     return find_loras(args)
 
 
@@ -135,7 +136,16 @@ def find_input_pictures(args: Namespace) -> dict[str, Any]:
         "images": [read("image", path) for path in args.image],
         "edit": edit,
         "control_image": args.control_image and read("control_image", args.control_image),
+        "style": style_of(args, [read("style_image", path) for path in args.style_image]),
     }
+
+
+def style_of(args: Namespace, pictures: list) -> StyleTransfer | None:
+    """The style pictures of a run, None without any. Raises ValueError for unusable ones."""
+    if not pictures:
+        return None
+    check_pictures(pictures)
+    return StyleTransfer(pictures, args.style_strength, args.style_start, args.style_end)
 
 
 def check_output(args: Namespace) -> None:

@@ -24,12 +24,13 @@ PICTURE = (
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
+    "style_image", "style_strength", "style_start", "style_end",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
-PICTURES = ("start_image", "mask", "reference", "image", "edit", "control_image")
+PICTURES = ("start_image", "mask", "reference", "image", "edit", "control_image", "style_image")
 # Options that may be repeated.
-REPEATED = ("lora", "reference", "image", "edit")
+REPEATED = ("lora", "reference", "image", "edit", "style_image")
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
@@ -223,6 +224,24 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     control.add_argument(
         "--control-end", type=share, default=1.0, metavar="X", help="and stop here; default: 1"
     )
+
+    style = parser.add_argument_group("style")
+    style.add_argument(
+        "--style-image", type=Path, action="append", default=[], metavar="FILE",
+        help="a picture whose style to take over, without a LoRA; repeat it for several",
+    )  # fmt: skip
+    style.add_argument(
+        "--style-strength", type=number(0, 10), default=1.0, metavar="X",
+        help="0 is off; default: 1, and with guidance (Raw) try 0.5",
+    )  # fmt: skip
+    style.add_argument(
+        "--style-start", type=share, default=0.0, metavar="X",
+        help="begin at this share of the run; default: 0",
+    )  # fmt: skip
+    style.add_argument(
+        "--style-end", type=share, default=0.8, metavar="X",
+        help="and stop here; default: 0.8",
+    )  # fmt: skip
 
     speed = parser.add_argument_group("schedule")
     speed.add_argument(

@@ -144,9 +144,12 @@ class Krea2Model(comfy.model_base.Krea2):
         return fuse_regions(features, self.diffusion_model, fuse)
 
     def _style(self, conditioning, cache: RunCache | None) -> StyleRun | None:
-        """The style pictures of a run, one object for all its conditionings where that is safe."""
+        """The style pictures of a run, for any conditioning but a negative.
+
+        One object for all conditionings, where that is safe.
+        """
         styles = styles_of(self.current_patcher)
-        if styles is None:
+        if styles is None or conditioning.get("prompt_type") == "negative":
             return None
         patcher, noise = self.current_patcher, conditioning["noise"]
         if styles.share_at is not None:

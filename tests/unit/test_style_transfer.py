@@ -249,7 +249,7 @@ def paint(model, settings, text=None, noise=None, share_at=None, features=None, 
 
 
 def test_calls_of_a_run(model):
-    """The style passes once a step for both texts; out of its window it costs nothing."""
+    """The style passes once a step of its window, and the negative has none."""
     counting = Counting(model)
     negative = random(2, 3, TINY.hidden_size, seed=9)
     paint(counting, StyleSettings(start=0.3, end=0.7), negative=negative, guidance=2.0)
