@@ -109,7 +109,6 @@ NODES = {
     "K2SelfCheck": Shot({}, _MODEL | _CLIP, runs=True, width=560, height=200),
     "K2Sigmas": Shot({}, _MODEL | _LATENT, runs=True),
     "K2Stitch": Shot(width=280),
-    "K2StyleTransfer": Shot({}, _MODEL | _VAE | _IMAGE | _CLIP, runs=True, width=400),
     "K2StyleLora": Shot(
         {"prompt": "a large purple star", "style": "krea2-nano notebook (built in)"},
         _MODEL, runs=True, width=420, room=40,

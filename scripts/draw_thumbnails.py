@@ -120,12 +120,6 @@ def reference(server: ComfyServer) -> Pictures:
     return [before, paint(server, "krea2_reference")]
 
 
-def style_transfer(server: ComfyServer) -> Pictures:
-    before = start(server, "a purple ring in the top left on a yellow background")
-    give(server, before)
-    return [before, paint(server, "krea2_style_transfer")]
-
-
 def edit(server: ComfyServer) -> Pictures:
     before = start(server, "a blue ring on a yellow background")
     give(server, before)
@@ -164,7 +158,6 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_inpaint_detail": inpaint_detail,
     "krea2_outpaint": outpaint,
     "krea2_reference": reference,
-    "krea2_style_transfer": style_transfer,
     "krea2_style_loras": style_loras,
     "krea2_upscale": upscale,
     "krea2_style_mix": style_mix,
