@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..krea2_model.images.region_shapes import RegionShape, RegionShapes, check_count
 from ..krea2_model.regions import read_live_lora, with_place
 from ..krea2_model.transformer.patches import PATCH, grid_size
-from ..krea2_model.transformer.regions import RegionSettings, check_region_options
+from ..krea2_model.transformer.regions import RegionSettings
 from . import inputs, model_files
 from .inputs import check_limits, verdict
 from .managed.core_model import is_core
@@ -18,10 +18,10 @@ from .prompts import encode
 from .sampler_run import check_model, start_of
 
 _KEYS = ("prompt", "box", "mask", "strength", "start", "end", "soft", "loras")
-_EXAMPLE = """[
-  {"prompt": "a red fox", "box": [0, 0, 0.5, 1]},
-  {"prompt": "a blue owl", "box": [0.5, 0, 0.5, 1]}
-]"""
+_EXAMPLE = (
+    '[{"prompt": "a red fox", "box": [0, 0, 0.5, 1]}, '
+    '{"prompt": "a blue owl", "box": [0.5, 0, 0.5, 1]}]'
+)
 # A report's line has so many characters at most.
 _SHOWN = 30
 
@@ -120,9 +120,6 @@ class K2Regions(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, regions=None, text_factor=None, separate=None):
         def check():
-            check_region_options(
-                1.0 if text_factor is None else text_factor, 0.0 if separate is None else separate
-            )
             if regions is not None:
                 for number, entry in enumerate(_entries(regions), 1):
                     _settings(entry)

@@ -91,14 +91,6 @@ class K2StyleTransfer(io.ComfyNode):
                         "no text at all."
                     ),
                 ),
-                io.String.Input(
-                    "style_prompt",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Description of the style pictures; empty is mostly best.",
-                ),
                 io.Float.Input(
                     "value_statistics",
                     default=_DEFAULTS.value_statistics,
@@ -148,6 +140,14 @@ class K2StyleTransfer(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                 ),
+                io.String.Input(
+                    "style_prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Description of the style pictures; empty is mostly best.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the style, for any sampler.")],
         )
@@ -166,8 +166,10 @@ class K2StyleTransfer(io.ComfyNode):
         numbers = {name: value for name, value in locals().items() if name != "cls"}
 
         def check():
+            # A linked end of a window may be any that fits the other one.
+            widest = {"start": 0.0, "end": 1.0, "first_block": 0.0, "last_block": 1.0}
             known = {name: value for name, value in numbers.items() if value is not None}
-            StyleSettings(**known)
+            StyleSettings(**(widest | known))
 
         return verdict(cls, check, **numbers)
 

@@ -40,8 +40,9 @@ INPUTS = {
     ],
     "K2StyleTransfer": [
         *("model", "vae", "image", "strength", "start", "end", "image_2", "image_3", "image_4"),
-        *("image_5", "image_6", "image_7", "image_8", "weights", "mask", "clip", "style_prompt"),
+        *("image_5", "image_6", "image_7", "image_8", "weights", "mask", "clip"),
         *("value_statistics", "key_scale", "first_block", "last_block", "megapixels"),
+        "style_prompt",
     ],
     "K2TapWeights": [
         *("conditioning", "layer_2", "layer_5", "layer_8", "layer_11", "layer_14", "layer_17"),
