@@ -20,6 +20,8 @@ TEXT_TOKENS = 512
 # Hidden states of the weights' dtype that are alive at the peak, a token: of the transformer's
 # blocks, of its text fusion (a token is one state a tap there), of the encoder beside its taps.
 _BLOCK_STATES, _FUSION_STATES, _ENCODER_STATES = 8.5, 10.1, 15
+# More of the image's where attention to style pictures is merged, in float32.
+_MERGE_STATES = 2
 # Keys and values of some thousand tokens, logits, and the layer and head that only writing needs.
 WRITING_BYTES = 1_500_000_000
 # Numbers a pixel of an image while the VAE decodes or encodes it.
@@ -49,18 +51,21 @@ def activations(
     )
     return {
         ENCODER: _encoder_bytes(text_encoder, text),
-        TRANSFORMER: calls + _style_bytes(transformer, batch, sum(styles)),
+        TRANSFORMER: calls + _style_bytes(transformer, batch * sequence, sum(styles), batch),
         # One image at a time, so a batch needs no more.
         VAE: _vae_bytes(vae, 256 * max(image, references, *styles)),
     }
 
 
-def _style_bytes(transformer: Krea2Transformer, batch: int, tokens: int) -> int:
-    """Keys and values of style pictures in all blocks, and twice those of a block for a batch."""
+def _style_bytes(transformer: Krea2Transformer, image: int, tokens: int, batch: int) -> int:
+    """Keys and values of style pictures: in all blocks, and twice in one for a batch; the merge."""
+    if not tokens:
+        return 0
     config = transformer.config
     heads = config.num_key_value_heads * config.attention_head_dim
-    copies = config.num_layers + 2 * batch
-    return 2 * tokens * heads * copies * transformer.compute_dtype.itemsize
+    numbers = 2 * tokens * heads * (config.num_layers + 2 * batch)
+    numbers += image * _MERGE_STATES * config.hidden_size
+    return numbers * transformer.compute_dtype.itemsize
 
 
 def _transformer_bytes(transformer: Krea2Transformer, batch: int, tokens: int, text: int) -> int:

@@ -283,7 +283,9 @@ class Krea2Model(comfy.model_base.Krea2):
         styles = styles_of(self.current_patcher)
         style_tokens = [] if styles is None else styles.tokens
         tokens = max(input_shape[0] * tokens, *style_tokens, 0)
-        elements = tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
+        # Attention to style pictures is merged in float32: two states more.
+        states = 3 + 2 * bool(style_tokens)
+        elements = tokens * (states * config.hidden_size + 2 * config.intermediate_size)
         cached = sum(shape[0] for shape in cond_shapes.get("reference_plan", ()))
         cached += sum(style_tokens)
         heads = config.num_key_value_heads * config.attention_head_dim

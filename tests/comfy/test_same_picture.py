@@ -286,6 +286,10 @@ def style_with_other_features(graph, krea2_model):
     return others | cached_references(graph, krea2_model) | style(graph, krea2_model)
 
 
+def style_with_regions(graph, krea2_model):
+    return regions(graph, krea2_model, separate=0.3) | style(graph, krea2_model)
+
+
 def style_of_tiles_while_inpainting(graph, krea2_model):
     """With tiles the latent is another; the mask of the style has its shape."""
     (graph.model,) = graph.run("K2TiledSampling", model=graph.model, tile=64, overlap=0.3)[:1]
@@ -304,6 +308,7 @@ FEATURES = {
               inpaint, inpaint_some, control, control_with_other_features,
               control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
               regions, regions_with_other_features, style, style_with_other_features,
+              style_with_regions,
               style_of_tiles_while_inpainting],
     "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
             control_in_a_window, style_in_a_window],

@@ -45,6 +45,19 @@ def test_a_picture_is_made_again_from_its_file(krea2, tmp_path, monkeypatch, end
     assert "holds no settings" in krea2("again", plain, code=2)
 
 
+def test_a_picture_in_the_style_of_another_again(krea2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32), "orange").save("style.png")
+    words = ["a blue star", "--model", "nano", "--width", 48, "--height", 32, "--steps", 2]
+    style = ["--style-image", "style.png", "--style-strength", 0.8, "--style-end", 1]
+    (plain,) = krea2(*words, "--output", "plain.png")
+    (first,) = krea2(*words, *style, "--output", "a.png")
+    (again,) = krea2("again", first, "--output", "b.png")
+    assert (pixels(again) == pixels(first)).all() and (pixels(first) != pixels(plain)).any()
+    assert settings(again)["style_image"] == ["style.png"]
+    assert "prompt" not in read_texts(first), "no graph has the file"
+
+
 def settings(path):
     return json.loads(read_texts(path)["krea2"])["settings"]
 

@@ -22,6 +22,7 @@ from krea2_model.edits import FAMILIES, TASKS
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.memory.plan import OFFLOADS
 from krea2_model.pipeline import Krea2Pipeline
+from krea2_model.style_transfer import StyleSettings
 from krea2_model.text.expander import LENGTHS, MAX_VARIANTS
 from krea2_model.tools.convert import PARTS, QUANTISATIONS
 from krea2_model.transformer.references import REFERENCE_METHODS
@@ -84,6 +85,9 @@ def test_words_and_defaults_in_help_are_those_of_the_code():
     for name in ("scale", "blend", "limit", "end"):
         option = text.partition(f"--nag-{name}")[2].partition("--")[0]
         assert option.split("default:")[1].split()[0] == f"{getattr(nag, name):g}"
+    parser, style = command_parser("generate"), StyleSettings()
+    for name in ("strength", "start", "end"):
+        assert parser.get_default(f"style_{name}") == getattr(style, name)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +147,16 @@ def test_a_word_near_a_command_is_a_prompt_beside_weights(tmp_path, capsys, monk
         (["--offload", "none", "--max-memory", "5"], "--max-memory is 5.0, and offload 'none'"),
         (["--guidance-start", "0.9", "--guidance-end", "0.1"], "start 0.9 and end 0.1"),
         (["--tokenizer", "{folder}"], "is no tokenizer folder"),
+        (["--style-image", "nowhere.png"], "--style-image is nowhere.png, which is not there"),
+        (["--style-image", "{pixel}"], "A style picture is 1 x 1 px; expected at least 16 px"),
     ],
 )
 def test_everything_is_checked_before_weights_are_loaded(
     models, tmp_path, capsys, unloaded, words, message
 ):
     places = {"vae": models / "vae/qwen_image_vae_tiny.safetensors", "folder": tmp_path}
+    places["pixel"] = models / "pixel.png"
+    Image.new("RGB", (1, 1)).save(places["pixel"])
     places["encoder"] = models / "narrow_encoder.safetensors"
     names = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
     names += ("layers.0.self_attn.q_norm.weight",)

@@ -16,6 +16,7 @@ from krea2_model import (
 )
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import QuantisedWeight
+from krea2_model.guidance import unshifted
 from krea2_model.memory.activations import activations
 from krea2_model.memory.block_stream import PLACES, BlockStream
 from krea2_model.memory.machine import GB
@@ -31,6 +32,10 @@ from krea2_model.memory.plan import (
     PartSize,
     plan_for,
 )
+from krea2_model.nn.partial_attention import Partial
+from krea2_model.style_transfer import StylePictures, StyleRun, StyleSettings
+from krea2_model.transformer.backend import ExtendedBackend
+from krea2_model.transformer.text_attention import TextStates
 from live_bytes import LiveBytes
 
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -57,6 +62,11 @@ def quantise(model, form, part):
 def attend(query, key, value, mask=None):
     """As a fused kernel does it, which holds no scores."""
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1] * query.shape[3])
+
+
+def partially(query, key, value, mask=None):
+    """Likewise, for a part of the keys."""
+    return Partial(torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +177,36 @@ def test_activations_are_bounds(released, host):
     assert 0.7 * estimates[TRANSFORMER] < painting - weights[0] <= estimates[TRANSFORMER]
     assert encoding - weights[1] <= estimates[ENCODER]
     assert decoding - weights[2] <= estimates[VAE]
+
+
+def test_style_pictures_are_within_the_bounds(released, host, monkeypatch):
+    """Keys and values of one step for two pictures, the passes that give them, and the image's."""
+    transformer, encoder, vae = released(FP8, FP8, layers=12)
+    pictures = [torch.empty(1, 16, side, 128, device=META, dtype=BF16) for side in (128, 64)]
+    latents = torch.empty(2, 16, 128, 128, device=META, dtype=BF16)
+    states = torch.empty(1, 512, transformer.config.hidden_size, device=META, dtype=BF16)
+    style = StyleRun(StyleSettings(), StylePictures(pictures, (0.5, 0.5)),
+                     TextStates(states[:, :5]), unshifted)  # fmt: skip
+
+    def evaluate(own, sigma, recorder):
+        time = torch.empty(1, device=META)
+        backend = ExtendedBackend(None, recorder)
+        return transformer(own, time, style.text.states, backend=backend)
+
+    def step():
+        with torch.no_grad():
+            style.record(0.0, pictures, 12, evaluate)
+            keys = style.keys(0.0, transformer, (64, 64), META)
+            time, text = torch.empty(2, device=META), states.expand(2, -1, -1)
+            return transformer(latents, time, text, backend=ExtendedBackend(style=keys))
+
+    bounds = [
+        activations(transformer, encoder, vae, batch=2, image=4096, styles=tokens)[TRANSFORMER]
+        for tokens in ((), (4096, 2048))
+    ]
+    monkeypatch.setattr("krea2_model.transformer.backend.attend_partially", partially)
+    peak, _ = peak_of(step)
+    assert bounds[0] < peak <= bounds[1] < 1.5 * peak
 
 
 def size(name, weights, blocks=0):
