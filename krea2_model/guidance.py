@@ -60,6 +60,24 @@ class StepWindow(NamedTuple):
         return self.last + _SAME_SIGMA < sigma <= self.first + _SAME_SIGMA
 
 
+def check_window(
+    what: str,
+    start: float,
+    end: float,
+    *,
+    names: tuple[str, str] = ("start", "end"),
+    whole: str = "the schedule",
+) -> None:
+    """Raise ValueError unless start and end are fractions of a whole, in this order."""
+    if is_number(start) and is_number(end) and 0 <= start <= end <= 1:
+        return
+    first, last = names
+    raise ValueError(
+        f"{what} has {first} {start!r} and {last} {end!r}; expected fractions of {whole} with "
+        f"0 <= {first} <= {last} <= 1."
+    )
+
+
 ALL_STEPS, NEVER = StepWindow(math.inf, -1.0), StepWindow(0.0, 0.0)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .checks import is_number
-from .guidance import NEVER, SigmaAt, StepWindow, unshifted
+from .guidance import NEVER, SigmaAt, StepWindow, check_window, unshifted
 from .lora.in_run import ShareAt
 from .tiles import Tile
 from .transformer.model import Krea2Transformer
@@ -70,16 +70,10 @@ class StyleSettings:
                 raise ValueError(
                     f"A style's {name} is {value!r}; expected a number from {low:g} to {high:g}."
                 )
-        for first, last, parts in (
-            ("start", "end", "the schedule"),
-            ("first_block", "last_block", "the model's depth"),
-        ):
-            low, high = getattr(self, first), getattr(self, last)
-            if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1):
-                raise ValueError(
-                    f"A style has {first} {low!r} and {last} {high!r}; expected fractions of "
-                    f"{parts} with 0 <= {first} <= {last} <= 1."
-                )
+        check_window("A style", self.start, self.end)
+        names = "first_block", "last_block"
+        depth = self.first_block, self.last_block
+        check_window("A style", *depth, names=names, whole="the model's depth")
 
     @property
     def is_off(self) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import is_number
-from ..guidance import ALL_STEPS, NEVER, SigmaAt, StepWindow, unshifted
+from ..guidance import ALL_STEPS, NEVER, SigmaAt, StepWindow, check_window, unshifted
 from ..tiles import Tile
 from ..transformer.patches import grid_size, patchify
 from .control_files import MAX_STRENGTH
@@ -39,13 +39,7 @@ class ControlSettings:
                 f"A control's strength is {self.strength!r}; expected 0 (off) to {MAX_STRENGTH:g}, "
                 "1 as trained."
             )
-        if not (is_number(self.start) and is_number(self.end)) or not (
-            0 <= self.start <= self.end <= 1
-        ):
-            raise ValueError(
-                f"A control has start {self.start!r} and end {self.end!r}; expected fractions of "
-                "the schedule with 0 <= start <= end <= 1."
-            )
+        check_window("A control", self.start, self.end)
 
     @property
     def is_off(self) -> bool:

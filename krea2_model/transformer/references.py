@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_type, is_number, is_whole
-from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
+from ..guidance import NEVER, SigmaAt, StepWindow, check_window, unshifted
 from ..nn.attention import Attend
 from .patches import token_count
 
@@ -86,13 +86,7 @@ class ReferenceSettings:
             raise ValueError(
                 f"A reference's strength is {self.strength!r}; expected 0 (left out) to 100."
             )
-        if not (is_number(self.start) and is_number(self.end)) or not (
-            0 <= self.start <= self.end <= 1
-        ):
-            raise ValueError(
-                f"A reference has start {self.start!r} and end {self.end!r}; expected fractions of "
-                "the schedule with 0 <= start <= end <= 1."
-            )
+        check_window("A reference", self.start, self.end)
         is_pair = isinstance(self.offset, tuple) and len(self.offset) == 2
         if not is_pair or not all(is_number(o) and abs(o) <= 1024 for o in self.offset):
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_number
-from ..guidance import NEVER, SigmaAt, StepWindow, unshifted
+from ..guidance import NEVER, SigmaAt, StepWindow, check_window, unshifted
 from .text_attention import TextStates
 from .token_groups import RegionTokens, TokenGroups
 
@@ -41,13 +41,7 @@ class RegionSettings:
             raise ValueError(
                 f"A region's strength is {self.strength!r}; expected 0 (left out) to 10."
             )
-        if not (is_number(self.start) and is_number(self.end)) or not (
-            0 <= self.start <= self.end <= 1
-        ):
-            raise ValueError(
-                f"A region has start {self.start!r} and end {self.end!r}; expected fractions of "
-                "the schedule with 0 <= start <= end <= 1."
-            )
+        check_window("A region", self.start, self.end)
 
     def window(self, sigma_at: SigmaAt = unshifted) -> StepWindow:
         """The steps of a schedule that use it."""
