@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..krea2_model.transformer.text_attention import NegativeGuidance
 from . import inputs
 from .managed.conditions import NEGATIVE_GUIDANCE
-from .managed.core_model import is_core
-from .sampler_run import check_model
+from .sampler_run import check_ours
 
 
 class K2NegativeGuidance(io.ComfyNode):
@@ -80,12 +79,7 @@ class K2NegativeGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negative, strength=4.0, blend=0.25, start=0.0, end=0.75, limit=2.5):
-        check_model(model)
-        if is_core(model):
-            raise ValueError(
-                "model runs ComfyUI's own implementation of Krea 2, where this negative has no "
-                "effect. Load it with Load Krea 2, implementation this pack."
-            )
+        check_ours(model, "where this negative has no effect")
         settings = NegativeGuidance(strength, limit, blend, start, end)
         if len(negative) != 1:
             raise ValueError(

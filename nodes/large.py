@@ -13,11 +13,10 @@ from ..krea2_model.upscaling import LATENT, METHODS, PARTS, PIXELS, Upscale, enl
 from . import inputs
 from .inputs import AUTO, check_limits, verdict
 from .latents import given_vae
-from .managed.core_model import is_core
 from .managed.diffusion_model import ROTARY, TILES
 from .managed.lora import known_preset
 from .reports import upscale_report
-from .sampler_run import check_model, noise_for, sample, start_of
+from .sampler_run import check_model, check_ours, noise_for, sample, start_of
 
 
 def _overlap():
@@ -92,7 +91,7 @@ class K2TiledSampling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, tile=0, overlap=0.25, move=True, true_places=False):
-        _check_ours(model, "tiles")
+        check_ours(model, "which has no tiles")
         settings = TileSettings(tile or _size_of(model), overlap, move, true_places)
         return io.NodeOutput(_with_options(model, {TILES: settings}))
 
@@ -165,7 +164,7 @@ class K2RotaryScaling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, method="yarn", dynamic=True, strength=2.0, size=0):
-        _check_ours(model, "scaled rotary positions")
+        check_ours(model, "which has no scaled rotary positions")
         scaling = RotaryScaling(size or _size_of(model), method, dynamic, strength)
         return io.NodeOutput(_with_options(model, {ROTARY: scaling}))
 
@@ -322,7 +321,7 @@ class K2Upscale(io.ComfyNode):
         width, height = settings.size(width, height)
         tiles = settings.tiles(width, height, preset)
         if tiles is not None:
-            _check_ours(model, "tiles")
+            check_ours(model, "which has no tiles")
             model = _with_options(model, {TILES: tiles})
         sigmas = torch.tensor(settings.sigmas(width, height, preset))
         mu = settings.mu(width, height, preset)
@@ -375,15 +374,6 @@ def _enlarged(image, latent, vae, upscale_model, method: str, width: int, height
 def _size_of(model) -> int:
     """The side in pixels of the squares that a MODEL was trained at."""
     return (getattr(model.model, "preset", None) or RAW).size
-
-
-def _check_ours(model, feature: str) -> None:
-    check_model(model)
-    if is_core(model):
-        raise ValueError(
-            f"model runs ComfyUI's own implementation of Krea 2, which has no {feature}. Load it "
-            "with Load Krea 2, implementation this pack."
-        )
 
 
 def _with_options(model, options: dict):

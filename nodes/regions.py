@@ -11,11 +11,10 @@ from ..krea2_model.transformer.patches import PATCH, grid_size
 from ..krea2_model.transformer.regions import RegionSettings
 from . import inputs, model_files
 from .inputs import check_limits, verdict
-from .managed.core_model import is_core
 from .managed.lora import transformer_shapes
 from .managed.regions import REGIONS, Region, Regions
 from .prompts import encode
-from .sampler_run import check_model, start_of
+from .sampler_run import check_ours, start_of
 
 _KEYS = ("prompt", "box", "mask", "strength", "start", "end", "soft", "loras")
 _EXAMPLE = (
@@ -150,12 +149,7 @@ class K2Regions(io.ComfyNode):
             [_shape(number, entry, masks) for number, entry in enumerate(entries, 1)]
         )
         if model is not None:
-            check_model(model)
-            if is_core(model):
-                raise ValueError(
-                    "model runs ComfyUI's own implementation of Krea 2, where regions have no "
-                    "effect. Load it with Load Krea 2, implementation this pack."
-                )
+            check_ours(model, "where regions have no effect")
         if model is not None and latent is not None:
             shapes.shares(*grid_size(start_of(model, latent), PATCH))
         elif latent is not None:

@@ -24,6 +24,7 @@ from ..krea2_model.schedule import (
 from ..krea2_model.transformer.patches import token_count
 from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
 from .managed.conditions import NEGATIVE_GUIDANCE
+from .managed.core_model import is_core
 from .managed.lora import known_preset
 from .managed.memory import advise
 from .reports import far_size_report, size_report
@@ -47,6 +48,19 @@ def check_model(model) -> None:
         raise ValueError(
             f"The model is {family.__name__}; expected Krea 2. Connect Load Krea 2, or use a "
             "sampler for that family."
+        )
+
+
+def check_ours(model, lack: str) -> None:
+    """Raise ValueError for a MODEL that is no Krea 2, or runs ComfyUI's own implementation.
+
+    lack: says of that one what it cannot do, such as "which has no tiles".
+    """
+    check_model(model)
+    if is_core(model):
+        raise ValueError(
+            f"model runs ComfyUI's own implementation of Krea 2, {lack}. Load it with Load Krea "
+            "2, implementation this pack."
         )
 
 

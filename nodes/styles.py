@@ -9,12 +9,11 @@ from ..krea2_model.styles import check_pictures, style_mask
 from . import inputs
 from .inputs import check_limits, verdict
 from .latents import given_vae
-from .managed.core_model import is_core
 from .managed.encode import encode_prompts
 from .managed.styles import STYLES, Styles
 from .managed.vision import pictures
 from .reports import style_report
-from .sampler_run import check_model
+from .sampler_run import check_ours
 
 _DEFAULTS = StyleSettings()
 
@@ -225,12 +224,7 @@ class K2StyleTransfer(io.ComfyNode):
 
 def _check_model(model) -> None:
     """Raise ValueError for a model that cannot take style pictures."""
-    check_model(model)
-    if is_core(model):
-        raise ValueError(
-            "model runs ComfyUI's own implementation of Krea 2, where style pictures have no "
-            "effect. Load it with Load Krea 2, implementation this pack."
-        )
+    check_ours(model, "where style pictures have no effect")
     if STYLES in model.model_options["transformer_options"]:
         raise ValueError(
             "model has style pictures already. Connect all pictures to one Krea 2 Style Transfer, "
