@@ -2,7 +2,6 @@
 
 import comfy.model_management
 import comfy.sample
-import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
@@ -64,11 +63,7 @@ class K2Detailer(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive", tooltip="The encoded prompt: what the areas show, not the image."
                 ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt; required when guidance is above 0.",
-                ),
+                inputs.NEGATIVE,
                 inputs.VAE,
                 io.Image.Input("image", tooltip="One image of any size."),
                 io.Mask.Input(
@@ -98,11 +93,7 @@ class K2Detailer(io.ComfyNode):
                 inputs.PRESET,
                 inputs.seed("Seed of the noise: area i uses seed + i."),
                 inputs.STEPS,
-                inputs.guidance(
-                    4.5,
-                    "Classifier-free guidance scale in Krea's convention, for preset custom "
-                    "only: 0 is off, ComfyUI cfg = guidance + 1.",
-                ),
+                inputs.GUIDANCE,
                 io.Float.Input(
                     "denoise",
                     default=0.5,
@@ -166,13 +157,7 @@ class K2Detailer(io.ComfyNode):
                     advanced=True,
                     tooltip=("Areas of one size to sample at once; 0 is as many as fit in memory."),
                 ),
-                io.Combo.Input(
-                    "sampler",
-                    options=list(comfy.samplers.KSampler.SAMPLERS),
-                    default="euler",
-                    advanced=True,
-                    tooltip="One of ComfyUI's samplers; Krea uses euler.",
-                ),
+                inputs.SAMPLER,
                 inputs.shift(),
                 inputs.MU,
                 inputs.START_SIGMA,

@@ -7,6 +7,7 @@ link, against the schema: `check_limits` and `verdict` do.
 import math
 from typing import cast
 
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..krea2_model.config import PRESETS
@@ -44,6 +45,11 @@ VISION_CLIP = io.Clip.Input(
     tooltip="The text encoder from a Krea 2 loader; its file must contain the vision tower.",
 )
 POSITIVE = io.Conditioning.Input("positive", tooltip="The encoded prompt.")
+
+
+NEGATIVE = io.Conditioning.Input(
+    "negative", optional=True, tooltip="Negative prompt; required when guidance is above 0."
+)
 
 
 def prompt(tooltip: str):
@@ -141,6 +147,11 @@ def guidance(default: float, tooltip: str, lowest: float = 0.0, advanced: bool |
     )
 
 
+GUIDANCE = guidance(
+    4.5,
+    "Classifier-free guidance scale in Krea's convention, for preset custom only: 0 is off, "
+    "ComfyUI cfg = guidance + 1.",
+)
 DENOISE = io.Float.Input(
     "denoise",
     default=1.0,
@@ -180,6 +191,13 @@ def shift(advanced: bool = True):
     )
 
 
+SAMPLER = io.Combo.Input(
+    "sampler",
+    options=list(comfy.samplers.KSampler.SAMPLERS),
+    default="euler",
+    advanced=True,
+    tooltip="One of ComfyUI's samplers; Krea uses euler.",
+)
 MU = io.Float.Input(
     "mu",
     default=TURBO_MU,

@@ -1,6 +1,5 @@
 """Sampling: Krea 2's schedule and guidance on ComfyUI's samplers."""
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import PRESETS, Preset
@@ -55,30 +54,16 @@ class K2Sampler(io.ComfyNode):
             inputs=[
                 inputs.MODEL,
                 inputs.POSITIVE,
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt; required when guidance is above 0.",
-                ),
+                inputs.NEGATIVE,
                 io.Latent.Input(
                     "latent", tooltip="An empty latent, or an encoded image for image to image."
                 ),
                 inputs.PRESET,
                 inputs.seed("Seed of the initial noise."),
                 inputs.STEPS,
-                inputs.guidance(
-                    4.5,
-                    "Classifier-free guidance scale in Krea's convention, for preset custom "
-                    "only: 0 is off, ComfyUI cfg = guidance + 1.",
-                ),
+                inputs.GUIDANCE,
                 inputs.DENOISE,
-                io.Combo.Input(
-                    "sampler",
-                    options=list(comfy.samplers.KSampler.SAMPLERS),
-                    default="euler",
-                    advanced=True,
-                    tooltip="One of ComfyUI's samplers; Krea uses euler.",
-                ),
+                inputs.SAMPLER,
                 inputs.shift(),
                 inputs.MU,
                 io.Combo.Input(
