@@ -41,7 +41,7 @@ from .memory.activations import TEXT_TOKENS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
-from .regions import PreparedRegions, Region, Regions
+from .regions import PreparedRegions, Region, Regions, fuse_regions
 from .sampling import denoise as denoising_steps
 from .schedule import check_guidance, check_sigmas, resolve_mu, schedule_of, sigma_schedule
 from .styles import PreparedStyle, StyleTransfer
@@ -51,7 +51,7 @@ from .transformer.patches import PATCH, grid_size, token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
-from .transformer.text_attention import NegativeGuidance
+from .transformer.text_attention import NegativeGuidance, TextStates
 from .upscaling import LATENT, Upscale, check_stages, enlarge_latents
 
 logger = logging.getLogger(__name__)
@@ -561,11 +561,8 @@ class Krea2Pipeline(LoadedParts):
             sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
             features = controls.features(shown, sigma_at)
             if regions is not None:
-                own = regions.features(
-                    lambda number: in_regions[number].fuse(self.transformer),
-                    self.transformer,
-                    sigma_at,
-                )
+                own = regions.features([text.unfused() for text in in_regions], sigma_at)
+                own = fuse_regions(own, self.transformer, self._fused)
                 features = replace(features, regions=own.regions, loras=features.loras + own.loras)
             features = replace(features, tiles=tiles, rotary=rotary)
             if style is not None:
@@ -596,6 +593,10 @@ class Krea2Pipeline(LoadedParts):
                 if callback is not None:
                     callback(step, current, predicted)
         return latents
+
+    def _fused(self, text: TextStates) -> TextStates:
+        """A text of `PromptEmbeds.unfused`, fused."""
+        return PromptEmbeds(text.states, text.mask, text.weights).fuse(self.transformer)
 
     def _plan_memory(
         self,

@@ -48,6 +48,10 @@ class PromptEmbeds:
 
         return PromptEmbeds(self.taps[list(numbers)], of(self.mask), of(self.weights))
 
+    def unfused(self) -> TextStates:
+        """The text of one prompt as features of a run hold it until it is fused."""
+        return TextStates(self.taps, self.mask, self.weights)
+
     def fuse(self, transformer: Krea2Transformer, repeats: int = 1) -> TextStates:
         """Fused text on the transformer's device, each prompt `repeats` times."""
         device = next(transformer.parameters()).device

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import nn
 
 from .checkpoints.transformer_keys import Shape
 from .checks import as_path, check_type, is_number
@@ -14,11 +15,11 @@ from .guidance import SigmaAt
 from .images.pictures import Picture
 from .images.region_shapes import RegionShape, RegionShapes
 from .inpainting import mask_pixels
-from .lora.files import LoraReport, read_lora, read_lora_file
-from .lora.in_run import RunLora
+from .lora.files import read_lora, read_lora_file
+from .lora.in_run import RunLora, ShareAt
 from .lora.live import LiveLora, live_loras_of_text
 from .run_features import RunFeatures
-from .transformer.regions import RegionPlan, RegionSettings, check_region_options
+from .transformer.regions import RegionPlan, RegionSettings, SharesAt, check_region_options
 from .transformer.text_attention import TextStates
 
 # Fractions of the image between which a region's middle is in neither half.
@@ -94,7 +95,12 @@ class Regions:
         for region in self.regions:
             check_type("An entry of regions", region, Region, "a Region")
         check_region_options(self.text_factor, self.separate)
-        RegionShapes([region.shape() for region in self.regions])
+        self.shapes  # noqa: B018 - checks them
+
+    @functools.cached_property
+    def shapes(self) -> RegionShapes:
+        """Their shapes; masks are read once."""
+        return RegionShapes([region.shape() for region in self.regions])
 
     def prepared(self, shapes: Mapping[str, Shape], grid: tuple[int, int]) -> PreparedRegions:
         """With LoRA files read for a transformer of these weights.
@@ -102,23 +108,21 @@ class Regions:
         grid: rows and columns of the image's tokens. Raises CheckpointError for a file that fits
         nothing, and ValueError for a region that covers no token of the image.
         """
-        region_shapes = RegionShapes([region.shape() for region in self.regions])
-        region_shapes.shares(*grid)
-        loras, reports = [], []
-        for region in self.regions:
-            own = []
-            for file, scale in region.loras:
-                lora, report = read_live_lora(as_path(file, "A region's lora"), shapes)
-                own.append((lora, scale))
-                reports.append(report)
-            loras.append(tuple(own))
-        return PreparedRegions(self, region_shapes, tuple(loras), tuple(reports))
+        self.shapes.shares(*grid)
+        loras = [
+            [
+                (read_live_lora(as_path(file, "A region's lora"), shapes), scale)
+                for file, scale in region.loras
+            ]
+            for region in self.regions
+        ]
+        return PreparedRegions(self, loras)
 
     def prompts(self) -> list[str]:
         """The text of each region, with its place where `places` asks for it."""
         return [
-            with_place(region.prompt, region.shape()) if self.places else region.prompt
-            for region in self.regions
+            with_place(region.prompt, shape) if self.places else region.prompt
+            for region, shape in zip(self.regions, self.shapes.shapes, strict=True)
         ]
 
 
@@ -127,57 +131,69 @@ class PreparedRegions:
     """Regions with their LoRAs: of each region, pairs of LoRA and scale."""
 
     regions: Regions
-    shapes: RegionShapes
-    loras: tuple[tuple[tuple[LiveLora, float], ...], ...]
-    reports: tuple[LoraReport, ...] = field(default=(), compare=False)
+    loras: Sequence[Sequence[tuple[LiveLora, float]]]
 
-    def features(
-        self,
-        fuse: Callable[[int], TextStates],
-        transformer,
-        sigma_at: SigmaAt,
-    ) -> RunFeatures:
-        """The features of a run. fuse: the fused text (1, L, width) of a region by its number."""
-        settings = [region.settings for region in self.regions.regions]
-        loras = region_loras(self.loras, settings, self.shapes.shares, sigma_at)
-        features, texts = RunFeatures(loras=loras), []
-        for number in range(len(settings)):
-            with live_loras_of_text(transformer, features.uses_on_text(number)):
-                texts.append(fuse(number))
-        plan = RegionPlan(
+    def features(self, texts: Sequence[TextStates], sigma_at: SigmaAt) -> RunFeatures:
+        """The features of a run. texts: of the regions, which `fuse_regions` may fuse later."""
+        return region_features(
             texts,
-            settings,
-            self.shapes.shares,
+            self.loras,
+            [region.settings for region in self.regions.regions],
+            self.regions.shapes.shares,
             sigma_at,
             text_factor=self.regions.text_factor,
             separate=self.regions.separate,
         )
-        return RunFeatures(plan, loras)
 
 
-def read_live_lora(path: Path, shapes: Mapping[str, Shape]) -> tuple[LiveLora, LoraReport]:
+def read_live_lora(path: Path, shapes: Mapping[str, Shape]) -> LiveLora:
     """A LoRA file for single tokens of a transformer with weights of these shapes."""
     tensors, metadata = read_lora_file(path)
-    updates, _, report = read_lora(tensors, shapes, path.name, None, metadata)
-    return LiveLora(updates), report
+    updates, _, _ = read_lora(tensors, shapes, path.name, None, metadata)
+    return LiveLora(updates)
 
 
-def region_loras(
+def region_features(
+    texts: Sequence[TextStates] | None,
     loras: Sequence[Sequence[tuple[LiveLora, float]]],
     settings: Sequence[RegionSettings],
-    shares_at: Callable[[int, int], Tensor],
+    shares_at: SharesAt,
     sigma_at: SigmaAt,
-) -> tuple[RunLora, ...]:
-    """LoRAs of a run by region."""
+    *,
+    for_run: Callable[[LiveLora], LiveLora] = LiveLora.for_run,
+    **options: float,
+) -> RunFeatures:
+    """Regions in a run: of each its text, its LoRAs with their scales, and its settings.
 
-    def share_at(number: int):
+    texts: None for the LoRAs alone, in calls of a negative. for_run: the copy of a LoRA that a run
+    puts on the device. options: of `RegionPlan`.
+    """
+
+    def share_at(number: int) -> ShareAt:
         return lambda rows, columns: shares_at(rows, columns)[number]
 
-    return tuple(
-        RunLora(lora.for_run(), scale, settings[number].window(sigma_at), share_at(number), number)
+    in_run = tuple(
+        RunLora(for_run(lora), scale, settings[number].window(sigma_at), share_at(number), number)
         for number, own in enumerate(loras)
         for lora, scale in own
     )
+    plan = None
+    if texts is not None:
+        plan = RegionPlan(texts, settings, shares_at, sigma_at, **options)
+    return RunFeatures(plan, in_run)
+
+
+def fuse_regions(
+    features: RunFeatures, transformer: nn.Module, fuse: Callable[[TextStates], TextStates]
+) -> RunFeatures:
+    """The features with the texts of regions fused, each under its LoRAs."""
+    if features.regions is None:
+        return features
+    texts = []
+    for number, text in enumerate(features.regions.texts):
+        with live_loras_of_text(transformer, features.uses_on_text(number)):
+            texts.append(fuse(text))
+    return replace(features, regions=features.regions.with_texts(texts))
 
 
 def with_place(prompt: str, shape: RegionShape) -> str:

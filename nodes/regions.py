@@ -231,7 +231,7 @@ def _loras(entry: dict, model) -> list:
             "A region has LoRAs, which need the model. Connect the sampler's MODEL to model."
         )
     return [
-        (read_live_lora(model_files.find_lora(name), transformer_shapes(model))[0], float(strength))
+        (read_live_lora(model_files.find_lora(name), transformer_shapes(model)), float(strength))
         for name, strength in wanted
     ]
 

@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 
 from ...krea2_model.lora.live import live_loras_of_text
+from ...krea2_model.regions import fuse_regions
 from ...krea2_model.tiles import fuse
 from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.patches import grid_size, token_count
@@ -19,7 +20,7 @@ from .conditions import RunConditions
 from .control import with_controls
 from .layers import comfy_layers
 from .references import default_plan
-from .regions import fuse_regions
+from .regions import fused_by
 from .run_cache import RunCache
 
 # Keys of `TileSettings` and `RotaryScaling` in transformer_options.
@@ -239,7 +240,7 @@ class Krea2DiffusionModel(contract.Transformer):
             mask = None if mask is None else mask.to(latents.device)
             return self.fuse_context(states.to(latents), mask, fusing)
 
-        return fuse_regions(features, self, fuse)
+        return fuse_regions(features, self, fused_by(fuse))
 
     def _fused_negative(self, negative, sigma, latents, options):
         """The negative of NAG with fused states; None in steps without it."""

@@ -26,6 +26,7 @@ from ...krea2_model.checkpoints.transformer_keys import (
 )
 from ...krea2_model.config import Preset
 from ...krea2_model.images.sizes import MULTIPLE
+from ...krea2_model.regions import fuse_regions
 from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.style_transfer import StyleRun
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
@@ -52,7 +53,7 @@ from .low_rank import branch_bytes
 from .patcher import patcher_class
 from .previews import latent_format
 from .references import LATENTS, SETTINGS, reference_plan
-from .regions import REGIONS, fuse_regions
+from .regions import REGIONS, fused_by
 from .run_cache import RunCache, ScheduleTimes, run_cache
 from .styles import may_share_inversions, styles_of
 from .svdquant import add_branches, file_name, take_branches
@@ -141,7 +142,7 @@ class Krea2Model(comfy.model_base.Krea2):
         def fuse(states, mask):
             return self._fuse_now(states, mask, conditioning["device"])
 
-        return fuse_regions(features, self.diffusion_model, fuse)
+        return fuse_regions(features, self.diffusion_model, fused_by(fuse))
 
     def _style(self, conditioning, cache: RunCache | None) -> StyleRun | None:
         """The style pictures of a run, for any conditioning but a negative.

@@ -1,16 +1,17 @@
 """Regions of a CONDITIONING: texts and LoRAs for parts of the image."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from ...krea2_model.guidance import SigmaAt
-from ...krea2_model.lora.in_run import RunLora
-from ...krea2_model.lora.live import LiveLora, live_loras_of_text
+from ...krea2_model.lora.live import LiveLora
+from ...krea2_model.regions import region_features
 from ...krea2_model.run_features import RunFeatures
-from ...krea2_model.transformer.regions import RegionPlan, RegionSettings, SharesAt
+from ...krea2_model.transformer.regions import RegionSettings, SharesAt
 from ...krea2_model.transformer.text_attention import TextStates
 from .conditions import weights_of
 
@@ -50,32 +51,28 @@ class Regions:
 
     def features(self, sigma_at: SigmaAt) -> RunFeatures:
         """The features of a run, the regions' texts not fused yet."""
-        return RunFeatures(self._plan(sigma_at), self._loras(sigma_at))
-
-    def _plan(self, sigma_at) -> RegionPlan | None:
-        texts = []
-        for region in self.regions:
-            if region.conditioning is None:
-                return None
-            states, extra = region.conditioning
-            mask = extra.get("attention_mask")
-            mask = None if mask is None or bool((mask > 0.5).all()) else mask > 0.5
-            texts.append(TextStates(states, mask, weights_of(extra, states)))
-        settings = [region.settings for region in self.regions]
-        options = {"text_factor": self.text_factor, "separate": self.separate}
-        return RegionPlan(texts, settings, self.shares_at, sigma_at, **options)
-
-    def _loras(self, sigma_at) -> tuple[RunLora, ...]:
-        def share_at(number: int):
-            return lambda rows, columns: self.shares_at(rows, columns)[number]
-
-        return tuple(
-            RunLora(
-                _for_run(lora), strength, region.settings.window(sigma_at), share_at(number), number
-            )
-            for number, region in enumerate(self.regions)
-            for lora, strength in region.loras
+        options: dict[str, Any] = {"for_run": _for_run}
+        texts = [_text_of(region.conditioning) for region in self.regions]
+        has_texts = all(text is not None for text in texts)
+        if has_texts:
+            options |= {"text_factor": self.text_factor, "separate": self.separate}
+        return region_features(
+            [text for text in texts if text is not None] if has_texts else None,
+            [region.loras for region in self.regions],
+            [region.settings for region in self.regions],
+            self.shares_at,
+            sigma_at,
+            **options,
         )
+
+
+def _text_of(conditioning: tuple[torch.Tensor, dict] | None) -> TextStates | None:
+    if conditioning is None:
+        return None
+    states, extra = conditioning
+    mask = extra.get("attention_mask")
+    mask = None if mask is None or bool((mask > 0.5).all()) else mask > 0.5
+    return TextStates(states, mask, weights_of(extra, states))
 
 
 # Copies on the device, which the conditionings of a run share and which are freed with them.
@@ -86,16 +83,14 @@ def _for_run(lora: LiveLora) -> LiveLora:
     return _OF_RUN.setdefault(id(lora), lora.for_run())
 
 
-def fuse_regions(features: RunFeatures, transformer, fuse: Callable) -> RunFeatures:
-    """The features with fused texts of regions. fuse: states and mask to fused states."""
-    if features.regions is None:
-        return features
-    texts = []
-    for number, text in enumerate(features.regions.texts):
-        with live_loras_of_text(transformer, features.uses_on_text(number)):
-            states = fuse(text.states, text.mask)
+def fused_by(fuse: Callable) -> Callable[[TextStates], TextStates]:
+    """Fusion of a text, its mask and weights beside it. fuse: states and mask to fused states."""
+
+    def fused(text: TextStates) -> TextStates:
+        states = fuse(text.states, text.mask)
         mask, weights = (
             None if part is None else part.to(states.device) for part in (text.mask, text.weights)
         )
-        texts.append(TextStates(states, mask, weights))
-    return replace(features, regions=features.regions.with_texts(texts))
+        return TextStates(states, mask, weights)
+
+    return fused
