@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,8 +29,7 @@ from .images.sizes import image_tokens
 from .inpainting import LatentMask, mask_pixels
 from .prompt_embeds import PromptEmbeds
 from .schedule import check_guidance, resolve_mu, sigma_schedule, unshift_time
-
-Callback = Callable[[int, Tensor, Tensor], None]
+from .stages import Callback
 
 
 @dataclass(frozen=True)

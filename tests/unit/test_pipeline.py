@@ -165,7 +165,7 @@ def test_presets_fill_in_steps_guidance_and_shift(pipeline, monkeypatch):
         seen.update(sigmas=sigmas, guidance=guidance, negative=negative)
         return iter([(1, noise, noise)])
 
-    monkeypatch.setattr("krea2_model.pipeline.denoising_steps", spy)
+    monkeypatch.setattr("krea2_model.stages.denoising_steps", spy)
     for preset, mu in ((RAW, shift_mu(24)), (TURBO, 1.15)):
         monkeypatch.setattr(pipeline.transformer, "preset", preset)
         pipeline("a fox", output_type="latent", **SIZE)

@@ -1,0 +1,358 @@
+"""The stages of a run: prompts, latents, schedule, denoising, encoding and decoding of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .arguments import (
+    PromptImages,
+    ReferencePicture,
+    References,
+    check_latents,
+    prompt_list,
+    start_noise,
+    start_sides,
+)
+from .checks import check_type, is_number, is_whole
+from .controls import NO_CONTROLS, Control, Controls
+from .images.pictures import Picture, fit, pixels_of
+from .images.sizes import image_tokens, is_far
+from .inpainting import LatentMask
+from .memory.activations import activations
+from .memory.plan import ENCODER, TRANSFORMER, VAE
+from .parts import LoadedParts, device_of
+from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
+from .regions import PreparedRegions, fuse_regions
+from .sampling import denoise as denoising_steps
+from .schedule import resolve_mu, schedule_of, sigma_schedule
+from .styles import PreparedStyle
+from .text.prompt_images import PromptImage
+from .tiles import TileSettings
+from .transformer.patches import token_count
+from .transformer.references import Reference
+from .transformer.rotary_scaling import RotaryScaling
+from .transformer.shared_calls import pays_to_share
+from .transformer.text_attention import TextStates
+
+logger = logging.getLogger(__name__)
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class PipelineStages(LoadedParts):
+    """The stages of a run, for `Krea2Pipeline` and for runs of one's own."""
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        images: PromptImages | Sequence[PromptImage | Picture] | None = None,
+        weighted: bool = False,
+        max_sequence_length: int | None = None,
+    ) -> PromptEmbeds:
+        """Encode a prompt or several, each with the same images in front; arguments as in a call.
+
+        weighted: read `(word:1.3)` as weights.
+        """
+        group = PromptImages.of(images)
+        texts = prompt_list(prompts, None)
+        assert texts is not None
+        prepared = group.prepared()
+        tower = [self.text_encoder.unmoved_vision_tower()] if prepared else []
+        with self._offload.use(ENCODER, *tower):
+            return encode_prompts(
+                self.text_encoder,
+                texts,
+                images=prepared,
+                labels=group.labels,
+                weighted=weighted,
+                max_sequence_length=max_sequence_length,
+            )
+
+    @torch.no_grad()
+    def prepare_latents(
+        self,
+        batch: int = 1,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        latents: Tensor | None = None,
+        start_image: Picture | None = None,
+        sigma: float = 1.0,
+    ) -> Tensor:
+        """Latents (B, 16, h, w) in float32 to denoise from `sigma` on; arguments as in a call.
+
+        Noise drawn from one seed per image, or `latents`. With a start_image: its latents, noised
+        to `sigma`, the first sigma of the run.
+        """
+        if not is_whole(batch) or batch < 1:
+            raise ValueError(f"batch is {batch!r}; expected a whole number from 1 up.")
+        if not (is_number(sigma) and 0 <= sigma <= 1):
+            raise ValueError(f"sigma is {sigma!r}; expected a number from 0 to 1 (noise).")
+        start, height, width = self._start(start_image, height, width)
+        noise = self._noise(batch, height, width, seed, latents)
+        return noise if start is None else self._add_noise(start, noise, sigma)
+
+    def schedule(
+        self, latents: Tensor, steps: int | None = None, denoise: float = 1.0
+    ) -> list[float]:
+        """Sigmas of the checkpoint's preset for latents (B, 16, h, w), see `sigma_schedule`."""
+        check_latents(latents)
+        mu = resolve_mu(self.preset, token_count(latents))
+        return sigma_schedule(self.preset.steps if steps is None else steps, mu, denoise)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: Tensor,
+        positive: PromptEmbeds,
+        negative: PromptEmbeds | None = None,
+        *,
+        sigmas: Sequence[float],
+        guidance: float = 0.0,
+        references: References | Sequence[Reference | Picture] | None = None,
+        control: Control | Sequence[Control] | None = None,
+        callback: Callback | None = None,
+        **options,
+    ) -> Tensor:
+        """Denoise latents (B, 16, h, w) along sigmas, `schedule`'s for example.
+
+        positive, negative: n prompts, where n divides B; each is used for B / n images in a row.
+        guidance: above 0 needs a negative.
+        options: partial, evaluate_every, guidance_schedule, negative_guidance, see
+            `sampling.denoise`; inpaint, a `LatentMask`.
+        """
+        check_latents(latents)
+        for name, text in (("positive", positive), ("negative", negative)):
+            if text is not None or name == "positive":
+                check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
+        group = References.of(references)
+        prepared = group.prepared()
+        controls = Controls.of(control, self._loras[0].shapes)
+        method = controls.method(group.method if prepared else None)
+        control_images = controls.images(*self._sides(latents))
+        seen = [*prepared, *map(ReferencePicture, controls.seen_as_references(control_images))]
+        text_tokens = positive.taps.shape[1]
+        has_room = self._plan_memory(latents, text_tokens, seen, guidance > 0)
+        return self._denoise(
+            latents,
+            positive,
+            negative,
+            has_room,
+            callback,
+            sigmas=sigmas,
+            guidance=guidance,
+            references=prepared,
+            reference_method=method,
+            cache_references=group.cache,
+            controls=controls,
+            control_images=control_images,
+            **options,
+        )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
+        check_type("images", images, Tensor, "a tensor (B, 3, H, W) in [0, 1]")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; expected floating numbers in [0, 1].")
+        with self._offload.use(VAE):
+            weight = next(self.vae.parameters())
+            return self.vae.encode(images.to(weight) * 2 - 1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1], in tiles if memory runs out."""
+        check_latents(latents)
+        with self._offload.use(VAE):
+            latents = latents.to(device_of(self.vae))
+            try:
+                images = self.vae.decode(latents)
+            except torch.OutOfMemoryError:
+                logger.warning("Decoding ran out of memory; decoding in tiles instead.")
+                images = None
+            if images is None:  # outside the except block, whose traceback holds tensors
+                images = self.vae.decode_tiled(latents)
+            return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def images_at_once(self, width: int, height: int, text_tokens: int, limit: int = 64) -> int:
+        """Images of a size whose steps run in one call of the model without other offloading."""
+        tokens = image_tokens(width, height)
+        one = self._activations(1, tokens, text_tokens)
+        count = 1
+        while count < limit:
+            if not self._offload.has_room(self._activations(count + 1, tokens, text_tokens), one):
+                break
+            count += 1
+        return count
+
+    def _start(
+        self, image: Picture | None, height: int | None, width: int | None
+    ) -> tuple[Tensor | None, int | None, int | None]:
+        """The pixels (3, H, W) of an image to change, or None, and the height and width."""
+        if image is None:
+            return None, height, width
+        pixels = fit(pixels_of(image, "start_image"), *start_sides(width, height))
+        return pixels, pixels.shape[1], pixels.shape[2]
+
+    def _noise(
+        self,
+        batch: int,
+        height: int | None,
+        width: int | None,
+        seed: int | Sequence[int],
+        latents: Tensor | None,
+    ) -> Tensor:
+        channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
+        size = self.preset.size
+        noise = start_noise(latents, (batch, channels, downscale), (height, width), size, seed)
+        width, height = self._sides(noise)
+        if is_far(width, height, size):
+            logger.warning(
+                "%d x %d px is far from the %d x %d this checkpoint was trained at; expect "
+                "repeated or broken shapes.",
+                width,
+                height,
+                size,
+                size,
+            )
+        return noise
+
+    def _add_noise(self, pixels: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """Latents of an image (3, H, W) with noise as of a sigma."""
+        return torch.lerp(self.encode(pixels[None]).to(noise), noise, sigma)
+
+    def _sides(self, latents: Tensor) -> tuple[int, int]:
+        """Width and height in pixels of latents (..., h, w)."""
+        height, width = (self.vae.config.downscale * side for side in latents.shape[-2:])
+        return width, height
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        positive: PromptEmbeds,
+        negative: PromptEmbeds | None,
+        has_room: bool,
+        callback: Callback | None,
+        *,
+        references: Sequence[Reference | ReferencePicture],
+        controls: Controls = NO_CONTROLS,
+        control_images: Sequence[Tensor] = (),
+        inpaint: LatentMask | None = None,
+        tiles: TileSettings | None = None,
+        rotary: RotaryScaling | None = None,
+        regions: PreparedRegions | None = None,
+        in_regions: Sequence[PromptEmbeds] = (),
+        style: tuple[PreparedStyle, PromptEmbeds] | None = None,
+        progress: bool = False,
+        **options,
+    ) -> Tensor:
+        needs_vae = references or control_images or style
+        with self._offload.use(VAE) if needs_vae else nullcontext():
+            encoded = [
+                image
+                if isinstance(image, Reference)
+                else Reference(self.encode(image.pixels[None]), image.settings)
+                for image in references
+            ]
+            shown = [self.encode(image[None]) for image in control_images]
+            styles = [] if style is None else [self.encode(p[None]) for p in style[0].pictures]
+        encoded += controls.references_of(shown)
+        with self._offload.use(TRANSFORMER):
+            latents = latents.to(device_of(self.transformer))
+            first = options["sigmas"][0]
+            sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
+            features = controls.features(shown, sigma_at)
+            if regions is not None:
+                own = regions.features([text.unfused() for text in in_regions], sigma_at)
+                own = fuse_regions(own, self.transformer, self._fused)
+                features = replace(features, regions=own.regions, loras=features.loras + own.loras)
+            features = replace(features, tiles=tiles, rotary=rotary)
+            if style is not None:
+                prepared, text = style
+                run = prepared.run(styles, text.fuse(self.transformer), sigma_at)
+                features = replace(features, style=run)
+            texts = [
+                StepTexts(text, self.transformer, len(latents) // len(text.taps), features)
+                for text in (positive, negative)
+                if text is not None
+            ]
+            tokens = len(latents) * token_count(latents)
+            lengths = [text(first).states.shape[1] for text in texts]
+            share_calls = has_room and pays_to_share(tokens, lengths, self._offload.streams)
+            steps = denoising_steps(
+                self.transformer,
+                latents,
+                *texts,
+                references=[reference.to(latents) for reference in encoded],
+                share_calls=share_calls,
+                inpaint=None if inpaint is None else inpaint.to(latents),
+                features=features,
+                **options,
+            )
+            total = len(options["sigmas"]) - 1
+            for step, current, predicted in tqdm(steps, total=total, disable=not progress):
+                latents = current
+                if callback is not None:
+                    callback(step, current, predicted)
+        return latents
+
+    def _fused(self, text: TextStates) -> TextStates:
+        """A text of `PromptEmbeds.unfused`, fused."""
+        return PromptEmbeds(text.states, text.mask, text.weights).fuse(self.transformer)
+
+    def _plan_memory(
+        self,
+        latents: Tensor,
+        text_tokens: int,
+        references: Sequence[Reference | ReferencePicture],
+        guided: bool,
+        tiles: TileSettings | None = None,
+        style: PreparedStyle | None = None,
+    ) -> bool:
+        """Plan the device's memory for a run. True if both texts fit in one call of the model.
+
+        text_tokens: of a prompt.
+        """
+        sizes = [
+            token_count(r.latents)
+            if isinstance(r, Reference)
+            else token_count(r.pixels, self.vae.config.downscale)
+            for r in references
+        ]
+        one, both = (
+            self._activations(
+                calls * len(latents),
+                token_count(latents) if tiles is None else tiles.tokens(latents),
+                text_tokens,
+                sum(sizes),
+                () if style is None else style.tokens,
+            )
+            for calls in (1, 2)
+        )
+        shares = guided and self._offload.has_room(both, instead_of=one)
+        self._offload.prepare(both if shares else one)
+        return shares
+
+    def _activations(
+        self,
+        batch: int,
+        image: int,
+        text: int,
+        references: int = 0,
+        styles: Sequence[int] = (),
+    ) -> dict[str, int]:
+        """Bytes of a run by the name of the part; see `activations`."""
+        parts = (self.transformer, self.text_encoder, self.vae)
+        return activations(
+            *parts, batch=batch, image=image, text=text, references=references, styles=styles
+        )
