@@ -109,7 +109,7 @@ class PreparedControl:
         return Reference(latents, ReferenceSettings(start=settings.start, end=settings.end))
 
     def in_run(self, latents: Tensor | None, sigma_at: SigmaAt) -> ControlPair:
-        """What takes part in a run.
+        """The control in a run.
 
         latents: (B or 1, C, h, w) of the control image, normalised; of a reference not needed.
         """
@@ -173,7 +173,7 @@ class Controls:
         return [control.reference(latent) for control, latent in pairs if control.is_reference]
 
     def features(self, latents: Sequence[Tensor], sigma_at: SigmaAt) -> RunFeatures:
-        """What takes part in a run, with one latent a control."""
+        """The controls in a run, with one latent for each."""
         pairs = zip(self.controls, latents, strict=True)
         parts = tuple(control.in_run(latent, sigma_at) for control, latent in pairs)
         return RunFeatures().with_controls(parts)

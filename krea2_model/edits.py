@@ -42,7 +42,7 @@ FILL_TOLERANCE = 0.08
 
 @dataclass(frozen=True)
 class EditRecipe:
-    """How a family's pictures are given.
+    """The recipe of a family: the way its pictures are given.
 
     labels: number them for the text encoder, `Picture 1: `.
     encoder_side: the text encoder reads pictures of at most this side, or of at most the area of
@@ -79,7 +79,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class EditTask:
-    """What a kind of edit needs.
+    """A kind of edit and its needs.
 
     steps, guidance: of Raw, or None for the checkpoint's own. sampler: ComfyUI's name, or None.
     longest_side: of pictures for the text encoder, in the identity family. larger: the image has to
@@ -202,7 +202,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class EditPlan:
-    """What a run takes for an edit.
+    """An edit as a run takes it.
 
     prompt_images: for the text encoder, at their final sizes, in front of prompt and negative.
     references: pixels (3, H, W) at their final sizes, and settings.

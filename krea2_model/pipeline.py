@@ -212,10 +212,11 @@ class Krea2Pipeline(PipelineStages):
 
         text_tokens = TEXT_TOKENS if positive is None else positive.taps.shape[1]
         text_tokens += sum(math.prod(grid_of(image.pixels)) for image in prompt_images)
-        places = None if regions is None else Regions.of(regions)
+        places = Regions.of(regions)
         prepared = None
         if places is not None:
             prepared = places.prepared(self._loras[0].shapes, grid_size(noise, PATCH))
+            text_tokens += TEXT_TOKENS * len(places.regions)
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]

@@ -1,4 +1,4 @@
-"""What `from krea2_model import ...` offers; `krea2_model` imports it on first use."""
+"""The names of `from krea2_model import ...`; `krea2_model` imports it on first use."""
 
 # ruff: noqa: F401
 

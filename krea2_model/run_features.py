@@ -147,7 +147,7 @@ class StepFeatures:
         return replace(self, references=tuple(references))
 
     def for_negative(self) -> StepFeatures:
-        """Those of the negative text's call, which has no regions and no style.
+        """The features of the negative text's call, which has no regions and no style.
 
         With guidance the image then moves away from what it would be without the style.
         """

@@ -237,7 +237,7 @@ def _loras(entry: dict, model) -> list:
 
 
 def _left_out(loras: list) -> str:
-    """What of a region's LoRAs cannot act on single tokens."""
+    """A line on the weights of a region's LoRAs that cannot act on single tokens."""
     count = sum(len(lora.left_out) for lora, _ in loras)
     return f"\n   not used: {count} weights of all tokens" if count else ""
 

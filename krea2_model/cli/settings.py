@@ -24,7 +24,7 @@ _MAX_TEXT = 1_000_000
 
 
 def settings_of(args: Namespace, **results: Any) -> dict[str, Any]:
-    """What differs from the defaults, with names of files in place of paths.
+    """The settings that differ from the defaults, with names of files in place of paths.
 
     results: values that the run has found, such as the steps that the checkpoint's preset gives.
     """

@@ -30,7 +30,7 @@ FIRST = "first"
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of a call are: before the image (texts), of the image, of references."""
+    """Numbers of tokens of a call: before the image (texts), of the image, of references."""
 
     text: int
     image: int
@@ -82,15 +82,8 @@ class LiveLora:
         """True if it changes the fusion of texts."""
         return any(map(_is_of_text, self.names))
 
-    @property
-    def bytes(self) -> int:
-        """Of its matrices in 16 bits."""
-        several = [*self.layers.values(), *self.biases.values()]
-        parts = [part for group in several for update in group for part in update.parts.values()]
-        return 2 * sum(part.numel() for part in parts)
-
     def change(self, model: nn.Module, name: str, strength: float, hidden: Tensor) -> Tensor:
-        """What it adds to the output of a model's layer for tokens (B, R, D)."""
+        """Its addition to the output of a model's layer for tokens (B, R, D)."""
         key = name, hidden.device, hidden.dtype, strength
         if key not in self._prepared:
 

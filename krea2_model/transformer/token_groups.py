@@ -74,8 +74,6 @@ class TokenGroups:
     text_factor: on attention of image tokens to the text, where regions cover them wholly.
     separate: image tokens see only image tokens of their own region, the one with the largest
         share, or of the rest of the image.
-    reference_factors: first token after the image, number, and factor of each image query (I,),
-        for references to which attention is multiplied by it.
 
     Made once a run for each set of active regions: it holds what depends on shares alone.
     """
@@ -87,7 +85,6 @@ class TokenGroups:
         *,
         text_factor: float = 1.0,
         separate: bool = False,
-        reference_factors: Sequence[tuple[int, int, Tensor]] = (),
     ):
         self.image = image
         # Tokens of all regions' texts, which are first.
@@ -109,11 +106,9 @@ class TokenGroups:
                 owner = torch.cat(((1 - covered)[None], shares)).argmax(dim=0)
                 groups = (owner == index for index in range(len(regions) + 1))
                 self._owners = [group.nonzero()[:, 0] for group in groups if bool(group.any())]
-        self._references = [
-            (first, count, bias)
-            for first, count, factors in reference_factors
-            if (bias := QueryBias.of(factors)) is not None
-        ]
+        # Of references to which image tokens attend with a bias: first token after the image,
+        # number of tokens, bias.
+        self._references: list[tuple[int, int, QueryBias]] = []
         # Keys at the end that image tokens alone see: number, and bias or None.
         self._image_keys: list[tuple[int, QueryBias | None]] = []
 
@@ -129,7 +124,11 @@ class TokenGroups:
     def with_references(
         self, factors: Sequence[tuple[int, int, Tensor]], device: torch.device
     ) -> TokenGroups:
-        """The same groups with other `reference_factors`, which are on the CPU."""
+        """The same groups with factors on the attention of image tokens to references.
+
+        factors: first token after the image, number of tokens, and factor of each image query (I,)
+        on the CPU. device: of the call.
+        """
         groups = copy.copy(self)
         groups._references = [
             (first, count, bias.to(device))

@@ -6,7 +6,7 @@ from diffusers.pipelines.krea2 import Krea2Pipeline as DiffusersPipeline
 
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.config import TransformerConfig
-from krea2_model.transformer.model import grid_size, patchify, unpatchify
+from krea2_model.transformer.model import Krea2Transformer, grid_size, patchify, unpatchify
 
 TINY = TransformerConfig(
     num_layers=3,
@@ -21,6 +21,15 @@ TINY = TransformerConfig(
     text_intermediate_size=128,
     axes_dims_rope=(8, 12, 12),
 )
+
+
+def random_transformer(config: TransformerConfig) -> Krea2Transformer:
+    """A transformer of random weights, norms among them, without gradients."""
+    generator = torch.Generator().manual_seed(0)
+    model = Krea2Transformer(config).requires_grad_(False)
+    for weight in model.parameters():
+        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
 
 
 def diffusers_arguments(config: TransformerConfig) -> dict:

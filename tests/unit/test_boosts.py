@@ -6,13 +6,13 @@ from itertools import product
 import pytest
 import torch
 
-from diffusers_reference import TINY
+from diffusers_reference import TINY, random_transformer
 from krea2_model.nn.attention import attend
 from krea2_model.run_features import RunFeatures
 from krea2_model.sampling import denoise
 from krea2_model.transformer.backend import ExtendedBackend
 from krea2_model.transformer.extensions import AttentionExtensions
-from krea2_model.transformer.model import Krea2Transformer, grid_positions
+from krea2_model.transformer.model import grid_positions
 from krea2_model.transformer.references import (
     BoostMask,
     Reference,
@@ -36,11 +36,7 @@ TIME = 0.9
 
 @pytest.fixture(scope="module")
 def model():
-    generator = torch.Generator().manual_seed(0)
-    model = Krea2Transformer(TINY).requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
+    return random_transformer(TINY)
 
 
 def references(boosts=(3.0, 0.4), mask=MASK, strength=1.0):

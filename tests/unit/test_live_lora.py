@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_reference import TINY
+from diffusers_reference import TINY, random_transformer
 from krea2_model.lora.live import LiveLora, LoraUse, TokenLayout, live_loras, live_loras_of_text
 from krea2_model.lora.outputs import output_change
 from krea2_model.lora.updates import LoraStack, Update
-from krea2_model.transformer.model import Krea2Transformer
 from parity import assert_close
 from samples import random
 
@@ -83,11 +82,7 @@ def test_every_kind_adds_what_the_changed_weight_would(name, strength):
 
 @pytest.fixture(scope="module")
 def model():
-    generator = torch.Generator().manual_seed(0)
-    model = Krea2Transformer(TINY).requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
+    return random_transformer(TINY)
 
 
 @pytest.fixture(scope="module")

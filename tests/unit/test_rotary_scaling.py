@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusers_reference import TINY
-from krea2_model.transformer.model import Krea2Transformer, grid_positions
+from diffusers_reference import TINY, random_transformer
+from krea2_model.transformer.model import grid_positions
 from krea2_model.transformer.rotary_scaling import RotaryScaling, Stretch
 from samples import random
 
@@ -66,11 +66,7 @@ def test_bad_settings_are_refused(options, words):
 
 @pytest.fixture(scope="module")
 def model():
-    generator = torch.Generator().manual_seed(0)
-    model = Krea2Transformer(TINY).requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
+    return random_transformer(TINY)
 
 
 def velocity(model, latents, **options):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusers_reference import TINY
+from diffusers_reference import TINY, random_transformer
 from krea2_model import StyleTransfer
 from krea2_model.guidance import unshifted
 from krea2_model.nn.attention import attend
@@ -26,7 +26,6 @@ from krea2_model.style_transfer import (
 from krea2_model.styles import style_mask
 from krea2_model.tiles import TileSettings
 from krea2_model.transformer.extensions import AttentionExtensions
-from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.references import ReferenceKVCache
 from krea2_model.transformer.style_attention import StyleKeys, StyleRecorder
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates
@@ -43,11 +42,7 @@ WINDOW = StyleSettings(end=1.0)
 
 @pytest.fixture(scope="module")
 def model():
-    generator = torch.Generator().manual_seed(0)
-    model = Krea2Transformer(TINY).requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
+    return random_transformer(TINY)
 
 
 def heads(tokens, seed=1, batch=2):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from diffusers_reference import random_transformer
 from krea2_model import Krea2Pipeline, NegativeGuidance, sigma_schedule
 from krea2_model.config import TransformerConfig
 from krea2_model.sampling import denoise
 from krea2_model.schedule import schedule_of
 from krea2_model.transformer.backend import Backend, ExtendedBackend
-from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.text_attention import TextAttention, TextStates, normalised_guidance
 from parity import assert_close
 from samples import random
@@ -31,11 +31,7 @@ SETTINGS = NegativeGuidance(scale=3.0, limit=1.2, blend=0.6)
 
 @pytest.fixture(scope="module")
 def model():
-    generator = torch.Generator().manual_seed(0)
-    model = Krea2Transformer(CONFIG).requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
+    return random_transformer(CONFIG)
 
 
 def text(tokens, seed, batch=1):

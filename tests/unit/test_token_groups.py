@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusers_reference import TINY, random_transformer
 from krea2_model.guidance import unshifted
 from krea2_model.nn import partial_attention
 from krea2_model.nn.attention import attend
@@ -98,7 +99,7 @@ def test_references_have_a_factor_for_each_image_query(by_parts):
     factors[3] = 0
     query, key, value = heads(FRONT + TEXT + IMAGE + sum(REFERENCES))
     ranges = [(REFERENCES[0], REFERENCES[1], factors)]
-    made = groups(SOFT, reference_factors=ranges)
+    made = groups(SOFT).with_references(ranges, torch.device("cpu"))
     partial = attend_partially if by_parts else None
     found = made.attend(attend, partial, FRONT + TEXT, query, key, value, None, False)
     bias = dense_bias(SOFT, REFERENCES, factors=ranges)
@@ -165,14 +166,8 @@ def test_products_in_chunks_equal_those_in_one(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    from diffusers_reference import TINY
-    from krea2_model.transformer.model import Krea2Transformer
 
-    generator = torch.Generator().manual_seed(0)
-    model = Krea2Transformer(TINY).requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
+    return random_transformer(TINY)
 
 
 def plan(model, shares=SOFT, **options):
