@@ -100,6 +100,7 @@ class Krea2DiffusionModel(contract.Transformer):
         velocity_of = partial(
             self._velocity,
             timesteps=timesteps,
+            sigma=sigma,
             text=text,
             mask=mask,
             frames=[comfy.utils.repeat_to_batch_size(frame, len(latents)) for frame in frames],
@@ -122,6 +123,7 @@ class Krea2DiffusionModel(contract.Transformer):
         latents,
         *,
         timesteps,
+        sigma,
         text,
         mask,
         frames,
@@ -132,10 +134,10 @@ class Krea2DiffusionModel(contract.Transformer):
     ):
         """The velocity (B, C, h, w) of latents, which are an image's or those of a tile.
 
-        text, mask: fused. frames: latents of references. image: rows and columns of the image's
-        tokens.
+        sigma: the first of timesteps, read from the device once a step. text, mask: fused. frames:
+        latents of references. image: rows and columns of the image's tokens.
         """
-        sigma, plan = timesteps[0].item(), conditions.reference_plan
+        plan = conditions.reference_plan
         step = conditions.features.at(sigma, image, latents.device, tile)
         attention = _text_attention(conditions, mask, step.texts)
         lengths, padding = conditions.text_lengths, None
