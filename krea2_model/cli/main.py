@@ -69,6 +69,10 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .models import models
 
         return models(args)
+    if args.command == "train":
+        from .train import train
+
+        return train(args)
     if args.command == "render":
         from .render import render
 

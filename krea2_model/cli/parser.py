@@ -11,12 +11,14 @@ from .. import __version__
 from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
+from .train_options import add_train_options
 from .values import number, seeds, whole
 
 SUMMARIES = {
     "generate": "make pictures from a prompt",
     "render": "make a picture of every row of a text, CSV or JSONL file",
     "again": "make a picture again, from the settings inside its file",
+    "train": "train a LoRA, or the whole transformer, on pictures with captions",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
     "inspect": "say what a model file is",
@@ -226,6 +228,7 @@ _OPTIONS = {
     "generate": _generate,
     "render": _render,
     "again": _again,
+    "train": add_train_options,
     "models": _models,
     "expand": _expand,
     "inspect": _inspect,

@@ -1,0 +1,76 @@
+"""`krea2 train`."""
+
+from __future__ import annotations
+
+import re
+import signal
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import Failure, UsageError
+from .progress import Console
+from .train_options import option_of, settings_of
+
+
+def train(args: Namespace) -> Iterator[object]:
+    """Train as a file of settings and the options say; gives the file of the result.
+
+    The first Ctrl+C ends the run after its step, with its state saved; a second one at once.
+    """
+    from krea2_training.config import read_config
+    from krea2_training.loop import TrainingStopped
+
+    settings = settings_of(args)
+    is_file = args.source.suffix.lower() == ".toml"
+    if not is_file:
+        settings["data.path"] = args.source
+    try:
+        config = read_config(args.source if is_file else None, settings)
+    except ValueError as error:
+        raise UsageError(_in_options(str(error))) from error
+
+    from krea2_training.forecast import forecast
+    from krea2_training.train import train
+
+    if args.dry_run:
+        yield forecast(config)
+        return
+    console = Console(args.quiet)
+    with console.bar(config.training.steps, "Training", unit="step") as bar, _stopping() as stop:
+
+        def on_step(step: int, record: dict[str, Any]) -> None:
+            bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+            bar.update(step - bar.n)
+            if stop:
+                raise KeyboardInterrupt
+
+        try:
+            yield train(config, on_step)
+        except TrainingStopped as error:
+            raise Failure(str(error)) from error
+
+
+@contextmanager
+def _stopping() -> Iterator[list[bool]]:
+    """A list that is filled by the first Ctrl+C; the second one interrupts."""
+    pressed: list[bool] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _in_options(message: str) -> str:
+    """A message about a setting, with the option that sets it."""
+    found = re.match(r"([a-z]+\.[a-z_]+) is ", message)
+    option = option_of(found[1]) if found else None
+    return message if option is None else message.replace(found[1], option, 1)  # type: ignore

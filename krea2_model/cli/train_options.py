@@ -1,0 +1,118 @@
+"""Options of `krea2 train`, each a setting of the TOML file it may be given instead."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .values import number, whole
+
+EPILOG = """\
+SOURCE is a folder of pictures with captions beside them (cat.png, cat.txt), a table (.jsonl, .csv,
+.parquet), or a .toml file of settings; options on the command line replace those of the file. Train
+on Raw; the LoRA runs on Turbo too. A run that was stopped goes on when the command is given again.
+
+  krea2 train photos --model krea2_raw_bf16.safetensors --text-encoder qwen3vl_4b.safetensors
+      --vae qwen_image_vae.safetensors --output my_style.safetensors
+  krea2 train photos --model nano --resolution 128 --output nano_style.safetensors
+"""
+
+_FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+_COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
+
+# Groups of options: the words of an option, its setting, and what argparse takes.
+_OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "model": [
+        ("--model", "model.transformer",
+         {"metavar": "NAME", "help": "a Raw checkpoint, a diffusers folder, or nano"}),
+        ("--text-encoder", "model.text_encoder", {**_FILE, "help": "a Qwen3-VL file or folder"}),
+        ("--vae", "model.vae", {**_FILE, "help": "a Qwen-Image VAE file or folder"}),
+        ("--tokenizer", "model.tokenizer", {"type": Path, "metavar": "FOLDER"}),
+    ],
+    "adapter": [
+        ("--method", "adapter.method",
+         {"choices": ("lora", "dora", "lokr", "full"), "help": "default: lora; full trains all"}),
+        ("--rank", "adapter.rank", {**_COUNT, "help": "default: 32"}),
+        ("--alpha", "adapter.alpha",
+         {"type": number(0, above=True), "metavar": "X", "help": "default: the rank"}),
+        ("--targets", "adapter.targets",
+         {"choices": ("blocks", "attention", "mlp", "blocks+text"),
+          "help": "default: blocks; blocks+text adds the text fusion"}),
+    ],
+    "pictures": [
+        ("--caption", "data.caption",
+         {"metavar": "TEXT", "help": "for pictures without one of their own"}),
+        ("--trigger", "data.trigger", {"metavar": "WORDS", "help": "put before every caption"}),
+        ("--resolution", "data.resolution",
+         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
+          "help": "side of a square of the pictures' area; several train at each; default: 1024"}),
+        ("--references", "data.references",
+         {"choices": ("references", "identity", "ai-toolkit"),
+          "help": "the family of edit LoRAs, where pictures have .ref1 and .ref2"}),
+    ],
+    "steps": [
+        ("--steps", "training.steps", {**_COUNT, "help": "default: 1500"}),
+        ("--batch", "training.batch", {**_COUNT, "help": "pictures in a step; default: 1"}),
+        ("--accumulate", "training.accumulate",
+         {**_COUNT, "help": "batches in a step; default: 1"}),
+        ("--learning-rate", "training.learning_rate",
+         {"type": number(0, 1, above=True), "metavar": "X", "help": "default: 1e-4"}),
+        ("--optimiser", "training.optimiser", {"choices": ("adamw", "adamw8bit", "muon")}),
+        ("--seed", "training.seed", {"type": whole(0, 2**32 - 1), "metavar": "N"}),
+    ],
+    "samples": [
+        ("--sample", "samples.prompts",
+         {"action": "append", "metavar": "PROMPT", "help": "painted on the way; may be repeated"}),
+        ("--sample-every", "samples.every",
+         {"type": whole(0), "metavar": "N", "help": "steps between them; default: 250"}),
+        ("--sample-turbo", "samples.turbo",
+         {"metavar": "FILE", "help": "a Turbo checkpoint to paint them with as well, or nano"}),
+    ],
+    "memory": [
+        ("--base", "memory.base",
+         {"choices": ("as-is", "bf16", "fp8", "int8", "4bit"),
+          "help": "how the frozen blocks are held; default: as the file has them"}),
+        ("--offload", "memory.offload",
+         {"action": "store_true", "default": None, "help": "frozen blocks stay in main memory"}),
+        ("--device", "memory.device", {"metavar": "NAME", "help": "default: auto"}),
+        ("--dtype", "memory.dtype", {"choices": ("bf16", "fp32")}),
+    ],
+    "output": [
+        ("--output", "output.path", {**_FILE, "help": "the .safetensors file of the result"}),
+        ("--folder", "output.folder",
+         {"type": Path, "metavar": "FOLDER",
+          "help": "of the run; default: the output's name without its ending"}),
+        ("--key-style", "output.key_style",
+         {"choices": ("ai-toolkit", "kohya", "diffusers"), "help": "default: ai-toolkit"}),
+        ("--save-every", "output.save_every", {**_COUNT, "help": "steps; default: 250"}),
+    ],
+}  # fmt: skip
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "krea2 train SOURCE [options]"
+    parser.epilog = EPILOG
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder, table or .toml file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run needs, and train nothing"
+    )
+    for title, options in _OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for words, setting, how in options:
+            group.add_argument(words, dest=setting, **how)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was typed, by the settings' names."""
+    names = [setting for options in _OPTIONS.values() for _, setting, _ in options]
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def option_of(setting: str) -> str | None:
+    """The option of a setting, for messages."""
+    for options in _OPTIONS.values():
+        for words, name, _ in options:
+            if name == setting:
+                return words
+    return None

@@ -1,0 +1,194 @@
+"""The frozen model: in little memory, and computed again in the backward pass.
+
+A frozen matrix needs no gradient, but autograd would keep every dequantised copy until the backward
+pass. `FrozenLinear` keeps none: it makes the matrix again when the gradient of its input is due.
+The stored form may be that of the file, 8 or 4 bits, and lie in main memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from krea2_model.checkpoints.quantised_layers import QuantisedLinear
+from krea2_model.checkpoints.quantised_weight import FLOAT8, INT8, SCALE, QuantisedWeight
+from krea2_model.transformer.backend import Backend
+from krea2_model.transformer.model import Krea2Transformer
+from krea2_model.transformer.modulation import for_blocks
+
+from .config import BASES, Memory
+
+FP8 = "float8_e4m3fn"
+FOUR_BITS = "Q4_0"
+_BLOCK = 32  # values of a block of Q4_0
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer that is not trained and holds its weight as it is stored.
+
+    offload: the stored tensors stay in main memory, page-locked where there is a GPU, and each use
+        copies them to its input's device.
+    """
+
+    def __init__(self, stored: QuantisedWeight | Tensor, bias: Tensor | None, offload: bool):
+        super().__init__()
+        self.form = stored.form if isinstance(stored, QuantisedWeight) else None
+        self.out_features, self.in_features = stored.shape
+        tensors = (
+            dict(stored.tensors) if isinstance(stored, QuantisedWeight) else {"weight": stored}
+        )
+        self.group = stored.group if isinstance(stored, QuantisedWeight) else None
+        self.offload, self._names = offload, tuple(tensors)
+        # In a dict of its own, so that moving the model leaves it where it is.
+        self._held: dict[str, Tensor] = {}
+        if offload:
+            pin = torch.cuda.is_available()
+            for name, tensor in tensors.items():
+                tensor = tensor.detach().cpu().contiguous()
+                self._held[name] = tensor.pin_memory() if pin else tensor
+        else:
+            # Not by register_buffer: `.to(dtype)` of the model would cast 8-bit floats.
+            self._buffers.update({f"stored_{name}": t.detach() for name, t in tensors.items()})
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def weight_for(self, example: Tensor) -> Tensor:
+        """The weight (outputs, inputs) in the dtype and on the device of a tensor."""
+        tensors = {}
+        for name in self._names:
+            tensor = self._held[name] if self.offload else self._buffers[f"stored_{name}"]
+            assert tensor is not None
+            tensors[name] = tensor.to(example.device, non_blocking=True)
+        if self.form is None:
+            return tensors["weight"].to(example.dtype)
+        shape = (self.out_features, self.in_features)
+        return QuantisedWeight(self.form, shape, tensors, self.group).dequantise(example.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = _FrozenMatmul.apply(hidden, self)
+        return result if self.bias is None else result + self.bias.to(result.dtype)
+
+    def extra_repr(self) -> str:
+        where = ", in main memory" if self.offload else ""
+        return f"{self.in_features}, {self.out_features}, {self.form or 'plain'}{where}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """`hidden @ weight.T`, whose backward makes the weight again instead of holding it."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(hidden, layer.weight_for(hidden))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return gradient @ ctx.layer.weight_for(gradient), None
+
+
+class TrainingBackend(Backend):
+    """Runs blocks of which the backward pass computes the activations again, one at a time.
+
+    What stays in memory is a hidden state a block, and one block's activations.
+    """
+
+    def run_blocks(
+        self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None
+    ) -> Tensor:
+        by_block, last = for_blocks(modulation, len(blocks)), len(blocks) - 1
+        for index, block in enumerate(blocks):
+            queries = query_slice if index == last else None
+            inputs = (hidden, vector, rope, mask, split, self, queries, by_block[index])
+            if torch.is_grad_enabled():
+                hidden = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                hidden = block(*inputs)
+        return hidden
+
+
+def freeze_base(
+    model: Krea2Transformer,
+    memory: Memory,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Freeze a model, hold the blocks' matrices as `memory` says, and move it to a device.
+
+    The matrices are quantised and moved one at a time, so that a card never holds the plain model.
+    Raises ValueError for a base that the file's own format cannot become.
+    """
+    model.requires_grad_(False)
+    for index, block in enumerate(model.blocks):
+        for path, layer in list(block.named_modules()):
+            if isinstance(layer, (nn.Linear, QuantisedLinear)):
+                parent, _, name = path.rpartition(".")
+                stored = stored_as(layer, memory.base, f"blocks.{index}.{path}")
+                frozen = FrozenLinear(
+                    _to(stored, device, memory.offload), layer.bias, memory.offload
+                )
+                block.get_submodule(parent)._modules[name] = frozen
+        block.to(device)
+        progress(f"blocks.{index}")
+    model.to(device)
+
+
+def stored_as(layer: nn.Linear | QuantisedLinear, base: str, name: str) -> QuantisedWeight | Tensor:
+    """A layer's weight in one of `BASES`."""
+    if base == BASES[0]:
+        return layer.stored if isinstance(layer, QuantisedLinear) else layer.weight.detach()
+    if base == "bf16":
+        return layer.weight.detach().bfloat16()
+    if isinstance(layer, QuantisedLinear):
+        raise ValueError(
+            f"memory.base is {base}, but the file holds {name} as {layer.form}: quantising twice "
+            "would add the errors of both. Choose base as-is, or give the bf16 file."
+        )
+    weight = layer.weight.detach()
+    if base == "4bit":
+        return four_bits(weight)
+    return eight_bits(weight, base)
+
+
+def eight_bits(weight: Tensor, base: str) -> QuantisedWeight:
+    """A matrix in fp8 with one scale, or in int8 with a scale a row, as `krea2 convert` does."""
+    values, shape = weight.float(), tuple(weight.shape)
+    if base == "fp8":
+        most = torch.finfo(FLOAT8[FP8]).max
+        scale = values.abs().amax().clamp_min(1e-12) / most
+        stored = (values / scale).clamp(-most, most).to(FLOAT8[FP8])
+        return QuantisedWeight(FP8, shape, {"weight": stored, SCALE: scale})
+    scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    stored = (values / scale).round().clamp(-127, 127).to(torch.int8)
+    return QuantisedWeight(INT8, shape, {"weight": stored, SCALE: scale})
+
+
+def four_bits(weight: Tensor) -> QuantisedWeight:
+    """A matrix in GGUF's Q4_0: blocks of 32 values with a scale of 16 bits, 4.5 bits a value."""
+    rows, columns = weight.shape
+    if columns % _BLOCK:
+        raise ValueError(
+            f"A matrix has {columns} columns; 4 bits need a multiple of {_BLOCK}. Choose fp8."
+        )
+    blocks = weight.float().reshape(-1, _BLOCK)
+    # The value of the largest size becomes -8, of the levels from -8 to 7.
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    scale = (largest / -8).half()
+    inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
+    levels = (blocks * inverse + 8.5).floor().clamp(0, 15).to(torch.uint8)
+    low, high = levels.chunk(2, dim=1)
+    packed = torch.cat((scale.view(torch.uint8), low | high << 4), dim=1)
+    return QuantisedWeight(FOUR_BITS, (rows, columns), {"weight": packed.reshape(rows, -1)})
+
+
+def _to(
+    stored: QuantisedWeight | Tensor, device: torch.device, offload: bool
+) -> QuantisedWeight | Tensor:
+    if offload:
+        return stored
+    if isinstance(stored, Tensor):
+        return stored.to(device)
+    tensors = {name: tensor.to(device) for name, tensor in stored.tensors.items()}
+    return QuantisedWeight(stored.form, stored.shape, tensors, stored.group)

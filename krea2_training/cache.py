@@ -1,0 +1,318 @@
+"""Pictures and captions encoded once, in a folder of files named by what they hold.
+
+A file's name is a hash of the picture or caption, its size and the model that encoded it: nothing
+is ever out of date, and a changed caption is another file. Encoder and VAE are loaded only where
+something is missing, one after the other, and freed again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import open as open_image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from krea2_model import Krea2Transformer, load_text_encoder, load_vae, nano
+from krea2_model.checkpoints.checkpoint import open_checkpoint
+from krea2_model.checkpoints.text_encoder import read_text_encoder
+from krea2_model.checkpoints.vae import read_vae
+from krea2_model.edits import RECIPES, plan_edit
+from krea2_model.images.pictures import fit, pixels_of
+from krea2_model.memory.machine import empty_cache
+from krea2_model.prompt_embeds import encode_prompts
+from krea2_model.replacing import replacing
+from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.transformer.references import Reference, ReferenceSettings
+from krea2_model.vae.model import QwenImageVAE
+
+from .config import EDITS, NANO, Model
+from .data import Draw, Example, Order, Sized, content_hash, opened
+
+# Family of edit LoRAs for each way to show references.
+_FAMILIES = dict(zip(EDITS, ("references-only", "identity", "ai-toolkit"), strict=True))
+
+
+@dataclass
+class Batch:
+    """A batch on the device: what a step trains on.
+
+    latents (B, 16, h, w), normalised; taps (B, L, T, D) and mask (B, L) bool or None; weights
+    (B, 1, h, w) of the loss, or None; references of the pictures, each with a batch of B.
+    """
+
+    latents: Tensor
+    taps: Tensor
+    mask: Tensor | None
+    weights: Tensor | None = None
+    references: Sequence[Reference] = ()
+    reference_method: str = ""
+
+
+class Encoders:
+    """Text encoder and VAE of a run, loaded when they are first needed."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None):
+        self.model, self.device, self.dtype = model, device, dtype
+        is_nano, whole = model.transformer == NANO, Path(str(model.transformer))
+        self.text_path = model.text_encoder or (nano.text_encoder_file() if is_nano else whole)
+        self.vae_path = model.vae or (nano.VAE if is_nano else whole)
+        self._names: dict[str, str] = {}
+
+    def check(self, transformer: Krea2Transformer) -> None:
+        """Raise ValueError for files of another model, by their headers."""
+        encoder = read_text_encoder(open_checkpoint(self.text_path, "text_encoder"))
+        read_vae(open_checkpoint(self.vae_path, "vae"))
+        width, expected = encoder.config.hidden_size, transformer.config.text_hidden_dim
+        if width != expected:
+            raise ValueError(
+                f"{self.text_path} is a text encoder of width {width}; this transformer needs "
+                f"{expected}. Name the encoder that belongs to it (Qwen3-VL-4B for Krea 2)."
+            )
+
+    def text(self) -> Qwen3VLTextEncoder:
+        return load_text_encoder(
+            self.text_path,
+            tokenizer=self.model.tokenizer,
+            device=self.device,
+            dtype=self.dtype,
+            keep_quantised=True,
+        )
+
+    def vae(self) -> QwenImageVAE:
+        return load_vae(self.vae_path, device=self.device, dtype=self.dtype)
+
+    def name(self, part: str) -> str:
+        """A hash that tells one model file from another."""
+        if part not in self._names:
+            path = Path(self.text_path if part == "text" else self.vae_path)
+            self._names[part] = f"{_fingerprint(path)} {self.dtype}"
+        return self._names[part]
+
+
+class Cache:
+    """Latents and taps of the pictures of a run."""
+
+    def __init__(self, folder: Path, encoders: Encoders, references: str = EDITS[0]):
+        self.folder, self.encoders = folder, encoders
+        self.recipe = RECIPES[_FAMILIES[references]]
+        self._hashes: dict[Path | bytes, str] = {}
+
+    def fill(self, pictures: Sequence[Sized]) -> int:
+        """Encode what is missing; returns how much that was."""
+        latents = {self._picture_key(one): one for one in pictures}
+        texts: dict[str, tuple[Sized, str]] = {}
+        for one in pictures:
+            for caption in {*one.example.captions, ""}:
+                texts[self._text_key(one, caption)] = one, caption
+        missing = {key: one for key, one in latents.items() if self._load(key) is None}
+        unread = {key: text for key, text in texts.items() if self._load(key) is None}
+        if missing:
+            vae = self.encoders.vae()
+            for key, one in tqdm(missing.items(), "Pictures", unit="picture"):
+                self._save(key, self._encode_picture(one, vae))
+            del vae
+        _free(self.encoders.device)
+        if unread:
+            encoder = self.encoders.text()
+            for key, (one, caption) in tqdm(unread.items(), "Captions", unit="caption"):
+                self._save(key, self._encode_text(one, caption, encoder))
+            del encoder
+        _free(self.encoders.device)
+        return len(missing) + len(unread)
+
+    def batch(self, draws: Sequence[Draw], order: Order, device: torch.device) -> Batch:
+        """A batch of the order's, from the files."""
+        pictures = [order.pictures[draw.index] for draw in draws]
+        tensors = [self._read(self._picture_key(one)) for one in pictures]
+        taps = [
+            self._read(self._text_key(one, draw.caption or ""))["taps"]
+            for one, draw in zip(pictures, draws, strict=True)
+        ]
+        states, mask = padded(taps)
+        latents = torch.stack([one["latents"] for one in tensors]).to(device)
+        weights = None
+        if any("weights" in one for one in tensors):
+            ones = torch.ones(1, *latents.shape[2:])
+            weights = torch.stack([one.get("weights", ones) for one in tensors]).to(device)
+        references = []
+        for number in range(len(pictures[0].example.references)):
+            images = [one[f"reference {number}"] for one in tensors]
+            offset = tuple(tensors[0][f"offset {number}"].tolist())
+            same = all(image.shape == images[0].shape for image in images)
+            if not same:
+                images = _cropped(images)
+            settings = ReferenceSettings(offset=offset)  # type: ignore[arg-type]
+            references.append(Reference(torch.stack(images).to(device), settings))
+        return Batch(
+            latents,
+            states.to(device),
+            None if mask is None else mask.to(device),
+            weights,
+            references,
+            self.recipe.method,
+        )
+
+    def _encode_picture(self, one: Sized, vae: QwenImageVAE) -> dict[str, Tensor]:
+        pixels = _pixels(one.example, one.example.image, one.width, one.height)
+        tensors = {"latents": _latents(pixels, vae)}
+        if one.example.mask is not None:
+            mask = _pixels(one.example, one.example.mask, one.width, one.height).mean(0)
+            cells = F.interpolate(mask[None, None], tensors["latents"].shape[1:], mode="area")
+            tensors["weights"] = cells[0]
+        for number, (image, settings) in enumerate(self._plan(one).references):
+            tensors[f"reference {number}"] = _latents(image, vae)
+            tensors[f"offset {number}"] = torch.tensor(settings.offset)
+        return tensors
+
+    def _encode_text(
+        self, one: Sized, caption: str, encoder: Qwen3VLTextEncoder
+    ) -> dict[str, Tensor]:
+        images = self._plan(one).prompt_images if self._reads_images else []
+        embeds = encode_prompts(encoder, [caption], images=images, labels=self.recipe.labels)
+        return {"taps": embeds.taps[0].to("cpu", torch.bfloat16)}
+
+    @property
+    def _reads_images(self) -> bool:
+        return self.recipe.encoder_side is not None
+
+    def _plan(self, one: Sized):
+        """References and images for the encoder, as a run of the LoRA's family gives them."""
+        images = [pixels_of(_image(source), "a reference") for source in one.example.references]
+        if not images:
+            return _NO_PLAN
+        return plan_edit(images, self.recipe, one.width, one.height)
+
+    def _picture_key(self, one: Sized) -> str:
+        example = one.example
+        parts = {
+            "picture": self._hash(example.image),
+            "crop": example.crop,
+            "size": (one.width, one.height),
+            "mask": None if example.mask is None else self._hash(example.mask),
+            "references": [self._hash(source) for source in example.references],
+            "recipe": str(self.recipe) if example.references else None,
+            "vae": self.encoders.name("vae"),
+        }
+        return _key(parts)
+
+    def _text_key(self, one: Sized, caption: str) -> str:
+        images = one.example.references if self._reads_images else ()
+        parts = {
+            "caption": caption,
+            "images": [self._hash(source) for source in images],
+            # The pictures' sizes for the encoder depend on the recipe alone.
+            "recipe": str(self.recipe) if images else None,
+            "text encoder": self.encoders.name("text"),
+        }
+        return _key(parts)
+
+    def _hash(self, source: Path | bytes) -> str:
+        if source not in self._hashes:
+            self._hashes[source] = content_hash(source)
+        return self._hashes[source]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key[2:]}.safetensors"
+
+    def _load(self, key: str) -> dict[str, Tensor] | None:
+        """Tensors of a key; None where there are none, or a damaged file."""
+        try:
+            return load_file(self._path(key))
+        except (OSError, SafetensorError):
+            return None
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        found = self._load(key)
+        if found is None:
+            raise ValueError(
+                f"{self._path(key)} is gone or damaged since the run began. Start the command "
+                "again: it encodes what is missing and resumes."
+            )
+        return found
+
+    def _save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial)
+
+
+@dataclass(frozen=True)
+class _NoPlan:
+    prompt_images: tuple = ()
+    references: tuple = ()
+
+
+_NO_PLAN = _NoPlan()
+
+
+def padded(taps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Taps (L_i, T, D) as one (B, L, T, D), and its mask (B, L), None where all are as long."""
+    lengths = [len(states) for states in taps]
+    longest = max(lengths)
+    states = torch.stack([F.pad(s, (0, 0, 0, 0, 0, longest - len(s))) for s in taps])
+    if min(lengths) == longest:
+        return states, None
+    return states, torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+def _pixels(example: Example, source: Path | bytes, width: int, height: int) -> Tensor:
+    """A picture (3, H, W) in [0, 1] at its training size."""
+    pixels = pixels_of(_image(source), example.name)
+    if example.crop is not None:
+        left, top, across, down = example.crop
+        pixels = pixels[:, top : top + down, left : left + across]
+    return fit(pixels, width, height)
+
+
+def _image(source: Path | bytes):
+    return open_image(opened(source))
+
+
+@torch.no_grad()
+def _latents(pixels: Tensor, vae: QwenImageVAE) -> Tensor:
+    weight = next(vae.parameters())
+    return vae.encode(pixels[None].to(weight) * 2 - 1)[0].float().cpu()
+
+
+def _cropped(images: Sequence[Tensor]) -> list[Tensor]:
+    """Latents cut in their middle to the sides of the smallest, so that they make a batch."""
+    rows, columns = (min(image.shape[axis] for image in images) for axis in (1, 2))
+    parts = []
+    for image in images:
+        top, left = (image.shape[1] - rows) // 2, (image.shape[2] - columns) // 2
+        parts.append(image[:, top : top + rows, left : left + columns])
+    return parts
+
+
+def _key(parts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of a file's size and of parts spread over it; of a folder, those of its files."""
+    total = hashlib.sha256()
+    files: Iterable[Path] = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{file.name if path.is_dir() else ''} {size}".encode())
+        with file.open("rb") as opened_file:
+            for start in range(0, size, max(1, size // 64)):
+                opened_file.seek(start)
+                total.update(opened_file.read(4096))
+    return total.hexdigest()
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    empty_cache(device)

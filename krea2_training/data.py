@@ -1,0 +1,351 @@
+"""Training data: pictures and captions of a folder or a table, and the sizes they are trained at.
+
+A folder has pictures of any names; `cat.txt` beside `cat.png` is its caption. Captions of several
+lengths are parted by a line of `---`. `cat.mask.png` weighs the loss (white counts, black does
+not), `cat.ref1.png` and `cat.ref2.png` are references. A table (.jsonl, .csv, .parquet) has columns
+image (or file_name), caption (or text, captions), and perhaps crop (x, y, width, height in pixels),
+mask, references.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+from PIL.Image import open as open_image
+
+from krea2_model.images.sizes import size_for_area
+
+from .config import MAX_REFERENCES, Data
+
+PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
+TABLES = frozenset((".jsonl", ".csv", ".parquet"))
+# Between captions of one picture.
+PARTING = "---"
+# Widest and tallest picture, as width to height; others are cropped to it.
+MAX_ASPECT = 4.0
+_COMPANION = re.compile(r"\.(mask|ref[12])$")
+_NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture to train on, before anything is read of it.
+
+    image, mask, references: paths, or the bytes of a file in a Parquet table.
+    crop: left, top, width, height in pixels.
+    """
+
+    name: str
+    image: Path | bytes
+    captions: tuple[str, ...]
+    crop: tuple[int, int, int, int] | None = None
+    mask: Path | bytes | None = None
+    references: tuple[Path | bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An example at one of its training sizes, in pixels."""
+
+    example: Example
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A picture in a batch, and the caption it has there; None is the empty prompt."""
+
+    index: int
+    caption: str | None
+
+
+def read_examples(data: Data) -> list[Example]:
+    """The examples of a folder or table. Raises ValueError, naming rows, for those without use."""
+    path = data.path
+    assert path is not None
+    if path.is_dir():
+        examples = _read_folder(path)
+    elif path.suffix.lower() in TABLES and path.is_file():
+        examples = [_row(row, index, path) for index, row in enumerate(_rows(path), start=1)]
+    else:
+        raise ValueError(
+            f"data.path is {path}, which is no folder and no table; expected a folder of pictures, "
+            "or a .jsonl, .csv or .parquet file."
+        )
+    if not examples:
+        kinds = ", ".join(sorted(PICTURES))
+        raise ValueError(f"{path} holds no pictures; expected at least one of {kinds}.")
+    examples = [replace(one, captions=_captions_of(one, data)) for one in examples]
+    bare = [one.name for one in examples if not one.captions]
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(examples)} pictures have no caption: {_some(bare)}. Write one "
+            f"beside each ({Path(bare[0]).stem}.txt), or give one for all as data.caption "
+            '(--caption "a photo of sks dog"; "" trains without words).'
+        )
+    return examples
+
+
+def sized(examples: Sequence[Example], data: Data) -> list[Sized]:
+    """Every example at each resolution, at the size of its own shape; opens each picture's header.
+
+    Raises ValueError for pictures that cannot be opened, naming them.
+    """
+    found: list[Sized] = []
+    broken = []
+    for example in examples:
+        try:
+            width, height = example_size(example)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            broken.append(f"{example.name} ({error})")
+            continue
+        for side in data.resolution:
+            found += [Sized(example, *bucket_size(width, height, side))] * data.repeats
+    if broken:
+        raise ValueError(
+            f"{len(broken)} pictures cannot be read: {_some(broken)}. Replace or remove them."
+        )
+    return found
+
+
+def example_size(example: Example) -> tuple[int, int]:
+    """Width and height of a picture as it will be trained, upright and cropped."""
+    with open_image(opened(example.image)) as image:
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) >= 5:  # lying on its side
+            width, height = height, width
+    if example.crop is None:
+        return width, height
+    left, top, across, down = example.crop
+    if min(left, top) < 0 or min(across, down) < 1 or left + across > width or top + down > height:
+        raise ValueError(f"crop {example.crop} lies outside of {width} x {height} px")
+    return across, down
+
+
+def opened(source: Path | bytes) -> Path | io.BytesIO:
+    """A source as Pillow opens it."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def bucket_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height, in multiples of 16, of the area side x side and a picture's shape.
+
+    Shapes are grouped in steps of an eighth of the aspect's logarithm to base 2, so that pictures
+    of nearly the same shape share batches; what is over is cropped.
+    """
+    octaves = round(8 * math.log2(min(MAX_ASPECT, max(1 / MAX_ASPECT, width / height)))) / 8
+    return size_for_area(2.0 ** (octaves / 2), 2.0 ** (-octaves / 2), (side / 1024) ** 2)
+
+
+class Order:
+    """The batches of a run: each step's can be computed by itself, so a run resumes anywhere.
+
+    An epoch goes through all pictures once, in batches of one size, in an order of its own. Each
+    picture takes one of its captions by chance, or none. ranks: processes that share a step's
+    pictures, which each have a batch of their own.
+    """
+
+    def __init__(
+        self, pictures: Sequence[Sized], batch: int, dropout: float, seed: int, ranks: int = 1
+    ):
+        self.pictures = pictures
+        self.batch_size, self.dropout, self.seed, self.ranks = batch, dropout, seed, ranks
+        groups: dict[tuple, list[int]] = {}
+        for index, one in enumerate(pictures):
+            # References join the sequence: pictures share a batch with as many of them.
+            key = (one.width, one.height, len(one.example.references))
+            groups.setdefault(key, []).append(index)
+        self._groups = list(groups.values())
+        self.batches_per_epoch = sum(-(-len(g) // (batch * ranks)) for g in self._groups)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def batch(self, number: int, rank: int = 0) -> list[Draw]:
+        """The batch of a number from 0 up, of one of the ranks."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._batches(epoch)
+        random = Random(f"captions {self.seed} {number} {rank}")
+        own = self._epoch[1][place][rank :: self.ranks]
+        return [Draw(index, self._caption(index, random)) for index in own]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        random = Random(f"order {self.seed} {epoch}")
+        batches = []
+        size = self.batch_size * self.ranks
+        for group in self._groups:
+            indices = random.sample(group, len(group))
+            # The last batch is filled up, so that every rank has as many and steps weigh the same.
+            while len(indices) % size:
+                indices.append(random.choice(group))
+            batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+        random.shuffle(batches)
+        return batches
+
+    def _caption(self, index: int, random: Random) -> str | None:
+        captions = self.pictures[index].example.captions
+        chosen = random.choice(captions)
+        return None if random.random() < self.dropout or not chosen else chosen
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """A hash of pictures and captions, for the metadata of what was trained on them."""
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(content_hash(example.image).encode())
+        total.update("\0".join(example.captions).encode())
+    return total.hexdigest()
+
+
+def content_hash(source: Path | bytes) -> str:
+    """SHA-256 of a file's content."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _captions_of(example: Example, data: Data) -> tuple[str, ...]:
+    captions = example.captions
+    if not captions and data.caption is not None:
+        captions = (data.caption,)
+    trigger = data.trigger.strip()
+    if not trigger:
+        return captions
+    return tuple(f"{trigger}, {text}" if text else trigger for text in captions)
+
+
+def _read_folder(folder: Path) -> list[Example]:
+    files = {file for file in folder.rglob("*") if file.suffix.lower() in PICTURES}
+    files = {file for file in files if not any(p.startswith(".") for p in file.parts)}
+    companions = {file for file in files if _COMPANION.search(file.stem)}
+    by_stem = {file.with_suffix(""): file for file in companions}
+    examples = []
+    for file in sorted(files - companions):
+        stem = file.with_suffix("")
+        references = [by_stem.get(stem.with_name(f"{stem.name}.ref{n}")) for n in (1, 2)]
+        text = file.with_suffix(".txt")
+        examples.append(
+            Example(
+                str(file.relative_to(folder)),
+                file,
+                split_captions(_read_text(text)) if text.is_file() else (),
+                mask=by_stem.get(stem.with_name(f"{stem.name}.mask")),
+                references=tuple(one for one in references if one is not None),
+            )
+        )
+    return examples
+
+
+def split_captions(text: str) -> tuple[str, ...]:
+    """The captions of a text file: one, or several parted by lines of `---`."""
+    parts = re.split(rf"^\s*{PARTING}\s*$", text, flags=re.MULTILINE)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ValueError(
+                f"{path.name} is a Parquet file, which needs pyarrow: pip install pyarrow."
+            ) from error
+        for batch in parquet.ParquetFile(path).iter_batches(256):
+            yield from batch.to_pylist()
+        return
+    text = _read_text(path)
+    if kind == ".csv":
+        yield from csv.DictReader(io.StringIO(text))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path.name}, line {number}: expected an object.")
+            yield row
+
+
+def _row(row: Mapping[str, Any], number: int, path: Path) -> Example:
+    where = f"{path.name}, row {number}"
+    source = _first(row, "image", "file_name", "path")
+    if source is None:
+        raise ValueError(f"{where} has no picture; expected a column image (or file_name).")
+    captions = _first(row, "captions", "caption", "text", "prompt")
+    captions = [captions] if isinstance(captions, str) else captions or []
+    references = _first(row, "references", "reference") or []
+    references = [references] if isinstance(references, (str, bytes, dict)) else references
+    if len(references) > MAX_REFERENCES:
+        raise ValueError(
+            f"{where} has {len(references)} references; expected at most {MAX_REFERENCES}."
+        )
+    mask = row.get("mask")
+    return Example(
+        f"row {number}" if not isinstance(source, str) else source,
+        _source(source, where, path),
+        tuple(str(text).strip() for text in captions if str(text).strip()),
+        _crop(row.get("crop"), where),
+        None if mask in (None, "") else _source(mask, where, path),
+        tuple(_source(one, where, path) for one in references),
+    )
+
+
+def _first(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def _source(value: Any, where: str, table: Path) -> Path | bytes:
+    """A path, relative to the table's folder, or the bytes that Parquet tables hold."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return value["bytes"]
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {str(value)[:60]!r} is no picture; expected a path or bytes.")
+    path = table.parent / value
+    if not path.is_file():
+        raise ValueError(f"{where}: {path} is not there.")
+    return path
+
+
+def _crop(value: Any, where: str) -> tuple[int, int, int, int] | None:
+    if value in (None, ""):
+        return None
+    if isinstance(value, str):
+        value = re.split(r"[,\s]+", value.strip(" []()"))
+    try:
+        left, top, width, height = (int(part) for part in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: crop is {value!r}; expected x, y, width, height in pixels."
+        ) from error
+    return left, top, width, height
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,167 @@
+"""The training loop: steps, averages, a log, states to resume from.
+
+A step's loss is a function of the step alone (its pictures and noise are drawn from the seed and
+the step), so a run that is stopped and resumed goes on as if it never had been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rates import Rates
+from .states import load_state, read_state_header, save_state
+
+STATE = "state.safetensors"
+LOG = "log.jsonl"
+
+# The loss of a batch (its number counts over steps and accumulation), ready for backward.
+Loss = Callable[[int], Tensor]
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on: its loss is not finite. The last state is good."""
+
+
+@dataclass
+class Run:
+    """A run in a folder, which resumes where its last state ends.
+
+    parameters: what is trained, by name. average: decay of a moving average of them, or 0.
+    on_step(step, record): after every step, with what the log says of it.
+    on_save(step): after a state has been saved, to write what can be used.
+    fingerprint: settings that a resumed run has to share.
+    """
+
+    folder: Path
+    parameters: Mapping[str, nn.Parameter]
+    optimisers: list[torch.optim.Optimizer]
+    rates: Rates
+    accumulate: int = 1
+    clip: float = 1.0
+    average: float = 0.0
+    save_every: int = 250
+    on_step: Callable[[int, dict[str, Any]], None] = lambda step, record: None
+    on_save: Callable[[int], None] = lambda step: None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    _in_step: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        self._base_rates = [[g["lr"] for g in o.param_groups] for o in self.optimisers]
+        if self.average:
+            self.averages = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / STATE
+
+    def resume(self) -> bool:
+        """Go on from the folder's state, if there is one. Raises ValueError for another run's."""
+        if not self.state_file.is_file():
+            return False
+        _, extra = read_state_header(self.state_file)
+        differing = [n for n, v in self.fingerprint.items() if extra.get(n) != v]
+        if differing:
+            raise ValueError(
+                f"{self.folder} has a run with other settings: {', '.join(differing)} "
+                f"({extra.get(differing[0])!r} there, {self.fingerprint[differing[0]]!r} now). "
+                "Choose another output.folder, or remove that one."
+            )
+        self.step = load_state(self.state_file, self.parameters, self.averages, self.optimisers)
+        self._cut_log()
+        return True
+
+    def train(self, loss_of: Loss) -> None:
+        """Run the steps that are left.
+
+        Raises TrainingStopped where the loss or a gradient is not finite. Whatever else ends a run
+        between two steps (an interrupt in `on_step`, say) saves its state first.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            while self.step < self.rates.steps:
+                self._step(loss_of)
+                if self.step % self.save_every == 0 and self.step < self.rates.steps:
+                    self.save()
+        except TrainingStopped:
+            raise
+        except BaseException:
+            if not self._in_step:
+                self.save()
+            raise
+        self.save()
+
+    def _step(self, loss_of: Loss) -> None:
+        started, total, self._in_step = time.monotonic(), 0.0, True
+        for part in range(self.accumulate):
+            loss = loss_of(self.step * self.accumulate + part) / self.accumulate
+            if loss.requires_grad:
+                loss.backward()
+            total += float(loss.detach())
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip or math.inf)
+        if not math.isfinite(total) or not torch.isfinite(norm):
+            self._forget_gradients()
+            raise TrainingStopped(
+                f"The loss is {total:g} and the gradient {float(norm):g} at step {self.step}. "
+                f"The last good state is {self.state_file}. Lower training.learning_rate, and "
+                "start the command again to go on from there."
+            )
+        factor = self.rates.factor(self.step)
+        for optimiser, rates in zip(self.optimisers, self._base_rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimiser.step()
+        self._forget_gradients()
+        self.step += 1
+        self._average()
+        self._in_step = False
+        record = {
+            "step": self.step,
+            "loss": round(total, 6),
+            "gradient": round(float(norm), 6),
+            "rate": self._base_rates[0][0] * factor,
+            "seconds": round(time.monotonic() - started, 4),
+        }
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.on_step(self.step, record)
+
+    def save(self) -> None:
+        """Write the state, then what `on_save` writes."""
+        extra = dict(self.fingerprint)
+        save_state(
+            self.state_file, self.step, self.parameters, self.averages, self.optimisers, extra
+        )
+        self.on_save(self.step)
+
+    def values(self) -> dict[str, Tensor]:
+        """The weights to ship: averages, or the weights themselves."""
+        return dict(self.averages or {n: p.detach() for n, p in self.parameters.items()})
+
+    def _cut_log(self) -> None:
+        """Drop what the log has of steps after the state's: they are done again."""
+        path = self.folder / LOG
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            path.write_text("".join(f"{x}\n" for x in lines[: self.step]), encoding="utf-8")
+
+    def _average(self) -> None:
+        if self.averages:
+            # Early on, a long memory would only remember the initial weights.
+            decay = min(self.average, self.step / (self.step + 10))
+            current = [self.parameters[name].detach() for name in self.averages]
+            torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
+
+    def _forget_gradients(self) -> None:
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)

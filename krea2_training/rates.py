@@ -1,0 +1,70 @@
+"""Learning rates over a run, and the optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import Steps
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Warm-up, stable, decay: the factor on the learning rate of each step.
+
+    decay: share of the steps in which it falls to 0, linearly.
+    """
+
+    steps: int
+    warmup: int = 0
+    decay: float = 0.2
+
+    def factor(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / (self.warmup + 1)) if self.warmup else 1.0
+        left = (self.steps - step) / self.steps
+        return min(rise, 1.0 if left >= self.decay else left / self.decay)
+
+
+def optimisers_of(
+    named: Iterable[tuple[str, nn.Parameter]], settings: Steps
+) -> list[torch.optim.Optimizer]:
+    """Optimisers of the trained parameters.
+
+    "muon" is Muon (Jordan and others, 2024) for the blocks' matrices, with updates of AdamW's size,
+    and AdamW for what is left: vectors, tables, and the first and last linear layers. Raises
+    ValueError where "adamw8bit" has no bitsandbytes.
+    """
+    parameters = list(named)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "adamw8bit":
+        return [_eight_bit([p for _, p in parameters], rate, decay)]
+    if settings.optimiser == "adamw":
+        return [_adamw([p for _, p in parameters], rate, decay)]
+    inside = [p for name, p in parameters if "blocks." in name and p.ndim == 2]
+    outside = [p for name, p in parameters if not ("blocks." in name and p.ndim == 2)]
+    found: list[torch.optim.Optimizer] = []
+    if inside:
+        found.append(
+            torch.optim.Muon(inside, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    if outside:
+        found.append(_adamw(outside, rate, decay))
+    return found
+
+
+def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+
+
+def _eight_bit(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "training.optimiser is adamw8bit, which needs bitsandbytes: pip install bitsandbytes, "
+            "or choose adamw."
+        ) from error
+    return AdamW8bit(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)

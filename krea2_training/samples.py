@@ -1,0 +1,132 @@
+"""Pictures on the way: the same prompts and seeds every so many steps, on Raw and on Turbo."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from krea2_model import Krea2Transformer, denoise, load_transformer, nano, sigma_schedule
+from krea2_model.config import RAW, TURBO
+from krea2_model.images.contact_sheet import contact_sheet
+from krea2_model.memory.machine import empty_cache
+from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
+from krea2_model.schedule import resolve_mu
+from krea2_model.transformer.patches import token_count
+
+from .adapters import adapters_of, add_adapters
+from .base import freeze_base
+from .cache import Encoders
+from .config import NANO, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+FULL = "full"
+
+
+class Sampler:
+    """Makes the samples of a run. Prompts are encoded when it is made, before training begins."""
+
+    def __init__(self, config: TrainConfig, encoders: Encoders, device: torch.device):
+        self.config, self.settings, self.encoders = config, config.samples, encoders
+        self.folder, self.device = config.output.run_folder / "samples", device
+        self.prompts = self.settings.prompts if self.settings.every else ()
+        self._texts: list[PromptEmbeds] = []
+        if self.prompts:
+            encoder = encoders.text()
+            self._texts = [encode_prompts(encoder, [text]) for text in ("", *self.prompts)]
+            del encoder
+            empty_cache(device)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        return bool(self.prompts) and (step % self.settings.every == 0 or step == steps)
+
+    def sample(self, model: Krea2Transformer, step: int, values: Mapping[str, Tensor]) -> Path:
+        """A sheet of the prompts with the values as weights; returns its file."""
+        latents, captions = [], []
+        with holding(model, values):
+            for number, prompt in enumerate(self.prompts):
+                latents.append(self._latents(model, number))
+                captions.append(f"{model.variant or 'raw'}: {prompt}")
+        if self.settings.turbo and self.config.adapter.method != FULL:
+            model.to("cpu")  # A card seldom holds both.
+            turbo = self._turbo(values)
+            for number, prompt in enumerate(self.prompts):
+                latents.append(self._latents(turbo, number))
+                captions.append(f"turbo: {prompt}")
+            del turbo
+            empty_cache(self.device)
+            model.to(self.device)
+        pictures = self._decoded(latents)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"step{step:06}"
+        for index, picture in enumerate(pictures, start=1):
+            _save(picture, self.folder / f"{name}_{index:02}.png")
+        sheet = contact_sheet(list(pictures), captions, columns=len(self.prompts))
+        return _save(sheet, self.folder / f"{name}.png")
+
+    @torch.no_grad()
+    def _latents(self, model: Krea2Transformer, number: int) -> Tensor:
+        preset = model.preset or RAW
+        side = self.settings.size or preset.size
+        is_turbo = preset.guidance == 0
+        guidance = self.settings.guidance
+        guidance = preset.guidance if guidance is None or is_turbo else guidance
+        steps = preset.steps if self.settings.steps is None or is_turbo else self.settings.steps
+        generator = torch.Generator().manual_seed(self.settings.seed + number)
+        noise = torch.randn(1, 16, side // 8, side // 8, generator=generator).to(self.device)
+        empty, positive = self._texts[0].fuse(model), self._texts[number + 1].fuse(model)
+        sigmas = sigma_schedule(steps, resolve_mu(preset, token_count(noise)))
+        negative = empty if guidance else None
+        steps_made = denoise(model, noise, positive, negative, sigmas=sigmas, guidance=guidance)
+        return list(steps_made)[-1][1]
+
+    def _turbo(self, values: Mapping[str, Tensor]) -> Krea2Transformer:
+        """A Turbo checkpoint with the adapters that are being trained."""
+        path = self.settings.turbo
+        file = nano.TRANSFORMERS["turbo"] if path == NANO else Path(str(path))
+        turbo = load_transformer(file, dtype=self.encoders.dtype, keep_quantised=True)
+        turbo.preset = turbo.preset or TURBO
+        freeze_base(turbo, self.config.memory, self.device)
+        add_adapters(turbo, self.config.adapter)
+        for name, adapter in adapters_of(turbo).items():
+            for own, parameter in adapter.named_parameters(recurse=False):
+                parameter.data.copy_(values[f"{name}.{own}"])
+        return turbo.to(self.device)
+
+    def _decoded(self, latents: list[Tensor]) -> np.ndarray:
+        """Pictures (N, H, W, 3) in [0, 1]."""
+        vae = self.encoders.vae()
+        with torch.no_grad():
+            images = [vae.decode(one)[0] / 2 + 0.5 for one in latents]
+        del vae
+        empty_cache(self.device)
+        return torch.stack(images).float().clamp(0, 1).movedim(1, -1).cpu().numpy()
+
+
+def _save(picture: np.ndarray, path: Path) -> Path:
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+    return path
+
+
+@contextmanager
+def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """A model with other values of its trained parameters, in evaluation mode, for a while."""
+    parameters = {n: p for n, p in model.named_parameters() if n in values}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+        model.train(was_training)

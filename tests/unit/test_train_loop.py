@@ -1,0 +1,228 @@
+"""The loop and `krea2 train`: losses, gradients, resuming to the bit, results, what goes wrong."""
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import krea2_training.train as train_module
+from diffusers_reference import TINY, load_from, run_reference
+from krea2_model import Krea2Pipeline, Krea2Transformer, load_transformer, nano
+from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
+from krea2_model.cli.main import main
+from krea2_training import states
+from krea2_training.cache import Batch
+from krea2_training.config import read_config
+from krea2_training.flow import draw_times, flow_loss, generator_of, noised
+from krea2_training.loop import TrainingStopped
+from krea2_training.rates import Rates
+from krea2_training.train import train
+from nano_training.scenes import Scene, Thing, draw
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Four pictures on ruled paper, with captions."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, (shape, colour) in enumerate(
+        (("circle", "red"), ("square", "blue"), ("star", "green"), ("triangle", "yellow"))
+    ):
+        scene = Scene((Thing(shape, colour, "centre"),), "white")
+        array = draw(scene, 128, 128, notebook=True)
+        Image.fromarray((array * 255).astype("uint8")).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a {colour} {shape}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(pictures, tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def config_of(pictures, cache, output, **settings):
+    defaults = {
+        "data.path": pictures, "data.cache": cache, "data.resolution": [64],
+        "model.transformer": "nano", "output.path": output, "adapter.rank": 4,
+        "training.steps": 4, "training.batch": 2, "training.warmup": 1,
+        "training.learning_rate": 1e-3, "samples.every": 0, "memory.device": "cpu",
+    }  # fmt: skip
+    return read_config(None, defaults | {k.replace("__", "."): v for k, v in settings.items()})
+
+
+def test_gradients_are_diffusers_s(reference_transformer):
+    """Of the flow loss, with the same weights, noise and times."""
+    ours = Krea2Transformer(TINY).requires_grad_(True)
+    load_from(ours, reference_transformer)
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 16, 8, 8, generator=generator)
+    taps = torch.randn(2, 6, 12, TINY.text_hidden_dim, generator=generator)
+    loss = flow_loss(ours, Batch(latents, taps, None), generator_of(0, 0), train_text=True)
+    loss.backward()
+    noise = noised(latents, generator_of(0, 0), None, 1.0)
+    reference_transformer.requires_grad_(True)
+    try:
+        velocity = run_reference(reference_transformer, noise.latents, noise.times, taps)
+        expected = (velocity - noise.velocity).square().mean()
+        names, parameters = zip(*reference_transformer.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(expected, parameters)
+    finally:
+        reference_transformer.requires_grad_(False)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert len(names) == len(list(ours.parameters()))
+    for name, gradient in zip(names, gradients, strict=True):
+        official = diffusers_to_official(name)
+        own = ours.get_parameter(official_to_module(official)).grad
+        gradient = gradient.flatten() if official.endswith(".mod.lin") else gradient
+        torch.testing.assert_close(own, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_times_are_logit_normal_and_shifted():
+    times = draw_times(4000, mu=0.9, spread=1.0, generator=generator_of(0, 1))
+    logits = torch.logit(times.double())
+    assert abs(logits.mean() - 0.9) < 0.02 and abs(logits.std() - 1) < 0.03
+    assert times.min() > 0 and times.max() < 1
+
+
+def test_rates_rise_hold_and_fall():
+    rates = Rates(100, warmup=10, decay=0.2)
+    factors = [rates.factor(step) for step in range(100)]
+    assert factors[0] < 0.1 and factors[10] == 1 and factors[79] == 1
+    assert factors[99] == pytest.approx(0.05)
+    assert factors[80:] == sorted(factors[80:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "method, optimiser, average", [("lora", "adamw", 0.9), ("lokr", "muon", 0.0)]
+)
+def test_a_resumed_run_equals_one_that_never_stopped(
+    pictures, cache, tmp_path, method, optimiser, average
+):
+    options = {"adapter__method": method, "training__optimiser": optimiser,
+               "training__average": average, "training__accumulate": 2}  # fmt: skip
+    whole = train(config_of(pictures, cache, tmp_path / "whole.safetensors", **options))
+
+    def stop(step, record):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    config = config_of(pictures, cache, tmp_path / "parts.safetensors", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    assert not (tmp_path / "parts.safetensors").exists()
+    parts = train(config)
+    ours, expected = load_file(parts), load_file(whole)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_what_is_trained_lowers_the_loss_and_is_a_lora_for_turbo(pictures, cache, tmp_path):
+    losses = []
+    config = config_of(
+        pictures, cache, tmp_path / "style.safetensors", training__steps=12, training__batch=4,
+        training__learning_rate=3e-3, data__trigger="notebook", data__caption_dropout=0.0,
+        samples__prompts=["a red circle"], samples__every=12, samples__size=64,
+        samples__steps=2, samples__turbo="nano",
+    )  # fmt: skip
+    file = train(config, lambda step, record: losses.append(record["loss"]))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert (tmp_path / "style" / "samples" / "step000012.png").is_file()
+    assert (tmp_path / "style" / "loss.png").is_file()
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["modelspec.trigger_phrase"] == "notebook" and metadata["ss_steps"] == "12"
+    assert str(tmp_path) not in json.dumps(metadata), "no folders of this machine"
+    pipeline = Krea2Pipeline.nano()
+    report = pipeline.load_lora(file)
+    assert report.is_complete
+
+
+def test_full_training_writes_a_transformer(pictures, cache, tmp_path):
+    config = config_of(
+        pictures, cache, tmp_path / "full.safetensors", adapter__method="full", training__steps=1,
+        training__batch=1, training__learning_rate=1e-4,
+    )  # fmt: skip
+    tuned = load_transformer(train(config), dtype=torch.float32)
+    raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
+    assert tuned.preset == raw.preset
+    names = [n for n, p in tuned.named_parameters() if not torch.equal(p, raw.get_parameter(n))]
+    assert any(name.startswith("txtfusion") for name in names) and len(names) > 50
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_state(pictures, cache, tmp_path, monkeypatch):
+    config = config_of(pictures, cache, tmp_path / "x.safetensors", output__save_every=1)
+    real, calls = train_module.flow_loss, []
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        return real(*arguments, **options) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train_module, "flow_loss", broken)
+    with pytest.raises(TrainingStopped, match=r"at step 2.*Lower training.learning_rate"):
+        train(config)
+    step, _ = states.read_state_header(tmp_path / "x" / "state.safetensors")
+    assert step == 2
+    train(config)  # the same batch is fine now
+
+
+def test_a_full_disk_is_named_and_keeps_the_state(pictures, cache, tmp_path, monkeypatch):
+    config = config_of(pictures, cache, tmp_path / "x.safetensors", output__save_every=1)
+    real, calls = states.save_file, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(states, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(config)
+    assert states.read_state_header(tmp_path / "x" / "state.safetensors")[0] == 2
+
+
+def test_another_run_s_folder_is_refused(pictures, cache, tmp_path):
+    train(config_of(pictures, cache, tmp_path / "x.safetensors", training__steps=1))
+    other = config_of(pictures, cache, tmp_path / "x.safetensors", adapter__rank=8)
+    with pytest.raises(ValueError, match=r"has a run with other settings: adapter"):
+        train(other)
+
+
+def test_the_command_trains_and_refuses(pictures, cache, tmp_path, capsys, caplog):
+    output = tmp_path / "style.safetensors"
+    (tmp_path / "run.toml").write_text(
+        f'[data]\npath = "{pictures.as_posix()}"\ncache = "{cache.as_posix()}"\nresolution = 64\n'
+        '[model]\ntransformer = "nano"\n[adapter]\nrank = 4\n[samples]\nevery = 0\n'
+        f'[output]\npath = "{output.as_posix()}"\n'
+    )
+    words = ["train", str(tmp_path / "run.toml"), "--steps", "1", "--device", "cpu"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "together" in capsys.readouterr().out and not output.exists()
+    assert main(words) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert output.is_file()
+    for extra, expected in (
+        (["--output", "style.pt"], "--output is style.pt; expected a name that ends in"),
+        (["--resolution", "100"], "--resolution is [100]; expected multiples of 16"),
+        (["--method", "lorra"], "--method is lorra; expected one of lora"),
+    ):
+        assert main([*words, *extra]) == 2
+        assert expected in capsys.readouterr().err
+    assert main(["train", str(pictures), "--model", "nano"]) == 2
+    assert "--output is not set" in capsys.readouterr().err
+    (tmp_path / "run.toml").write_text("[data]\npth = 1\n")
+    assert main(words) == 2
+    assert "There is no setting data.pth" in capsys.readouterr().err
+    turbo = ["train", str(pictures), "--model", str(nano.TRANSFORMERS["turbo"]), "--output",
+             str(tmp_path / "t.safetensors"), "--steps", "1"]  # fmt: skip
+    assert main(turbo) == 2, "a single file has no text encoder"
+    assert "Train on Raw" in caplog.text
