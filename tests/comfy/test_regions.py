@@ -44,14 +44,14 @@ def sample(run, nano):
     ("entries", "options", "words"),
     [
         ("{", {}, "regions cannot be read"),
-        ("3", {}, "regions is int; expected a JSON list"),
+        ("3", {}, "regions is 3; expected a JSON list"),
         ([], {}, "There are no regions; expected 1 to 8"),
         ([TWO[0]] * 9, {}, "There are 9 regions"),
         ([{"box": LEFT}], {}, "Region 1 has no prompt"),
         ([{"prompt": "a"}], {}, "Region 1 has neither a box nor a mask"),
         ([{"prompt": "a", "box": [0.6, 0, 0.6, 1]}], {}, "Region 1's box lies outside"),
         ([{"prompt": "a", "bx": LEFT}], {}, "Region 1 has 'bx'; expected only prompt, box"),
-        ([{"prompt": "a", "mask": 1}], {}, "and 0 masks are connected"),
+        ([{"prompt": "a", "mask": 1}], {}, "mask 1, but masks is not connected"),
         ([{"prompt": "a", "mask": 1}], {"masks": torch.zeros(1, 64, 64)}, "mask is empty"),
         (
             [{"prompt": "a", "mask": 1}],

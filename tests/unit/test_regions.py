@@ -8,7 +8,7 @@ import torch
 
 from krea2_model import Krea2Pipeline, Region, Regions
 from krea2_model.images.region_shapes import RegionShape, RegionShapes
-from krea2_model.regions import place_of
+from krea2_model.region_places import place_of
 from nano_training.judge import background_colour, read_thing
 from nano_training.scenes import COLOURS, SHAPES
 
