@@ -29,7 +29,7 @@ _REMEDY = (
 )
 # Rows and columns of tokens of a large image, for checks before its size is known.
 _LARGE = (256, 256)
-# Key of the pictures that the canvas of the page draws on (web/js/regions.js).
+# Key of the picture that the canvas of the page draws rectangles on (web/js/regions.js).
 _DRAWN = "k2_regions"
 
 
@@ -231,7 +231,9 @@ class K2Regions(io.ComfyNode):
             samples = latent["samples"] if model is None else start_of(model, latent)
             chosen.shapes.shares(*grid_size(samples, PATCH))
         loras, reports = _read_loras(chosen.regions, model)
-        drawn = draw_regions(chosen.shapes, *_size(latent, masks, picture), _first(picture))
+        size, below = _size(latent, masks, picture), _first(picture)
+        drawn = draw_regions(chosen.shapes, *size, below)
+        on_canvas = draw_regions(chosen.shapes, *size, below, boxes=False)
 
         if positive is None:
             positive = encode(clip, chosen.whole([prompt]), weights)
@@ -254,7 +256,7 @@ class K2Regions(io.ComfyNode):
             for number, (area, text) in enumerate(zip(drawn.areas, texts, strict=True), start=1)
         ]
         report = "\n".join([*lines, *reports])
-        shown = ui.PreviewImage(drawn.picture, cls=cls).as_dict()["images"]
+        shown = ui.PreviewImage(on_canvas.picture, cls=cls).as_dict()["images"]
         return io.NodeOutput(
             add_regions(positive, group),
             add_regions(negative, group.for_negative()),

@@ -33,11 +33,17 @@ class RegionPicture(NamedTuple):
 
 
 def draw_regions(
-    shapes: RegionShapes, width: int, height: int, picture: Tensor | None = None
+    shapes: RegionShapes,
+    width: int,
+    height: int,
+    picture: Tensor | None = None,
+    *,
+    boxes: bool = True,
 ) -> RegionPicture:
     """Regions of an image of this size in pixels, drawn at up to 512 px.
 
-    picture: (1, H, W, 3), to draw them on; None is grey.
+    picture: (1, H, W, 3), to draw them on; None is grey. boxes: draw rectangles too, which the
+    canvas of the page draws itself.
     """
     scale = _LONGEST / max(width, height)
     columns, rows = (max(1, round(side * scale / _CELL)) for side in (width, height))
@@ -51,15 +57,21 @@ def draw_regions(
     else:
         canvas = resize(picture[:1, ..., :3].float().cpu(), columns, rows)[0]
     opacity = 1.0 if picture is None else _OPACITY
-    for share, colour in zip(shares, COLOURS, strict=False):
+    drawn = [
+        (number, share)
+        for number, (share, shape) in enumerate(zip(shares, shapes.shapes, strict=True))
+        if boxes or shape.box is None
+    ]
+    for number, share in drawn:
+        colour = COLOURS[number]
         canvas = canvas.lerp(torch.tensor(colour) / 255, opacity * share[..., None])
     image = Image.fromarray((canvas.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=36)
-    for number, share in enumerate(shares, start=1):
+    for number, share in drawn:
         place = _middle(share)
         options = {"anchor": "mm", "stroke_width": 3, "stroke_fill": "black"}
-        draw.text(place, str(number), fill="white", font=font, **options)
+        draw.text(place, str(number + 1), fill="white", font=font, **options)
     return RegionPicture(torch.from_numpy(np.array(image)).float()[None] / 255, areas)
 
 
