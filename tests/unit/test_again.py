@@ -189,7 +189,7 @@ HOSTILE = [
     '{"settings": {"model": "C:\\\\\\\\secret", "prompt": "a"}}',
     '{"settings": {"model": "nano", "prompt": "a", "start_image": "../a.png"}}',
     '{"settings": {"model": "nano", "prompt": "a", "lora": [["~/a.safetensors", 1]]}}',
-    '{"settings": {"model": "nano", "prompt": "a", "regions": [{"prompt": "a", "mask": "../a.png"}]}}',
+    '{"settings": {"model": "nano", "prompt": "a", "regions": [{"mask": "../a.png"}]}}',
     '{"settings": {"model": "nano", "prompt": "a", "guidance_ramp": {"a": 1}}}',
     '{"settings": ' + "[" * 100_000,
 ]  # fmt: skip
