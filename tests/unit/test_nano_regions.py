@@ -68,22 +68,29 @@ def read(picture, layout, colours):
 
 
 def test_colour_and_shape_are_where_they_were_asked_for(turbo):
-    """Half of the cases have three regions, more things than its training ever showed."""
-    right, bleeding = [], []
+    """Half of the cases have three regions, more things than its training ever showed.
+
+    On 160 others 96 % of regions are right, all pictures but one in 80 with two regions, and 66 of
+    80 with three.
+    """
+    right, bleeding = {2: [], 3: []}, []
     for number, (layout, several) in enumerate(cases().items()):
-        texts = [
-            "\n".join(map("a {0[0]} {0[1]}".format, own)) for own in zip(*several, strict=True)
-        ]
+        texts = ["\n".join(f"a {c} {s}" for c, s in own) for own in zip(*several, strict=True)]
         regions = [Region(text, box) for text, box in zip(texts, layout, strict=True)]
         seeds = range(500 + 20 * number, 500 + 20 * number + len(several))
         pictures = turbo([""] * len(several), seed=seeds, regions=regions, output_type="np")
         for picture, things in zip(pictures, several, strict=True):
             found = list(read(picture, layout, [colour for colour, _ in things]))
-            right.append([(colour, shape) for colour, shape, _ in found] == things)
+            pairs = zip(found, things, strict=True)
+            right[len(things)].append([(c, s) == thing for (c, s, _), thing in pairs])
             bleeding.append(np.mean([share for *_, share in found]))
-    assert len(right) == CASES
-    print(np.mean(right), np.mean(bleeding), np.reshape(right, (4, -1)).sum(1))
-    assert np.mean(right) >= 0.9, np.mean(right)
+    assert len(right[2]) == len(right[3]) == CASES // 2
+    regions_right = [
+        is_right for several in right.values() for each in several for is_right in each
+    ]
+    assert np.mean(regions_right) >= 0.9, np.mean(regions_right)
+    assert np.mean([all(each) for each in right[2]]) >= 0.9, right[2]
+    assert np.mean([all(each) for each in right[3]]) >= 0.65, right[3]
     assert np.mean(bleeding) < 0.05, np.mean(bleeding)
 
 
