@@ -233,7 +233,6 @@ class K2Regions(io.ComfyNode):
         loras, reports = _read_loras(chosen.regions, model)
         size, below = _size(latent, masks, picture), _first(picture)
         drawn = draw_regions(chosen.shapes, *size, below)
-        on_canvas = draw_regions(chosen.shapes, *size, below, boxes=False)
 
         if positive is None:
             positive = encode(clip, chosen.whole([prompt]), weights)
@@ -256,13 +255,17 @@ class K2Regions(io.ComfyNode):
             for number, (area, text) in enumerate(zip(drawn.areas, texts, strict=True), start=1)
         ]
         report = "\n".join([*lines, *reports])
-        shown = ui.PreviewImage(on_canvas.picture, cls=cls).as_dict()["images"]
+        shown = ui.PreviewText(report).as_dict()
+        if any(shape.box is None for shape in chosen.shapes.shapes):
+            # Masks and the background, which the canvas does not draw itself.
+            below = draw_regions(chosen.shapes, *size, below, boxes=False).picture
+            shown |= {_DRAWN: ui.PreviewImage(below, cls=cls).as_dict()["images"]}
         return io.NodeOutput(
             add_regions(positive, group),
             add_regions(negative, group.for_negative()),
             report,
             drawn.picture,
-            ui=ui.PreviewText(report).as_dict() | {_DRAWN: shown},
+            ui=shown,
         )
 
 

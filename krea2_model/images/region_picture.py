@@ -70,8 +70,15 @@ def draw_regions(
     font = ImageFont.load_default(size=36)
     for number, share in drawn:
         place = _middle(share)
-        options = {"anchor": "mm", "stroke_width": 3, "stroke_fill": "black"}
-        draw.text(place, str(number + 1), fill="white", font=font, **options)
+        draw.text(
+            place,
+            str(number + 1),
+            fill="white",
+            font=font,
+            anchor="mm",
+            stroke_width=3,
+            stroke_fill="black",
+        )
     return RegionPicture(torch.from_numpy(np.array(image)).float()[None] / 255, areas)
 
 
