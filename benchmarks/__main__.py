@@ -149,6 +149,7 @@ def features_report(found: dict[str, Any]) -> str:
         "boost": "with a boost of it",
         "apart": "with one that is kept apart, after it was gone through once",
         "control": "with a control LoRA of rank 64",
+        "regions": f"with three regions, each with a prompt of {found['negative']} tokens",
         "style": "with a style picture of the image's size, after its inversion",
         "guidance": "with guidance",
     }
@@ -174,7 +175,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "text_encoder": ("Text encoder", text_report),
     "sharing": ("One call for two texts", sharing_report),
     "lossy": ("Faster at a price", lossy_report),
-    "features": ("Weights, negatives, references, controls", features_report),
+    "features": ("Weights, negatives, references, controls, regions", features_report),
     "load_memory": ("Loading", memory_report),
 }
 ON_A_GPU = (

@@ -7,7 +7,8 @@ one block at 512 px, in turns. Guidance is there to compare: a second pass. A re
 image's size, with a boost or not; one that is kept apart is gone through before the first step,
 which is not counted. The control is a control LoRA with control channels, and the style a style
 picture of the image's size, both counted in operations alone: the style's own pass and the image's
-call, at a step without inversion; that is a pass a step and one more.
+call, at a step without inversion; that is a pass a step and one more. Regions are three, each a
+third of the image with a prompt as long as the negative.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
 from krea2_model.guidance import unshifted  # noqa: E402
+from krea2_model.images.region_shapes import RegionShape, RegionShapes  # noqa: E402
 from krea2_model.lora.control_run import RunControl  # noqa: E402
 from krea2_model.lora.in_run import RunLora  # noqa: E402
 from krea2_model.lora.live import LiveLora  # noqa: E402
 from krea2_model.lora.updates import Update  # noqa: E402
 from krea2_model.nn.attention import attend  # noqa: E402
-from krea2_model.run_features import RunFeatures  # noqa: E402
+from krea2_model.run_features import RunFeatures, StepFeatures  # noqa: E402
 from krea2_model.style_transfer import StylePictures, StyleRun, StyleSettings  # noqa: E402
 from krea2_model.transformer.backend import ExtendedBackend  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 from krea2_model.transformer.patches import grid_size, token_count  # noqa: E402
 from krea2_model.transformer.references import ReferenceKVCache  # noqa: E402
+from krea2_model.transformer.regions import RegionPlan, RegionSettings  # noqa: E402
 from krea2_model.transformer.text_attention import NegativeGuidance, TextAttention, TextStates  # noqa: E402
 from krea2_model.transformer.token_groups import TokenGroups  # noqa: E402
 
@@ -45,6 +48,7 @@ SIZES = (1024, 2048)
 FEATURES = ("plain", "weights", "negative", "reference", "boost", "apart")
 TURNS = 3
 RANK = 64  # of the control LoRA
+REGIONS = 3
 STYLE_TEXT = 5  # tokens of an empty prompt
 
 
@@ -97,8 +101,30 @@ def operations(pixels: int) -> dict[str, float]:
             model(*arguments)
     found["control"] = float(counter.get_total_flops())
     found["style"] = style_operations(model, latents, *arguments[1:])
+    found["regions"] = region_operations(model, *arguments)
     found["guidance"] = 2 * found["plain"]
     return found
+
+
+def region_operations(model: Krea2Transformer, latents, timestep, text) -> float:
+    """Operations of a step with regions."""
+    step = regions(model, latents)
+    joined, mask = step.join(text, None)
+    backend = ExtendedBackend(TextAttention(before=step.texts), groups=step.groups)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(latents, timestep, joined, mask, backend=backend)
+    return float(counter.get_total_flops())
+
+
+def regions(model: Krea2Transformer, latents, *, soft=0.05, separate=0.0) -> StepFeatures:
+    """A step with three columns as regions."""
+    boxes = [(n / REGIONS, 0, 1 / REGIONS, 1) for n in range(REGIONS)]
+    shapes = RegionShapes([RegionShape.of(box, soft=soft) for box in boxes])
+    states = torch.zeros(1, NEGATIVE, CONFIG.hidden_size, device="meta")
+    settings = [RegionSettings()] * REGIONS
+    texts = [TextStates(states)] * REGIONS
+    plan = RegionPlan(texts, settings, shapes.shares, separate=separate)
+    return RunFeatures(plan).at(0.9, grid_size(latents, CONFIG.patch_size), latents.device)
 
 
 def style_operations(model: Krea2Transformer, latents, timestep, text) -> float:

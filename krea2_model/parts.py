@@ -335,10 +335,10 @@ def _lora_files(loras: Sequence[tuple[str | Path, float]]) -> list[tuple[Path, f
     for _, scale in entries:
         if not is_number(scale):
             raise ValueError(f"The LoRA's scale is {scale!r}; expected a finite number.")
-    return [(_lora_file(as_path(path, "A LoRA's path")), scale) for path, scale in entries]
+    return [(lora_file(as_path(path, "A LoRA's path")), scale) for path, scale in entries]
 
 
-def _lora_file(path: Path) -> Path:
+def lora_file(path: Path) -> Path:
     """A LoRA's path, or krea2-nano's own by its name alone."""
     built_in = {file.name: file for file in (nano.LORA, nano.REFERENCE_LORA)}
     return path if path.exists() else built_in.get(str(path), path)

@@ -216,7 +216,10 @@ class Krea2Pipeline(PipelineStages):
         prepared = None
         if places is not None:
             prepared = places.prepared(self._loras[0].shapes, grid_size(noise, PATCH))
+            for report in prepared.reports:
+                logger.info("%s", report)
             text_tokens += TEXT_TOKENS * len(places.regions)
+            prompts = None if prompts is None else places.whole(prompts)
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
@@ -232,9 +235,7 @@ class Krea2Pipeline(PipelineStages):
             negative = self.encode_prompt(negatives, images=before, **options)
         style_text = None if styled is None else self.encode_prompt(styled.prompt)
         assert positive is not None  # of prompts or of embeddings
-        in_regions: list[PromptEmbeds] = []
-        if places is not None:
-            in_regions = [self.encode_prompt(text, **options) for text in places.prompts()]
+        in_regions = [] if prepared is None else self._encode_regions(prepared, **options)
         result, area = noise, None  # where the run starts, and the part that it paints
         if start is not None:
             encoded = self.encode(start[None]).to(noise)

@@ -251,7 +251,7 @@ class PipelineStages(LoadedParts):
         tiles: TileSettings | None = None,
         rotary: RotaryScaling | None = None,
         regions: PreparedRegions | None = None,
-        in_regions: Sequence[PromptEmbeds] = (),
+        in_regions: Sequence[PromptEmbeds | None] = (),
         style: tuple[PreparedStyle, PromptEmbeds] | None = None,
         progress: bool = False,
         **options,
@@ -273,7 +273,8 @@ class PipelineStages(LoadedParts):
             sigma_at = schedule_of(options["sigmas"], self.transformer.preset, token_count(latents))
             features = controls.features(shown, sigma_at)
             if regions is not None:
-                own = regions.features([text.unfused() for text in in_regions], sigma_at)
+                unfused = [None if text is None else text.unfused() for text in in_regions]
+                own = regions.features(unfused, sigma_at)
                 own = fuse_regions(own, self.transformer, self._fused)
                 features = replace(features, regions=own.regions, loras=features.loras + own.loras)
             features = replace(features, tiles=tiles, rotary=rotary)
@@ -305,6 +306,14 @@ class PipelineStages(LoadedParts):
                 if callback is not None:
                     callback(step, current, predicted)
         return latents
+
+    def _encode_regions(self, regions: PreparedRegions, **options) -> list[PromptEmbeds | None]:
+        """The encoded text of each region; options of `encode_prompt`."""
+        pairs = zip(regions.regions.prompts(), regions.images, strict=True)
+        return [
+            None if text is None else self.encode_prompt(text, images=images, **options)
+            for text, images in pairs
+        ]
 
     def _fused(self, text: TextStates) -> TextStates:
         """A text of `PromptEmbeds.unfused`, fused."""

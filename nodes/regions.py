@@ -1,28 +1,36 @@
 """Prompts, and LoRAs, for parts of the image."""
 
-import json
-from typing import Any
-
+import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.images.region_shapes import RegionShape, RegionShapes, check_count
-from ..krea2_model.regions import read_live_lora, with_place
+from ..krea2_model.arguments import PromptImages
+from ..krea2_model.images.masks import without_noise
+from ..krea2_model.images.region_picture import draw_regions
+from ..krea2_model.images.region_shapes import MAX_SOFT
+from ..krea2_model.lora.live_files import read_live_lora
+from ..krea2_model.region_list import EXAMPLE, read_regions
+from ..krea2_model.regions import SEPARATE, SOFT, TEXT_FACTOR
+from ..krea2_model.regions import Regions as RegionArguments
+from ..krea2_model.text.prompt_images import MAX_SIDE, PromptImage
 from ..krea2_model.transformer.patches import PATCH, grid_size
-from ..krea2_model.transformer.regions import RegionSettings
 from . import inputs, model_files
 from .inputs import check_limits, verdict
+from .managed.encode import encode_with_images
 from .managed.lora import transformer_shapes
-from .managed.regions import REGIONS, Region, Regions
-from .prompts import encode
+from .managed.regions import Region, Regions, add_regions
+from .managed.vision import pictures, resize_all
+from .prompts import advised, check_clip, encode
+from .reports import region_report
 from .sampler_run import check_ours, start_of
 
-_KEYS = ("prompt", "box", "mask", "strength", "start", "end", "soft", "loras")
-_EXAMPLE = (
-    '[{"prompt": "a red fox", "box": [0, 0, 0.5, 1]}, '
-    '{"prompt": "a blue owl", "box": [0.5, 0, 0.5, 1]}]'
+_REMEDY = (
+    "Leave regions out, shorten their prompts, load a smaller file of the text encoder "
+    "(fp8_scaled), or close what else uses the device."
 )
-# A report's line has so many characters at most.
-_SHOWN = 30
+# Rows and columns of tokens of a large image, for checks before its size is known.
+_LARGE = (256, 256)
+# Key of the picture that the canvas of the page draws rectangles on (web/js/regions.js).
+_DRAWN = "k2_regions"
 
 
 class K2Regions(io.ComfyNode):
@@ -34,18 +42,21 @@ class K2Regions(io.ComfyNode):
             category="Krea 2",
             description=(
                 "Gives parts of the image prompts of their own, beside the prompt of the whole, "
-                "and LoRAs that act in a part alone: up to 8 rectangles or masks."
+                "and LoRAs that act in a part alone: up to 8 rectangles or masks, drawn on a "
+                "canvas."
             ),
             search_aliases=inputs.aliases(
-                "regional prompt, area, attention couple, mask, bounding box, region lora"
+                "regional prompt, region, area, regional lora, attention couple, conditioning set "
+                "area, conditioning set mask, mask, layout, compositor"
             ),
             inputs=[
                 inputs.CLIP,
                 io.Conditioning.Input(
                     "positive",
+                    optional=True,
                     tooltip=(
                         "The prompt of the whole image; empty, or of what is common to all "
-                        "regions, such as the style."
+                        "regions, such as the style. Not beside prompt."
                     ),
                 ),
                 io.Conditioning.Input(
@@ -56,12 +67,12 @@ class K2Regions(io.ComfyNode):
                 io.String.Input(
                     "regions",
                     multiline=True,
-                    default=_EXAMPLE,
+                    default=EXAMPLE,
                     tooltip=(
-                        "A JSON list, the lowest region first. Each has a prompt and a box (left, "
-                        "top, width, height as fractions of the image, or background), or a mask "
-                        "(its number in masks, from 1); and perhaps strength, start, end, soft "
-                        "and loras ([[file, strength]])."
+                        "The regions as a JSON list, the lowest first, which the canvas writes. "
+                        "Each has a prompt and a box (left, top, width, height as fractions of "
+                        "the image, or background) or the number of a mask; the help page has "
+                        "what else."
                     ),
                 ),
                 io.Mask.Input(
@@ -75,7 +86,10 @@ class K2Regions(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The sampler's latent: regions are checked against its size.",
+                    tooltip=(
+                        "The sampler's latent: gives the canvas its shape, and regions are checked "
+                        "against its size."
+                    ),
                 ),
                 io.Boolean.Input(
                     "places",
@@ -87,7 +101,7 @@ class K2Regions(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "text_factor",
-                    default=1.0,
+                    default=TEXT_FACTOR,
                     min=0.0,
                     max=10.0,
                     step=0.05,
@@ -99,12 +113,50 @@ class K2Regions(io.ComfyNode):
                 ),
                 inputs.window(
                     "separate",
-                    0.0,
+                    SEPARATE,
                     "Until this part of the schedule (0 to 1) a region's image tokens see only "
                     "each other; more than a little leaves seams.",
                     advanced=True,
                 ),
                 inputs.WEIGHTS,
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The prompt of the whole image, in place of positive: what the regions "
+                        "show, and where, is added to it."
+                    ),
+                ),
+                io.Float.Input(
+                    "soft",
+                    default=SOFT,
+                    min=0.0,
+                    max=MAX_SOFT,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Width of soft edges, as a fraction of the image's shorter side, where a "
+                        "region says nothing else."
+                    ),
+                ),
+                io.Image.Input(
+                    "picture",
+                    optional=True,
+                    tooltip="A picture to draw the regions on; it does not change the image.",
+                ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip=(
+                        "Images for regions' prompts, as a batch, for LoRAs that read images; "
+                        "regions name them by number."
+                    ),
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -113,138 +165,195 @@ class K2Regions(io.ComfyNode):
                 io.Conditioning.Output(
                     display_name="negative", tooltip="The negative with the regions' LoRAs."
                 ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The area and tokens of each region, and its LoRAs.",
+                ),
+                io.Image.Output(
+                    display_name="preview",
+                    tooltip="The regions in colours with their numbers, on picture or on grey.",
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, regions=None, text_factor=None, separate=None):
+    def validate_inputs(cls, regions=None, text_factor=None, separate=None, soft=None):
         def check():
             if regions is not None:
-                for number, entry in enumerate(_entries(regions), 1):
-                    _settings(entry)
-                    if "mask" not in entry:
-                        RegionShape.of(_box(entry), soft=entry.get("soft", 0.0), name=_name(number))
+                _check_text(regions, SOFT if soft is None else soft)
 
-        return verdict(cls, check, text_factor=text_factor, separate=separate)
+        return verdict(cls, check, text_factor=text_factor, separate=separate, soft=soft)
+
+    @classmethod
+    def fingerprint_inputs(cls, regions=None, **others):
+        try:
+            return model_files.fingerprint(*_lora_files(read_regions(regions, by_number=True)[0]))
+        except (ValueError, OSError):
+            return None
 
     @classmethod
     def execute(
         cls,
         clip,
-        positive,
+        positive=None,
         negative=None,
-        regions=_EXAMPLE,
+        regions=EXAMPLE,
         masks=None,
         model=None,
         latent=None,
         places=True,
-        text_factor=1.0,
-        separate=0.0,
+        text_factor=TEXT_FACTOR,
+        separate=SEPARATE,
         weights=True,
+        prompt="",
+        soft=SOFT,
+        picture=None,
+        images=None,
     ):
-        check_limits(cls, text_factor=text_factor, separate=separate)
-        entries = _entries(regions)
-        settings = [_settings(entry) for entry in entries]
-        shapes = RegionShapes(
-            [_shape(number, entry, masks) for number, entry in enumerate(entries, 1)]
-        )
+        check_clip(clip)
+        check_limits(cls, text_factor=text_factor, separate=separate, soft=soft)
+        if (positive is None) == (not prompt.strip()):
+            found = "Both positive and prompt" if positive is not None else "Neither of the two"
+            raise ValueError(
+                f"{found}: connect positive, or write the prompt of the whole image into prompt."
+            )
         if model is not None:
             check_ours(model, "where regions have no effect")
-        if model is not None and latent is not None:
-            shapes.shares(*grid_size(start_of(model, latent), PATCH))
-        elif latent is not None:
-            shapes.shares(*grid_size(latent["samples"], PATCH))
-        loras = [_loras(entry, model) for entry in entries]
-        report, made = [], []
-        for number, entry in enumerate(entries):
-            shape = shapes.shapes[number]
-            text = with_place(entry["prompt"], shape) if places else entry["prompt"]
-            encoded = encode(clip, [text], weights)
-            if len(encoded) != 1:
-                raise ValueError(f"{_name(number + 1)} has {len(encoded)} parts; expected one.")
-            made.append(Region(tuple(encoded[0]), settings[number], tuple(loras[number])))
-            report.append(f"{number + 1}: {_shown(text)}{_left_out(loras[number])}")
-        group = Regions(tuple(made), shapes.shares, text_factor, separate)
-        results = [
-            None if each is None else [[states, extra | {REGIONS: added}] for states, extra in each]
-            for each, added in ((positive, group), (negative, group.for_negative()))
+        chosen = RegionArguments.read(
+            _with_inputs(read_regions(regions, by_number=True)[0], masks, images),
+            text_factor=text_factor,
+            separate=separate,
+            places=places,
+            soft=soft,
+            in_prompt=positive is None,
+        )
+        if latent is not None:
+            samples = latent["samples"] if model is None else start_of(model, latent)
+            chosen.shapes.shares(*grid_size(samples, PATCH))
+        loras, reports = _read_loras(chosen.regions, model)
+        size, below = _size(latent, masks, picture), _first(picture)
+        drawn = draw_regions(chosen.shapes, *size, below)
+
+        if positive is None:
+            positive = encode(clip, chosen.whole([prompt]), weights)
+        texts = [
+            None if text is None else _encode(clip, text, region.images, weights)
+            for text, region in zip(chosen.prompts(), chosen.regions, strict=True)
         ]
-        return io.NodeOutput(*results, ui=ui.PreviewText("\n".join(report)))
+        parts = zip(texts, chosen.regions, loras, strict=True)
+        group = Regions(
+            tuple(
+                Region(None if text is None else tuple(text[0]), region.settings, own)
+                for text, region, own in parts
+            ),
+            chosen.shapes.shares,
+            text_factor,
+            separate,
+        )
+        lines = [
+            region_report(f"Region {number}", area, text)
+            for number, (area, text) in enumerate(zip(drawn.areas, texts, strict=True), start=1)
+        ]
+        report = "\n".join([*lines, *reports])
+        shown = ui.PreviewText(report).as_dict()
+        if any(shape.box is None for shape in chosen.shapes.shapes):
+            # Masks and the background, which the canvas does not draw itself.
+            below = draw_regions(chosen.shapes, *size, below, boxes=False).picture
+            shown |= {_DRAWN: ui.PreviewImage(below, cls=cls).as_dict()["images"]}
+        return io.NodeOutput(
+            add_regions(positive, group),
+            add_regions(negative, group.for_negative()),
+            report,
+            drawn.picture,
+            ui=shown,
+        )
 
 
-def _entries(text: str) -> list[dict[str, Any]]:
-    """Regions of a JSON list. Raises ValueError for anything else."""
-    expected = "a JSON list of regions such as " + _EXAMPLE
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"regions cannot be read ({error}); expected {expected}.") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"regions is {type(entries).__name__}; expected {expected}.")
-    check_count(len(entries))
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict):
-            raise ValueError(f"{_name(number)} is {entry!r}; expected {expected}.")
-        for key in entry.keys() - set(_KEYS):
-            raise ValueError(f"{_name(number)} has {key!r}; expected only {', '.join(_KEYS)}.")
-        if not isinstance(entry.get("prompt"), str):
-            raise ValueError(f'{_name(number)} has no prompt; expected a text under "prompt".')
-    return entries
+def _check_text(regions: str, soft: float) -> None:
+    """Raise ValueError for what is wrong with regions before masks and sizes are known."""
+    entries, _ = read_regions(regions, by_number=True)
+    _lora_files(entries)
+    blank = torch.ones(*_LARGE)
+    known = [
+        {key: blank if key == "mask" else value for key, value in entry.items() if key != "images"}
+        for entry in entries
+    ]
+    shapes = RegionArguments.read(known, soft=soft).shapes
+    if not any("mask" in entry for entry in entries):
+        shapes.shares(*_LARGE)
 
 
-def _settings(entry: dict) -> RegionSettings:
-    return RegionSettings(
-        entry.get("strength", 1.0), entry.get("start", 0.0), entry.get("end", 1.0)
-    )
+def _with_inputs(entries: list[dict], masks, images) -> list[dict]:
+    """The regions with their masks and images of the node's inputs, in place of numbers."""
+    seen = [] if images is None else resize_all(images, MAX_SIDE)
+    flat = [] if masks is None else list(masks.reshape(-1, *masks.shape[-2:]).float().cpu())
 
-
-def _box(entry: dict):
-    box = entry.get("box")
-    return tuple(box) if isinstance(box, list) else box
-
-
-def _shape(number: int, entry: dict, masks) -> RegionShape:
-    mask, name = entry.get("mask"), _name(number)
-    if mask is not None:
-        count = 0 if masks is None else len(masks)
-        if isinstance(mask, bool) or not isinstance(mask, int) or not 1 <= mask <= count:
+    def pick(kind: str, several: list, number: int, region: int):
+        if number > len(several):
+            found = f"{kind}s has {len(several)}" if several else f"{kind}s is not connected"
             raise ValueError(
-                f"{name} has mask {mask!r}, and {count} masks are connected; expected a number "
-                "from 1 up to theirs. Connect masks, or give the region a box."
+                f"Region {region} has {kind} {number}, but {found}. Connect a batch with it, or "
+                "choose another."
             )
-        mask = masks[mask - 1]
-    return RegionShape.of(_box(entry), mask, entry.get("soft", 0.0), name)
+        return several[number - 1]
+
+    filled = []
+    for number, entry in enumerate(entries, start=1):
+        added: dict = {}
+        if "mask" in entry:
+            added["mask"] = without_noise(pick("mask", flat, entry["mask"], number))
+        if "images" in entry:
+            found = [pick("image", seen, image, number) for image in entry["images"]]
+            added["images"] = [PromptImage(pixels) for pixels in found]
+        filled.append(entry | added)
+    return filled
 
 
-def _loras(entry: dict, model) -> list:
-    """LoRAs of a region with their strengths, read for a MODEL."""
-    wanted = entry.get("loras", [])
-    is_list = isinstance(wanted, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-        and isinstance(pair[1], (int, float)) and abs(pair[1]) <= 100
-        for pair in wanted
-    )  # fmt: skip
-    if not is_list:
-        raise ValueError(f"loras is {wanted!r}; expected a list of [file, strength].")
-    if wanted and model is None:
+def _lora_files(entries: list[dict]) -> list:
+    """The LoRA files of all regions. Raises CheckpointError for one that is not there."""
+    names = [name for entry in entries for name, _ in entry.get("loras", ())]
+    return [model_files.find_lora(name) for name in dict.fromkeys(names)]
+
+
+def _read_loras(regions, model) -> tuple[list[tuple], list[str]]:
+    """The LoRAs of each region with their scales, each file read once, and reports on them."""
+    if not any(region.loras for region in regions):
+        return [()] * len(regions), []
+    if model is None:
         raise ValueError(
             "A region has LoRAs, which need the model. Connect the sampler's MODEL to model."
         )
-    return [
-        (read_live_lora(model_files.find_lora(name), transformer_shapes(model)), float(strength))
-        for name, strength in wanted
-    ]
+    shapes, files, reports = transformer_shapes(model), {}, []
+    for number, region in enumerate(regions, start=1):
+        for name, scale in region.loras:
+            if name not in files:
+                files[name] = read_live_lora(model_files.find_lora(name), shapes)
+            reports.append(f"Region {number}: strength {scale:g}, {files[name][1]}")
+    loras = [tuple((files[name][0], scale) for name, scale in each.loras) for each in regions]
+    return loras, reports
 
 
-def _left_out(loras: list) -> str:
-    """A line on the weights of a region's LoRAs that cannot act on single tokens."""
-    count = sum(len(lora.left_out) for lora, _ in loras)
-    return f"\n   not used: {count} weights of all tokens" if count else ""
+def _encode(clip, text: str, images, weights: bool):
+    prepared = PromptImages.of(images).prepared()
+    if not prepared:
+        return encode(clip, [text], weights)
+    with advised(_REMEDY):
+        return encode_with_images(clip, text, prepared, labels=True, weighted=weights)
 
 
-def _name(number: int) -> str:
-    return f"Region {number}"
+def _first(picture):
+    """The first picture of an input as (1, H, W, 3), transparent ones on white; None without."""
+    return None if picture is None else pictures(picture)[0].movedim(0, -1)[None]
 
 
-def _shown(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\N{HORIZONTAL ELLIPSIS}"
+def _size(latent, masks, picture) -> tuple[int, int]:
+    """Width and height to draw the regions at: of the image, or a shape like it."""
+    if latent is not None:
+        height, width = latent["samples"].shape[-2:]
+    elif masks is not None:
+        height, width = masks.shape[-2:]
+    elif picture is not None:
+        height, width = pictures(picture)[0].shape[-2:]
+    else:
+        height = width = 1
+    return width, height

@@ -168,3 +168,10 @@ def unused_report(settings: Preset, inputs: Preset, default: Preset) -> str:
         if getattr(inputs, field) not in (getattr(settings, field), getattr(default, field))
     ]
     return f"not used: {', '.join(values)}\n(needs preset custom)" if values else ""
+
+
+def region_report(name: str, area: float, conditioning) -> str:
+    """A region's share of the image, and the tokens that it adds to each step."""
+    if conditioning is None:
+        return f"{name}: {area:.0%} of the image, no prompt"
+    return f"{name}: {area:.0%} of the image, {conditioning[0][0].shape[1]} tokens"

@@ -22,6 +22,7 @@ from ..text.wildcards import fill_in
 from .errors import UsageError
 from .model_files import Weights, find_control, find_file, find_loras, find_weights
 from .progress import Console
+from .regions import regions_of
 
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
@@ -68,6 +69,7 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
         raise UsageError("Give both --control, a control LoRA, and --control-image, or neither.")
     ControlSettings(args.control_strength, args.control_start, args.control_end)
     find_control(args)
+    regions_of(args)
     pictures = find_input_pictures(args)
     if pictures["control_image"] is not None:
         check_images(pictures["control_image"], None)
@@ -88,7 +90,7 @@ def check_edit(args: Namespace) -> None:
 
 
 def check_text(args: Namespace) -> None:
-    if not args.prompt.strip():
+    if not args.prompt.strip() and args.regions is None:
         raise UsageError("The prompt is empty; expected words for what the picture shows.")
     if args.wildcards:
         fill_in(args.prompt, args.seed, args.wildcard_folder)

@@ -25,7 +25,7 @@ _NANO_LORAS = {
 # Options whose nodes the graph does not have.
 _OTHER_NODES = (
     *("start_image", "mask", "reference", "image", "edit", "control_image"),
-    *("style_image", "tokenizer", "upscale"),
+    *("style_image", "tokenizer", "upscale", "regions"),
 )
 _LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 _EVERY = {1: "every step", 2: "every 2nd step", 3: "every 3rd step"}
@@ -35,21 +35,7 @@ _NAG = {"scale": "strength", "blend": "blend", "limit": "limit", "start": "start
 
 def not_in_graph(settings: Mapping[str, Any]) -> list[str]:
     """Options of these settings that a graph cannot express."""
-    names = [
-        n
-        for n in (
-            "start_image",
-            "mask",
-            "reference",
-            "image",
-            "edit",
-            "control_image",
-            "style_image",
-            "tokenizer",
-            "upscale",
-        )
-        if settings.get(n)
-    ]
+    names = [name for name in _OTHER_NODES if settings.get(name)]
     if settings.get("evaluate_every", 1) not in _EVERY:
         names.append("evaluate_every")
     length = settings.get("max_sequence_length")

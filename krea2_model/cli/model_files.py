@@ -169,17 +169,20 @@ def find_weights(args: Namespace) -> Weights:
 
 def find_loras(args: Namespace) -> list[tuple[Path, float]]:
     """LoRA files and their scales. Raises UsageError for what is not there or is no LoRA."""
+    models, beside = models_folder(args.models), getattr(args, "beside", ())
+    return [(find_lora(name, models, beside), scale) for name, scale in args.lora]
+
+
+def find_lora(name: str | Path, models: Path | None, beside: Sequence[Path] = ()) -> Path:
+    """A LoRA file, see `find_file`. Raises UsageError for another file."""
     from ..checkpoints.identify import CONTROL_LORA, LORA, identify, read_header
 
-    models, found = models_folder(args.models), []
-    for name, scale in args.lora:
-        path = find_file("lora", name, models, getattr(args, "beside", ()))
-        kind = identify(read_header(path).tensors)
-        if LORA not in kind or CONTROL_LORA in kind:
-            remedy = " Give it to --control." if kind == CONTROL_LORA else ""
-            raise UsageError(f"--lora {name} is {kind}; expected a LoRA as .safetensors.{remedy}")
-        found.append((path, scale))
-    return found
+    path = find_file("lora", name, models, beside)
+    kind = identify(read_header(path).tensors)
+    if LORA not in kind or CONTROL_LORA in kind:
+        remedy = " Give it to --control." if kind == CONTROL_LORA else ""
+        raise UsageError(f"--lora {name} is {kind}; expected a LoRA as .safetensors.{remedy}")
+    return path
 
 
 def find_control(args: Namespace) -> Path | None:

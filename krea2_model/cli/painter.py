@@ -20,6 +20,7 @@ from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
 from .model_files import Weights, find_control, find_loras
 from .progress import Console
+from .regions import regions_of
 
 
 @dataclass
@@ -120,6 +121,7 @@ class Painter:
             "evaluate_every": args.evaluate_every,
             "sigmas": sigmas,
             "upscale": upscale,
+            "regions": regions_of(args),
         }
 
     def _use_loras(self, loras: list[tuple[Path, float]]) -> None:

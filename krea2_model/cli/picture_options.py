@@ -25,6 +25,7 @@ PICTURE = (
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
     "style_image", "style_strength", "style_start", "style_end",
+    "regions",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
@@ -241,6 +242,13 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     style.add_argument(
         "--style-end", type=share, default=0.8, metavar="X",
         help="and stop here; default: 0.8",
+    )  # fmt: skip
+
+    places = parser.add_argument_group("regions")
+    places.add_argument(
+        "--regions", metavar="FILE",
+        help="prompts and LoRAs for parts of the picture: a JSON file, or the JSON itself, such as "
+        '[{"prompt": "a red fox", "box": [0, 0, 0.5, 1]}] for the left half',
     )  # fmt: skip
 
     speed = parser.add_argument_group("schedule")

@@ -16,6 +16,7 @@ from .choices import NANO
 from .errors import UsageError
 from .model_files import KEYS, name_in_models
 from .picture_options import FILES, PICTURE, PICTURES, REPEATED
+from .regions import file_names, regions_to_keep
 from .values import text_of
 
 # Switches that are off when they are named.
@@ -38,6 +39,8 @@ def settings_of(args: Namespace, **results: Any) -> dict[str, Any]:
             value = [[name_in_models(file, KEYS["lora"]), scale] for file, scale in value]
         elif name in FILES:
             value = value if value in NANO else name_in_models(value, KEYS[name])
+        elif name == "regions":
+            value = regions_to_keep(args)
         elif name in PICTURES:
             value = [p.name for p in value] if isinstance(value, list) else value.name
         settings[name] = value
@@ -74,8 +77,10 @@ def from_json(text: str, picture: Path) -> dict[str, Any]:
 
 def check_names(settings: Mapping[str, Any], picture: Path) -> None:
     """Refuse names of files that lead elsewhere: a picture may come from anyone."""
-    for option in (*FILES, *PICTURES):
+    for option in (*FILES, *PICTURES, "regions"):
         value = settings.get(option, [])
+        if option == "regions":
+            value = [entry[place] for entry, _, place in file_names(value)]
         for entry in value if isinstance(value, list) else [value]:
             name = str(entry[0] if isinstance(entry, list) and entry else entry)
             parts = re.split(r"[/\\]", name)
@@ -95,6 +100,8 @@ def options_of(settings: Mapping[str, Any]) -> list[str]:
             continue
         if name in ("width", "height") and settings.get("mask"):
             continue  # the size is the start picture's
+        if name == "regions" and not isinstance(value, str):
+            value = json.dumps(value)
         if isinstance(value, bool):
             if name in _OFF:
                 words += [] if value else [_OFF[name]]

@@ -26,6 +26,8 @@ MAX_SOFT = 1.0
 
 # Cells along the side of a token.
 _CELLS = 4
+# Shares this near to 0 or 1 are 0 or 1.
+_ROUNDING = 1e-4
 # Tokens below which a region is said to cover none.
 _FEWEST = 0.5
 # Fractions are written with few digits, so that a right edge may come out as 1.0003.
@@ -219,8 +221,9 @@ class RegionShapes:
             free = free - share
             cells = share.unflatten(1, (columns, _CELLS)).unflatten(0, (rows, _CELLS))
             shares[number] = cells.mean(dim=(1, 3))
-        # Sums of float32 may come out above 1.
-        return shares.flatten(1).clamp_(0, 1)
+        # Roundings of float32 would cost attention to tokens of no weight.
+        shares = torch.where(shares < _ROUNDING, 0.0, shares)
+        return torch.where(shares > 1 - _ROUNDING, 1.0, shares).flatten(1)
 
     def _refuse(self, shape: RegionShape, verb: str, rows: int, columns: int):
         if shape.is_background:

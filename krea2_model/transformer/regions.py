@@ -135,14 +135,13 @@ class RegionPlan:
         active = tuple(w.contains(sigma) for w in self._windows)
         separate = self._separate.contains(sigma)
         if cut is not None:  # tiles move from step to step
-            return self._regions(active, separate, cut(self._shares_at(*grid)).to(device))
+            return self._regions(active, separate, cut(self._shares_at(*grid)), device)
         key = active, separate, grid, device
         if key not in self._active:
-            shares = self._shares_at(*grid).to(device)
-            self._active[key] = self._regions(active, separate, shares)
+            self._active[key] = self._regions(active, separate, self._shares_at(*grid), device)
         return self._active[key]
 
-    def _regions(self, active, separate, shares: Tensor) -> ActiveRegions | None:
+    def _regions(self, active, separate, shares: Tensor, device) -> ActiveRegions | None:
         used = (shares > 0).any(dim=1).tolist() if len(shares) else []
         numbers = tuple(n for n, is_active in enumerate(active) if is_active and used[n])
         if not numbers:
@@ -155,7 +154,7 @@ class RegionPlan:
         groups = TokenGroups(
             shares.shape[1], regions, text_factor=self._text_factor, separate=separate
         )
-        return ActiveRegions(numbers, texts, groups)
+        return ActiveRegions(numbers, texts, groups.to(device))
 
 
 def check_region_options(text_factor: float, separate: float) -> None:

@@ -112,6 +112,22 @@ class TokenGroups:
         # Keys at the end that image tokens alone see: number, and bias or None.
         self._image_keys: list[tuple[int, QueryBias | None]] = []
 
+    def to(self, device: torch.device | str) -> TokenGroups:
+        """The same groups with biases on a device; their sizes are known on the CPU."""
+
+        def moved(bias: QueryBias | None) -> QueryBias | None:
+            return None if bias is None else bias.to(torch.device(device))
+
+        groups = copy.copy(self)
+        groups._text = moved(self._text)
+        groups._regions = [(moved(image), moved(own)) for image, own in self._regions]
+        groups._owners = [owner.to(device) for owner in self._owners]
+        groups._references = [
+            (at, n, bias.to(torch.device(device))) for at, n, bias in self._references
+        ]
+        groups._image_keys = [(count, moved(bias)) for count, bias in self._image_keys]
+        return groups
+
     def with_image_keys(self, keys: Sequence[tuple[int, QueryBias | None]]) -> TokenGroups:
         """The same groups with keys at the end that image tokens alone see.
 

@@ -17,6 +17,7 @@ from ...krea2_model.transformer.model import Krea2Transformer
 from .conditions import TOKEN_WEIGHTS
 from .gguf import GGUFPatcher
 from .references import CACHED, SETTINGS
+from .regions import REGIONS
 
 # Number of blocks that core builds of each of text fusion's two kinds.
 _FUSION_BLOCKS = 2
@@ -107,4 +108,6 @@ def unknown_to(model, *conditionings) -> list[str]:
         features.append("place of references beside the image")
     if any(extra.get(CACHED) for extra in extras):
         features.append("cached references")
+    if any(REGIONS in extra for extra in extras):
+        features.append("regions")
     return features

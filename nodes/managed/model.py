@@ -31,7 +31,7 @@ from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.style_transfer import StyleRun
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
-from ...krea2_model.transformer.patches import grid_size, token_count
+from ...krea2_model.transformer.patches import PATCH, grid_size, token_count
 from ...krea2_model.transformer.shared_calls import SMALL_IMAGE
 from ...krea2_model.transformer.text_attention import TextStates
 from . import contract
@@ -134,7 +134,8 @@ class Krea2Model(comfy.model_base.Krea2):
         regions = conditioning.get(REGIONS)
         if regions is None:
             return RunFeatures()
-
+        # A region without a place in an image of this size is refused before the first step.
+        regions.shares_at(*grid_size(conditioning["noise"], PATCH))
         features = regions.features(self.model_sampling.percent_to_sigma)
         if not may_fuse:
             return features

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -44,26 +43,40 @@ class Regions:
     text_factor: float = 1.0
     separate: float = 0.0
 
-    def for_negative(self) -> "Regions":
-        """LoRAs alone, which act on the calls of both texts."""
+    def for_negative(self) -> "Regions | None":
+        """LoRAs alone, which act on the calls of both texts; None without any."""
+        if not any(region.loras for region in self.regions):
+            return None
         regions = (Region(None, region.settings, region.loras) for region in self.regions)
         return Regions(tuple(regions), self.shares_at)
 
     def features(self, sigma_at: SigmaAt) -> RunFeatures:
         """The features of a run, the regions' texts not fused yet."""
-        options: dict[str, Any] = {"for_run": _for_run}
-        texts = [_text_of(region.conditioning) for region in self.regions]
-        has_texts = all(text is not None for text in texts)
-        if has_texts:
-            options |= {"text_factor": self.text_factor, "separate": self.separate}
         return region_features(
-            [text for text in texts if text is not None] if has_texts else None,
+            [_text_of(region.conditioning) for region in self.regions],
             [region.loras for region in self.regions],
             [region.settings for region in self.regions],
             self.shares_at,
             sigma_at,
-            **options,
+            for_run=_for_run,
+            text_factor=self.text_factor,
+            separate=self.separate,
         )
+
+
+def add_regions(conditioning, regions: Regions | None):
+    """A CONDITIONING with regions; as it is for None.
+
+    Raises ValueError where it has some already.
+    """
+    if conditioning is None or regions is None:
+        return conditioning
+    if any(REGIONS in extra for _, extra in conditioning):
+        raise ValueError(
+            "The conditioning has regions already. Put all of them, up to eight, into one Krea 2 "
+            "Regions node."
+        )
+    return [[states, extra | {REGIONS: regions}] for states, extra in conditioning]
 
 
 def _text_of(conditioning: tuple[torch.Tensor, dict] | None) -> TextStates | None:

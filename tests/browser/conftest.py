@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "scripts"))
 import page as pages  # noqa: E402
 
 NANO_LORA = ROOT / "krea2_model" / "nano" / "krea2_nano_notebook_lora.safetensors"
+API_FORM = "async () => (await app.graphToPrompt()).output"
 FEW_STEP_LORA = "krea2_turbo_distill_4step.safetensors"
 
 expect.set_options(timeout=pages.PATIENCE)
@@ -96,3 +97,38 @@ def load_template(page):
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def api_form(page) -> dict:
+    """The graph as Run would send it, as the twins in tests/workflows spell it."""
+    return {
+        number: {"class_type": node["class_type"], "inputs": node["inputs"]}
+        for number, node in page.evaluate(API_FORM).items()
+    }
+
+
+def set_widgets(page, node_type: str, **values):
+    page.evaluate(
+        """([type, values]) => {
+            const node = app.rootGraph.nodes.find(node => node.type === type);
+            for (const [name, value] of Object.entries(values))
+                node.widgets.find(widget => widget.name === name).value = value;
+        }""",
+        [node_type, values],
+    )
+
+
+def run(page):
+    page.get_by_test_id("queue-button").click()
+
+
+def outputs_of_run(page, server, node_type: str) -> dict:
+    """The newest job's outputs, once a node of this type shows a picture."""
+    page.wait_for_function(
+        """type => app.rootGraph.nodes.some(node => node.type === type
+            && app.nodeOutputs[node.id]?.images?.length)""",
+        arg=node_type,
+    )
+    page.wait_for_function("() => !app.runningNodeId")
+    (entry,) = server.request("/history?max_items=1").values()
+    return entry["outputs"]

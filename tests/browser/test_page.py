@@ -5,7 +5,7 @@ import urllib.request
 import pytest
 from playwright.sync_api import expect
 
-from conftest import ROOT, read_json
+from conftest import ROOT, api_form, outputs_of_run, read_json, run, set_widgets
 from nano_templates import NANO, NANO_RAW, nano_graph
 from page import PACK_FOLDER, open_template
 
@@ -17,7 +17,6 @@ MISSING = """() => app.rootGraph.nodes.flatMap(node => [
     ...(LiteGraph.registered_node_types[node.type] ? [] : [node.type]),
     ...(node.widgets ?? []).filter(w => w.name === 'UNKNOWN').map(w => `${node.type}.${w.name}`),
 ])"""
-API_FORM = "async () => (await app.graphToPrompt()).output"
 # The text that a node shows after a run.
 REPORT = """type => app.rootGraph.nodes.find(node => node.type === type)
     .widgets.find(widget => widget.name === 'report')?.value"""
@@ -39,25 +38,6 @@ OUTSIDE = """() => app.rootGraph.nodes.filter(node => !app.rootGraph.groups.some
 BLUEPRINT = "Krea 2 text to image"
 
 
-def api_form(page) -> dict:
-    """The graph as Run would send it, as the twins in tests/workflows spell it."""
-    return {
-        number: {"class_type": node["class_type"], "inputs": node["inputs"]}
-        for number, node in page.evaluate(API_FORM).items()
-    }
-
-
-def set_widgets(page, node_type: str, **values):
-    page.evaluate(
-        """([type, values]) => {
-            const node = app.rootGraph.nodes.find(node => node.type === type);
-            for (const [name, value] of Object.entries(values))
-                node.widgets.find(widget => widget.name === name).value = value;
-        }""",
-        [node_type, values],
-    )
-
-
 def choose(page, node_type: str, name: str, value: str | float):
     """Choose from a node's list, as its menu does."""
     page.evaluate(
@@ -73,22 +53,6 @@ def choose(page, node_type: str, name: str, value: str | float):
 
 def pick_model(page, name: str):
     choose(page, LOADER, "model", name)
-
-
-def run(page):
-    page.get_by_test_id("queue-button").click()
-
-
-def outputs_of_run(page, server, node_type: str) -> dict:
-    """The newest job's outputs, once a node of this type shows a picture."""
-    page.wait_for_function(
-        """type => app.rootGraph.nodes.some(node => node.type === type
-            && app.nodeOutputs[node.id]?.images?.length)""",
-        arg=node_type,
-    )
-    page.wait_for_function("() => !app.runningNodeId")
-    (entry,) = server.request("/history?max_items=1").values()
-    return entry["outputs"]
 
 
 def search(page, words: str):

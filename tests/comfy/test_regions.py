@@ -5,17 +5,19 @@ import json
 import pytest
 import torch
 
-from parity import assert_close
+from parity import assert_close, relative_error
+from samples import image
 
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 0.5, 1]
 TWO = [{"prompt": "a red circle", "box": LEFT}, {"prompt": "a blue star", "box": RIGHT}]
+LATENT = {"samples": torch.zeros(1, 16, 1, 8, 8)}
 LORA = {"prompt": "a red circle", "box": LEFT, "loras": [["krea2-nano notebook (built in)", 1.0]]}
 
 
 @pytest.fixture(scope="module")
 def nano(run):
     """MODEL and CLIP, and an encoded empty prompt."""
-    model, clip, _ = run("K2Loader", model="krea2-nano (built in)")
+    model, clip = run("K2Loader", model="krea2-nano (built in)")[:2]
     positive, negative = run("K2TextEncode", clip=clip, prompt="", negative="")[:2]
     return {"model": model, "clip": clip, "positive": positive, "negative": negative}
 
@@ -44,18 +46,18 @@ def sample(run, nano):
     ("entries", "options", "words"),
     [
         ("{", {}, "regions cannot be read"),
-        ("3", {}, "regions is int; expected a JSON list"),
+        ("3", {}, "regions is 3; expected a JSON list"),
         ([], {}, "There are no regions; expected 1 to 8"),
         ([TWO[0]] * 9, {}, "There are 9 regions"),
         ([{"box": LEFT}], {}, "Region 1 has no prompt"),
         ([{"prompt": "a"}], {}, "Region 1 has neither a box nor a mask"),
         ([{"prompt": "a", "box": [0.6, 0, 0.6, 1]}], {}, "Region 1's box lies outside"),
         ([{"prompt": "a", "bx": LEFT}], {}, "Region 1 has 'bx'; expected only prompt, box"),
-        ([{"prompt": "a", "mask": 1}], {}, "and 0 masks are connected"),
+        ([{"prompt": "a", "mask": 1}], {}, "mask 1, but masks is not connected"),
         ([{"prompt": "a", "mask": 1}], {"masks": torch.zeros(1, 64, 64)}, "mask is empty"),
         (
             [{"prompt": "a", "mask": 1}],
-            {"masks": torch.ones(1, 64, 32), "latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}},
+            {"masks": torch.ones(1, 64, 32), "latent": LATENT},
             "expected the same aspect",
         ),
         ([{**TWO[0], "strength": -1}], {}, "strength is -1"),
@@ -63,6 +65,14 @@ def sample(run, nano):
         ([{**LORA, "loras": ["a"]}], {}, r"expected a list of \[file, strength\]"),
         ([{**LORA, "loras": [["none.safetensors", 1]]}], {}, "There is no 'none.safetensors'"),
         (TWO, {"text_factor": 20.0}, "text_factor is 20.0"),
+        (TWO, {"soft": 3.0}, "soft is 3.0"),
+        ([{**TWO[0], "prompt": " "}], {}, "Region 1 has no prompt. Say what it shows"),
+        ([TWO[0], {"prompt": "x", "box": [0, 0, 1, 1]}], {"latent": LATENT}, "1 lies below others"),
+        ([{**TWO[0], "images": [1]}], {}, "image 1, but images is not connected"),
+        ([{"prompt": "x", "mask": 2}], {"masks": torch.ones(1, 8, 8)}, "mask 2, but masks has 1"),
+        (TWO, {"clip": None}, "clip is empty"),
+        (TWO, {"prompt": "white"}, "Both positive and prompt"),
+        (TWO, {"positive": None}, "Neither of the two"),
     ],
 )
 def test_bad_regions_are_refused_by_name(with_regions, entries, options, words):
@@ -78,11 +88,54 @@ def test_widgets_are_checked_before_a_run(pack):
     assert node.validate_inputs(regions=None) is True
 
 
-def test_core_s_own_model_is_refused_by_name(run, with_regions, models):
+def test_masks_are_checked_at_the_sampler_too(with_regions, sample):
+    masks = torch.ones(1, 90, 30)
+    with pytest.raises(ValueError, match="Region 1's mask is 30 x 90 px and the image 64 x 64"):
+        sample(with_regions([{"prompt": "x", "mask": 1}], masks=masks, latent=None)[0])
+    with pytest.raises(ValueError, match="has regions already"):
+        with_regions(positive=with_regions()[0])
+
+
+def test_the_report_and_the_preview(nano, with_regions):
+    masks = torch.zeros(1, 32, 32)
+    masks[:, :, 16:] = 1
+    entries = [TWO[0], {"mask": 1, "loras": LORA["loras"]}]
+    positive, negative, report, preview = with_regions(entries, masks=masks)
+    assert report.splitlines()[:3] == [
+        "Region 1: 50% of the image, 11 tokens",
+        "Region 2: 50% of the image, no prompt",
+        "Region 2: strength 1, krea2_nano_notebook_lora.safetensors: LoRA of ai-toolkit or "
+        "ComfyUI, rank 8",
+    ]
+    assert preview.shape == (1, 512, 512, 3)
+    assert preview[0, 20, 20, 0] > preview[0, 20, 20, 2] and preview[0, 20, 500, 2] > 0.9
+    assert "krea2_regions" in positive[0][1] and "krea2_regions" in negative[0][1]
+    # Without LoRAs there is nothing for it.
+    assert with_regions()[1] is nano["negative"]
+
+
+def test_a_prompt_of_its_own_gets_words_of_place(run, nano, with_regions):
+    words = "white, a red circle on the left, a blue star on the right"
+    expected = run("K2TextEncode", clip=nano["clip"], prompt=words)[0]
+    found = with_regions(positive=None, prompt="white")[0]
+    assert torch.equal(found[0][0], expected[0][0])
+
+
+def test_images_of_regions(with_regions, sample):
+    seen = [{**TWO[0], "images": [2]}, TWO[1]]
+    images = torch.cat((image(64, 64, 1), image(64, 64, 2)))
+    found = sample(with_regions(seen, images=images)[0])
+    assert relative_error(found, sample(with_regions()[0])) > 1e-4
+    alone = sample(with_regions([{**TWO[0], "images": [1]}, TWO[1]], images=images[1:])[0])
+    assert_close(found, alone, 1e-6, "the second")
+
+
+def test_core_s_own_model_is_refused_by_name(run, pack, nano, with_regions, models):
     core = run("K2ModelLoader", file="krea2_tiny_turbo.safetensors",
                implementation="ComfyUI's own")[0]  # fmt: skip
     with pytest.raises(ValueError, match="where regions have no effect"):
         with_regions(model=core)
+    assert pack("nodes.managed.core_model").unknown_to(core, with_regions()[0]) == ["regions"]
 
 
 def test_a_mask_is_the_box_that_it_paints(with_regions, sample):

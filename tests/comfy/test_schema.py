@@ -79,7 +79,7 @@ INPUTS = {
     ],
     "K2Regions": [
         *("clip", "positive", "negative", "regions", "masks", "model", "latent", "places"),
-        *("text_factor", "separate", "weights"),
+        *("text_factor", "separate", "weights", "prompt", "soft", "picture", "images"),
     ],
     "K2Upscale": [
         *("model", "positive", "negative", "vae", "image", "latent", "upscale_model", "scale"),
@@ -123,7 +123,7 @@ OUTPUTS = {
     "K2Inspect": ["STRING"],
     "K2GuidanceSchedule": ["MODEL"],
     "K2TwoStage": ["LATENT"],
-    "K2Regions": ["CONDITIONING", "CONDITIONING"],
+    "K2Regions": ["CONDITIONING", "CONDITIONING", "STRING", "IMAGE"],
     "K2Upscale": ["LATENT"],
     "K2TiledSampling": ["MODEL"],
     "K2RotaryScaling": ["MODEL"],

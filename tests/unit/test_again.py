@@ -58,6 +58,46 @@ def test_a_picture_in_the_style_of_another_again(krea2, tmp_path, monkeypatch):
     assert "prompt" not in read_texts(first), "no graph has the file"
 
 
+def test_a_picture_with_regions_again(krea2, tmp_path, monkeypatch):
+    """The picture holds them: their file may go, not those that they name."""
+    folder = tmp_path / "pictures"
+    (folder / "lists").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    Image.linear_gradient("L").resize((48, 32)).save("mask.png")
+    regions = [
+        {"prompt": "a red circle", "box": [0, 0, 0.5, 1], "loras": [[STYLE, 0.5]]},
+        {"prompt": "a blue star", "mask": str(folder / "mask.png"), "soft": 0.1},
+    ]
+    file = folder / "lists" / "regions.json"
+    file.write_text(json.dumps({"regions": regions, "separate": 0.2}), encoding="utf-8")
+    words = ["--model", "nano", "--width", 48, "--height", 32, "--steps", 1]
+    (first,) = krea2("", *words, "--regions", file, "--output", "a.png")
+    kept = settings(first)["regions"]
+    assert kept["regions"][1]["mask"] == "mask.png" and kept["separate"] == 0.2
+    file.unlink()
+    monkeypatch.chdir(tmp_path)
+    (again,) = krea2("again", folder / first, "--output", "b.png")
+    assert again.read_bytes() == (folder / first).read_bytes()
+    (plain,) = krea2("", *words, "--regions", '[{"prompt": "x", "box": "background"}]')
+    assert (pixels(plain) != pixels(again)).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("none.json", "--regions is none.json, which is not there"),
+        ("[{]", "regions cannot be read"),
+        ("[]", "There are no regions; expected 1 to 8"),
+        ('[{"prompt": "x", "box": [0.6, 0, 0.6, 1]}]', "Region 1's box lies outside"),
+        ('[{"prompt": "x", "mask": "none.png"}]', "There is no file or folder none.png"),
+        ('[{"prompt": "x", "box": [0, 0, 1, 1], "loras": [["none", 1]]}]', "folder none"),
+    ],
+)
+def test_bad_regions_are_refused_before_loading(krea2, text, words):
+    error = krea2("a fox", "--model", "nano", "--regions", text, code=2)
+    assert words in error and "loading" not in error
+
+
 def settings(path):
     return json.loads(read_texts(path)["krea2"])["settings"]
 
@@ -149,6 +189,7 @@ HOSTILE = [
     '{"settings": {"model": "C:\\\\\\\\secret", "prompt": "a"}}',
     '{"settings": {"model": "nano", "prompt": "a", "start_image": "../a.png"}}',
     '{"settings": {"model": "nano", "prompt": "a", "lora": [["~/a.safetensors", 1]]}}',
+    '{"settings": {"model": "nano", "prompt": "a", "regions": [{"mask": "../a.png"}]}}',
     '{"settings": {"model": "nano", "prompt": "a", "guidance_ramp": {"a": 1}}}',
     '{"settings": ' + "[" * 100_000,
 ]  # fmt: skip

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_reference import TINY, random_transformer
 from krea2_model.guidance import unshifted
+from krea2_model.images.region_shapes import RegionShape, RegionShapes
 from krea2_model.nn import partial_attention
 from krea2_model.nn.attention import attend
-from krea2_model.nn.partial_attention import attend_partially, merge
+from krea2_model.nn.partial_attention import Partial, attend_partially, merge
 from krea2_model.transformer.backend import ExtendedBackend
 from krea2_model.transformer.extensions import AttentionExtensions
 from krea2_model.transformer.regions import RegionPlan, RegionSettings
@@ -267,3 +269,52 @@ def test_a_region_is_like_a_text_of_its_own_where_the_text_counts_for_nothing(mo
 def test_bad_values_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+class _Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that is made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.values = max(self.values, each.numel())
+        return result
+
+
+@pytest.mark.parametrize("by_parts", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
+def test_no_tensor_of_all_pairs_at_2048_px(separate, by_parts):
+    """Attention of Krea 2's heads, without numbers: (L, L) is 269 million values."""
+    side, text, heads, dim = 128, 128, 48, 128
+    shapes = RegionShapes([RegionShape.of((n / 4, 0, 0.25, 1), soft=0.1) for n in range(3)])
+    regions = [RegionTokens(32, share, 1.5) for share in shapes.shares(side, side)]
+    made = TokenGroups(side**2, regions, text_factor=0.5, separate=separate).to("meta")
+    query, key = (
+        torch.empty(1, count, made.front + text + side**2, dim, device="meta", dtype=torch.bfloat16)
+        for count in (heads, heads // 4)
+    )
+
+    def by_mask(query, key, value, mask=None):
+        if mask is not None:
+            assert mask.numel() < 2**25
+        return torch.empty_like(query).transpose(1, 2).flatten(2)
+
+    # A kernel that returns the log-sum-exp, as flash attention.
+    def partial(query, key, value, mask=None):
+        return Partial(torch.empty_like(query), query.new_empty(query.shape[:3]).float())
+
+    with _Largest() as largest:
+        made.attend(
+            by_mask,
+            partial if by_parts else None,
+            made.front + text,
+            *(query, key, key),
+            None,
+            False,
+        )
+    assert largest.values < 1.1 * query.numel() < 0.5 * query.shape[2] ** 2
