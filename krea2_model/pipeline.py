@@ -30,9 +30,10 @@ from .detail import detail
 from .diffusers_names import accept_diffusers_names
 from .guidance import ALWAYS, GuidanceSchedule
 from .images.pictures import OUTPUT_TYPES, Images, Picture, fit, pixels_of, to_output
-from .images.sizes import image_tokens, is_far
+from .images.sizes import image_tokens, is_far, round_size, tiles_of
 from .inpainting import Inpaint, LatentMask
-from .memory.activations import TEXT_TOKENS, activations
+from .memory.activations import TEXT_TOKENS, WHOLE_PIXELS, activations
+from .memory.forecast import Forecast, call_operations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, encode_prompts
@@ -321,12 +322,17 @@ class Krea2Pipeline(LoadedParts):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1], in tiles if memory runs out."""
+        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1].
+
+        In tiles, which give the same picture, above 4 megapixels or if memory runs out.
+        """
         check_latents(latents)
         with self._offload.use(VAE):
             latents = latents.to(device_of(self.vae))
+            cell = self.vae.config.downscale
+            is_large = math.prod(latents.shape[-2:]) * cell**2 > WHOLE_PIXELS
             try:
-                images = self.vae.decode(latents)
+                images = None if is_large else self.vae.decode(latents)
             except torch.OutOfMemoryError:
                 logger.warning("Decoding ran out of memory; decoding in tiles instead.")
                 images = None
@@ -335,6 +341,66 @@ class Krea2Pipeline(LoadedParts):
             return (images.float() / 2 + 0.5).clamp(0, 1)
 
     detail = detail
+
+    def forecast(
+        self,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        num_images: int = 1,
+        steps: int | None = None,
+        guidance: float | None = None,
+        references: Sequence[tuple[int, int]] = (),
+        text_tokens: int = TEXT_TOKENS,
+        tile: int | None = None,
+        overlap: int = 128,
+    ) -> Forecast:
+        """What a run with these arguments of a call will take; nothing is computed or moved.
+
+        references: width and height of each reference image, as `References` encodes it.
+        text_tokens: of a prompt; the official length where it is not known yet.
+        tile, overlap: pixels along a side of tiles that the model is called for, and that
+            neighbours share; None is the whole image.
+        """
+        preset = self.preset
+        width, height = (
+            round_size(name, preset.size if side is None else side)
+            for name, side in (("width", width), ("height", height))
+        )
+        for name, count in (("num_images", num_images), ("text_tokens", text_tokens)):
+            if not is_whole(count) or count < 1:
+                raise ValueError(f"{name} is {count!r}; expected a whole number from 1 up.")
+        steps = preset.steps if steps is None else steps
+        sigma_schedule(steps, 1.0)  # checks steps
+        guided = check_guidance(preset.guidance if guidance is None else guidance) > 0
+        sides, tiles = tiles_of(width, height, tile, overlap)
+        image, extra = image_tokens(*sides), sum(image_tokens(*each) for each in references)
+        one, both = (
+            self._activations(count * num_images, image, text_tokens, extra) for count in (1, 2)
+        )
+        # Both texts in one call, as a run decides it.
+        needed = both if guided and self._offload.has_room(both, instead_of=one) else one
+        needed[VAE] = self._activations(1, image_tokens(width, height), text_tokens)[VAE]
+        plan, peak, free = self._offload.forecast(needed)
+        calls = (2 if guided else 1) * tiles
+        operations = call_operations(self.transformer.config, image, text_tokens, extra, num_images)
+        return Forecast(
+            width=width,
+            height=height,
+            batch=num_images,
+            image=image_tokens(width, height),
+            text=text_tokens,
+            references=extra,
+            steps=steps,
+            tiles=tiles,
+            calls=steps * calls,
+            step_operations=calls * operations,
+            operations=steps * calls * operations,
+            peak=peak,
+            free=free,
+            plan=plan,
+            activations=needed,
+        )
 
     def images_at_once(self, width: int, height: int, text_tokens: int, limit: int = 64) -> int:
         """Images of a size whose steps run in one call of the model without other offloading."""

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from ..arguments import References
+from ..arguments import PromptImages, References
 from ..guidance import GuidanceSchedule
+from ..memory.forecast import Forecast
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
+from ..text.prompt_tokens import tokenize_prompt
 from ..transformer.text_attention import NegativeGuidance
 from .checks import find_input_pictures, nag_settings, note_unused
 from .model_files import Weights, find_loras
@@ -73,6 +76,33 @@ class Painter:
         width, height = image.size
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return Picture(image, results)
+
+    def forecast(self, args: Namespace) -> Forecast:
+        """What a picture will take."""
+        self._use_loras(find_loras(args))
+        inputs = find_input_pictures(args)
+        width, height, start = args.width, args.height, inputs["start_image"]
+        if start is not None and width is None:
+            height, width = start.shape[1:]
+        references = References(inputs["references"]).prepared()
+        sizes = [
+            (image.shape[2], image.shape[1]) for image in references if isinstance(image, Tensor)
+        ]
+        prompt = tokenize_prompt(
+            self._pipeline.text_encoder.get_tokenizer(),
+            args.prompt,
+            images=PromptImages(inputs["images"]).prepared(),
+            weighted=args.weights,
+            max_sequence_length=args.max_sequence_length,
+        )
+        return self._pipeline.forecast(
+            width,
+            height,
+            steps=args.steps,
+            guidance=args.guidance,
+            references=sizes,
+            text_tokens=len(prompt.weight_row),
+        )
 
     def _options(self, args: Namespace, steps: int, guidance: float) -> dict[str, Any]:
         pictures = find_input_pictures(args)

@@ -93,3 +93,28 @@ def _pixels(megapixels: float) -> float:
 def image_tokens(width: int, height: int) -> int:
     """Tokens of an image whose sides are multiples of 16."""
     return (width // MULTIPLE) * (height // MULTIPLE)
+
+
+def tiles_of(
+    width: int, height: int, tile: int | None, overlap: int
+) -> tuple[tuple[int, int], int]:
+    """Width and height of the tiles of an image, and their number; one for tile None.
+
+    overlap: pixels that neighbours share at least. Raises ValueError for a tile that is no multiple
+    of 16, and an overlap of more than half of it.
+    """
+    if tile is None:
+        return (width, height), 1
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < MULTIPLE or tile % MULTIPLE:
+        raise ValueError(f"tile is {tile!r}; expected pixels, a multiple of {MULTIPLE} above 0.")
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap <= tile // 2:
+        raise ValueError(
+            f"overlap is {overlap!r}; expected a whole number of pixels from 0 to half of the "
+            f"tile, {tile // 2}."
+        )
+    sides = min(width, tile), min(height, tile)
+    counts = (
+        1 + math.ceil((side - own) / (own - overlap)) if side > own else 1
+        for side, own in zip((width, height), sides, strict=True)
+    )
+    return sides, math.prod(counts)
