@@ -37,6 +37,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2Composite": (None, 100),
     "K2ContactSheet": (None, 200),
     "K2CropForInpaint": (None, 190),
+    "K2Detailer": (390, 760),
     "K2EmptyLatent": (None, 256),
     "K2FitImage": (None, 246),
     "K2GuidanceSchedule": (None, 134),

@@ -85,6 +85,7 @@ NODES = {
     "K2Compile": Shot(width=280),
     "K2Composite": Shot(width=280),
     "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
+    "K2Detailer": Shot({}, _MODEL | _TEXTS | _VAE | _IMAGE | _MASK, runs=True),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
     "K2FitImage": Shot({}, _IMAGE, runs=True),
     "K2GuidanceSchedule": Shot({"end": 0.6}),
