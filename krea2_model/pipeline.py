@@ -35,6 +35,7 @@ from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS
 from .prompt_embeds import PromptEmbeds
 from .regions import Region, Regions
+from .run_forecast import forecast
 from .schedule import check_guidance, check_sigmas
 from .stages import Callback, PipelineStages
 from .styles import StyleTransfer
@@ -283,6 +284,7 @@ class Krea2Pipeline(PipelineStages):
         return to_output(pictures if canvas is None else canvas.paste(pictures), output_type)
 
     detail = detail
+    forecast = forecast
 
     def _plan_edit(self, edit: Edit, noise: Tensor) -> EditPlan:
         """The edit of a run, for the size of its noise (B, 16, h, w)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,7 +26,7 @@ from .controls import NO_CONTROLS, Control, Controls
 from .images.pictures import Picture, fit, pixels_of
 from .images.sizes import image_tokens, is_far
 from .inpainting import LatentMask
-from .memory.activations import activations
+from .memory.activations import WHOLE_PIXELS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
@@ -171,12 +172,16 @@ class PipelineStages(LoadedParts):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1], in tiles if memory runs out."""
+        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1].
+
+        In tiles, which give the same picture, above 4 megapixels or if memory runs out.
+        """
         check_latents(latents)
         with self._offload.use(VAE):
             latents = latents.to(device_of(self.vae))
+            is_large = math.prod(self._sides(latents)) > WHOLE_PIXELS
             try:
-                images = self.vae.decode(latents)
+                images = None if is_large else self.vae.decode(latents)
             except torch.OutOfMemoryError:
                 logger.warning("Decoding ran out of memory; decoding in tiles instead.")
                 images = None

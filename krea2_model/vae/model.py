@@ -30,6 +30,9 @@ from .tiling import Progress, apply_in_tiles, convert_tiled, plan_tiles
 # Largest attention score matrix, in bytes, where the device has no fused kernel for our head size.
 MAX_SCORE_BYTES = 256 * 2**20
 
+# Pixels along a side of a tile, unless the caller chooses.
+TILE = 1024
+
 # Hidden states at the latents' size that are alive in the decoder's attention at the peak.
 _ATTENTION_STATES = 8.1
 
@@ -390,7 +393,7 @@ class QwenImageVAE(nn.Module):
     def decode_tiled(
         self,
         latents: Tensor,
-        tile: int = 1024,
+        tile: int = TILE,
         progress: Progress | None = None,
         out_device: torch.device | str | None = None,
     ) -> Tensor:

@@ -76,8 +76,15 @@ class Krea2VAE(comfy.sd.VAE):
     def decode(self, samples_in, vae_options={}):  # noqa: B006 - core's signature
         """Latents (B, 16, 1, h, w) or (B, 16, h, w) to images (B, H, W, 3) in [0, 1]."""
         latents = self._latents(samples_in)
-        self._load(self.memory_used_decode(latents.shape, self.vae_dtype))
-        return self._with_fallback(latents, self._decode_whole, self._decode_tiles, self._to_images)
+        memory = self.memory_used_decode(latents.shape, self.vae_dtype)
+        if memory > comfy.model_management.get_total_memory(self.device):
+            # In tiles at once, which give the same picture.
+            self._load(self._tile_activations(latents.shape, FALLBACK_TILES[0]))
+            whole = None
+        else:
+            self._load(memory)
+            whole = self._decode_whole
+        return self._with_fallback(latents, whole, self._decode_tiles, self._to_images)
 
     def decode_tiled(
         self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
@@ -144,11 +151,14 @@ class Krea2VAE(comfy.sd.VAE):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
 
     def _with_fallback(self, source, convert, convert_tiled, finish):
-        """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles."""
+        """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles.
+
+        convert: None where one piece is not to be tried.
+        """
         # Images and latents alike by their sides in pixels.
         cell = self.downscale_ratio if finish == self._to_images else 1
         pixels = max(source.shape[-2:]) * cell
-        attempts = [convert]
+        attempts = [] if convert is None else [convert]
         for tile in FALLBACK_TILES:
             if tile < pixels:
                 attempts.append(lambda item, tile=tile: convert_tiled(item, tile, tile // 8))
