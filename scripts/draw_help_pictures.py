@@ -106,7 +106,7 @@ NODES = {
     "K2PromptBatch": Shot({"prompts": "\n".join(SHAPES)}, width=420, room=80),
     "K2PromptExpander": Shot({"prompt": "a fox in the snow"}, width=400, room=40),
     "K2Reference": Shot({}, _TEXTS | _VAE | _IMAGE, runs=True, width=400),
-    "K2Sampler": Shot({}, _MODEL | _TEXTS | _LATENT, runs=True),
+    "K2Sampler": Shot({}, _MODEL | _TEXTS | _LATENT),
     "K2SelfCheck": Shot({}, _MODEL | _CLIP, runs=True, width=560, height=200),
     "K2Sigmas": Shot({}, _MODEL | _LATENT, runs=True),
     "K2Stitch": Shot(width=280),
