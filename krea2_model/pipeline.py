@@ -221,6 +221,7 @@ class Krea2Pipeline(PipelineStages):
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
+        tiles = self._tiles_that_fit(tiles, noise, text_tokens, seen)
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles, styled)
         options: dict[str, Any] = {
             "weighted": prompt_weights,
@@ -324,6 +325,7 @@ class Krea2Pipeline(PipelineStages):
         seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]
         start = torch.lerp(larger.to(noise), noise, sigmas[0])
         style = None if run["style"] is None else run["style"][0]
+        tiles = self._tiles_that_fit(tiles, start, text_tokens, seen)
         has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles, style)
         options = {"sigmas": sigmas, "control_images": images, "tiles": tiles, **run}
         return self._denoise(start, *texts, has_room, callback, **options)

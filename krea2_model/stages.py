@@ -35,7 +35,7 @@ from .sampling import denoise as denoising_steps
 from .schedule import resolve_mu, schedule_of, sigma_schedule
 from .styles import PreparedStyle
 from .text.prompt_images import PromptImage
-from .tiles import TileSettings
+from .tiles import ENOUGH, TileSettings
 from .transformer.patches import token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
@@ -200,6 +200,26 @@ class PipelineStages(LoadedParts):
             count += 1
         return count
 
+    def _tiles_that_fit(
+        self,
+        tiles: TileSettings | None,
+        latents: Tensor,
+        text_tokens: int,
+        references: Sequence[Reference | ReferencePicture] = (),
+    ) -> TileSettings | None:
+        """Tiles with a batch of 0 resolved: as many as run without other offloading, up to 8."""
+        if tiles is None or tiles.batch > 0:
+            return tiles
+        tokens, extra = tiles.tokens(latents), self._reference_tokens(references)
+        one = self._activations(len(latents), tokens, text_tokens, extra)
+        count = 1
+        while count < ENOUGH:
+            more = self._activations((count + 1) * len(latents), tokens, text_tokens, extra)
+            if not self._offload.has_room(more, one):
+                break
+            count += 1
+        return replace(tiles, batch=count)
+
     def _start(
         self, image: Picture | None, height: int | None, width: int | None
     ) -> tuple[Tensor | None, int | None, int | None]:
@@ -328,18 +348,13 @@ class PipelineStages(LoadedParts):
 
         text_tokens: of a prompt.
         """
-        sizes = [
-            token_count(r.latents)
-            if isinstance(r, Reference)
-            else token_count(r.pixels, self.vae.config.downscale)
-            for r in references
-        ]
+        at_once = 1 if tiles is None else max(1, tiles.batch)
         one, both = (
             self._activations(
-                calls * len(latents),
+                calls * at_once * len(latents),
                 token_count(latents) if tiles is None else tiles.tokens(latents),
                 text_tokens,
-                sum(sizes),
+                self._reference_tokens(references),
                 () if style is None else style.tokens,
             )
             for calls in (1, 2)
@@ -347,6 +362,14 @@ class PipelineStages(LoadedParts):
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares
+
+    def _reference_tokens(self, references: Sequence[Reference | ReferencePicture]) -> int:
+        return sum(
+            token_count(r.latents)
+            if isinstance(r, Reference)
+            else token_count(r.pixels, self.vae.config.downscale)
+            for r in references
+        )
 
     def _activations(
         self,

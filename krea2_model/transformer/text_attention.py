@@ -75,6 +75,13 @@ class TextStates:
     mask: Tensor | None = None
     weights: Tensor | None = None
 
+    def repeated(self, times: int) -> TextStates:
+        """The texts so many times, for a batch that repeats."""
+        if times == 1:
+            return self
+        parts = (self.states, self.mask, self.weights)
+        return TextStates(*(None if p is None else p.repeat(times, 1, *[1] * (p.ndim - 2)) for p in parts))
+
 
 def normalised_guidance(positive: Tensor, negative: Tensor, settings: NegativeGuidance) -> Tensor:
     """NAG of attention outputs (B, L, D) for the positive and the negative text.
