@@ -162,13 +162,18 @@ class PipelineStages(LoadedParts):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
+        """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised.
+
+        In tiles as in `decode`.
+        """
         check_type("images", images, Tensor, "a tensor (B, 3, H, W) in [0, 1]")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; expected floating numbers in [0, 1].")
         with self._offload.use(VAE):
             weight = next(self.vae.parameters())
-            return self.vae.encode(images.to(weight) * 2 - 1)
+            images = images.to(weight) * 2 - 1
+            is_large = math.prod(images.shape[-2:]) > WHOLE_PIXELS
+            return self._with_tiles(images, is_large, self.vae.encode, self.vae.encode_tiled)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -180,14 +185,24 @@ class PipelineStages(LoadedParts):
         with self._offload.use(VAE):
             latents = latents.to(device_of(self.vae))
             is_large = math.prod(self._sides(latents)) > WHOLE_PIXELS
-            try:
-                images = None if is_large else self.vae.decode(latents)
-            except torch.OutOfMemoryError:
-                logger.warning("Decoding ran out of memory; decoding in tiles instead.")
-                images = None
-            if images is None:  # outside the except block, whose traceback holds tensors
-                images = self.vae.decode_tiled(latents)
+            images = self._with_tiles(latents, is_large, self.vae.decode, self.vae.decode_tiled)
             return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _with_tiles(
+        self,
+        source: Tensor,
+        is_large: bool,
+        convert: Callable[[Tensor], Tensor],
+        convert_tiled: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """`convert` of a source, or in tiles where it is large or memory runs out."""
+        try:
+            result = None if is_large else convert(source)
+        except torch.OutOfMemoryError:
+            logger.warning("The VAE ran out of memory; it works in tiles instead.")
+            result = None
+        # Outside the except block, whose traceback holds tensors.
+        return convert_tiled(source) if result is None else result
 
     def images_at_once(self, width: int, height: int, text_tokens: int, limit: int = 64) -> int:
         """Images of a size whose steps run in one call of the model without other offloading."""

@@ -45,7 +45,7 @@ class Upscale:
     """
 
     scale: float = 2.0
-    sigma: float = 0.4
+    sigma: float = 0.3
     method: str = PIXELS
     parts: str = AUTO
     steps: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..checkpoints.quantised_layers import temporary_bytes
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
-from ..vae.model import TILE, QwenImageVAE, tiled_decode_bytes
+from ..vae.model import TILE, QwenImageVAE, tiled_bytes
 from .plan import ENCODER, TRANSFORMER, VAE
 
 # Text of a run that is planned before it is tokenised: the official length.
@@ -90,4 +90,4 @@ def _vae_bytes(vae: QwenImageVAE, pixels: int) -> int:
     if pixels <= WHOLE_PIXELS:
         return round(pixels * _VAE_STATES * vae.config.base_dim * itemsize)
     cells = math.isqrt(pixels) // vae.config.downscale
-    return round(tiled_decode_bytes(vae.config, (cells, cells), TILE, itemsize, _VAE_STATES))
+    return round(tiled_bytes(vae.config, (cells, cells), TILE, itemsize, _VAE_STATES))

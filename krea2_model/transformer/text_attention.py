@@ -80,7 +80,9 @@ class TextStates:
         if times == 1:
             return self
         parts = (self.states, self.mask, self.weights)
-        return TextStates(*(None if p is None else p.repeat(times, 1, *[1] * (p.ndim - 2)) for p in parts))
+        return TextStates(
+            *(None if p is None else p.repeat(times, 1, *[1] * (p.ndim - 2)) for p in parts)
+        )
 
 
 def normalised_guidance(positive: Tensor, negative: Tensor, settings: NegativeGuidance) -> Tensor:

@@ -151,8 +151,9 @@ class Krea2DiffusionModel(contract.Transformer):
     ):
         """The velocity (B, C, h, w) of an image's latents, or (N * B, C, h, w) of N tiles.
 
-        tiles: of one size; several have the same features. sigma: the first of timesteps, read from the device once a step. text, mask: fused. frames:
-        latents of references. image: rows and columns of the image's tokens.
+        tiles: of one size; several have the same features. sigma: the first of timesteps, read from
+        the device once a step. text, mask: fused. frames: latents of references. image: rows and
+        columns of the image's tokens.
         """
         plan, tile, times = conditions.reference_plan, tiles[0] if tiles else None, len(tiles) or 1
         step = conditions.features.at(sigma, image, latents.device, tile)

@@ -189,7 +189,7 @@ def test_parts_of_references_are_cut_in_the_graph_as_in_python(run, nano, pack):
     reference = image(96, 128, 5)
     latent = {"samples": torch.zeros(1, 16, 1, 12, 16)}
     tiled = run("K2TiledSampling", model=model, tile=64, cut_references=True)[0]
-    positive = run("K2Reference", conditioning=texts["positive"], image=reference, vae=vae)[0]
+    positive = run("K2Reference", positive=texts["positive"], image=reference, vae=vae)[0]
     found = run("K2Sampler", model=tiled, positive=positive, latent=latent, **SAMPLER)[0]["samples"]
     krea2 = pack("krea2_model")
     settings = krea2.TileSettings(64, cut_references=True)
