@@ -254,7 +254,7 @@ class K2Upscale(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "sigma",
-                    default=0.4,
+                    default=0.3,
                     min=0.01,
                     max=1.0,
                     step=0.01,
@@ -332,7 +332,7 @@ class K2Upscale(io.ComfyNode):
         latent=None,
         upscale_model=None,
         scale=2.0,
-        sigma=0.4,
+        sigma=0.3,
         seed=0,
         method=PIXELS,
         parts=AUTO,
