@@ -26,11 +26,14 @@ from .upscaling import Upscale
 class Parts(Protocol):
     """The parts of a pipeline that a forecast reads; see `Krea2Pipeline`."""
 
-    transformer: Krea2Transformer
-    text_encoder: Qwen3VLTextEncoder
-    _offload: Offload
-    _loras: Sequence[Any]
-
+    @property
+    def transformer(self) -> Krea2Transformer: ...
+    @property
+    def text_encoder(self) -> Qwen3VLTextEncoder: ...
+    @property
+    def _offload(self) -> Offload: ...
+    @property
+    def _loras(self) -> Sequence[Any]: ...
     @property
     def preset(self) -> Preset: ...
     def _activations(

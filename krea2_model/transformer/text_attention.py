@@ -79,10 +79,9 @@ class TextStates:
         """The texts so many times, for a batch that repeats."""
         if times == 1:
             return self
-        parts = (self.states, self.mask, self.weights)
-        return TextStates(
-            *(None if p is None else p.repeat(times, 1, *[1] * (p.ndim - 2)) for p in parts)
-        )
+        optional = (self.mask, self.weights)
+        states = self.states.repeat(times, 1, 1)
+        return TextStates(states, *(None if p is None else p.repeat(times, 1) for p in optional))
 
 
 def normalised_guidance(positive: Tensor, negative: Tensor, settings: NegativeGuidance) -> Tensor:
