@@ -35,6 +35,7 @@ from .inpainting import Inpaint, LatentMask
 from .memory.activations import TEXT_TOKENS
 from .prompt_embeds import PromptEmbeds
 from .regions import Region, Regions
+from .run_forecast import forecast
 from .schedule import check_guidance, check_sigmas
 from .stages import Callback, PipelineStages
 from .styles import StyleTransfer
@@ -223,6 +224,7 @@ class Krea2Pipeline(PipelineStages):
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
+        tiles = self._tiles_that_fit(tiles, noise, text_tokens, seen)
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles, styled)
         options: dict[str, Any] = {
             "weighted": prompt_weights,
@@ -284,6 +286,7 @@ class Krea2Pipeline(PipelineStages):
         return to_output(pictures if canvas is None else canvas.paste(pictures), output_type)
 
     detail = detail
+    forecast = forecast
 
     def _plan_edit(self, edit: Edit, noise: Tensor) -> EditPlan:
         """The edit of a run, for the size of its noise (B, 16, h, w)."""
@@ -323,6 +326,7 @@ class Krea2Pipeline(PipelineStages):
         seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]
         start = torch.lerp(larger.to(noise), noise, sigmas[0])
         style = None if run["style"] is None else run["style"][0]
+        tiles = self._tiles_that_fit(tiles, start, text_tokens, seen)
         has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles, style)
         options = {"sigmas": sigmas, "control_images": images, "tiles": tiles, **run}
         return self._denoise(start, *texts, has_room, callback, **options)

@@ -21,7 +21,7 @@ from .lora.live import LoraUse, TokenLayout, live_loras
 from .style_transfer import StyleRun
 from .tiles import Tile, TileSettings, tiles_at
 from .transformer.model import Krea2Transformer
-from .transformer.references import Reference, boost_factors
+from .transformer.references import Reference, ReferencePlan, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
 from .transformer.rotary_scaling import RotaryScaling, Stretch
 from .transformer.style_attention import StyleKeys
@@ -76,6 +76,35 @@ class RunFeatures:
             return None
         tiles = tiles_at(grid, self.tiles, sigma)
         return tiles if len(tiles) > 1 else None
+
+    def tiles_at_once(self, plan: ReferencePlan) -> int:
+        """Tiles in one call: one where tiles differ in more than their latents.
+
+        0 is for as many as fit. plan: of the run's references.
+        """
+        if self.tiles is None or self.tiles.true_places or plan.has_boosts:
+            return 1
+        differ = any((self.regions, self.controls, self.style))
+        differ |= any(lora.share_at is not None for lora in self.loras)
+        differ |= bool(plan.settings) and (self.tiles.cut_references or plan.caches is not None)
+        return 1 if differ else self.tiles.batch
+
+    def check_tiles(self, plan: ReferencePlan) -> None:
+        """Raise ValueError for tiles that do not go with the run's references."""
+        if self.tiles is not None and self.tiles.cut_references and plan.caches is not None:
+            raise ValueError(
+                "Cached references are the same for all tiles, and cut_references gives each tile "
+                "its own part. Set cache_references=False (input apart of Krea 2 Reference), or "
+                "leave cut_references out."
+            )
+
+    def references_of(
+        self, references: list[Reference], tile: Tile | None, image: tuple[int, int]
+    ) -> list[Reference]:
+        """The references that a tile sees. image: rows and columns of the image's tokens."""
+        if tile is None or self.tiles is None or not self.tiles.cut_references:
+            return references
+        return [replace(r, latents=tile.cut_other(r.latents, image)) for r in references]
 
     def at(
         self,

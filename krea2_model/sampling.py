@@ -106,6 +106,8 @@ def denoise(
     caches = ReferenceCaches() if cache_references else None
     settings = [reference.settings for reference in images]
     plan = ReferencePlan.of(settings, sigma_at, reference_method, caches)
+    if features is not None:
+        features.check_tiles(plan)
     texts = _text_at(positive), None if negative is None else _text_at(negative)
     shared = None
     if share_calls and texts[1] is not None and not features and not plan.has_boosts:
@@ -161,15 +163,29 @@ class _GuidedVelocity:
         tiles = self._features.tiles_at(sigma, grid)
         if tiles is None:
             return self._velocity(latents, sigma, grid)
-        return fuse(latents, tiles, lambda tile, part: self._velocity(part, sigma, grid, tile))
+
+        def velocity_of(group: list[Tile], parts: Tensor) -> Tensor:
+            return self._velocity(parts, sigma, grid, group)
+
+        return fuse(latents, tiles, velocity_of, self._features.tiles_at_once(self._plan))
 
     def _velocity(
-        self, latents: Tensor, sigma: float, image: tuple[int, int], tile: Tile | None = None
+        self,
+        latents: Tensor,
+        sigma: float,
+        image: tuple[int, int],
+        tiles: Sequence[Tile] = (),
     ) -> Tensor:
-        """The velocity of an image, or of a tile of it. image: rows and columns of its tokens."""
+        """The velocity of an image (B, C, h, w), or of tiles of it (N * B, C, h, w).
+
+        image: rows and columns of its tokens. tiles: several have the same features.
+        """
+        tile, times = (tiles[0], len(tiles)) if tiles else (None, 1)
         guidance = self._guidance * self._schedule.factor(sigma, self._sigma_at)
         nag = self._nag if self._nag_window.contains(sigma) else None
         references = self._plan.active(sigma, self._reference_latents)
+        references = self._features.references_of(references, tile, image)
+        references = [r.repeated(times) for r in references]
         options, cache = self._options(references, sigma, latents.device)
         timestep = torch.full((latents.shape[0],), sigma, device=latents.device)
         if self._shared is not None and guidance != 0 and nag is None and cache is None:
@@ -180,10 +196,10 @@ class _GuidedVelocity:
             step = self._features.at(sigma, image, latents.device, tile)
             step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
-            positive = self._positive(sigma)
+            positive = self._positive(sigma).repeated(times)
             negative = None
             if self._negative is not None and (guidance != 0 or nag is not None):
-                negative = self._negative(sigma)
+                negative = self._negative(sigma).repeated(times)
             other = negative if nag is not None else None
             conditional = self._evaluate(*inputs, positive, step, other, nag)
             if guidance == 0:

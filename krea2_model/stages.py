@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,7 +26,7 @@ from .controls import NO_CONTROLS, Control, Controls
 from .images.pictures import Picture, fit, pixels_of
 from .images.sizes import image_tokens, is_far
 from .inpainting import LatentMask
-from .memory.activations import activations
+from .memory.activations import WHOLE_PIXELS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
 from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
@@ -34,7 +35,7 @@ from .sampling import denoise as denoising_steps
 from .schedule import resolve_mu, schedule_of, sigma_schedule
 from .styles import PreparedStyle
 from .text.prompt_images import PromptImage
-from .tiles import TileSettings
+from .tiles import ENOUGH, TileSettings
 from .transformer.patches import token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
@@ -161,28 +162,47 @@ class PipelineStages(LoadedParts):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised."""
+        """Images (B, 3, H, W) in [0, 1] to latents (B, 16, H / 8, W / 8), normalised.
+
+        In tiles as in `decode`.
+        """
         check_type("images", images, Tensor, "a tensor (B, 3, H, W) in [0, 1]")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; expected floating numbers in [0, 1].")
         with self._offload.use(VAE):
             weight = next(self.vae.parameters())
-            return self.vae.encode(images.to(weight) * 2 - 1)
+            images = images.to(weight) * 2 - 1
+            is_large = math.prod(images.shape[-2:]) > WHOLE_PIXELS
+            return self._with_tiles(images, is_large, self.vae.encode, self.vae.encode_tiled)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1], in tiles if memory runs out."""
+        """Latents (B, 16, h, w) to images (B, 3, H, W) in [0, 1].
+
+        In tiles, which give the same picture, above 4 megapixels or if memory runs out.
+        """
         check_latents(latents)
         with self._offload.use(VAE):
             latents = latents.to(device_of(self.vae))
-            try:
-                images = self.vae.decode(latents)
-            except torch.OutOfMemoryError:
-                logger.warning("Decoding ran out of memory; decoding in tiles instead.")
-                images = None
-            if images is None:  # outside the except block, whose traceback holds tensors
-                images = self.vae.decode_tiled(latents)
+            is_large = math.prod(self._sides(latents)) > WHOLE_PIXELS
+            images = self._with_tiles(latents, is_large, self.vae.decode, self.vae.decode_tiled)
             return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _with_tiles(
+        self,
+        source: Tensor,
+        is_large: bool,
+        convert: Callable[[Tensor], Tensor],
+        convert_tiled: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """`convert` of a source, or in tiles where it is large or memory runs out."""
+        try:
+            result = None if is_large else convert(source)
+        except torch.OutOfMemoryError:
+            logger.warning("The VAE ran out of memory; it works in tiles instead.")
+            result = None
+        # Outside the except block, whose traceback holds tensors.
+        return convert_tiled(source) if result is None else result
 
     def images_at_once(self, width: int, height: int, text_tokens: int, limit: int = 64) -> int:
         """Images of a size whose steps run in one call of the model without other offloading."""
@@ -194,6 +214,26 @@ class PipelineStages(LoadedParts):
                 break
             count += 1
         return count
+
+    def _tiles_that_fit(
+        self,
+        tiles: TileSettings | None,
+        latents: Tensor,
+        text_tokens: int,
+        references: Sequence[Reference | ReferencePicture] = (),
+    ) -> TileSettings | None:
+        """Tiles with a batch of 0 resolved: as many as run without other offloading, up to 8."""
+        if tiles is None or tiles.batch > 0:
+            return tiles
+        tokens, extra = tiles.tokens(latents), self._reference_tokens(references)
+        one = self._activations(len(latents), tokens, text_tokens, extra)
+        count = 1
+        while count < ENOUGH:
+            more = self._activations((count + 1) * len(latents), tokens, text_tokens, extra)
+            if not self._offload.has_room(more, one):
+                break
+            count += 1
+        return replace(tiles, batch=count)
 
     def _start(
         self, image: Picture | None, height: int | None, width: int | None
@@ -332,18 +372,13 @@ class PipelineStages(LoadedParts):
 
         text_tokens: of a prompt.
         """
-        sizes = [
-            token_count(r.latents)
-            if isinstance(r, Reference)
-            else token_count(r.pixels, self.vae.config.downscale)
-            for r in references
-        ]
+        at_once = 1 if tiles is None else max(1, tiles.batch)
         one, both = (
             self._activations(
-                calls * len(latents),
+                calls * at_once * len(latents),
                 token_count(latents) if tiles is None else tiles.tokens(latents),
                 text_tokens,
-                sum(sizes),
+                self._reference_tokens(references),
                 () if style is None else style.tokens,
             )
             for calls in (1, 2)
@@ -351,6 +386,14 @@ class PipelineStages(LoadedParts):
         shares = guided and self._offload.has_room(both, instead_of=one)
         self._offload.prepare(both if shares else one)
         return shares
+
+    def _reference_tokens(self, references: Sequence[Reference | ReferencePicture]) -> int:
+        return sum(
+            token_count(r.latents)
+            if isinstance(r, Reference)
+            else token_count(r.pixels, self.vae.config.downscale)
+            for r in references
+        )
 
     def _activations(
         self,

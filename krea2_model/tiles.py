@@ -1,4 +1,4 @@
-"""Tiles of a large image, denoised one at a time and fused at every step.
+"""Tiles of a large image, denoised by themselves and fused at every step.
 
 The model sees tiles of the size that it was made for, and their velocities are averaged where they
 overlap (MultiDiffusion, Bar-Tal et al., arXiv 2302.08113). Weights fade by a raised cosine, and
@@ -13,7 +13,7 @@ position 0, and krea2-nano then draws lines along the edges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,10 @@ from .vae.tiling import plan_tiles
 # Successive multiples of it spread evenly over [0, 1).
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
+MAX_BATCH = 64
+# Tiles in one call where memory alone would allow more: beyond, a GPU gains nothing.
+ENOUGH = 8
+
 # Least room for a tile to move, as a share of it, to either side.
 _ROOM = 1 / 8
 
@@ -39,6 +43,11 @@ class TileSettings:
     overlap: least share of a tile that it has in common with each neighbour, 0 to 0.5.
     moves: inner tiles lie elsewhere at each step.
     true_places: rotary positions are those in the whole image.
+    batch: tiles in one call of the model, which takes the memory of so many; 0 is as many as fit,
+        up to 8. Tiles that differ in more than their latents (regions, control images, style
+        pictures, boosts, parts of references) are called one by one.
+    cut_references: a tile sees its own part of references, as for an edit of the image; else all
+        of them.
 
     Raises ValueError for values out of range.
     """
@@ -47,6 +56,8 @@ class TileSettings:
     overlap: float = 0.25
     moves: bool = True
     true_places: bool = False
+    batch: int = 1
+    cut_references: bool = False
 
     def __post_init__(self):
         size = self.size
@@ -59,6 +70,11 @@ class TileSettings:
             raise ValueError(
                 f"The overlap of tiles is {self.overlap!r}; expected a share of the tile from 0 to "
                 "0.5."
+            )
+        if not (is_whole(self.batch) and 0 <= self.batch <= MAX_BATCH):
+            raise ValueError(
+                f"The batch of tiles is {self.batch!r}; expected 1 to {MAX_BATCH} tiles in one "
+                "call, or 0 for as many as fit in memory."
             )
 
     def tokens(self, latents: Tensor) -> int:
@@ -88,6 +104,19 @@ class Tile:
         whole = values.unflatten(-1, grid)
         return whole[..., slice(*self.rows), slice(*self.columns)].flatten(-2)
 
+    def cut_other(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The same part of latents (..., h, w) of another size, in whole tokens of theirs.
+
+        grid: rows and columns of tokens of the image that the tile is of.
+        """
+        spans = []
+        for (first, end), own, other in zip(
+            (self.rows, self.columns), grid, grid_size(latents, PATCH), strict=True
+        ):
+            start = min(round(first * other / own), other - 1)
+            spans.append(slice(PATCH * start, PATCH * max(start + 1, round(end * other / own))))
+        return latents[..., spans[0], spans[1]]
+
 
 def tiles_at(
     grid: tuple[int, int], settings: TileSettings, sigma: float
@@ -116,16 +145,38 @@ def tiles_at(
 
 
 def fuse(
-    latents: Tensor, tiles: list[tuple[Tile, Tensor]], velocity_of: Callable[[Tile, Tensor], Tensor]
+    latents: Tensor,
+    tiles: list[tuple[Tile, Tensor]],
+    velocity_of: Callable[[list[Tile], Tensor], Tensor],
+    batch: int = 1,
 ) -> Tensor:
-    """The velocity of latents (..., h, w) from the velocities of tiles, in float32."""
+    """The velocity of latents (B, C, h, w) from the velocities of tiles, in float32.
+
+    velocity_of: called with up to `batch` tiles of one size and their latents (N * B, C, h', w'),
+        tile by tile.
+    """
     total = torch.zeros_like(latents, dtype=torch.float32)
-    for tile, weights in tiles:
-        part = tile.cut(latents)
-        cells = weights.to(latents.device).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
-        cells = cells[: part.shape[-2], : part.shape[-1]]
-        tile.cut(total).add_(velocity_of(tile, part).float() * cells)
+    for group in _groups(latents, tiles, batch):
+        parts = torch.cat([tile.cut(latents) for tile, _ in group])
+        velocities = velocity_of([tile for tile, _ in group], parts).float()
+        for (tile, weights), velocity in zip(group, velocities.chunk(len(group)), strict=True):
+            cells = weights.to(latents.device).repeat_interleave(PATCH, 0)
+            cells = cells.repeat_interleave(PATCH, 1)
+            cells = cells[: velocity.shape[-2], : velocity.shape[-1]]
+            tile.cut(total).add_(velocity * cells)
     return total
+
+
+def _groups(
+    latents: Tensor, tiles: list[tuple[Tile, Tensor]], batch: int
+) -> Iterator[list[tuple[Tile, Tensor]]]:
+    """Up to `batch` tiles each whose latents are of one size: the last may lack a padded row."""
+    by_size: dict[tuple[int, ...], list[tuple[Tile, Tensor]]] = {}
+    for tile, weights in tiles:
+        by_size.setdefault(tuple(tile.cut(latents).shape[-2:]), []).append((tile, weights))
+    for group in by_size.values():
+        for first in range(0, len(group), batch):
+            yield group[first : first + batch]
 
 
 def _spans(length: int, tile: int, overlap: int, room: int, shift: float) -> list[tuple[int, int]]:

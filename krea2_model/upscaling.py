@@ -39,18 +39,19 @@ class Upscale:
     parts: "whole", "tiles", or "auto": tiles where the image is larger than the checkpoint can
         paint in one.
     steps: 0 takes the preset's for the part of the schedule that is left, at least 4.
-    tile: side in pixels, 0 is the checkpoint's size. overlap: see `TileSettings`.
+    tile: side in pixels, 0 is the checkpoint's size. overlap, batch: see `TileSettings`.
 
     Raises ValueError for values out of range.
     """
 
     scale: float = 2.0
-    sigma: float = 0.4
+    sigma: float = 0.3
     method: str = PIXELS
     parts: str = AUTO
     steps: int = 0
     tile: int = 0
     overlap: float = 0.25
+    batch: int = 1
 
     def __post_init__(self):
         if not (is_number(self.scale) and 1 < self.scale <= MAX_SCALE):
@@ -67,7 +68,7 @@ class Upscale:
                 )
         if not (is_whole(self.steps) and 0 <= self.steps <= 1000):
             raise ValueError(f"steps is {self.steps!r}; expected 0 (by the preset) to 1000.")
-        TileSettings(self.tile or 1024, self.overlap)
+        TileSettings(self.tile or 1024, self.overlap, batch=self.batch)
 
     @classmethod
     def of(cls, upscale: Upscale | float | None) -> Upscale | None:
@@ -94,7 +95,7 @@ class Upscale:
 
     def tiles(self, width: int, height: int, preset: Preset) -> TileSettings | None:
         """Tiles for an image of a size, None where it is painted whole."""
-        settings = TileSettings(self.tile or preset.size, self.overlap)
+        settings = TileSettings(self.tile or preset.size, self.overlap, batch=self.batch)
         if self.parts == AUTO:
             return settings if is_far(width, height, preset.size) else None
         return settings if self.parts == TILES else None

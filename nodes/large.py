@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..krea2_model.config import RAW
 from ..krea2_model.images.resize import colours, resize
 from ..krea2_model.images.sizes import MULTIPLE
-from ..krea2_model.tiles import TileSettings
+from ..krea2_model.tiles import MAX_BATCH, TileSettings
 from ..krea2_model.transformer.rotary_scaling import METHODS as ROTARY_METHODS
 from ..krea2_model.transformer.rotary_scaling import RotaryScaling
 from ..krea2_model.upscaling import LATENT, METHODS, PARTS, PIXELS, Upscale, enlarge_latents
@@ -40,6 +40,22 @@ def _tile(advanced: bool = False):
         step=MULTIPLE,
         advanced=advanced,
         tooltip="Side of a tile in pixels; 0 is the size that the checkpoint was trained at.",
+    )
+
+
+def _batch():
+    return io.Int.Input(
+        "batch",
+        default=1,
+        min=0,
+        max=MAX_BATCH,
+        advanced=True,
+        optional=True,
+        tooltip=(
+            "Tiles in one call of the model: the same picture in the memory of so many. 0 is as "
+            "many as fit, up to 8. With regions, control images or style pictures tiles go one by "
+            "one."
+        ),
     )
 
 
@@ -78,21 +94,43 @@ class K2TiledSampling(io.ComfyNode):
                         "tile's own. Beyond the size of training this draws lines at the edges."
                     ),
                 ),
+                _batch(),
+                io.Boolean.Input(
+                    "cut_references",
+                    default=False,
+                    advanced=True,
+                    optional=True,
+                    tooltip=(
+                        "Each tile sees its own part of reference images, as for an edit of the "
+                        "whole image; off: all of them."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model, which denoises in tiles.")],
         )
 
     @classmethod
-    def validate_inputs(cls, tile=None, overlap=None):
+    def validate_inputs(cls, tile=None, overlap=None, batch=None):
         def check():
-            TileSettings(tile or 1024, 0.25 if overlap is None else overlap)
+            share, count = 0.25 if overlap is None else overlap, 1 if batch is None else batch
+            TileSettings(tile or 1024, share, batch=count)
 
-        return verdict(cls, check, tile=tile, overlap=overlap)
+        return verdict(cls, check, tile=tile, overlap=overlap, batch=batch)
 
     @classmethod
-    def execute(cls, model, tile=0, overlap=0.25, move=True, true_places=False):
+    def execute(
+        cls,
+        model,
+        tile=0,
+        overlap=0.25,
+        move=True,
+        true_places=False,
+        batch=1,
+        cut_references=False,
+    ):
         check_ours(model, "which has no tiles")
-        settings = TileSettings(tile or _size_of(model), overlap, move, true_places)
+        side = tile or _size_of(model)
+        settings = TileSettings(side, overlap, move, true_places, batch, cut_references)
         return io.NodeOutput(_with_options(model, {TILES: settings}))
 
 
@@ -216,7 +254,7 @@ class K2Upscale(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "sigma",
-                    default=0.4,
+                    default=0.3,
                     min=0.01,
                     max=1.0,
                     step=0.01,
@@ -264,6 +302,7 @@ class K2Upscale(io.ComfyNode):
                 ),
                 _tile(advanced=True),
                 _overlap(),
+                _batch(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The larger latent, to be decoded."),
@@ -271,8 +310,11 @@ class K2Upscale(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, scale=None, sigma=None, steps=None, tile=None, overlap=None):
-        values = {"scale": scale, "sigma": sigma, "steps": steps, "tile": tile, "overlap": overlap}
+    def validate_inputs(
+        cls, scale=None, sigma=None, steps=None, tile=None, overlap=None, batch=None
+    ):
+        values = {"scale": scale, "sigma": sigma, "steps": steps}
+        values |= {"tile": tile, "overlap": overlap, "batch": batch}
 
         def check():
             Upscale(**{name: value for name, value in values.items() if value is not None})
@@ -290,7 +332,7 @@ class K2Upscale(io.ComfyNode):
         latent=None,
         upscale_model=None,
         scale=2.0,
-        sigma=0.4,
+        sigma=0.3,
         seed=0,
         method=PIXELS,
         parts=AUTO,
@@ -298,10 +340,11 @@ class K2Upscale(io.ComfyNode):
         guidance=-1.0,
         tile=0,
         overlap=0.25,
+        batch=1,
     ):
         check_model(model)
         check_limits(cls, seed=seed, guidance=guidance)
-        settings = Upscale(scale, sigma, method, parts, steps, tile, overlap)
+        settings = Upscale(scale, sigma, method, parts, steps, tile, overlap, batch)
         if (image is None) == (latent is None):
             both = "both" if image is not None else "neither"
             raise ValueError(f"image and latent: {both} is connected; expected one of them.")

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ..krea2_model.checkpoints.identify import TEXT_ENCODER, TRANSFORMER, VAE
 from ..krea2_model.tools.convert import QUANTISATIONS
 from . import inputs, model_files
+from .forecasts import FORECAST, numbers
 from .managed.clip import load_clip
 from .managed.model import load_model
 from .managed.vae import load_vae
@@ -48,7 +49,7 @@ def _transformer_input(name: str):
         name,
         options=model_files.list_models(TRANSFORMER),
         tooltip=_MODEL_TIP,
-        extra_dict={inputs.SETTINGS: model_files.settings_of_models()},
+        extra_dict={inputs.SETTINGS: model_files.settings_of_models(), FORECAST: numbers()},
     )
 
 

@@ -95,6 +95,20 @@ def settings_of_models() -> dict[str, str]:
     return settings
 
 
+def sizes_of_models(part: str) -> dict[str, int]:
+    """Bytes by name of the files that hold `part` alone, without those that hold others too."""
+    sizes = {}
+    for name in list_models(part):
+        try:
+            path = find_model(part, name)
+            is_alone = path.is_file() and kind_of(path).name == part
+        except (CheckpointError, OSError):
+            continue  # lists show broken files too
+        if is_alone:
+            sizes[name] = path.stat().st_size
+    return sizes
+
+
 def settings_of_loras() -> dict[str, str]:
     """Sampling defaults by name of a few-step LoRA, as text, where the name tells them."""
     steps = {name: read_steps(Path(name).name) for name in list_loras()}

@@ -39,6 +39,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2ContactSheet": (None, 200),
     "K2ControlLora": (None, 340),
     "K2CropForInpaint": (None, 190),
+    "K2Detailer": (390, 760),
     "K2Edit": (420, 660),
     "K2EmptyLatent": (None, 256),
     "K2FitImage": (None, 246),

@@ -88,6 +88,7 @@ NODES = {
         {"control": "krea2-nano outlines (built in)"}, _TEXTS | _VAE | _IMAGE, runs=True, width=400
     ),
     "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
+    "K2Detailer": Shot({}, _MODEL | _TEXTS | _VAE | _IMAGE | _MASK, runs=True),
     "K2Edit": Shot(
         {"prompt": "make the sky a stormy one", "family": "identity"},
         _MODEL | _CLIP | _VAE | {"image_1": ("LoadImage", "IMAGE")}, runs=True, width=420,
@@ -106,7 +107,7 @@ NODES = {
     "K2PromptExpander": Shot({"prompt": "a fox in the snow"}, width=400, room=40),
     "K2Reference": Shot({}, _TEXTS | _VAE | _IMAGE, runs=True, width=400),
     "K2Regions": Shot({}, _CLIP | _TEXTS | _LATENT, width=440),
-    "K2Sampler": Shot({}, _MODEL | _TEXTS | _LATENT, runs=True),
+    "K2Sampler": Shot({}, _MODEL | _TEXTS | _LATENT),
     "K2SelfCheck": Shot({}, _MODEL | _CLIP, runs=True, width=560, height=200),
     "K2Sigmas": Shot({}, _MODEL | _LATENT, runs=True),
     "K2Stitch": Shot(width=280),

@@ -25,6 +25,7 @@ EXAMPLES = ROOT / "example_workflows"
 # Pixels of a picture's side, and between the two.
 SIDE, GAP = 384, 12
 START = "a red circle left of a blue square on a yellow background"
+COLOURS = ("red", "blue", "green", "orange")
 # Of the server's input folder; the workflows name the first.
 NAMES = ("example.png", "second.png")
 Pictures = list[Image.Image]
@@ -87,6 +88,26 @@ def inpaint_detail(server: ComfyServer) -> Pictures:
     settings = {"denoise": 1.0}
     after = paint(server, "krea2_inpaint_detail", K2TextEncode=prompt, K2Sampler=settings)
     return [outlined(before, box), after]
+
+
+def detailer(server: ComfyServer) -> Pictures:
+    """Four small circles of a large picture become stars, at a size that the model can paint."""
+    before = start(server, "a large white circle on a white background").resize((512, 512))
+    before.paste(before.getpixel((4, 4)), (0, 0, 512, 512))
+    drawing, boxes = ImageDraw.Draw(before), []
+    for x in (64, 320):
+        for y in (64, 320):
+            drawing.ellipse((x + 40, y + 40, x + 88, y + 88), fill="black")
+            boxes.append((x + 20, y + 20, x + 108, y + 108))
+    alpha = Image.new("L", before.size, 255)
+    for box in boxes:
+        alpha.paste(0, box)
+    photo = before.copy()
+    photo.putalpha(alpha)
+    give(server, photo)
+    prompts = [f"a {colour} star on a white background" for colour in COLOURS]
+    settings = {"prompts": "\n".join(prompts), "denoise": 1.0, "context": 1.3, "grow": 0}
+    return [before, paint(server, "krea2_detailer", K2Detailer=settings)]
 
 
 def outpaint(server: ComfyServer) -> Pictures:
@@ -159,6 +180,7 @@ def style_loras(server: ComfyServer) -> Pictures:
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_control": control,
     "krea2_edit": edit,
+    "krea2_detailer": detailer,
     "krea2_image_to_image": image_to_image,
     "krea2_inpaint": inpaint,
     "krea2_inpaint_detail": inpaint_detail,

@@ -22,8 +22,11 @@ from .progress import Console
 from .settings import as_json, check_names, from_json, options_of, parameters_text, settings_of
 
 
-def generate(args: Namespace) -> Iterator[Path]:
-    """Make the pictures that `args` ask for; yields each file as it is written."""
+def generate(args: Namespace) -> Iterator[Path | str]:
+    """Make the pictures that `args` ask for; yields each file as it is written.
+
+    With --dry-run it yields what a picture would take, and makes none.
+    """
     console = Console(args.quiet)
     take_from_models(args)
     check_output(args)
@@ -32,6 +35,9 @@ def generate(args: Namespace) -> Iterator[Path]:
     from .painter import Painter
 
     painter = Painter(args, weights, console)
+    if args.dry_run:
+        yield str(painter.forecast(next(pictures_of(args))))
+        return
     taken: set[Path] = set()
     for one in pictures_of(args):
         picture = painter.paint(one, args.output.name)
@@ -81,7 +87,7 @@ def texts_of(settings: dict[str, Any], console: Console) -> dict[str, str]:
     return texts
 
 
-def again(args: Namespace, typed: list[str]) -> Iterator[Path]:
+def again(args: Namespace, typed: list[str]) -> Iterator[Path | str]:
     """Make a picture again by the settings in its file; `typed` options replace them."""
     settings = settings_in(args.picture)
     check_names({n: v for n, v in settings.items() if n not in named_options(typed)}, args.picture)

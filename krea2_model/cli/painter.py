@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from ..arguments import References
+from ..arguments import PromptImages, ReferencePicture, References
 from ..controls import Control
 from ..guidance import GuidanceSchedule
 from ..images.pictures import fit
+from ..memory.forecast import Forecast
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
+from ..text.prompt_tokens import tokenize_prompt
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
@@ -88,15 +91,57 @@ class Painter:
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return Picture(image, results)
 
+    def forecast(self, args: Namespace) -> Forecast:
+        """The forecast of a picture. Style pictures are not counted."""
+        self._use_loras(find_loras(args))
+        pipeline, pictures = self._pipeline, find_input_pictures(args)
+        width, height, start = args.width, args.height, pictures["start_image"]
+        steps, guidance, edit = args.steps, args.guidance, pictures["edit"]
+        images = PromptImages(pictures["images"]).prepared()
+        references = References(pictures["references"]).prepared()
+        if start is not None and width is None:
+            height, width = start.shape[1:]
+        if edit is not None:
+            steps, guidance = edit.settings(pipeline.preset, steps, guidance)
+            if width is None and height is None:
+                width, height = edit.size()
+            plan, _ = edit.plan(width, height, pipeline.edit_families, pipeline.preset)
+            images = plan.prompt_images
+            references = [ReferencePicture(*each) for each in plan.references]
+        prompt = tokenize_prompt(
+            pipeline.text_encoder.get_tokenizer(),
+            args.prompt,
+            images=images,
+            weighted=args.weights,
+            max_sequence_length=args.max_sequence_length,
+        )
+        return pipeline.forecast(
+            width,
+            height,
+            steps=steps,
+            guidance=guidance,
+            references=[
+                (r.pixels.shape[2], r.pixels.shape[1])
+                for r in references
+                if isinstance(r, ReferencePicture)
+            ],
+            text_tokens=len(prompt.weight_row),
+            control=self._control(args, pictures["control_image"]),
+            upscale=None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma),
+        )
+
+    def _control(self, args: Namespace, image: Tensor | None) -> Control | None:
+        lora = find_control(args)
+        if image is None or lora is None:
+            return None
+        times = {"start": args.control_start, "end": args.control_end}
+        return Control(lora, image, args.control_strength, **times)
+
     def _options(
         self, args: Namespace, pictures: dict[str, Any], steps: int, guidance: float
     ) -> dict[str, Any]:
         references = References(pictures.pop("references"), method=args.reference_method)
-        nag, image, lora = nag_settings(args), pictures.pop("control_image"), find_control(args)
-        control = None
-        if image is not None and lora is not None:
-            times = {"start": args.control_start, "end": args.control_end}
-            control = Control(lora, image, args.control_strength, **times)
+        nag, control = nag_settings(args), self._control(args, pictures.pop("control_image"))
         upscale = None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma)
         sigmas = None
         if args.mu is not None and args.denoise > 0:

@@ -105,6 +105,7 @@ def _generate(parser: Parser) -> None:
     parser.add_argument("prompt", help="what the picture shows, in whole sentences")
     add_picture_options(parser)
     add_run_options(parser)
+    add_dry_run(parser)
     add_machine(parser)
 
 
@@ -138,6 +139,7 @@ def _again(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="another prompt")
     add_picture_options(parser)
     add_run_options(parser)
+    add_dry_run(parser)
     add_machine(parser)
 
 
@@ -204,6 +206,13 @@ def _convert(parser: Parser) -> None:
         "--quantise", choices=QUANTISATIONS, help="the transformer's blocks in 8 bits"
     )
     parser.add_argument("--force", action="store_true", help="replace a target that exists")
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="say what a picture takes in tokens, operations and memory, and make none",
+    )  # fmt: skip
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

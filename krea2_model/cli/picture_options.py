@@ -201,8 +201,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "the checkpoint paints well; with --start-image FILE --denoise 0, a picture that exists",
     )  # fmt: skip
     large.add_argument(
-        "--upscale-sigma", type=number(0, 1, above=True), default=0.4, metavar="X",
-        help="its noise: 0.3 keeps shapes, 0.6 changes them; default: 0.4",
+        "--upscale-sigma", type=number(0, 1, above=True), default=0.3, metavar="X",
+        help="its noise: 0.3 keeps shapes, 0.6 changes them; default: 0.3",
     )  # fmt: skip
 
     control = parser.add_argument_group("control")

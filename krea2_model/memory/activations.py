@@ -6,12 +6,13 @@ attention holds no scores; tests/unit/test_memory_plan.py counts them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..checkpoints.quantised_layers import temporary_bytes
 from ..text.encoder import Qwen3VLTextEncoder
 from ..transformer.model import Krea2Transformer
-from ..vae.model import QwenImageVAE
+from ..vae.model import TILE, QwenImageVAE, tiled_bytes
 from .plan import ENCODER, TRANSFORMER, VAE
 
 # Text of a run that is planned before it is tokenised: the official length.
@@ -24,8 +25,10 @@ _BLOCK_STATES, _FUSION_STATES, _ENCODER_STATES = 8.5, 10.1, 15
 _MERGE_STATES = 2
 # Keys and values of some thousand tokens, logits, and the layer and head that only writing needs.
 WRITING_BYTES = 1_500_000_000
-# Numbers a pixel of an image while the VAE decodes or encodes it.
-_PIXEL = 800
+# Hidden states of the VAE's first width that are alive while it decodes or encodes an image.
+_VAE_STATES = 8.4
+# Larger images are decoded in tiles at once, which give the same picture.
+WHOLE_PIXELS = 2048 * 2048
 
 
 def activations(
@@ -83,4 +86,8 @@ def _encoder_bytes(encoder: Qwen3VLTextEncoder, tokens: int) -> int:
 
 
 def _vae_bytes(vae: QwenImageVAE, pixels: int) -> int:
-    return pixels * _PIXEL * next(vae.parameters()).element_size()
+    itemsize = next(vae.parameters()).element_size()
+    if pixels <= WHOLE_PIXELS:
+        return round(pixels * _VAE_STATES * vae.config.base_dim * itemsize)
+    cells = math.isqrt(pixels) // vae.config.downscale
+    return round(tiled_bytes(vae.config, (cells, cells), TILE, itemsize, _VAE_STATES))

@@ -24,7 +24,18 @@ from .activations import WRITING_BYTES, activations
 from .block_stream import BlockStream, pack_bytes
 from .device_weights import Copies, Weight, bytes_of, weights_of
 from .machine import GB, empty_cache, free_device_bytes, free_host_bytes
-from .plan import ENCODER, NONE, RESERVE, TRANSFORMER, VAE, PartSize, Plan, check_offload, plan_for
+from .plan import (
+    ENCODER,
+    NONE,
+    RESERVE,
+    TRANSFORMER,
+    VAE,
+    PartSize,
+    Plan,
+    check_offload,
+    peak_of,
+    plan_for,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +136,18 @@ class Offload:
         plans = [self._plan_for(each, budget) for each in (activations, instead_of)]
         return plans[0].mode == plans[1].mode and not plans[0].lacking
 
+    def forecast(self, activations: dict[str, int]) -> tuple[Plan, int, int | None]:
+        """The plan of a run, its peak on the device, and the bytes that there are, in bytes.
+
+        Nothing is moved. None for the bytes of a device whose memory is main memory.
+        """
+        budget = self._budget()
+        sizes = self._sizes(activations)
+        if self.mode == NONE and budget is not None:  # the weights are there already
+            budget += sum(part.weights for part in sizes)
+        plan = plan_for(self.mode, sizes, budget)
+        return plan, peak_of(plan, sizes), budget
+
     def prepare(self, activations: dict[str, int]) -> None:
         """Plan a run by the bytes of activations of each part, and log the plan."""
         if self.mode == NONE or self.in_use:  # in use: a run within a run
@@ -181,8 +204,10 @@ class Offload:
         empty_cache(self.device)
 
     def _plan_for(self, activations: dict[str, int], budget: int | None) -> Plan:
-        sizes = [part.size(activations[part.name]) for part in self._parts.values()]
-        return plan_for(self.mode, sizes, budget)
+        return plan_for(self.mode, self._sizes(activations), budget)
+
+    def _sizes(self, activations: dict[str, int]) -> list[PartSize]:
+        return [part.size(activations[part.name]) for part in self._parts.values()]
 
     def _budget(self) -> int | None:
         free = free_device_bytes(self.device)

@@ -108,7 +108,9 @@ def plan_for(offload: str, parts: Sequence[PartSize], budget: int | None) -> Pla
         mode = next(mode for mode in (NONE, PARTS, BLOCKS) if _fits(mode, parts, budget))
     listed = ", ".join(map(str, parts))
     if mode == NONE:
-        return Plan(NONE, {}, f"offload none ({listed}, all at once)")
+        together = sum(part.weights for part in parts) + max(p.activations for p in parts)
+        missing = 0 if budget is None else together + RESERVE - budget
+        return Plan(NONE, {}, f"offload none ({listed}, all at once)", max(0, missing))
     if mode == PARTS:
         missing = 0 if budget is None else max(part.whole for part in parts) - budget
         return Plan(PARTS, {}, f"offload parts ({listed} in turn)", max(0, missing))
@@ -124,6 +126,17 @@ def plan_for(offload: str, parts: Sequence[PartSize], budget: int | None) -> Pla
         words.append(f"{part} with {count} of {len(part.blocks)} blocks resident")
         missing = max(missing, -room)
     return Plan(BLOCKS, resident, f"offload blocks ({', '.join(words)} in turn)", missing)
+
+
+def peak_of(plan: Plan, parts: Sequence[PartSize]) -> int:
+    """Bytes on the device at most while parts run by a plan, without `RESERVE`."""
+    if plan.mode == NONE:
+        return sum(part.weights for part in parts) + max(part.activations for part in parts)
+    peaks = []
+    for part in parts:
+        resident = plan.resident.get(part.name)
+        peaks.append(part.whole if resident is None else part.streaming(resident))
+    return max(peaks) - RESERVE
 
 
 def _fits(mode: str, parts: Sequence[PartSize], budget: int | None) -> bool:

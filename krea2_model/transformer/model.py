@@ -158,6 +158,8 @@ class Krea2Transformer(nn.Module):
         patches = [
             self._patches(image, text.dtype) for image in (latents, *(r.latents for r in indexed))
         ]
+        # One reference for all images of a batch.
+        patches = [part.expand(max(len(latents), len(part)), -1, -1) for part in patches]
         image_tokens, *counts = (part.shape[1] for part in patches)
         tokens = self.first(torch.cat(patches, dim=1))
         del patches

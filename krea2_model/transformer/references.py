@@ -119,6 +119,12 @@ class Reference:
         """The reference with latents on the device and in the dtype of a tensor."""
         return replace(self, latents=self.latents.to(like))
 
+    def repeated(self, times: int) -> Reference:
+        """The reference for a batch that repeats so many times; one of a batch of one stays."""
+        if times == 1 or len(self.latents) == 1:
+            return self
+        return replace(self, latents=self.latents.repeat(times, 1, 1, 1))
+
 
 def with_indices(references: Sequence[Tensor | Reference] | None) -> list[Reference]:
     """References with their indices filled in, without those of strength 0."""

@@ -75,6 +75,14 @@ class TextStates:
     mask: Tensor | None = None
     weights: Tensor | None = None
 
+    def repeated(self, times: int) -> TextStates:
+        """The texts so many times, for a batch that repeats."""
+        if times == 1:
+            return self
+        optional = (self.mask, self.weights)
+        states = self.states.repeat(times, 1, 1)
+        return TextStates(states, *(None if p is None else p.repeat(times, 1) for p in optional))
+
 
 def normalised_guidance(positive: Tensor, negative: Tensor, settings: NegativeGuidance) -> Tensor:
     """NAG of attention outputs (B, L, D) for the positive and the negative text.

@@ -15,6 +15,7 @@ Source of the architecture: Wan-Video/Wan2.1, wan/modules/vae.py, in Qwen-Image'
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,13 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from ..config import VAEConfig
 from ..nn.kernels import inverse_rms, may_overwrite
 from ..nn.layers import TorchLayers
-from .tiling import Progress, apply_in_tiles, convert_tiled, plan_tiles
+from .tiling import Progress, apply_in_tiles, plan_tiles
 
 # Largest attention score matrix, in bytes, where the device has no fused kernel for our head size.
 MAX_SCORE_BYTES = 256 * 2**20
+
+# Pixels along a side of a tile, unless the caller chooses.
+TILE = 1024
 
 # Hidden states at the latents' size that are alive in the decoder's attention at the peak.
 _ATTENTION_STATES = 8.1
@@ -233,10 +237,20 @@ class Encoder(nn.Module):
         self.head = head_blocks(channels, 2 * config.z_dim, layers, **factory)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.attend(self.reduce(images))
+
+    def reduce(self, images: Tensor) -> Tensor:
+        """The convolutions down to the latents' size: hidden states (B, C, h, w)."""
         hidden = self.conv1(images)
         for block in self.downsamples:
             hidden = block(hidden)
-        return self.head(self.middle(hidden))
+        return hidden
+
+    def attend(self, hidden: Tensor) -> Tensor:
+        """The rest, with attention over the whole image."""
+        for block in self.middle:  # not at once, which would hold its input to the end
+            hidden = block(hidden)
+        return self.head(hidden)
 
 
 class Decoder(nn.Module):
@@ -287,16 +301,27 @@ def reach(config: VAEConfig) -> int:
     return math.ceil(sum(count / 2**level for level, count in enumerate(pixels)))
 
 
-def tiled_decode_bytes(
+def encoder_reach(config: VAEConfig) -> int:
+    """Latent cells to each side that a hidden state before the encoder's attention depends on.
+
+    As in `reach`; a resampler reads one pixel more of the larger size.
+    """
+    levels = len(config.dim_mult)
+    pixels = [2 * config.num_res_blocks + (level < levels - 1) for level in range(levels)]
+    pixels[0] += 1  # conv1
+    return math.ceil(sum(count / 2 ** (levels - 1 - n) for n, count in enumerate(pixels)))
+
+
+def tiled_bytes(
     config: VAEConfig, cells: tuple[int, int], tile: int, itemsize: int, widths: float
 ) -> float:
-    """Bytes on the device that `decode_tiled` of one image needs besides weights and the image.
+    """Bytes on the device that an image in tiles needs besides weights and the image.
 
     cells: rows and columns of the latents. widths: hidden states of the first width that are alive
     at the peak at full size. The attention's part grows with the image, a tile's does not.
     """
     states = cells[0] * cells[1] * config.base_dim * config.dim_mult[-1]
-    margin = 2 * reach(config) * config.downscale
+    margin = 2 * max(reach(config), encoder_reach(config)) * config.downscale
     across, down = (min(side * config.downscale, tile + margin) for side in cells)
     own = widths * config.base_dim * across * down
     return itemsize * max(_ATTENTION_STATES * states, states + own)
@@ -368,29 +393,27 @@ class QwenImageVAE(nn.Module):
         return latents.float() * std + mean
 
     def encode_tiled(
-        self,
-        images: Tensor,
-        tile: int = 1024,
-        overlap: int = 128,
-        progress: Progress | None = None,
+        self, images: Tensor, tile: int = TILE, progress: Progress | None = None
     ) -> Tensor:
-        """`encode` in overlapping square tiles, for sizes whose memory does not fit.
+        """`encode` in square tiles, equal to it but for the rounding of kernels; as `decode_tiled`.
 
-        `tile` and `overlap` are in pixels, multiples of `config.downscale`. Tiles lose the global
-        attention, so larger tiles are closer to `encode`; one that covers the image equals it.
-        `progress` is called after each tile.
+        images: on any device; those of a tile are moved to that of the weights.
         """
         self._check_images(images)
-        sides = [side // self.config.downscale for side in images.shape[2:]]
-        size = (images.shape[0], self.config.z_dim, *sides)
-        latents = images.new_zeros(size, dtype=torch.float32)
-        cell = self.config.downscale
-        return convert_tiled(images, latents, self.encode, cell, tile, overlap, progress)
+        config, cell = self.config, self.config.downscale
+        rows, columns = (side // cell for side in images.shape[2:])
+        count = self._tile_counter(len(images), (rows, columns), tile, progress)
+        latents = []
+        for image in images.split(1):
+            # Without a name, which would hold it through the attention.
+            moments = self.conv1(self.encoder.attend(self._reduced(image, tile // cell, count)))
+            latents.append(self.normalise(moments[:, : config.z_dim]).contiguous())
+        return torch.cat(latents)
 
     def decode_tiled(
         self,
         latents: Tensor,
-        tile: int = 1024,
+        tile: int = TILE,
         progress: Progress | None = None,
         out_device: torch.device | str | None = None,
     ) -> Tensor:
@@ -400,19 +423,30 @@ class QwenImageVAE(nn.Module):
             multiple of `config.downscale`; `reach` more are computed on each side.
         out_device: of the image, which no device with little memory has to hold; None is that of
             the latents.
-        Attention over the whole image runs at the latents' size, see `tiled_decode_bytes`.
+        Attention over the whole image runs at the latents' size, see `tiled_bytes`.
         """
         self._check("latents", latents, self.config.z_dim)
         config, cell = self.config, self.config.downscale
-        if tile < cell or tile % cell:
-            raise ValueError(f"tile {tile} (pixels) must be a multiple of {cell} above 0")
         rows, columns = latents.shape[2:]
         size = (config.image_channels, rows * config.decoded_cell, columns * config.decoded_cell)
         images = latents.new_empty((len(latents), *size), dtype=torch.float32, device=out_device)
-        total = len(latents)
-        for side in (rows, columns):
+        count = self._tile_counter(len(latents), (rows, columns), tile, progress)
+        for index, latent in enumerate(latents.split(1)):
+            image = images[index : index + 1]
+            hidden = self.decoder.attend(self.conv2(self._to_weights(self.denormalise(latent))))
+            apply_in_tiles(hidden, image, self._enlarge, tile // cell, reach(config), count)
+        return images
+
+    def _tile_counter(
+        self, images: int, cells: tuple[int, int], tile: int, progress: Progress | None
+    ) -> Callable[[], None]:
+        """A function to call after each tile. Raises ValueError for a tile of no whole cells."""
+        cell = self.config.downscale
+        if tile < cell or tile % cell:
+            raise ValueError(f"tile {tile} (pixels) must be a multiple of {cell} above 0")
+        total, done = images, 0
+        for side in cells:
             total *= len(plan_tiles(side, tile // cell, 0))
-        done = 0
 
         def count() -> None:
             nonlocal done
@@ -420,11 +454,25 @@ class QwenImageVAE(nn.Module):
             if progress is not None:
                 progress(done, total)
 
-        for index, latent in enumerate(latents.split(1)):
-            image = images[index : index + 1]
-            hidden = self.decoder.attend(self.conv2(self._to_weights(self.denormalise(latent))))
-            apply_in_tiles(hidden, image, self._enlarge, tile // cell, reach(config), count)
-        return images
+        return count
+
+    def _reduced(self, image: Tensor, tile: int, count: Callable[[], None]) -> Tensor:
+        """`Encoder.reduce` of an image (1, 3, H, W) in tiles of so many cells."""
+        config, weight = self.config, self.conv1.weight
+        rows, columns = (side // config.downscale for side in image.shape[2:])
+        hidden = torch.empty(
+            (1, config.base_dim * config.dim_mult[-1], rows, columns),
+            dtype=weight.dtype,
+            device=weight.device,
+            memory_format=torch.channels_last,
+        )
+
+        def reduce(part: Tensor) -> Tensor:
+            return self.encoder.reduce(self._to_weights(part.to(weight.device)))
+
+        margin = encoder_reach(config)
+        apply_in_tiles(image, hidden, reduce, tile, margin, count, config.downscale)
+        return hidden
 
     def _enlarge(self, hidden: Tensor) -> Tensor:
         return self.decoder.enlarge(hidden).float().clamp(-1.0, 1.0)

@@ -1,7 +1,7 @@
-"""An image in tiles: encoded in overlapping ones that are blended, decoded in exact ones.
+"""An image in tiles, each of which is exact.
 
-The decoder's attention runs over the whole image at the size of the latents. Behind it are only
-convolutions, which reach a few cells: a tile with that margin around it is exact.
+The networks' attention runs over the whole image at the size of the latents. On its one side are
+only convolutions, which reach a few cells: a tile with that margin around it is exact.
 """
 
 from __future__ import annotations
@@ -9,49 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 # Called with (tiles done, tiles in all).
 Progress = Callable[[int, int], None]
-
-
-def convert_tiled(
-    source: Tensor,
-    result: Tensor,
-    convert: Callable[[Tensor], Tensor],
-    cell: int,
-    tile: int,
-    overlap: int,
-    progress: Progress | None,
-) -> Tensor:
-    """Convert `source` (images or latents) a tile at a time into `result`, which is zeros.
-
-    cell: pixels along a latent cell. tile, overlap: in pixels, multiples of it.
-    """
-    if tile % cell or overlap % cell or not 0 <= overlap < tile:
-        raise ValueError(
-            f"tile {tile} and overlap {overlap} (pixels) must be multiples of {cell}, "
-            "with 0 <= overlap < tile"
-        )
-    # Spans are in latent cells, so that a tile is the same region in source and result.
-    height, width = min(source.shape[2:], result.shape[2:])
-    source_cell, result_cell = source.shape[2] // height, result.shape[2] // height
-    row_spans = plan_tiles(height, tile // cell, overlap // cell)
-    column_spans = plan_tiles(width, tile // cell, overlap // cell)
-    row_weights = feather_weights(row_spans, result_cell)
-    column_weights = feather_weights(column_spans, result_cell)
-    done = 0
-    for rows, row_weight in zip(row_spans, row_weights, strict=True):
-        for columns, column_weight in zip(column_spans, column_weights, strict=True):
-            part = source[..., _slice(rows, source_cell), _slice(columns, source_cell)]
-            weight = (row_weight[:, None] * column_weight).to(result.device)
-            place = result[..., _slice(rows, result_cell), _slice(columns, result_cell)]
-            place += convert(part) * weight
-            done += 1
-            if progress is not None:
-                progress(done, len(row_spans) * len(column_spans))
-    return result
 
 
 def apply_in_tiles(
@@ -61,19 +22,22 @@ def apply_in_tiles(
     tile: int,
     margin: int,
     progress: Callable[[], None],
+    cell: int = 1,
 ) -> None:
     """Write `apply(source)` (1, C, h, w) into `result` a tile at a time, without seams.
 
-    tile: cells of `source` along a side that one call gives; it sees `margin` more on each side,
-    as far as `apply` reaches. result: a whole multiple of the source's sides, on any device.
+    cell: values of `source` along a side of a latent cell. tile: cells along a side that one call
+    gives; it sees `margin` more on each side, as far as `apply` reaches. result: so many values a
+    cell as it likes, on any device.
     progress: called after each tile.
     """
-    height, width = source.shape[2:]
+    height, width = (side // cell for side in source.shape[2:])
     scale = result.shape[2] // height
     for rows in plan_tiles(height, tile, 0):
         for columns in plan_tiles(width, tile, 0):
             top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
-            part = source[..., top : rows[1] + margin, left : columns[1] + margin]
+            seen = (top, rows[1] + margin), (left, columns[1] + margin)
+            part = source[..., _slice(seen[0], cell), _slice(seen[1], cell)]
             own = (..., _slice(rows, scale, top), _slice(columns, scale, left))
             place = result[..., _slice(rows, scale), _slice(columns, scale)]
             place.copy_(apply(part)[own])
@@ -90,29 +54,6 @@ def plan_tiles(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     steps = math.ceil((size - tile) / (tile - overlap))
     starts = [step * (size - tile) // steps for step in range(steps + 1)]
     return [(start, start + tile) for start in starts]
-
-
-def feather_weights(spans: list[tuple[int, int]], scale: int = 1) -> list[Tensor]:
-    """A float32 weight for each position of each span: linear ramps where spans overlap.
-
-    Each unit of a span has `scale` positions. The weights at a position sum to 1 over the spans.
-    Nothing fades at the ends of the axis.
-    """
-    total = torch.zeros(spans[-1][1] * scale)
-    weights = []
-    for index, span in enumerate(spans):
-        length = (span[1] - span[0]) * scale
-        position = torch.arange(length) + 0.5
-        weight = torch.ones(length)
-        if index > 0 and (shared := spans[index - 1][1] - span[0]):
-            weight = weight.minimum(position / (shared * scale))
-        if index < len(spans) - 1 and (shared := span[1] - spans[index + 1][0]):
-            weight = weight.minimum(position.flip(0) / (shared * scale))
-        total[_slice(span, scale)] += weight
-        weights.append(weight)
-    return [
-        weight / total[_slice(span, scale)] for weight, span in zip(weights, spans, strict=True)
-    ]
 
 
 def _slice(span: tuple[int, int], scale: int, origin: int = 0) -> slice:

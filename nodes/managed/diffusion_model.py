@@ -9,13 +9,13 @@ import torch
 
 from ...krea2_model.lora.live import live_loras_of_text
 from ...krea2_model.regions import fuse_regions
-from ...krea2_model.tiles import fuse
+from ...krea2_model.tiles import ENOUGH, fuse
 from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.references import ReferenceKVCache
 from ...krea2_model.transformer.text_attention import TextAttention, TextStates
 from . import contract
-from .backend import ComfyBackend
+from .backend import OVERRIDE, ComfyBackend
 from .conditions import RunConditions
 from .control import with_controls
 from .layers import comfy_layers
@@ -114,12 +114,29 @@ class Krea2DiffusionModel(contract.Transformer):
             self._prepare_style(features.style, sigma, *place, conditions, transformer_options)
         tiles = features.tiles_at(sigma, image)
         if tiles is None:
-            return velocity_of(None, latents).reshape(x.shape)
-        return fuse(latents, tiles, velocity_of).to(x.dtype).reshape(x.shape)
+            return velocity_of((), latents).reshape(x.shape)
+        features.check_tiles(plan)
+        batch = 1
+        if conditions.token_weights is None and conditions.negative is None:
+            batch = self._tiles_at_once(features, plan, latents, text, transformer_options)
+        return fuse(latents, tiles, velocity_of, batch).to(x.dtype).reshape(x.shape)
+
+    def _tiles_at_once(self, features, plan, latents, text, options) -> int:
+        """Tiles in one call; one where others' patches count the batch as ComfyUI made it."""
+        patched = any(options.get(key) for key in ("patches", "patches_replace", OVERRIDE))
+        batch = 1 if patched else features.tiles_at_once(plan)
+        if batch > 0:
+            return batch
+        config = self.config
+        states = 3 * config.hidden_size + 2 * config.intermediate_size
+        tokens = len(latents) * (features.tiles.tokens(latents) + text.shape[1])
+        tile = tokens * states * latents.element_size()
+        free = comfy.model_management.get_free_memory(latents.device)
+        return max(1, min(ENOUGH, int(0.8 * free / tile)))
 
     def _velocity(
         self,
-        tile,
+        tiles,
         latents,
         *,
         timesteps,
@@ -132,19 +149,25 @@ class Krea2DiffusionModel(contract.Transformer):
         is_touched,
         image,
     ):
-        """The velocity (B, C, h, w) of latents, which are an image's or those of a tile.
+        """The velocity (B, C, h, w) of an image's latents, or (N * B, C, h, w) of N tiles.
 
-        sigma: the first of timesteps, read from the device once a step. text, mask: fused. frames:
-        latents of references. image: rows and columns of the image's tokens.
+        tiles: of one size; several have the same features. sigma: the first of timesteps, read from
+        the device once a step. text, mask: fused. frames: latents of references. image: rows and
+        columns of the image's tokens.
         """
-        plan = conditions.reference_plan
+        plan, tile, times = conditions.reference_plan, tiles[0] if tiles else None, len(tiles) or 1
         step = conditions.features.at(sigma, image, latents.device, tile)
+        if times > 1:
+            timesteps, text = timesteps.repeat(times), text.repeat(times, 1, 1)
+            mask = None if mask is None else mask.repeat(times, 1)
         attention = _text_attention(conditions, mask, step.texts)
         lengths, padding = conditions.text_lengths, None
         if lengths is not None and min(lengths) < text.shape[1]:
-            padding = [text.shape[1] - length for length in lengths]
+            padding = times * [text.shape[1] - length for length in lengths]
         text, mask = step.join(text, mask)
         references = plan.active(sigma, frames)
+        references = conditions.features.references_of(references, tile, image)
+        references = [reference.repeated(times) for reference in references]
         groups, style = step.with_references(references).groups, step.style_keys(self)
         if references:
             counts = [token_count(reference.latents) for reference in references]

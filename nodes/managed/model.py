@@ -178,6 +178,12 @@ class Krea2Model(comfy.model_base.Krea2):
         tiles = options.get("transformer_options", {}).get(TILES)
         return math.inf if tiles is None else tiles.size // MULTIPLE
 
+    def _tile_batch(self) -> int:
+        """Tiles in one call, 1 for those that take what memory is left."""
+        options = getattr(self.current_patcher, "model_options", {})
+        tiles = options.get("transformer_options", {}).get(TILES)
+        return 1 if tiles is None else max(1, tiles.batch)
+
     def _negative(self, conditioning) -> NegativeText | None:
         """The negative of Krea 2 Negative (NAG), for any conditioning but a negative."""
         options = getattr(self.current_patcher, "model_options", {})
@@ -284,7 +290,7 @@ class Krea2Model(comfy.model_base.Krea2):
             tokens += shape[-1] // config.patch_size**2
         styles = styles_of(self.current_patcher)
         style_tokens = [] if styles is None else styles.tokens
-        tokens = max(input_shape[0] * tokens, *style_tokens, 0)
+        tokens = max(input_shape[0] * self._tile_batch() * tokens, *style_tokens, 0)
         # Attention to style pictures is merged in float32: two states more.
         states = 3 + 2 * bool(style_tokens)
         elements = tokens * (states * config.hidden_size + 2 * config.intermediate_size)

@@ -15,13 +15,12 @@ from ...krea2_model.checkpoints.identify import VAE, WHERE, CheckpointError
 from ...krea2_model.checkpoints.vae import read_vae
 from ...krea2_model.checkpoints.vae_keys import restore_temporal
 from ...krea2_model.config import VAEConfig
-from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE, tiled_decode_bytes
+from ...krea2_model.vae.model import MAX_SCORE_BYTES, QwenImageVAE, tiled_bytes
 from .checkpoint import check_weights, open_part
 from .layers import comfy_layers
 from .memory import advise
 
-# Tile sides in pixels that are tried in turn when memory runs out: the larger, the closer to the
-# whole image, since each tile loses the attention over all of it.
+# Tile sides in pixels that are tried in turn when memory runs out: large ones compute less twice.
 FALLBACK_TILES = (1024, 512, 256)
 _REMEDY = (
     "There are no tiles below 256 px to go on with: close what else uses the device, or start "
@@ -76,8 +75,9 @@ class Krea2VAE(comfy.sd.VAE):
     def decode(self, samples_in, vae_options={}):  # noqa: B006 - core's signature
         """Latents (B, 16, 1, h, w) or (B, 16, h, w) to images (B, H, W, 3) in [0, 1]."""
         latents = self._latents(samples_in)
-        self._load(self.memory_used_decode(latents.shape, self.vae_dtype))
-        return self._with_fallback(latents, self._decode_whole, self._decode_tiles, self._to_images)
+        memory = self.memory_used_decode(latents.shape, self.vae_dtype)
+        whole = self._load_for(memory, latents.shape, self._decode_whole)
+        return self._with_fallback(latents, whole, self._decode_tiles, self._to_images)
 
     def decode_tiled(
         self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
@@ -92,8 +92,11 @@ class Krea2VAE(comfy.sd.VAE):
     def encode(self, pixel_samples):
         """Images (B, H, W, C) in [0, 1] to latents (B, 16, 1, h, w)."""
         images = self._images(pixel_samples)
-        self._load(self.memory_used_encode(images.shape, self.vae_dtype))
-        return self._with_fallback(images, self._encode_whole, self._encode_tiles, self._to_latents)
+        cells = [side // self.downscale_ratio for side in images.shape[-2:]]
+        whole = self._load_for(
+            self.memory_used_encode(images.shape, self.vae_dtype), cells, self._encode_whole
+        )
+        return self._with_fallback(images, whole, self._encode_tiles, self._to_latents)
 
     def encode_tiled(
         self, pixel_samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
@@ -101,7 +104,8 @@ class Krea2VAE(comfy.sd.VAE):
         """As `encode`, in square tiles; sizes are in pixels, as core passes them."""
         images = self._images(pixel_samples)
         tile, overlap = self._tiling(tile_x, tile_y, overlap, 1)
-        self._load(self.memory_used_encode((1, 3, tile, tile), self.vae_dtype))
+        cells = [side // self.downscale_ratio for side in images.shape[-2:]]
+        self._load(self._tile_activations(cells, tile))
         with comfy.model_management.cuda_device_context(self.device):
             return self._to_latents(self._encode_tiles(images.to(self.device), tile, overlap))
 
@@ -132,23 +136,35 @@ class Krea2VAE(comfy.sd.VAE):
         return 1.25 * elements * size + 2 * MAX_SCORE_BYTES
 
     def _tile_activations(self, shape, tile: int) -> float:
-        """Bytes that decoding one image of latents takes in tiles, and a workspace."""
+        """Bytes that one image of (..., h, w) latent cells takes in tiles, and a workspace."""
         size = comfy.model_management.dtype_size(self.vae_dtype)
         widths = 3.5 if self.device.type == "cuda" else 8
         config = self.first_stage_model.config
-        return (
-            1.25 * tiled_decode_bytes(config, shape[-2:], tile, size, widths) + 2 * MAX_SCORE_BYTES
-        )
+        return 1.25 * tiled_bytes(config, shape[-2:], tile, size, widths) + 2 * MAX_SCORE_BYTES
+
+    def _load_for(self, memory, shape, convert):
+        """Load for a conversion of so many bytes; it, or None where it takes tiles at once.
+
+        Tiles give the same result. shape: (..., h, w) of the latents.
+        """
+        if memory > comfy.model_management.get_total_memory(self.device):
+            self._load(self._tile_activations(shape, FALLBACK_TILES[0]))
+            return None
+        self._load(memory)
+        return convert
 
     def _load(self, memory):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
 
     def _with_fallback(self, source, convert, convert_tiled, finish):
-        """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles."""
+        """Convert a batch one item at a time: in one piece, or in smaller and smaller tiles.
+
+        convert: None where one piece is not to be tried.
+        """
         # Images and latents alike by their sides in pixels.
         cell = self.downscale_ratio if finish == self._to_images else 1
         pixels = max(source.shape[-2:]) * cell
-        attempts = [convert]
+        attempts = [] if convert is None else [convert]
         for tile in FALLBACK_TILES:
             if tile < pixels:
                 attempts.append(lambda item, tile=tile: convert_tiled(item, tile, tile // 8))
@@ -204,8 +220,9 @@ class Krea2VAE(comfy.sd.VAE):
         return model.decode_tiled(_normalise(latents), tile, _progress(), self.output_device)
 
     def _encode_tiles(self, images, tile, overlap):
+        """overlap: as above."""
         model = self.first_stage_model
-        return _denormalise(model.encode_tiled(images, tile, overlap, _progress()))
+        return _denormalise(model.encode_tiled(images, tile, _progress()))
 
     def _has_released_statistics(self) -> bool:
         config = self.first_stage_model.config

@@ -41,6 +41,19 @@ class Reading:
         )
 
 
+def seam_step(picture: np.ndarray, columns: Sequence[int], rows: Sequence[int]) -> float:
+    """Mean step across seams of a picture (H, W, 3) in [0, 1] above that elsewhere, in 255ths.
+
+    columns, rows: first pixels behind the seams.
+    """
+    excess = []
+    for axis, seams in ((1, columns), (0, rows)):
+        steps = 255 * np.abs(np.diff(picture, axis=axis)).mean(axis=(1 - axis, 2))
+        is_seam = np.isin(np.arange(len(steps)), np.asarray(seams, dtype=int) - 1)
+        excess.append(steps[is_seam] - steps[~is_seam].mean())
+    return float(np.concatenate(excess).mean())
+
+
 def colour_name(colour: np.ndarray) -> str:
     """The nearest name for a colour (3,) in [0, 1]."""
     return list(COLOURS)[int(np.square(_PALETTE - colour).sum(axis=1).argmin())]

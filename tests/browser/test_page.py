@@ -6,6 +6,8 @@ import pytest
 from playwright.sync_api import expect
 
 from conftest import ROOT, api_form, outputs_of_run, read_json, run, set_widgets
+from krea2_model import TransformerConfig, load_transformer, nano
+from krea2_model.memory.forecast import call_operations
 from nano_templates import NANO, NANO_RAW, nano_graph
 from page import PACK_FOLDER, open_template
 
@@ -35,6 +37,11 @@ OUTSIDE = """() => app.rootGraph.nodes.filter(node => !app.rootGraph.groups.some
     node.pos[0] >= group.pos[0] && node.pos[1] >= group.pos[1]
     && node.pos[0] + node.size[0] <= group.pos[0] + group.size[0]
     && node.pos[1] + node.size[1] <= group.pos[1] + group.size[1])).map(node => node.type)"""
+COUNT_REQUESTS = """() => {
+    const fetch = window.fetch;
+    window.asked = [];
+    window.fetch = (...words) => { window.asked.push(words[0]); return fetch(...words); };
+}"""
 BLUEPRINT = "Krea 2 text to image"
 
 
@@ -97,8 +104,13 @@ def test_a_value_of_the_user_s_stays(load_template):
 def test_the_sampler_shows_what_it_will_use(load_template):
     page = load_template("krea2_raw_text_to_image")
     # By its name: the file is not here.
-    assert page.evaluate(REPORT, "K2Sampler") == "auto: raw, 28 steps, mu by size\n" + (
-        "guidance 4.5 (cfg 5.5)"
+    operations = 56 * call_operations(TransformerConfig(), 4096, 512) / 1e15
+    assert page.evaluate(REPORT, "K2Sampler") == "\n".join(
+        [
+            "auto: raw, 28 steps, mu by size",
+            "guidance 4.5 (cfg 5.5)",
+            f"4096 tokens, 56 calls, {operations:.3g} PFLOP",
+        ]
     )
     assert page.evaluate(HIDDEN, "K2Sampler") == ["steps", "guidance", "mu"]
     pick_model(page, NANO_RAW)
@@ -108,7 +120,33 @@ def test_the_sampler_shows_what_it_will_use(load_template):
     choose(page, "K2Sampler", "preset", "custom")
     choose(page, "K2Sampler", "shift", "fixed")
     assert page.evaluate(HIDDEN, "K2Sampler") == []
-    assert page.evaluate(REPORT, "K2Sampler") == ""
+    assert page.evaluate(REPORT, "K2Sampler").startswith("64 tokens, 56 calls, ")
+
+
+def test_the_sampler_shows_what_a_run_will_take(load_template):
+    """Before it, and at once after each change, without a call to the server."""
+    page = load_template("krea2_raw_text_to_image")
+    pick_model(page, NANO)
+    page.evaluate(COUNT_REQUESTS)
+    choose(page, "K2EmptyLatent", "aspect", "custom")
+    choose(page, "K2EmptyLatent", "width", 256)
+    choose(page, "K2EmptyLatent", "batch", 3)
+    report = page.evaluate(REPORT, "K2Sampler").split("\n")
+    config = load_transformer(nano.TRANSFORMERS["turbo"]).config
+    operations = 8 * call_operations(config, 16 * 8, 512, batch=3) / 1e9
+    assert report[2] == f"128 tokens, 8 calls, {operations:.3g} GFLOP"
+    # As Krea2Model.memory_required counts it, beside the weights.
+    states = 3 * (128 + 512) * (3 * config.hidden_size + 2 * config.intermediate_size)
+    needed = 4 * 1.15 * states + 0.45 * 1024**3
+    peak = (needed + nano.TRANSFORMERS["turbo"].stat().st_size) / 1e9
+    assert report[3].startswith(f"memory: {peak:.1f} of ") and len(report) == 4
+    choose(page, "K2EmptyLatent", "width", 16384)
+    choose(page, "K2EmptyLatent", "height", 16384)
+    choose(page, "K2EmptyLatent", "batch", 64)
+    report = page.evaluate(REPORT, "K2Sampler").split("\n")
+    assert report[4:] == ["will not fit: make the image smaller", "or fewer images at once"]
+    assert all(len(line) <= 40 for line in report)
+    assert page.evaluate("() => window.asked") == []
 
 
 def test_the_sampler_shows_the_steps_of_a_few_step_lora(load_template):

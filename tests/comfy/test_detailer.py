@@ -138,7 +138,7 @@ def test_a_cancelled_run_leaves_the_image_as_it_was(detail, monkeypatch):
     assert torch.equal(picture, before)
 
 
-# krea2-nano paints 8 of these 8; at its own size in the whole picture it would be lost.
+# krea2-nano paints these four at each of eight seeds (32 of 32).
 def test_small_things_of_a_large_picture_become_what_the_prompt_says(detail, run, nano):
     colours = ["red", "green", "blue", "yellow"]
     picture = torch.from_numpy(draw(Scene((Thing("circle", "black"),), "white"), 512, 512))[None]
@@ -157,7 +157,7 @@ def test_small_things_of_a_large_picture_become_what_the_prompt_says(detail, run
         found = read_thing(result[0, top:high, left:wide].numpy())
         right += found is not None and (found.colour, found.shape) == (colour, "star")
     assert torch.equal(result[mask.expand(1, -1, -1) == 0], picture[mask == 0])
-    assert right >= 3
+    assert right >= 3  # a device may round one otherwise
 
 
 @pytest.mark.parametrize(

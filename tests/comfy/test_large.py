@@ -163,3 +163,40 @@ def test_core_s_own_model_is_refused_by_name(run, models):
     for node, feature in (("K2TiledSampling", "tiles"), ("K2RotaryScaling", "scaled rotary")):
         with pytest.raises(ValueError, match=f"which has no {feature}"):
             run(node, model=core)
+
+
+@pytest.mark.parametrize("batch", [2, 0])
+def test_a_batch_of_tiles_is_the_picture_of_single_ones(run, nano, batch):
+    """With guidance, whose two texts of different length share a call."""
+    (model, *_), texts = nano
+    latent = {"samples": torch.zeros(1, 16, 1, 12, 16)}
+    options = {**texts, "latent": latent, **SAMPLER, "guidance": 2.0}
+    found, calls = [], []
+    for count in (1, batch):
+        tiled, seen = run("K2TiledSampling", model=model, tile=64, batch=count)[0], []
+        hook = tiled.model.diffusion_model.first.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(len(inputs[0]))
+        )
+        found.append(run("K2Sampler", **{**options, "model": tiled})[0]["samples"])
+        hook.remove()
+        calls.append(len(seen))
+    assert_close(found[0], found[1], 1e-5, "latents")
+    assert calls[1] == calls[0] / (batch or 6)
+
+
+def test_parts_of_references_are_cut_in_the_graph_as_in_python(run, nano, pack):
+    (model, clip, vae), texts = nano
+    reference = image(96, 128, 5)
+    latent = {"samples": torch.zeros(1, 16, 1, 12, 16)}
+    tiled = run("K2TiledSampling", model=model, tile=64, cut_references=True)[0]
+    positive = run("K2Reference", positive=texts["positive"], image=reference, vae=vae)[0]
+    found = run("K2Sampler", model=tiled, positive=positive, latent=latent, **SAMPLER)[0]["samples"]
+    krea2 = pack("krea2_model")
+    settings = krea2.TileSettings(64, cut_references=True)
+    pictures = [reference[0].movedim(-1, 0)]
+    expected = krea2.Krea2Pipeline.nano()(
+        "a red circle", width=128, height=96, steps=2, guidance=0, seed=3, tiles=settings,
+        references=pictures, output_type="np", prompt_weights=True,
+    )  # fmt: skip
+    (decoded,) = run("K2VAEDecode", samples={"samples": found}, vae=vae)[:1]
+    assert_close(decoded, torch.from_numpy(expected), 1e-3, "picture")

@@ -84,8 +84,11 @@ INPUTS = {
     "K2Upscale": [
         *("model", "positive", "negative", "vae", "image", "latent", "upscale_model", "scale"),
         *("sigma", "seed", "method", "parts", "steps", "guidance", "tile", "overlap"),
+        "batch",
     ],
-    "K2TiledSampling": ["model", "tile", "overlap", "move", "true_places"],
+    "K2TiledSampling": [
+        *("model", "tile", "overlap", "move", "true_places", "batch", "cut_references"),
+    ],
     "K2RotaryScaling": ["model", "method", "dynamic", "strength", "size"],
     "K2PromptBatch": ["clip", "prompts", "negative", "images_per_prompt", "wildcard_seed"],
     "K2ContactSheet": ["images", "captions", "columns", "cell", "text_size"],

@@ -35,8 +35,11 @@ def test_what_the_registry_shows():
 
 
 def test_requirements_are_told_once_the_same():
-    lines = read("requirements.txt").splitlines()
-    assert PROJECT["dependencies"] == [line for line in lines if not line.startswith("#")]
+    def of(file):
+        return [line for line in read(file).splitlines() if not line.startswith("#")]
+
+    assert PROJECT["dependencies"] == of("requirements.txt")
+    assert PROJECT["optional-dependencies"] == {"training": of("requirements-training.txt")}
 
 
 def test_the_owner_s_fields_are_filled_in_together():
@@ -57,7 +60,8 @@ def test_the_icon():
 
 def test_the_archive_has_nothing_that_only_this_repository_needs():
     folders = {name.partition("/")[0] for name in FILES if "/" in name}
-    wanted = {"docs", "example_workflows", "krea2_model", "locales", "nodes", "web"}
+    wanted = {"docs", "example_workflows", "krea2_model", "krea2_training"}
+    wanted |= {"locales", "nodes", "web"}
     assert folders - {"subgraphs"} == wanted
     assert not [
         name for name in FILES if re.search(r"\.pyc$|^\.|requirements-test|(^|/)test_", name)
@@ -82,12 +86,12 @@ def test_workflow_files_use_what_there_is():
 
 def test_pip_installs_all_of_the_package_and_nothing_else():
     tool = SETTINGS["tool"]["setuptools"]
-    (pattern,) = tool["packages"]["find"]["include"]
-    folders = {file.parent for file in (ROOT / "krea2_model").rglob("*.py")}
-    assert pattern == "krea2_model*" and all((f / "__init__.py").is_file() for f in folders)
-    data = {
-        file for file in (ROOT / "krea2_model").rglob("*.*") if file.suffix not in (".py", ".pyc")
-    }
+    packages = ("krea2_model", "krea2_training")
+    assert tool["packages"]["find"]["include"] == [f"{package}*" for package in packages]
+    files = [file for package in packages for file in (ROOT / package).rglob("*.*")]
+    folders = {file.parent for file in files if file.suffix == ".py"}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    data = {file for file in files if file.suffix not in (".py", ".pyc")}
     patterns = tool["package-data"]["krea2_model"]
     assert data == {file for p in patterns for file in (ROOT / "krea2_model").glob(p)}
     assert PROJECT["scripts"] == {"krea2": "krea2_model.cli.main:main"}

@@ -54,6 +54,13 @@ def test_strength_1_is_a_plain_reference(transformer, latents, pictures, text):
     assert torch.equal(plain, transformer(latents, TIME, text, references=given))
 
 
+def test_one_reference_is_seen_by_all_images_of_a_batch(transformer, latents, pictures, text):
+    both = torch.cat((latents, latents.flip(-1)))
+    together = transformer(both, TIME.repeat(2), text.repeat(2, 1, 1), references=pictures)
+    for one, expected in zip(both.split(1), together.split(1), strict=True):
+        assert_close(transformer(one, TIME, text, references=pictures), expected, 1e-5, "velocity")
+
+
 def test_strength_0_is_no_reference(transformer, latents, pictures, text):
     none = transformer(latents, TIME, text)
     given = [referring(picture, strength=0) for picture in pictures]

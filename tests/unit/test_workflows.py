@@ -45,6 +45,7 @@ def test_there_are_examples():
         "krea2_edit",
         "krea2_image_to_image",
         "krea2_inpaint",
+        "krea2_detailer",
         "krea2_inpaint_detail",
         "krea2_lora",
         "krea2_nano_first_image",

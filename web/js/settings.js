@@ -2,6 +2,7 @@
 // settings that it stands for are written on the node before a run.
 
 import { app } from "../../../scripts/app.js";
+import { forecastLines, sizeOf } from "./forecast.js";
 import { reportOf, show } from "./node_text.js";
 
 // A widget is shown where another one has this value.
@@ -12,11 +13,18 @@ const SHOWN_WITH = {
 };
 // Key of an input's options: the settings of each choice, as text (nodes/inputs.py).
 const SETTINGS = "krea2_settings";
+// Likewise of a loader: what a forecast needs (nodes/forecasts.py).
+const FORECAST = "krea2_forecast";
 // Nodes without guidance show the first line only.
 const SAMPLER = "K2Sampler";
 // Below this strength a few-step LoRA leaves the checkpoint's settings (krea2_model/lora).
 const FULL_STRENGTH = 0.8;
 const FARTHEST = 50;
+// Widgets whose values are settings of a run, or decide what it takes.
+const REFRESHING = [
+  ...["preset", "shift", "model", "file", "lora", "strength", "steps", "guidance"],
+  ...["aspect", "megapixels", "width", "height", "batch"],
+];
 
 // The settings last shown on a node: a report of a run stays until they change.
 const planned = new WeakMap();
@@ -26,10 +34,12 @@ const widgetOf = (node, name) => node.widgets?.find((each) => each.name === name
 const inputOf = (node, name) => node.inputs?.find((each) => each.name === name);
 const isLinked = (node, name) => inputOf(node, name)?.link != null;
 
-function settingsOf(node, name) {
+function optionOf(node, name, key) {
   const inputs = node.constructor?.nodeData?.input;
-  return inputs?.required?.[name]?.[1]?.[SETTINGS] ?? inputs?.optional?.[name]?.[1]?.[SETTINGS];
+  return inputs?.required?.[name]?.[1]?.[key] ?? inputs?.optional?.[name]?.[1]?.[key];
 }
+
+const settingsOf = (node, name) => optionOf(node, name, SETTINGS);
 
 function hideUnused(node) {
   let changed = false;
@@ -69,7 +79,47 @@ function settingsOfModel(node, presets) {
   return undefined;
 }
 
+function upstream(node, name, type) {
+  const slot = node.inputs?.findIndex((each) => each.name === name || each.type === type) ?? -1;
+  return slot >= 0 ? node.getInputNode?.(slot) : null;
+}
+
+// What the sampler will take, where size, steps and model are known.
+function forecast(node, settings) {
+  const source = upstream(node, "latent", "LATENT");
+  const size = source && sizeOf(source, widgetOf, isLinked);
+  if (!size) return [];
+  let loader = upstream(node, "model", "MODEL");
+  for (let step = 0; loader && step < FARTHEST; step++) {
+    for (const name of ["model", "file"]) {
+      const known = optionOf(loader, name, FORECAST);
+      if (known) return forecastLines(size, settings, known, widgetOf(loader, name)?.value);
+    }
+    loader = upstream(loader, "model", "MODEL");
+  }
+  return [];
+}
+
+// Steps and guidance as settings say them (nodes/reports.py), or as the widgets do.
+function numbersOf(node, text) {
+  const own = (name) => (isLinked(node, name) ? undefined : widgetOf(node, name)?.value);
+  return {
+    steps: text ? Number(text.match(/(\d+) steps/)?.[1]) : own("steps"),
+    guidance: text ? Number(text.match(/guidance ([\d.]+)/)?.[1]) : own("guidance"),
+  };
+}
+
 function plan(node) {
+  const settings = planSettings(node);
+  if (node.comfyClass !== SAMPLER) return settings;
+  const isCustom = widgetOf(node, "preset")?.value === "custom" && !isLinked(node, "preset");
+  if (!settings && !isCustom) return "";
+  const numbers = numbersOf(node, settings);
+  const lines = numbers.steps > 0 && numbers.guidance >= 0 ? forecast(node, numbers) : [];
+  return [...(settings ? [settings] : []), ...lines].join("\n");
+}
+
+function planSettings(node) {
   const preset = widgetOf(node, "preset");
   const presets = settingsOf(node, "preset");
   if (!preset || !presets || isLinked(node, "preset")) return "";
@@ -100,7 +150,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!isOurs(node)) return;
-    for (const name of ["preset", "shift", "model", "file", "lora", "strength"]) {
+    for (const name of REFRESHING) {
       const widget = widgetOf(node, name);
       if (!widget) continue;
       const before = widget.callback;

@@ -1,0 +1,125 @@
+"""`Krea2Pipeline.forecast`: the arguments of a run, and what it will take before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from .checks import check_type, is_whole
+from .config import Preset
+from .controls import Control, Controls
+from .images.sizes import MULTIPLE, image_tokens, round_size
+from .memory.activations import TEXT_TOKENS
+from .memory.forecast import Forecast, call_operations
+from .memory.offload import Offload
+from .memory.plan import VAE
+from .regions import Region, Regions
+from .schedule import check_guidance, sigma_schedule
+from .text.encoder import Qwen3VLTextEncoder
+from .text.prompt_tokens import tokenize_prompt
+from .tiles import TileSettings, tiles_at
+from .transformer.model import Krea2Transformer
+from .upscaling import Upscale
+
+
+class Parts(Protocol):
+    """The parts of a pipeline that a forecast reads; see `Krea2Pipeline`."""
+
+    @property
+    def transformer(self) -> Krea2Transformer: ...
+    @property
+    def text_encoder(self) -> Qwen3VLTextEncoder: ...
+    @property
+    def _offload(self) -> Offload: ...
+    @property
+    def _loras(self) -> Sequence[Any]: ...
+    @property
+    def preset(self) -> Preset: ...
+    def _activations(
+        self, batch: int, image: int, text: int, references: int = 0
+    ) -> dict[str, int]: ...
+
+
+def forecast(
+    self: Parts,
+    width: int | None = None,
+    height: int | None = None,
+    *,
+    num_images: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    references: Sequence[tuple[int, int]] = (),
+    text_tokens: int = TEXT_TOKENS,
+    tiles: TileSettings | None = None,
+    regions: Regions | Sequence[Region] | None = None,
+    control: Control | Sequence[Control] | None = None,
+    upscale: Upscale | float | None = None,
+) -> Forecast:
+    """What a run with these arguments of a call will take; nothing is computed or moved.
+
+    references: width and height of each reference image, as `References` encodes it.
+    text_tokens: of a prompt; the official length where it is not known yet.
+    regions, control, upscale: as in a call. The second stage is the `second` of the result.
+    """
+    preset = self.preset
+    width, height = (
+        round_size(name, preset.size if side is None else side)
+        for name, side in (("width", width), ("height", height))
+    )
+    for name, count in (("num_images", num_images), ("text_tokens", text_tokens)):
+        if not is_whole(count) or count < 1:
+            raise ValueError(f"{name} is {count!r}; expected a whole number from 1 up.")
+    steps = preset.steps if steps is None else steps
+    sigma_schedule(steps, 1.0)  # checks steps
+    guided = check_guidance(preset.guidance if guidance is None else guidance) > 0
+    if tiles is not None:
+        check_type("tiles", tiles, TileSettings, "a TileSettings, or None")
+    places, text = Regions.of(regions), text_tokens
+    if places is not None:
+        tokenizer = self.text_encoder.get_tokenizer()
+        text += sum(len(tokenize_prompt(tokenizer, p).weight_row) for p in places.prompts())
+    controls = Controls.of(control, self._loras[0].shapes)
+
+    def stage(width: int, height: int, steps: int, tiles: TileSettings | None) -> Forecast:
+        shown = controls.seen_as_references(controls.images(width, height))
+        sizes = [*references, *((image.shape[2], image.shape[1]) for image in shown)]
+        extra = sum(image_tokens(*size) for size in sizes)
+        grid = height // MULTIPLE, width // MULTIPLE
+        cut = [grid] if tiles is None else [tile.grid for tile, _ in tiles_at(grid, tiles, 1.0)]
+        image = cut[0][0] * cut[0][1]
+        # The negative text has no regions, and takes no more than the positive.
+        one, both = (self._activations(count * num_images, image, text, extra) for count in (1, 2))
+        # Both texts in one call, as a run decides it.
+        needed = both if guided and self._offload.has_room(both, instead_of=one) else one
+        needed[VAE] = self._activations(1, grid[0] * grid[1], text)[VAE]
+        plan, peak, free = self._offload.forecast(needed)
+        texts = [text, text_tokens] if guided else [text]
+        config = self.transformer.config
+        operations = sum(call_operations(config, image, each, extra, num_images) for each in texts)
+        return Forecast(
+            width=width,
+            height=height,
+            batch=num_images,
+            image=grid[0] * grid[1],
+            text=text,
+            references=extra,
+            steps=steps,
+            tiles=len(cut),
+            calls=steps * len(texts) * len(cut),
+            step_operations=len(cut) * operations,
+            operations=steps * len(cut) * operations,
+            peak=peak,
+            free=free,
+            plan=plan,
+            activations=needed,
+        )
+
+    first = stage(width, height, steps, tiles)
+    enlarged = Upscale.of(upscale)
+    if enlarged is None:
+        return first
+    sides = enlarged.size(width, height)
+    sigmas = enlarged.sigmas(*sides, preset)
+    second = stage(*sides, len(sigmas) - 1, enlarged.tiles(*sides, preset))
+    return replace(first, second=second)

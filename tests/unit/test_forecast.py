@@ -1,0 +1,136 @@
+"""The forecast of a run beside counted ones: operations on meta at full width, live bytes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from krea2_model import (
+    Control,
+    Krea2Pipeline,
+    Krea2Transformer,
+    Region,
+    TileSettings,
+    TransformerConfig,
+    Upscale,
+)
+from krea2_model.memory.forecast import call_operations
+from krea2_model.memory.machine import GB
+from krea2_model.memory.plan import TRANSFORMER, VAE
+from krea2_model.tiles import tiles_at
+from live_bytes import LiveBytes
+
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def turbo():
+    return Krea2Pipeline.nano()
+
+
+@pytest.mark.parametrize(
+    "pixels, text, references, batch", [(1024, 128, 0, 1), (2048, 300, 0, 2), (1024, 77, 512, 1)]
+)
+def test_operations_are_those_of_a_counted_call(pixels, text, references, batch):
+    """At full width, within 1 %."""
+    config = TransformerConfig()
+    model = Krea2Transformer(config, device=META)
+    latents = torch.empty(batch, 16, pixels // 8, pixels // 8, device=META)
+    images = [torch.empty(batch, 16, references // 8, references // 8, device=META)]
+    options = {"references": images} if references else {}
+    states = torch.empty(batch, text, config.hidden_size, device=META)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(latents, torch.empty(batch, device=META), states, **options)
+    tokens = (pixels // 16) ** 2, text, (references // 16) ** 2
+    expected = counter.get_total_flops()
+    assert call_operations(config, *tokens, batch) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("size, batch", [(128, 1), (256, 2)])
+def test_the_peak_bounds_a_counted_run(turbo, size, batch):
+    """Live bytes of whole runs of krea2-nano beside its weights: never more, at least a third."""
+    forecast = turbo.forecast(size, size, num_images=batch, text_tokens=40)
+    with LiveBytes() as counted:
+        turbo("a red star on white", width=size, height=size, num_images=batch, output_type="pt")
+    expected = max(forecast.activations.values())
+    assert expected / 3 < counted.peak <= expected
+    parts = (turbo.transformer, turbo.text_encoder, turbo.vae)
+    weights = sum(t.nbytes for part in parts for t in part.state_dict().values())
+    assert forecast.peak == pytest.approx(weights + expected, rel=0.05)
+    assert forecast.free is None and forecast.fits and not forecast.warning
+
+
+def test_calls_follow_steps_guidance_and_tiles(turbo):
+    plain = turbo.forecast()
+    assert (plain.width, plain.steps, plain.calls, plain.image) == (128, 8, 8, 64)
+    guided = turbo.forecast(steps=10, guidance=2.0)
+    assert (guided.calls, guided.operations) == (20, 10 * guided.step_operations)
+    assert guided.step_operations == 2 * plain.step_operations
+    tiled = turbo.forecast(256, 256, tiles=TileSettings(128))
+    assert (tiled.tiles, tiled.calls) == (9, 72)
+    assert tiled.activations[TRANSFORMER] == plain.activations[TRANSFORMER]
+    assert tiled.activations[VAE] == pytest.approx(4 * plain.activations[VAE])
+    both = turbo.forecast(references=[(128, 64)])
+    assert both.references == 32 and both.operations > plain.operations
+    text = str(turbo.forecast(num_images=2, references=[(128, 64)]))
+    for words in ("2 images of 128 x 128 px", "64 of the image", "32 of references", "8 steps"):
+        assert words in text
+
+
+def test_a_run_that_will_not_fit_says_what_to_change(turbo, monkeypatch):
+    monkeypatch.setattr("krea2_model.memory.offload.free_device_bytes", lambda device: GB // 50)
+    forecast = turbo.forecast(4096, 4096, num_images=4)
+    assert not forecast.fits and forecast.free > GB // 50
+    assert forecast.plan.lacking == forecast.peak + 400_000_000 - forecast.free
+    for words in ("GB more than the device has", "one image at a time", "smaller size, or tiles"):
+        assert words in forecast.warning
+    assert "warning: The run needs" in str(forecast)
+
+
+def test_a_second_stage_in_tiles_has_a_forecast_of_its_own(turbo):
+    forecast = turbo.forecast(text_tokens=40, upscale=4)
+    second = forecast.second
+    assert (second.width, second.image, second.steps) == (512, 1024, 4)
+    settings = Upscale(4).tiles(512, 512, turbo.preset)
+    assert second.tiles == len(tiles_at((32, 32), settings, 0.4)) > 16
+    assert second.activations[TRANSFORMER] == forecast.activations[TRANSFORMER]
+    assert "then 512 x 512 px in" in str(forecast)
+
+
+def test_texts_of_regions_and_control_references_are_counted(turbo):
+    plain = turbo.forecast(text_tokens=40, guidance=2.0)
+    regions = [Region("a red star", (0, 0, 0.5, 1)), Region("a blue box", (0.5, 0, 0.5, 1))]
+    divided = turbo.forecast(text_tokens=40, guidance=2.0, regions=regions)
+    assert 46 < divided.text < 80 and plain.text == 40
+    # The negative text has none.
+    added = divided.step_operations - plain.step_operations
+    alone = turbo.forecast(text_tokens=divided.text, guidance=0).step_operations
+    assert added == alone - turbo.forecast(text_tokens=40, guidance=0).step_operations
+    lines = Control("krea2_nano_control_lora.safetensors", torch.zeros(3, 128, 128))
+    assert turbo.forecast(text_tokens=40, control=lines).references == 0  # channels
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"width": 0}, "width is 0"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"guidance": -1}, "guidance is -1"),
+        ({"text_tokens": 0}, "text_tokens is 0"),
+        ({"tiles": 64}, "tiles is 64"),
+        ({"upscale": 1}, "scale is 1"),
+    ],
+)
+def test_bad_arguments_are_named(turbo, options, message):
+    with pytest.raises(ValueError, match=message):
+        turbo.forecast(**options)
+
+
+def test_dry_run_says_what_a_picture_takes_and_makes_none(krea2, nano_once, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ("--width", 256, "--height", 128, "--steps", 5, "--guidance", 2)
+    lines = krea2("a red star on white", "--model", "nano", *size, "--dry-run")
+    out = " ".join(map(str, lines))
+    for words in ("256 x 128 px", "128 of the image, 10 of text", "10 in 5 steps", "GFLOP", "GB"):
+        assert words in out
+    assert not list(tmp_path.iterdir())
