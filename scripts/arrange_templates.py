@@ -34,6 +34,7 @@ WIDTH = 300
 SIZES: dict[str, tuple[int | None, int]] = {
     "CLIPTextEncode": (380, 150),
     "Canny": (None, 86),
+    "ImageScaleBy": (None, 82),
     "K2Approximate": (None, 86),
     "K2Composite": (None, 100),
     "K2ContactSheet": (None, 200),
@@ -54,6 +55,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2PromptBatch": (400, 380),
     "K2PromptExpander": (400, 480),
     "K2Reference": (None, 350),
+    "K2Regions": (440, 770),
     "K2Sampler": (None, 400),
     "K2Stitch": (None, 100),
     "K2StyleLora": (420, 380),
@@ -64,7 +66,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2TextEncodeImages": (400, 600),
     "K2TwoStage": (None, 330),
     "K2RotaryScaling": (None, 162),
-    "K2TiledSampling": (None, 138),
+    "K2TiledSampling": (None, 180),
     "K2Upscale": (None, 470),
     "K2VAEDecode": (None, 46),
     "K2VAEEncode": (None, 46),
@@ -76,7 +78,16 @@ SIZES: dict[str, tuple[int | None, int]] = {
 }
 
 # Below a node, in its group: the page shows previews of a run there, and the node grows by them.
-ROOM = {"K2Loader": 80, "K2Sampler": 180, "K2TwoStage": 230, "K2Upscale": 180, "KSampler": 230}
+ROOM = {
+    "K2Loader": 80,
+    "K2Regions": 140,
+    "K2Sampler": 180,
+    "K2TwoStage": 230,
+    "K2Upscale": 180,
+    "KSampler": 230,
+}
+# Widgets of a sampler before start_sigma, and the height of the lines that its report then has more.
+BEFORE_SIGMA, SIGMA_LINES = 10, 44
 
 
 def size_of(node: dict) -> tuple[int, int]:
@@ -88,7 +99,10 @@ def size_of(node: dict) -> tuple[int, int]:
 
 
 def room_of(node: dict) -> int:
-    return ROOM.get(node["type"], 0)
+    room = ROOM.get(node["type"], 0)
+    if node["type"] == "K2Sampler" and any(node["widgets_values"][BEFORE_SIGMA:]):
+        room += SIGMA_LINES
+    return room
 
 
 def note_height(text: str) -> int:

@@ -135,6 +135,22 @@ def upscale(server: ComfyServer) -> Pictures:
     return [before, large.crop(tuple(2 * side for side in box))]
 
 
+def regions(server: ComfyServer) -> Pictures:
+    """The regions as the node's preview draws them, and what is painted."""
+    painted = server.images(server.run(nano_graph("krea2_regions"), timeout=600))
+    return [Image.open(io.BytesIO(picture)).convert("RGB") for picture in painted]
+
+
+def tiled_sampling(server: ComfyServer) -> Pictures:
+    """The corner with the star, enlarged, before and after sampling in tiles."""
+    graph = nano_graph("krea2_tiled_sampling")
+    graph["11"]["inputs"]["samples"] = ["7", 0]
+    enlarged = Image.open(io.BytesIO(server.images(server.run(graph, timeout=600))[-1]))
+    painted = paint(server, "krea2_tiled_sampling")
+    box = (64, 16, 192, 144)
+    return [picture.convert("RGB").crop(box) for picture in (enlarged, painted)]
+
+
 def reference(server: ComfyServer) -> Pictures:
     before = start(server, "a green square on a pink background")
     give(server, before)
@@ -186,8 +202,10 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_inpaint_detail": inpaint_detail,
     "krea2_outpaint": outpaint,
     "krea2_reference": reference,
+    "krea2_regions": regions,
     "krea2_style_transfer": style_transfer,
     "krea2_style_loras": style_loras,
+    "krea2_tiled_sampling": tiled_sampling,
     "krea2_upscale": upscale,
     "krea2_style_mix": style_mix,
 }
