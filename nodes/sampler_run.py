@@ -25,6 +25,7 @@ from ..krea2_model.transformer.patches import token_count
 from .inputs import AUTO, BY_SIZE, CUSTOM, FIXED
 from .managed.conditions import NEGATIVE_GUIDANCE
 from .managed.core_model import is_core
+from .managed.diffusion_model import TILES
 from .managed.lora import known_preset
 from .managed.memory import advise
 from .reports import far_size_report, size_report
@@ -112,13 +113,18 @@ def shift_exponent(preset: Preset, shift: str, mu: float, tokens: int) -> float:
     return resolve_mu(preset if shift == AUTO else None, tokens)
 
 
-def warn_of_size(model, samples) -> str:
+def warn_of_size(model, samples, first_sigma: float = 1.0) -> str:
     """Log a warning for an image far from the size that the checkpoint was trained at.
 
+    Tiles of a picture that exists already (first_sigma below 1) are what the model sees then. From
+    pure noise each would paint the whole prompt, so there the image's own size counts.
     Returns the text for the node, empty where all is well.
     """
     known = getattr(model.model, "preset", None)
     height, width = (8 * side for side in samples.shape[-2:])
+    tiles = model.model_options.get("transformer_options", {}).get(TILES)
+    if tiles is not None and first_sigma < 1:
+        height, width = min(height, tiles.size), min(width, tiles.size)
     if known is None or not is_far(width, height, known.size):
         return ""
     logger.warning(

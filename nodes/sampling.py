@@ -113,9 +113,9 @@ class K2Sampler(io.ComfyNode):
         settings = preset_of(model, preset, steps, guidance)
         check_negative(settings, preset, negative)
         start = start_of(model, latent)
-        far = warn_of_size(model, start)
         exponent = shift_exponent(settings, shift, mu, token_count(start))
         sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
+        far = warn_of_size(model, start, float(sigmas[0]))
         noise = noise_for(start, seed, latent, seeds)
         one_by_one = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
         samples = (sample_each if one_by_one else sample)(

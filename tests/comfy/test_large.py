@@ -54,6 +54,18 @@ def test_tiles_work_with_core_s_sampler_and_guidance(run, nano, pack):
     assert set(seen) == {16}
 
 
+@pytest.mark.parametrize(("tiled", "sigma"), [(True, 0.3), (True, 1.0), (False, 0.3)])
+def test_only_tiles_of_a_picture_have_a_size_of_training(run, nano, caplog, tiled, sigma):
+    """From pure noise each tile would paint the whole prompt, and the sampler says so."""
+    (model, *_), texts = nano
+    if tiled:
+        model = run("K2TiledSampling", model=model)[0]
+    latent = {"samples": torch.zeros(1, 16, 1, 20, 20)}
+    options = SAMPLER | {"steps": 1, "start_sigma": sigma}
+    run("K2Sampler", model=model, **texts, latent=latent, **options)
+    assert ("160 x 160 px is far from" in caplog.text) == (not tiled or sigma == 1)
+
+
 def test_memory_is_that_of_a_tile(run, nano):
     model = nano[0][0]
     tiled = run("K2TiledSampling", model=model)[0]
