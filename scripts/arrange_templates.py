@@ -86,7 +86,7 @@ ROOM = {
     "K2Upscale": 180,
     "KSampler": 230,
 }
-# Widgets of a sampler before start_sigma, and the height of the lines that its report then has more.
+# Widgets of a sampler before start_sigma, and the height of the lines that it adds to the report.
 BEFORE_SIGMA, SIGMA_LINES = 10, 44
 
 

@@ -163,7 +163,7 @@ def test_workflows_give_pictures(server, file):
     shape = (96, 128)
     if "K2Outpaint" in kinds:
         shape = (96, 128 + 64)
-    if "K2Upscale" in kinds:
+    if "K2Upscale" in kinds or "K2TiledSampling" in kinds:
         shape = (2 * 96, 2 * 128)
     if "K2Stitch" in kinds or "K2Edit" in kinds:
         shape = example_image().size[::-1]
