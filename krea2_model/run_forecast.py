@@ -78,7 +78,8 @@ def forecast(
     places, text = Regions.of(regions), text_tokens
     if places is not None:
         tokenizer = self.text_encoder.get_tokenizer()
-        text += sum(len(tokenize_prompt(tokenizer, p).weight_row) for p in places.prompts())
+        prompts = [prompt for prompt in places.prompts() if prompt is not None]
+        text += sum(len(tokenize_prompt(tokenizer, one).weight_row) for one in prompts)
     controls = Controls.of(control, self._loras[0].shapes)
 
     def stage(width: int, height: int, steps: int, tiles: TileSettings | None) -> Forecast:

@@ -73,6 +73,10 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .train import train
 
         return train(args)
+    if args.command == "merge":
+        from .train import merge
+
+        return merge(args)
     if args.command == "render":
         from .render import render
 

@@ -12,13 +12,14 @@ from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
 from .train_options import add_train_options
-from .values import number, seeds, whole
+from .values import lora, number, seeds, whole
 
 SUMMARIES = {
     "generate": "make pictures from a prompt",
     "render": "make a picture of every row of a text, CSV or JSONL file",
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
+    "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
     "inspect": "say what a model file is",
@@ -143,6 +144,21 @@ def _again(parser: Parser) -> None:
     add_machine(parser)
 
 
+def _merge(parser: Parser) -> None:
+    parser.usage = "krea2 merge FILE[:WEIGHT] ... --output FILE [--base FILE]"
+    parser.add_argument(
+        "files", nargs="+", type=lora, metavar="FILE[:WEIGHT]", help="default weight: 1"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="FILE",
+        help="add the weighted differences from this model to it; default: the weighted average",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+
+
 def _models(parser: Parser) -> None:
     parser.usage = "krea2 models [options]"
     parser.add_argument(
@@ -238,6 +254,7 @@ _OPTIONS = {
     "render": _render,
     "again": _again,
     "train": add_train_options,
+    "merge": _merge,
     "models": _models,
     "expand": _expand,
     "inspect": _inspect,

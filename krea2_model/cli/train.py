@@ -1,4 +1,4 @@
-"""`krea2 train`."""
+"""`krea2 train` and `krea2 merge`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .errors import Failure, UsageError
@@ -50,6 +51,22 @@ def train(args: Namespace) -> Iterator[object]:
             yield train(config, on_step)
         except TrainingStopped as error:
             raise Failure(str(error)) from error
+
+
+def merge(args: Namespace) -> Iterator[object]:
+    """Merge files by weights, or their differences from a base; gives the file of the result."""
+    if args.output.exists() and not args.force:
+        raise UsageError(f"The output {args.output} exists; choose another name, or add --force.")
+    from krea2_training.merge import merge
+
+    models = [(Path(name), weight) for name, weight in args.files]
+    with Console(args.quiet).bar(None, args.output.name, unit="B", unit_scale=True) as bar:
+
+        def progress(written: int, total: int) -> None:
+            bar.total = total
+            bar.update(written - bar.n)
+
+        yield merge(models, args.output, args.base, progress)
 
 
 @contextmanager

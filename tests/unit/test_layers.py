@@ -1,6 +1,8 @@
 """The layers of krea2_model: networks know no files, images no networks, and nothing a circle."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,25 @@ def test_no_module_imports_itself_through_others():
         assert free, f"these import each other: {', '.join(sorted(left))}"
         for name in free:
             del left[name]
+
+
+TRAINING = ROOT.parent / "krea2_training"
+
+
+def test_only_the_command_line_knows_the_training():
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for file in ROOT.rglob("*.py")
+        if "krea2_training" in file.read_text(encoding="utf-8")
+    }
+    assert users == {"cli/train.py"}
+    nodes = (ROOT.parent / "nodes").rglob("*.py")
+    assert not [file for file in nodes if "krea2_training" in file.read_text(encoding="utf-8")]
+
+
+def test_settings_of_training_need_no_torch():
+    """So that a wrong one is refused at once."""
+    code = (
+        "import sys, krea2_training.config, krea2_training.data; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TRAINING.parent)

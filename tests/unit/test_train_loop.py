@@ -17,7 +17,7 @@ from krea2_training import states
 from krea2_training.cache import Batch
 from krea2_training.config import read_config
 from krea2_training.flow import draw_times, flow_loss, generator_of, noised
-from krea2_training.loop import TrainingStopped
+from krea2_training.loop import Run, TrainingStopped
 from krea2_training.rates import Rates
 from krea2_training.train import train
 from nano_training.scenes import Scene, Thing, draw
@@ -226,3 +226,15 @@ def test_the_command_trains_and_refuses(pictures, cache, tmp_path, capsys, caplo
              str(tmp_path / "t.safetensors"), "--steps", "1"]  # fmt: skip
     assert main(turbo) == 2, "a single file has no text encoder"
     assert "Train on Raw" in caplog.text
+
+
+def test_what_is_shipped_is_the_average(tmp_path):
+    """After steps of 1 down from 0: the averages of -1 and -2, with the short memory of a start."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    run = Run(tmp_path, {"weight": weight}, [optimiser], Rates(2, decay=0.0), average=0.9, clip=0)
+    run.train(lambda number: weight.sum())
+    first = -1 * (1 - 1 / 11)
+    second = first + (-2 - first) * (1 - 2 / 12)
+    assert weight.tolist() == [-2, -2]
+    assert run.values()["weight"].tolist() == pytest.approx([second] * 2)

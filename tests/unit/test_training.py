@@ -1,5 +1,6 @@
 """Gradients: each stage of nano's training takes a step, and its loss is that of the model."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -58,6 +59,8 @@ def test_raw(examples, tmp_path):
 
 def test_turbo_and_lora(examples, tmp_path, monkeypatch):
     monkeypatch.setattr(turbo_module, "CAPTIONS", 2)
+    monkeypatch.setattr(turbo_module, "DRAWS", 1)
+    monkeypatch.setattr(turbo_module, "PRESET", replace(turbo_module.PRESET, steps=3))
     monkeypatch.setattr(lora_module, "CAPTIONS", 2)
     raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in raw.state_dict().items()}
