@@ -168,6 +168,23 @@ def features_report(found: dict[str, Any]) -> str:
 
 
 # A part's script, and how its numbers are shown.
+def large_report(found: dict[str, Any]) -> str:
+    rows = []
+    for side, ways in found.items():
+        cells = [str(ways["tiles"]["calls"])]
+        cells += [f"{way['operations'] / 1e12:.0f}" for way in ways.values()]
+        cells += [
+            f"{way[part] / GB:.1f} GB" for part in ("transformer", "vae") for way in ways.values()
+        ]
+        rows.append([f"{side} x {side}", *cells])
+    head = ["image", "tiles", "TFLOP a step, whole", "in tiles", "activations, whole", "in tiles",
+            "VAE, whole", "in tiles"]  # fmt: skip
+    return (
+        "Released sizes in bf16, 512 text tokens, tiles of 1024 px; bytes beside the weights. "
+        "Counted.\n\n" + table(head, rows)
+    )
+
+
 PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "block": ("A block's element-wise work", block_report),
     "counts": ("What a run does", counts_report),
@@ -177,6 +194,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "lossy": ("Faster at a price", lossy_report),
     "features": ("Weights, negatives, references, controls, regions", features_report),
     "load_memory": ("Loading", memory_report),
+    "large": ("Large images", large_report),
 }
 ON_A_GPU = (
     "Nothing was measured on a GPU yet: `bash scripts/gpu_check.sh` does, and writes "
