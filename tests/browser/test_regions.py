@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import page as pages
 from conftest import api_form, outputs_of_run, run, set_widgets
 
 ADD = """() => {
@@ -33,6 +34,14 @@ PICTURE = """() => {
 }"""
 TEXT = """() => app.rootGraph.nodes.find(node => node.type === 'K2Regions')
     .widgets.find(widget => widget.name === 'regions').value"""
+
+
+@pytest.fixture(scope="module")
+def page(new_page, server):
+    """A page of its own: other tests open the side panel, which narrows the canvas."""
+    page = new_page()
+    pages.open_page(page, server)
+    return page
 
 
 @pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
