@@ -79,6 +79,20 @@ class QuantisedWeight:
         return values
 
 
+def eight_bits(values: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+    """A matrix in fp8 with one scale (), or in int8 with a scale a row (rows, 1), and the scale.
+
+    values: (rows, columns) in float32.
+    """
+    if fp8:
+        dtype = FLOAT8["float8_e4m3fn"]
+        most = torch.finfo(dtype).max
+        scale = values.abs().amax().clamp_min(1e-12) / most
+        return (values / scale).clamp(-most, most).to(dtype), scale
+    scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return (values / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
 def layer_weight(
     layer: str, tensors: Mapping[str, Any], settings: Mapping[str, Any], name: str
 ) -> QuantisedWeight:

@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.gguf import GGUFTensor
 from ..checkpoints.identify import CheckpointError
 from ..checkpoints.quantised import SETTINGS, is_quantised
-from ..checkpoints.quantised_weight import hadamard_rotate
+from ..checkpoints.quantised_weight import eight_bits, hadamard_rotate
 from ..checkpoints.storage import Entry, Progress, write_safetensors
 from ..checkpoints.text_encoder import read_text_encoder
 from ..checkpoints.transformer import preset_metadata, read_transformer
@@ -227,16 +227,10 @@ def _quantised_entries(name: str, tensor, quantise: str) -> Iterator[Entry]:
 
     def make() -> Tensor:
         values = tensor.dequantise() if isinstance(tensor, GGUFTensor) else tensor.float()
-        if quantise == "fp8":
-            most = torch.finfo(dtype).max
-            scale = values.abs().amax().clamp_min(1e-12) / most
-            made["scale"] = scale
-            return (values / scale).clamp(-most, most).to(dtype)
         if group and "convrot" in settings:
             values = hadamard_rotate(values, group)
-        scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        made["scale"] = scale
-        return (values / scale).round().clamp(-127, 127).to(dtype)
+        stored, made["scale"] = eight_bits(values, quantise == "fp8")
+        return stored
 
     text = json.dumps(settings).encode()
     yield Entry(name, dtype, (rows, columns), make)
