@@ -92,10 +92,8 @@ class Krea2VAE(comfy.sd.VAE):
     def encode(self, pixel_samples):
         """Images (B, H, W, C) in [0, 1] to latents (B, 16, 1, h, w)."""
         images = self._images(pixel_samples)
-        cells = [side // self.downscale_ratio for side in images.shape[-2:]]
-        whole = self._load_for(
-            self.memory_used_encode(images.shape, self.vae_dtype), cells, self._encode_whole
-        )
+        memory = self.memory_used_encode(images.shape, self.vae_dtype)
+        whole = self._load_for(memory, self._cells(images), self._encode_whole)
         return self._with_fallback(images, whole, self._encode_tiles, self._to_latents)
 
     def encode_tiled(
@@ -104,8 +102,7 @@ class Krea2VAE(comfy.sd.VAE):
         """As `encode`, in square tiles; sizes are in pixels, as core passes them."""
         images = self._images(pixel_samples)
         tile, overlap = self._tiling(tile_x, tile_y, overlap, 1)
-        cells = [side // self.downscale_ratio for side in images.shape[-2:]]
-        self._load(self._tile_activations(cells, tile))
+        self._load(self._tile_activations(self._cells(images), tile))
         with comfy.model_management.cuda_device_context(self.device):
             return self._to_latents(self._encode_tiles(images.to(self.device), tile, overlap))
 
@@ -141,6 +138,10 @@ class Krea2VAE(comfy.sd.VAE):
         widths = 3.5 if self.device.type == "cuda" else 8
         config = self.first_stage_model.config
         return 1.25 * tiled_bytes(config, shape[-2:], tile, size, widths) + 2 * MAX_SCORE_BYTES
+
+    def _cells(self, images) -> list[int]:
+        """Rows and columns of the latents of images (..., H, W)."""
+        return [side // self.downscale_ratio for side in images.shape[-2:]]
 
     def _load_for(self, memory, shape, convert):
         """Load for a conversion of so many bytes; it, or None where it takes tiles at once.
