@@ -8,19 +8,21 @@ The stored form may be that of the file, 8 or 4 bits, and lie in main memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from krea2_model import nano
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
-from krea2_model.checkpoints.quantised_weight import FLOAT8, INT8, SCALE, QuantisedWeight
+from krea2_model.checkpoints.quantised_weight import INT8, SCALE, QuantisedWeight, eight_bits
 from krea2_model.transformer.backend import Backend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
 
-from .config import BASES, Memory
+from .config import BASES, NANO, Memory
 
 FP8 = "float8_e4m3fn"
 FOUR_BITS = "Q4_0"
@@ -109,6 +111,11 @@ class TrainingBackend(Backend):
         return hidden
 
 
+def checkpoint_file(name: str | None, variant: str) -> Path:
+    """The file that a setting names; "nano" is the built-in model's of a variant."""
+    return nano.TRANSFORMERS[variant] if name == NANO else Path(str(name))
+
+
 def freeze_base(
     model: Krea2Transformer,
     memory: Memory,
@@ -149,20 +156,9 @@ def stored_as(layer: nn.Linear | QuantisedLinear, base: str, name: str) -> Quant
     weight = layer.weight.detach()
     if base == "4bit":
         return four_bits(weight)
-    return eight_bits(weight, base)
-
-
-def eight_bits(weight: Tensor, base: str) -> QuantisedWeight:
-    """A matrix in fp8 with one scale, or in int8 with a scale a row, as `krea2 convert` does."""
-    values, shape = weight.float(), tuple(weight.shape)
-    if base == "fp8":
-        most = torch.finfo(FLOAT8[FP8]).max
-        scale = values.abs().amax().clamp_min(1e-12) / most
-        stored = (values / scale).clamp(-most, most).to(FLOAT8[FP8])
-        return QuantisedWeight(FP8, shape, {"weight": stored, SCALE: scale})
-    scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-    stored = (values / scale).round().clamp(-127, 127).to(torch.int8)
-    return QuantisedWeight(INT8, shape, {"weight": stored, SCALE: scale})
+    values, scale = eight_bits(weight.float(), base == "fp8")
+    form = FP8 if base == "fp8" else INT8
+    return QuantisedWeight(form, tuple(weight.shape), {"weight": values, SCALE: scale})
 
 
 def four_bits(weight: Tensor) -> QuantisedWeight:

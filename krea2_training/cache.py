@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL.Image import open as open_image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from krea2_model.checkpoints.vae import read_vae
 from krea2_model.edits import RECIPES, plan_edit
 from krea2_model.images.pictures import fit, pixels_of
 from krea2_model.memory.machine import empty_cache
-from krea2_model.prompt_embeds import encode_prompts
+from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
 from krea2_model.replacing import replacing
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.references import Reference, ReferenceSettings
@@ -107,15 +107,19 @@ class Cache:
         self.recipe = RECIPES[_FAMILIES[references]]
         self._hashes: dict[Path | bytes, str] = {}
 
-    def fill(self, pictures: Sequence[Sized]) -> int:
-        """Encode what is missing; returns how much that was."""
+    def fill(self, pictures: Sequence[Sized], prompts: Sequence[str] = ()) -> int:
+        """Encode what is missing of pictures and captions; returns how much that was.
+
+        prompts: of samples, which `prompt` gives back as they were encoded.
+        """
         latents = {self._picture_key(one): one for one in pictures}
-        texts: dict[str, tuple[Sized, str]] = {}
+        texts: dict[str, tuple[Sized | None, str]] = {}
         for one in pictures:
             for caption in {*one.example.captions, ""}:
                 texts[self._text_key(one, caption)] = one, caption
-        missing = {key: one for key, one in latents.items() if self._load(key) is None}
-        unread = {key: text for key, text in texts.items() if self._load(key) is None}
+        texts |= {self._prompt_key(prompt): (None, prompt) for prompt in prompts}
+        missing = {key: one for key, one in latents.items() if not self._is_intact(key)}
+        unread = {key: text for key, text in texts.items() if not self._is_intact(key)}
         if missing:
             vae = self.encoders.vae()
             for key, one in tqdm(missing.items(), "Pictures", unit="picture"):
@@ -174,9 +178,15 @@ class Cache:
             tensors[f"offset {number}"] = torch.tensor(settings.offset)
         return tensors
 
+    def prompt(self, prompt: str) -> PromptEmbeds:
+        """A sample's prompt, of those that `fill` was given."""
+        return PromptEmbeds(self._read(self._prompt_key(prompt))["taps"][None])
+
     def _encode_text(
-        self, one: Sized, caption: str, encoder: Qwen3VLTextEncoder
+        self, one: Sized | None, caption: str, encoder: Qwen3VLTextEncoder
     ) -> dict[str, Tensor]:
+        if one is None:
+            return {"taps": encode_prompts(encoder, [caption]).taps[0]}
         images = self._plan(one).prompt_images if self._reads_images else []
         embeds = encode_prompts(encoder, [caption], images=images, labels=self.recipe.labels)
         return {"taps": embeds.taps[0].to("cpu", torch.bfloat16)}
@@ -195,11 +205,11 @@ class Cache:
     def _picture_key(self, one: Sized) -> str:
         example = one.example
         parts = {
-            "picture": self._hash(example.image),
+            "picture": self.hash_of(example.image),
             "crop": example.crop,
             "size": (one.width, one.height),
-            "mask": None if example.mask is None else self._hash(example.mask),
-            "references": [self._hash(source) for source in example.references],
+            "mask": None if example.mask is None else self.hash_of(example.mask),
+            "references": [self.hash_of(source) for source in example.references],
             "recipe": str(self.recipe) if example.references else None,
             "vae": self.encoders.name("vae"),
         }
@@ -209,14 +219,18 @@ class Cache:
         images = one.example.references if self._reads_images else ()
         parts = {
             "caption": caption,
-            "images": [self._hash(source) for source in images],
+            "images": [self.hash_of(source) for source in images],
             # The pictures' sizes for the encoder depend on the recipe alone.
             "recipe": str(self.recipe) if images else None,
             "text encoder": self.encoders.name("text"),
         }
         return _key(parts)
 
-    def _hash(self, source: Path | bytes) -> str:
+    def _prompt_key(self, prompt: str) -> str:
+        return _key({"prompt": prompt, "text encoder": self.encoders.name("text")})
+
+    def hash_of(self, source: Path | bytes) -> str:
+        """`content_hash`, computed once a file."""
         if source not in self._hashes:
             self._hashes[source] = content_hash(source)
         return self._hashes[source]
@@ -224,21 +238,22 @@ class Cache:
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.safetensors"
 
-    def _load(self, key: str) -> dict[str, Tensor] | None:
-        """Tensors of a key; None where there are none, or a damaged file."""
+    def _is_intact(self, key: str) -> bool:
+        """True if there is a file of a key, whose header fits its size; reads no tensors."""
         try:
-            return load_file(self._path(key))
+            with safe_open(self._path(key), "pt"):
+                return True
         except (OSError, SafetensorError):
-            return None
+            return False
 
     def _read(self, key: str) -> dict[str, Tensor]:
-        found = self._load(key)
-        if found is None:
+        try:
+            return load_file(self._path(key))
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{self._path(key)} is gone or damaged since the run began. Start the command "
                 "again: it encodes what is missing and resumes."
-            )
-        return found
+            ) from error
 
     def _save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         path = self._path(key)

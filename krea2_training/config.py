@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -256,11 +256,6 @@ def read_config(path: Path | None, settings: Mapping[str, Any] | None = None) ->
         tables.setdefault(section, {})[entry] = value
     parts = {name: _section(name, tables.get(name, {})) for name in SECTIONS}
     return TrainConfig(**parts)
-
-
-def with_settings(config: TrainConfig, section: str, **values: Any) -> TrainConfig:
-    """A config of which one section has other values."""
-    return replace(config, **{section: replace(getattr(config, section), **values)})
 
 
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:

@@ -7,18 +7,18 @@ with an attention that holds no scores (flash); tests/unit/test_train_memory.py 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from krea2_model import Krea2Transformer, TransformerConfig, nano
+from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.checkpoints.checkpoint import open_checkpoint
 from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.memory.machine import GB, free_device_bytes
 from krea2_model.memory.plan import check_offload
 
 from .adapters import add_adapters
-from .config import BASES, NANO, Adapter, Memory, Steps, TrainConfig
+from .base import checkpoint_file
+from .config import BASES, Adapter, Memory, Steps, TrainConfig
 
 # Tokens of a caption that is not read yet: the official length.
 TEXT_TOKENS = 512
@@ -138,8 +138,7 @@ def training_memory(
 
 def forecast(config: TrainConfig) -> str:
     """The forecast of a run, and what to change where it does not fit."""
-    model = config.model.transformer
-    file = nano.TRANSFORMERS["raw"] if model == NANO else Path(str(model))
+    file = checkpoint_file(config.model.transformer, "raw")
     state = read_transformer(open_checkpoint(file, "transformer"))
     blocks = {n: t for n, t in state.tensors.items() if n.startswith("blocks.") and t.ndim == 2}
     values = sum(t.numel() for t in blocks.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,37 +11,28 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from krea2_model import Krea2Transformer, denoise, load_transformer, nano, sigma_schedule
+from krea2_model import Krea2Transformer, denoise, load_transformer, sigma_schedule
 from krea2_model.config import RAW, TURBO
 from krea2_model.images.contact_sheet import contact_sheet
 from krea2_model.memory.machine import empty_cache
-from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
 from krea2_model.schedule import resolve_mu
 from krea2_model.transformer.patches import token_count
 
 from .adapters import adapters_of, add_adapters
-from .base import freeze_base
-from .cache import Encoders
-from .config import NANO, TrainConfig
-
-logger = logging.getLogger(__name__)
+from .base import checkpoint_file, freeze_base
+from .cache import Cache
+from .config import TrainConfig
 
 FULL = "full"
 
 
 class Sampler:
-    """Makes the samples of a run. Prompts are encoded when it is made, before training begins."""
+    """Makes the samples of a run. `prompts` have to be in the cache before the first."""
 
-    def __init__(self, config: TrainConfig, encoders: Encoders, device: torch.device):
-        self.config, self.settings, self.encoders = config, config.samples, encoders
+    def __init__(self, config: TrainConfig, cache: Cache, device: torch.device):
+        self.config, self.settings, self.cache = config, config.samples, cache
         self.folder, self.device = config.output.run_folder / "samples", device
         self.prompts = self.settings.prompts if self.settings.every else ()
-        self._texts: list[PromptEmbeds] = []
-        if self.prompts:
-            encoder = encoders.text()
-            self._texts = [encode_prompts(encoder, [text]) for text in ("", *self.prompts)]
-            del encoder
-            empty_cache(device)
 
     def is_due(self, step: int, steps: int) -> bool:
         return bool(self.prompts) and (step % self.settings.every == 0 or step == steps)
@@ -81,7 +71,9 @@ class Sampler:
         steps = preset.steps if self.settings.steps is None or is_turbo else self.settings.steps
         generator = torch.Generator().manual_seed(self.settings.seed + number)
         noise = torch.randn(1, 16, side // 8, side // 8, generator=generator).to(self.device)
-        empty, positive = self._texts[0].fuse(model), self._texts[number + 1].fuse(model)
+        empty, positive = (
+            self.cache.prompt(text).fuse(model) for text in ("", self.prompts[number])
+        )
         sigmas = sigma_schedule(steps, resolve_mu(preset, token_count(noise)))
         negative = empty if guidance else None
         steps_made = denoise(model, noise, positive, negative, sigmas=sigmas, guidance=guidance)
@@ -89,9 +81,8 @@ class Sampler:
 
     def _turbo(self, values: Mapping[str, Tensor]) -> Krea2Transformer:
         """A Turbo checkpoint with the adapters that are being trained."""
-        path = self.settings.turbo
-        file = nano.TRANSFORMERS["turbo"] if path == NANO else Path(str(path))
-        turbo = load_transformer(file, dtype=self.encoders.dtype, keep_quantised=True)
+        file = checkpoint_file(self.settings.turbo, "turbo")
+        turbo = load_transformer(file, dtype=self.cache.encoders.dtype, keep_quantised=True)
         turbo.preset = turbo.preset or TURBO
         freeze_base(turbo, self.config.memory, self.device)
         add_adapters(turbo, self.config.adapter)
@@ -102,7 +93,7 @@ class Sampler:
 
     def _decoded(self, latents: list[Tensor]) -> np.ndarray:
         """Pictures (N, H, W, 3) in [0, 1]."""
-        vae = self.encoders.vae()
+        vae = self.cache.encoders.vae()
         with torch.no_grad():
             images = [vae.decode(one)[0] / 2 + 0.5 for one in latents]
         del vae

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from krea2_model import Krea2Transformer, load_transformer, nano, save_transformer
+from krea2_model import Krea2Transformer, load_transformer, save_transformer
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.config import TURBO
 from krea2_model.lora.edit_family import AI_TOOLKIT
@@ -22,9 +22,9 @@ from krea2_model.replacing import replacing
 from krea2_model.transformer.backend import TORCH_BACKEND
 
 from .adapters import add_adapters, file_tensors
-from .base import TrainingBackend, freeze_base
+from .base import TrainingBackend, checkpoint_file, freeze_base
 from .cache import Cache, Encoders
-from .config import EDITS, NANO, TrainConfig
+from .config import EDITS, TrainConfig
 from .data import Order, digest, read_examples, sized
 from .flow import flow_loss, generator_of
 from .loop import Run
@@ -58,9 +58,9 @@ def train(
     folder = config.output.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     cache = Cache(config.data.cache or folder / "cache", encoders, config.data.references)
-    made = cache.fill(pictures)
+    sampler = Sampler(config, cache, device)
+    made = cache.fill(pictures, ["", *sampler.prompts] if sampler.prompts else ())
     logger.info("%d pictures; %d encodings made, the others were there.", len(examples), made)
-    sampler = Sampler(config, encoders, device)
     parameters = make_trainable(model, config, device)
     settings = config.training
     order = Order(pictures, settings.batch, config.data.caption_dropout, settings.seed)
@@ -82,7 +82,7 @@ def train(
                 train_text=text,
             )
 
-    result = Result(model, config, digest(examples))
+    result = Result(model, config, digest(examples, cache.hash_of))
     run = Run(
         folder,
         parameters,
@@ -116,8 +116,7 @@ def train(
 
 def load_base(config: TrainConfig, dtype: torch.dtype) -> Krea2Transformer:
     """The transformer that is trained on, in main memory; warns where it is a Turbo."""
-    path = config.model.transformer
-    file = nano.TRANSFORMERS["raw"] if path == NANO else Path(str(path))
+    file = checkpoint_file(config.model.transformer, "raw")
     full = config.adapter.method == FULL
     model = load_transformer(file, dtype=torch.float32 if full else dtype, keep_quantised=not full)
     if model.variant == TURBO.name:

@@ -13,6 +13,7 @@ from diffusers_reference import TINY, load_from, run_reference
 from krea2_model import Krea2Pipeline, Krea2Transformer, load_transformer, nano
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.cli.main import main
+from krea2_model.cli.parser import command_parser
 from krea2_training import states
 from krea2_training.cache import Batch
 from krea2_training.config import read_config
@@ -79,6 +80,22 @@ def test_gradients_are_diffusers_s(reference_transformer):
         own = ours.get_parameter(official_to_module(official)).grad
         gradient = gradient.flatten() if official.endswith(".mod.lin") else gradient
         torch.testing.assert_close(own, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_offers_what_the_settings_take():
+    """Their modules are apart, since help imports no training."""
+    from krea2_training import config
+
+    offered = {a.dest: a.choices for a in command_parser("train")._actions if a.choices}
+    assert offered == {
+        "adapter.method": config.METHODS,
+        "adapter.targets": config.TARGETS,
+        "data.references": config.EDITS,
+        "training.optimiser": config.OPTIMISERS,
+        "memory.base": config.BASES,
+        "memory.dtype": ("bf16", "fp32"),
+        "output.key_style": config.KEY_STYLES,
+    }
 
 
 def test_times_are_logit_normal_and_shifted():
