@@ -9,6 +9,7 @@ from krea2_model.lora.updates import LoraStack
 from krea2_training.adapters import adapters_of, add_adapters, file_tensors, set_strength, targeted
 from krea2_training.base import FrozenLinear, TrainingBackend, four_bits, freeze_base
 from krea2_training.config import KEY_STYLES, Adapter, Memory
+from trained_adapters import trained
 
 CPU = torch.device("cpu")
 
@@ -24,21 +25,6 @@ def inputs(model):
     latents = torch.randn(2, 16, 6, 8, generator=generator)
     text = torch.randn(2, 5, config.hidden_size, generator=generator)
     return latents, torch.tensor([0.3, 0.8]), text
-
-
-def trained(model, settings):
-    """A model with adapters that are something, as after training."""
-    add_adapters(model, settings)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for adapter in adapters_of(model).values():
-            for name, parameter in adapter.named_parameters(recurse=False):
-                noise = torch.randn(parameter.shape, generator=generator)
-                if name == "magnitude":
-                    parameter.mul_(1 + 0.1 * noise)
-                else:
-                    parameter.add_(0.2 * noise * parameter.shape[-1] ** -0.5)
-    return model
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "lokr"])
