@@ -24,7 +24,7 @@ from krea2_model.checkpoints.transformer_keys import module_to_official, officia
 from krea2_model.transformer.model import Krea2Transformer
 
 from .base import FrozenLinear
-from .config import Adapter
+from .sections import Adapter
 
 _LINEAR = (nn.Linear, FrozenLinear, QuantisedLinear)
 

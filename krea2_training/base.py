@@ -22,7 +22,7 @@ from krea2_model.transformer.backend import Backend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
 
-from .config import BASES, NANO, Memory
+from .sections import BASES, NANO, Memory
 
 FP8 = "float8_e4m3fn"
 FOUR_BITS = "Q4_0"

@@ -35,8 +35,8 @@ from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.references import Reference, ReferenceSettings
 from krea2_model.vae.model import QwenImageVAE
 
-from .config import EDITS, NANO, Model
 from .data import Draw, Example, Order, Sized, content_hash, opened
+from .sections import EDITS, NANO, Model
 
 # Family of edit LoRAs for each way to show references.
 _FAMILIES = dict(zip(EDITS, ("references-only", "identity", "ai-toolkit"), strict=True))

@@ -26,7 +26,7 @@ from PIL.Image import open as open_image
 
 from krea2_model.images.sizes import size_for_area
 
-from .config import MAX_REFERENCES, Data
+from .sections import MAX_REFERENCES, Data
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
 TABLES = frozenset((".jsonl", ".csv", ".parquet"))

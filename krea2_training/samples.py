@@ -21,7 +21,7 @@ from krea2_model.transformer.patches import token_count
 from .adapters import adapters_of, add_adapters
 from .base import checkpoint_file, freeze_base
 from .cache import Cache
-from .config import TrainConfig
+from .config import RunConfig
 
 FULL = "full"
 
@@ -29,7 +29,7 @@ FULL = "full"
 class Sampler:
     """Makes the samples of a run. `prompts` have to be in the cache before the first."""
 
-    def __init__(self, config: TrainConfig, cache: Cache, device: torch.device):
+    def __init__(self, config: RunConfig, cache: Cache, device: torch.device):
         self.config, self.settings, self.cache = config, config.samples, cache
         self.folder, self.device = config.output.run_folder / "samples", device
         self.prompts = self.settings.prompts if self.settings.every else ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +13,7 @@ from .. import __version__
 from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
-from .train_options import add_train_options
+from .train_options import TRAINING, add_training_options
 from .values import lora, number, seeds, whole
 
 SUMMARIES = {
@@ -249,11 +251,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
 
 
-_OPTIONS = {
+_OPTIONS: dict[str, Callable[[Any], None]] = {
     "generate": _generate,
     "render": _render,
     "again": _again,
-    "train": add_train_options,
+    **{name: partial(add_training_options, name=name) for name in TRAINING},
     "merge": _merge,
     "models": _models,
     "expand": _expand,

@@ -1,14 +1,15 @@
-"""Options of `krea2 train`, each a setting of the TOML file it may be given instead."""
+"""Options of the training commands, each a setting of the TOML file it may be given instead."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .values import number, whole
 
-EPILOG = """\
+_TRAIN = """\
 SOURCE is a folder of pictures with captions beside them (cat.png, cat.txt), a table (.jsonl, .csv,
 .parquet), or a .toml file of settings; options on the command line replace those of the file. Train
 on Raw; the LoRA runs on Turbo too. A run that was stopped goes on when the command is given again.
@@ -21,8 +22,11 @@ on Raw; the LoRA runs on Turbo too. A run that was stopped goes on when the comm
 _FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 _COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
-# Groups of options: the words of an option, its setting, and what argparse takes.
-_OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+# The words of an option, its setting, and what argparse takes.
+_Group = list[tuple[str, str, dict[str, Any]]]
+
+# Groups of options that all commands have, and of one command.
+_SHARED: dict[str, _Group] = {
     "model": [
         ("--model", "model.transformer",
          {"metavar": "NAME", "help": "a Raw checkpoint, a diffusers folder, or nano"}),
@@ -39,17 +43,6 @@ _OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("--targets", "adapter.targets",
          {"choices": ("blocks", "attention", "mlp", "blocks+text"),
           "help": "default: blocks; blocks+text adds the text fusion"}),
-    ],
-    "pictures": [
-        ("--caption", "data.caption",
-         {"metavar": "TEXT", "help": "for pictures without one of their own"}),
-        ("--trigger", "data.trigger", {"metavar": "WORDS", "help": "put before every caption"}),
-        ("--resolution", "data.resolution",
-         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
-          "help": "side of a square of the pictures' area; several train at each; default: 1024"}),
-        ("--references", "data.references",
-         {"choices": ("references", "identity", "ai-toolkit"),
-          "help": "the family of edit LoRAs, where pictures have .ref1 and .ref2"}),
     ],
     "steps": [
         ("--steps", "training.steps", {**_COUNT, "help": "default: 1500"}),
@@ -90,28 +83,64 @@ _OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "krea2 train SOURCE [options]"
-    parser.epilog = EPILOG
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder, table or .toml file")
+_PICTURES: dict[str, _Group] = {
+    "pictures": [
+        ("--caption", "data.caption",
+         {"metavar": "TEXT", "help": "for pictures without one of their own"}),
+        ("--trigger", "data.trigger", {"metavar": "WORDS", "help": "put before every caption"}),
+        ("--resolution", "data.resolution",
+         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
+          "help": "side of a square of the pictures' area; several train at each; default: 1024"}),
+        ("--references", "data.references",
+         {"choices": ("references", "identity", "ai-toolkit"),
+          "help": "the family of edit LoRAs, where pictures have .ref1 and .ref2"}),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """source: the setting that the first argument is, where it is no .toml file; and its help."""
+
+    source: str
+    help: str
+    epilog: str
+    options: dict[str, _Group]
+
+    @property
+    def groups(self) -> dict[str, _Group]:
+        return {**self.options, **_SHARED}
+
+
+TRAINING: dict[str, Command] = {
+    "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
+}
+
+
+def add_training_options(parser: argparse.ArgumentParser, name: str) -> None:
+    command = TRAINING[name]
+    parser.usage = f"krea2 {name} SOURCE [options]"
+    parser.epilog = command.epilog
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=command.help)
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the run needs, and train nothing"
     )
-    for title, options in _OPTIONS.items():
+    for title, options in command.groups.items():
         group = parser.add_argument_group(title)
         for words, setting, how in options:
             group.add_argument(words, dest=setting, **how)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What was typed, by the settings' names."""
-    names = [setting for options in _OPTIONS.values() for _, setting, _ in options]
+    """The options on the command line, by the settings' names."""
+    groups = TRAINING[args.command].groups.values()
+    names = [setting for options in groups for _, setting, _ in options]
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
-def option_of(setting: str) -> str | None:
-    """The option of a setting, for messages."""
-    for options in _OPTIONS.values():
+def option_of(command: str, setting: str) -> str | None:
+    """A command's option for a setting, for messages."""
+    for options in TRAINING[command].groups.values():
         for words, name, _ in options:
             if name == setting:
                 return words

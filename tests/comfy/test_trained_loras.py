@@ -15,7 +15,7 @@ def test_core_and_our_loader_give_what_was_trained(
     # Importable once `models` has put the repository on the path.
     from krea2_model import load_transformer
     from krea2_training.adapters import file_tensors
-    from krea2_training.config import KEY_STYLES, Adapter
+    from krea2_training.sections import KEY_STYLES, Adapter
     from trained_adapters import trained
 
     assert style in KEY_STYLES and len(KEY_STYLES) == 3

@@ -6,7 +6,7 @@ import torch
 
 from krea2_model import Krea2Transformer
 from krea2_training.adapters import adapters_of, add_adapters
-from krea2_training.config import Adapter
+from krea2_training.sections import Adapter
 
 
 def trained(model: Krea2Transformer, settings: Adapter) -> Krea2Transformer:

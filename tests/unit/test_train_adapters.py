@@ -8,7 +8,7 @@ from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
 from krea2_training.adapters import adapters_of, add_adapters, file_tensors, set_strength, targeted
 from krea2_training.base import FrozenLinear, TrainingBackend, four_bits, freeze_base
-from krea2_training.config import KEY_STYLES, Adapter, Memory
+from krea2_training.sections import KEY_STYLES, Adapter, Memory
 from trained_adapters import trained
 
 CPU = torch.device("cpu")

@@ -1,0 +1,18 @@
+"""The function of each command, by the kind of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig, TrainConfig
+from .session import OnStep
+from .train import train
+
+_COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {TrainConfig: train}
+
+
+def run_command(config: RunConfig, on_step: OnStep) -> Path:
+    """Run the command that the settings are of; returns the file of the result."""
+    return _COMMANDS[type(config)](config, on_step)
