@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from krea2_model.checks import is_number, is_whole
 
-from .sections import Adapter, Data, Memory, Model, Output, Samples, Steps, expected_one_of
+from .sections import (
+    COLUMNS,
+    DIFFUSERS,
+    ROWS,
+    Adapter,
+    Data,
+    Memory,
+    Model,
+    Output,
+    Samples,
+    Steps,
+    expected_one_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +39,12 @@ class RunConfig:
     training: Steps = field(default_factory=Steps)
     memory: Memory = field(default_factory=Memory)
     samples: Samples = field(default_factory=Samples)
+
+    def __post_init__(self):
+        if self.adapter.magnitude is None:
+            by_rows = self.output.key_style == DIFFUSERS
+            adapter = replace(self.adapter, magnitude=ROWS if by_rows else COLUMNS)
+            object.__setattr__(self, "adapter", adapter)
 
     def as_table(self) -> dict[str, dict[str, Any]]:
         """The settings as TOML and JSON hold them, those that are not set left out."""

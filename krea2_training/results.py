@@ -39,7 +39,10 @@ class Result:
             return path
         with holding(self.model, values):
             tensors = file_tensors(self.model, self.config.output.key_style)
-        tensors = {n: t.bfloat16() if t.ndim > 1 else t for n, t in tensors.items()}
+        # Vectors too are float32: a DoRA's lengths scale whole columns.
+        tensors = {
+            n: t.bfloat16() if min(t.shape, default=1) > 1 else t for n, t in tensors.items()
+        }
         with replacing(path) as partial:
             save_file(tensors, partial, self.metadata(step))
         return path
