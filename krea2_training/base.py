@@ -127,12 +127,13 @@ def freeze_base(
     The matrices are quantised and moved one at a time, so that a card never holds the plain model.
     Raises ValueError for a base that the file's own format cannot become.
     """
+    check_base(model, memory.base)
     model.requires_grad_(False)
     for index, block in enumerate(model.blocks):
         for path, layer in list(block.named_modules()):
             if isinstance(layer, (nn.Linear, QuantisedLinear)):
                 parent, _, name = path.rpartition(".")
-                stored = stored_as(layer, memory.base, f"blocks.{index}.{path}")
+                stored = stored_as(layer, memory.base)
                 frozen = FrozenLinear(
                     _to(stored, device, memory.offload), layer.bias, memory.offload
                 )
@@ -142,17 +143,25 @@ def freeze_base(
     model.to(device)
 
 
-def stored_as(layer: nn.Linear | QuantisedLinear, base: str, name: str) -> QuantisedWeight | Tensor:
+def check_base(model: Krea2Transformer, base: str) -> None:
+    """Raise ValueError where a model's blocks are quantised, and `base` is another quantisation."""
+    if base in (BASES[0], "bf16"):
+        return
+    for name, layer in model.blocks.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            raise ValueError(
+                f"memory.base is {base}, but the file holds blocks.{name} as {layer.form}: "
+                "quantising twice would add the errors of both. Choose base as-is, or give the "
+                "bf16 file."
+            )
+
+
+def stored_as(layer: nn.Linear | QuantisedLinear, base: str) -> QuantisedWeight | Tensor:
     """A layer's weight in one of `BASES`."""
     if base == BASES[0]:
         return layer.stored if isinstance(layer, QuantisedLinear) else layer.weight.detach()
     if base == "bf16":
         return layer.weight.detach().bfloat16()
-    if isinstance(layer, QuantisedLinear):
-        raise ValueError(
-            f"memory.base is {base}, but the file holds {name} as {layer.form}: quantising twice "
-            "would add the errors of both. Choose base as-is, or give the bf16 file."
-        )
     weight = layer.weight.detach()
     if base == "4bit":
         return four_bits(weight)
