@@ -7,7 +7,7 @@ The stored form may be that of the file, 8 or 4 bits, and lie in main memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from krea2_model import nano
+from krea2_model import load_transformer, nano
+from krea2_model.checkpoints.checkpoint import Checkpoint
+from krea2_model.checkpoints.gguf import GGUFTensor
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import INT8, SCALE, QuantisedWeight, eight_bits
+from krea2_model.checkpoints.transformer import VARIANT_KEY
 from krea2_model.transformer.backend import Backend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
@@ -114,6 +117,22 @@ class TrainingBackend(Backend):
 def checkpoint_file(name: str | None, variant: str) -> Path:
     """The file that a setting names; "nano" is the built-in model's of a variant."""
     return nano.TRANSFORMERS[variant] if name == NANO else Path(str(name))
+
+
+def base_of_tensors(
+    tensors: Mapping[str, Tensor | tuple[Tensor, str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    variant: str | None,
+) -> Krea2Transformer:
+    """The model of a host's tensors, which it shares where their dtype allows it.
+
+    tensors: as a file has them, by official names; a weight of GGUF is its blocks, their format and
+        the shape of the values. variant: "raw", "turbo", or None.
+    """
+    own = {n: GGUFTensor(*t) if isinstance(t, tuple) else t for n, t in tensors.items()}
+    metadata = {VARIANT_KEY: variant} if variant else {}
+    checkpoint = Checkpoint(Path("model"), own, metadata)
+    return load_transformer(checkpoint, dtype=dtype, keep_quantised=True)
 
 
 def freeze_base(
