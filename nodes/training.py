@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -19,7 +20,13 @@ from .managed.memory import advise
 from .managed.training import check_parts, is_turbo, parts_of, settings_of_device
 from .managed.training_package import training
 from .model_files import fingerprint
-from .training_files import find_output, find_picture_folder, list_picture_folders, relative_name
+from .training_files import (
+    find_cache,
+    find_output,
+    find_picture_folder,
+    list_picture_folders,
+    relative_name,
+)
 
 # Of krea2_training.sections, which is not imported at start; tests/comfy/test_training.py compares.
 METHODS = ("lora", "dora", "lokr")
@@ -334,9 +341,7 @@ class _Watch:
 
     def picture(self) -> torch.Tensor:
         """The curve as an IMAGE (1, H, W, 3)."""
-        pixels = torch.frombuffer(bytearray(self._draw().tobytes()), dtype=torch.uint8)
-        width, height = self._draw().size
-        return pixels.view(1, height, width, 3) / 255
+        return torch.from_numpy(np.array(self._draw()))[None] / 255
 
     def _draw(self) -> Image.Image:
         return training().curve.draw_curves({"loss": self.losses}, self.steps)
@@ -350,6 +355,7 @@ def _config(values: dict[str, Any], result: Path, run_folder: Path):
         "data.trigger": values["trigger"],
         "data.resolution": [values["resolution"]],
         "data.caption_dropout": values["caption_dropout"],
+        "data.cache": find_cache(),
         "model.transformer": "the MODEL",
         "adapter.method": values["method"],
         "adapter.rank": values["rank"],

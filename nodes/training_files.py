@@ -11,7 +11,7 @@ from .model_files import check_text
 # As krea2_training.data reads them.
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
 # Of the output folder: results, where ComfyUI looks for LoRAs too, and states.
-_RESULTS, _RUNS = "loras", "krea2_training"
+_RESULTS, _RUNS, _CACHE = "loras", "krea2_training", "krea2_training_cache"
 _ENDING = ".safetensors"
 _NOT_IN_NAMES = re.compile(r'[<>:"|?*\x00-\x1f]')
 
@@ -52,6 +52,11 @@ def find_output(name: str) -> tuple[Path, Path]:
     root = Path(folder_paths.get_output_directory())
     result = root.joinpath(_RESULTS, *parts)
     return result.with_name(result.name + _ENDING), root.joinpath(_RUNS, *parts)
+
+
+def find_cache() -> Path:
+    """The folder of encoded pictures and captions, which all runs share."""
+    return Path(folder_paths.get_output_directory(), _CACHE)
 
 
 def relative_name(result: Path) -> str:
