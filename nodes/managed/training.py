@@ -81,7 +81,7 @@ def settings_of_device() -> dict[str, str]:
 
 def parts_of(model, clip, vae, dtype: torch.dtype):
     """MODEL, CLIP and VAE as the parts of a session; all of them leave the device."""
-    comfy.model_management.unload_all_models()
+    _unload()
     tensors = _file_tensors(model, dtype)
     named = {n: t[0] if isinstance(t, tuple) else t for n, t in tensors.items()}
     variant = "turbo" if is_turbo(model) else "raw"
@@ -191,9 +191,7 @@ class ManagedEncoders:
         return latents[0, :, 0] if latents.ndim == 5 else latents[0]
 
     def release(self) -> None:
-        """Have ComfyUI take all models off the device."""
-        comfy.model_management.unload_all_models()
-        comfy.model_management.soft_empty_cache()
+        _unload()
 
     def name(self, part: str) -> str:
         if part not in self._names:
@@ -205,6 +203,16 @@ class ManagedEncoders:
             patches = str(patcher.patches_uuid) if patcher.patches else ""
             self._names[part] = _hash_of(tensors) + patches
         return self._names[part]
+
+
+@torch.inference_mode()
+def _unload() -> None:
+    """Have ComfyUI take all models off the device, in the mode in which it put them there.
+
+    Moved in another mode, its quantised weights could not be loaded again.
+    """
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
 
 
 def _hash_of(tensors: dict[str, torch.Tensor]) -> str:
