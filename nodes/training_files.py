@@ -5,11 +5,13 @@ from pathlib import Path
 
 import folder_paths
 
+from ..krea2_model import nano
 from .file_kinds import walk
 from .model_files import check_text
 
 # As krea2_training.data reads them.
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
+NANO_PICTURES = "krea2-nano pictures (built in)"
 # Of the output folder: results, where ComfyUI looks for LoRAs too, and states.
 _RESULTS, _RUNS, _CACHE = "loras", "krea2_training", "krea2_training_cache"
 _ENDING = ".safetensors"
@@ -17,13 +19,13 @@ _NOT_IN_NAMES = re.compile(r'[<>:"|?*\x00-\x1f]')
 
 
 def list_picture_folders() -> list[str]:
-    """Folders of pictures below the input folder, by relative name with slashes."""
+    """Folders of pictures below the input folder, by relative name, then krea2-nano's own."""
     root = Path(folder_paths.get_input_directory())
     names = []
     for folder, _, files in walk(root):
         if Path(folder) != root and any(Path(file).suffix.lower() in PICTURES for file in files):
             names.append(Path(folder).relative_to(root).as_posix())
-    return sorted(names)
+    return [*sorted(names), NANO_PICTURES]
 
 
 def find_picture_folder(name: str) -> Path:
@@ -32,6 +34,8 @@ def find_picture_folder(name: str) -> Path:
     Raises ValueError for a name that leads out of it, and where there is no such folder.
     """
     check_text(name)
+    if name == NANO_PICTURES:
+        return nano.PICTURES
     folder = Path(folder_paths.get_input_directory(), *_parts(name, "folder", "the input folder"))
     if not folder.is_dir():
         raise ValueError(
