@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Steps of a mean.
 WINDOW = 20
-_SIZE = (960, 420)  # pixels of a panel
-_MARGINS = (86, 36, 20, 44)  # left, top, right, bottom
+_SIZE = (640, 360)  # pixels of a panel
+_MARGINS = (76, 40, 24, 50)  # left, top, right, bottom
 _BACK, _GRID, _EACH, _MEAN, _TEXT = "white", "#e4e4e4", "#c4cbd4", "#1f6fb4", "#404040"
-_TEXT_SIZE = 15
+_TEXT_SIZE = 18
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], steps: int = 0) -> Image.Image:
@@ -54,7 +54,7 @@ def _draw_panel(
         draw.text((box[0] - 8, height), f"{number:.3g}", _TEXT, font, anchor="rm")
         step = round(1 + (last - 1) * part / 4)
         draw.text((place(step, low)[0], box[3] + 8), f"{step}", _TEXT, font, anchor="mt")
-    draw.text((box[2], box[3] + 26), "step", _TEXT, font, anchor="rt")
+    draw.text((box[2], box[3] + 29), "step", _TEXT, font, anchor="rt")
     for values, colour, thick in ((numbers, _EACH, 1), (means, _MEAN, 3)):
         line = [place(step, value) for (step, _), value in zip(points, values, strict=True)]
         draw.line(line if len(line) > 1 else line * 2, colour, thick, joint="curve")

@@ -296,8 +296,9 @@ class K2TrainLora(io.ComfyNode):
                     examples=examples,
                 )
         comfy.model_management.soft_empty_cache()
-        # After a cancelled run its file is there, and the run ends as ComfyUI expects.
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        if watch.interrupted is not None:
+            # With its file written, the run ends as ComfyUI expects of a cancelled one.
+            raise watch.interrupted
         lora = comfy.utils.load_torch_file(str(result), safe_load=True)
         curve = watch.picture()
         notes = [f"step {watch.losses[-1][0]} of {values['steps']}", *notes, relative_name(result)]
@@ -312,6 +313,7 @@ class _Watch:
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps = folder, steps
         self.bar = comfy.utils.ProgressBar(steps)
+        self.interrupted: BaseException | None = None
         self._losses: list[tuple[int, float]] | None = None
         self._shown = 0.0
 
@@ -335,9 +337,13 @@ class _Watch:
         if step == self.steps or time.monotonic() - self._shown > _SECONDS_BETWEEN_PREVIEWS:
             preview = ("JPEG", self._draw(), 512)
             self._shown = time.monotonic()
-        self.bar.update_absolute(step, self.steps, preview)
-        if comfy.model_management.processing_interrupted():
-            raise training().session.StopTraining
+        try:
+            # The server's progress bar raises it too.
+            self.bar.update_absolute(step, self.steps, preview)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        except comfy.model_management.InterruptProcessingException as error:
+            self.interrupted = error
+            raise training().session.StopTraining from error
 
     def picture(self) -> torch.Tensor:
         """The curve as an IMAGE (1, H, W, 3)."""

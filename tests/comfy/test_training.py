@@ -114,31 +114,36 @@ def hooked(monkeypatch):
     return lambda function: monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", function)
 
 
-def cancel_at(step):
-    """As the Cancel button does, once a step is done."""
+def cancel_at(step, raises):
+    """As the Cancel button does, once a step is done. raises: as the server's hook does."""
     import comfy.model_management
 
     def hook(value, total, preview, node_id=None):
         if total == SETTINGS["steps"] and value == step:
             comfy.model_management.interrupt_current_processing(True)
+        if raises:
+            comfy.model_management.throw_exception_if_processing_interrupted()
 
     return hook
 
 
-def test_a_cancelled_run_keeps_what_it_learned_and_goes_on(train, base, parts, velocity, hooked):
+@pytest.mark.parametrize("raises, step", [(False, 1), (True, 2)])
+def test_a_cancelled_run_keeps_what_it_learned_and_goes_on(
+    train, base, parts, velocity, hooked, raises, step
+):
     from comfy.model_management import InterruptProcessingException
 
     before = velocity(parts["model"])
     whole = train(name="whole")
-    hooked(cancel_at(2))
+    hooked(cancel_at(step, raises))
     with pytest.raises(InterruptProcessingException):
-        train(name="parts")
+        train(name=f"parts{step}")
     assert torch.equal(velocity(parts["model"]), before), "the MODEL stays as it was"
-    file = base / "output" / "loras" / "parts.safetensors"
+    file = base / "output" / "loras" / f"parts{step}.safetensors"
     with safe_open(file, "pt") as opened:
-        assert opened.metadata()["ss_steps"] == "2"
+        assert opened.metadata()["ss_steps"] == str(step)
     hooked(None)
-    resumed = train(name="parts")
+    resumed = train(name=f"parts{step}")
     assert torch.equal(velocity(parts["model"]), before)
     assert resumed[1] == whole[1] and len(resumed[1]["loss"]) == 3
     assert all(torch.equal(resumed[0][name], whole[0][name]) for name in whole[0])
@@ -162,7 +167,7 @@ def test_the_node_shows_the_curve_and_writes_where_it_says(train, base, hooked, 
     hooked(lambda value, total, preview, node_id=None: shown.append((value, total, preview)))
     train(name="people/shown", steps=3)
     previews = [preview for _, total, preview in shown if total == 3 and preview]
-    assert previews and previews[-1][0] == "JPEG" and previews[-1][1].size == (960, 420)
+    assert previews and previews[-1][0] == "JPEG" and previews[-1][1].size == (640, 360)
     written = {file.relative_to(base / "output").parts[0]
                for file in (base / "output").rglob("*") if file.is_file()}  # fmt: skip
     assert written <= {"loras", "krea2_training", "krea2_training_cache"}

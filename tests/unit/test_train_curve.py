@@ -15,9 +15,9 @@ def heights(image, left, right):
 
 def test_a_falling_number_falls_from_left_to_right():
     image = draw_curves({"loss": [(step, 2.0 / step) for step in range(1, 101)]}, steps=200)
-    first, last = heights(image, 90, 110), heights(image, 480, 500)
+    first, last = heights(image, 80, 100), heights(image, 320, 340)
     assert first.mean() < last.mean() - 50
-    assert not len(heights(image, 520, 940)), "the run is half over"
+    assert not len(heights(image, 370, 620)), "the run is half over"
 
 
 def test_a_panel_for_each_number():
