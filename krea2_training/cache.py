@@ -58,6 +58,23 @@ class Batch:
     reference_method: str = ""
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Prompts on the device: taps (B, L, T, D) and mask (B, L) bool or None."""
+
+    taps: Tensor
+    mask: Tensor | None = None
+
+    def fuse(self, model: Krea2Transformer) -> Tensor:
+        """Fused text (B, L, D)."""
+        return model.fuse_text(self.taps, self.mask)
+
+    def repeated(self, times: int) -> Texts:
+        """Each prompt so many times, one after the other."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Texts(self.taps.repeat_interleave(times, 0), mask)
+
+
 class Encoders:
     """Text encoder and VAE of a run, loaded when they are first needed."""
 
@@ -181,6 +198,11 @@ class Cache:
     def prompt(self, prompt: str) -> PromptEmbeds:
         """A sample's prompt, of those that `fill` was given."""
         return PromptEmbeds(self._read(self._prompt_key(prompt))["taps"][None])
+
+    def texts(self, prompts: Sequence[str], device: torch.device) -> Texts:
+        """Prompts, of those that `fill` was given, as a batch."""
+        taps, mask = padded([self._read(self._prompt_key(prompt))["taps"] for prompt in prompts])
+        return Texts(taps.to(device), None if mask is None else mask.to(device))
 
     def _encode_text(
         self, one: Sized | None, caption: str, encoder: Qwen3VLTextEncoder

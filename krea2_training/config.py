@@ -14,7 +14,20 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from krea2_model.checks import is_number, is_whole
 
-from .sections import Adapter, Data, Memory, Model, Output, Samples, Steps, expected_one_of
+from .prompts import Prompts
+from .sections import (
+    FULL,
+    Adapter,
+    Data,
+    Distil,
+    Memory,
+    Model,
+    Output,
+    Samples,
+    Steps,
+    check,
+    expected_one_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +75,33 @@ class TrainConfig(RunConfig):
         return max(self.data.resolution)
 
 
-KINDS: dict[str, type[RunConfig]] = {"train": TrainConfig}
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(RunConfig):
+    """All settings of `krea2 distil`."""
+
+    prompts: Prompts
+    distil: Distil = field(default_factory=Distil)
+
+    def __post_init__(self):
+        check(
+            self.adapter.method != FULL, "adapter.method", FULL,
+            "lora, dora or lokr: student, teacher and fake model are adapters on one base",
+        )  # fmt: skip
+        check(
+            self.samples.turbo is None, "samples.turbo", self.samples.turbo,
+            "none: a few-step LoRA makes a Turbo of Raw, and is not for Turbo",
+        )  # fmt: skip
+
+    @property
+    def side(self) -> int | None:
+        return self.prompts.size
+
+    @property
+    def adapter_sets(self) -> int:
+        return 2
+
+
+KINDS: dict[str, type[RunConfig]] = {"train": TrainConfig, "distil": DistilConfig}
 
 Config = TypeVar("Config", bound=RunConfig)
 

@@ -21,7 +21,7 @@ from krea2_model.config import TURBO
 from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .adapters import add_adapters
+from .adapters import AnyAdapter, add_adapters
 from .base import TrainingBackend, checkpoint_file, freeze_base
 from .cache import Cache, Encoders
 from .config import RunConfig
@@ -29,8 +29,8 @@ from .data import Sized
 from .loop import Loss, Run
 from .rates import Rates, optimisers_of
 from .results import Result
-from .samples import FULL, Sampler
-from .sections import EDITS
+from .samples import Sampler
+from .sections import EDITS, FULL
 from .watch import draw_curve, tensorboard
 
 logger = logging.getLogger(__name__)
@@ -103,16 +103,17 @@ class Session:
         on_step: OnStep,
         *,
         optimisers: list[torch.optim.Optimizer] | None = None,
-        fingerprint: Mapping[str, Any] | None = None,
+        shipped: Mapping[str, AnyAdapter] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
         dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
-        fingerprint: more settings that a resumed run has to share.
+        shipped, metadata: see `Result`.
         Raises TrainingStopped for a loss that is not finite.
         """
         config, settings = self.config, self.config.training
-        result = Result(self.model, config, dataset)
+        result = Result(self.model, config, dataset, shipped, metadata)
         run = Run(
             self.folder,
             parameters,
@@ -123,7 +124,7 @@ class Session:
             average=settings.average,
             save_every=config.output.save_every,
             on_save=lambda step: result.write_step(step, run.values()),
-            fingerprint=_fingerprint(config, dataset) | dict(fingerprint or {}),
+            fingerprint=_fingerprint(config, dataset),
         )
         watch = tensorboard(self.folder)
 
@@ -166,7 +167,12 @@ def _fingerprint(config: RunConfig, dataset: str) -> dict[str, Any]:
     data: dict[str, Any] = {"dataset": dataset}
     if hasattr(config, "data"):
         data["resolution"] = list(config.data.resolution)
-    return {"adapter": asdict(config.adapter), "training": training, "data": data}
+    own = {
+        name: asdict(getattr(config, name))
+        for name in config.sections()
+        if name not in RunConfig.sections() and name not in ("data", "prompts")
+    }
+    return {"adapter": asdict(config.adapter), "training": training, "data": data, **own}
 
 
 def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
