@@ -244,6 +244,21 @@ class Distil:
         check(1 <= self.fake_updates <= 100, "distil.fake_updates", self.fake_updates, "1 to 100")
 
 
+@dataclass(frozen=True)
+class Prefer:
+    """beta: how strongly a pair's margin counts. hold: weight of the winner's own likelihood.
+
+    hold 0 is plain DPO, which drifts.
+    """
+
+    beta: float = 1000.0
+    hold: float = 1.0
+
+    def __post_init__(self):
+        check(0 < self.beta <= 1e6, "prefer.beta", self.beta, "more than 0, at most 1e6")
+        check(0 <= self.hold <= 1000, "prefer.hold", self.hold, "0 to 1000")
+
+
 def expected_one_of(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), 1, 0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
