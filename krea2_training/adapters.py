@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -194,14 +194,15 @@ def set_strength(model: nn.Module, strength: float) -> None:
         adapter.strength = strength
 
 
-def file_tensors(model: nn.Module, key_style: str) -> dict[str, Tensor]:
-    """The adapters' tensors in float32, by the names of a trainer's files.
+def file_tensors(adapters: Mapping[str, AnyAdapter], key_style: str) -> dict[str, Tensor]:
+    """Tensors of adapters in float32, by the names of a trainer's files.
 
+    adapters: by the names of their layers.
     key_style: "ai-toolkit" (diffusion_model., official names), "kohya" (lora_unet_, with alpha) or
         "diffusers" (transformer., diffusers' names).
     """
     result: dict[str, Tensor] = {}
-    for name, adapter in adapters_of(model).items():
+    for name, adapter in adapters.items():
         tensors = {part: tensor.detach() for part, tensor in adapter.tensors().items()}
         result |= _named(name, tensors, adapter, key_style)
     return {name: tensor.float().cpu().contiguous() for name, tensor in result.items()}

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, TrainConfig
+from .config import DistilConfig, PreferConfig, RunConfig, TrainConfig
+from .distil import distil
+from .prefer import prefer
 from .session import OnStep
 from .train import train
 
-_COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {TrainConfig: train}
+_COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
+    TrainConfig: train,
+    DistilConfig: distil,
+    PreferConfig: prefer,
+}
 
 
 def run_command(config: RunConfig, on_step: OnStep) -> Path:

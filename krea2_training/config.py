@@ -14,17 +14,24 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from krea2_model.checks import is_number, is_whole
 
+from .pairs import Pairs
+from .prompts import Prompts
 from .sections import (
     COLUMNS,
     DIFFUSERS,
+    EDITS,
+    FULL,
     ROWS,
     Adapter,
     Data,
+    Distil,
     Memory,
     Model,
     Output,
+    Prefer,
     Samples,
     Steps,
+    check,
     expected_one_of,
 )
 
@@ -59,6 +66,16 @@ class RunConfig:
         return None
 
     @property
+    def cache(self) -> Path:
+        """Folder of encoded pictures and prompts."""
+        return self.output.run_folder / "cache"
+
+    @property
+    def references(self) -> str:
+        """How references are shown, of `EDITS`."""
+        return EDITS[0]
+
+    @property
     def adapter_sets(self) -> int:
         """Sets of adapters that are trained beside the model."""
         return 1
@@ -79,8 +96,70 @@ class TrainConfig(RunConfig):
     def side(self) -> int | None:
         return max(self.data.resolution)
 
+    @property
+    def cache(self) -> Path:
+        return self.data.cache or super().cache
 
-KINDS: dict[str, type[RunConfig]] = {"train": TrainConfig}
+    @property
+    def references(self) -> str:
+        return self.data.references
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(RunConfig):
+    """All settings of `krea2 distil`."""
+
+    prompts: Prompts
+    distil: Distil = field(default_factory=Distil)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.adapter.method != FULL, "adapter.method", FULL,
+            "lora, dora or lokr: student, teacher and fake model are adapters on one base",
+        )  # fmt: skip
+        check(
+            self.samples.turbo is None, "samples.turbo", self.samples.turbo,
+            "none: a few-step LoRA makes a Turbo of Raw, and is not for Turbo",
+        )  # fmt: skip
+
+    @property
+    def side(self) -> int | None:
+        return self.prompts.size
+
+    @property
+    def adapter_sets(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferConfig(RunConfig):
+    """All settings of `krea2 prefer`."""
+
+    pairs: Pairs
+    prefer: Prefer = field(default_factory=Prefer)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.adapter.method != FULL, "adapter.method", FULL,
+            "lora, dora or lokr: the reference is the model without adapters",
+        )  # fmt: skip
+
+    @property
+    def side(self) -> int | None:
+        return self.pairs.resolution
+
+    @property
+    def cache(self) -> Path:
+        return self.pairs.cache or super().cache
+
+
+KINDS: dict[str, type[RunConfig]] = {
+    "train": TrainConfig,
+    "distil": DistilConfig,
+    "prefer": PreferConfig,
+}
 
 Config = TypeVar("Config", bound=RunConfig)
 

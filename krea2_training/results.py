@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,29 @@ from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.lora.edit_family import AI_TOOLKIT
 from krea2_model.replacing import replacing
 
-from .adapters import file_tensors
+from .adapters import AnyAdapter, adapters_of, file_tensors
 from .config import RunConfig, TrainConfig
-from .samples import FULL, holding
-from .sections import EDITS
+from .samples import holding
+from .sections import EDITS, FULL
 
 
 class Result:
     """The file of what was trained, and those on the way.
 
-    dataset: a hash of what was learned from, for the metadata.
+    dataset: a hash of what was learned from, for the metadata. shipped: adapters of the file by
+    their layers' names; None is all there are. extra: more metadata.
     """
 
-    def __init__(self, model: Krea2Transformer, config: RunConfig, dataset: str):
+    def __init__(
+        self,
+        model: Krea2Transformer,
+        config: RunConfig,
+        dataset: str,
+        shipped: Mapping[str, AnyAdapter] | None = None,
+        extra: Mapping[str, str] | None = None,
+    ):
         self.model, self.config, self.dataset = model, config, dataset
+        self.shipped, self.extra = shipped, dict(extra or {})
 
     def write(self, step: int, values: dict[str, Tensor], path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +48,8 @@ class Result:
                 save_transformer(self.model, path)
             return path
         with holding(self.model, values):
-            tensors = file_tensors(self.model, self.config.output.key_style)
+            shipped = adapters_of(self.model) if self.shipped is None else self.shipped
+            tensors = file_tensors(shipped, self.config.output.key_style)
         # Vectors too are float32: a DoRA's lengths scale whole columns.
         tensors = {
             n: t.bfloat16() if min(t.shape, default=1) > 1 else t for n, t in tensors.items()
@@ -77,7 +88,7 @@ class Result:
         }
         if isinstance(config, TrainConfig):
             metadata |= _data_metadata(config)
-        return metadata
+        return metadata | self.extra
 
 
 def _without_folders(table: Any) -> Any:

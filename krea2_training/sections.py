@@ -13,7 +13,8 @@ from typing import Any
 
 from krea2_model.images.sizes import MULTIPLE
 
-METHODS = ("lora", "dora", "lokr", "full")
+FULL = "full"
+METHODS = ("lora", "dora", "lokr", FULL)
 TARGETS = ("blocks", "attention", "mlp", "blocks+text")
 OPTIMISERS = ("adamw", "adamw8bit", "muon")
 BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
@@ -23,6 +24,7 @@ COLUMNS, ROWS = "columns", "rows"
 EDITS = ("references", "identity", "ai-toolkit")
 NANO = "nano"
 MAX_REFERENCES = 2
+MAX_STEPS = 16  # of a few-step LoRA
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,47 @@ class Output:
     def run_folder(self) -> Path:
         assert self.path is not None
         return self.path.with_suffix("") if self.folder is None else self.folder
+
+
+@dataclass(frozen=True)
+class Distil:
+    """A LoRA for few steps without guidance.
+
+    steps: of its sampling; several train for each in turn, and the largest is what it asks for.
+    mu: of its schedule's shift. guidance: of the teacher; None is the checkpoint's own.
+    fake_updates: of the model that follows the student, before each of the student's.
+    """
+
+    steps: tuple[int, ...] = (8,)
+    mu: float = 1.15
+    guidance: float | None = None
+    fake_updates: int = 4
+
+    def __post_init__(self):
+        steps = self.steps
+        ok = len(steps) > 0 and all(1 <= count <= MAX_STEPS for count in steps)
+        check(ok, "distil.steps", list(steps), f"1 to {MAX_STEPS}")
+        check(abs(self.mu) <= 100, "distil.mu", self.mu, "-100 to 100")
+        guidance = self.guidance
+        check(
+            guidance is None or 0 <= guidance <= 100, "distil.guidance", guidance, "0 to 100"
+        )  # fmt: skip
+        check(1 <= self.fake_updates <= 100, "distil.fake_updates", self.fake_updates, "1 to 100")
+
+
+@dataclass(frozen=True)
+class Prefer:
+    """beta: how strongly a pair's margin counts. hold: weight of the winner's own likelihood.
+
+    hold 0 is plain DPO, which drifts.
+    """
+
+    beta: float = 1000.0
+    hold: float = 1.0
+
+    def __post_init__(self):
+        check(0 < self.beta <= 1e6, "prefer.beta", self.beta, "more than 0, at most 1e6")
+        check(0 <= self.hold <= 1000, "prefer.hold", self.hold, "0 to 1000")
 
 
 def expected_one_of(name: str, known: Iterable[str]) -> str:

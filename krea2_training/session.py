@@ -21,7 +21,7 @@ from krea2_model.config import TURBO
 from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .adapters import add_adapters
+from .adapters import AnyAdapter, add_adapters
 from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
 from .cache import Cache, Encoders, OnEncoding
 from .config import RunConfig
@@ -29,8 +29,8 @@ from .data import Sized
 from .loop import Loss, Run
 from .rates import Rates, check_optimiser, optimisers_of
 from .results import Result
-from .samples import FULL, Sampler
-from .sections import EDITS
+from .samples import Sampler
+from .sections import FULL
 from .watch import draw_curve, tensorboard
 
 logger = logging.getLogger(__name__)
@@ -86,9 +86,7 @@ class Session:
         if not self.is_full:
             check_base(self.model, config.memory.base)
         self.folder.mkdir(parents=True, exist_ok=True)
-        data = getattr(config, "data", None)
-        cache = getattr(data, "cache", None) or self.folder / "cache"
-        self.cache = Cache(cache, encoders, getattr(data, "references", EDITS[0]))
+        self.cache = Cache(config.cache, encoders, config.references)
         self.sampler = Sampler(config, self.cache, self.device)
 
     def encode(
@@ -138,16 +136,17 @@ class Session:
         on_step: OnStep,
         *,
         optimisers: list[torch.optim.Optimizer] | None = None,
-        fingerprint: Mapping[str, Any] | None = None,
+        shipped: Mapping[str, AnyAdapter] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
         dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
-        fingerprint: more settings that a resumed run has to share.
+        shipped, metadata: see `Result`.
         Raises TrainingStopped for a loss that is not finite.
         """
         config, settings = self.config, self.config.training
-        result = Result(self.model, config, dataset)
+        result = Result(self.model, config, dataset, shipped, metadata)
         run = Run(
             self.folder,
             parameters,
@@ -158,7 +157,7 @@ class Session:
             average=settings.average,
             save_every=config.output.save_every,
             on_save=lambda step: result.write_step(step, run.values()),
-            fingerprint=self._fingerprint(dataset) | dict(fingerprint or {}),
+            fingerprint=_fingerprint(config, dataset, self.model_name),
         )
         watch = tensorboard(self.folder)
 
@@ -180,17 +179,6 @@ class Session:
         assert config.output.path is not None
         return result.write(run.step, run.values(), config.output.path)
 
-    def _fingerprint(self, dataset: str) -> dict[str, Any]:
-        """What a resumed run has to share: not its length, nor how it is watched."""
-        training = asdict(self.config.training)
-        for name in ("steps", "decay"):
-            del training[name]
-        data: dict[str, Any] = {"dataset": dataset}
-        if hasattr(self.config, "data"):
-            data["resolution"] = list(self.config.data.resolution)
-        model = {"model": self.model_name} if self.model_name else {}
-        return {"adapter": asdict(self.config.adapter), "training": training, "data": data, **model}
-
 
 def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     """The transformer that is trained on, in main memory; warns where it is a Turbo."""
@@ -200,6 +188,22 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     if model.variant == TURBO.name:
         logger.warning("%s %s", file.name, ON_TURBO)
     return model
+
+
+def _fingerprint(config: RunConfig, dataset: str, model: str) -> dict[str, Any]:
+    """What has to be the same for a run to be resumed: not its length, nor how it is watched."""
+    training = asdict(config.training)
+    for name in ("steps", "decay"):
+        del training[name]
+    table = config.as_table()
+    own = {name: table[name] for name in config.sections() if name not in RunConfig.sections()}
+    # The dataset's hash stands for the files; the cache may lie anywhere.
+    own = {
+        name: {k: v for k, v in section.items() if k not in ("path", "cache")}
+        for name, section in own.items()
+    }
+    own |= {"model": model} if model else {}
+    return {"adapter": asdict(config.adapter), "training": training, "dataset": dataset, **own}
 
 
 def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:

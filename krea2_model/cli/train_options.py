@@ -19,6 +19,27 @@ on Raw; the LoRA runs on Turbo too. A run that was stopped goes on when the comm
   krea2 train photos --model nano --resolution 128 --output nano_style.safetensors
 """
 
+_DISTIL = """\
+Makes a Turbo of a Raw checkpoint, your fine-tune for example: the result is a LoRA for few steps
+without guidance, which the preset "auto" recognises. SOURCE is a text file with a prompt a line, a
+table with a column prompt, a folder of pictures with captions, or a .toml file of settings. Prompts
+like those that the LoRA is to be used with teach it best; no pictures are needed.
+
+  krea2 distil prompts.txt --model my_raw.safetensors --text-encoder qwen3vl_4b.safetensors
+      --vae qwen_image_vae.safetensors --for-steps 8 --output my_turbo_lora.safetensors
+"""
+
+_PREFER = """\
+Teaches a model which of two pictures of a prompt is preferred. SOURCE is a folder of
+NAME.better.png and NAME.worse.png with NAME.txt, a table with columns prompt, chosen and rejected,
+or a .toml file of settings. `krea2 pick FOLDER` makes such a table of pictures by clicks. Pairs of
+which at least one picture is the model's own teach best.
+
+  krea2 pick renders
+  krea2 prefer renders/picks.jsonl --model krea2_raw_bf16.safetensors --output better.safetensors
+      --text-encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors
+"""
+
 _FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 _COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
@@ -98,6 +119,41 @@ _PICTURES: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_PROMPTS: _Group = [
+    ("--size", "prompts.size",
+     {"type": whole(64, 4096), "metavar": "PX",
+      "help": "side of a square of the pictures' area; default: the model's"}),
+]  # fmt: skip
+
+_DISTILLING: dict[str, _Group] = {
+    "distillation": [
+        ("--for-steps", "distil.steps",
+         {"type": whole(1, 16), "nargs": "+", "metavar": "N",
+          "help": "steps of the LoRA's sampling, several in turn; default: 8"}),
+        ("--guidance", "distil.guidance",
+         {"type": number(0, 100), "metavar": "X", "help": "of the teacher; default: the model's"}),
+        ("--fake-updates", "distil.fake_updates",
+         {**_COUNT, "help": "of the model that follows the student; default: 4"}),
+        *_PROMPTS,
+    ],
+}  # fmt: skip
+
+
+_PREFERRING: dict[str, _Group] = {
+    "preference": [
+        ("--beta", "prefer.beta",
+         {"type": number(0, 1e6, above=True), "metavar": "X",
+          "help": "how strongly a pair counts; default: 1000"}),
+        ("--hold", "prefer.hold",
+         {"type": number(0, 1000), "metavar": "X",
+          "help": "how strongly the winner's likelihood is held; 0 is plain DPO; default: 1"}),
+        ("--resolution", "pairs.resolution",
+         {"type": whole(64, 4096), "metavar": "PX",
+          "help": "side of a square of the pictures' area; default: 1024"}),
+    ],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Command:
     """source: the setting that the first argument is, where it is no .toml file; and its help."""
@@ -114,6 +170,8 @@ class Command:
 
 TRAINING: dict[str, Command] = {
     "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
+    "distil": Command("prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING),
+    "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
 }
 
 

@@ -21,7 +21,7 @@ def test_core_and_our_loader_give_what_was_trained(
 ):
     # Importable once `models` has put the repository on the path.
     from krea2_model import load_transformer
-    from krea2_training.adapters import file_tensors
+    from krea2_training.adapters import adapters_of, file_tensors
     from krea2_training.sections import KEY_STYLES, Adapter
     from trained_adapters import trained
 
@@ -30,7 +30,7 @@ def test_core_and_our_loader_give_what_was_trained(
         file = models / "diffusion_models" / "krea2_tiny_turbo.safetensors"
         model = load_transformer(file, dtype=torch.float32)
         settings = Adapter(method, rank=4, alpha=6.0, targets="blocks+text")
-        tensors = file_tensors(trained(model, settings), style)
+        tensors = file_tensors(adapters_of(trained(model, settings)), style)
     name = f"trained_{method}_{style}.safetensors"
     (models / "loras").mkdir(exist_ok=True)
     save_file(tensors, models / "loras" / name)

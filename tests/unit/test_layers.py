@@ -88,8 +88,21 @@ def test_only_the_command_line_knows_the_training():
         if "krea2_training" in file.read_text(encoding="utf-8")
     }
     assert users == {"cli/train.py"}
-    nodes = (ROOT.parent / "nodes").rglob("*.py")
-    assert not [file for file in nodes if "krea2_training" in file.read_text(encoding="utf-8")]
+
+
+def test_nodes_import_the_training_where_it_begins():
+    """In one function, so that nothing of it is imported with the nodes."""
+    nodes, found = ROOT.parent / "nodes", {}
+    for file in nodes.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        inside = {id(n): f.name for f in functions for n in ast.walk(f)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any("krea2_training" in name for name in names):
+                found[file.relative_to(nodes).as_posix()] = inside.get(id(node))
+    assert found == {"managed/training_package.py": "training"}
 
 
 def test_settings_of_training_need_no_torch():

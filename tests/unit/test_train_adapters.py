@@ -41,7 +41,7 @@ def test_a_file_gives_what_was_trained(model, method, style):
     model = random_transformer(TINY)
     after = trained(model, settings)(*inputs(model))
     assert (after - before).abs().max() > 1e-3
-    tensors = file_tensors(model, style)
+    tensors = file_tensors(adapters_of(model), style)
     stack = LoraStack(reference)
     updates, _, report = read_lora(tensors, stack.shapes, "trained.safetensors")
     assert report.is_complete, str(report)
@@ -63,7 +63,7 @@ def test_targets(model):
 
 def test_diffusers_and_peft_load_the_file(model):
     trained(model, Adapter(rank=4, alpha=6.0))
-    tensors = file_tensors(model, "diffusers")
+    tensors = file_tensors(adapters_of(model), "diffusers")
     theirs = diffusers_transformer()
     theirs.load_lora_adapter(tensors, prefix="transformer", adapter_name="ours")
     changes = {
@@ -151,4 +151,4 @@ def test_a_dora_has_the_lengths_that_readers_of_its_file_expect(model):
     assert chosen == {"ai-toolkit": "columns", "kohya": "columns", "diffusers": "rows"}
     trained(model, Adapter("dora", rank=4, magnitude="rows"))
     with pytest.raises(ValueError, match="Train with adapter.magnitude columns"):
-        file_tensors(model, "kohya")
+        file_tensors(adapters_of(model), "kohya")
