@@ -93,6 +93,12 @@ INPUTS = {
     "K2PromptBatch": ["clip", "prompts", "negative", "images_per_prompt", "wildcard_seed"],
     "K2ContactSheet": ["images", "captions", "columns", "cell", "text_size"],
     "K2SelfCheck": ["model", "clip"],
+    "K2TrainLora": [
+        *("model", "clip", "vae", "folder", "name", "method", "rank", "steps", "batch"),
+        *("learning_rate", "resolution", "seed", "trigger", "caption", "caption_dropout", "alpha"),
+        *("targets", "optimiser", "base", "checkpointing", "offload", "resume", "images"),
+        "captions",
+    ],
 }
 OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
@@ -133,6 +139,7 @@ OUTPUTS = {
     "K2PromptBatch": ["CONDITIONING", "CONDITIONING", "INT", "STRING"],
     "K2ContactSheet": ["IMAGE"],
     "K2SelfCheck": ["STRING"],
+    "K2TrainLora": ["LORA_MODEL", "LOSS_MAP", "IMAGE", "STRING"],
 }
 
 

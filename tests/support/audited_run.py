@@ -106,6 +106,10 @@ def use_every_node(base: Path) -> set[str]:
             latent=latent, turbo_last=1, raw_steps=2,
         )  # fmt: skip
         run("K2ContactSheet", images=[images], captions=[captions])
+        run(
+            "K2TrainLora", model=[raw], clip=[clip], vae=[vae], images=[images],
+            captions=[captions], name=["audited"], steps=[1], resolution=[64], resume=[False],
+        )  # fmt: skip
         (writer,) = run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")
         run("K2PromptExpander", clip=writer, prompt="a star", length="short")
     return used
