@@ -111,6 +111,11 @@ NODES = {
     "K2SelfCheck": Shot({}, _MODEL | _CLIP, runs=True, width=560, height=200),
     "K2Sigmas": Shot({}, _MODEL | _LATENT, runs=True),
     "K2Stitch": Shot(width=280),
+    "K2TrainLora": Shot(
+        {"folder": "krea2-nano pictures (built in)", "name": "blueprint", "rank": 8, "steps": 40,
+         "learning_rate": 0.003, "resolution": 128},
+        _MODEL | _CLIP | {"vae": ("K2Loader", "VAE")}, runs=True, width=400,
+    ),
     "K2StyleTransfer": Shot({}, _MODEL | _VAE | _IMAGE | _CLIP, runs=True, width=400),
     "K2StyleLora": Shot(
         {"prompt": "a large purple star", "style": "krea2-nano notebook (built in)"},

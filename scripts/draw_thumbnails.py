@@ -22,6 +22,7 @@ from nano_templates import nano_graph
 from page import page_server
 
 EXAMPLES = ROOT / "example_workflows"
+PICTURES = ROOT / "krea2_model" / "nano" / "pictures"
 # Pixels of a picture's side, and between the two.
 SIDE, GAP = 384, 12
 START = "a red circle left of a blue square on a yellow background"
@@ -193,6 +194,21 @@ def style_loras(server: ComfyServer) -> Pictures:
     ]
 
 
+def train_lora(server: ComfyServer) -> Pictures:
+    """Four of the pictures that it learns from, and what it paints without and with the LoRA."""
+    learned = [Image.open(file).convert("RGB") for file in sorted(PICTURES.glob("*.png"))[:4]]
+    side = learned[0].width
+    sheet = Image.new("RGB", (2 * side, 2 * side))
+    for index, each in enumerate(learned):
+        sheet.paste(each, (index % 2 * side, index // 2 * side))
+    sampler = {"seed": 1}
+    painted = [
+        paint(server, "krea2_train_lora", K2Sampler=sampler, LoraModelLoader={"strength_model": s})
+        for s in (0.0, 1.0)
+    ]
+    return [sheet, *painted]
+
+
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_control": control,
     "krea2_edit": edit,
@@ -206,6 +222,7 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_style_transfer": style_transfer,
     "krea2_style_loras": style_loras,
     "krea2_tiled_sampling": tiled_sampling,
+    "krea2_train_lora": train_lora,
     "krea2_upscale": upscale,
     "krea2_style_mix": style_mix,
 }

@@ -259,9 +259,9 @@ def test_every_node_without_network_code_or_writing(tmp_path):
     trained = [event for event in found["written"] if output in event]
     allowed = [f"{output}/{name}" for name in ("loras", "krea2_training", "krea2_training_cache")]
     assert trained and all(any(each in event for each in allowed) for event in trained), trained
-    found["written"] = [
-        event for event in found["written"] if cache not in event and event not in trained
-    ]
+    # And its curve, which ComfyUI shows from its temporary folder.
+    ours = (cache, output, str(tmp_path / "temp"))
+    found["written"] = [e for e in found["written"] if not any(path in e for path in ours)]
     assert found == {"network": [], "code": [], "written": [], "unused": []}
 
 
