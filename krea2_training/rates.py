@@ -34,8 +34,7 @@ def optimisers_of(
     """Optimisers of the trained parameters.
 
     "muon" is Muon (Jordan and others, 2024) for the blocks' matrices, with updates of AdamW's size,
-    and AdamW for what is left: vectors, tables, and the first and last linear layers. Raises
-    ValueError where "adamw8bit" has no bitsandbytes.
+    and AdamW for what is left: vectors, tables, and the first and last linear layers.
     """
     parameters = list(named)
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -55,16 +54,24 @@ def optimisers_of(
     return found
 
 
-def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
-
-
-def _eight_bit(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+def check_optimiser(settings: Steps) -> None:
+    """Raise ValueError where the optimiser's package is not installed."""
+    if settings.optimiser != "adamw8bit":
+        return
     try:
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(
             "training.optimiser is adamw8bit, which needs bitsandbytes: pip install bitsandbytes, "
             "or choose adamw."
         ) from error
+
+
+def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+
+
+def _eight_bit(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)

@@ -18,7 +18,9 @@ METHODS = ("lora", "dora", "lokr", FULL)
 TARGETS = ("blocks", "attention", "mlp", "blocks+text")
 OPTIMISERS = ("adamw", "adamw8bit", "muon")
 BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
-KEY_STYLES = ("ai-toolkit", "kohya", "diffusers")
+DIFFUSERS = "diffusers"
+KEY_STYLES = ("ai-toolkit", "kohya", DIFFUSERS)
+COLUMNS, ROWS = "columns", "rows"
 EDITS = ("references", "identity", "ai-toolkit")
 NANO = "nano"
 MAX_REFERENCES = 2
@@ -82,6 +84,8 @@ class Adapter:
 
     alpha: None is the rank, so that the scale is 1.
     factor: of LoKr, the size of its small Kronecker factor.
+    magnitude: of DoRA, what has a length of its own: "columns" or "rows" of the weight. None is
+        what readers of output.key_style expect: rows for diffusers, columns for the others.
     """
 
     method: str = "lora"
@@ -89,8 +93,11 @@ class Adapter:
     alpha: float | None = None
     targets: str = TARGETS[0]
     factor: int = 16
+    magnitude: str | None = None
 
     def __post_init__(self):
+        if self.magnitude is not None:
+            choice("adapter.magnitude", self.magnitude, (COLUMNS, ROWS))
         choice("adapter.method", self.method, METHODS)
         choice("adapter.targets", self.targets, TARGETS)
         check(1 <= self.rank <= 4096, "adapter.rank", self.rank, "1 to 4096")
