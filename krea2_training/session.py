@@ -74,8 +74,7 @@ class Session:
 
     def __init__(self, config: RunConfig, parts: Parts | None = None):
         self.config, self.folder = config, config.output.run_folder
-        self.device = check_offload(config.memory.device, None, None)[0]
-        self.dtype = _dtype(config, self.device)
+        self.device, self.dtype = machine_of(config)
         self.is_full = config.adapter.method == FULL
         check_optimiser(config.training)
         if parts is None:
@@ -136,12 +135,13 @@ class Session:
         on_step: OnStep,
         *,
         optimisers: list[torch.optim.Optimizer] | None = None,
+        rates: Rates | None = None,
         shipped: Mapping[str, AnyAdapter] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
-        dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
+        dataset: a hash of what is learned from. optimisers, rates: None are those of the settings.
         shipped, metadata: see `Result`.
         Raises TrainingStopped for a loss that is not finite.
         """
@@ -151,7 +151,7 @@ class Session:
             self.folder,
             parameters,
             optimisers or optimisers_of(parameters.items(), settings),
-            Rates(settings.steps, settings.warmup, settings.decay),
+            rates or Rates(settings.steps, settings.warmup, settings.decay),
             accumulate=settings.accumulate,
             clip=settings.clip,
             average=settings.average,
@@ -207,7 +207,9 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     return model
 
 
-def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device of a run, and the dtype of its calculation."""
+    device = check_offload(config.memory.device, None, None)[0]
     if config.memory.dtype is not None:
-        return _DTYPES[config.memory.dtype]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return device, _DTYPES[config.memory.dtype]
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16

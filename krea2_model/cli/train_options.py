@@ -40,6 +40,15 @@ which at least one picture is the model's own teach best.
       --text-encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors
 """
 
+_PRETRAIN = """\
+Trains a transformer from nothing, in stages of rising resolution. SOURCE is a folder of pictures
+with captions, a table, or a .toml file of settings. The model names a checkpoint whose sizes are
+taken, and none of its weights.
+
+  krea2 pretrain pictures --model nano --resolution 64 128 --stage-steps 2000 1000
+      --stage-batch 32 16 --optimiser muon --learning-rate 3e-3 --output raw.safetensors
+"""
+
 _FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 _COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
@@ -154,6 +163,25 @@ _PREFERRING: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_STAGES: dict[str, _Group] = {
+    "stages": [
+        ("--resolution", "stages.resolution",
+         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
+          "help": "side of a square of the pictures' area, of each; default: 256 512 1024"}),
+        ("--stage-steps", "stages.steps",
+         {"type": whole(1), "nargs": "+", "metavar": "N", "help": "steps of each"}),
+        ("--stage-batch", "stages.batch",
+         {"type": whole(1), "nargs": "+", "metavar": "N", "help": "default: --batch for all"}),
+        ("--stage-rate", "stages.rate",
+         {"type": number(0), "nargs": "+", "metavar": "X",
+          "help": "factors on the learning rate; default: 1 for all"}),
+    ],
+    "pictures": [
+        option for option in _PICTURES["pictures"] if option[1] in ("data.caption", "data.trigger")
+    ],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Command:
     """source: the setting that the first argument is, where it is no .toml file; and its help."""
@@ -170,6 +198,7 @@ class Command:
 
 TRAINING: dict[str, Command] = {
     "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
+    "pretrain": Command("data.path", "a folder, table or .toml file", _PRETRAIN, _STAGES),
     "distil": Command("prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING),
     "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
 }
