@@ -184,22 +184,40 @@ _STAGES: dict[str, _Group] = {
 
 @dataclass(frozen=True)
 class Command:
-    """source: the setting that the first argument is, where it is no .toml file; and its help."""
+    """source: the setting that the first argument is, where it is no .toml file; and its help.
+
+    without: settings, or sections of them, of the shared options that a command has not.
+    """
 
     source: str
     help: str
     epilog: str
     options: dict[str, _Group]
+    without: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, _Group]:
-        return {**self.options, **_SHARED}
+        shared = {
+            title: [one for one in group if not one[1].startswith(self.without)]
+            for title, group in _SHARED.items()
+        }
+        return {**self.options, **{title: group for title, group in shared.items() if group}}
 
+
+_PICTURE_SOURCE = "a folder, table or .toml file"
 
 TRAINING: dict[str, Command] = {
-    "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
-    "pretrain": Command("data.path", "a folder, table or .toml file", _PRETRAIN, _STAGES),
-    "distil": Command("prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING),
+    "train": Command("data.path", _PICTURE_SOURCE, _TRAIN, _PICTURES),
+    "pretrain": Command(
+        "data.path",
+        _PICTURE_SOURCE,
+        _PRETRAIN,
+        _STAGES,
+        without=("adapter", "training.steps", "output.key_style", "samples.turbo", "memory.base"),
+    ),
+    "distil": Command(
+        "prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING, ("samples.turbo",)
+    ),
     "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
 }
 

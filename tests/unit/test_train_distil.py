@@ -164,7 +164,6 @@ def test_the_command_refuses_and_forecasts(prompts, tmp_path, capsys):
     for extra, expected in (
         (["--method", "full"], "--method is full; expected lora, dora or lokr"),
         (["--for-steps", "20"], "--for-steps is 20; expected"),
-        (["--sample-turbo", "nano"], "--sample-turbo is nano; expected none"),
         (["--size", "100"], "--size is 100; expected a multiple of 16"),
     ):
         assert main([*words, *extra]) == 2
