@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from krea2_model.checkpoints.transformer_keys import module_to_official, officia
 from krea2_model.transformer.model import Krea2Transformer
 
 from .base import FrozenLinear
-from .config import Adapter
+from .sections import Adapter
 
 _LINEAR = (nn.Linear, FrozenLinear, QuantisedLinear)
 
@@ -187,14 +187,15 @@ def set_strength(model: nn.Module, strength: float) -> None:
         adapter.strength = strength
 
 
-def file_tensors(model: nn.Module, key_style: str) -> dict[str, Tensor]:
-    """The adapters' tensors in float32, by the names of a trainer's files.
+def file_tensors(adapters: Mapping[str, AnyAdapter], key_style: str) -> dict[str, Tensor]:
+    """Tensors of adapters in float32, by the names of a trainer's files.
 
+    adapters: by the names of their layers.
     key_style: "ai-toolkit" (diffusion_model., official names), "kohya" (lora_unet_, with alpha) or
         "diffusers" (transformer., diffusers' names).
     """
     result: dict[str, Tensor] = {}
-    for name, adapter in adapters_of(model).items():
+    for name, adapter in adapters.items():
         tensors = {part: tensor.detach() for part, tensor in adapter.tensors().items()}
         result |= _named(name, tensors, adapter, key_style)
     return {name: tensor.float().cpu().contiguous() for name, tensor in result.items()}

@@ -8,7 +8,9 @@ The stored form may be that of the file, 8 or 4 bits, and lie in main memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from krea2_model.transformer.backend import Backend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
 
-from .config import BASES, NANO, Memory
+from .sections import BASES, NANO, Memory
 
 FP8 = "float8_e4m3fn"
 FOUR_BITS = "Q4_0"
@@ -95,7 +97,11 @@ class TrainingBackend(Backend):
     """Runs blocks of which the backward pass computes the activations again, one at a time.
 
     What stays in memory is a hidden state a block, and one block's activations.
+    recomputing: a context for the second computation, where the model may be in another state.
     """
+
+    def __init__(self, recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext):
+        self.recomputing = recomputing
 
     def run_blocks(
         self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None
@@ -105,10 +111,13 @@ class TrainingBackend(Backend):
             queries = query_slice if index == last else None
             inputs = (hidden, vector, rope, mask, split, self, queries, by_block[index])
             if torch.is_grad_enabled():
-                hidden = checkpoint(block, *inputs, use_reentrant=False)
+                hidden = checkpoint(block, *inputs, use_reentrant=False, context_fn=self._contexts)
             else:
                 hidden = block(*inputs)
         return hidden
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), self.recomputing()
 
 
 def checkpoint_file(name: str | None, variant: str) -> Path:

@@ -35,8 +35,8 @@ from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.references import Reference, ReferenceSettings
 from krea2_model.vae.model import QwenImageVAE
 
-from .config import EDITS, NANO, Model
 from .data import Draw, Example, Order, Sized, content_hash, opened
+from .sections import EDITS, NANO, Model
 
 # Family of edit LoRAs for each way to show references.
 _FAMILIES = dict(zip(EDITS, ("references-only", "identity", "ai-toolkit"), strict=True))
@@ -56,6 +56,28 @@ class Batch:
     weights: Tensor | None = None
     references: Sequence[Reference] = ()
     reference_method: str = ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts on the device: taps (B, L, T, D) and mask (B, L) bool or None."""
+
+    taps: Tensor
+    mask: Tensor | None = None
+
+    def fuse(self, model: Krea2Transformer) -> Tensor:
+        """Fused text (B, L, D)."""
+        return model.fuse_text(self.taps, self.mask)
+
+    def twice(self) -> Texts:
+        """All prompts, and all again."""
+        mask = None if self.mask is None else self.mask.repeat(2, 1)
+        return Texts(self.taps.repeat(2, 1, 1, 1), mask)
+
+    def repeated(self, times: int) -> Texts:
+        """Each prompt so many times, one after the other."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Texts(self.taps.repeat_interleave(times, 0), mask)
 
 
 class Encoders:
@@ -181,6 +203,16 @@ class Cache:
     def prompt(self, prompt: str) -> PromptEmbeds:
         """A sample's prompt, of those that `fill` was given."""
         return PromptEmbeds(self._read(self._prompt_key(prompt))["taps"][None])
+
+    def latents(self, pictures: Sequence[Sized], device: torch.device) -> Tensor:
+        """Latents (B, 16, h, w) of pictures of one size, of those that `fill` was given."""
+        found = [self._read(self._picture_key(one))["latents"] for one in pictures]
+        return torch.stack(found).to(device)
+
+    def texts(self, prompts: Sequence[str], device: torch.device) -> Texts:
+        """Prompts, of those that `fill` was given, as a batch."""
+        taps, mask = padded([self._read(self._prompt_key(prompt))["taps"] for prompt in prompts])
+        return Texts(taps.to(device), None if mask is None else mask.to(device))
 
     def _encode_text(
         self, one: Sized | None, caption: str, encoder: Qwen3VLTextEncoder

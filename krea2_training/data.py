@@ -26,7 +26,7 @@ from PIL.Image import open as open_image
 
 from krea2_model.images.sizes import size_for_area
 
-from .config import MAX_REFERENCES, Data
+from .sections import MAX_REFERENCES, Data
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
 TABLES = frozenset((".jsonl", ".csv", ".parquet"))
@@ -76,9 +76,9 @@ def read_examples(data: Data) -> list[Example]:
     path = data.path
     assert path is not None
     if path.is_dir():
-        examples = _read_folder(path)
+        examples = read_folder(path)
     elif path.suffix.lower() in TABLES and path.is_file():
-        examples = [_row(row, index, path) for index, row in enumerate(_rows(path), start=1)]
+        examples = [_row(row, index, path) for index, row in enumerate(read_rows(path), start=1)]
     else:
         raise ValueError(
             f"data.path is {path}, which is no folder and no table; expected a folder of pictures, "
@@ -91,7 +91,7 @@ def read_examples(data: Data) -> list[Example]:
     bare = [one.name for one in examples if not one.captions]
     if bare:
         raise ValueError(
-            f"{len(bare)} of {len(examples)} pictures have no caption: {_some(bare)}. Write one "
+            f"{len(bare)} of {len(examples)} pictures have no caption: {some_of(bare)}. Write one "
             f"beside each ({Path(bare[0]).stem}.txt), or give one for all as data.caption "
             '(--caption "a photo of sks dog"; "" trains without words).'
         )
@@ -115,7 +115,7 @@ def sized(examples: Sequence[Example], data: Data) -> list[Sized]:
             found += [Sized(example, *bucket_size(width, height, side))] * data.repeats
     if broken:
         raise ValueError(
-            f"{len(broken)} pictures cannot be read: {_some(broken)}. Replace or remove them."
+            f"{len(broken)} pictures cannot be read: {some_of(broken)}. Replace or remove them."
         )
     return found
 
@@ -229,7 +229,8 @@ def _captions_of(example: Example, data: Data) -> tuple[str, ...]:
     return tuple(f"{trigger}, {text}" if text else trigger for text in captions)
 
 
-def _read_folder(folder: Path) -> list[Example]:
+def read_folder(folder: Path) -> list[Example]:
+    """The pictures of a folder, with the captions and companions that lie beside them."""
     files = {file for file in folder.rglob("*") if file.suffix.lower() in PICTURES}
     files = {file for file in files if not any(p.startswith(".") for p in file.parts)}
     companions = {file for file in files if _COMPANION.search(file.stem)}
@@ -243,7 +244,7 @@ def _read_folder(folder: Path) -> list[Example]:
             Example(
                 str(file.relative_to(folder)),
                 file,
-                split_captions(_read_text(text)) if text.is_file() else (),
+                split_captions(read_text(text)) if text.is_file() else (),
                 mask=by_stem.get(stem.with_name(f"{stem.name}.mask")),
                 references=tuple(one for one in references if one is not None),
             )
@@ -257,14 +258,16 @@ def split_captions(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file's content. Raises ValueError where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
-def _rows(path: Path) -> Iterable[dict[str, Any]]:
+def read_rows(path: Path) -> Iterable[dict[str, Any]]:
+    """The rows of a table of `TABLES`, by the names of its columns."""
     kind = path.suffix.lower()
     if kind == ".parquet":
         try:
@@ -276,9 +279,15 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         for batch in parquet.ParquetFile(path).iter_batches(256):
             yield from batch.to_pylist()
         return
-    text = _read_text(path)
+    text = read_text(path)
     if kind == ".csv":
-        yield from csv.DictReader(io.StringIO(text))
+        for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):
+            if None in row:  # DictReader's name of fields beyond the header's
+                raise ValueError(
+                    f"{path.name}, row {number} has more fields than the header. A text with "
+                    'commas needs quotation marks: "a star, blue".'
+                )
+            yield row
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
@@ -307,11 +316,11 @@ def _row(row: Mapping[str, Any], number: int, path: Path) -> Example:
     mask = row.get("mask")
     return Example(
         f"row {number}" if not isinstance(source, str) else source,
-        _source(source, where, path),
+        source_of(source, where, path),
         tuple(str(text).strip() for text in captions if str(text).strip()),
         _crop(row.get("crop"), where),
-        None if mask in (None, "") else _source(mask, where, path),
-        tuple(_source(one, where, path) for one in references),
+        None if mask in (None, "") else source_of(mask, where, path),
+        tuple(source_of(one, where, path) for one in references),
     )
 
 
@@ -319,7 +328,7 @@ def _first(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
-def _source(value: Any, where: str, table: Path) -> Path | bytes:
+def source_of(value: Any, where: str, table: Path) -> Path | bytes:
     """A path, relative to the table's folder, or the bytes that Parquet tables hold."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]
@@ -349,6 +358,7 @@ def _crop(value: Any, where: str) -> tuple[int, int, int, int] | None:
     return left, top, width, height
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names, for a message, and the number of the others."""
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -13,12 +13,14 @@ import torch
 from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.checkpoints.checkpoint import open_checkpoint
 from krea2_model.checkpoints.transformer import read_transformer
+from krea2_model.config import RAW
 from krea2_model.memory.machine import GB, free_device_bytes
 from krea2_model.memory.plan import check_offload
 
 from .adapters import add_adapters
 from .base import checkpoint_file
-from .config import BASES, Adapter, Memory, Steps, TrainConfig
+from .config import RunConfig
+from .sections import BASES, Adapter, Memory, Steps
 
 # Tokens of a caption that is not read yet: the official length.
 TEXT_TOKENS = 512
@@ -87,13 +89,15 @@ def training_memory(
     side: int,
     text: int = TEXT_TOKENS,
     references: int = 0,
+    adapter_sets: int = 1,
     stored_bits: float = 16.0,
     itemsize: int = 2,
 ) -> Forecast:
     """The forecast for pictures of the area side x side.
 
     stored_bits: of a value in the file's blocks, for base "as-is". references: pictures of the same
-    size beside each. itemsize: bytes of a number in the calculation.
+    size beside each. adapter_sets: beside one model, of which one acts at a time. itemsize: bytes
+    of a number in the calculation.
     """
     with torch.device("meta"):
         model = Krea2Transformer(config)
@@ -105,6 +109,7 @@ def training_memory(
         else:
             add_adapters(model, adapter)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            trained *= adapter_sets
     sequence = training.batch * ((1 + references) * (side // 16) ** 2 + text)
     state = sequence * config.hidden_size * itemsize
     layers = config.num_layers
@@ -136,7 +141,7 @@ def training_memory(
     )
 
 
-def forecast(config: TrainConfig) -> str:
+def forecast(config: RunConfig) -> str:
     """The forecast of a run, and what to change where it does not fit."""
     file = checkpoint_file(config.model.transformer, "raw")
     state = read_transformer(open_checkpoint(file, "transformer"))
@@ -150,7 +155,8 @@ def forecast(config: TrainConfig) -> str:
         adapter=config.adapter,
         memory=config.memory,
         training=config.training,
-        side=max(config.data.resolution),
+        side=config.side or (state.preset or RAW).size,
+        adapter_sets=config.adapter_sets,
         stored_bits=8 * size / values,
         itemsize=itemsize,
     )

@@ -23,8 +23,17 @@ from .states import load_state, read_state_header, save_state
 STATE = "state.safetensors"
 LOG = "log.jsonl"
 
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss, and other numbers of a batch for the log."""
+
+    loss: Tensor
+    numbers: Mapping[str, float]
+
+
 # The loss of a batch (its number counts over steps and accumulation), ready for backward.
-Loss = Callable[[int], Tensor]
+Loss = Callable[[int], Tensor | Measured]
 
 
 class TrainingStopped(RuntimeError):
@@ -103,11 +112,17 @@ class Run:
 
     def _step(self, loss_of: Loss) -> None:
         started, total, self._in_step = time.monotonic(), 0.0, True
+        others: dict[str, list[float]] = {}
+        factor = self._set_rates()
         for part in range(self.accumulate):
-            loss = loss_of(self.step * self.accumulate + part) / self.accumulate
+            found = loss_of(self.step * self.accumulate + part)
+            measured = found if isinstance(found, Measured) else Measured(found, {})
+            loss = measured.loss / self.accumulate
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
+            for name, number in measured.numbers.items():
+                others.setdefault(name, []).append(number)
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip or math.inf)
         if not math.isfinite(total) or not torch.isfinite(norm):
             self._forget_gradients()
@@ -116,10 +131,7 @@ class Run:
                 f"The last good state is {self.state_file}. Lower training.learning_rate, and "
                 "start the command again to go on from there."
             )
-        factor = self.rates.factor(self.step)
-        for optimiser, rates in zip(self.optimisers, self._base_rates, strict=True):
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+        for optimiser in self.optimisers:
             optimiser.step()
         self._forget_gradients()
         self.step += 1
@@ -130,11 +142,20 @@ class Run:
             "loss": round(total, 6),
             "gradient": round(float(norm), 6),
             "rate": self._base_rates[0][0] * factor,
+            **{name: round(sum(own) / len(own), 6) for name, own in others.items()},
             "seconds": round(time.monotonic() - started, 4),
         }
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.on_step(self.step, record)
+
+    def _set_rates(self) -> float:
+        """Set the learning rates of this step; returns their factor."""
+        factor = self.rates.factor(self.step)
+        for optimiser, rates in zip(self.optimisers, self._base_rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        return factor
 
     def save(self) -> None:
         """Write the state, then what `on_save` writes."""

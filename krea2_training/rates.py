@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import Steps
+from .sections import Steps
 
 
 @dataclass(frozen=True)

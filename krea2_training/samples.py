@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from krea2_model import Krea2Transformer, denoise, load_transformer, sigma_schedule
-from krea2_model.config import RAW, TURBO
+from krea2_model.config import RAW, TURBO, Preset
 from krea2_model.images.contact_sheet import contact_sheet
 from krea2_model.memory.machine import empty_cache
 from krea2_model.schedule import resolve_mu
@@ -21,18 +21,19 @@ from krea2_model.transformer.patches import token_count
 from .adapters import adapters_of, add_adapters
 from .base import checkpoint_file, freeze_base
 from .cache import Cache
-from .config import TrainConfig
-
-FULL = "full"
+from .config import RunConfig
+from .sections import FULL
 
 
 class Sampler:
     """Makes the samples of a run. `prompts` have to be in the cache before the first."""
 
-    def __init__(self, config: TrainConfig, cache: Cache, device: torch.device):
+    def __init__(self, config: RunConfig, cache: Cache, device: torch.device):
         self.config, self.settings, self.cache = config, config.samples, cache
         self.folder, self.device = config.output.run_folder / "samples", device
         self.prompts = self.settings.prompts if self.settings.every else ()
+        # Steps and guidance of the pictures, where they are not the checkpoint's.
+        self.preset: Preset | None = None
 
     def is_due(self, step: int, steps: int) -> bool:
         return bool(self.prompts) and (step % self.settings.every == 0 or step == steps)
@@ -43,7 +44,7 @@ class Sampler:
         with holding(model, values):
             for number, prompt in enumerate(self.prompts):
                 latents.append(self._latents(model, number))
-                captions.append(f"{model.variant or 'raw'}: {prompt}")
+                captions.append(f"{(self.preset or model.preset or RAW).name}: {prompt}")
         if self.settings.turbo and self.config.adapter.method != FULL:
             model.to("cpu")  # A card seldom holds both.
             turbo = self._turbo(values)
@@ -63,7 +64,7 @@ class Sampler:
 
     @torch.no_grad()
     def _latents(self, model: Krea2Transformer, number: int) -> Tensor:
-        preset = model.preset or RAW
+        preset = self.preset or model.preset or RAW
         side = self.settings.size or preset.size
         is_turbo = preset.guidance == 0
         guidance = self.settings.guidance

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .loop import LOG
 
 CURVE = "loss.png"
+_WINDOW = 20  # steps of a mean
+_NOT_DRAWN = ("step", "seconds")
+# Of a log's numbers, those that every run has.
+_COMMON = ("loss", "gradient", "rate", *_NOT_DRAWN)
 
 
 def tensorboard(folder: Path) -> Callable[[int, dict[str, Any]], None]:
@@ -21,33 +25,40 @@ def tensorboard(folder: Path) -> Callable[[int, dict[str, Any]], None]:
     writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
     def write(step: int, record: dict[str, Any]) -> None:
-        for name in ("loss", "gradient", "rate"):
-            writer.add_scalar(name, record[name], step)
+        for name, number in record.items():
+            if name not in _NOT_DRAWN:
+                writer.add_scalar(name, number, step)
 
     return write
 
 
 def draw_curve(folder: Path) -> Path | None:
-    """Draw the loss of a run's log, and its mean over 20 steps; None without matplotlib."""
+    """Draw a run's loss, and the other numbers of its log, with means; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    losses = [record["loss"] for record in read_log(folder)]
-    if not losses:
+    records = read_log(folder)
+    if not records:
         return None
-    means = [
-        sum(part := losses[max(0, end - 20) : end]) / len(part) for end in range(1, len(losses) + 1)
-    ]
-    figure = Figure((8, 4.5))
-    axes = figure.subplots()
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="0.8", label="each step")
-    axes.plot(steps, means, color="C0", label="mean of 20 steps")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.legend()
+    others = {name: None for record in records for name in record if name not in _COMMON}
+    names = ["loss", *others]
+    figure = Figure((8, 1 + 3.5 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        own = [(record["step"], record[name]) for record in records if name in record]
+        steps, numbers = zip(*own, strict=True)
+        axes.plot(steps, numbers, color="0.8", label="each step")
+        axes.plot(steps, _means(numbers), color="C0", label=f"mean of {_WINDOW} steps")
+        is_log = name == "loss" and min(numbers) > 0
+        axes.set(xlabel="step", ylabel=name, yscale="log" if is_log else "linear")
+        axes.legend()
     figure.savefig(folder / CURVE, dpi=120)
     return folder / CURVE
+
+
+def _means(numbers: Sequence[float]) -> list[float]:
+    parts = (numbers[max(0, end - _WINDOW) : end] for end in range(1, len(numbers) + 1))
+    return [sum(part) / len(part) for part in parts]
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

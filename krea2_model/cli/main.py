@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from .errors import FAILED, STOPPED, UsageError, explain, suggestion
 from .parser import COMMANDS, build_parser, command_parser
 from .picture_options import WEIGHTS
+from .train_options import TRAINING
 
 # For a closed pipe, as a shell reports a command that SIGPIPE ended.
 _PIPE_CLOSED = 141
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .models import models
 
         return models(args)
-    if args.command == "train":
+    if args.command in TRAINING:
         from .train import train
 
         return train(args)

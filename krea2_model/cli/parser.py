@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +13,7 @@ from .. import __version__
 from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
-from .train_options import add_train_options
+from .train_options import TRAINING, add_training_options
 from .values import lora, number, seeds, whole
 
 SUMMARIES = {
@@ -19,6 +21,8 @@ SUMMARIES = {
     "render": "make a picture of every row of a text, CSV or JSONL file",
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
+    "distil": "make a few-step LoRA of a Raw checkpoint",
+    "prefer": "teach a model which of two pictures of a prompt is preferred",
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
@@ -249,11 +253,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=DTYPES, help="default: the files'; fp32 for nano")
 
 
-_OPTIONS = {
+_OPTIONS: dict[str, Callable[[Any], None]] = {
     "generate": _generate,
     "render": _render,
     "again": _again,
-    "train": add_train_options,
+    **{name: partial(add_training_options, name=name) for name in TRAINING},
     "merge": _merge,
     "models": _models,
     "expand": _expand,

@@ -1,4 +1,4 @@
-"""`krea2 train` and `krea2 merge`."""
+"""The training commands, and `krea2 merge`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 
 from .errors import Failure, UsageError
 from .progress import Console
-from .train_options import option_of, settings_of
+from .train_options import TRAINING, option_of, settings_of
 
 
 def train(args: Namespace) -> Iterator[object]:
-    """Train as a file of settings and the options say; gives the file of the result.
+    """Run a training command as a file of settings and the options say; gives the result's file.
 
     The first Ctrl+C ends the run after its step, with its state saved; a second one at once.
     """
-    from krea2_training.config import read_config
+    from krea2_training.config import KINDS, read_config
     from krea2_training.loop import TrainingStopped
 
     settings = settings_of(args)
     is_file = args.source.suffix.lower() == ".toml"
     if not is_file:
-        settings["data.path"] = args.source
+        settings[TRAINING[args.command].source] = args.source
     try:
-        config = read_config(args.source if is_file else None, settings)
+        config = read_config(args.source if is_file else None, settings, KINDS[args.command])
     except ValueError as error:
-        raise UsageError(_in_options(str(error))) from error
+        raise UsageError(_in_options(args.command, str(error))) from error
 
+    from krea2_training.commands import run_command
     from krea2_training.forecast import forecast
-    from krea2_training.train import train
 
     if args.dry_run:
         yield forecast(config)
@@ -48,7 +48,7 @@ def train(args: Namespace) -> Iterator[object]:
                 raise KeyboardInterrupt
 
         try:
-            yield train(config, on_step)
+            yield run_command(config, on_step)
         except TrainingStopped as error:
             raise Failure(str(error)) from error
 
@@ -86,8 +86,8 @@ def _stopping() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _in_options(message: str) -> str:
+def _in_options(command: str, message: str) -> str:
     """A message about a setting, with the option that sets it."""
     found = re.match(r"([a-z]+\.[a-z_]+) is ", message)
-    option = option_of(found[1]) if found else None
+    option = option_of(command, found[1]) if found else None
     return message if option is None else message.replace(found[1], option, 1)  # type: ignore

@@ -1,14 +1,15 @@
-"""Options of `krea2 train`, each a setting of the TOML file it may be given instead."""
+"""Options of the training commands, each a setting of the TOML file it may be given instead."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .values import number, whole
 
-EPILOG = """\
+_TRAIN = """\
 SOURCE is a folder of pictures with captions beside them (cat.png, cat.txt), a table (.jsonl, .csv,
 .parquet), or a .toml file of settings; options on the command line replace those of the file. Train
 on Raw; the LoRA runs on Turbo too. A run that was stopped goes on when the command is given again.
@@ -18,11 +19,35 @@ on Raw; the LoRA runs on Turbo too. A run that was stopped goes on when the comm
   krea2 train photos --model nano --resolution 128 --output nano_style.safetensors
 """
 
+_DISTIL = """\
+Makes a Turbo of a Raw checkpoint, your fine-tune for example: the result is a LoRA for few steps
+without guidance, which the preset "auto" recognises. SOURCE is a text file with a prompt a line, a
+table with a column prompt, a folder of pictures with captions, or a .toml file of settings. Prompts
+like those that the LoRA is to be used with teach it best; no pictures are needed.
+
+  krea2 distil prompts.txt --model my_raw.safetensors --text-encoder qwen3vl_4b.safetensors
+      --vae qwen_image_vae.safetensors --for-steps 8 --output my_turbo_lora.safetensors
+"""
+
+_PREFER = """\
+Teaches a model which of two pictures of a prompt is preferred. SOURCE is a folder of
+NAME.better.png and NAME.worse.png with NAME.txt, a table with columns prompt, chosen and rejected,
+or a .toml file of settings. `krea2 pick FOLDER` makes such a table of pictures by clicks. Pairs of
+which at least one picture is the model's own teach best.
+
+  krea2 pick renders
+  krea2 prefer renders/picks.jsonl --model krea2_raw_bf16.safetensors --output better.safetensors
+      --text-encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors
+"""
+
 _FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 _COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
-# Groups of options: the words of an option, its setting, and what argparse takes.
-_OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+# The words of an option, its setting, and what argparse takes.
+_Group = list[tuple[str, str, dict[str, Any]]]
+
+# Groups of options that all commands have, and of one command.
+_SHARED: dict[str, _Group] = {
     "model": [
         ("--model", "model.transformer",
          {"metavar": "NAME", "help": "a Raw checkpoint, a diffusers folder, or nano"}),
@@ -39,17 +64,6 @@ _OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("--targets", "adapter.targets",
          {"choices": ("blocks", "attention", "mlp", "blocks+text"),
           "help": "default: blocks; blocks+text adds the text fusion"}),
-    ],
-    "pictures": [
-        ("--caption", "data.caption",
-         {"metavar": "TEXT", "help": "for pictures without one of their own"}),
-        ("--trigger", "data.trigger", {"metavar": "WORDS", "help": "put before every caption"}),
-        ("--resolution", "data.resolution",
-         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
-          "help": "side of a square of the pictures' area; several train at each; default: 1024"}),
-        ("--references", "data.references",
-         {"choices": ("references", "identity", "ai-toolkit"),
-          "help": "the family of edit LoRAs, where pictures have .ref1 and .ref2"}),
     ],
     "steps": [
         ("--steps", "training.steps", {**_COUNT, "help": "default: 1500"}),
@@ -90,28 +104,101 @@ _OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "krea2 train SOURCE [options]"
-    parser.epilog = EPILOG
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder, table or .toml file")
+_PICTURES: dict[str, _Group] = {
+    "pictures": [
+        ("--caption", "data.caption",
+         {"metavar": "TEXT", "help": "for pictures without one of their own"}),
+        ("--trigger", "data.trigger", {"metavar": "WORDS", "help": "put before every caption"}),
+        ("--resolution", "data.resolution",
+         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
+          "help": "side of a square of the pictures' area; several train at each; default: 1024"}),
+        ("--references", "data.references",
+         {"choices": ("references", "identity", "ai-toolkit"),
+          "help": "the family of edit LoRAs, where pictures have .ref1 and .ref2"}),
+    ],
+}  # fmt: skip
+
+
+_PROMPTS: _Group = [
+    ("--size", "prompts.size",
+     {"type": whole(64, 4096), "metavar": "PX",
+      "help": "side of a square of the pictures' area; default: the model's"}),
+]  # fmt: skip
+
+_DISTILLING: dict[str, _Group] = {
+    "distillation": [
+        ("--for-steps", "distil.steps",
+         {"type": whole(1, 16), "nargs": "+", "metavar": "N",
+          "help": "steps of the LoRA's sampling, several in turn; default: 8"}),
+        ("--guidance", "distil.guidance",
+         {"type": number(0, 100), "metavar": "X", "help": "of the teacher; default: the model's"}),
+        ("--fake-updates", "distil.fake_updates",
+         {**_COUNT, "help": "of the model that follows the student; default: 4"}),
+        *_PROMPTS,
+    ],
+}  # fmt: skip
+
+
+_PREFERRING: dict[str, _Group] = {
+    "preference": [
+        ("--beta", "prefer.beta",
+         {"type": number(0, 1e6, above=True), "metavar": "X",
+          "help": "how strongly a pair counts; default: 1000"}),
+        ("--hold", "prefer.hold",
+         {"type": number(0, 1000), "metavar": "X",
+          "help": "how strongly the winner's likelihood is held; 0 is plain DPO; default: 1"}),
+        ("--resolution", "pairs.resolution",
+         {"type": whole(64, 4096), "metavar": "PX",
+          "help": "side of a square of the pictures' area; default: 1024"}),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """source: the setting that the first argument is, where it is no .toml file; and its help."""
+
+    source: str
+    help: str
+    epilog: str
+    options: dict[str, _Group]
+
+    @property
+    def groups(self) -> dict[str, _Group]:
+        return {**self.options, **_SHARED}
+
+
+TRAINING: dict[str, Command] = {
+    "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
+    "distil": Command("prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING),
+    "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
+}
+
+
+def add_training_options(parser: argparse.ArgumentParser, name: str) -> None:
+    command = TRAINING[name]
+    parser.usage = f"krea2 {name} SOURCE [options]"
+    parser.epilog = command.epilog
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=command.help)
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the run needs, and train nothing"
     )
-    for title, options in _OPTIONS.items():
+    for title, options in command.groups.items():
         group = parser.add_argument_group(title)
         for words, setting, how in options:
             group.add_argument(words, dest=setting, **how)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What was typed, by the settings' names."""
-    names = [setting for options in _OPTIONS.values() for _, setting, _ in options]
+    """The options on the command line, by the settings' names."""
+    groups = TRAINING[args.command].groups.values()
+    names = [setting for options in groups for _, setting, _ in options]
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
-def option_of(setting: str) -> str | None:
-    """The option of a setting, for messages."""
-    for options in _OPTIONS.values():
+def option_of(command: str, setting: str) -> str | None:
+    """A command's option for a setting, for messages."""
+    for options in TRAINING[command].groups.values():
         for words, name, _ in options:
             if name == setting:
                 return words

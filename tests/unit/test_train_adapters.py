@@ -8,7 +8,7 @@ from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
 from krea2_training.adapters import adapters_of, add_adapters, file_tensors, set_strength, targeted
 from krea2_training.base import FrozenLinear, TrainingBackend, four_bits, freeze_base
-from krea2_training.config import KEY_STYLES, Adapter, Memory
+from krea2_training.sections import KEY_STYLES, Adapter, Memory
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_a_file_gives_what_was_trained(model, method, style):
     model = random_transformer(TINY)
     after = trained(model, settings)(*inputs(model))
     assert (after - before).abs().max() > 1e-3
-    tensors = file_tensors(model, style)
+    tensors = file_tensors(adapters_of(model), style)
     stack = LoraStack(reference)
     updates, _, report = read_lora(tensors, stack.shapes, "trained.safetensors")
     assert report.is_complete, str(report)
@@ -75,7 +75,7 @@ def test_targets(model):
 
 def test_diffusers_and_peft_load_the_file(model):
     trained(model, Adapter(rank=4, alpha=6.0))
-    tensors = file_tensors(model, "diffusers")
+    tensors = file_tensors(adapters_of(model), "diffusers")
     theirs = diffusers_transformer()
     theirs.load_lora_adapter(tensors, prefix="transformer", adapter_name="ours")
     changes = {

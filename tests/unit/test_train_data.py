@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from krea2_training.cache import Cache, Encoders
-from krea2_training.config import Data, Model
 from krea2_training.data import Order, bucket_size, read_examples, sized, split_captions
+from krea2_training.sections import Data, Model
 
 
 def picture(path, size=(80, 64), colour="red"):

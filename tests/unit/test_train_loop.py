@@ -84,17 +84,17 @@ def test_gradients_are_diffusers_s(reference_transformer):
 
 def test_the_command_offers_what_the_settings_take():
     """Their modules are apart, since help imports no training."""
-    from krea2_training import config
+    from krea2_training import sections
 
     offered = {a.dest: a.choices for a in command_parser("train")._actions if a.choices}
     assert offered == {
-        "adapter.method": config.METHODS,
-        "adapter.targets": config.TARGETS,
-        "data.references": config.EDITS,
-        "training.optimiser": config.OPTIMISERS,
-        "memory.base": config.BASES,
+        "adapter.method": sections.METHODS,
+        "adapter.targets": sections.TARGETS,
+        "data.references": sections.EDITS,
+        "training.optimiser": sections.OPTIMISERS,
+        "memory.base": sections.BASES,
         "memory.dtype": ("bf16", "fp32"),
-        "output.key_style": config.KEY_STYLES,
+        "output.key_style": sections.KEY_STYLES,
     }
 
 

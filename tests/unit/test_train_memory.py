@@ -8,8 +8,8 @@ from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.transformer.backend import Backend
 from krea2_training.adapters import add_adapters
 from krea2_training.base import TrainingBackend, freeze_base
-from krea2_training.config import Adapter, Memory, Steps
 from krea2_training.forecast import RESERVE, TEXT_TOKENS, training_memory
+from krea2_training.sections import Adapter, Memory, Steps
 from live_bytes import LiveBytes
 
 LAYERS = 4

@@ -1,0 +1,24 @@
+"""The function of each command, by the kind of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import DistilConfig, PreferConfig, RunConfig, TrainConfig
+from .distil import distil
+from .prefer import prefer
+from .session import OnStep
+from .train import train
+
+_COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
+    TrainConfig: train,
+    DistilConfig: distil,
+    PreferConfig: prefer,
+}
+
+
+def run_command(config: RunConfig, on_step: OnStep) -> Path:
+    """Run the command that the settings are of; returns the file of the result."""
+    return _COMMANDS[type(config)](config, on_step)

@@ -1,0 +1,265 @@
+"""Distil Raw into a LoRA for few steps without guidance, by trajectory distribution matching.
+
+After Luo and others, 2025 (arXiv 2503.06674). Three models share one frozen base: the teacher is
+the base alone, the student and the fake model are adapters beside it. At a time sigma, with a
+velocity v, an image is predicted as x0 = x - sigma v. An iteration:
+
+1. The student walks its own steps from noise, without gradients.
+2. The fake model learns the flow-matching loss on the student's predictions x0, so that it knows
+   the student's distribution. It does so several times.
+3. At one of the steps the student predicts again, with gradients. Its x0 is noised anew to a time
+   tau in the interval of that step, and moved by
+
+       x0_fake(x_tau) - x0_teacher(x_tau),    over the mean of |x0 - x0_teacher|,
+
+   where the teacher has guidance: cond + g (cond - uncond). This is the gradient of the divergence
+   of the student's distribution at tau from the teacher's.
+
+No pictures are needed, only prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from krea2_model.checkpoints.transformer import STEPS_KEY
+from krea2_model.config import RAW
+from krea2_model.lora.few_steps import few_step_preset
+from krea2_model.schedule import sigma_schedule
+from krea2_model.transformer.backend import TORCH_BACKEND, Backend
+
+from .base import TrainingBackend
+from .cache import Texts
+from .config import DistilConfig
+from .data import bucket_size
+from .flow import generator_of
+from .loop import Measured, TrainingStopped
+from .prompts import COLUMN, digest_of, in_turn, read_prompts
+from .rates import optimisers_of
+from .roles import BASE, Roles
+from .sections import Distil
+from .session import OnStep, Session
+
+STUDENT, FAKE, TEACHER = "student", "fake", BASE
+# Of the random numbers, beside those of other purposes.
+_DISTIL = 2
+# The shortest time within an interval, as a share of it: at 0 there is no noise to judge by.
+_LEAST_SHARE = 0.02
+# Width to height of the pictures, of which the first is as frequent as all others together.
+_ASPECTS = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
+
+
+def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) -> Path:
+    """Distil as the settings say, or go on where the run's folder ends; returns the LoRA's file.
+
+    Raises ValueError for prompts or files that cannot be used, before anything is loaded, and
+    TrainingStopped for a loss that is not finite.
+    """
+    assert config.prompts.path is not None
+    rows = read_prompts(config.prompts.path)
+    prompts = [row[COLUMN] for row in rows]
+    session = Session(config)
+    session.encode(prompts=prompts)
+    session.freeze()
+    settings = config.distil
+    model = session.model
+    guidance = settings.guidance
+    guidance = (model.preset or RAW).guidance if guidance is None else guidance
+    session.sampler.preset = few_step_preset(max(settings.steps), model.preset)
+    roles = Roles(model, config.adapter, (STUDENT, FAKE), config.training.seed)
+    model.to(session.device).train()
+    optimisers = {
+        role: optimisers_of(roles.parameters(role).items(), config.training)
+        for role in (STUDENT, FAKE)
+    }
+    matching = TrajectoryMatching(
+        roles,
+        settings,
+        guidance,
+        optimisers[FAKE],
+        seed=config.training.seed,
+        checkpointing=config.memory.checkpointing,
+        train_text="text" in config.adapter.targets,
+    )
+    batch, seed = config.training.batch, config.training.seed
+    side = config.prompts.size or (model.preset or RAW).size
+    empty = session.cache.texts([""], session.device)
+
+    def loss_of(number: int) -> Measured:
+        chosen = [prompts[index] for index in in_turn(len(prompts), batch, number, seed)]
+        texts = session.cache.texts(chosen, session.device)
+        shape = _shape(config, side, Random(f"shape {seed} {number}"))
+        return matching.loss(number, shape, texts, empty)
+
+    return session.run(
+        roles.parameters(STUDENT) | roles.parameters(FAKE),
+        loss_of,
+        digest_of(rows),
+        on_step,
+        optimisers=[*optimisers[STUDENT], *optimisers[FAKE]],
+        shipped=roles.adapters[STUDENT],
+        metadata={STEPS_KEY: str(max(settings.steps))},
+    )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A student's way: states and predicted images (K, B, 16, h, w), sigmas (K + 1,)."""
+
+    states: Tensor
+    images: Tensor
+    sigmas: Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A step of the way for each picture: latents and images (B, 16, h, w), the step's times (B,).
+
+    tau: times (B,) in the steps' intervals; noise (B, 16, h, w) for them.
+    """
+
+    latents: Tensor
+    images: Tensor
+    times: Tensor
+    tau: Tensor
+    noise: Tensor
+
+
+class TrajectoryMatching:
+    """The student's loss of a step; the fake model's updates before it are made on the way.
+
+    guidance: of the teacher, in Krea's convention. optimisers: of the fake model.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        settings: Distil,
+        guidance: float,
+        optimisers: Sequence[torch.optim.Optimizer],
+        *,
+        seed: int = 0,
+        checkpointing: bool = True,
+        train_text: bool = False,
+    ):
+        self.roles, self.settings, self.guidance = roles, settings, guidance
+        self.optimisers, self.seed, self.checkpointing = optimisers, seed, checkpointing
+        self.train_text = train_text
+        self.schedules = [sigma_schedule(steps, settings.mu) for steps in settings.steps]
+        self._fake = list(roles.parameters(FAKE).values())
+
+    def loss(self, number: int, shape: Sequence[int], texts: Texts, empty: Texts) -> Measured:
+        """The loss of a batch, by its number, for latents of a shape (B, 16, h, w)."""
+        generator = generator_of(self.seed, number, _DISTIL)
+        device = texts.taps.device
+        schedule = self.schedules[_below(len(self.schedules), 1, generator)[0]]
+        noise = torch.randn(tuple(shape), generator=generator).to(device)
+        walk = self._walk(noise, schedule, texts)
+        fake_losses = []
+        for _ in range(self.settings.fake_updates):
+            chosen = self._choose(walk, generator)
+            fake_losses.append(self._update_fake(chosen, texts))
+        chosen = self._choose(walk, generator)
+        velocity = self._velocity(STUDENT, chosen.latents, chosen.times, texts)
+        image = chosen.latents - _spread(chosen.times) * velocity
+        direction = self._direction(image.detach(), chosen, texts, empty)
+        # Half of the squared distance to a fixed target has the direction as its gradient.
+        loss = 0.5 * (image - (image - direction).detach()).square().mean()
+        numbers = {"fake loss": sum(fake_losses) / len(fake_losses)} if fake_losses else {}
+        return Measured(loss, numbers)
+
+    @torch.no_grad()
+    def _walk(self, latents: Tensor, schedule: Sequence[float], texts: Texts) -> Walk:
+        """The student's latents at the beginning of each step, and its predictions of the image."""
+        states, images = [], []
+        for now, then in itertools.pairwise(schedule):
+            times = latents.new_full((len(latents),), now)
+            velocity = self._velocity(STUDENT, latents, times, texts)
+            states.append(latents)
+            images.append(latents - now * velocity)
+            latents = latents + (then - now) * velocity
+        return Walk(torch.stack(states), torch.stack(images), torch.tensor(schedule))
+
+    def _choose(self, walk: Walk, generator: torch.Generator) -> Chosen:
+        """A step for each picture, with a time in its interval and noise."""
+        steps, count = walk.states.shape[:2]
+        index = torch.tensor(_below(steps, count, generator))
+        share = _LEAST_SHARE + (1 - _LEAST_SHARE) * torch.rand(count, generator=generator)
+        now, then = walk.sigmas[index], walk.sigmas[index + 1]
+        noise = torch.randn(walk.states.shape[1:], generator=generator)
+        device, rows = walk.states.device, torch.arange(count)
+        return Chosen(
+            walk.states[index, rows],
+            walk.images[index, rows],
+            now.to(device),
+            (then + (now - then) * share).to(device),
+            noise.to(device),
+        )
+
+    def _update_fake(self, chosen: Chosen, texts: Texts) -> float:
+        """One step of the fake model on the student's predictions; returns its loss."""
+        image, noise, tau = chosen.images, chosen.noise, chosen.tau
+        noisy = torch.lerp(image, noise, _spread(tau))
+        velocity = self._velocity(FAKE, noisy, tau, texts)
+        loss = (velocity - (noise - image)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._fake, 1.0)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingStopped(
+                f"The loss of the fake model is {value:g}. Lower training.learning_rate, and start "
+                "the command again to go on from the last good state."
+            )
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return value
+
+    @torch.no_grad()
+    def _direction(self, image: Tensor, chosen: Chosen, texts: Texts, empty: Texts) -> Tensor:
+        """Where a predicted image should not go: towards the fake model, from the teacher."""
+        tau, times = chosen.tau, _spread(chosen.tau)
+        noisy = torch.lerp(image, chosen.noise, times)
+        fake = noisy - times * self._velocity(FAKE, noisy, tau, texts)
+        conditional = self._velocity(TEACHER, noisy, tau, texts)
+        if self.guidance:
+            unconditional = self._velocity(TEACHER, noisy, tau, empty.repeated(len(image)))
+            conditional = conditional + self.guidance * (conditional - unconditional)
+        teacher = noisy - times * conditional
+        scale = (image - teacher).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-4)
+        return (fake - teacher) / scale
+
+    def _velocity(self, role: str, latents: Tensor, times: Tensor, texts: Texts) -> Tensor:
+        with self.roles.acting(role) as model:
+            # Blocks that are computed again in the backward pass are in the same role there.
+            backend: Backend = TORCH_BACKEND
+            if self.checkpointing:
+                backend = TrainingBackend(functools.partial(self.roles.acting, role))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text):
+                states = texts.fuse(model)
+            return model(latents, times, states, texts.mask, backend=backend).float()
+
+
+def _shape(config: DistilConfig, side: int, random: Random) -> tuple[int, int, int, int]:
+    """The latents' shape of a batch: a square half of the time, of the same area otherwise."""
+    wide, tall = _ASPECTS[0] if random.random() < 0.5 else random.choice(_ASPECTS[1:])
+    width, height = bucket_size(wide, tall, side)
+    return config.training.batch, 16, height // 8, width // 8
+
+
+def _spread(times: Tensor) -> Tensor:
+    """Times (B,) as they multiply latents."""
+    return times[:, None, None, None]
+
+
+def _below(limit: int, count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(limit, (count,), generator=generator).tolist()

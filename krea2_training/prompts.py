@@ -1,0 +1,115 @@
+"""Prompts to learn from, without pictures: what distillation, rewards and preferences paint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from krea2_model.images.sizes import MULTIPLE
+
+from .data import TABLES, read_folder, read_rows, read_text, some_of
+from .sections import check
+
+COLUMN = "prompt"
+
+# A prompt, at `COLUMN`, with the other columns of its table's row.
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts, and the size of the pictures that are painted for them.
+
+    path: a text file with a prompt a line; a .jsonl, .csv or .parquet table with a column prompt;
+        or a folder of pictures, whose captions are the prompts.
+    size: side of the square pictures, in pixels; None is the model's own.
+    """
+
+    path: Path | None = None
+    size: int | None = None
+
+    def __post_init__(self):
+        expected = "a text file of prompts, a table, or a folder of captioned pictures"
+        check(self.path is not None, "prompts.path", self.path, expected)
+        size = self.size
+        ok = size is None or (64 <= size <= 4096 and size % MULTIPLE == 0)
+        check(ok, "prompts.size", size, f"a multiple of {MULTIPLE} from 64 to 4096")
+
+
+def read_prompts(path: Path) -> list[Row]:
+    """The rows of a file, each with its prompt and what else its row holds.
+
+    A caption that several pictures of a folder share comes once. Raises ValueError for a file
+    without prompts, rows without one, and prompts that a file has twice.
+    """
+    if path.is_dir():
+        return _captions(path)
+    if not path.is_file():
+        raise ValueError(
+            f"prompts.path is {path}, which is not there; expected a text file with a prompt a "
+            "line, a .jsonl, .csv or .parquet table, or a folder of captioned pictures."
+        )
+    if path.suffix.lower() in TABLES:
+        rows = [_stripped(row, number, path) for number, row in enumerate(read_rows(path), start=1)]
+    else:
+        lines = (line.strip() for line in read_text(path).splitlines())
+        rows = [{COLUMN: line} for line in lines if line]
+    if not rows:
+        raise ValueError(f"{path} holds no prompts; expected at least one.")
+    counts = Counter(row[COLUMN] for row in rows)
+    twice = [f"{prompt!r}" for prompt, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{path} has {len(twice)} prompts more than once: {some_of(twice)}. Remove the "
+            "repetitions: they would count more than the others."
+        )
+    return rows
+
+
+def digest_of(rows: Sequence[Row]) -> str:
+    """A hash of prompts and their other columns, for the metadata of what was trained on them."""
+    text = json.dumps(list(rows), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def in_turn(count: int, batch: int, number: int, seed: int) -> list[int]:
+    """The indices of a batch by its number, from 0: all of `count`, shuffled anew each time round.
+
+    Each batch can be computed by itself, so a run resumes anywhere.
+    """
+    chosen = []
+    for place in range(number * batch, (number + 1) * batch):
+        epoch, index = divmod(place, count)
+        chosen.append(Random(f"prompts {seed} {epoch}").sample(range(count), count)[index])
+    return chosen
+
+
+def _captions(folder: Path) -> list[Row]:
+    examples = read_folder(folder)
+    if not examples:
+        raise ValueError(f"{folder} holds no pictures, whose captions would be the prompts.")
+    bare = [one.name for one in examples if not one.captions]
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(examples)} pictures have no caption: {some_of(bare)}. Write one "
+            f"beside each ({Path(bare[0]).stem}.txt), or give a text file of prompts."
+        )
+    return [{COLUMN: text} for text in dict.fromkeys(c for one in examples for c in one.captions)]
+
+
+def _stripped(row: Row, number: int, path: Path) -> Row:
+    if COLUMN not in row:
+        columns = ", ".join(str(name) for name in row)
+        raise ValueError(f"{path.name}, row {number} has no column {COLUMN}; it has {columns}.")
+    prompt = row[COLUMN]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(
+            f"{path.name}, row {number}: {COLUMN} is {str(prompt)[:60]!r}; expected a text."
+        )
+    return {**row, COLUMN: prompt.strip()}

@@ -1,0 +1,108 @@
+"""The files of what was trained, with the metadata that readers look for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from krea2_model import Krea2Transformer, save_transformer
+from krea2_model.checkpoints.transformer_keys import is_norm_or_table
+from krea2_model.lora.edit_family import AI_TOOLKIT
+from krea2_model.replacing import replacing
+
+from .adapters import AnyAdapter, adapters_of, file_tensors
+from .config import RunConfig, TrainConfig
+from .samples import holding
+from .sections import EDITS, FULL
+
+
+class Result:
+    """The file of what was trained, and those on the way.
+
+    dataset: a hash of what was learned from, for the metadata. shipped: adapters of the file by
+    their layers' names; None is all there are. extra: more metadata.
+    """
+
+    def __init__(
+        self,
+        model: Krea2Transformer,
+        config: RunConfig,
+        dataset: str,
+        shipped: Mapping[str, AnyAdapter] | None = None,
+        extra: Mapping[str, str] | None = None,
+    ):
+        self.model, self.config, self.dataset = model, config, dataset
+        self.shipped, self.extra = shipped, dict(extra or {})
+
+    def write(self, step: int, values: dict[str, Tensor], path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.config.adapter.method == FULL:
+            kinds = {n: torch.float32 if is_norm_or_table(n) else torch.bfloat16 for n in values}
+            with holding(self.model, {n: t.to(kinds[n]) for n, t in values.items()}):
+                save_transformer(self.model, path)
+            return path
+        with holding(self.model, values):
+            shipped = adapters_of(self.model) if self.shipped is None else self.shipped
+            tensors = file_tensors(shipped, self.config.output.key_style)
+        tensors = {n: t.bfloat16() if t.ndim > 1 else t for n, t in tensors.items()}
+        with replacing(path) as partial:
+            save_file(tensors, partial, self.metadata(step))
+        return path
+
+    def write_step(self, step: int, values: dict[str, Tensor]) -> None:
+        """The result so far, in the run's folder; the oldest beyond `keep` are removed."""
+        output = self.config.output
+        if not output.keep or step >= self.config.training.steps:
+            return
+        folder = output.run_folder
+        assert output.path is not None
+        self.write(step, values, folder / f"{output.path.stem}_step{step:06}.safetensors")
+        files = sorted(folder.glob(f"{output.path.stem}_step*.safetensors"))
+        for old in files[: -output.keep]:
+            old.unlink()
+
+    def metadata(self, step: int) -> dict[str, str]:
+        """What trainers write, in the names that readers look for."""
+        config = self.config
+        adapter = config.adapter
+        table = {k: v for k, v in config.as_table().items() if k not in ("memory", "samples")}
+        metadata = {
+            "format": "pt",
+            "modelspec.architecture": f"krea2/{adapter.method}",
+            "ss_base_model_version": "krea2",
+            "ss_network_dim": str(adapter.rank),
+            "ss_network_alpha": str(adapter.rank if adapter.alpha is None else adapter.alpha),
+            "ss_output_name": config.output.path.stem if config.output.path else "",
+            "ss_steps": str(step),
+            "krea2.dataset": self.dataset,
+            "krea2.training": json.dumps(_without_folders(table)),
+        }
+        if isinstance(config, TrainConfig):
+            metadata |= _data_metadata(config)
+        return metadata | self.extra
+
+
+def _without_folders(table: Any) -> Any:
+    """Settings without the folders of this machine, which are nobody's business."""
+    if isinstance(table, dict):
+        return {name: _without_folders(value) for name, value in table.items()}
+    if isinstance(table, str) and ("/" in table or "\\" in table):
+        return Path(table).name
+    return table
+
+
+def _data_metadata(config: TrainConfig) -> dict[str, str]:
+    data, metadata = config.data, {}
+    if data.trigger:
+        metadata["modelspec.trigger_phrase"] = data.trigger
+    if data.references == EDITS[1]:
+        metadata["ss_base_model_version"] = "krea2_edit"
+    elif data.references == AI_TOOLKIT:
+        metadata["training_info"] = json.dumps({"model_kwargs": {"edit": True}})
+    return metadata

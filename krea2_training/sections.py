@@ -1,0 +1,276 @@
+"""The sections of settings that the commands share, as in a TOML file, checked when they are made.
+
+Nothing here imports torch, so that a wrong setting is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from krea2_model.images.sizes import MULTIPLE
+
+FULL = "full"
+METHODS = ("lora", "dora", "lokr", FULL)
+TARGETS = ("blocks", "attention", "mlp", "blocks+text")
+OPTIMISERS = ("adamw", "adamw8bit", "muon")
+BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
+KEY_STYLES = ("ai-toolkit", "kohya", "diffusers")
+EDITS = ("references", "identity", "ai-toolkit")
+NANO = "nano"
+MAX_REFERENCES = 2
+MAX_STEPS = 16  # of a few-step LoRA
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pictures and captions.
+
+    path: a folder of pictures with captions beside them, or a .jsonl, .csv or .parquet table.
+    caption: for pictures without one; "" trains them without a prompt.
+    trigger: words put before every caption.
+    resolution: side of a square of the area that pictures are resized to, or several.
+    caption_dropout: share of captions that are replaced by the empty prompt, which guidance needs.
+    repeats: how often a picture comes in an epoch.
+    references: how pictures named .ref1 and .ref2 are shown, as a family of edit LoRAs.
+    cache: folder of the encoded pictures and captions; None is "cache" in the run's folder.
+    """
+
+    path: Path | None = None
+    caption: str | None = None
+    trigger: str = ""
+    resolution: tuple[int, ...] = (1024,)
+    caption_dropout: float = 0.05
+    repeats: int = 1
+    references: str = EDITS[0]
+    cache: Path | None = None
+
+    def __post_init__(self):
+        check(self.path is not None, "data.path", self.path, "a folder of pictures or a table")
+        sides = self.resolution
+        check(
+            len(sides) > 0 and all(64 <= side <= 4096 and side % MULTIPLE == 0 for side in sides),
+            "data.resolution", list(sides), f"multiples of {MULTIPLE} from 64 to 4096",
+        )  # fmt: skip
+        check(
+            0 <= self.caption_dropout <= 1, "data.caption_dropout", self.caption_dropout, "0 to 1"
+        )
+        check(1 <= self.repeats <= 10_000, "data.repeats", self.repeats, "1 to 10000")
+        choice("data.references", self.references, EDITS)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Files of the model that is trained; `transformer` may be "nano" or hold all three."""
+
+    transformer: str | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+    tokenizer: Path | None = None
+
+    def __post_init__(self):
+        expected = "a Raw checkpoint (file or folder), or nano"
+        check(bool(self.transformer), "model.transformer", self.transformer, expected)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained: an adapter beside the frozen model, or (method "full") the model itself.
+
+    alpha: None is the rank, so that the scale is 1.
+    factor: of LoKr, the size of its small Kronecker factor.
+    """
+
+    method: str = "lora"
+    rank: int = 32
+    alpha: float | None = None
+    targets: str = TARGETS[0]
+    factor: int = 16
+
+    def __post_init__(self):
+        choice("adapter.method", self.method, METHODS)
+        choice("adapter.targets", self.targets, TARGETS)
+        check(1 <= self.rank <= 4096, "adapter.rank", self.rank, "1 to 4096")
+        check(2 <= self.factor <= 1024, "adapter.factor", self.factor, "2 to 1024")
+        alpha = self.alpha
+        check(alpha is None or alpha > 0, "adapter.alpha", alpha, "more than 0, or none")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run and the optimiser.
+
+    steps: optimiser steps, of `accumulate` batches each.
+    warmup: steps in which the learning rate rises; decay: share of the steps in which it falls.
+    average: decay of an exponential moving average of the weights, which is then what is saved;
+        0 saves the weights themselves.
+    shift: exponent mu of the times' shift; None is that of the picture's size, as Raw samples.
+    spread: standard deviation of the logit-normal times before the shift.
+    """
+
+    steps: int = 1500
+    batch: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    optimiser: str = OPTIMISERS[0]
+    weight_decay: float = 0.01
+    warmup: int = 50
+    decay: float = 0.2
+    clip: float = 1.0
+    average: float = 0.0
+    shift: float | None = None
+    spread: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("steps", 1, 10**7), ("batch", 1, 4096), ("accumulate", 1, 4096), ("clip", 0, 10**6),
+            ("seed", 0, 2**32 - 1), ("warmup", 0, 10**7), ("decay", 0, 1), ("spread", 0.01, 10),
+            ("weight_decay", 0, 10), ("average", 0, 0.99999), ("learning_rate", 1e-9, 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            check(low <= value <= high, f"training.{name}", value, f"{low:g} to {high:g}")
+        shift = self.shift
+        check(shift is None or abs(shift) <= 100, "training.shift", shift, "-100 to 100")
+        choice("training.optimiser", self.optimiser, OPTIMISERS)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the frozen model is held.
+
+    base: format of the blocks' matrices; "as-is" is the file's own.
+    checkpointing: compute a block's activations again in the backward pass instead of holding them.
+    offload: blocks' matrices stay in main memory and come to the device one at a time.
+    dtype: of the calculation.
+    """
+
+    device: str = "auto"
+    dtype: str | None = None
+    base: str = BASES[0]
+    checkpointing: bool = True
+    offload: bool = False
+
+    def __post_init__(self):
+        choice("memory.base", self.base, BASES)
+        check(
+            self.dtype in (None, "bf16", "fp32"), "memory.dtype", self.dtype, "bf16 or fp32"
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures on the way.
+
+    every: steps between them; 0 makes none. turbo: a Turbo checkpoint (or "nano") that is given the
+    adapter for a second picture of each prompt.
+    """
+
+    prompts: tuple[str, ...] = ()
+    every: int = 250
+    size: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    turbo: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check(0 <= self.every <= 10**7, "samples.every", self.every, "0 or more")
+        size = self.size
+        ok = size is None or (64 <= size <= 4096 and size % MULTIPLE == 0)
+        check(ok, "samples.size", size, f"a multiple of {MULTIPLE} from 64 to 4096")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written.
+
+    path: the file of the result. folder: states, samples and logs of the run; None is the result's
+    name without its ending. save_every: steps between states that a run resumes from. keep: how
+    many results on the way are kept beside the last.
+    """
+
+    path: Path | None = None
+    folder: Path | None = None
+    key_style: str = KEY_STYLES[0]
+    save_every: int = 250
+    keep: int = 4
+
+    def __post_init__(self):
+        check(
+            self.path is not None and self.path.suffix == ".safetensors",
+            "output.path", self.path, "a name that ends in .safetensors",
+        )  # fmt: skip
+        choice("output.key_style", self.key_style, KEY_STYLES)
+        check(self.save_every >= 1, "output.save_every", self.save_every, "1 or more")
+        check(self.keep >= 0, "output.keep", self.keep, "0 or more")
+
+    @property
+    def run_folder(self) -> Path:
+        assert self.path is not None
+        return self.path.with_suffix("") if self.folder is None else self.folder
+
+
+@dataclass(frozen=True)
+class Distil:
+    """A LoRA for few steps without guidance.
+
+    steps: of its sampling; several train for each in turn, and the largest is what it asks for.
+    mu: of its schedule's shift. guidance: of the teacher; None is the checkpoint's own.
+    fake_updates: of the model that follows the student, before each of the student's.
+    """
+
+    steps: tuple[int, ...] = (8,)
+    mu: float = 1.15
+    guidance: float | None = None
+    fake_updates: int = 4
+
+    def __post_init__(self):
+        steps = self.steps
+        ok = len(steps) > 0 and all(1 <= count <= MAX_STEPS for count in steps)
+        check(ok, "distil.steps", list(steps), f"1 to {MAX_STEPS}")
+        check(abs(self.mu) <= 100, "distil.mu", self.mu, "-100 to 100")
+        guidance = self.guidance
+        check(
+            guidance is None or 0 <= guidance <= 100, "distil.guidance", guidance, "0 to 100"
+        )  # fmt: skip
+        check(1 <= self.fake_updates <= 100, "distil.fake_updates", self.fake_updates, "1 to 100")
+
+
+@dataclass(frozen=True)
+class Prefer:
+    """beta: how strongly a pair's margin counts. hold: weight of the winner's own likelihood.
+
+    hold 0 is plain DPO, which drifts.
+    """
+
+    beta: float = 1000.0
+    hold: float = 1.0
+
+    def __post_init__(self):
+        check(0 < self.beta <= 1e6, "prefer.beta", self.beta, "more than 0, at most 1e6")
+        check(0 <= self.hold <= 1000, "prefer.hold", self.hold, "0 to 1000")
+
+
+def expected_one_of(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), 1, 0.6)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"expected one of {', '.join(known)}.{hint}"
+
+
+def check(is_right: bool, name: str, value: Any, expected: str) -> None:
+    if not is_right:
+        given = "not set" if value is None else f"{value}"
+        raise ValueError(f"{name} is {given}; expected {expected}.")
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; {expected_one_of(value, choices)}")

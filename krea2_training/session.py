@@ -1,0 +1,178 @@
+"""The parts that a run of every command has, and the run itself.
+
+A command reads its data, opens a session, has pictures and prompts encoded, makes its loss, and
+calls `Session.run`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from krea2_model import Krea2Transformer, load_transformer
+from krea2_model.config import TURBO
+from krea2_model.memory.plan import check_offload
+from krea2_model.transformer.backend import TORCH_BACKEND, Backend
+
+from .adapters import AnyAdapter, add_adapters
+from .base import TrainingBackend, checkpoint_file, freeze_base
+from .cache import Cache, Encoders
+from .config import RunConfig
+from .data import Sized
+from .loop import Loss, Run
+from .rates import Rates, optimisers_of
+from .results import Result
+from .samples import Sampler
+from .sections import FULL
+from .watch import draw_curve, tensorboard
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Called after each step with the line that the log has of it.
+OnStep = Callable[[int, dict[str, Any]], None]
+
+
+class Session:
+    """Model, encoders, cache and samples of a run. Raises ValueError for files that do not fit.
+
+    The model is in main memory until `add_adapters` or `train_everything` moves it.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config, self.folder = config, config.output.run_folder
+        self.device = check_offload(config.memory.device, None, None)[0]
+        self.dtype = _dtype(config, self.device)
+        self.is_full = config.adapter.method == FULL
+        self.model = load_base(config, self.dtype)
+        encoders = Encoders(config.model, self.device, self.dtype)
+        encoders.check(self.model)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cache = Cache(config.cache, encoders, config.references)
+        self.sampler = Sampler(config, self.cache, self.device)
+
+    def encode(self, pictures: Sequence[Sized] = (), prompts: Sequence[str] = ()) -> None:
+        """Have pictures with their captions, other prompts, and those of the samples in the cache.
+
+        The empty prompt comes with any.
+        """
+        prompts = [*prompts, *self.sampler.prompts]
+        made = self.cache.fill(pictures, ["", *prompts] if prompts else ())
+        logger.info("%d encodings made, the others were there.", made)
+
+    def make_trainable(self) -> dict[str, nn.Parameter]:
+        """Freeze what is not trained, add adapters, move all to the device; what is trained."""
+        if self.is_full:
+            self.model.requires_grad_(True).to(self.device)
+        else:
+            self.freeze()
+            add_adapters(self.model, self.config.adapter, self.config.training.seed)
+            self.model.to(self.device)
+        self.model.train()
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def freeze(self) -> None:
+        """Freeze the model, hold it as `memory` says, and move it to the device."""
+        freeze_base(self.model, self.config.memory, self.device)
+
+    @property
+    def backend(self) -> Backend:
+        """How blocks are computed: with their activations again in the backward pass, or held."""
+        return TrainingBackend() if self.config.memory.checkpointing else TORCH_BACKEND
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A whole model's weights are float32; adapters are cast where they are used."""
+        enabled = self.is_full and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def run(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        loss_of: Loss,
+        dataset: str,
+        on_step: OnStep,
+        *,
+        optimisers: list[torch.optim.Optimizer] | None = None,
+        shipped: Mapping[str, AnyAdapter] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Train, or go on where the folder's state ends; returns the result's file.
+
+        dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
+        shipped, metadata: see `Result`.
+        Raises TrainingStopped for a loss that is not finite.
+        """
+        config, settings = self.config, self.config.training
+        result = Result(self.model, config, dataset, shipped, metadata)
+        run = Run(
+            self.folder,
+            parameters,
+            optimisers or optimisers_of(parameters.items(), settings),
+            Rates(settings.steps, settings.warmup, settings.decay),
+            accumulate=settings.accumulate,
+            clip=settings.clip,
+            average=settings.average,
+            save_every=config.output.save_every,
+            on_save=lambda step: result.write_step(step, run.values()),
+            fingerprint=_fingerprint(config, dataset),
+        )
+        watch = tensorboard(self.folder)
+
+        def after(step: int, record: dict[str, Any]) -> None:
+            watch(step, record)
+            on_step(step, record)
+            if self.sampler.is_due(step, settings.steps):
+                self.sampler.sample(self.model, step, run.values())
+
+        run.on_step = after
+        if run.resume():
+            logger.info("Goes on at step %d of %d.", run.step, settings.steps)
+        try:
+            run.train(loss_of)
+        finally:
+            draw_curve(self.folder)
+        assert config.output.path is not None
+        return result.write(run.step, run.values(), config.output.path)
+
+
+def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
+    """The transformer that is trained on, in main memory; warns where it is a Turbo."""
+    file = checkpoint_file(config.model.transformer, "raw")
+    full = config.adapter.method == FULL
+    model = load_transformer(file, dtype=torch.float32 if full else dtype, keep_quantised=not full)
+    if model.variant == TURBO.name:
+        logger.warning(
+            "%s is a Turbo checkpoint. Train on Raw and run the result on Turbo: training on Turbo "
+            "undoes its distillation, and pictures in 8 steps become soft.",
+            file.name,
+        )
+    return model
+
+
+def _fingerprint(config: RunConfig, dataset: str) -> dict[str, Any]:
+    """What has to be the same for a run to be resumed: not its length, nor how it is watched."""
+    training = asdict(config.training)
+    for name in ("steps", "decay"):
+        del training[name]
+    table = config.as_table()
+    own = {name: table[name] for name in config.sections() if name not in RunConfig.sections()}
+    # The dataset's hash stands for the files; the cache may lie anywhere.
+    own = {
+        name: {k: v for k, v in section.items() if k not in ("path", "cache")}
+        for name, section in own.items()
+    }
+    return {"adapter": asdict(config.adapter), "training": training, "dataset": dataset, **own}
+
+
+def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    if config.memory.dtype is not None:
+        return _DTYPES[config.memory.dtype]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
