@@ -141,7 +141,7 @@ def test_workflows_give_pictures(server, file):
     for node in whole.values():
         if node["class_type"] == "K2EmptyLatent":
             node["inputs"].update(aspect="custom", width=128, height=96)
-        if node["class_type"] in ("K2FitImage", "K2CropForInpaint"):
+        if node["class_type"] in ("K2FitImage", "K2CropForInpaint", "K2Detailer"):
             node["inputs"]["megapixels"] = 128 * 96 / 1024**2
         if node["class_type"] == "K2Outpaint":
             node["inputs"]["right"] = 64
