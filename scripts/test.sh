@@ -61,7 +61,7 @@ join_beside() {
   if [[ -f $LOCAL/beside.results ]]; then
     mapfile -t -O "${#results[@]}" results <"$LOCAL/beside.results"
   else
-    results+=("FAILED  the checks beside tests/comfy ended early")
+    results+=("FAILED  the checks beside tests/browser ended early")
   fi
 }
 
@@ -88,10 +88,11 @@ lint() {
 }
 
 # The pack as a package of one name, as ComfyUI imports it: nodes import from the folder above them.
+# It yields to the browser beside it.
 check_types() {
   mkdir -p -- "$LOCAL/types"
   ln -sfn -- "$ROOT" "$LOCAL/types/krea2_kit"
-  MYPYPATH=$LOCAL/types "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.krea2_training -p krea2_kit.nodes
+  MYPYPATH=$LOCAL/types nice -n 19 "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.krea2_training -p krea2_kit.nodes
 }
 
 unit_tests() {
@@ -132,15 +133,15 @@ else
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
   check "tests/unit" unit_tests "$@"
-  beside check "mypy" check_types
   check "tests/comfy" comfy_tests comfy tests/comfy "$@"
-  join_beside
-  # Alone: a page on a busy machine takes minutes to open.
+  # A page on a busy machine takes minutes to open, but its tests leave most of a core idle.
+  beside check "mypy" check_types
   if find_chromium; then
     check "tests/browser" browser_tests "$@"
   else
     results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
   fi
+  join_beside
 fi
 
 printf '\n== summary\n'
