@@ -43,6 +43,7 @@ run_pytest() {
 beside() {
   rm -f -- "$LOCAL/beside.results"
   (
+    renice -n 10 -p "$BASHPID" >/dev/null
     results=() closing=() failed=0
     "$@"
     printf '%s\n' "${results[@]}" ${closing[@]+"${closing[@]}"} >"$LOCAL/beside.results"
@@ -88,17 +89,21 @@ lint() {
 }
 
 # The pack as a package of one name, as ComfyUI imports it: nodes import from the folder above them.
-# It yields to the browser beside it.
 check_types() {
   mkdir -p -- "$LOCAL/types"
   ln -sfn -- "$ROOT" "$LOCAL/types/krea2_kit"
-  MYPYPATH=$LOCAL/types nice -n 19 "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.krea2_training -p krea2_kit.nodes
+  MYPYPATH=$LOCAL/types "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.krea2_training -p krea2_kit.nodes
 }
 
 unit_tests() {
   local workers
   mapfile -t workers < <(processes)
   run_pytest unit "${workers[@]}" tests/unit "$@"
+}
+
+types_and_units() {
+  check "mypy" check_types
+  check "tests/unit" unit_tests "$@"
 }
 
 matrix=
@@ -132,16 +137,17 @@ else
   check "ruff check" lint
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
-  check "tests/unit" unit_tests "$@"
-  check "tests/comfy" comfy_tests comfy tests/comfy "$@"
-  # A page on a busy machine takes minutes to open, but its tests leave most of a core idle.
-  beside check "mypy" check_types
+  # The browser's tests leave most of a core idle, but a page on a busy machine takes minutes to
+  # open: what runs beside them yields to them.
+  printf '\nmypy and tests/unit run beside tests/browser; their output follows it.\n'
+  beside types_and_units "$@"
   if find_chromium; then
     check "tests/browser" browser_tests "$@"
   else
     results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
   fi
   join_beside
+  check "tests/comfy" comfy_tests comfy tests/comfy "$@"
 fi
 
 printf '\n== summary\n'
