@@ -88,7 +88,8 @@ class DoraLinear(LoraLinear):
         factor = 1 + self.strength * (self.magnitude / norm.clamp_min(1e-12) - 1)
         if not self.by_rows:
             return super().forward(hidden * factor.to(hidden.dtype))
-        result, bias = super().forward(hidden), self.layer.bias
+        result = super().forward(hidden)
+        bias = _frozen(self.layer).bias
         if bias is None:
             return result * factor.to(hidden.dtype)
         bias = bias.to(hidden.dtype)
@@ -240,8 +241,16 @@ def _own(adapter: nn.Module) -> list[str]:
     return [name for name, _ in adapter.named_parameters(recurse=False)]
 
 
+def _frozen(layer: Any) -> Any:
+    """The frozen layer inside of a layer's adapters."""
+    while isinstance(layer, (LoraLinear, LokrLinear)):
+        layer = layer.layer
+    return layer
+
+
 def _weight(layer: Any, example: Tensor) -> Tensor:
     """A frozen layer's weight in float32."""
+    layer = _frozen(layer)
     weight = layer.weight_for(example) if isinstance(layer, FrozenLinear) else layer.weight
     return weight.detach().float()
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import DistilConfig, PreferConfig, RunConfig, TrainConfig
+from .config import DistilConfig, PreferConfig, PretrainConfig, RunConfig, TrainConfig
 from .distil import distil
 from .prefer import prefer
+from .pretrain import pretrain
 from .session import OnStep
 from .train import train
 
@@ -16,6 +17,7 @@ _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
     TrainConfig: train,
     DistilConfig: distil,
     PreferConfig: prefer,
+    PretrainConfig: pretrain,
 }
 
 

@@ -30,6 +30,7 @@ from .sections import (
     Output,
     Prefer,
     Samples,
+    Stages,
     Steps,
     check,
     expected_one_of,
@@ -155,10 +156,33 @@ class PreferConfig(RunConfig):
         return self.pairs.cache or super().cache
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """All settings of `krea2 pretrain`: resolution and steps are those of its stages."""
+
+    data: Data
+    stages: Stages
+
+    def __post_init__(self):
+        # Everything is trained, in as many steps as the stages have together.
+        object.__setattr__(self, "adapter", replace(self.adapter, method=FULL))
+        object.__setattr__(self, "training", replace(self.training, steps=sum(self.stages.steps)))
+        super().__post_init__()
+
+    @property
+    def side(self) -> int | None:
+        return max(self.stages.resolution)
+
+    @property
+    def cache(self) -> Path:
+        return self.data.cache or super().cache
+
+
 KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "distil": DistilConfig,
     "prefer": PreferConfig,
+    "pretrain": PretrainConfig,
 }
 
 Config = TypeVar("Config", bound=RunConfig)

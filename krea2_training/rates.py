@@ -15,17 +15,20 @@ from .sections import Steps
 class Rates:
     """Warm-up, stable, decay: the factor on the learning rate of each step.
 
-    decay: share of the steps in which it falls to 0, linearly.
+    decay: share of the steps in which it falls to 0, linearly. stages: pairs of the step that a
+    stage ends at and its factor.
     """
 
     steps: int
     warmup: int = 0
     decay: float = 0.2
+    stages: tuple[tuple[int, float], ...] = ()
 
     def factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / (self.warmup + 1)) if self.warmup else 1.0
         left = (self.steps - step) / self.steps
-        return min(rise, 1.0 if left >= self.decay else left / self.decay)
+        stage = next((factor for end, factor in self.stages if step < end), 1.0)
+        return stage * min(rise, 1.0 if left >= self.decay else left / self.decay)
 
 
 def optimisers_of(

@@ -226,6 +226,40 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """Stages of pretraining, one after the other: an entry of each list is of one stage.
+
+    resolution: side of a square of the pictures' area. steps: of the optimiser. batch: pictures in
+    a step; none is training.batch for all. shift: exponent mu of the times' shift; none is that of
+    the pictures' size. rate: factor on the learning rate; none is 1.
+    """
+
+    resolution: tuple[int, ...] = (256, 512, 1024)
+    steps: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    shift: tuple[float, ...] = ()
+    rate: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        count = len(self.resolution)
+        ok = count > 0 and all(64 <= s <= 4096 and s % MULTIPLE == 0 for s in self.resolution)
+        expected = f"multiples of {MULTIPLE} from 64 to 4096"
+        check(ok, "stages.resolution", list(self.resolution), expected)
+        for name, low, high in (
+            ("steps", 1, 10**7),
+            ("batch", 1, 4096),
+            ("shift", -100, 100),
+            ("rate", 0, 100),
+        ):
+            values = getattr(self, name)
+            ok = len(values) == count or (not values and name != "steps")
+            expected = f"{count} numbers, one for each stage of stages.resolution"
+            check(ok, f"stages.{name}", list(values), expected)
+            ok = all(low <= value <= high for value in values)
+            check(ok, f"stages.{name}", list(values), f"numbers from {low} to {high}")
+
+
+@dataclass(frozen=True)
 class Distil:
     """A LoRA for few steps without guidance.
 

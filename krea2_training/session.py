@@ -74,8 +74,7 @@ class Session:
 
     def __init__(self, config: RunConfig, parts: Parts | None = None):
         self.config, self.folder = config, config.output.run_folder
-        self.device = check_offload(config.memory.device, None, None)[0]
-        self.dtype = _dtype(config, self.device)
+        self.device, self.dtype = machine_of(config)
         self.is_full = config.adapter.method == FULL
         check_optimiser(config.training)
         if parts is None:
@@ -136,12 +135,13 @@ class Session:
         on_step: OnStep,
         *,
         optimisers: list[torch.optim.Optimizer] | None = None,
+        rates: Rates | None = None,
         shipped: Mapping[str, AnyAdapter] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
-        dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
+        dataset: a hash of what is learned from. optimisers, rates: None are those of the settings.
         shipped, metadata: see `Result`.
         Raises TrainingStopped for a loss that is not finite.
         """
@@ -151,13 +151,13 @@ class Session:
             self.folder,
             parameters,
             optimisers or optimisers_of(parameters.items(), settings),
-            Rates(settings.steps, settings.warmup, settings.decay),
+            rates or Rates(settings.steps, settings.warmup, settings.decay),
             accumulate=settings.accumulate,
             clip=settings.clip,
             average=settings.average,
             save_every=config.output.save_every,
             on_save=lambda step: result.write_step(step, run.values()),
-            fingerprint=_fingerprint(config, dataset, self.model_name),
+            fingerprint=self._fingerprint(dataset),
         )
         watch = tensorboard(self.folder)
 
@@ -179,6 +179,23 @@ class Session:
         assert config.output.path is not None
         return result.write(run.step, run.values(), config.output.path)
 
+    def _fingerprint(self, dataset: str) -> dict[str, Any]:
+        """What a resumed run has to share: not its length, nor how it is watched."""
+        training = asdict(self.config.training)
+        for name in ("steps", "decay"):
+            del training[name]
+        table = self.config.as_table()
+        shared = RunConfig.sections()
+        own = {
+            # The dataset's hash stands for the files; the cache may lie anywhere.
+            name: {k: v for k, v in table[name].items() if k not in ("path", "cache")}
+            for name in self.config.sections()
+            if name not in shared
+        }
+        model = {"model": self.model_name} if self.model_name else {}
+        adapter = asdict(self.config.adapter)
+        return {"adapter": adapter, "training": training, "dataset": dataset, **own, **model}
+
 
 def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     """The transformer that is trained on, in main memory; warns where it is a Turbo."""
@@ -190,23 +207,9 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     return model
 
 
-def _fingerprint(config: RunConfig, dataset: str, model: str) -> dict[str, Any]:
-    """What has to be the same for a run to be resumed: not its length, nor how it is watched."""
-    training = asdict(config.training)
-    for name in ("steps", "decay"):
-        del training[name]
-    table = config.as_table()
-    own = {name: table[name] for name in config.sections() if name not in RunConfig.sections()}
-    # The dataset's hash stands for the files; the cache may lie anywhere.
-    own = {
-        name: {k: v for k, v in section.items() if k not in ("path", "cache")}
-        for name, section in own.items()
-    }
-    own |= {"model": model} if model else {}
-    return {"adapter": asdict(config.adapter), "training": training, "dataset": dataset, **own}
-
-
-def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device of a run, and the dtype of its calculation."""
+    device = check_offload(config.memory.device, None, None)[0]
     if config.memory.dtype is not None:
-        return _DTYPES[config.memory.dtype]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return device, _DTYPES[config.memory.dtype]
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -21,6 +21,7 @@ SUMMARIES = {
     "render": "make a picture of every row of a text, CSV or JSONL file",
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
+    "pretrain": "train a transformer from nothing, in stages of rising resolution",
     "distil": "make a few-step LoRA of a Raw checkpoint",
     "prefer": "teach a model which of two pictures of a prompt is preferred",
     "pick": "make a page on which to pick the better pictures, for prefer",

@@ -14,22 +14,23 @@ from krea2_training.base import TrainingBackend
 from krea2_training.cache import Texts
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
+from krea2_training.flow import generator_of
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil
 
 
-@pytest.fixture
-def roles():
+@pytest.fixture(params=["lora", "dora", "lokr"])
+def roles(request):
     torch.manual_seed(0)
     model = Krea2Transformer(TINY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    found = Roles(model, Adapter(rank=2), (STUDENT, FAKE))
+    found = Roles(model, Adapter(method=request.param, rank=2), (STUDENT, FAKE))
     for role in (STUDENT, FAKE):
         for name, parameter in found.parameters(role).items():
             if name.endswith("up"):
-                torch.nn.init.normal_(parameter, std=0.1)
+                torch.nn.init.normal_(parameter, std=0.5)
     return found
 
 
@@ -118,6 +119,19 @@ def test_the_student_finds_the_teacher_s_pictures(guidance, mean):
     assert abs(fake.item() - student.item()) < 0.2
 
 
+def test_times_are_in_the_interval_of_their_step():
+    matching = OfGaussians(Distil(), 0.0, [], torch.tensor(0.0), torch.tensor(0.0))
+    noise = torch.randn(64, 16, 2, 2)
+    walk = matching._walk(noise, [1.0, 0.6, 0.0], Texts(torch.ones(64, 1, 1, 1)))
+    chosen = matching._choose(walk, generator_of(0, 0))
+    assert {round(time, 4) for time in chosen.times.tolist()} == {1.0, 0.6}
+    for time, tau in zip(chosen.times.tolist(), chosen.tau.tolist(), strict=True):
+        low, high = (0.6, 1.0) if time == 1 else (0.0, 0.6)
+        assert low < tau <= high + 1e-6
+    first = chosen.times == 1
+    assert torch.equal(chosen.latents[first], noise[first])
+
+
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
@@ -164,7 +178,6 @@ def test_the_command_refuses_and_forecasts(prompts, tmp_path, capsys):
     for extra, expected in (
         (["--method", "full"], "--method is full; expected lora, dora or lokr"),
         (["--for-steps", "20"], "--for-steps is 20; expected"),
-        (["--sample-turbo", "nano"], "--sample-turbo is nano; expected none"),
         (["--size", "100"], "--size is 100; expected a multiple of 16"),
     ):
         assert main([*words, *extra]) == 2

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from diffusers_reference import TINY, random_transformer
 from krea2_model import Krea2Pipeline
 from krea2_model.cli.main import main
+from krea2_model.cli.settings import as_json
 from krea2_training.adapters import adapters_of, add_adapters, set_strength
 from krea2_training.cache import Texts
 from krea2_training.config import PreferConfig, read_config
@@ -29,12 +30,16 @@ def picture(file, colour, size=(64, 64), texts=None):
     Image.new("RGB", size, colour).save(file, pnginfo=info)
 
 
+def settings_of(prompt):
+    return {"krea2": as_json({"prompt": prompt, "seed": 1})}
+
+
 @pytest.fixture
 def pairs(tmp_path):
     """A folder of two pairs: one with its prompt beside it, one with its prompt inside."""
     folder = tmp_path / "pairs"
     folder.mkdir()
-    settings = {"krea2": json.dumps({"prompt": "a blue square"})}
+    settings = settings_of("a blue square")
     for name, texts in (("fox", {}), ("square", settings)):
         picture(folder / f"{name}.better.png", "white", texts=texts)
         picture(folder / f"{name}.worse.png", "black", texts=texts)
@@ -179,9 +184,8 @@ def test_a_page_to_pick_on(tmp_path, capsys):
     """Grouped by the prompts inside, with text that would end its script made harmless."""
     prompts = ["a fox </script>", "a fox </script>", "an owl", "alone"]
     for index, prompt in enumerate(prompts):
-        texts = {"krea2": json.dumps({"prompt": prompt})}
-        picture(tmp_path / f"{index}.png", "white", texts=texts)
-    picture(tmp_path / "3 b.png", "white", texts={"krea2": json.dumps({"prompt": "an owl"})})
+        picture(tmp_path / f"{index}.png", "white", texts=settings_of(prompt))
+    picture(tmp_path / "3 b.png", "white", texts=settings_of("an owl"))
     assert main(["pick", str(tmp_path)]) == 0
     page = tmp_path / "pick.html"
     assert capsys.readouterr().out.strip() == str(page)
