@@ -225,6 +225,25 @@ def test_parts_of_comfyui_s_own_are_trained_too(
     assert core == pytest.approx(ours, rel=1e-3)
 
 
+def test_blocks_of_a_gguf_file_are_read_as_they_are(run, train, models, raw, velocity):
+    import formats
+
+    tensors = load_file(models / "diffusion_models" / "krea2_tiny_raw.safetensors")
+    file = models / "diffusion_models" / "tiny_raw_trained.gguf"
+    formats.gguf_file(tensors, file, "Q8_0")
+    try:
+        model = run("K2ModelLoader", file=file.name)[0]
+        parts = {"clip": run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")[0],
+                 "vae": run("K2VAELoader", file="qwen_image_vae_tiny.safetensors")[0]}  # fmt: skip
+        before = velocity(model)
+        found = train(name="gguf", model=model, steps=1, **parts)[1]["loss"]
+        assert found == pytest.approx(train(name="raw", model=raw, steps=1, **parts)[1]["loss"],
+                                      rel=0.02)  # fmt: skip
+        assert torch.equal(velocity(model), before)
+    finally:
+        file.unlink()
+
+
 def test_training_on_turbo_is_warned_of(run, train, caplog):
     model = run("K2ModelLoader", file="krea2-nano (built in)")[0]
     train(name="turbo", model=model, steps=1)
