@@ -270,7 +270,8 @@ class K2TrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, images=None, captions=None, **widgets):
-        values = {e.id: getattr(e, "default", None) for e in cls.define_schema().inputs}
+        schema = cls.define_schema()
+        values: dict[str, Any] = {e.id: getattr(e, "default", None) for e in schema.inputs}
         values |= {name: _only(value) for name, value in widgets.items()}
         inputs.check_limits(cls, **values)
         model, clip, vae = model[0], clip[0], given_vae(vae[0])
