@@ -6,14 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import DistilConfig, RunConfig, TrainConfig
+from .config import DistilConfig, RewardConfig, RunConfig, TrainConfig
 from .distil import distil
+from .reward import reward
 from .session import OnStep
 from .train import train
 
 _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
     TrainConfig: train,
     DistilConfig: distil,
+    RewardConfig: reward,
 }
 
 

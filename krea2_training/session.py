@@ -105,11 +105,13 @@ class Session:
         optimisers: list[torch.optim.Optimizer] | None = None,
         shipped: Mapping[str, AnyAdapter] | None = None,
         metadata: Mapping[str, str] | None = None,
+        prepare: Callable[[int], None] = lambda step: None,
+        notes: dict[str, Any] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
         dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
-        shipped, metadata: see `Result`.
+        shipped, metadata: see `Result`. prepare, notes: see `Run`.
         Raises TrainingStopped for a loss that is not finite.
         """
         config, settings = self.config, self.config.training
@@ -124,7 +126,9 @@ class Session:
             average=settings.average,
             save_every=config.output.save_every,
             on_save=lambda step: result.write_step(step, run.values()),
+            prepare=prepare,
             fingerprint=_fingerprint(config, dataset),
+            notes={} if notes is None else notes,
         )
         watch = tensorboard(self.folder)
 
@@ -168,8 +172,8 @@ def _fingerprint(config: RunConfig, dataset: str) -> dict[str, Any]:
     if hasattr(config, "data"):
         data["resolution"] = list(config.data.resolution)
     own = {
-        name: asdict(getattr(config, name))
-        for name in config.sections()
+        name: settings  # as JSON holds them, with which they are compared
+        for name, settings in config.as_table().items()
         if name not in RunConfig.sections() and name not in ("data", "prompts")
     }
     return {"adapter": asdict(config.adapter), "training": training, "data": data, **own}

@@ -22,6 +22,7 @@ SUMMARIES = {
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
     "distil": "make a few-step LoRA of a Raw checkpoint",
+    "reward": "train on scores of the model's own pictures",
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
