@@ -69,6 +69,11 @@ class Texts:
         """Fused text (B, L, D)."""
         return model.fuse_text(self.taps, self.mask)
 
+    def twice(self) -> Texts:
+        """All prompts, and all again."""
+        mask = None if self.mask is None else self.mask.repeat(2, 1)
+        return Texts(self.taps.repeat(2, 1, 1, 1), mask)
+
     def repeated(self, times: int) -> Texts:
         """Each prompt so many times, one after the other."""
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
@@ -198,6 +203,11 @@ class Cache:
     def prompt(self, prompt: str) -> PromptEmbeds:
         """A sample's prompt, of those that `fill` was given."""
         return PromptEmbeds(self._read(self._prompt_key(prompt))["taps"][None])
+
+    def latents(self, pictures: Sequence[Sized], device: torch.device) -> Tensor:
+        """Latents (B, 16, h, w) of pictures of one size, of those that `fill` was given."""
+        found = [self._read(self._picture_key(one))["latents"] for one in pictures]
+        return torch.stack(found).to(device)
 
     def texts(self, prompts: Sequence[str], device: torch.device) -> Texts:
         """Prompts, of those that `fill` was given, as a batch."""

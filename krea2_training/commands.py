@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import DistilConfig, RewardConfig, RunConfig, TrainConfig
+from .config import DistilConfig, PreferConfig, RewardConfig, RunConfig, TrainConfig
 from .distil import distil
+from .prefer import prefer
 from .reward import reward
 from .session import OnStep
 from .train import train
@@ -15,6 +16,7 @@ from .train import train
 _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
     TrainConfig: train,
     DistilConfig: distil,
+    PreferConfig: prefer,
     RewardConfig: reward,
 }
 

@@ -14,8 +14,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from krea2_model.checks import is_number, is_whole
 
+from .pairs import Pairs
 from .prompts import Prompts
 from .sections import (
+    EDITS,
     FULL,
     Adapter,
     Data,
@@ -23,6 +25,7 @@ from .sections import (
     Memory,
     Model,
     Output,
+    Prefer,
     Reward,
     Samples,
     Steps,
@@ -55,6 +58,16 @@ class RunConfig:
         return None
 
     @property
+    def cache(self) -> Path:
+        """Folder of encoded pictures and prompts."""
+        return self.output.run_folder / "cache"
+
+    @property
+    def references(self) -> str:
+        """How references are shown, of `EDITS`."""
+        return EDITS[0]
+
+    @property
     def adapter_sets(self) -> int:
         """Sets of adapters that are trained beside the model."""
         return 1
@@ -74,6 +87,14 @@ class TrainConfig(RunConfig):
     @property
     def side(self) -> int | None:
         return max(self.data.resolution)
+
+    @property
+    def cache(self) -> Path:
+        return self.data.cache or super().cache
+
+    @property
+    def references(self) -> str:
+        return self.data.references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +124,28 @@ class DistilConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferConfig(RunConfig):
+    """All settings of `krea2 prefer`."""
+
+    pairs: Pairs
+    prefer: Prefer = field(default_factory=Prefer)
+
+    def __post_init__(self):
+        check(
+            self.adapter.method != FULL, "adapter.method", FULL,
+            "lora, dora or lokr: the reference is the model without adapters",
+        )  # fmt: skip
+
+    @property
+    def side(self) -> int | None:
+        return self.pairs.resolution
+
+    @property
+    def cache(self) -> Path:
+        return self.pairs.cache or super().cache
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig(RunConfig):
     """All settings of `krea2 reward`."""
 
@@ -127,6 +170,7 @@ class RewardConfig(RunConfig):
 KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "distil": DistilConfig,
+    "prefer": PreferConfig,
     "reward": RewardConfig,
 }
 

@@ -316,11 +316,11 @@ def _row(row: Mapping[str, Any], number: int, path: Path) -> Example:
     mask = row.get("mask")
     return Example(
         f"row {number}" if not isinstance(source, str) else source,
-        _source(source, where, path),
+        source_of(source, where, path),
         tuple(str(text).strip() for text in captions if str(text).strip()),
         _crop(row.get("crop"), where),
-        None if mask in (None, "") else _source(mask, where, path),
-        tuple(_source(one, where, path) for one in references),
+        None if mask in (None, "") else source_of(mask, where, path),
+        tuple(source_of(one, where, path) for one in references),
     )
 
 
@@ -328,7 +328,7 @@ def _first(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
-def _source(value: Any, where: str, table: Path) -> Path | bytes:
+def source_of(value: Any, where: str, table: Path) -> Path | bytes:
     """A path, relative to the table's folder, or the bytes that Parquet tables hold."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]

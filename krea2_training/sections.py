@@ -245,6 +245,21 @@ class Distil:
 
 
 @dataclass(frozen=True)
+class Prefer:
+    """beta: how strongly a pair's margin counts. hold: weight of the winner's own likelihood.
+
+    hold 0 is plain DPO, which drifts.
+    """
+
+    beta: float = 1000.0
+    hold: float = 1.0
+
+    def __post_init__(self):
+        check(0 < self.beta <= 1e6, "prefer.beta", self.beta, "more than 0, at most 1e6")
+        check(0 <= self.hold <= 1000, "prefer.hold", self.hold, "0 to 1000")
+
+
+@dataclass(frozen=True)
 class Reward:
     """Learning from scores of the model's own pictures, painted without guidance.
 

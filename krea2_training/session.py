@@ -30,7 +30,7 @@ from .loop import Loss, Run
 from .rates import Rates, optimisers_of
 from .results import Result
 from .samples import Sampler
-from .sections import EDITS, FULL
+from .sections import FULL
 from .watch import draw_curve, tensorboard
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ class Session:
         encoders = Encoders(config.model, self.device, self.dtype)
         encoders.check(self.model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        data = getattr(config, "data", None)
-        cache = getattr(data, "cache", None) or self.folder / "cache"
-        self.cache = Cache(cache, encoders, getattr(data, "references", EDITS[0]))
+        self.cache = Cache(config.cache, encoders, config.references)
         self.sampler = Sampler(config, self.cache, self.device)
 
     def encode(self, pictures: Sequence[Sized] = (), prompts: Sequence[str] = ()) -> None:
@@ -168,15 +166,14 @@ def _fingerprint(config: RunConfig, dataset: str) -> dict[str, Any]:
     training = asdict(config.training)
     for name in ("steps", "decay"):
         del training[name]
-    data: dict[str, Any] = {"dataset": dataset}
-    if hasattr(config, "data"):
-        data["resolution"] = list(config.data.resolution)
+    table = config.as_table()
+    own = {name: table[name] for name in config.sections() if name not in RunConfig.sections()}
+    # The dataset's hash stands for the files; the cache may lie anywhere.
     own = {
-        name: settings  # as JSON holds them, with which they are compared
-        for name, settings in config.as_table().items()
-        if name not in RunConfig.sections() and name not in ("data", "prompts")
+        name: {k: v for k, v in section.items() if k not in ("path", "cache")}
+        for name, section in own.items()
     }
-    return {"adapter": asdict(config.adapter), "training": training, "data": data, **own}
+    return {"adapter": asdict(config.adapter), "training": training, "dataset": dataset, **own}
 
 
 def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:

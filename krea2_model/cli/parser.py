@@ -22,6 +22,7 @@ SUMMARIES = {
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
     "distil": "make a few-step LoRA of a Raw checkpoint",
+    "prefer": "teach a model which of two pictures of a prompt is preferred",
     "reward": "train on scores of the model's own pictures",
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",

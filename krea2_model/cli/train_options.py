@@ -29,6 +29,17 @@ like those that the LoRA is to be used with teach it best; no pictures are neede
       --vae qwen_image_vae.safetensors --for-steps 8 --output my_turbo_lora.safetensors
 """
 
+_PREFER = """\
+Teaches a model which of two pictures of a prompt is preferred. SOURCE is a folder of
+NAME.better.png and NAME.worse.png with NAME.txt, a table with columns prompt, chosen and rejected,
+or a .toml file of settings. `krea2 pick FOLDER` makes such a table of pictures by clicks. Pairs of
+which at least one picture is the model's own teach best.
+
+  krea2 pick renders
+  krea2 prefer renders/picks.jsonl --model krea2_raw_bf16.safetensors --output better.safetensors
+      --text-encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors
+"""
+
 _REWARD = """\
 Learns from scores of the pictures that the model itself paints, in groups of one prompt and without
 guidance (GRPO on the flow). SOURCE is a text file with a prompt a line, a table with a column
@@ -141,6 +152,21 @@ _DISTILLING: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_PREFERRING: dict[str, _Group] = {
+    "preference": [
+        ("--beta", "prefer.beta",
+         {"type": number(0, 1e6, above=True), "metavar": "X",
+          "help": "how strongly a pair counts; default: 1000"}),
+        ("--hold", "prefer.hold",
+         {"type": number(0, 1000), "metavar": "X",
+          "help": "how strongly the winner's likelihood is held; 0 is plain DPO; default: 1"}),
+        ("--resolution", "pairs.resolution",
+         {"type": whole(64, 4096), "metavar": "PX",
+          "help": "side of a square of the pictures' area; default: 1024"}),
+    ],
+}  # fmt: skip
+
+
 _REWARDING: dict[str, _Group] = {
     "rewards": [
         ("--reward", "reward.rewards",
@@ -186,6 +212,7 @@ class Command:
 TRAINING: dict[str, Command] = {
     "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
     "distil": Command("prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING),
+    "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
     "reward": Command("prompts.path", "a file of prompts, or .toml", _REWARD, _REWARDING),
 }
 
