@@ -329,11 +329,11 @@ def test_a_server_is_a_reward(server, monkeypatch):
         Reward("http://127.0.0.1:9/score")(PICTURES, ROWS)
 
 
-def config_of(tmp_path, scores, name="result", **settings):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\na blue square\na green star on black\n")
+def config_of(tmp_path, scores, name="result", prompts=("a red circle", "a star"), **settings):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
     defaults = {
-        "prompts.path": prompts, "prompts.size": 64, "reward.rewards": [f"{scores}:brightness"],
+        "prompts.path": file, "prompts.size": 64, "reward.rewards": [f"{scores}:brightness"],
         "reward.group_size": 4, "reward.groups": 2, "reward.rollout_steps": 3,
         "reward.random_steps": 1, "model.transformer": "nano", "adapter.rank": 4,
         "training.steps": 4, "training.batch": 4, "training.warmup": 0, "training.decay": 0.0,
@@ -346,7 +346,10 @@ def config_of(tmp_path, scores, name="result", **settings):
 
 def test_the_reward_rises(tmp_path, scores):
     lines = []
-    config = config_of(tmp_path, scores, training__steps=10, reward__random_steps=2)
+    config = config_of(
+        tmp_path, scores, prompts=["a red circle"], reward__groups=1, training__steps=5,
+        training__learning_rate=1e-2,
+    )  # fmt: skip
     file = reward(config, lambda step, record: lines.append(record))
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.01
     assert lines[0]["kl"] == 0 and lines[-1]["kl"] > 0
