@@ -1,8 +1,8 @@
 """Adapters: the small trained matrices beside a frozen layer, and the names they have in files.
 
 - LoRA (Hu and others, 2021): `W + s B A`.
-- DoRA (Liu and others, 2024): the columns' directions change by a LoRA, the length of each output's
-  row is trained by itself.
+- DoRA (Liu and others, 2024): the columns' directions change by a LoRA, their lengths are trained
+  by themselves.
 - LoKr (LyCORIS): `W + s kron(C, B A)`, with one small factor C, so fewer numbers for the same rank.
 
 Their parameters are float32 and computed in the dtype of the model.
@@ -24,7 +24,7 @@ from krea2_model.checkpoints.transformer_keys import module_to_official, officia
 from krea2_model.transformer.model import Krea2Transformer
 
 from .base import FrozenLinear
-from .sections import Adapter
+from .sections import COLUMNS, DIFFUSERS, ROWS, Adapter
 
 _LINEAR = (nn.Linear, FrozenLinear, QuantisedLinear)
 
@@ -64,32 +64,40 @@ class LoraLinear(nn.Module):
 
 
 class DoraLinear(LoraLinear):
-    """A LoRA of directions, and a trained length of each output's row.
+    """A LoRA of directions, and a trained length of each column of the weight, or each row.
 
-    The norm is not differentiated through, as its authors advise: it halves the memory.
+    W' = m (W + s B A) / |W + s B A|, the norms over each column, an input's, as in the paper and in
+    LyCORIS and ComfyUI, or over each row, an output's, as in PEFT. The norm is not differentiated
+    through, as its authors advise: it halves the memory.
     """
 
     def __init__(self, layer: nn.Module, settings: Adapter):
         super().__init__(layer, settings)
-        weight = _weight(layer, self.down)
-        self.magnitude = nn.Parameter(weight.norm(dim=1))
+        self.by_rows = settings.magnitude == ROWS
+        self.magnitude = nn.Parameter(self._norm(_weight(layer, self.down)))
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        return weight.norm(dim=1 if self.by_rows else 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.strength == 0:
             return self.layer(hidden)
         with torch.no_grad():
-            update = self.scale * (self.up @ self.down)
-            norm = (_weight(self.layer, self.down) + self.strength * update).norm(dim=1)
+            update = self.strength * self.scale * (self.up @ self.down)
+            norm = self._norm(_weight(self.layer, self.down) + update)
         factor = 1 + self.strength * (self.magnitude / norm.clamp_min(1e-12) - 1)
-        product, bias = self.layer(hidden), self.layer.bias
-        if bias is not None:
-            product = product - bias.to(hidden.dtype)
-        product = product + self.strength * self.scale * self._low_rank(hidden)
-        product = product * factor.to(hidden.dtype)
-        return product if bias is None else product + bias.to(hidden.dtype)
+        if not self.by_rows:
+            return super().forward(hidden * factor.to(hidden.dtype))
+        result = super().forward(hidden)
+        bias = _frozen(self.layer).bias
+        if bias is None:
+            return result * factor.to(hidden.dtype)
+        bias = bias.to(hidden.dtype)
+        return (result - bias) * factor.to(hidden.dtype) + bias
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), "magnitude": self.magnitude[:, None]}
+        magnitude = self.magnitude[:, None] if self.by_rows else self.magnitude[None]
+        return {**super().tensors(), "magnitude": magnitude}
 
 
 class LokrLinear(nn.Module):
@@ -213,11 +221,18 @@ def _named(
         scale, endings = {"alpha": torch.tensor(float(adapter.scale * adapter.rank))}, _KOHYA
     else:
         # Without alpha the scale is 1, which every reader agrees on: it is in the matrix.
-        scale, endings = {}, _PEFT if key_style == "diffusers" else _AI_TOOLKIT
+        scale, endings = {}, _PEFT if key_style == DIFFUSERS else _AI_TOOLKIT
         factor = "w2_a" if "w1" in tensors else "up"
         tensors = {**tensors, factor: tensors[factor] * adapter.scale}
-    if key_style == "diffusers" and "magnitude" in tensors:
-        tensors["magnitude"] = tensors["magnitude"].flatten()
+    if isinstance(adapter, DoraLinear):
+        if adapter.by_rows != (key_style == DIFFUSERS):
+            expected = ROWS if key_style == DIFFUSERS else COLUMNS
+            raise ValueError(
+                f"Readers of {key_style} files take a DoRA's lengths for those of {expected}, and "
+                f"these are others. Train with adapter.magnitude {expected}, or none."
+            )
+        if adapter.by_rows:
+            tensors["magnitude"] = tensors["magnitude"].flatten()
     return {f"{layer}.{endings.get(part, part)}": t for part, t in {**tensors, **scale}.items()}
 
 
@@ -226,8 +241,16 @@ def _own(adapter: nn.Module) -> list[str]:
     return [name for name, _ in adapter.named_parameters(recurse=False)]
 
 
+def _frozen(layer: Any) -> Any:
+    """The frozen layer inside of a layer's adapters."""
+    while isinstance(layer, (LoraLinear, LokrLinear)):
+        layer = layer.layer
+    return layer
+
+
 def _weight(layer: Any, example: Tensor) -> Tensor:
     """A frozen layer's weight in float32."""
+    layer = _frozen(layer)
     weight = layer.weight_for(example) if isinstance(layer, FrozenLinear) else layer.weight
     return weight.detach().float()
 

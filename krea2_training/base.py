@@ -7,7 +7,7 @@ The stored form may be that of the file, 8 or 4 bits, and lie in main memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from krea2_model import nano
+from krea2_model import load_transformer, nano
+from krea2_model.checkpoints.checkpoint import Checkpoint
+from krea2_model.checkpoints.gguf import GGUFTensor
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import INT8, SCALE, QuantisedWeight, eight_bits
+from krea2_model.checkpoints.transformer import VARIANT_KEY
 from krea2_model.transformer.backend import Backend
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
@@ -125,6 +128,22 @@ def checkpoint_file(name: str | None, variant: str) -> Path:
     return nano.TRANSFORMERS[variant] if name == NANO else Path(str(name))
 
 
+def base_of_tensors(
+    tensors: Mapping[str, Tensor | tuple[Tensor, str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    variant: str | None,
+) -> Krea2Transformer:
+    """The model of a host's tensors, which it shares where their dtype allows it.
+
+    tensors: as a file has them, by official names; a weight of GGUF is its blocks, their format and
+        the shape of the values. variant: "raw", "turbo", or None.
+    """
+    own = {n: GGUFTensor(*t) if isinstance(t, tuple) else t for n, t in tensors.items()}
+    metadata = {VARIANT_KEY: variant} if variant else {}
+    checkpoint = Checkpoint(Path("model"), own, metadata)
+    return load_transformer(checkpoint, dtype=dtype, keep_quantised=True)
+
+
 def freeze_base(
     model: Krea2Transformer,
     memory: Memory,
@@ -136,12 +155,13 @@ def freeze_base(
     The matrices are quantised and moved one at a time, so that a card never holds the plain model.
     Raises ValueError for a base that the file's own format cannot become.
     """
+    check_base(model, memory.base)
     model.requires_grad_(False)
     for index, block in enumerate(model.blocks):
         for path, layer in list(block.named_modules()):
             if isinstance(layer, (nn.Linear, QuantisedLinear)):
                 parent, _, name = path.rpartition(".")
-                stored = stored_as(layer, memory.base, f"blocks.{index}.{path}")
+                stored = stored_as(layer, memory.base)
                 frozen = FrozenLinear(
                     _to(stored, device, memory.offload), layer.bias, memory.offload
                 )
@@ -151,17 +171,25 @@ def freeze_base(
     model.to(device)
 
 
-def stored_as(layer: nn.Linear | QuantisedLinear, base: str, name: str) -> QuantisedWeight | Tensor:
+def check_base(model: Krea2Transformer, base: str) -> None:
+    """Raise ValueError where a model's blocks are quantised, and `base` is another quantisation."""
+    if base in (BASES[0], "bf16"):
+        return
+    for name, layer in model.blocks.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            raise ValueError(
+                f"memory.base is {base}, but the file holds blocks.{name} as {layer.form}: "
+                "quantising twice would add the errors of both. Choose base as-is, or give the "
+                "bf16 file."
+            )
+
+
+def stored_as(layer: nn.Linear | QuantisedLinear, base: str) -> QuantisedWeight | Tensor:
     """A layer's weight in one of `BASES`."""
     if base == BASES[0]:
         return layer.stored if isinstance(layer, QuantisedLinear) else layer.weight.detach()
     if base == "bf16":
         return layer.weight.detach().bfloat16()
-    if isinstance(layer, QuantisedLinear):
-        raise ValueError(
-            f"memory.base is {base}, but the file holds {name} as {layer.form}: quantising twice "
-            "would add the errors of both. Choose base as-is, or give the bf16 file."
-        )
     weight = layer.weight.detach()
     if base == "4bit":
         return four_bits(weight)

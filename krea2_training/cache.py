@@ -10,9 +10,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,8 @@ from krea2_model.images.pictures import fit, pixels_of
 from krea2_model.memory.machine import empty_cache
 from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
 from krea2_model.replacing import replacing
-from krea2_model.text.encoder import Qwen3VLTextEncoder
+from krea2_model.text.prompt_images import PromptImage
 from krea2_model.transformer.references import Reference, ReferenceSettings
-from krea2_model.vae.model import QwenImageVAE
 
 from .data import Draw, Example, Order, Sized, content_hash, opened
 from .sections import EDITS, NANO, Model
@@ -80,8 +80,15 @@ class Texts:
         return Texts(self.taps.repeat_interleave(times, 0), mask)
 
 
+# Called after each encoding with how many are made, and how many there are to make.
+OnEncoding = Callable[[int, int], None]
+
+
 class Encoders:
-    """Text encoder and VAE of a run, loaded when they are first needed."""
+    """Text encoder and VAE of a run, loaded when they are first needed.
+
+    A host with encoders of its own overrides all that is public here.
+    """
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None):
         self.model, self.device, self.dtype = model, device, dtype
@@ -101,7 +108,8 @@ class Encoders:
                 f"{expected}. Name the encoder that belongs to it (Qwen3-VL-4B for Krea 2)."
             )
 
-    def text(self) -> Qwen3VLTextEncoder:
+    def text(self) -> Any:
+        """The text encoder, for `taps`."""
         return load_text_encoder(
             self.text_path,
             tokenizer=self.model.tokenizer,
@@ -110,8 +118,26 @@ class Encoders:
             keep_quantised=True,
         )
 
-    def vae(self) -> QwenImageVAE:
+    def vae(self) -> Any:
+        """The VAE, for `latents`."""
         return load_vae(self.vae_path, device=self.device, dtype=self.dtype)
+
+    def taps(
+        self, encoder: Any, prompt: str, images: Sequence[PromptImage] = (), labels: bool = True
+    ) -> Tensor:
+        """Taps (L, T, D) of a prompt."""
+        return encode_prompts(encoder, [prompt], images=images, labels=labels).taps[0]
+
+    @torch.no_grad()
+    def latents(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Normalised latents (16, h, w) of a picture (3, H, W) in [0, 1]."""
+        weight = next(vae.parameters())
+        return vae.encode(pixels[None].to(weight) * 2 - 1)[0]
+
+    def release(self) -> None:
+        """Free the memory of what was encoded with last."""
+        gc.collect()
+        empty_cache(self.device)
 
     def name(self, part: str) -> str:
         """A hash that tells one model file from another."""
@@ -129,7 +155,12 @@ class Cache:
         self.recipe = RECIPES[_FAMILIES[references]]
         self._hashes: dict[Path | bytes, str] = {}
 
-    def fill(self, pictures: Sequence[Sized], prompts: Sequence[str] = ()) -> int:
+    def fill(
+        self,
+        pictures: Sequence[Sized],
+        prompts: Sequence[str] = (),
+        on_encoding: OnEncoding = lambda made, of: None,
+    ) -> int:
         """Encode what is missing of pictures and captions; returns how much that was.
 
         prompts: of samples, which `prompt` gives back as they were encoded.
@@ -142,19 +173,27 @@ class Cache:
         texts |= {self._prompt_key(prompt): (None, prompt) for prompt in prompts}
         missing = {key: one for key, one in latents.items() if not self._is_intact(key)}
         unread = {key: text for key, text in texts.items() if not self._is_intact(key)}
+        total, made = len(missing) + len(unread), 0
+
+        def save(key: str, tensors: Mapping[str, Tensor]) -> None:
+            nonlocal made
+            self._save(key, tensors)
+            made += 1
+            on_encoding(made, total)
+
         if missing:
             vae = self.encoders.vae()
             for key, one in tqdm(missing.items(), "Pictures", unit="picture"):
-                self._save(key, self._encode_picture(one, vae))
+                save(key, self._encode_picture(one, vae))
             del vae
-        _free(self.encoders.device)
+        self.encoders.release()
         if unread:
             encoder = self.encoders.text()
             for key, (one, caption) in tqdm(unread.items(), "Captions", unit="caption"):
-                self._save(key, self._encode_text(one, caption, encoder))
+                save(key, self._encode_text(one, caption, encoder))
             del encoder
-        _free(self.encoders.device)
-        return len(missing) + len(unread)
+        self.encoders.release()
+        return total
 
     def batch(self, draws: Sequence[Draw], order: Order, device: torch.device) -> Batch:
         """A batch of the order's, from the files."""
@@ -188,17 +227,20 @@ class Cache:
             self.recipe.method,
         )
 
-    def _encode_picture(self, one: Sized, vae: QwenImageVAE) -> dict[str, Tensor]:
+    def _encode_picture(self, one: Sized, vae: Any) -> dict[str, Tensor]:
         pixels = _pixels(one.example, one.example.image, one.width, one.height)
-        tensors = {"latents": _latents(pixels, vae)}
+        tensors = {"latents": self._latents(pixels, vae)}
         if one.example.mask is not None:
             mask = _pixels(one.example, one.example.mask, one.width, one.height).mean(0)
             cells = F.interpolate(mask[None, None], tensors["latents"].shape[1:], mode="area")
             tensors["weights"] = cells[0]
         for number, (image, settings) in enumerate(self._plan(one).references):
-            tensors[f"reference {number}"] = _latents(image, vae)
+            tensors[f"reference {number}"] = self._latents(image, vae)
             tensors[f"offset {number}"] = torch.tensor(settings.offset)
         return tensors
+
+    def _latents(self, pixels: Tensor, vae: Any) -> Tensor:
+        return self.encoders.latents(vae, pixels).float().cpu()
 
     def prompt(self, prompt: str) -> PromptEmbeds:
         """A sample's prompt, of those that `fill` was given."""
@@ -214,14 +256,12 @@ class Cache:
         taps, mask = padded([self._read(self._prompt_key(prompt))["taps"] for prompt in prompts])
         return Texts(taps.to(device), None if mask is None else mask.to(device))
 
-    def _encode_text(
-        self, one: Sized | None, caption: str, encoder: Qwen3VLTextEncoder
-    ) -> dict[str, Tensor]:
+    def _encode_text(self, one: Sized | None, caption: str, encoder: Any) -> dict[str, Tensor]:
         if one is None:
-            return {"taps": encode_prompts(encoder, [caption]).taps[0]}
+            return {"taps": self.encoders.taps(encoder, caption)}
         images = self._plan(one).prompt_images if self._reads_images else []
-        embeds = encode_prompts(encoder, [caption], images=images, labels=self.recipe.labels)
-        return {"taps": embeds.taps[0].to("cpu", torch.bfloat16)}
+        taps = self.encoders.taps(encoder, caption, images, self.recipe.labels)
+        return {"taps": taps.to("cpu", torch.bfloat16)}
 
     @property
     def _reads_images(self) -> bool:
@@ -326,12 +366,6 @@ def _image(source: Path | bytes):
     return open_image(opened(source))
 
 
-@torch.no_grad()
-def _latents(pixels: Tensor, vae: QwenImageVAE) -> Tensor:
-    weight = next(vae.parameters())
-    return vae.encode(pixels[None].to(weight) * 2 - 1)[0].float().cpu()
-
-
 def _cropped(images: Sequence[Tensor]) -> list[Tensor]:
     """Latents cut in their middle to the sides of the smallest, so that they make a batch."""
     rows, columns = (min(image.shape[axis] for image in images) for axis in (1, 2))
@@ -358,8 +392,3 @@ def _fingerprint(path: Path) -> str:
                 opened_file.seek(start)
                 total.update(opened_file.read(4096))
     return total.hexdigest()
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    empty_cache(device)

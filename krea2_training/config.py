@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -17,8 +17,11 @@ from krea2_model.checks import is_number, is_whole
 from .pairs import Pairs
 from .prompts import Prompts
 from .sections import (
+    COLUMNS,
+    DIFFUSERS,
     EDITS,
     FULL,
+    ROWS,
     Adapter,
     Data,
     Distil,
@@ -28,6 +31,7 @@ from .sections import (
     Prefer,
     Reward,
     Samples,
+    Stages,
     Steps,
     check,
     expected_one_of,
@@ -44,6 +48,12 @@ class RunConfig:
     training: Steps = field(default_factory=Steps)
     memory: Memory = field(default_factory=Memory)
     samples: Samples = field(default_factory=Samples)
+
+    def __post_init__(self):
+        if self.adapter.magnitude is None:
+            by_rows = self.output.key_style == DIFFUSERS
+            adapter = replace(self.adapter, magnitude=ROWS if by_rows else COLUMNS)
+            object.__setattr__(self, "adapter", adapter)
 
     def as_table(self) -> dict[str, dict[str, Any]]:
         """The settings as TOML and JSON hold them, those that are not set left out."""
@@ -105,6 +115,7 @@ class DistilConfig(RunConfig):
     distil: Distil = field(default_factory=Distil)
 
     def __post_init__(self):
+        super().__post_init__()
         check(
             self.adapter.method != FULL, "adapter.method", FULL,
             "lora, dora or lokr: student, teacher and fake model are adapters on one base",
@@ -131,6 +142,7 @@ class PreferConfig(RunConfig):
     prefer: Prefer = field(default_factory=Prefer)
 
     def __post_init__(self):
+        super().__post_init__()
         check(
             self.adapter.method != FULL, "adapter.method", FULL,
             "lora, dora or lokr: the reference is the model without adapters",
@@ -146,6 +158,28 @@ class PreferConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """All settings of `krea2 pretrain`: resolution and steps are those of its stages."""
+
+    data: Data
+    stages: Stages
+
+    def __post_init__(self):
+        # Everything is trained, in as many steps as the stages have together.
+        object.__setattr__(self, "adapter", replace(self.adapter, method=FULL))
+        object.__setattr__(self, "training", replace(self.training, steps=sum(self.stages.steps)))
+        super().__post_init__()
+
+    @property
+    def side(self) -> int | None:
+        return max(self.stages.resolution)
+
+    @property
+    def cache(self) -> Path:
+        return self.data.cache or super().cache
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig(RunConfig):
     """All settings of `krea2 reward`."""
 
@@ -153,6 +187,7 @@ class RewardConfig(RunConfig):
     reward: Reward
 
     def __post_init__(self):
+        super().__post_init__()
         check(
             self.adapter.method != FULL, "adapter.method", FULL,
             "lora, dora or lokr: the reference is the model without its adapter",
@@ -171,6 +206,7 @@ KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "distil": DistilConfig,
     "prefer": PreferConfig,
+    "pretrain": PretrainConfig,
     "reward": RewardConfig,
 }
 

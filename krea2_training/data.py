@@ -30,6 +30,8 @@ from .sections import MAX_REFERENCES, Data
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
 TABLES = frozenset((".jsonl", ".csv", ".parquet"))
+# The setting of a caption for all pictures, in messages.
+FOR_ALL = 'data.caption for all (--caption "a photo of sks dog"; "" trains without words)'
 # Between captions of one picture.
 PARTING = "---"
 # Widest and tallest picture, as width to height; others are cropped to it.
@@ -71,8 +73,11 @@ class Draw:
     caption: str | None
 
 
-def read_examples(data: Data) -> list[Example]:
-    """The examples of a folder or table. Raises ValueError, naming rows, for those without use."""
+def read_examples(data: Data, for_all: str = FOR_ALL) -> list[Example]:
+    """The examples of a folder or table. Raises ValueError, naming rows, for those without use.
+
+    for_all: as `captioned` takes it.
+    """
     path = data.path
     assert path is not None
     if path.is_dir():
@@ -87,15 +92,21 @@ def read_examples(data: Data) -> list[Example]:
     if not examples:
         kinds = ", ".join(sorted(PICTURES))
         raise ValueError(f"{path} holds no pictures; expected at least one of {kinds}.")
-    examples = [replace(one, captions=_captions_of(one, data)) for one in examples]
+    return captioned(examples, data, for_all)
+
+
+def captioned(examples: Sequence[Example], data: Data, for_all: str = FOR_ALL) -> list[Example]:
+    """Examples with the trigger before their captions, and the common one where they have none.
+
+    Raises ValueError for pictures without a caption, naming them. for_all: names that setting.
+    """
     bare = [one.name for one in examples if not one.captions]
-    if bare:
+    if bare and data.caption is None:
         raise ValueError(
             f"{len(bare)} of {len(examples)} pictures have no caption: {some_of(bare)}. Write one "
-            f"beside each ({Path(bare[0]).stem}.txt), or give one for all as data.caption "
-            '(--caption "a photo of sks dog"; "" trains without words).'
+            f"beside each ({Path(bare[0]).stem}.txt), or set {for_all}."
         )
-    return examples
+    return [replace(one, captions=_captions_of(one, data)) for one in examples]
 
 
 def sized(examples: Sequence[Example], data: Data) -> list[Sized]:

@@ -41,6 +41,12 @@ class TrainingStopped(RuntimeError):
     """A run that cannot go on: its loss is not finite. The last state is good."""
 
 
+def forget(folder: Path) -> None:
+    """Remove the state and the log of a folder's run, so that the next one begins anew."""
+    for name in (STATE, LOG):
+        (folder / name).unlink(missing_ok=True)
+
+
 @dataclass
 class Run:
     """A run in a folder, which resumes where its last state ends.

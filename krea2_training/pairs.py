@@ -8,13 +8,11 @@ rejected: paths relative to it, or the bytes of files. `krea2 pick` makes one.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from krea2_model.images.picture_texts import read_texts
 from krea2_model.images.sizes import MULTIPLE
 
 from .data import (
@@ -96,9 +94,12 @@ def digest_of(pairs: Sequence[Pair], hash_of: Callable[[Path | bytes], str]) -> 
 
 
 def prompt_in(picture: Path) -> str | None:
-    """The prompt in a picture's own settings, if krea2 wrote any."""
+    """The prompt in a picture's own settings, by krea2 or by ComfyUI with this pack's nodes."""
+    # Here, because the settings of a run import no torch.
+    from krea2_model.cli.generate import settings_in
+
     try:
-        prompt = json.loads(read_texts(picture).get("krea2", "{}")).get("prompt")
+        prompt = settings_in(picture).get("prompt")
     except ValueError:
         return None
     return prompt if isinstance(prompt, str) and prompt.strip() else None

@@ -110,7 +110,7 @@ def preference_loss(
     drift = (predicted.detach() - reference).square().mean() / reference.square().mean()
     numbers = {
         "pairs right": float((margin < 0).float().mean()),
-        "winner's error": float(worse[0].mean()),
+        "winner's error": float(worse[0].detach().mean()),
         "drift": float(drift),
     }
     return Measured(loss.mean(), numbers)

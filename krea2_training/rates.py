@@ -15,17 +15,20 @@ from .sections import Steps
 class Rates:
     """Warm-up, stable, decay: the factor on the learning rate of each step.
 
-    decay: share of the steps in which it falls to 0, linearly.
+    decay: share of the steps in which it falls to 0, linearly. stages: pairs of the step that a
+    stage ends at and its factor.
     """
 
     steps: int
     warmup: int = 0
     decay: float = 0.2
+    stages: tuple[tuple[int, float], ...] = ()
 
     def factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / (self.warmup + 1)) if self.warmup else 1.0
         left = (self.steps - step) / self.steps
-        return min(rise, 1.0 if left >= self.decay else left / self.decay)
+        stage = next((factor for end, factor in self.stages if step < end), 1.0)
+        return stage * min(rise, 1.0 if left >= self.decay else left / self.decay)
 
 
 def optimisers_of(
@@ -34,8 +37,7 @@ def optimisers_of(
     """Optimisers of the trained parameters.
 
     "muon" is Muon (Jordan and others, 2024) for the blocks' matrices, with updates of AdamW's size,
-    and AdamW for what is left: vectors, tables, and the first and last linear layers. Raises
-    ValueError where "adamw8bit" has no bitsandbytes.
+    and AdamW for what is left: vectors, tables, and the first and last linear layers.
     """
     parameters = list(named)
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -55,16 +57,24 @@ def optimisers_of(
     return found
 
 
-def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
-
-
-def _eight_bit(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+def check_optimiser(settings: Steps) -> None:
+    """Raise ValueError where the optimiser's package is not installed."""
+    if settings.optimiser != "adamw8bit":
+        return
     try:
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(
             "training.optimiser is adamw8bit, which needs bitsandbytes: pip install bitsandbytes, "
             "or choose adamw."
         ) from error
+
+
+def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+
+
+def _eight_bit(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)

@@ -50,7 +50,10 @@ class Result:
         with holding(self.model, values):
             shipped = adapters_of(self.model) if self.shipped is None else self.shipped
             tensors = file_tensors(shipped, self.config.output.key_style)
-        tensors = {n: t.bfloat16() if t.ndim > 1 else t for n, t in tensors.items()}
+        # Vectors too are float32: a DoRA's lengths scale whole columns.
+        tensors = {
+            n: t.bfloat16() if min(t.shape, default=1) > 1 else t for n, t in tensors.items()
+        }
         with replacing(path) as partial:
             save_file(tensors, partial, self.metadata(step))
         return path

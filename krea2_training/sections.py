@@ -18,7 +18,9 @@ METHODS = ("lora", "dora", "lokr", FULL)
 TARGETS = ("blocks", "attention", "mlp", "blocks+text")
 OPTIMISERS = ("adamw", "adamw8bit", "muon")
 BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
-KEY_STYLES = ("ai-toolkit", "kohya", "diffusers")
+DIFFUSERS = "diffusers"
+KEY_STYLES = ("ai-toolkit", "kohya", DIFFUSERS)
+COLUMNS, ROWS = "columns", "rows"
 EDITS = ("references", "identity", "ai-toolkit")
 NANO = "nano"
 MAX_REFERENCES = 2
@@ -82,6 +84,8 @@ class Adapter:
 
     alpha: None is the rank, so that the scale is 1.
     factor: of LoKr, the size of its small Kronecker factor.
+    magnitude: of DoRA, what has a length of its own: "columns" or "rows" of the weight. None is
+        what readers of output.key_style expect: rows for diffusers, columns for the others.
     """
 
     method: str = "lora"
@@ -89,8 +93,11 @@ class Adapter:
     alpha: float | None = None
     targets: str = TARGETS[0]
     factor: int = 16
+    magnitude: str | None = None
 
     def __post_init__(self):
+        if self.magnitude is not None:
+            choice("adapter.magnitude", self.magnitude, (COLUMNS, ROWS))
         choice("adapter.method", self.method, METHODS)
         choice("adapter.targets", self.targets, TARGETS)
         check(1 <= self.rank <= 4096, "adapter.rank", self.rank, "1 to 4096")
@@ -216,6 +223,40 @@ class Output:
     def run_folder(self) -> Path:
         assert self.path is not None
         return self.path.with_suffix("") if self.folder is None else self.folder
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stages of pretraining, one after the other: an entry of each list is of one stage.
+
+    resolution: side of a square of the pictures' area. steps: of the optimiser. batch: pictures in
+    a step; none is training.batch for all. shift: exponent mu of the times' shift; none is that of
+    the pictures' size. rate: factor on the learning rate; none is 1.
+    """
+
+    resolution: tuple[int, ...] = (256, 512, 1024)
+    steps: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    shift: tuple[float, ...] = ()
+    rate: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        count = len(self.resolution)
+        ok = count > 0 and all(64 <= s <= 4096 and s % MULTIPLE == 0 for s in self.resolution)
+        expected = f"multiples of {MULTIPLE} from 64 to 4096"
+        check(ok, "stages.resolution", list(self.resolution), expected)
+        for name, low, high in (
+            ("steps", 1, 10**7),
+            ("batch", 1, 4096),
+            ("shift", -100, 100),
+            ("rate", 0, 100),
+        ):
+            values = getattr(self, name)
+            ok = len(values) == count or (not values and name != "steps")
+            expected = f"{count} numbers, one for each stage of stages.resolution"
+            check(ok, f"stages.{name}", list(values), expected)
+            ok = all(low <= value <= high for value in values)
+            check(ok, f"stages.{name}", list(values), f"numbers from {low} to {high}")
 
 
 @dataclass(frozen=True)

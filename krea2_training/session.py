@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
 from .adapters import AnyAdapter, add_adapters
-from .base import TrainingBackend, checkpoint_file, freeze_base
-from .cache import Cache, Encoders
+from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
+from .cache import Cache, Encoders, OnEncoding
 from .config import RunConfig
 from .data import Sized
 from .loop import Loss, Run
-from .rates import Rates, optimisers_of
+from .rates import Rates, check_optimiser, optimisers_of
 from .results import Result
 from .samples import Sampler
 from .sections import FULL
@@ -37,8 +37,33 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+# Of a file or a model that is trained on.
+ON_TURBO = (
+    "is a Turbo checkpoint. Train on Raw and run the result on Turbo: training on Turbo undoes its "
+    "distillation, and pictures in 8 steps become soft."
+)
+
 # Called after each step with the line that the log has of it.
 OnStep = Callable[[int, dict[str, Any]], None]
+
+
+class StopTraining(Exception):
+    """Raised by a function that is called after each step, to end a run with what it has learned.
+
+    Its state is saved and its result written.
+    """
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model and encoders of a host's own, in place of the files of `config.model`.
+
+    name: a hash that tells the model from another one; a resumed run has to share it.
+    """
+
+    model: Krea2Transformer
+    encoders: Encoders
+    name: str
 
 
 class Session:
@@ -47,25 +72,34 @@ class Session:
     The model is in main memory until `add_adapters` or `train_everything` moves it.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, parts: Parts | None = None):
         self.config, self.folder = config, config.output.run_folder
-        self.device = check_offload(config.memory.device, None, None)[0]
-        self.dtype = _dtype(config, self.device)
+        self.device, self.dtype = machine_of(config)
         self.is_full = config.adapter.method == FULL
-        self.model = load_base(config, self.dtype)
-        encoders = Encoders(config.model, self.device, self.dtype)
+        check_optimiser(config.training)
+        if parts is None:
+            model = load_base(config, self.dtype)
+            parts = Parts(model, Encoders(config.model, self.device, self.dtype), "")
+        self.model, self.model_name, encoders = parts.model, parts.name, parts.encoders
         encoders.check(self.model)
+        if not self.is_full:
+            check_base(self.model, config.memory.base)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(config.cache, encoders, config.references)
         self.sampler = Sampler(config, self.cache, self.device)
 
-    def encode(self, pictures: Sequence[Sized] = (), prompts: Sequence[str] = ()) -> None:
+    def encode(
+        self,
+        pictures: Sequence[Sized] = (),
+        prompts: Sequence[str] = (),
+        on_encoding: OnEncoding = lambda made, of: None,
+    ) -> None:
         """Have pictures with their captions, other prompts, and those of the samples in the cache.
 
         The empty prompt comes with any.
         """
         prompts = [*prompts, *self.sampler.prompts]
-        made = self.cache.fill(pictures, ["", *prompts] if prompts else ())
+        made = self.cache.fill(pictures, ["", *prompts] if prompts else (), on_encoding)
         logger.info("%d encodings made, the others were there.", made)
 
     def make_trainable(self) -> dict[str, nn.Parameter]:
@@ -101,6 +135,7 @@ class Session:
         on_step: OnStep,
         *,
         optimisers: list[torch.optim.Optimizer] | None = None,
+        rates: Rates | None = None,
         shipped: Mapping[str, AnyAdapter] | None = None,
         metadata: Mapping[str, str] | None = None,
         prepare: Callable[[int], None] = lambda step: None,
@@ -108,7 +143,7 @@ class Session:
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
-        dataset: a hash of what is learned from. optimisers: None is one of the settings' kind.
+        dataset: a hash of what is learned from. optimisers, rates: None are those of the settings.
         shipped, metadata: see `Result`. prepare, notes: see `Run`.
         Raises TrainingStopped for a loss that is not finite.
         """
@@ -118,14 +153,14 @@ class Session:
             self.folder,
             parameters,
             optimisers or optimisers_of(parameters.items(), settings),
-            Rates(settings.steps, settings.warmup, settings.decay),
+            rates or Rates(settings.steps, settings.warmup, settings.decay),
             accumulate=settings.accumulate,
             clip=settings.clip,
             average=settings.average,
             save_every=config.output.save_every,
             on_save=lambda step: result.write_step(step, run.values()),
             prepare=prepare,
-            fingerprint=_fingerprint(config, dataset),
+            fingerprint=self._fingerprint(dataset),
             notes={} if notes is None else notes,
         )
         watch = tensorboard(self.folder)
@@ -141,10 +176,29 @@ class Session:
             logger.info("Goes on at step %d of %d.", run.step, settings.steps)
         try:
             run.train(loss_of)
+        except StopTraining:
+            logger.info("Stopped at step %d of %d.", run.step, settings.steps)
         finally:
             draw_curve(self.folder)
         assert config.output.path is not None
         return result.write(run.step, run.values(), config.output.path)
+
+    def _fingerprint(self, dataset: str) -> dict[str, Any]:
+        """What a resumed run has to share: not its length, nor how it is watched."""
+        training = asdict(self.config.training)
+        for name in ("steps", "decay"):
+            del training[name]
+        table = self.config.as_table()
+        shared = RunConfig.sections()
+        own = {
+            # The dataset's hash stands for the files; the cache may lie anywhere.
+            name: {k: v for k, v in table[name].items() if k not in ("path", "cache")}
+            for name in self.config.sections()
+            if name not in shared
+        }
+        model = {"model": self.model_name} if self.model_name else {}
+        adapter = asdict(self.config.adapter)
+        return {"adapter": adapter, "training": training, "dataset": dataset, **own, **model}
 
 
 def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
@@ -153,30 +207,13 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     full = config.adapter.method == FULL
     model = load_transformer(file, dtype=torch.float32 if full else dtype, keep_quantised=not full)
     if model.variant == TURBO.name:
-        logger.warning(
-            "%s is a Turbo checkpoint. Train on Raw and run the result on Turbo: training on Turbo "
-            "undoes its distillation, and pictures in 8 steps become soft.",
-            file.name,
-        )
+        logger.warning("%s %s", file.name, ON_TURBO)
     return model
 
 
-def _fingerprint(config: RunConfig, dataset: str) -> dict[str, Any]:
-    """What has to be the same for a run to be resumed: not its length, nor how it is watched."""
-    training = asdict(config.training)
-    for name in ("steps", "decay"):
-        del training[name]
-    table = config.as_table()
-    own = {name: table[name] for name in config.sections() if name not in RunConfig.sections()}
-    # The dataset's hash stands for the files; the cache may lie anywhere.
-    own = {
-        name: {k: v for k, v in section.items() if k not in ("path", "cache")}
-        for name, section in own.items()
-    }
-    return {"adapter": asdict(config.adapter), "training": training, "dataset": dataset, **own}
-
-
-def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device of a run, and the dtype of its calculation."""
+    device = check_offload(config.memory.device, None, None)[0]
     if config.memory.dtype is not None:
-        return _DTYPES[config.memory.dtype]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return device, _DTYPES[config.memory.dtype]
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .curve import draw_curves
 from .loop import LOG
 
 CURVE = "loss.png"
-_WINDOW = 20  # steps of a mean
 _NOT_DRAWN = ("step", "seconds")
 # Of a log's numbers, those that every run has.
 _COMMON = ("loss", "gradient", "rate", *_NOT_DRAWN)
@@ -33,32 +33,21 @@ def tensorboard(folder: Path) -> Callable[[int, dict[str, Any]], None]:
 
 
 def draw_curve(folder: Path) -> Path | None:
-    """Draw a run's loss, and the other numbers of its log, with means; None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    """Draw a run's loss, and the other numbers of its log, with means; None for an empty log."""
     records = read_log(folder)
     if not records:
         return None
-    others = {name: None for record in records for name in record if name not in _COMMON}
-    names = ["loss", *others]
-    figure = Figure((8, 1 + 3.5 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        own = [(record["step"], record[name]) for record in records if name in record]
-        steps, numbers = zip(*own, strict=True)
-        axes.plot(steps, numbers, color="0.8", label="each step")
-        axes.plot(steps, _means(numbers), color="C0", label=f"mean of {_WINDOW} steps")
-        is_log = name == "loss" and min(numbers) > 0
-        axes.set(xlabel="step", ylabel=name, yscale="log" if is_log else "linear")
-        axes.legend()
-    figure.savefig(folder / CURVE, dpi=120)
+    draw_curves(curves_of(records)).save(folder / CURVE)
     return folder / CURVE
 
 
-def _means(numbers: Sequence[float]) -> list[float]:
-    parts = (numbers[max(0, end - _WINDOW) : end] for end in range(1, len(numbers) + 1))
-    return [sum(part) / len(part) for part in parts]
+def curves_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """A log's loss, and the numbers that not every run has, by name: pairs with their steps."""
+    others = {name: None for record in records for name in record if name not in _COMMON}
+    return {
+        name: [(record["step"], record[name]) for record in records if name in record]
+        for name in ("loss", *others)
+    }
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from .speed import K2Approximate, K2Compile
 from .style_loras import K2StyleLora
 from .style_mix import K2StyleMix
 from .styles import K2StyleTransfer
+from .training import K2TrainLora
 
 NODES = [
     K2Loader,
@@ -65,6 +66,7 @@ NODES = [
     K2Stitch,
     K2Detailer,
     K2ContactSheet,
+    K2TrainLora,
     K2Compile,
     K2Approximate,
     K2Inspect,

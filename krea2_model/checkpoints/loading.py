@@ -124,8 +124,9 @@ def assign(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_tensors(shapes, tensors, path, kind, stored_names(module))
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.requires_grad_(False).eval().to(device)
+    # Before: a host's tensors may be of inference mode, which take no gradients.
+    module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
+    return module.eval().to(device)
 
 
 def check_tensors(

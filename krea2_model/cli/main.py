@@ -74,10 +74,10 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .train import train
 
         return train(args)
-    if args.command == "merge":
-        from .train import merge
+    if args.command in ("pick", "merge"):
+        from . import train as training
 
-        return merge(args)
+        return getattr(training, args.command)(args)
     if args.command == "render":
         from .render import render
 

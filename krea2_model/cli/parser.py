@@ -21,9 +21,11 @@ SUMMARIES = {
     "render": "make a picture of every row of a text, CSV or JSONL file",
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
+    "pretrain": "train a transformer from nothing, in stages of rising resolution",
     "distil": "make a few-step LoRA of a Raw checkpoint",
     "prefer": "teach a model which of two pictures of a prompt is preferred",
     "reward": "train on scores of the model's own pictures",
+    "pick": "make a page on which to pick the better pictures, for prefer",
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
@@ -149,6 +151,17 @@ def _again(parser: Parser) -> None:
     add_machine(parser)
 
 
+def _pick(parser: Parser) -> None:
+    parser.usage = "krea2 pick FOLDER"
+    parser.epilog = (
+        "Open the page in a browser, click, and save picks.jsonl beside the pictures: krea2 prefer "
+        "reads it.\n"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="with several pictures of each prompt"
+    )
+
+
 def _merge(parser: Parser) -> None:
     parser.usage = "krea2 merge FILE[:WEIGHT] ... --output FILE [--base FILE]"
     parser.add_argument(
@@ -259,6 +272,7 @@ _OPTIONS: dict[str, Callable[[Any], None]] = {
     "render": _render,
     "again": _again,
     **{name: partial(add_training_options, name=name) for name in TRAINING},
+    "pick": _pick,
     "merge": _merge,
     "models": _models,
     "expand": _expand,

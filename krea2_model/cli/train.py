@@ -1,4 +1,4 @@
-"""The training commands, and `krea2 merge`."""
+"""The training commands, `krea2 pick` and `krea2 merge`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,13 @@ def train(args: Namespace) -> Iterator[object]:
             yield run_command(config, on_step)
         except TrainingStopped as error:
             raise Failure(str(error)) from error
+
+
+def pick(args: Namespace) -> Iterator[object]:
+    """Write a page on which to pick the better pictures; gives its file."""
+    from krea2_training.pick import write_page
+
+    yield write_page(args.folder)
 
 
 def merge(args: Namespace) -> Iterator[object]:

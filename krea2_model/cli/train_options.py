@@ -40,6 +40,15 @@ which at least one picture is the model's own teach best.
       --text-encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors
 """
 
+_PRETRAIN = """\
+Trains a transformer from nothing, in stages of rising resolution. SOURCE is a folder of pictures
+with captions, a table, or a .toml file of settings. The model names a checkpoint whose sizes are
+taken, and none of its weights.
+
+  krea2 pretrain pictures --model nano --resolution 64 128 --stage-steps 2000 1000
+      --stage-batch 32 16 --optimiser muon --learning-rate 3e-3 --output raw.safetensors
+"""
+
 _REWARD = """\
 Learns from scores of the pictures that the model itself paints, in groups of one prompt and without
 guidance (GRPO on the flow). SOURCE is a text file with a prompt a line, a table with a column
@@ -167,6 +176,25 @@ _PREFERRING: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_STAGES: dict[str, _Group] = {
+    "stages": [
+        ("--resolution", "stages.resolution",
+         {"type": whole(64, 4096), "nargs": "+", "metavar": "PX",
+          "help": "side of a square of the pictures' area, of each; default: 256 512 1024"}),
+        ("--stage-steps", "stages.steps",
+         {"type": whole(1), "nargs": "+", "metavar": "N", "help": "steps of each"}),
+        ("--stage-batch", "stages.batch",
+         {"type": whole(1), "nargs": "+", "metavar": "N", "help": "default: --batch for all"}),
+        ("--stage-rate", "stages.rate",
+         {"type": number(0), "nargs": "+", "metavar": "X",
+          "help": "factors on the learning rate; default: 1 for all"}),
+    ],
+    "pictures": [
+        option for option in _PICTURES["pictures"] if option[1] in ("data.caption", "data.trigger")
+    ],
+}  # fmt: skip
+
+
 _REWARDING: dict[str, _Group] = {
     "rewards": [
         ("--reward", "reward.rewards",
@@ -197,23 +225,48 @@ _REWARDING: dict[str, _Group] = {
 
 @dataclass(frozen=True)
 class Command:
-    """source: the setting that the first argument is, where it is no .toml file; and its help."""
+    """source: the setting that the first argument is, where it is no .toml file; and its help.
+
+    without: settings, or sections of them, of the shared options that a command has not.
+    """
 
     source: str
     help: str
     epilog: str
     options: dict[str, _Group]
+    without: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, _Group]:
-        return {**self.options, **_SHARED}
+        shared = {
+            title: [one for one in group if not one[1].startswith(self.without)]
+            for title, group in _SHARED.items()
+        }
+        return {**self.options, **{title: group for title, group in shared.items() if group}}
 
+
+_PICTURE_SOURCE = "a folder, table or .toml file"
 
 TRAINING: dict[str, Command] = {
-    "train": Command("data.path", "a folder, table or .toml file", _TRAIN, _PICTURES),
-    "distil": Command("prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING),
+    "train": Command("data.path", _PICTURE_SOURCE, _TRAIN, _PICTURES),
+    "pretrain": Command(
+        "data.path",
+        _PICTURE_SOURCE,
+        _PRETRAIN,
+        _STAGES,
+        without=("adapter", "training.steps", "output.key_style", "samples.turbo", "memory.base"),
+    ),
+    "distil": Command(
+        "prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING, ("samples.turbo",)
+    ),
     "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
-    "reward": Command("prompts.path", "a file of prompts, or .toml", _REWARD, _REWARDING),
+    "reward": Command(
+        "prompts.path",
+        "a file of prompts, or .toml",
+        _REWARD,
+        _REWARDING,
+        without=("training.accumulate",),
+    ),
 }
 
 

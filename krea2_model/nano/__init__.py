@@ -37,6 +37,9 @@ LORA = FOLDER / "krea2_nano_notebook_lora.safetensors"
 REFERENCE_LORA = FOLDER / "krea2_nano_reference_lora.safetensors"
 # Follows the outlines of a control image: a control LoRA, trained on Raw as well.
 CONTROL_LORA = FOLDER / "krea2_nano_control_lora.safetensors"
+# Twelve pictures with captions to train on: shapes on blueprint paper, of which captions say
+# nothing. `scripts/draw_nano_pictures.py` drew them.
+PICTURES = FOLDER / "pictures"
 
 # Qwen's tokenizer with the words that prompts for it have; used where there is no whole one.
 TOKENIZER = FOLDER / "tokenizer"
@@ -48,6 +51,7 @@ TEXT_ENCODER_NAME = f"krea2_nano_text_encoder_{TEXT_ENCODER_CHECKSUM[:12]}.safet
 __all__ = [
     "CONTROL_LORA",
     "LORA",
+    "PICTURES",
     "REFERENCE_LORA",
     "TEXT_ENCODER_CONFIG",
     "TEXT_ENCODER_NAME",

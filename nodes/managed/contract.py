@@ -7,6 +7,7 @@ code. Called in core's way (with `transformer_options`), it runs core's function
 others may have replaced it: nothing that they hold is overwritten.
 """
 
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -21,7 +22,7 @@ from ...krea2_model.transformer.backend import Backend
 from ...krea2_model.transformer.model import Krea2Transformer
 from .shared_inputs import share_input
 
-# Key of a call's backend, as a weak reference, in transformer_options.
+# Key of a function that gives a call's backend, mostly a weak reference, in transformer_options.
 BACKEND = "krea2_backend"
 
 _INIT: Any = vars(nn.Module)["__init__"]
@@ -224,5 +225,13 @@ def _nobody() -> None:
 
 
 def announce(backend: Backend, options: dict) -> None:
-    """Let parts that others call with these options find the backend of the call."""
-    options[BACKEND] = ref(backend)
+    """Let parts that others call with these options find the backend of the call.
+
+    With gradients the options hold it: a checkpointed part is computed again in the backward pass,
+    when the call is over.
+    """
+    options[BACKEND] = partial(_same, backend) if torch.is_grad_enabled() else ref(backend)
+
+
+def _same(backend: Backend) -> Backend:
+    return backend

@@ -14,6 +14,7 @@ from krea2_model.config import Preset
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_model.schedule import shift_mu, shift_time
 from krea2_model.transformer.model import Krea2Transformer, grid_size
+from krea2_training.pretrain import new_transformer
 
 from .examples import Batch, Examples
 from .loop import Run, Schedule, autocast
@@ -30,24 +31,6 @@ THINGS = 4.0  # how much more than background they weigh
 TIME_SHIFT = 2.0  # mu of the times of training
 MOST_SHARDS, STEPS_A_SHARD = 6, 250
 ONWARD_RATE = 0.4  # of the learning rates, where training goes on from trained weights
-
-
-def new_transformer() -> Krea2Transformer:
-    """A transformer whose blocks change nothing yet: what they add to the residual stream is 0."""
-    model = Krea2Transformer(CONFIG)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and not name.endswith("lin.weight"):
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        else:
-            nn.init.zeros_(parameter)
-        if name.endswith(("wo.weight", "down.weight")) or name.startswith(("tproj", "last.linear")):
-            nn.init.zeros_(parameter)
-    nn.init.constant_(model.txtfusion.projector.weight, 1 / CONFIG.num_text_layers)
-    for block in model.blocks:
-        # Scale, shift and gate before attention, the same before the MLP: open gates.
-        table = block.mod.lin.weight.data.view(6, -1)
-        table[2] = table[5] = 1.0
-    return model
 
 
 def optimisers(model: nn.Module, rate: float = 1.0) -> list[torch.optim.Optimizer]:
@@ -131,7 +114,7 @@ def train_raw(
     start: trained weights to begin with instead of new ones, which asks for smaller steps.
     """
     torch.manual_seed(1)
-    model = new_transformer()
+    model = new_transformer(CONFIG, seed=1)
     if start is None:
         run = Run("raw", folder, model, optimisers(model), Schedule(steps, cooldown=0.2))
     else:

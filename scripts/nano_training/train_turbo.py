@@ -20,11 +20,12 @@ from torch import Tensor
 from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_time
 from krea2_model.transformer.model import Krea2Transformer
+from krea2_training.pretrain import new_transformer
 
 from .examples import Batch, Examples
 from .loop import DEVICE, Run, Schedule, autocast
+from .train_raw import CONFIG, optimisers
 from .train_raw import PRESET as RAW_PRESET
-from .train_raw import new_transformer, optimisers
 
 PRESET = replace(TURBO, size=128)
 STEPS = 90
@@ -45,7 +46,7 @@ def train_turbo(
     start: the student's first weights; None is the teacher's.
     """
     torch.manual_seed(2)
-    model = new_transformer()
+    model = new_transformer(CONFIG)
     model.load_state_dict((start or raw).state_dict())
     raw.to(DEVICE)
     name = "turbo" if start is None else "turbo_onward"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, nano
+from krea2_training.pretrain import new_transformer
 from nano_training.loop import DEVICE, Run, Schedule, TimedSchedule
 from nano_training.recipe.drawn import Artists, draw_chunk
 from nano_training.recipe.plan import SHARES, TINY, Clock
@@ -19,7 +20,7 @@ from nano_training.recipe.pool import EncodedPool, Pixels, encode_captions, enco
 from nano_training.recipe.run import FILES, RecipeRun, install
 from nano_training.recipe.transformer import flow_loss
 from nano_training.recipe.vae import side_of, train_vae
-from nano_training.train_raw import new_transformer
+from nano_training.train_raw import CONFIG
 
 
 class FakeTime:
@@ -164,7 +165,7 @@ def test_the_loss_is_what_the_shipped_raw_was_trained_to_lower(encoder, tmp_path
         loss = float(flow_loss(model, batch, Random(2), 3))
         batch.taps = batch.taps.roll(1, dims=0)
         wrong_captions = float(flow_loss(model, batch, Random(2), 3))
-        untrained = float(flow_loss(new_transformer().to(DEVICE), batch, Random(2), 3))
+        untrained = float(flow_loss(new_transformer(CONFIG).to(DEVICE), batch, Random(2), 3))
     assert loss < 0.3 * untrained and loss < 0.8 * wrong_captions, (loss, wrong_captions, untrained)
 
 

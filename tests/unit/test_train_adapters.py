@@ -8,7 +8,9 @@ from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
 from krea2_training.adapters import adapters_of, add_adapters, file_tensors, set_strength, targeted
 from krea2_training.base import FrozenLinear, TrainingBackend, four_bits, freeze_base
+from krea2_training.config import read_config
 from krea2_training.sections import KEY_STYLES, Adapter, Memory
+from trained_adapters import trained
 
 CPU = torch.device("cpu")
 
@@ -26,25 +28,11 @@ def inputs(model):
     return latents, torch.tensor([0.3, 0.8]), text
 
 
-def trained(model, settings):
-    """A model with adapters that are something, as after training."""
-    add_adapters(model, settings)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for adapter in adapters_of(model).values():
-            for name, parameter in adapter.named_parameters(recurse=False):
-                noise = torch.randn(parameter.shape, generator=generator)
-                if name == "magnitude":
-                    parameter.mul_(1 + 0.1 * noise)
-                else:
-                    parameter.add_(0.2 * noise * parameter.shape[-1] ** -0.5)
-    return model
-
-
 @pytest.mark.parametrize("method", ["lora", "dora", "lokr"])
 @pytest.mark.parametrize("style", KEY_STYLES)
 def test_a_file_gives_what_was_trained(model, method, style):
-    settings = Adapter(method=method, rank=4, alpha=6.0, targets="blocks+text")
+    magnitude = "rows" if style == "diffusers" else "columns"
+    settings = Adapter(method, rank=4, alpha=6.0, targets="blocks+text", magnitude=magnitude)
     reference = random_transformer(TINY)
     before = reference(*inputs(reference))
     add_adapters(model, settings)
@@ -151,3 +139,16 @@ def test_four_bits_are_those_of_the_gguf_package():
     assert (ours.tensors["weight"].numpy() == theirs).mean() > 0.99  # rounding of halves differs
     values = torch.from_numpy(gguf.quants.dequantize(ours.tensors["weight"].numpy(), kind))
     torch.testing.assert_close(ours.dequantise(torch.float32), values)
+
+
+def test_a_dora_has_the_lengths_that_readers_of_its_file_expect(model):
+    chosen = {}
+    for style in KEY_STYLES:
+        settings = {"output.key_style": style, "output.path": "a.safetensors",
+                    "adapter.method": "dora", "data.path": ".",
+                    "model.transformer": "nano"}  # fmt: skip
+        chosen[style] = read_config(None, settings).adapter.magnitude
+    assert chosen == {"ai-toolkit": "columns", "kohya": "columns", "diffusers": "rows"}
+    trained(model, Adapter("dora", rank=4, magnitude="rows"))
+    with pytest.raises(ValueError, match="Train with adapter.magnitude columns"):
+        file_tensors(adapters_of(model), "kohya")

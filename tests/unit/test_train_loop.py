@@ -14,6 +14,7 @@ from krea2_model import Krea2Pipeline, Krea2Transformer, load_transformer, nano
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.cli.main import main
 from krea2_model.cli.parser import command_parser
+from krea2_model.cli.train_options import TRAINING
 from krea2_training import states
 from krea2_training.cache import Batch
 from krea2_training.config import read_config
@@ -84,8 +85,17 @@ def test_gradients_are_diffusers_s(reference_transformer):
 
 def test_the_command_offers_what_the_settings_take():
     """Their modules are apart, since help imports no training."""
-    from krea2_training import sections
+    from dataclasses import fields
 
+    from krea2_training import sections
+    from krea2_training.config import KINDS
+
+    assert TRAINING.keys() == KINDS.keys()
+    for name, command in TRAINING.items():
+        known = KINDS[name].sections()
+        settings = [s for group in command.groups.values() for _, s, _ in group]
+        for section, _, entry in (s.partition(".") for s in [command.source, *settings]):
+            assert entry in {field.name for field in fields(known[section])}, (name, section, entry)
     offered = {a.dest: a.choices for a in command_parser("train")._actions if a.choices}
     assert offered == {
         "adapter.method": sections.METHODS,

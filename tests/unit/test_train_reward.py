@@ -431,7 +431,6 @@ def test_the_command(tmp_path, scores, capsys):
         (["--method", "full"], "--method is full; expected lora, dora or lokr"),
         (["--random-steps", "2"], "--random-steps is 2; expected 1 to 1"),
         (["--groups", "3"], f"reward.groups is 3; expected at most 2, the prompts of {prompts}"),
-        (["--accumulate", "2"], "--accumulate is 2; expected 1"),
         (["--updates", "2"], "--updates is 2; expected at most reward.groups, 1"),
     ):
         output.unlink(missing_ok=True)

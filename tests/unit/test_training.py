@@ -49,7 +49,8 @@ def changed(before, after):
 def test_raw(examples, tmp_path):
     trained = train_raw(tmp_path, examples(), steps=3)
     torch.manual_seed(1)
-    names = changed(raw_module.new_transformer().state_dict(), trained.state_dict())
+    untrained = raw_module.new_transformer(raw_module.CONFIG, seed=1)
+    names = changed(untrained.state_dict(), trained.state_dict())
     for layer in ("first", "blocks.0.attn.wq", "blocks.5.mlp.gate", "blocks.3.mod.lin",
                   "blocks.2.prenorm.scale", "blocks.2.attn.qknorm.knorm.scale", "last.linear",
                   "txtfusion.refiner_blocks.1.mlp.down", "tmlp.0"):  # fmt: skip

@@ -18,10 +18,11 @@ from torch import Tensor
 from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_mu
 from krea2_model.transformer.model import Krea2Transformer, grid_size
+from krea2_training.pretrain import new_transformer
 
 from ..examples import Batch
 from ..loop import DEVICE, Run, Schedule, autocast
-from ..train_raw import CONFIG, THINGS, TIME_SHIFT, new_transformer, optimisers
+from ..train_raw import CONFIG, THINGS, TIME_SHIFT, optimisers
 from ..train_turbo import RATE as TURBO_RATE
 from ..train_turbo import distillation_loss
 from .plan import Plan
@@ -76,7 +77,7 @@ def train_raw(
 ) -> Krea2Transformer:
     """Train until the schedule ends. write: is given the averaged weights at each save."""
     torch.manual_seed(1)
-    model = new_transformer()
+    model = new_transformer(CONFIG)
     run = Run("raw", folder, model, optimisers(model), schedule, save_every=plan.save_every)
     run.on_save = lambda: write(_averaged(run, RAW_PRESET))
 
@@ -101,7 +102,7 @@ def train_turbo(
 ) -> Krea2Transformer:
     """Distil until the schedule ends."""
     torch.manual_seed(2)
-    model = new_transformer()
+    model = new_transformer(CONFIG)
     model.load_state_dict(raw.state_dict())
     raw.to(DEVICE)
     rates = optimisers(model, TURBO_RATE)

@@ -1,0 +1,475 @@
+"""Training of a LoRA on the MODEL that is wired in."""
+
+import io as bytes_io
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from . import inputs
+from .latents import given_vae
+from .managed.memory import advise
+from .managed.training import check_parts, is_turbo, parts_of, settings_of_device
+from .managed.training_package import training
+from .model_files import fingerprint
+from .training_files import (
+    find_cache,
+    find_output,
+    find_picture_folder,
+    list_picture_folders,
+    relative_name,
+)
+
+# Of krea2_training.sections, which is not imported at start; tests/comfy/test_training.py compares.
+METHODS = ("lora", "dora", "lokr")
+TARGETS = ("blocks", "attention", "mlp", "blocks+text")
+OPTIMISERS = ("adamw", "adamw8bit", "muon")
+BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
+
+FROM_INPUT = "the images input"
+_MAX_SEED = 2**32 - 1
+# Steps in which the learning rate rises. Part of what a resumed run shares, so not a share of them.
+_WARMUP = 10
+_FOR_ALL = "caption, one for all of them"
+_SECONDS_BETWEEN_PREVIEWS = 2.0
+# A setting's name in messages of krea2_training, for that of the input.
+_SECTION = re.compile(r"\b(?:data|adapter|training|memory|output|model)\.(?=[a-z])")
+_RENAMED = {"output.folder": "name", "output.path": "name"}
+_REMEDY = (
+    "Choose base 4bit or fp8, offload, a lower resolution, batch 1 or a lower rank. The run goes "
+    "on from its last state."
+)
+
+
+class K2TrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2TrainLora",
+            display_name="Krea 2 Train LoRA",
+            category="Krea 2",
+            description=(
+                "Trains a LoRA, DoRA or LoKr on Krea 2 from a folder of captioned pictures, shows "
+                "the loss while it learns, and saves the file to output/loras. Cancelling saves "
+                "what was learned; the next run goes on from there. Train on Raw, use on Turbo."
+            ),
+            search_aliases=inputs.aliases("train, training, fine-tune, finetune, dora, lokr"),
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2 Raw. Its LoRAs are part of the base."),
+                io.Clip.Input("clip", tooltip="The text encoder, for the captions."),
+                io.Vae.Input("vae", tooltip="The VAE, for the pictures."),
+                io.Combo.Input(
+                    "folder",
+                    options=[FROM_INPUT, *list_picture_folders()],
+                    default=FROM_INPUT,
+                    tooltip=(
+                        "A folder of pictures in ComfyUI's input folder, each with its caption "
+                        "beside it: cat.png and cat.txt."
+                    ),
+                ),
+                io.String.Input(
+                    "name",
+                    default="my_style",
+                    tooltip=(
+                        "Name of the file in output/loras. A run of the same name is resumed."
+                    ),
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip=(
+                        "lora is what every program reads; dora trains the lengths of columns too; "
+                        "lokr needs fewer numbers."
+                    ),
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=1024,
+                    tooltip="Rank of the LoRA: higher learns more detail and makes a larger file.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1500,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Number of training steps, including those of a run that is resumed.",
+                ),
+                io.Int.Input("batch", default=1, min=1, max=256, tooltip="Pictures in each step."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
+                    tooltip="Learning rate; 1e-4 to 3e-4 is usual, 3 to 10 times that for lokr.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    tooltip=(
+                        "Pictures are resized to the area of a square of this side, in their own "
+                        "shape."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=_MAX_SEED,
+                    control_after_generate=False,
+                    tooltip="Seed of the initial weights, of noise, times and order of pictures.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="Words put before every caption, to call the LoRA by.",
+                ),
+                io.String.Input(
+                    "caption",
+                    default="",
+                    advanced=True,
+                    tooltip="Caption of pictures that have none; empty refuses such pictures.",
+                ),
+                io.Float.Input(
+                    "caption_dropout",
+                    default=0.05,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Share of captions left out, which keeps guidance working.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=0.5,
+                    advanced=True,
+                    tooltip="Scale of the LoRA is alpha / rank; 0 takes the rank, for scale 1.",
+                ),
+                io.Combo.Input(
+                    "targets",
+                    options=list(TARGETS),
+                    default=TARGETS[0],
+                    advanced=True,
+                    tooltip=(
+                        "Layers that are trained: all of the blocks, their attention, their MLPs, "
+                        "or the text fusion too."
+                    ),
+                ),
+                io.Combo.Input(
+                    "optimiser",
+                    options=list(OPTIMISERS),
+                    default=OPTIMISERS[0],
+                    advanced=True,
+                    tooltip="adamw8bit needs bitsandbytes; muon is for higher learning rates.",
+                ),
+                io.Combo.Input(
+                    "base",
+                    options=list(BASES),
+                    default=BASES[0],
+                    advanced=True,
+                    tooltip=(
+                        "Format of the frozen weights while training: as the model is loaded, or "
+                        "quantised for less memory. The MODEL itself stays as it is."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    advanced=True,
+                    tooltip="Compute activations again in the backward pass: far less memory.",
+                ),
+                io.Boolean.Input(
+                    "offload",
+                    default=False,
+                    advanced=True,
+                    tooltip="Keep the blocks in main memory and copy one at a time to the GPU.",
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=True,
+                    tooltip=(
+                        "Go on where the last run of this name ended. Off begins anew and replaces "
+                        "that run."
+                    ),
+                ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures in place of a folder: a batch, or a list of any sizes.",
+                ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip=(
+                        "Captions of images: a list, or one per line; a single one is for all."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Custom("LORA_MODEL").Output(
+                    display_name="lora",
+                    tooltip="The LoRA, for ComfyUI's Load LoRA Model and Save LoRA Weights.",
+                ),
+                io.Custom("LOSS_MAP").Output(
+                    display_name="loss",
+                    tooltip="The loss of each step, for ComfyUI's Plot Loss Graph.",
+                ),
+                io.Image.Output(display_name="curve", tooltip="The curve of the loss."),
+                io.String.Output(
+                    display_name="file",
+                    tooltip="Name of the file, as Load Krea 2 LoRA lists it after a refresh.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, folder=None, name=None, steps=None, rank=None, batch=None, learning_rate=None,
+        resolution=None, caption_dropout=None, alpha=None, seed=None,
+    ):  # fmt: skip
+        folder, name = _only(folder), _only(name)
+        numbers = {
+            "steps": steps, "rank": rank, "batch": batch, "learning_rate": learning_rate,
+            "resolution": resolution, "caption_dropout": caption_dropout, "alpha": alpha,
+            "seed": seed,
+        }  # fmt: skip
+
+        def check():
+            if folder not in (None, FROM_INPUT):
+                find_picture_folder(folder)
+            if name is not None:
+                find_output(name)
+
+        return inputs.verdict(cls, check, **{n: _only(value) for n, value in numbers.items()})
+
+    @classmethod
+    def fingerprint_inputs(cls, folder=None, **others):
+        folder = _only(folder)
+        return None if folder in (None, FROM_INPUT) else fingerprint(find_picture_folder(folder))
+
+    @classmethod
+    def execute(cls, model, clip, vae, images=None, captions=None, **widgets):
+        values = {e.id: getattr(e, "default", None) for e in cls.define_schema().inputs}
+        values |= {name: _only(value) for name, value in widgets.items()}
+        inputs.check_limits(cls, **values)
+        model, clip, vae = model[0], clip[0], given_vae(vae[0])
+        check_parts(model, clip, vae)
+        result, run_folder = find_output(values["name"])
+        with torch.inference_mode(False), _in_inputs():
+            config = _config(values, result, run_folder)
+            examples = _examples(values["folder"], images, captions, config.data)
+            _check_name(values["resume"], result, run_folder)
+            notes = []
+            if is_turbo(model):
+                logging.warning("Krea 2 Train LoRA: the model %s", training().session.ON_TURBO)
+                notes.append("on Turbo: train on Raw instead")
+            watch = _Watch(run_folder, values["steps"])
+            device = settings_of_device()
+            dtype = torch.float32 if device["memory.dtype"] == "fp32" else torch.bfloat16
+            with advise("Training", _REMEDY):
+                training().train.train(
+                    config,
+                    watch.on_step,
+                    on_encoding=watch.on_encoding,
+                    parts=lambda: parts_of(model, clip, vae, dtype),
+                    examples=examples,
+                )
+        comfy.model_management.soft_empty_cache()
+        if watch.interrupted is not None:
+            # With its file written, the run ends as ComfyUI expects of a cancelled one.
+            raise watch.interrupted
+        lora = comfy.utils.load_torch_file(str(result), safe_load=True)
+        curve = watch.picture()
+        notes = [f"step {watch.losses[-1][0]} of {values['steps']}", *notes, relative_name(result)]
+        shown = ui.PreviewImage(curve, cls=cls).as_dict() | {"text": ("\n".join(notes),)}
+        losses = {"loss": [loss for _, loss in watch.losses]}
+        return io.NodeOutput(lora, losses, curve, relative_name(result), ui=shown)
+
+
+class _Watch:
+    """Progress of a run on the node, with the curve of the loss as its preview."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps = folder, steps
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.interrupted: BaseException | None = None
+        self._losses: list[tuple[int, float]] | None = None
+        self._shown = 0.0
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Steps and losses, those before a resumed run too."""
+        if self._losses is None:
+            records = training().watch.read_log(self.folder)
+            self._losses = [(record["step"], record["loss"]) for record in records]
+        return self._losses
+
+    def on_encoding(self, made: int, of: int) -> None:
+        self.bar.update_absolute(made, of)
+
+    def on_step(self, step: int, record: dict[str, Any]) -> None:
+        if not self._losses or self._losses[-1][0] < step - 1:
+            self._losses = None
+        elif self._losses[-1][0] < step:
+            self._losses.append((step, record["loss"]))
+        preview = None
+        if step == self.steps or time.monotonic() - self._shown > _SECONDS_BETWEEN_PREVIEWS:
+            preview = ("JPEG", self._draw(), 512)
+            self._shown = time.monotonic()
+        try:
+            # The server's progress bar raises it too.
+            self.bar.update_absolute(step, self.steps, preview)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        except comfy.model_management.InterruptProcessingException as error:
+            self.interrupted = error
+            raise training().session.StopTraining from error
+
+    def picture(self) -> torch.Tensor:
+        """The curve as an IMAGE (1, H, W, 3)."""
+        return torch.from_numpy(np.array(self._draw()))[None] / 255
+
+    def _draw(self) -> Image.Image:
+        return training().curve.draw_curves({"loss": self.losses}, self.steps)
+
+
+def _config(values: dict[str, Any], result: Path, run_folder: Path):
+    """The settings of a run. Raises ValueError for those that cannot be."""
+    settings = {
+        "data.path": Path("pictures"),
+        "data.caption": values["caption"] or None,
+        "data.trigger": values["trigger"],
+        "data.resolution": [values["resolution"]],
+        "data.caption_dropout": values["caption_dropout"],
+        "data.cache": find_cache(),
+        "model.transformer": "the MODEL",
+        "adapter.method": values["method"],
+        "adapter.rank": values["rank"],
+        "adapter.alpha": values["alpha"] or None,
+        "adapter.targets": values["targets"],
+        "training.steps": values["steps"],
+        "training.batch": values["batch"],
+        "training.learning_rate": values["learning_rate"],
+        "training.optimiser": values["optimiser"],
+        "training.seed": values["seed"],
+        "training.warmup": _WARMUP,
+        "memory.base": values["base"],
+        "memory.checkpointing": values["checkpointing"],
+        "memory.offload": values["offload"],
+        **settings_of_device(),
+        "samples.every": 0,
+        "output.path": result,
+        "output.folder": run_folder,
+    }
+    if values["folder"] != FROM_INPUT:
+        settings["data.path"] = find_picture_folder(values["folder"])
+    if values["method"] not in METHODS:
+        raise ValueError(f"method is {values['method']!r}; expected one of {', '.join(METHODS)}.")
+    return training().config.read_config(None, settings)
+
+
+def _examples(folder: str, images, captions, data) -> list:
+    """The pictures and captions of a run; of a folder, or of the inputs."""
+    training_data = training().data
+    pictures = [image for batch in images or () for image in batch]
+    if folder != FROM_INPUT:
+        if pictures:
+            raise ValueError(
+                f"folder is {folder!r}, and images are connected too; expected one of them. "
+                f"Disconnect images, or choose {FROM_INPUT!r} as folder."
+            )
+        return training_data.read_examples(data, _FOR_ALL)
+    if not pictures:
+        raise ValueError(
+            f"folder is {FROM_INPUT!r}, but no images are connected. Choose a folder of pictures "
+            "in ComfyUI's input folder, or connect images and captions."
+        )
+    texts = _texts(captions, len(pictures))
+    if data.caption is None and not all(texts):
+        raise ValueError(
+            f"{texts.count('')} of {len(texts)} images have no caption. Connect captions, one per "
+            f"image, or set {_FOR_ALL}."
+        )
+    own = [
+        training_data.Example(f"image {number}", _png(image), (text,) if text else ())
+        for number, (image, text) in enumerate(zip(pictures, texts, strict=True), start=1)
+    ]
+    return training_data.captioned(own, data)
+
+
+def _texts(captions, count: int) -> list[str]:
+    """A caption, which may be empty, for each of so many images."""
+    texts = [text.strip() for text in captions or ("",)]
+    if len(texts) == 1 and count > 1:
+        lines = [line.strip() for line in texts[0].splitlines()]
+        texts = texts * count if len(lines) < 2 else lines
+    if len(texts) != count:
+        raise ValueError(
+            f"There are {count} images and {len(texts)} captions; expected as many captions as "
+            "images, or one for all."
+        )
+    return texts
+
+
+def _png(image: torch.Tensor) -> bytes:
+    """A picture (H, W, C) in [0, 1] as the content of a file."""
+    pixels = (image[..., :3].cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    content = bytes_io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(content, "PNG", compress_level=1)
+    return content.getvalue()
+
+
+def _check_name(resume: bool, result: Path, run_folder: Path) -> None:
+    """Begin anew if told to. Raises ValueError for a name that another file has."""
+    loop = training().loop
+    has_run = (run_folder / loop.STATE).is_file() or (run_folder / loop.LOG).is_file()
+    if result.exists() and not has_run:
+        raise ValueError(
+            f"There is a {relative_name(result)} in output/loras, of no run that could be resumed. "
+            "Choose another name, or move that file away."
+        )
+    if not resume:
+        loop.forget(run_folder)
+
+
+class _in_inputs:
+    """Names the node's inputs in errors of settings."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if not isinstance(error, ValueError):
+            return False
+        message = str(error)
+        for setting, name in _RENAMED.items():
+            message = message.replace(setting, name)
+        renamed = _SECTION.sub("", message)
+        if renamed == str(error):
+            return False
+        raise ValueError(renamed) from error
+
+
+def _only(value):
+    """The value of a widget, which comes as a list of one."""
+    return value[0] if isinstance(value, (list, tuple)) and value else value
