@@ -347,8 +347,9 @@ def config_of(tmp_path, scores, name="result", prompts=("a red circle", "a star"
 def test_the_reward_rises(tmp_path, scores):
     lines = []
     config = config_of(
-        tmp_path, scores, prompts=["a red circle"], reward__groups=1, training__steps=5,
-        training__learning_rate=1e-2,
+        tmp_path, scores, prompts=["a red circle on a purple background"], reward__groups=1,
+        reward__group_size=6, reward__random_steps=2, reward__noise=1.2, training__steps=8,
+        training__batch=6, training__learning_rate=1e-2,
     )  # fmt: skip
     file = reward(config, lambda step, record: lines.append(record))
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.01
