@@ -43,6 +43,7 @@ run_pytest() {
 beside() {
   rm -f -- "$LOCAL/beside.results"
   (
+    renice -n 10 -p "$BASHPID" >/dev/null
     results=() closing=() failed=0
     "$@"
     printf '%s\n' "${results[@]}" ${closing[@]+"${closing[@]}"} >"$LOCAL/beside.results"
@@ -61,7 +62,7 @@ join_beside() {
   if [[ -f $LOCAL/beside.results ]]; then
     mapfile -t -O "${#results[@]}" results <"$LOCAL/beside.results"
   else
-    results+=("FAILED  the checks beside tests/comfy ended early")
+    results+=("FAILED  the checks beside tests/browser ended early")
   fi
 }
 
@@ -100,6 +101,11 @@ unit_tests() {
   run_pytest unit "${workers[@]}" tests/unit "$@"
 }
 
+types_and_units() {
+  check "mypy" check_types
+  check "tests/unit" unit_tests "$@"
+}
+
 matrix=
 if [[ ${1:-} == --newest ]]; then
   shift
@@ -131,16 +137,17 @@ else
   check "ruff check" lint
   check "ruff format" "$VENV_PYTHON" -m ruff format --check --extend-exclude .local .
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))}
-  check "tests/unit" unit_tests "$@"
-  beside check "mypy" check_types
-  check "tests/comfy" comfy_tests comfy tests/comfy "$@"
-  join_beside
-  # Alone: a page on a busy machine takes minutes to open.
+  # The browser's tests leave most of a core idle, but a page on a busy machine takes minutes to
+  # open: what runs beside them yields to them.
+  printf '\nmypy and tests/unit run beside tests/browser; their output follows it.\n'
+  beside types_and_units "$@"
   if find_chromium; then
     check "tests/browser" browser_tests "$@"
   else
     results+=("NOT RUN tests/browser: there is no Chromium, and none could be installed")
   fi
+  join_beside
+  check "tests/comfy" comfy_tests comfy tests/comfy "$@"
 fi
 
 printf '\n== summary\n'

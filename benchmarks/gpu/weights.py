@@ -44,7 +44,7 @@ TINY = Sizes(
     TextEncoderConfig(hidden_size=160, intermediate_size=192, num_attention_heads=4,
                       num_key_value_heads=2, head_dim=40, vocab_size=151936),
     VAEConfig(base_dim=16),
-    steps=((64, 8), (64, 16)), image=64, small_image=64, vae_images=(64,), prompts=(45,), pairs=2,
+    steps=((64, 8), (64, 16)), image=64, small_image=64, vae_images=(64,), prompts=(45,), pairs=1,
     copy_bytes=2**16,
 )  # fmt: skip
 # Small and yet with the real width of a head, for float32: 128 in the transformer, 384 in the VAE.

@@ -8,6 +8,7 @@ features at a fraction of the cost, and that is what happens here.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -89,19 +90,16 @@ def _comfyui_roots() -> list[Path]:
 class Krea2Tokenizer:
     """The Qwen tokenizer of a local folder, with Krea 2's template around each prompt.
 
+    The tokenizers of one folder share what was read of it, until a file there changes.
+
     folder: as `find_tokenizer_folder` takes it; None looks for ComfyUI's.
 
     Raises TokenizerNotFoundError if there is no tokenizer, and ValueError if it is another model's.
     """
 
     def __init__(self, folder: str | Path | None = None):
-        # Imported on use: it takes a second, which inspecting or converting a file need not wait.
-        from transformers import AutoTokenizer
-
         self.folder = find_tokenizer_folder(folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            str(self.folder), local_files_only=True, trust_remote_code=False
-        )
+        self._tokenizer = _read_tokenizer(self.folder.resolve(), _state_of_files(self.folder))
         self._suffix = self.tokenize_raw(TEMPLATE_SUFFIX)
         counts = (len(self.tokenize_raw(TEMPLATE_PREFIX)), len(self._suffix))
         if counts != (PREFIX_TOKENS, SUFFIX_TOKENS):
@@ -204,6 +202,23 @@ class Krea2Tokenizer:
         if not isinstance(prompt, str):
             return self.tokenize_raw(prompt)
         return self.tokenize_raw(TEMPLATE_PREFIX + before + prompt)
+
+
+def _state_of_files(folder: Path) -> tuple:
+    """Names, sizes and times of the files of a folder, to see that one has changed."""
+    states = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_tokenizer(folder: Path, files: tuple):
+    """transformers' tokenizer of a folder, whose 151,000 merges take half a second to read."""
+    # Imported on use: it takes a second, which inspecting or converting a file need not wait.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
 
 
 def _check_length(value: int | None) -> None:

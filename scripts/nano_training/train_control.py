@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.model import Krea2Transformer, patchify
 from krea2_model.vae.model import QwenImageVAE
+from krea2_training.adapters import adapters_of
+from krea2_training.samples import holding
 
 from .examples import (
     LENGTH_STEP,
@@ -100,9 +102,9 @@ def train_control(
 ) -> dict[str, Tensor]:
     """Train, or go on training; returns the control LoRA's tensors. `raw` is changed in place."""
     torch.manual_seed(5)
-    model = add_lora(raw, RANK)
+    model, trained = add_lora(raw, RANK)
     model.first = ControlledInput(model.first)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained.append(model.first.control.weight)
     optimiser = torch.optim.Muon(trained, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     schedule = Schedule(steps, warmup=30, cooldown=0.6)
     run = Run("control", folder, model, [optimiser], schedule, decay=0.98)
@@ -115,23 +117,24 @@ def train_control(
         return flow_loss(model, batch, random, EMPHASIS * run.schedule.factor(step))
 
     run.train(loss_of_step)
-    return control_tensors(run.averaged_state())
+    with holding(model, run.averages):
+        return control_tensors(model)
 
 
-def control_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def control_tensors(model: Krea2Transformer) -> dict[str, Tensor]:
     """The file's tensors: the whole widened input layer, and A and B of each matrix.
 
     As control LoRAs for Krea 2 are written: columns of the image first, then those of the control
     image; without alpha, so the scale is 1.
     """
-    widened = torch.cat((state["first.layer.weight"], state["first.control.weight"]), dim=1)
-    tensors = {"first.weight": widened, "first.bias": state["first.layer.bias"]}
-    for name in state:
-        layer = name.removesuffix(".layer.weight")
-        if layer != name and name.startswith("blocks."):
-            tensors[f"{layer}.A"] = state[f"{layer}.down.weight"]
-            tensors[f"{layer}.B"] = state[f"{layer}.up.weight"]
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    first = model.first
+    assert isinstance(first, ControlledInput)
+    widened = torch.cat((first.weight, first.control.weight), dim=1)
+    tensors = {"first.weight": widened, "first.bias": first.layer.bias}
+    for name, adapter in adapters_of(model).items():
+        parts = adapter.tensors()
+        tensors |= {f"{name}.A": parts["down"], f"{name}.B": parts["up"]}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _encoded_pairs(encoder: Qwen3VLTextEncoder, vae: QwenImageVAE) -> list[Pair]:

@@ -111,8 +111,7 @@ def train_reference(
 ) -> dict[str, Tensor]:
     """Train, or go on training; returns the LoRA's tensors. `raw` is changed in place."""
     torch.manual_seed(4)
-    model = add_lora(raw, RANK)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, trained = add_lora(raw, RANK)
     optimiser = torch.optim.Muon(trained, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     schedule = Schedule(steps, warmup=30, cooldown=0.6)
     run = Run("reference", folder, model, [optimiser], schedule, decay=0.98)
@@ -124,7 +123,7 @@ def train_reference(
         return flow_loss(model, batch, random, EMPHASIS * factor, references)
 
     run.train(loss_of_step)
-    return lora_tensors(run.averaged_state())
+    return lora_tensors(run)
 
 
 def _random_layout(random: Random) -> tuple[Scene, bool]:

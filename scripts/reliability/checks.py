@@ -35,6 +35,8 @@ from .jobs import (
 )
 
 NANO_FILES = ROOT / "krea2_model" / "nano"
+# Settings for pictures that are only compared with each other.
+QUICK: dict = {"preset": "custom", "steps": 2, "guidance": 0.0}
 PACKS = {"comfyui-krea2-kit": ROOT, "krea2-tests": Path(__file__).parent / "faults"}
 
 
@@ -47,7 +49,18 @@ def prepare(base: Path) -> None:
     (models / "diffusion_models" / TRUNCATED).write_bytes(whole[: len(whole) // 2])
 
 
-def queue(server: ComfyServer, count: int, alone: int = 20, most_growth: float = 50) -> str:
+def restart(server: ComfyServer) -> None:
+    server.stop()
+    server.start()
+
+
+def queue(
+    server: ComfyServer,
+    count: int,
+    alone: int = 20,
+    most_growth: float = 50,
+    start_anew: Callable[[ComfyServer], object] = restart,
+) -> str:
     """Jobs of every kind: flat memory in its last four fifths, and right pictures.
 
     alone: how many pictures are made once more, each alone, by the server started anew.
@@ -73,8 +86,7 @@ def queue(server: ComfyServer, count: int, alone: int = 20, most_growth: float =
     check(growth < most_growth, f"Memory grew by {growth:.0f} MB: {memory[:: count // 10]}")
     shares = {part: 100 * float(np.mean(rights)) for part, rights in verdicts.items()}
     check(min(shares.values()) >= 80, f"Pictures do not show what was asked for: {shares}")
-    server.stop()
-    server.start()
+    start_anew(server)
     for graph, found in kept:
         again = pictures(server, graph)
         same = all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
@@ -131,7 +143,7 @@ def clients(server: ComfyServer, count: int, each: int) -> str:
 
 def kill(server: ComfyServer) -> str:
     """SIGKILL in the middle of a job, with others waiting; then a start on the same folders."""
-    before = pictures(server, nano_graph(seed=5))
+    before = pictures(server, nano_graph(seed=5, **QUICK))
     folder = server.base / "output"
     running = server.post(nano_graph(seed=6, preset="custom", steps=1000, guidance=0.0))
     for seed in (7, 8, 9):
@@ -147,7 +159,7 @@ def kill(server: ComfyServer) -> str:
         with Image.open(file) as image:
             image.load()
     # With the cache gone, it is made again.
-    after = pictures(server, nano_graph(seed=5))
+    after = pictures(server, nano_graph(seed=5, **QUICK))
     check(np.array_equal(before[0], after[0]), "After the restart the same job gives another.")
     check(server.job(running) == {}, "The job that was killed is known after the restart.")
     return (
@@ -187,12 +199,12 @@ def replaced_files(server: ComfyServer) -> str:
     # ComfyUI looks for new files in a folder when the folder's time has changed.
     models = server.base / "models"
     expected = {
-        variant: pictures(server, nano_graph(model=name, seed=31))[0]
+        variant: pictures(server, nano_graph(model=name, seed=31, **QUICK))[0]
         for variant, name in (("turbo", TURBO), ("raw", RAW))
     }
     check(not np.array_equal(*expected.values()), "Raw and Turbo give one picture.")
     file = models / "diffusion_models" / "replaced.safetensors"
-    settings = {"model": file.name, "text_encoder": TURBO, "vae": TURBO}
+    settings = {"model": file.name, "text_encoder": TURBO, "vae": TURBO, **QUICK}
     ways: tuple[tuple[str, Callable], ...] = (
         ("new", shutil.copyfile),
         ("by renaming another file", _rename_copy),
@@ -205,7 +217,7 @@ def replaced_files(server: ComfyServer) -> str:
     file.unlink()
     vae = models / "vae" / "replaced.safetensors"
     shutil.copyfile(NANO_FILES / "krea2_nano_vae.safetensors", vae)
-    graph = nano_graph(seed=31, vae=vae.name)
+    graph = nano_graph(seed=31, vae=vae.name, **QUICK)
     (found,) = pictures(server, graph)
     check(np.array_equal(found, expected["turbo"]), "The VAE of the folder paints another picture.")
     shutil.copyfile(NANO_FILES / "krea2_nano_raw.safetensors", vae)
@@ -224,10 +236,10 @@ def read_only_models(server: ComfyServer) -> str:
     models = server.base / "models"
     name = "read_only.safetensors"
     shutil.copyfile(NANO_FILES / "krea2_nano_turbo.safetensors", models / "diffusion_models" / name)
-    (expected,) = pictures(server, nano_graph(seed=41))
+    (expected,) = pictures(server, nano_graph(seed=41, **QUICK))
     with _read_only(models):
         before = _tree(models)
-        graph = nano_graph(seed=41, model=name, text_encoder=TURBO, vae=TURBO)
+        graph = nano_graph(seed=41, model=name, text_encoder=TURBO, vae=TURBO, **QUICK)
         (found,) = pictures(server, graph)
         check(_tree(models) == before, "Something in the models folder has changed.")
     check(np.array_equal(found, expected), "The picture is another.")
@@ -238,17 +250,18 @@ def read_only_models(server: ComfyServer) -> str:
 def out_of_memory(server: ComfyServer) -> str:
     """The first call of each part runs out of memory; for the VAE, then every call."""
     lines = []
-    (expected,) = pictures(server, nano_graph("a pink ring on black", seed=51))
+    graph = nano_graph("a pink ring on black", seed=51, **QUICK)
+    (expected,) = pictures(server, graph)
     for part, words in (
         ("transformer", "The transformer, at 1 image of 128 x 128 px, ran out of memory. Make"),
         ("text encoder", "The text encoder ran out of memory. Shorten the prompt"),
         ("VAE decoder", "The VAE ran out of memory. There are no tiles below 256 px"),
     ):
         # A prompt of its own, since the encoder keeps the last ones.
-        message = _message(server, armed(nano_graph(f"a ring, {part}", seed=51), part))
+        message = _message(server, armed(nano_graph(f"a ring, {part}", seed=51, **QUICK), part))
         check(words in message, message)
         lines.append(f'- {part}: "{message.partition(" (Allocation")[0]}"')
-        (found,) = pictures(server, nano_graph("a pink ring on black", seed=51))
+        (found,) = pictures(server, graph)
         check(np.array_equal(found, expected), f"After the {part}'s error a picture is another.")
     large = {"width": 384, "height": 384, "preset": "custom", "steps": 1, "guidance": 0.0}
     (whole,) = pictures(server, nano_graph(seed=52, **large))

@@ -93,8 +93,16 @@ def core_raw(models, run):
     return run("UNETLoader", unet_name="krea2_tiny_raw.safetensors", weight_dtype="default")[0]
 
 
+@pytest.fixture(scope="session")
+def core_tokenizer():
+    """Core's own tokenizer, which takes a second to make."""
+    import comfy.text_encoders.krea2
+
+    return comfy.text_encoders.krea2.Krea2Tokenizer()
+
+
 @pytest.fixture
-def core_clip(models, monkeypatch):
+def core_clip(models, core_tokenizer, monkeypatch):
     """Core's own encoder. It hard-codes the sizes of the released model, so those are swapped."""
     import dataclasses
 
@@ -121,7 +129,7 @@ def core_clip(models, monkeypatch):
     monkeypatch.setattr(core_qwen, "QWEN3VL_VISION_COMMON", {})
     state = load_file(models / "text_encoders" / "qwen3vl_tiny.safetensors")
     target = comfy.supported_models_base.ClipTarget(
-        comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.te()
+        lambda **_: core_tokenizer, comfy.text_encoders.krea2.te()
     )
     return comfy.sd.CLIP(
         target, state_dict=[state], parameters=1, model_options={"dtype": torch.float32}

@@ -319,11 +319,20 @@ def test_the_method_changed_behind_apart(run, sampled, referenced):
         sampled(changed)
 
 
+@pytest.fixture(scope="module")
+def nano(run, pack):
+    """MODEL, CLIP and VAE of krea2-nano, and the pipeline."""
+    parts = run("K2Loader", model="krea2-nano (built in)")
+    return *parts, pack("krea2_model").Krea2Pipeline.nano()
+
+
 @pytest.mark.parametrize("size", [(300, 200), (201, 333), (90, 40)])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_one_photo_is_the_same_reference_everywhere(run, pack, conditioning, size, channels):
+def test_one_photo_is_the_same_reference_everywhere(
+    run, pack, nano, conditioning, monkeypatch, size, channels
+):
     """In Python, by Krea 2 Reference and by Krea 2 Style Mix: the same pixels, the same latents."""
-    _, clip, vae = run("K2Loader", model="krea2-nano (built in)")
+    model, clip, vae, pipeline = nano
     photo = torch.rand(1, size[1] // 10 + 1, size[0] // 10 + 1, channels)
     photo = photo.repeat_interleave(10, 1).repeat_interleave(10, 2)[:, : size[1], : size[0]]
     by_node = run(
@@ -334,11 +343,10 @@ def test_one_photo_is_the_same_reference_everywhere(run, pack, conditioning, siz
     assert torch.equal(by_node, by_mix["reference_latents"][0])
     # With the pipeline's own way from a picture to a reference.
     made, krea2_model = [], pack("krea2_model")
-    pipeline = krea2_model.Krea2Pipeline.nano()
     encode = pipeline.encode
-    pipeline.encode = lambda pixels: made.append(encode(pixels)) or made[-1]
+    monkeypatch.setattr(pipeline, "encode", lambda pixels: made.append(encode(pixels)) or made[-1])
     references = krea2_model.References([photo[0].movedim(-1, 0)], max_megapixels=0.03)
     pipeline("a star", steps=1, references=references, output_type="latent")
     latents = made[0][:, :, None]
-    raw = run("K2Loader", model="krea2-nano (built in)")[0].model.process_latent_out(latents)
+    raw = model.model.process_latent_out(latents)
     assert_close(by_node, raw, 1e-4, "a reference in the graph and in Python")

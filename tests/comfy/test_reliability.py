@@ -16,9 +16,15 @@ def server(tmp_path_factory):
         yield running
 
 
-def test_a_queue_with_cancelled_and_broken_jobs(server):
+def test_a_queue_with_cancelled_and_broken_jobs_and_a_kill(server):
+    """Killed behind the queue, the server is started again, and its pictures are the same."""
+    killed = []
     # Memory settles later than this ends.
-    figures = checks.queue(server, 10, alone=2, most_growth=float("inf"))
+    figures = checks.queue(
+        server, 10, alone=2, most_growth=float("inf"),
+        start_anew=lambda server: killed.append(checks.kill(server)),
+    )  # fmt: skip
+    assert killed
     for kind in ("8 pictures", "1 cancelled while waiting", "1 cancelled while running",
                  "1 refused", "1 failing"):  # fmt: skip
         assert kind in figures
@@ -26,10 +32,6 @@ def test_a_queue_with_cancelled_and_broken_jobs(server):
 
 def test_clients_at_once_get_their_own(server):
     assert checks.clients(server, 3, 2)
-
-
-def test_killed_and_started_again(server):
-    assert checks.kill(server)
 
 
 def test_replaced_files_are_read_anew(server):
@@ -46,9 +48,8 @@ def test_out_of_memory_says_so_and_the_queue_goes_on(server):
 
 def test_a_loader_that_is_asked_again_is_not_run_again(server):
     """Files are looked at for changes, and read only after one."""
-    graph = nano_graph(seed=61)
-    pictures(server, graph)
-    again = nano_graph(seed=62)
+    pictures(server, nano_graph(seed=61, **checks.QUICK))
+    again = nano_graph(seed=62, **checks.QUICK)
     prompt_id = server.post(again)
     server.wait(prompt_id, timeout=60)
     ((_, cached),) = [

@@ -17,6 +17,7 @@ import tiny_checkpoints as tiny
 from krea2_model import (
     CheckpointError,
     Krea2Pipeline,
+    Krea2Transformer,
     Preset,
     load_text_encoder,
     load_transformer,
@@ -25,7 +26,7 @@ from krea2_model import (
 )
 from krea2_model.checkpoints.checkpoint import Checkpoint
 from krea2_model.checkpoints.identify import identify, read_header
-from krea2_model.checkpoints.transformer_keys import official_to_diffusers
+from krea2_model.checkpoints.transformer_keys import module_to_official, official_to_diffusers
 from krea2_model.checkpoints.vae_keys import vae_key_map
 from parity import same_weights
 from samples import saved
@@ -186,7 +187,12 @@ def test_text_encoder_prefixes_and_text_only_exports(models, tmp_path, prefix):
 def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     """Anonymous memory does not grow with the file; its pages stay the kernel's to drop."""
     config = replace(tiny.TRANSFORMER, num_layers=120)
-    path = saved(tmp_path / "large.safetensors", tiny.transformer_tensors(config))
+    shapes = Krea2Transformer(config, device="meta").state_dict().items()
+    tensors = {
+        module_to_official(name): torch.zeros(meta.shape, dtype=torch.bfloat16)
+        for name, meta in shapes
+    }
+    path = saved(tmp_path / "large.safetensors", tensors)
     size = path.stat().st_size
     assert size > 200e6
     script = (

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tiny_checkpoints
 from krea2_model import Krea2Pipeline
 from krea2_model.cli.main import main
 from krea2_model.text import expander
@@ -15,13 +14,11 @@ from nano_training.judge import read_thing
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny_checkpoints.write_models(folder)
+def weights(models):
     return [
-        *("--transformer", str(folder / "diffusion_models/krea2_tiny_turbo.safetensors")),
-        *("--text-encoder", str(folder / "text_encoders/qwen3vl_tiny.safetensors")),
-        *("--vae", str(folder / "vae/qwen_image_vae_tiny.safetensors")),
+        *("--transformer", str(models / "diffusion_models/krea2_tiny_turbo.safetensors")),
+        *("--text-encoder", str(models / "text_encoders/qwen3vl_tiny.safetensors")),
+        *("--vae", str(models / "vae/qwen_image_vae_tiny.safetensors")),
         *("--dtype", "fp32", "--width", "64", "--height", "48"),
     ]
 
@@ -126,11 +123,10 @@ def test_where_weights_are_can_be_chosen(monkeypatch):
     assert [found[name] for name in ("device", "offload", "max_memory")] == ["auto", "auto", None]
 
 
-def test_expand_is_a_command(tokenizer_folder, tmp_path, capsys, monkeypatch):
+def test_expand_is_a_command(weights, capsys, monkeypatch):
     """Random weights write nonsense; what is said of it is that it lacks the lettering."""
     monkeypatch.setitem(expander.LENGTHS, "short", expander.Length(words=5, tokens=15))
-    tiny_checkpoints.write_models(tmp_path)
-    encoder = str(tmp_path / "text_encoders/qwen3vl_tiny.safetensors")
+    encoder = weights[weights.index("--text-encoder") + 1]
     options = ["--text-encoder", encoder, "--dtype", "fp32", "--length", "short", "--seed", "3"]
     texts = []
     for offload in ("auto", "blocks"):

@@ -25,7 +25,7 @@ def convert(*arguments):
     assert main(["convert", *map(str, arguments)]) == 0
 
 
-def test_a_folder_to_one_file_and_back(diffusers_folder, tmp_path, tokenizer_folder):
+def test_a_folder_to_one_file_and_back(diffusers_pipeline, diffusers_folder, tmp_path):
     """And diffusers itself loads what comes back."""
     from diffusers import Krea2Pipeline as Reference
 
@@ -47,12 +47,11 @@ def test_a_folder_to_one_file_and_back(diffusers_folder, tmp_path, tokenizer_fol
         assert same_weights(getattr(first, part), getattr(back, part)), part
     reference = Reference.from_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
-    original = Reference.from_pretrained(diffusers_folder)
     for part in ("transformer", "text_encoder", "vae"):
-        ours, theirs = (getattr(p, part).state_dict() for p in (reference, original))
+        ours, theirs = (getattr(p, part).state_dict() for p in (reference, diffusers_pipeline))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
-    assert reference.config.is_distilled == original.config.is_distilled
+    assert reference.config.is_distilled == diffusers_pipeline.config.is_distilled
 
 
 @pytest.mark.parametrize("part, load", [

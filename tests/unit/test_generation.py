@@ -3,6 +3,8 @@
 The model is small and random, with the layers and the vocabulary of the released one.
 """
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,16 +69,32 @@ def random_model(tied=True):
 
 
 @pytest.fixture(scope="module")
-def reference(request):
-    """With its head tied to the embedding, unless a test asks for the other."""
-    return random_model(getattr(request, "param", True))
+def references():
+    """By whether the head is tied to the embedding; each is made once."""
+    return functools.cache(random_model)
 
 
 @pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen")
-    reference.save_pretrained(folder)
-    return folder
+def folders(references, tmp_path_factory):
+    """Their files."""
+
+    def save(tied):
+        folder = tmp_path_factory.mktemp("qwen")
+        references(tied).save_pretrained(folder)
+        return folder
+
+    return functools.cache(save)
+
+
+@pytest.fixture
+def reference(references, request):
+    """With its head tied to the embedding, unless a test asks for the other."""
+    return references(getattr(request, "param", True))
+
+
+@pytest.fixture
+def folder(folders, reference):
+    return folders(reference.config.tie_word_embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +103,15 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return LanguageModel(load_text_encoder(folder), load_language_tail(folder))
+def models():
+    return functools.cache(
+        lambda folder: LanguageModel(load_text_encoder(folder), load_language_tail(folder))
+    )
+
+
+@pytest.fixture
+def model(models, folder):
+    return models(folder)
 
 
 @torch.no_grad()
@@ -266,10 +291,9 @@ def test_layers_are_shared_and_the_rest_is_small(folder, reference):
     assert len(model._layers) == 36 and model._layers[:35] == list(encoder.layers)
 
 
-def test_a_copy_of_the_embedding_is_no_head(tmp_path):
+def test_a_copy_of_the_embedding_is_no_head(reference, tmp_path):
     """Some files hold the tied head a second time."""
-    model = random_model()
-    tensors = {n: t.clone().contiguous() for n, t in model.state_dict().items()}
+    tensors = {n: t.clone().contiguous() for n, t in reference.state_dict().items()}
     assert torch.equal(tensors["lm_head.weight"],
                        tensors["model.language_model.embed_tokens.weight"])  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
@@ -283,10 +307,10 @@ def test_a_copy_of_the_embedding_is_no_head(tmp_path):
     "left_out, missing",
     [("layers.35.", "layer 35"), ("language_model.norm.", "the final norm")],
 )
-def test_files_without_the_rest_are_refused(tmp_path, left_out, missing):
+def test_files_without_the_rest_are_refused(reference, tmp_path, left_out, missing):
     tensors = {
         name: tensor.clone()
-        for name, tensor in random_model().state_dict().items()
+        for name, tensor in reference.state_dict().items()
         if left_out not in name and "lm_head" not in name
     }
     save_file(tensors, tmp_path / "cut.safetensors")

@@ -224,6 +224,7 @@ def test_loading_is_local(tokenizer_folder, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    module._read_tokenizer.cache_clear()
     assert Krea2Tokenizer(tokenizer_folder).count("a fox") == 2
 
 
@@ -232,6 +233,17 @@ def test_another_models_tokenizer_is_refused(tokenizer_folder, tmp_path):
         shutil.copy(file, tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(ValueError, match=r"expected 34 and 5\. It belongs to another model"):
+        Krea2Tokenizer(tmp_path)
+
+
+def test_a_folder_is_read_once_until_a_file_changes(tokenizer, tokenizer_folder, tmp_path):
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, tmp_path)
+    first, again = Krea2Tokenizer(tmp_path), Krea2Tokenizer(str(tmp_path))
+    assert again._tokenizer is first._tokenizer is not tokenizer._tokenizer
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|im_end|>", "<|im_ends|>"))
+    with pytest.raises(ValueError, match="belongs to another model"):
         Krea2Tokenizer(tmp_path)
 
 

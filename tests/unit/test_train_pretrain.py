@@ -45,7 +45,12 @@ def test_a_new_transformer_predicts_nothing_and_can_learn():
     velocity = model(latents, torch.tensor([0.5]), text)
     assert velocity.count_nonzero() == 0
     (velocity - latents).square().mean().backward()
-    assert model.get_parameter("last.linear.weight").grad.norm() > 0
+    output = model.get_parameter("last.linear.weight")
+    assert output.grad.norm() > 0
+    torch.nn.init.normal_(output)
+    model(latents, torch.tensor([0.5]), text).square().mean().backward()
+    for name in ("blocks.0.attn.wo.weight", "blocks.5.mlp.down.weight"):
+        assert model.get_parameter(name).grad.norm() > 0, f"{name}: the gates are open"
 
 
 def test_stages_have_their_sizes_batches_and_rates(pictures, tmp_path):

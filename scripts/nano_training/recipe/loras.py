@@ -27,7 +27,7 @@ def train_lora(
 ) -> dict[str, Tensor]:
     """Train the notebook's style; `raw` is changed in place. Returns the LoRA's tensors."""
     torch.manual_seed(3)
-    model, trained = _with_lora(raw, RANK)
+    model, trained = add_lora(raw, RANK)
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     run = Run("lora", folder, model, [optimiser], schedule, decay=0.98)
 
@@ -37,7 +37,7 @@ def train_lora(
         return flow_loss(model, batch, random, plan.draws)
 
     run.train(loss_of_step)
-    return lora_tensors(run.averaged_state())
+    return lora_tensors(run)
 
 
 def train_reference(
@@ -50,7 +50,7 @@ def train_reference(
 ) -> dict[str, Tensor]:
     """Train the reference LoRA; `raw` is changed in place. Returns the LoRA's tensors."""
     torch.manual_seed(4)
-    model, trained = _with_lora(raw, REFERENCE_RANK)
+    model, trained = add_lora(raw, REFERENCE_RANK)
     optimiser = torch.optim.Muon(trained, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     run = Run("reference", folder, model, [optimiser], schedule, decay=0.98)
     chunks: list[ReferenceBatch] = []
@@ -67,9 +67,4 @@ def train_reference(
         return flow_loss(model, batch, random, plan.draws, emphasis, references)
 
     run.train(loss_of_step)
-    return lora_tensors(run.averaged_state())
-
-
-def _with_lora(raw: Krea2Transformer, rank: int) -> tuple[torch.nn.Module, list]:
-    model = add_lora(raw, rank)
-    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return lora_tensors(run)
