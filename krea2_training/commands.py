@@ -6,10 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import DistilConfig, PreferConfig, PretrainConfig, RunConfig, TrainConfig
+from .config import (
+    DistilConfig,
+    PreferConfig,
+    PretrainConfig,
+    RewardConfig,
+    RunConfig,
+    TrainConfig,
+)
 from .distil import distil
 from .prefer import prefer
 from .pretrain import pretrain
+from .reward import reward
 from .session import OnStep
 from .train import train
 
@@ -18,6 +26,7 @@ _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
     DistilConfig: distil,
     PreferConfig: prefer,
     PretrainConfig: pretrain,
+    RewardConfig: reward,
 }
 
 

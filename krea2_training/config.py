@@ -29,6 +29,7 @@ from .sections import (
     Model,
     Output,
     Prefer,
+    Reward,
     Samples,
     Stages,
     Steps,
@@ -178,11 +179,35 @@ class PretrainConfig(RunConfig):
         return self.data.cache or super().cache
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(RunConfig):
+    """All settings of `krea2 reward`."""
+
+    prompts: Prompts
+    reward: Reward
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.adapter.method != FULL, "adapter.method", FULL,
+            "lora, dora or lokr: the reference is the model without its adapter",
+        )  # fmt: skip
+        check(
+            self.training.accumulate == 1, "training.accumulate", self.training.accumulate,
+            "1: a step trains on all pictures of its groups, training.batch at once",
+        )  # fmt: skip
+
+    @property
+    def side(self) -> int | None:
+        return self.prompts.size
+
+
 KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "distil": DistilConfig,
     "prefer": PreferConfig,
     "pretrain": PretrainConfig,
+    "reward": RewardConfig,
 }
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -226,6 +251,8 @@ def _read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, 
         for entry, value in table.items():
             if entry in kinds and Path in get_args(kinds[entry]) and isinstance(value, str):
                 table[entry] = path.parent / value
+        if hasattr(sections[name], "relative_to"):
+            sections[name].relative_to(table, path.parent)
     return tables
 
 

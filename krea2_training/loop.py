@@ -22,6 +22,7 @@ from .states import load_state, read_state_header, save_state
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
+_NOTES = "notes"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Run:
     parameters: what is trained, by name. average: decay of a moving average of them, or 0.
     on_step(step, record): after every step, with what the log says of it.
     on_save(step): after a state has been saved, to write what can be used.
-    fingerprint: settings that a resumed run has to share.
+    prepare(step): before each step, from 0. If it raises, the state so far is saved.
+    fingerprint: settings that a resumed run has to share. notes: JSON values of the command that
+    are saved with the state, and put back when it is resumed.
     """
 
     folder: Path
@@ -66,7 +69,9 @@ class Run:
     save_every: int = 250
     on_step: Callable[[int, dict[str, Any]], None] = lambda step, record: None
     on_save: Callable[[int], None] = lambda step: None
+    prepare: Callable[[int], None] = lambda step: None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     averages: dict[str, Tensor] = field(default_factory=dict)
     _in_step: bool = field(default=False, init=False)
@@ -93,6 +98,7 @@ class Run:
                 "Choose another output.folder, or remove that one."
             )
         self.step = load_state(self.state_file, self.parameters, self.averages, self.optimisers)
+        self.notes.update(extra.get(_NOTES, {}))
         self._cut_log()
         return True
 
@@ -117,7 +123,9 @@ class Run:
         self.save()
 
     def _step(self, loss_of: Loss) -> None:
-        started, total, self._in_step = time.monotonic(), 0.0, True
+        started, total = time.monotonic(), 0.0
+        self.prepare(self.step)
+        self._in_step = True
         others: dict[str, list[float]] = {}
         factor = self._set_rates()
         for part in range(self.accumulate):
@@ -165,7 +173,7 @@ class Run:
 
     def save(self) -> None:
         """Write the state, then what `on_save` writes."""
-        extra = dict(self.fingerprint)
+        extra = {**self.fingerprint, _NOTES: self.notes}
         save_state(
             self.state_file, self.step, self.parameters, self.averages, self.optimisers, extra
         )

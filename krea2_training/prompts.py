@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -83,11 +84,45 @@ def in_turn(count: int, batch: int, number: int, seed: int) -> list[int]:
 
     Each batch can be computed by itself, so a run resumes anywhere.
     """
-    chosen = []
-    for place in range(number * batch, (number + 1) * batch):
-        epoch, index = divmod(place, count)
-        chosen.append(Random(f"prompts {seed} {epoch}").sample(range(count), count)[index])
-    return chosen
+    places = range(number * batch, (number + 1) * batch)
+    return [_round(count, place // count, seed)[place % count] for place in places]
+
+
+class Selection:
+    """Prompts in turn, where one that taught nothing is passed over for a while.
+
+    rest: how many times. notes: JSON values of where the selection is, to resume from.
+    """
+
+    def __init__(self, count: int, seed: int, rest: int):
+        self.count, self.seed, self.rest = count, seed, rest
+        self.notes: dict[str, Any] = {"place": 0, "resting": {}}
+
+    def choose(self, batch: int) -> list[int]:
+        """The indices of the next prompts; `advance` says what became of them."""
+        place, resting = self.notes["place"], dict(self.notes["resting"])
+        chosen: list[int] = []
+        while len(chosen) < batch:
+            index = in_turn(self.count, 1, place, self.seed)[0]
+            place += 1
+            turns = resting.pop(str(index), 0)
+            if turns > 1:
+                resting[str(index)] = turns - 1
+            if not turns:
+                chosen.append(index)
+        self._next = {"place": place, "resting": resting}
+        return chosen
+
+    def advance(self, dull: Iterable[int]) -> None:
+        """Go on after the chosen prompts, of which some were dull."""
+        self.notes.update(self._next)
+        if self.rest:
+            self.notes["resting"] |= {str(index): self.rest for index in dull}
+
+
+@lru_cache(maxsize=2)
+def _round(count: int, number: int, seed: int) -> list[int]:
+    return Random(f"prompts {seed} {number}").sample(range(count), count)
 
 
 def _captions(folder: Path) -> list[Row]:

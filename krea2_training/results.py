@@ -95,8 +95,10 @@ def _without_folders(table: Any) -> Any:
     """Settings without the folders of this machine, which are nobody's business."""
     if isinstance(table, dict):
         return {name: _without_folders(value) for name, value in table.items()}
+    if isinstance(table, list):
+        return [_without_folders(value) for value in table]
     if isinstance(table, str) and ("/" in table or "\\" in table):
-        return Path(table).name
+        return Path(table).name.partition("?")[0]  # an address may end in a password
     return table
 
 

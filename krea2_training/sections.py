@@ -300,6 +300,78 @@ class Prefer:
         check(0 <= self.hold <= 1000, "prefer.hold", self.hold, "0 to 1000")
 
 
+@dataclass(frozen=True)
+class Reward:
+    """Learning from scores of the model's own pictures, painted without guidance.
+
+    rewards: each a `file.py:function`, a `package.module:function` or the address of a server.
+    weights: of the rewards, in their order; none are all 1.
+    group_size: pictures of a prompt, which are compared. groups: of a step, each of one prompt.
+    rollout_steps: of the pictures' sampling. random_steps: how many of them draw noise, and are
+    trained; which ones changes with each step of the run.
+    noise: level of that noise, the paper's a.
+    updates: of the weights for each step's pictures, which share its groups.
+    clip: most that a step's likelihood may change in them, as a share; 0 is no limit.
+    kl: weight of the divergence from the model without the adapter.
+    spread: standard deviation of a group's scores up to which they are taken as equal.
+    rest: how many times a prompt without differences is passed over when its turn comes.
+    """
+
+    rewards: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    group_size: int = 8
+    groups: int = 4
+    rollout_steps: int = 8
+    random_steps: int = 3
+    noise: float = 0.7
+    updates: int = 1
+    clip: float = 1e-3
+    kl: float = 0.01
+    spread: float = 1e-4
+    rest: int = 2
+
+    def __post_init__(self):
+        expected = "file.py:function, package.module:function or an address"
+        check(len(self.rewards) > 0, "reward.rewards", "not set", expected)
+        twice = len(set(self.rewards)) < len(self.rewards)
+        check(not twice, "reward.rewards", list(self.rewards), "each reward once")
+        weights = self.weights
+        right = len(weights) in (0, len(self.rewards)) and all(0 < abs(w) <= 1000 for w in weights)
+        check(
+            right, "reward.weights", list(weights),
+            f"{len(self.rewards)} numbers other than 0, one for each reward",
+        )  # fmt: skip
+        for name, low, high in (
+            ("group_size", 2, 1024), ("groups", 1, 4096), ("rollout_steps", 2, 100),
+            ("noise", 0.01, 10), ("updates", 1, 4096), ("clip", 0, 1), ("kl", 0, 1000),
+            ("spread", 0, 10**6), ("rest", 0, 10**6),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            check(low <= value <= high, f"reward.{name}", value, f"{low:g} to {high:g}")
+        most = self.rollout_steps - 1
+        check(
+            1 <= self.random_steps <= most, "reward.random_steps", self.random_steps,
+            f"1 to {most}: all of reward.rollout_steps but the last, which adds no noise",
+        )  # fmt: skip
+        check(
+            self.updates <= self.groups, "reward.updates", self.updates,
+            f"at most reward.groups, {self.groups}",
+        )  # fmt: skip
+
+    @staticmethod
+    def relative_to(table: dict[str, Any], folder: Path) -> None:
+        """Make paths of a TOML file's section relative to its folder."""
+        rewards = table.get("rewards", ())
+        names = [rewards] if isinstance(rewards, str) else rewards
+        if not all(isinstance(name, str) for name in names):
+            return  # refused later
+        is_file = (name.rpartition(":")[0].endswith(".py") for name in names)
+        table["rewards"] = [
+            str(folder / name) if is_path else name
+            for name, is_path in zip(names, is_file, strict=True)
+        ]
+
+
 def expected_one_of(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), 1, 0.6)
     hint = f" Did you mean {close[0]}?" if close else ""

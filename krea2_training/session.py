@@ -138,11 +138,13 @@ class Session:
         rates: Rates | None = None,
         shipped: Mapping[str, AnyAdapter] | None = None,
         metadata: Mapping[str, str] | None = None,
+        prepare: Callable[[int], None] = lambda step: None,
+        notes: dict[str, Any] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
         dataset: a hash of what is learned from. optimisers, rates: None are those of the settings.
-        shipped, metadata: see `Result`.
+        shipped, metadata: see `Result`. prepare, notes: see `Run`.
         Raises TrainingStopped for a loss that is not finite.
         """
         config, settings = self.config, self.config.training
@@ -157,7 +159,9 @@ class Session:
             average=settings.average,
             save_every=config.output.save_every,
             on_save=lambda step: result.write_step(step, run.values()),
+            prepare=prepare,
             fingerprint=self._fingerprint(dataset),
+            notes={} if notes is None else notes,
         )
         watch = tensorboard(self.folder)
 

@@ -49,6 +49,19 @@ taken, and none of its weights.
       --stage-batch 32 16 --optimiser muon --learning-rate 3e-3 --output raw.safetensors
 """
 
+_REWARD = """\
+Learns from scores of the pictures that the model itself paints, in groups of one prompt and without
+guidance (GRPO on the flow). SOURCE is a text file with a prompt a line, a table with a column
+prompt, whose other columns the rewards are given too, a folder of pictures with captions, or a
+.toml file of settings. A reward is a Python function, FILE.py:NAME, that takes pictures (N, H, W,
+3) in [0, 1] and their rows and returns N scores, or the address of a server: docs/training.md. The
+function is run: name none that you do not trust, and look for it in .toml files of others.
+
+  krea2 reward prompts.txt --reward score.py:score --model krea2_raw_bf16.safetensors
+      --text-encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors
+      --size 512 --batch 8 --output my_reward.safetensors
+"""
+
 _FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 _COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
@@ -182,6 +195,34 @@ _STAGES: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_REWARDING: dict[str, _Group] = {
+    "rewards": [
+        ("--reward", "reward.rewards",
+         {"action": "append", "metavar": "NAME",
+          "help": "FILE.py:NAME, MODULE:NAME or http://...; may be repeated"}),
+        ("--weights", "reward.weights",
+         {"type": number(-1000, 1000), "nargs": "+", "metavar": "X",
+          "help": "of the rewards, in their order; default: 1 each"}),
+        ("--group-size", "reward.group_size",
+         {"type": whole(2), "metavar": "N", "help": "pictures of a prompt; default: 8"}),
+        ("--groups", "reward.groups",
+         {**_COUNT, "help": "of a step, each of one prompt; default: 4"}),
+        ("--rollout-steps", "reward.rollout_steps",
+         {"type": whole(2, 100), "metavar": "N", "help": "of the sampling; default: 8"}),
+        ("--random-steps", "reward.random_steps",
+         {**_COUNT, "help": "of these, that draw noise and are trained; default: 3"}),
+        ("--noise", "reward.noise",
+         {"type": number(0.01, 10), "metavar": "X", "help": "its level; default: 0.7"}),
+        ("--updates", "reward.updates",
+         {**_COUNT, "help": "of the weights for each step's pictures; default: 1"}),
+        ("--kl", "reward.kl",
+         {"type": number(0), "metavar": "X",
+          "help": "weight of the divergence from the model without adapter; default: 0.01"}),
+        *_PROMPTS,
+    ],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Command:
     """source: the setting that the first argument is, where it is no .toml file; and its help.
@@ -219,6 +260,13 @@ TRAINING: dict[str, Command] = {
         "prompts.path", "a file of prompts, or .toml", _DISTIL, _DISTILLING, ("samples.turbo",)
     ),
     "prefer": Command("pairs.path", "a folder or table of pairs, or .toml", _PREFER, _PREFERRING),
+    "reward": Command(
+        "prompts.path",
+        "a file of prompts, or .toml",
+        _REWARD,
+        _REWARDING,
+        without=("training.accumulate",),
+    ),
 }
 
 

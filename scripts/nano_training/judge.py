@@ -6,7 +6,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,7 +24,8 @@ _CLOSE = 0.2  # distance in RGB; no two named colours are nearer than 0.32
 class Reading:
     """What was found of one thing; `area` in pixels, `centre` as fractions of the sides.
 
-    `colour` is the nearest name for `rgb`, whose parts are in [0, 1].
+    `colour` is the nearest name for `rgb`, whose parts are in [0, 1]; `overlaps` is how well each
+    shape fits, from 0 to 1, and `shape` fits best.
     """
 
     shape: str
@@ -32,6 +33,7 @@ class Reading:
     rgb: tuple[float, float, float]
     centre: tuple[float, float]
     area: int
+    overlaps: Mapping[str, float]
 
     @property
     def place(self) -> str:
@@ -86,8 +88,10 @@ def read_thing(picture: np.ndarray, background: np.ndarray | None = None) -> Rea
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = mask.shape
     centre = ((left + right) / 2 / width, (top + bottom) / 2 / height)
-    shape = _nearest_shape(mask[top:bottom, left:right])
-    return Reading(shape, colour_name(colour), tuple(colour.tolist()), centre, int(mask.sum()))
+    overlaps = _overlaps(mask[top:bottom, left:right])
+    shape = max(overlaps, key=lambda name: overlaps[name])
+    name = colour_name(colour)
+    return Reading(shape, name, tuple(colour.tolist()), centre, int(mask.sum()), overlaps)
 
 
 def read_two(picture: np.ndarray, side_by_side: bool) -> tuple[Reading | None, Reading | None]:
@@ -117,14 +121,26 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
     return result
 
 
-def _nearest_shape(mask: np.ndarray) -> str:
-    """The shape whose drawing overlaps best, both stretched to the same square."""
+def shape_margins(picture: np.ndarray, scene: Scene) -> list[float]:
+    """How much better each wanted shape of a scene fits than any other, from -1 to 1."""
+    if len(scene.things) == 1:
+        readings: Sequence[Reading | None] = [read_thing(picture)]
+    else:
+        readings = read_two(picture, scene.things[0].place == "left")
+    margins = []
+    for reading, thing in zip(readings, scene.things, strict=True):
+        fits = dict(reading.overlaps) if reading is not None else {}
+        margins.append(fits.pop(thing.shape) - max(fits.values()) if fits else -1.0)
+    return margins
+
+
+def _overlaps(mask: np.ndarray) -> dict[str, float]:
+    """How far each shape's drawing overlaps a mask, both stretched to the same square."""
     mask = _stretch(mask)
-    overlaps = {
+    return {
         name: max((mask & template).sum() / (mask | template).sum() for template in templates)
         for name, templates in _templates().items()
     }
-    return max(overlaps, key=lambda name: overlaps[name])
 
 
 @cache

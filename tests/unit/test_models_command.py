@@ -203,7 +203,8 @@ def test_the_tables_of_the_docs_are_the_catalogue():
 
 def test_only_fetching_reaches_the_network():
     """SECURITY.md: the nodes never do; the command line and a program where told to fetch."""
-    for file in [*ROOT.glob("krea2_model/**/*.py"), *ROOT.glob("nodes/**/*.py")]:
+    folders = ("krea2_model", "krea2_training", "nodes")
+    for file in [file for folder in folders for file in ROOT.glob(f"{folder}/**/*.py")]:
         names = set()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -219,6 +220,7 @@ def test_only_fetching_reaches_the_network():
                         assert file == ROOT / "krea2_model" / importer
         expected = file in (ROOT / "krea2_model/cli/fetch.py", ROOT / "krea2_model/hub.py")
         assert ("huggingface_hub" in names) == expected, file
+        assert ("urllib" in names) == (file == ROOT / "krea2_training/rewards.py"), file
 
 
 def test_help_and_other_commands_do_not_import_the_hub():
