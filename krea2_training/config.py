@@ -251,8 +251,8 @@ def _read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, 
         for entry, value in table.items():
             if entry in kinds and Path in get_args(kinds[entry]) and isinstance(value, str):
                 table[entry] = path.parent / value
-        if hasattr(sections[name], "relative_to"):
-            sections[name].relative_to(table, path.parent)
+        if relative_to := getattr(sections[name], "relative_to", None):
+            relative_to(table, path.parent)
     return tables
 
 
