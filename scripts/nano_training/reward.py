@@ -2,6 +2,8 @@
 
 cd scripts && python -m nano_training.reward prompts.jsonl
 krea2 reward prompts.jsonl --reward nano_training/reward.py:score --model nano ...
+
+The prompts are those that Raw gets wrong without guidance. None is of the exam's combinations.
 """
 
 from __future__ import annotations
