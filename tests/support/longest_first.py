@@ -30,6 +30,7 @@ UNIT = (
 )
 COMFY = (
     "test_reliability",
+    "test_training",
     "test_server",
     "test_formats",
     "test_model",
