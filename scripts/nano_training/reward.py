@@ -1,7 +1,7 @@
 """The judge as a reward of `krea2 reward`, and prompts to learn from.
 
-cd scripts && python -m nano_training.reward prompts.jsonl
-krea2 reward prompts.jsonl --reward nano_training/reward.py:score --model nano ...
+    python scripts/nano_training/reward.py prompts.jsonl
+    krea2 reward prompts.jsonl --reward scripts/nano_training/reward.py:score --model nano ...
 
 The prompts are those that Raw gets wrong without guidance. None is of the exam's combinations.
 """
