@@ -92,6 +92,6 @@ def test_pip_installs_all_of_the_package_and_nothing_else():
     folders = {file.parent for file in files if file.suffix == ".py"}
     assert all((folder / "__init__.py").is_file() for folder in folders)
     data = {file for file in files if file.suffix not in (".py", ".pyc")}
-    patterns = tool["package-data"]["krea2_model"]
-    assert data == {file for p in patterns for file in (ROOT / "krea2_model").glob(p)}
+    patterns = tool["package-data"]
+    assert data == {f for name in packages for p in patterns[name] for f in (ROOT / name).glob(p)}
     assert PROJECT["scripts"] == {"krea2": "krea2_model.cli.main:main"}
