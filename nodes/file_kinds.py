@@ -70,7 +70,10 @@ def shapes_of(path: Path) -> Shapes:
     """Shapes of a file's tensors by name. Raises CheckpointError or OSError for a broken one."""
     current = stamp(path)
     cached = _shapes.get(str(path))
-    return cached[1] if cached is not None and cached[0] == current else read_shapes(path)
+    if cached is None or cached[0] != current:
+        # A shard by itself is no part that `kind_of` knows, and is asked for with every list.
+        cached = _shapes[str(path)] = (current, read_shapes(path))
+    return cached[1]
 
 
 def preset_of_file(path: Path) -> Preset | None:

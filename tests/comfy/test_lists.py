@@ -203,8 +203,8 @@ def test_files_are_read_once(files, kinds, place, models, pack, monkeypatch):
     assert first in headers
 
 
-def test_a_part_in_shards(place, run, models):
-    """What tells a VAE may lie in any of them."""
+def test_a_part_in_shards(place, run, models, files, kinds, pack, monkeypatch):
+    """What tells a VAE may lie in any of them; lists read each once."""
     folder = place("diffusers/Indexed/vae/model.safetensors.index.json").parent
     tensors = load_file(models / VAE)
     half = dict(list(tensors.items())[::2])
@@ -214,3 +214,8 @@ def test_a_part_in_shards(place, run, models):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     place("diffusers/Indexed/model_index.json").write_text('{"_class_name": "Krea2Pipeline"}')
     assert run("K2VAELoader", file="Indexed")[0]
+    assert "Indexed" in files.list_models(kinds.VAE)
+    file_kinds, headers = pack("nodes.file_kinds"), []
+    monkeypatch.setattr(file_kinds, "read_shapes", headers.append)
+    assert "Indexed" in files.list_models(kinds.VAE)
+    assert not headers
