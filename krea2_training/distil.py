@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from krea2_model.checkpoints.transformer import STEPS_KEY
 from krea2_model.config import RAW
@@ -42,7 +41,7 @@ from .cache import Texts
 from .config import DistilConfig
 from .data import bucket_size
 from .flow import generator_of
-from .loop import Measured, TrainingStopped
+from .loop import Measured, update
 from .prompts import COLUMN, digest_of, in_turn, read_prompts
 from .rates import optimisers_of
 from .roles import BASE, Roles
@@ -69,14 +68,12 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     prompts = [row[COLUMN] for row in rows]
     session = Session(config)
     session.encode(prompts=prompts)
-    session.freeze()
     settings = config.distil
     model = session.model
     guidance = settings.guidance
     guidance = (model.preset or RAW).guidance if guidance is None else guidance
     session.sampler.preset = few_step_preset(max(settings.steps), model.preset)
-    roles = Roles(model, config.adapter, (STUDENT, FAKE), config.training.seed)
-    model.to(session.device).train()
+    roles = session.make_roles((STUDENT, FAKE))
     optimisers = {
         role: optimisers_of(roles.parameters(role).items(), config.training)
         for role in (STUDENT, FAKE)
@@ -212,16 +209,8 @@ class TrajectoryMatching:
         velocity = self._velocity(FAKE, noisy, tau, texts)
         loss = (velocity - (noise - image)).square().mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(self._fake, 1.0)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingStopped(
-                f"The loss of the fake model is {value:g}. Lower training.learning_rate, and start "
-                "the command again to go on from the last good state."
-            )
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        update(self._fake, self.optimisers, 1.0, value, "The loss of the fake model")
         return value
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,33 @@ def forget(folder: Path) -> None:
     """Remove the state and the log of a folder's run, so that the next one begins anew."""
     for name in (STATE, LOG):
         (folder / name).unlink(missing_ok=True)
+
+
+def update(
+    parameters: Iterable[nn.Parameter],
+    optimisers: Iterable[torch.optim.Optimizer],
+    clip: float,
+    loss: float,
+    what: str = "The loss",
+    where: str = "",
+) -> float:
+    """Clip the gradients, step, and drop them; returns their norm.
+
+    clip: the largest norm; 0 is no limit. Raises TrainingStopped, before any step, where the loss
+    or the norm is not finite; what, where: for its message.
+    """
+    norm = float(nn.utils.clip_grad_norm_(list(parameters), clip or math.inf))
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    for optimiser in optimisers:
+        if is_finite:
+            optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    if not is_finite:
+        raise TrainingStopped(
+            f"{what} is {loss:g} and the gradient {norm:g}{where}. Lower training.learning_rate, "
+            "and start the command again to go on from the last good state."
+        )
+    return norm
 
 
 @dataclass
@@ -137,24 +164,15 @@ class Run:
             total += float(loss.detach())
             for name, number in measured.numbers.items():
                 others.setdefault(name, []).append(number)
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip or math.inf)
-        if not math.isfinite(total) or not torch.isfinite(norm):
-            self._forget_gradients()
-            raise TrainingStopped(
-                f"The loss is {total:g} and the gradient {float(norm):g} at step {self.step}. "
-                f"The last good state is {self.state_file}. Lower training.learning_rate, and "
-                "start the command again to go on from there."
-            )
-        for optimiser in self.optimisers:
-            optimiser.step()
-        self._forget_gradients()
+        where = f" at step {self.step}, after the last good state ({self.state_file})"
+        norm = update(self.parameters.values(), self.optimisers, self.clip, total, where=where)
         self.step += 1
         self._average()
         self._in_step = False
         record = {
             "step": self.step,
             "loss": round(total, 6),
-            "gradient": round(float(norm), 6),
+            "gradient": round(norm, 6),
             "rate": self._base_rates[0][0] * factor,
             **{name: round(sum(own) / len(own), 6) for name, own in others.items()},
             "seconds": round(time.monotonic() - started, 4),
@@ -196,7 +214,3 @@ class Run:
             decay = min(self.average, self.step / (self.step + 10))
             current = [self.parameters[name].detach() for name in self.averages]
             torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
-
-    def _forget_gradients(self) -> None:
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=True)

@@ -24,12 +24,9 @@ from .base import checkpoint_file
 from .cache import Encoders
 from .config import PretrainConfig
 from .data import Example, Order, digest, read_examples, sized
-from .flow import flow_loss, generator_of
 from .rates import Rates
 from .session import OnStep, Parts, Session, machine_of
-
-# Of the loss's random numbers, beside those of other purposes.
-_NOISE = 1
+from .train import pictures_loss
 
 
 @dataclass(frozen=True)
@@ -62,17 +59,8 @@ def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None
         step, part = divmod(number, settings.accumulate)
         stage = next(stage for stage in stages if step < stage.end)
         place = (step - stage.begin) * settings.accumulate + part
-        batch = session.cache.batch(stage.order.batch(place), stage.order, session.device)
-        with session.autocast():
-            return flow_loss(
-                model,
-                batch,
-                generator_of(settings.seed, number, _NOISE),
-                shift=stage.shift,
-                spread=settings.spread,
-                backend=session.backend,
-                train_text=True,
-            )
+        draws = stage.order.batch(place)
+        return pictures_loss(session, draws, stage.order, number, stage.shift, train_text=True)
 
     factors = config.stages.rate or (1.0,) * len(stages)
     by_stage = tuple((stage.end, rate) for stage, rate in zip(stages, factors, strict=True))

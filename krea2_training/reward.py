@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from krea2_model.config import RAW
 from krea2_model.schedule import resolve_mu, sigma_schedule
@@ -17,7 +16,7 @@ from krea2_model.transformer.patches import token_count
 from .config import RewardConfig
 from .flow import generator_of
 from .grpo import Policy, Rollout, Step, advantages_of, diversity_of, random_steps
-from .loop import Measured, TrainingStopped
+from .loop import Measured, update
 from .prompts import COLUMN, Row, Selection, digest_of, read_prompts
 from .rates import optimisers_of
 from .rewards import Reward
@@ -44,10 +43,7 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
     rewards = [Reward(name) for name in config.reward.rewards]
     session = Session(config)
     session.encode(prompts=[row[COLUMN] for row in rows])
-    session.freeze()
-    roles = Roles(session.model, config.adapter, ("policy",), config.training.seed)
-    session.model.to(session.device).train()
-    learner = Learner(config, session, roles, rows, rewards)
+    learner = Learner(config, session, session.make_roles(("policy",)), rows, rewards)
     return session.run(
         learner.parameters,
         learner.loss,
@@ -134,7 +130,8 @@ class Learner:
         total, numbers = 0.0, {"kl": 0.0, "clipped": 0.0}
         for place, part in enumerate(parts):
             if place:
-                self._update()
+                # Of the updates between those of the loop, for other groups of the same pictures.
+                update(self.parameters.values(), self.optimisers, self.training.clip, total)
             pictures = len(part) * self.settings.group_size * self.settings.random_steps
             for group in part:
                 for one in self.policy.losses(group):
@@ -177,16 +174,3 @@ class Learner:
         """Pictures (G, H, W, 3) in [0, 1]."""
         images = torch.cat([self.vae.decode(one[None]) for one in latents]).float().cpu()
         return (images / 2 + 0.5).clamp(0, 1).movedim(1, -1).contiguous()
-
-    def _update(self) -> None:
-        """An update between those of the loop, for other groups of the same pictures."""
-        clip = self.training.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)
-        if not torch.isfinite(norm):
-            raise TrainingStopped(
-                f"The gradient is {float(norm):g}. Lower training.learning_rate, and start the "
-                "command again to go on from the last good state."
-            )
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)

@@ -28,10 +28,9 @@ class Roles:
         self.model = model
         self.adapters: dict[str, dict[str, AnyAdapter]] = {}
         for number, role in enumerate(roles):
-            before = {id(part) for part in adapters_of(model).values()}
-            add_adapters(model, settings, seed + number)
-            added = {n: part for n, part in adapters_of(model).items() if id(part) not in before}
-            self.adapters[role] = {_layer_of(name): part for name, part in added.items()}
+            added = {id(part) for part in add_adapters(model, settings, seed + number)}
+            own = {n: part for n, part in adapters_of(model).items() if id(part) in added}
+            self.adapters[role] = {_layer_of(name): part for name, part in own.items()}
         for own in self.adapters.values():
             for part in own.values():  # `add_adapters` froze those before.
                 for parameter in part.parameters(recurse=False):

@@ -29,6 +29,7 @@ from .data import Sized
 from .loop import Loss, Run
 from .rates import Rates, check_optimiser, optimisers_of
 from .results import Result
+from .roles import Roles
 from .samples import Sampler
 from .sections import FULL
 from .watch import draw_curve, tensorboard
@@ -69,7 +70,7 @@ class Parts:
 class Session:
     """Model, encoders, cache and samples of a run. Raises ValueError for files that do not fit.
 
-    The model is in main memory until `add_adapters` or `train_everything` moves it.
+    The model is in main memory until `make_trainable` or `make_roles` moves it.
     """
 
     def __init__(self, config: RunConfig, parts: Parts | None = None):
@@ -107,15 +108,18 @@ class Session:
         if self.is_full:
             self.model.requires_grad_(True).to(self.device)
         else:
-            self.freeze()
+            freeze_base(self.model, self.config.memory, self.device)
             add_adapters(self.model, self.config.adapter, self.config.training.seed)
             self.model.to(self.device)
         self.model.train()
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def freeze(self) -> None:
-        """Freeze the model, hold it as `memory` says, and move it to the device."""
+    def make_roles(self, names: Sequence[str]) -> Roles:
+        """Freeze the model, give it adapters for several roles, and move all to the device."""
         freeze_base(self.model, self.config.memory, self.device)
+        roles = Roles(self.model, self.config.adapter, names, self.config.training.seed)
+        self.model.to(self.device).train()
+        return roles
 
     @property
     def backend(self) -> Backend:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cache import OnEncoding
 from .config import TrainConfig
-from .data import Example, Order, digest, read_examples, sized
+from .data import Draw, Example, Order, digest, read_examples, sized
 from .flow import flow_loss, generator_of
 from .session import OnStep, Parts, Session
 
@@ -45,16 +45,30 @@ def train(
     train_text = "text" in config.adapter.targets or session.is_full
 
     def loss_of(number: int) -> Tensor:
-        batch = session.cache.batch(order.batch(number), order, session.device)
-        with session.autocast():
-            return flow_loss(
-                session.model,
-                batch,
-                generator_of(settings.seed, number, _NOISE),
-                shift=settings.shift,
-                spread=settings.spread,
-                backend=session.backend,
-                train_text=train_text,
-            )
+        draws = order.batch(number)
+        return pictures_loss(session, draws, order, number, settings.shift, train_text)
 
     return session.run(parameters, loss_of, digest(examples, session.cache.hash_of), on_step)
+
+
+def pictures_loss(
+    session: Session,
+    draws: Sequence[Draw],
+    order: Order,
+    number: int,
+    shift: float | None,
+    train_text: bool,
+) -> Tensor:
+    """The flow loss of a batch of an order's pictures, with the noise of its number in the run."""
+    settings = session.config.training
+    batch = session.cache.batch(draws, order, session.device)
+    with session.autocast():
+        return flow_loss(
+            session.model,
+            batch,
+            generator_of(settings.seed, number, _NOISE),
+            shift=shift,
+            spread=settings.spread,
+            backend=session.backend,
+            train_text=train_text,
+        )
