@@ -55,6 +55,11 @@ class RunConfig:
             adapter = replace(self.adapter, magnitude=ROWS if by_rows else COLUMNS)
             object.__setattr__(self, "adapter", adapter)
 
+    def _refuse_full(self, why: str) -> None:
+        """Raise ValueError where the whole model would be trained."""
+        ok = self.adapter.method != FULL
+        check(ok, "adapter.method", FULL, f"lora, dora or lokr: {why}")
+
     def as_table(self) -> dict[str, dict[str, Any]]:
         """The settings as TOML and JSON hold them, those that are not set left out."""
         return {
@@ -89,14 +94,10 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunConfig):
-    """All settings of `krea2 train`."""
+class PicturesConfig(RunConfig):
+    """The sections of commands that learn from pictures with captions."""
 
     data: Data
-
-    @property
-    def side(self) -> int | None:
-        return max(self.data.resolution)
 
     @property
     def cache(self) -> Path:
@@ -108,6 +109,15 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainConfig(PicturesConfig):
+    """All settings of `krea2 train`."""
+
+    @property
+    def side(self) -> int | None:
+        return max(self.data.resolution)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistilConfig(RunConfig):
     """All settings of `krea2 distil`."""
 
@@ -116,10 +126,7 @@ class DistilConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.adapter.method != FULL, "adapter.method", FULL,
-            "lora, dora or lokr: student, teacher and fake model are adapters on one base",
-        )  # fmt: skip
+        self._refuse_full("student, teacher and fake model are adapters on one base")
         check(
             self.samples.turbo is None, "samples.turbo", self.samples.turbo,
             "none: a few-step LoRA makes a Turbo of Raw, and is not for Turbo",
@@ -143,10 +150,7 @@ class PreferConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.adapter.method != FULL, "adapter.method", FULL,
-            "lora, dora or lokr: the reference is the model without adapters",
-        )  # fmt: skip
+        self._refuse_full("the reference is the model without adapters")
 
     @property
     def side(self) -> int | None:
@@ -158,10 +162,9 @@ class PreferConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(PicturesConfig):
     """All settings of `krea2 pretrain`: resolution and steps are those of its stages."""
 
-    data: Data
     stages: Stages
 
     def __post_init__(self):
@@ -174,10 +177,6 @@ class PretrainConfig(RunConfig):
     def side(self) -> int | None:
         return max(self.stages.resolution)
 
-    @property
-    def cache(self) -> Path:
-        return self.data.cache or super().cache
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(RunConfig):
@@ -188,10 +187,7 @@ class RewardConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.adapter.method != FULL, "adapter.method", FULL,
-            "lora, dora or lokr: the reference is the model without its adapter",
-        )  # fmt: skip
+        self._refuse_full("the reference is the model without its adapter")
         check(
             self.training.accumulate == 1, "training.accumulate", self.training.accumulate,
             "1: a step trains on all pictures of its groups, training.batch at once",

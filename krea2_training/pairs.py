@@ -7,27 +7,23 @@ rejected: paths relative to it, or the bytes of files. `krea2 pick` makes one.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from krea2_model.images.sizes import MULTIPLE
-
 from .data import (
-    PICTURES,
     TABLES,
     Example,
     Sized,
     bucket_size,
     example_size,
+    pictures_in,
     read_rows,
     read_text,
     some_of,
     source_of,
 )
-from .sections import check
+from .sections import check, check_side
 
 BETTER, WORSE = ".better", ".worse"
 # Widths to heights of a pair may differ by so much: both are cropped to one.
@@ -47,9 +43,7 @@ class Pairs:
 
     def __post_init__(self):
         check(self.path is not None, "pairs.path", self.path, "a folder or a table of pairs")
-        side = self.resolution
-        ok = 64 <= side <= 4096 and side % MULTIPLE == 0
-        check(ok, "pairs.resolution", side, f"a multiple of {MULTIPLE} from 64 to 4096")
+        check_side("pairs.resolution", self.resolution)
 
 
 @dataclass(frozen=True)
@@ -83,16 +77,6 @@ def read_pairs(pairs: Pairs) -> list[Pair]:
     return [_sized(*one, pairs.resolution) for one in examples]
 
 
-def digest_of(pairs: Sequence[Pair], hash_of: Callable[[Path | bytes], str]) -> str:
-    """A hash of prompts and pictures, for the metadata of what was trained on them."""
-    total = hashlib.sha256()
-    for pair in pairs:
-        total.update(pair.prompt.encode())
-        for one in (pair.chosen, pair.rejected):
-            total.update(hash_of(one.example.image).encode())
-    return total.hexdigest()
-
-
 def prompt_in(picture: Path) -> str | None:
     """The prompt in a picture's own settings, by krea2 or by ComfyUI with this pack's nodes."""
     # Here, because the settings of a run import no torch.
@@ -106,7 +90,7 @@ def prompt_in(picture: Path) -> str | None:
 
 
 def _read_folder(folder: Path) -> list[tuple[Example, Example]]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
+    files = pictures_in(folder)
     by_side = {
         side: {f.with_suffix("").with_suffix(""): f for f in files if f.stem.endswith(side)}
         for side in (BETTER, WORSE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from krea2_model.replacing import replacing
 
-from .data import PICTURES
+from .data import pictures_in
 from .pairs import prompt_in
 
 PAGE = "pick.html"
@@ -22,7 +22,7 @@ def write_page(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; expected one of pictures that krea2 has made.")
     groups: dict[str, list[str]] = {}
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = pictures_in(folder)
     for file in files:
         prompt = prompt_in(file)
         if prompt is not None:

@@ -27,10 +27,10 @@ from krea2_model.transformer.model import Krea2Transformer
 from .adapters import set_strength
 from .cache import Batch, Texts
 from .config import PreferConfig
-from .data import Order
+from .data import Order, digest
 from .flow import generator_of, noised, predict
 from .loop import Measured
-from .pairs import digest_of, read_pairs
+from .pairs import read_pairs
 from .sections import Prefer
 from .session import OnStep, Session
 
@@ -47,19 +47,20 @@ def prefer(config: PreferConfig, on_step: OnStep = lambda step, record: None) ->
     pairs = read_pairs(config.pairs)
     session = Session(config)
     pictures = [picture for pair in pairs for picture in (pair.chosen, pair.rejected)]
-    session.encode(pictures, [pair.prompt for pair in pairs])
+    session.encode(pictures)
     parameters = session.make_trainable()
     settings = config.training
     order = Order([pair.chosen for pair in pairs], settings.batch, 0.0, settings.seed)
     cache, device = session.cache, session.device
 
     def loss_of(number: int) -> Measured:
-        chosen = [pairs[draw.index] for draw in order.batch(number)]
+        draws = order.batch(number)
+        winner = cache.batch(draws, order, device)
         return preference_loss(
             session.model,
-            cache.latents([pair.chosen for pair in chosen], device),
-            cache.latents([pair.rejected for pair in chosen], device),
-            cache.texts([pair.prompt for pair in chosen], device),
+            winner.latents,
+            cache.latents([pairs[draw.index].rejected for draw in draws], device),
+            Texts(winner.taps, winner.mask),
             generator_of(settings.seed, number, _PREFER),
             config.prefer,
             shift=settings.shift,
@@ -68,7 +69,8 @@ def prefer(config: PreferConfig, on_step: OnStep = lambda step, record: None) ->
             train_text="text" in config.adapter.targets,
         )
 
-    return session.run(parameters, loss_of, digest_of(pairs, cache.hash_of), on_step)
+    dataset = digest([picture.example for picture in pictures], cache.hash_of)
+    return session.run(parameters, loss_of, dataset, on_step)
 
 
 def preference_loss(

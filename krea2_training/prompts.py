@@ -12,10 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from krea2_model.images.sizes import MULTIPLE
-
 from .data import TABLES, read_folder, read_rows, read_text, some_of
-from .sections import check
+from .sections import check, check_side
 
 COLUMN = "prompt"
 
@@ -38,9 +36,8 @@ class Prompts:
     def __post_init__(self):
         expected = "a text file of prompts, a table, or a folder of captioned pictures"
         check(self.path is not None, "prompts.path", self.path, expected)
-        size = self.size
-        ok = size is None or (64 <= size <= 4096 and size % MULTIPLE == 0)
-        check(ok, "prompts.size", size, f"a multiple of {MULTIPLE} from 64 to 4096")
+        if self.size is not None:
+            check_side("prompts.size", self.size)
 
 
 def read_prompts(path: Path) -> list[Row]:

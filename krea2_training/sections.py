@@ -52,11 +52,7 @@ class Data:
 
     def __post_init__(self):
         check(self.path is not None, "data.path", self.path, "a folder of pictures or a table")
-        sides = self.resolution
-        check(
-            len(sides) > 0 and all(64 <= side <= 4096 and side % MULTIPLE == 0 for side in sides),
-            "data.resolution", list(sides), f"multiples of {MULTIPLE} from 64 to 4096",
-        )  # fmt: skip
+        _check_sides("data.resolution", self.resolution)
         check(
             0 <= self.caption_dropout <= 1, "data.caption_dropout", self.caption_dropout, "0 to 1"
         )
@@ -190,9 +186,8 @@ class Samples:
 
     def __post_init__(self):
         check(0 <= self.every <= 10**7, "samples.every", self.every, "0 or more")
-        size = self.size
-        ok = size is None or (64 <= size <= 4096 and size % MULTIPLE == 0)
-        check(ok, "samples.size", size, f"a multiple of {MULTIPLE} from 64 to 4096")
+        if self.size is not None:
+            check_side("samples.size", self.size)
 
 
 @dataclass(frozen=True)
@@ -242,9 +237,7 @@ class Stages:
 
     def __post_init__(self):
         count = len(self.resolution)
-        ok = count > 0 and all(64 <= s <= 4096 and s % MULTIPLE == 0 for s in self.resolution)
-        expected = f"multiples of {MULTIPLE} from 64 to 4096"
-        check(ok, "stages.resolution", list(self.resolution), expected)
+        _check_sides("stages.resolution", self.resolution)
         for name, low, high in (
             ("steps", 1, 10**7),
             ("batch", 1, 4096),
@@ -387,3 +380,17 @@ def check(is_right: bool, name: str, value: Any, expected: str) -> None:
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; {expected_one_of(value, choices)}")
+
+
+def check_side(name: str, side: int) -> None:
+    """Raise ValueError for a side, in pixels, that pictures are not trained at."""
+    check(_is_side(side), name, side, f"a multiple of {MULTIPLE} from 64 to 4096")
+
+
+def _check_sides(name: str, sides: tuple[int, ...]) -> None:
+    ok = len(sides) > 0 and all(map(_is_side, sides))
+    check(ok, name, list(sides), f"multiples of {MULTIPLE} from 64 to 4096")
+
+
+def _is_side(side: int) -> bool:
+    return 64 <= side <= 4096 and side % MULTIPLE == 0

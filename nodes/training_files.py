@@ -6,11 +6,10 @@ from pathlib import Path
 import folder_paths
 
 from ..krea2_model import nano
+from ..krea2_model.images.picture_files import PICTURES
 from .file_kinds import walk
 from .model_files import check_text
 
-# As krea2_training.data reads them.
-PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
 NANO_PICTURES = "krea2-nano pictures (built in)"
 # Of the output folder: results, where ComfyUI looks for LoRAs too, and states.
 _RESULTS, _RUNS, _CACHE = "loras", "krea2_training", "krea2_training_cache"

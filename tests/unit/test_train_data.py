@@ -173,3 +173,12 @@ def test_only_what_changed_is_encoded_again(folder, tmp_path):
     assert [batch.weights is not None for batch in batches].count(True) == 1
     for batch in batches:
         assert batch.latents.shape[:2] == (1, 16) and batch.taps.shape[2] == 12
+
+
+def test_hidden_places_of_a_folder_are_left_out_and_its_own_place_may_be_hidden(tmp_path):
+    folder = tmp_path / ".datasets" / "photos"
+    (folder / ".thumbnails").mkdir(parents=True)
+    for name in ("a.png", ".b.png", ".thumbnails/a.png"):
+        Image.new("RGB", (64, 64)).save(folder / name)
+    (folder / "a.txt").write_text("a photo")
+    assert [one.name for one in read_examples(Data(path=folder))] == ["a.png"]

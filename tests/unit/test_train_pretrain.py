@@ -56,6 +56,8 @@ def test_a_new_transformer_predicts_nothing_and_can_learn():
 def test_stages_have_their_sizes_batches_and_rates(pictures, tmp_path):
     config = config_of(pictures, tmp_path / "raw.safetensors", stages__shift=[0.5, 1.0])
     assert config.training.steps == 5 and config.adapter.method == "full"
+    edits = config_of(pictures, tmp_path / "raw.safetensors", data__references="identity")
+    assert edits.references == "identity"
     first, second = stages_of(config, read_examples(config.data))
     assert (first.begin, first.end, second.begin, second.end) == (0, 3, 3, 5)
     assert (first.shift, second.shift) == (0.5, 1.0)
