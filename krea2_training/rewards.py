@@ -28,7 +28,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from krea2_model.images.output_files import to_picture
 
 from .prompts import Row
 
@@ -168,7 +169,7 @@ def _post(address: str, body: bytes) -> bytes:
 
 def _png(picture: np.ndarray) -> str:
     stored = io.BytesIO()
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(stored, "PNG")
+    to_picture(picture).save(stored, "PNG")
     return base64.b64encode(stored.getvalue()).decode()
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from krea2_model import Krea2Transformer, denoise, load_transformer, sigma_schedule
 from krea2_model.config import RAW, TURBO, Preset
 from krea2_model.images.contact_sheet import contact_sheet
+from krea2_model.images.output_files import to_picture
 from krea2_model.memory.machine import empty_cache
 from krea2_model.schedule import resolve_mu
 from krea2_model.transformer.patches import token_count
@@ -103,7 +103,7 @@ class Sampler:
 
 
 def _save(picture: np.ndarray, path: Path) -> Path:
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+    to_picture(picture).save(path)
     return path
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..images.contact_sheet import contact_sheet
-from ..images.output_files import check_outputs, numbered, save_image
+from ..images.output_files import check_outputs, numbered, save_image, to_picture
 from .checks import check_folder, check_machine, check_picture
 from .errors import Failure, UsageError, explain
 from .generate import pictures_of, save
@@ -220,5 +220,5 @@ def _save_sheet(args: Namespace, files: list[tuple[Path, str]]) -> Path:
     (target,) = numbered(args.grid, 1, args.force)
     sheet = contact_sheet(pictures, [prompt for _, prompt in files], cell=_CELL)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_image(Image.fromarray((sheet * 255).round().astype(np.uint8)), target)
+    save_image(to_picture(sheet), target)
     return target

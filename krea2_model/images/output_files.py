@@ -10,12 +10,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ..replacing import replacing
 from .picture_texts import save_options
 
 _ENDINGS = ".png, .jpg or .webp"
+
+
+def to_picture(array: np.ndarray) -> Image.Image:
+    """An image (H, W, 3) in [0, 1] in 8 bits."""
+    return Image.fromarray((array * 255).round().astype(np.uint8))
 
 
 def numbered(path: Path, count: int, overwrite: bool = True) -> list[Path]:

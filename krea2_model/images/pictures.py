@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from PIL.Image import open as open_image
 from torch import Tensor
 
+from .output_files import to_picture
 from .resize import on_white, resize_and_crop
 from .sizes import MAX_SIZE, limit_area
 
@@ -91,7 +92,7 @@ def to_output(images: Tensor, output_type: str) -> Images:
     array = images.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
-    return PictureList(map(Image.fromarray, (array * 255).round().astype(np.uint8)))
+    return PictureList(map(to_picture, array))
 
 
 def _opened(path: PathLike[str] | str, name: str) -> Image.Image:
