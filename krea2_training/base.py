@@ -32,6 +32,8 @@ from .sections import BASES, NANO, Memory
 FP8 = "float8_e4m3fn"
 FOUR_BITS = "Q4_0"
 _BLOCK = 32  # values of a block of Q4_0
+# Floats of the same size, whose bytes hold whole numbers.
+_FLOATS = {torch.uint8: torch.float8_e4m3fn, torch.int8: torch.float8_e4m3fn}
 
 
 class FrozenLinear(nn.Module):
@@ -52,22 +54,32 @@ class FrozenLinear(nn.Module):
         self.offload, self._names = offload, tuple(tensors)
         # In a dict of its own, so that moving the model leaves it where it is.
         self._held: dict[str, Tensor] = {}
+        self._kinds: dict[str, torch.dtype] = {}
         if offload:
             pin = torch.cuda.is_available()
             for name, tensor in tensors.items():
                 tensor = tensor.detach().cpu().contiguous()
                 self._held[name] = tensor.pin_memory() if pin else tensor
         else:
-            # Not by register_buffer: `.to(dtype)` of the model would cast 8-bit floats.
-            self._buffers.update({f"stored_{name}": t.detach() for name, t in tensors.items()})
+            for name, tensor in tensors.items():
+                # Parameters, since FSDP shards these; but no single numbers, and only floats.
+                self._kinds[name] = tensor.dtype
+                if tensor.ndim:
+                    held = tensor.detach().view(_FLOATS.get(tensor.dtype, tensor.dtype))
+                    parameter = nn.Parameter(held, requires_grad=False)
+                    self.register_parameter(f"stored_{name}", parameter)
+                else:
+                    self.register_buffer(f"stored_{name}", tensor.detach())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def weight_for(self, example: Tensor) -> Tensor:
         """The weight (outputs, inputs) in the dtype and on the device of a tensor."""
         tensors = {}
         for name in self._names:
-            tensor = self._held[name] if self.offload else self._buffers[f"stored_{name}"]
-            assert tensor is not None
+            if self.offload:
+                tensor = self._held[name]
+            else:
+                tensor = getattr(self, f"stored_{name}").detach().view(self._kinds[name])
             tensors[name] = tensor.to(example.device, non_blocking=True)
         if self.form is None:
             return tensors["weight"].to(example.dtype)

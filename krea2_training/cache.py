@@ -37,6 +37,7 @@ from krea2_model.transformer.references import Reference, ReferenceSettings
 
 from .data import Draw, Example, Order, Sized, content_hash, opened
 from .sections import EDITS, NANO, Model
+from .world import ALONE, World
 
 # Family of edit LoRAs for each way to show references.
 _FAMILIES = dict(zip(EDITS, ("references-only", "identity", "ai-toolkit"), strict=True))
@@ -160,10 +161,12 @@ class Cache:
         pictures: Sequence[Sized],
         prompts: Sequence[str] = (),
         on_encoding: OnEncoding = lambda made, of: None,
+        world: World = ALONE,
     ) -> int:
         """Encode what is missing of pictures and captions; returns how much that was.
 
-        prompts: of samples, which `prompt` gives back as they were encoded.
+        prompts: of samples, which `prompt` gives back as they were encoded. world: processes that
+        share the work in one folder; each does its part.
         """
         latents = {self._picture_key(one): one for one in pictures}
         texts: dict[str, tuple[Sized | None, str]] = {}
@@ -171,9 +174,12 @@ class Cache:
             for caption in {*one.example.captions, ""}:
                 texts[self._text_key(one, caption)] = one, caption
         texts |= {self._prompt_key(prompt): (None, prompt) for prompt in prompts}
-        missing = {key: one for key, one in latents.items() if not self._is_intact(key)}
-        unread = {key: text for key, text in texts.items() if not self._is_intact(key)}
-        total, made = len(missing) + len(unread), 0
+        # By their names, so that no process needs to know what others have already written.
+        own = {key for key in (*latents, *texts) if int(key[:8], 16) % world.count == world.index}
+        own = {key for key in own if not self._is_intact(key)}
+        missing = {key: one for key, one in latents.items() if key in own}
+        unread = {key: text for key, text in texts.items() if key in own}
+        total, made, is_quiet = len(own), 0, not world.is_first
 
         def save(key: str, tensors: Mapping[str, Tensor]) -> None:
             nonlocal made
@@ -183,13 +189,15 @@ class Cache:
 
         if missing:
             vae = self.encoders.vae()
-            for key, one in tqdm(missing.items(), "Pictures", unit="picture"):
+            for key, one in tqdm(missing.items(), "Pictures", unit="picture", disable=is_quiet):
                 save(key, self._encode_picture(one, vae))
             del vae
         self.encoders.release()
         if unread:
             encoder = self.encoders.text()
-            for key, (one, caption) in tqdm(unread.items(), "Captions", unit="caption"):
+            for key, (one, caption) in tqdm(
+                unread.items(), "Captions", unit="caption", disable=is_quiet
+            ):
                 save(key, self._encode_text(one, caption, encoder))
             del encoder
         self.encoders.release()

@@ -29,6 +29,7 @@ from .sections import (
     Model,
     Output,
     Prefer,
+    Ranks,
     Reward,
     Samples,
     Stages,
@@ -48,8 +49,13 @@ class RunConfig:
     training: Steps = field(default_factory=Steps)
     memory: Memory = field(default_factory=Memory)
     samples: Samples = field(default_factory=Samples)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self):
+        if self.ranks.tensor > 1:
+            ok = self.adapter.method == FULL
+            expected = "1 for an adapter: tensor parallelism is for a model that is trained whole"
+            check(ok, "ranks.tensor", self.ranks.tensor, expected)
         if self.adapter.magnitude is None:
             by_rows = self.output.key_style == DIFFUSERS
             adapter = replace(self.adapter, magnitude=ROWS if by_rows else COLUMNS)
@@ -66,6 +72,14 @@ class RunConfig:
             section: {name: _plain(value) for name, value in values.items() if value is not None}
             for section, values in asdict(self).items()
         }
+
+    def check_shares(self, shares: int) -> None:
+        """Raise ValueError where so many processes cannot share out the work of a step."""
+        check(
+            self.training.accumulate % shares == 0,
+            "training.accumulate", self.training.accumulate,
+            f"a multiple of {shares}: a step's batches are shared out among the processes",
+        )  # fmt: skip
 
     @property
     def side(self) -> int | None:
@@ -191,6 +205,12 @@ class RewardConfig(RunConfig):
         check(
             self.training.accumulate == 1, "training.accumulate", self.training.accumulate,
             "1: a step trains on all pictures of its groups, training.batch at once",
+        )  # fmt: skip
+
+    def check_shares(self, shares: int) -> None:
+        check(
+            self.reward.groups % shares == 0, "reward.groups", self.reward.groups,
+            f"a multiple of {shares}: a step's groups are shared out among the processes",
         )  # fmt: skip
 
     @property

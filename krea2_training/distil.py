@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -47,6 +47,7 @@ from .rates import optimisers_of
 from .roles import BASE, Roles
 from .sections import Distil
 from .session import OnStep, Session
+from .world import ALONE, World
 
 STUDENT, FAKE, TEACHER = "student", "fake", BASE
 # Of the random numbers, beside those of other purposes.
@@ -86,16 +87,28 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
         seed=config.training.seed,
         checkpointing=config.memory.checkpointing,
         train_text="text" in config.adapter.targets,
+        world=session.world,
     )
     batch, seed = config.training.batch, config.training.seed
+    accumulate, begun = config.training.accumulate, dict[int, Batch]()
     side = config.prompts.size or (model.preset or RAW).size
     empty = session.cache.texts([""], session.device)
 
-    def loss_of(number: int) -> Measured:
+    def begin(number: int) -> Batch:
         chosen = [prompts[index] for index in in_turn(len(prompts), batch, number, seed)]
         texts = session.cache.texts(chosen, session.device)
         shape = _shape(config, side, Random(f"shape {seed} {number}"))
-        return matching.loss(number, shape, texts, empty)
+        return matching.begin(number, shape, texts)
+
+    def loss_of(number: int) -> Measured:
+        step, part = divmod(number, accumulate)
+        own = session.world.own(accumulate)
+        if part == own[0]:
+            # The fake model learns from all batches of a step before the student does.
+            begun.clear()
+            begun.update((one, begin(step * accumulate + one)) for one in own)
+            matching.follow(list(begun.values()), accumulate)
+        return matching.loss(begun[part], empty)
 
     return session.run(
         roles.parameters(STUDENT) | roles.parameters(FAKE),
@@ -117,6 +130,19 @@ class Walk:
     sigmas: Tensor
 
 
+@dataclass
+class Batch:
+    """A batch of a step: its prompts, the student's way, and the random numbers that are left.
+
+    fake_losses: of the fake model's updates, for the log.
+    """
+
+    texts: Texts
+    walk: Walk
+    generator: torch.Generator
+    fake_losses: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A step of the way for each picture: latents and images (B, 16, h, w), the step's times (B,).
@@ -132,7 +158,7 @@ class Chosen:
 
 
 class TrajectoryMatching:
-    """The student's loss of a step; the fake model's updates before it are made on the way.
+    """The student's loss of a step, after the fake model's updates.
 
     guidance: of the teacher, in Krea's convention. optimisers: of the fake model.
     """
@@ -147,32 +173,48 @@ class TrajectoryMatching:
         seed: int = 0,
         checkpointing: bool = True,
         train_text: bool = False,
+        world: World = ALONE,
     ):
-        self.roles, self.settings, self.guidance = roles, settings, guidance
+        self.roles, self.settings, self.guidance, self.world = roles, settings, guidance, world
         self.optimisers, self.seed, self.checkpointing = optimisers, seed, checkpointing
         self.train_text = train_text
         self.schedules = [sigma_schedule(steps, settings.mu) for steps in settings.steps]
         self._fake = list(roles.parameters(FAKE).values())
 
-    def loss(self, number: int, shape: Sequence[int], texts: Texts, empty: Texts) -> Measured:
-        """The loss of a batch, by its number, for latents of a shape (B, 16, h, w)."""
+    def begin(self, number: int, shape: Sequence[int], texts: Texts) -> Batch:
+        """A batch, by its number in the run, for latents of a shape (B, 16, h, w)."""
         generator = generator_of(self.seed, number, _DISTIL)
-        device = texts.taps.device
         schedule = self.schedules[_below(len(self.schedules), 1, generator)[0]]
-        noise = torch.randn(tuple(shape), generator=generator).to(device)
-        walk = self._walk(noise, schedule, texts)
-        fake_losses = []
+        noise = torch.randn(tuple(shape), generator=generator).to(texts.taps.device)
+        return Batch(texts, self._walk(noise, schedule, texts), generator)
+
+    def follow(self, batches: Sequence[Batch], accumulate: int) -> None:
+        """Update the fake model on the student's predictions.
+
+        batches: this process's, of `accumulate` that each update takes the mean over.
+        """
         for _ in range(self.settings.fake_updates):
-            chosen = self._choose(walk, generator)
-            fake_losses.append(self._update_fake(chosen, texts))
-        chosen = self._choose(walk, generator)
-        velocity = self._velocity(STUDENT, chosen.latents, chosen.times, texts)
+            for batch in batches:
+                loss = self._fake_loss(self._choose(batch.walk, batch.generator), batch.texts)
+                (loss * (self.world.shares / accumulate)).backward()
+                batch.fake_losses.append(float(loss.detach()))
+            mean = sum(batch.fake_losses[-1] for batch in batches) / len(batches)
+            mean = self.world.mean({"loss": mean})["loss"]
+            update(
+                self._fake, self.optimisers, 1.0, mean, "The loss of the fake model",
+                world=self.world,
+            )  # fmt: skip
+
+    def loss(self, batch: Batch, empty: Texts) -> Measured:
+        """The student's loss of a batch."""
+        chosen = self._choose(batch.walk, batch.generator)
+        velocity = self._velocity(STUDENT, chosen.latents, chosen.times, batch.texts)
         image = chosen.latents - _spread(chosen.times) * velocity
-        direction = self._direction(image.detach(), chosen, texts, empty)
+        direction = self._direction(image.detach(), chosen, batch.texts, empty)
         # Half of the squared distance to a fixed target has the direction as its gradient.
         loss = 0.5 * (image - (image - direction).detach()).square().mean()
-        numbers = {"fake loss": sum(fake_losses) / len(fake_losses)} if fake_losses else {}
-        return Measured(loss, numbers)
+        fake = batch.fake_losses
+        return Measured(loss, {"fake loss": sum(fake) / len(fake)})
 
     @torch.no_grad()
     def _walk(self, latents: Tensor, schedule: Sequence[float], texts: Texts) -> Walk:
@@ -202,16 +244,11 @@ class TrajectoryMatching:
             noise.to(device),
         )
 
-    def _update_fake(self, chosen: Chosen, texts: Texts) -> float:
-        """One step of the fake model on the student's predictions; returns its loss."""
+    def _fake_loss(self, chosen: Chosen, texts: Texts) -> Tensor:
         image, noise, tau = chosen.images, chosen.noise, chosen.tau
         noisy = torch.lerp(image, noise, _spread(tau))
         velocity = self._velocity(FAKE, noisy, tau, texts)
-        loss = (velocity - (noise - image)).square().mean()
-        loss.backward()
-        value = float(loss.detach())
-        update(self._fake, self.optimisers, 1.0, value, "The loss of the fake model")
-        return value
+        return (velocity - (noise - image)).square().mean()
 
     @torch.no_grad()
     def _direction(self, image: Tensor, chosen: Chosen, texts: Texts, empty: Texts) -> Tensor:

@@ -18,11 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .rates import Rates
+from .sharded_states import (
+    forget_sharded,
+    load_sharded,
+    newest_state,
+    read_sharded_header,
+    save_sharded,
+)
+from .sharding import clip_gradients, local_part
 from .states import load_state, read_state_header, save_state
+from .world import ALONE, World, is_sharded
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
-_NOTES = "notes"
+_NOTES, _LOSS = "notes", "loss"
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ def forget(folder: Path) -> None:
     """Remove the state and the log of a folder's run, so that the next one begins anew."""
     for name in (STATE, LOG):
         (folder / name).unlink(missing_ok=True)
+    forget_sharded(folder)
 
 
 def update(
@@ -54,13 +64,17 @@ def update(
     loss: float,
     what: str = "The loss",
     where: str = "",
+    world: World = ALONE,
 ) -> float:
     """Clip the gradients, step, and drop them; returns their norm.
 
-    clip: the largest norm; 0 is no limit. Raises TrainingStopped, before any step, where the loss
-    or the norm is not finite; what, where: for its message.
+    clip: the largest norm; 0 is no limit. world: of which the gradients are made the mean. Raises
+    TrainingStopped, before any step, where the loss or the norm is not finite; what, where: for
+    its message.
     """
-    norm = float(nn.utils.clip_grad_norm_(list(parameters), clip or math.inf))
+    parameters = list(parameters)
+    world.synchronise(parameters)
+    norm = clip_gradients(parameters, clip)
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     for optimiser in optimisers:
         if is_finite:
@@ -79,11 +93,13 @@ class Run:
     """A run in a folder, which resumes where its last state ends.
 
     parameters: what is trained, by name. average: decay of a moving average of them, or 0.
-    on_step(step, record): after every step, with what the log says of it.
+    on_step(step, record): after every step, with what the log says of it. after_step(step): after
+    that, in all processes at once, which may compute together.
     on_save(step): after a state has been saved, to write what can be used.
     prepare(step): before each step, from 0. If it raises, the state so far is saved.
     fingerprint: settings that a resumed run has to share. notes: JSON values of the command that
-    are saved with the state, and put back when it is resumed.
+    are saved with the state, and put back when it is resumed. world: the processes that share the
+    batches of each step; the first writes files.
     """
 
     folder: Path
@@ -95,10 +111,12 @@ class Run:
     average: float = 0.0
     save_every: int = 250
     on_step: Callable[[int, dict[str, Any]], None] = lambda step, record: None
+    after_step: Callable[[int], None] = lambda step: None
     on_save: Callable[[int], None] = lambda step: None
     prepare: Callable[[int], None] = lambda step: None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    world: World = ALONE
     step: int = 0
     averages: dict[str, Tensor] = field(default_factory=dict)
     _in_step: bool = field(default=False, init=False)
@@ -114,9 +132,14 @@ class Run:
 
     def resume(self) -> bool:
         """Go on from the folder's state, if there is one. Raises ValueError for another run's."""
-        if not self.state_file.is_file():
+        sharded, is_file = newest_state(self.folder), self.state_file.is_file()
+        if sharded is None and not is_file:
             return False
-        _, extra = read_state_header(self.state_file)
+        step, extra = read_state_header(self.state_file) if is_file else (-1, {})
+        if sharded is not None and read_sharded_header(sharded)[0] < step:
+            sharded = None
+        if sharded is not None:
+            _, extra = read_sharded_header(sharded)
         differing = [n for n, v in self.fingerprint.items() if extra.get(n) != v]
         if differing:
             raise ValueError(
@@ -124,9 +147,15 @@ class Run:
                 f"({extra.get(differing[0])!r} there, {self.fingerprint[differing[0]]!r} now). "
                 "Choose another output.folder, or remove that one."
             )
-        self.step = load_state(self.state_file, self.parameters, self.averages, self.optimisers)
+        own = self.parameters, self.averages, self.optimisers
+        if sharded is None:
+            self.step = load_state(self.state_file, *own)
+        else:
+            self.step = load_sharded(sharded, self.world, *own)
         self.notes.update(extra.get(_NOTES, {}))
-        self._cut_log()
+        with self.world.together():
+            if self.world.is_first:
+                self._cut_log()
         return True
 
     def train(self, loss_of: Loss) -> None:
@@ -151,35 +180,46 @@ class Run:
 
     def _step(self, loss_of: Loss) -> None:
         started, total = time.monotonic(), 0.0
-        self.prepare(self.step)
+        with self.world.together():
+            self.prepare(self.step)
         self._in_step = True
         others: dict[str, list[float]] = {}
         factor = self._set_rates()
-        for part in range(self.accumulate):
+        for part in self.world.own(self.accumulate):
             found = loss_of(self.step * self.accumulate + part)
             measured = found if isinstance(found, Measured) else Measured(found, {})
-            loss = measured.loss / self.accumulate
+            # Gradients and losses become the mean over the shares.
+            loss = measured.loss * (self.world.shares / self.accumulate)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
             for name, number in measured.numbers.items():
                 others.setdefault(name, []).append(number)
+        numbers = {name: sum(own) / len(own) for name, own in others.items()}
+        numbers = self.world.mean({**numbers, _LOSS: total})
+        total = numbers.pop(_LOSS)
         where = f" at step {self.step}, after the last good state ({self.state_file})"
-        norm = update(self.parameters.values(), self.optimisers, self.clip, total, where=where)
+        norm = update(
+            self.parameters.values(), self.optimisers, self.clip, total, where=where,
+            world=self.world,
+        )  # fmt: skip
         self.step += 1
         self._average()
         self._in_step = False
         record = {
             "step": self.step,
-            "loss": round(total, 6),
+            _LOSS: round(total, 6),
             "gradient": round(norm, 6),
             "rate": self._base_rates[0][0] * factor,
-            **{name: round(sum(own) / len(own), 6) for name, own in others.items()},
+            **{name: round(number, 6) for name, number in numbers.items()},
             "seconds": round(time.monotonic() - started, 4),
         }
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self.on_step(self.step, record)
+        with self.world.together():
+            if self.world.is_first:
+                with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            self.on_step(self.step, record)
+        self.after_step(self.step)
 
     def _set_rates(self) -> float:
         """Set the learning rates of this step; returns their factor."""
@@ -192,9 +232,13 @@ class Run:
     def save(self) -> None:
         """Write the state, then what `on_save` writes."""
         extra = {**self.fingerprint, _NOTES: self.notes}
-        save_state(
-            self.state_file, self.step, self.parameters, self.averages, self.optimisers, extra
-        )
+        own = self.step, self.parameters, self.averages, self.optimisers, extra
+        if any(map(is_sharded, self.parameters.values())):
+            save_sharded(self.folder, self.world, *own)
+        else:
+            with self.world.together():
+                if self.world.is_first:
+                    save_state(self.state_file, *own)
         self.on_save(self.step)
 
     def values(self) -> dict[str, Tensor]:
@@ -212,5 +256,6 @@ class Run:
         if self.averages:
             # Early on, a long memory would only remember the initial weights.
             decay = min(self.average, self.step / (self.step + 10))
-            current = [self.parameters[name].detach() for name in self.averages]
-            torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
+            current = [local_part(self.parameters[name].detach()) for name in self.averages]
+            averages = [local_part(average) for average in self.averages.values()]
+            torch._foreach_lerp_(averages, current, 1 - decay)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .sections import Steps
+from .sharding import mesh_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def check_optimiser(settings: Steps) -> None:
 
 
 def _adamw(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+    # One operation for all tensors takes none that lie on other processes than the rest.
+    foreach = None if len(set(map(mesh_of, parameters))) == 1 else False
+    betas = 0.9, 0.99
+    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, foreach=foreach)
 
 
 def _eight_bit(parameters: Sequence[Tensor], rate: float, decay: float) -> torch.optim.Optimizer:

@@ -20,13 +20,16 @@ from .adapters import AnyAdapter, adapters_of, file_tensors
 from .config import RunConfig, TrainConfig
 from .samples import holding
 from .sections import EDITS, FULL
+from .sharding import whole_tensor
+from .world import ALONE, World
 
 
 class Result:
     """The file of what was trained, and those on the way.
 
     dataset: a hash of what was learned from, for the metadata. shipped: adapters of the file by
-    their layers' names; None is all there are. extra: more metadata.
+    their layers' names; None is all there are. extra: more metadata. world: its first process
+    writes; all ask for it together, since weights may be sharded over them.
     """
 
     def __init__(
@@ -36,17 +39,41 @@ class Result:
         dataset: str,
         shipped: Mapping[str, AnyAdapter] | None = None,
         extra: Mapping[str, str] | None = None,
+        world: World = ALONE,
     ):
-        self.model, self.config, self.dataset = model, config, dataset
+        self.model, self.config, self.dataset, self.world = model, config, dataset, world
         self.shipped, self.extra = shipped, dict(extra or {})
 
     def write(self, step: int, values: dict[str, Tensor], path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.config.adapter.method == FULL:
-            kinds = {n: torch.float32 if is_norm_or_table(n) else torch.bfloat16 for n in values}
-            with holding(self.model, {n: t.to(kinds[n]) for n, t in values.items()}):
-                save_transformer(self.model, path)
-            return path
+        """Write the file of a step, of the values of what is trained; returns its path."""
+        is_full = self.config.adapter.method == FULL
+        whole = self._whole(values) if is_full else {}
+        with self.world.together():
+            if self.world.is_first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if is_full:
+                    self._write_model(whole, path)
+                else:
+                    self._write_adapters(step, values, path)
+        return path
+
+    def _whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A trained model's tensors as files have them, in the first process."""
+        whole = {}
+        for name, tensor in values.items():
+            kept = whole_tensor(tensor)
+            if self.world.is_first:
+                kind = torch.float32 if is_norm_or_table(name) else torch.bfloat16
+                whole[name] = kept.to("cpu", kind)
+        return whole
+
+    def _write_model(self, tensors: dict[str, Tensor], path: Path) -> None:
+        own = self.model
+        model = Krea2Transformer(own.config, device="meta", variant=own.variant, preset=own.preset)
+        model.load_state_dict(tensors, assign=True)
+        save_transformer(model, path)
+
+    def _write_adapters(self, step: int, values: dict[str, Tensor], path: Path) -> None:
         with holding(self.model, values):
             shipped = adapters_of(self.model) if self.shipped is None else self.shipped
             tensors = file_tensors(shipped, self.config.output.key_style)
@@ -56,7 +83,6 @@ class Result:
         }
         with replacing(path) as partial:
             save_file(tensors, partial, self.metadata(step))
-        return path
 
     def write_step(self, step: int, values: dict[str, Tensor]) -> None:
         """The result so far, in the run's folder; the oldest beyond `keep` are removed."""
@@ -66,15 +92,18 @@ class Result:
         folder = output.run_folder
         assert output.path is not None
         self.write(step, values, folder / f"{output.path.stem}_step{step:06}.safetensors")
-        files = sorted(folder.glob(f"{output.path.stem}_step*.safetensors"))
-        for old in files[: -output.keep]:
-            old.unlink()
+        if self.world.is_first:
+            files = sorted(folder.glob(f"{output.path.stem}_step*.safetensors"))
+            for old in files[: -output.keep]:
+                old.unlink()
 
     def metadata(self, step: int) -> dict[str, str]:
         """What trainers write, in the names that readers look for."""
         config = self.config
         adapter = config.adapter
-        table = {k: v for k, v in config.as_table().items() if k not in ("memory", "samples")}
+        table = {
+            k: v for k, v in config.as_table().items() if k not in ("memory", "samples", "ranks")
+        }
         metadata = {
             "format": "pt",
             "modelspec.architecture": f"krea2/{adapter.method}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .roles import Roles
 from .session import OnStep, Session
 
 # Of the random numbers, beside those of other purposes.
-_ROLLOUT = 3
+_ROLLOUT, _GROUP = 3, 5
 
 
 def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) -> Path:
@@ -50,6 +51,7 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
         digest_of(rows),
         on_step,
         optimisers=learner.optimisers,
+        accumulate=session.world.shares,  # a loss of each process's groups
         prepare=learner.prepare,
         notes=learner.selection.notes,
     )
@@ -57,10 +59,16 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
 
 @dataclass
 class Scored:
-    """The pictures of a step: groups with differences, and the numbers of the log."""
+    """A step's groups with differences, those of this process, and the numbers of the log.
 
-    groups: list[Rollout] = field(default_factory=list)
-    numbers: dict[str, float] = field(default_factory=dict)
+    groups: by their place among all of the step that have differences. owners: the share of the
+    process that has the group at each place. idle: a group to compute without learning from it.
+    """
+
+    groups: dict[int, Rollout]
+    owners: list[int]
+    idle: Rollout
+    numbers: dict[str, float]
 
 
 class Learner:
@@ -75,6 +83,7 @@ class Learner:
         rewards: Sequence[Reward],
     ):
         self.session, self.rows, self.rewards = session, rows, rewards
+        self.world = session.world
         self.settings, self.training = config.reward, config.training
         self.weights = self.settings.weights or (1.0,) * len(rewards)
         self.selection = Selection(len(rows), self.training.seed, self.settings.rest)
@@ -100,47 +109,77 @@ class Learner:
         )
 
     def prepare(self, number: int) -> None:
-        """Paint and score the groups of a step."""
+        """Paint and score this process's groups of a step."""
         generator = generator_of(self.training.seed, number, _ROLLOUT)
         # The last step adds no noise.
         order = torch.randperm(len(self.steps) - 1, generator=generator)
         random = order[: self.settings.random_steps].tolist()
-        scored, dull = Scored(), []
+        chosen = self.selection.choose(self.settings.groups)
+        groups: dict[int, Rollout] = {}
         found: dict[str, list[float]] = {}
-        for index in self.selection.choose(self.settings.groups):
-            group, numbers = self._group(self.rows[index], self.steps, random, generator)
+        for place in self.world.own(len(chosen)):
+            of_group = generator_of(self.training.seed, number * len(chosen) + place, _GROUP)
+            group, numbers = self._group(self.rows[chosen[place]], self.steps, random, of_group)
             for name, value in numbers.items():
                 found.setdefault(name, []).append(value)
-            if group.advantages is None:
-                dull.append(index)
-            else:
-                scored.groups.append(group)
-        scored.numbers = {name: sum(values) / len(values) for name, values in found.items()}
-        scored.numbers["dropped"] = len(dull) / self.settings.groups
+            groups[place] = group
+        self.mine = groups
+        self.chosen = chosen
+        self.found = {name: sum(values) / len(values) for name, values in found.items()}
+
+    def _share(self) -> Scored:
+        """What all processes have found; they ask for it together."""
+        own = [place for place, group in self.mine.items() if group.advantages is not None]
+        gathered = self.world.gathered(own)
+        owner_of = {place: share for share, places in enumerate(gathered) for place in places}
+        places = sorted(owner_of)
+        dull = [index for place, index in enumerate(self.chosen) if place not in owner_of]
         self.selection.advance(dull)
-        self.scored = scored
+        numbers = self.world.mean(self.found)
+        idle = next(iter(self.mine.values()))
+        if idle.advantages is None:
+            idle = replace(idle, advantages=torch.zeros_like(idle.likelihoods[0]))
+        return Scored(
+            {places.index(place): self.mine[place] for place in own},
+            [owner_of[place] for place in places],
+            idle,
+            {**numbers, "dropped": len(dull) / len(self.chosen)},
+        )
 
     def loss(self, number: int) -> Measured:
         """The mean loss of the step's groups; its gradients, and updates before the last, are made.
 
         The last update is the loop's.
         """
-        groups, updates = self.scored.groups, self.settings.updates
-        parts = [part for first in range(updates) if (part := groups[first::updates])]
+        scored, settings = self._share(), self.settings
+        count = len(scored.owners)
+        updates = min(settings.updates, count)
         total, numbers = 0.0, {"kl": 0.0, "clipped": 0.0}
-        for place, part in enumerate(parts):
-            if place:
+        for first in range(updates):
+            if first:
                 # Of the updates between those of the loop, for other groups of the same pictures.
-                update(self.parameters.values(), self.optimisers, self.training.clip, total)
-            pictures = len(part) * self.settings.group_size * self.settings.random_steps
-            for group in part:
+                update(
+                    self.parameters.values(), self.optimisers, self.training.clip, total,
+                    world=self.world,
+                )  # fmt: skip
+            part = range(first, count, updates)
+            pictures = len(part) * settings.group_size * settings.random_steps
+            # Losses and gradients become the mean over the shares.
+            weight = self.world.shares / pictures
+            own = [scored.groups[place] for place in part if place in scored.groups]
+            for group in own:
                 for one in self.policy.losses(group):
-                    (one.loss.sum() / pictures).backward()
-                    share = 1 / (pictures * len(parts))
+                    (one.loss.sum() * weight).backward()
+                    share = weight / updates
                     total += share * float(one.loss.detach().sum())
                     numbers["kl"] += share * float(one.divergence.sum())
                     numbers["clipped"] += share * float(one.clipped.sum())
-        return Measured(torch.tensor(total), {**self.scored.numbers, **numbers})
+            # Sharded weights are gathered by all processes at once, so each calls as often.
+            most = max(Counter(scored.owners[place] for place in part).values())
+            for _ in range(most - len(own)):
+                for one in self.policy.losses(scored.idle):
+                    (one.loss.sum() * 0).backward()
+        return Measured(torch.tensor(total), {**scored.numbers, **numbers})
 
     def _group(
         self, row: Row, steps: Sequence[Step], random: Sequence[int], generator: torch.Generator

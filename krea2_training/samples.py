@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +24,17 @@ from .base import checkpoint_file, freeze_base
 from .cache import Cache
 from .config import RunConfig
 from .sections import FULL
+from .world import ALONE, World, is_sharded
 
 
 class Sampler:
-    """Makes the samples of a run. `prompts` have to be in the cache before the first."""
+    """Makes the samples of a run. `prompts` have to be in the cache before the first.
 
-    def __init__(self, config: RunConfig, cache: Cache, device: torch.device):
-        self.config, self.settings, self.cache = config, config.samples, cache
+    All processes of a world paint, since the model may be sharded over them; the first one saves.
+    """
+
+    def __init__(self, config: RunConfig, cache: Cache, device: torch.device, world: World = ALONE):
+        self.config, self.settings, self.cache, self.world = config, config.samples, cache, world
         self.folder, self.device = config.output.run_folder / "samples", device
         self.prompts = self.settings.prompts if self.settings.every else ()
         # Steps and guidance of the pictures, where they are not the checkpoint's.
@@ -38,29 +43,45 @@ class Sampler:
     def is_due(self, step: int, steps: int) -> bool:
         return bool(self.prompts) and (step % self.settings.every == 0 or step == steps)
 
-    def sample(self, model: Krea2Transformer, step: int, values: Mapping[str, Tensor]) -> Path:
-        """A sheet of the prompts with the values as weights; returns its file."""
+    def sample(self, model: Krea2Transformer, step: int, values: Mapping[str, Tensor]) -> None:
+        """Paint the prompts with the values as weights: a sheet, and a picture of each."""
         latents, captions = [], []
         with holding(model, values):
             for number, prompt in enumerate(self.prompts):
                 latents.append(self._latents(model, number))
                 captions.append(f"{(self.preset or model.preset or RAW).name}: {prompt}")
+        with self.world.together():
+            if self.world.is_first:
+                self._finish(model, step, values, latents, captions)
+
+    def _finish(
+        self,
+        model: Krea2Transformer,
+        step: int,
+        values: Mapping[str, Tensor],
+        latents: list[Tensor],
+        captions: list[str],
+    ) -> None:
+        """Add Turbo's pictures, decode all and save them."""
         if self.settings.turbo and self.config.adapter.method != FULL:
-            model.to("cpu")  # A card seldom holds both.
+            alone = self.world.count == 1
+            if alone:
+                model.to("cpu")  # A card seldom holds both.
             turbo = self._turbo(values)
             for number, prompt in enumerate(self.prompts):
                 latents.append(self._latents(turbo, number))
                 captions.append(f"turbo: {prompt}")
             del turbo
             empty_cache(self.device)
-            model.to(self.device)
+            if alone:
+                model.to(self.device)
         pictures = self._decoded(latents)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step{step:06}"
         for index, picture in enumerate(pictures, start=1):
-            _save(picture, self.folder / f"{name}_{index:02}.png")
+            to_picture(picture).save(self.folder / f"{name}_{index:02}.png")
         sheet = contact_sheet(list(pictures), captions, columns=len(self.prompts))
-        return _save(sheet, self.folder / f"{name}.png")
+        to_picture(sheet).save(self.folder / f"{name}.png")
 
     @torch.no_grad()
     def _latents(self, model: Krea2Transformer, number: int) -> Tensor:
@@ -76,8 +97,10 @@ class Sampler:
             self.cache.prompt(text).fuse(model) for text in ("", self.prompts[number])
         )
         sigmas = sigma_schedule(steps, resolve_mu(preset, token_count(noise)))
+        # Tables of all blocks are not read ahead where they are sharded.
         negative = empty if guidance else None
-        steps_made = denoise(model, noise, positive, negative, sigmas=sigmas, guidance=guidance)
+        painter: Any = model if self.world.count == 1 else functools.partial(model)
+        steps_made = denoise(painter, noise, positive, negative, sigmas=sigmas, guidance=guidance)
         return list(steps_made)[-1][1]
 
     def _turbo(self, values: Mapping[str, Tensor]) -> Krea2Transformer:
@@ -102,23 +125,29 @@ class Sampler:
         return torch.stack(images).float().clamp(0, 1).movedim(1, -1).cpu().numpy()
 
 
-def _save(picture: np.ndarray, path: Path) -> Path:
-    to_picture(picture).save(path)
-    return path
-
-
 @contextmanager
 def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """A model with other values of its trained parameters, in evaluation mode, for a while."""
     parameters = {n: p for n, p in model.named_parameters() if n in values}
-    own = {name: parameter.data for name, parameter in parameters.items()}
     was_training = model.training
     model.eval()
+    with torch.no_grad():
+        own = {name: _exchange(parameter, values[name]) for name, parameter in parameters.items()}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name]
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                _exchange(parameter, own[name])
         model.train(was_training)
+
+
+def _exchange(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Give a parameter another value; returns the one that it had."""
+    if not is_sharded(parameter):
+        own, parameter.data = parameter.data, value
+        return own
+    # FSDP gathers from the memory that a sharded parameter began with.
+    own = parameter.detach().clone()
+    parameter.copy_(value)
+    return own

@@ -169,6 +169,22 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How a run that torchrun has started uses its processes; alone it has none of this.
+
+    shard: the weights lie in parts over all processes, and are gathered a block at a time; False
+        gives each process all of a frozen model. A model that is trained whole is always sharded.
+    tensor: processes that compute each block together, a part of its heads and hidden units each.
+    """
+
+    shard: bool = True
+    tensor: int = 1
+
+    def __post_init__(self):
+        check(1 <= self.tensor <= 64, "ranks.tensor", self.tensor, "1 to 64")
+
+
+@dataclass(frozen=True)
 class Samples:
     """Pictures on the way.
 

@@ -32,7 +32,9 @@ from .results import Result
 from .roles import Roles
 from .samples import Sampler
 from .sections import FULL
+from .sharding import check_tensor_parallel, shard
 from .watch import draw_curve, tensorboard
+from .world import StopTraining, local_device, world_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +48,6 @@ ON_TURBO = (
 
 # Called after each step with the line that the log has of it.
 OnStep = Callable[[int, dict[str, Any]], None]
-
-
-class StopTraining(Exception):
-    """Raised by a function that is called after each step, to end a run with what it has learned.
-
-    Its state is saved and its result written.
-    """
 
 
 @dataclass(frozen=True)
@@ -77,17 +72,20 @@ class Session:
         self.config, self.folder = config, config.output.run_folder
         self.device, self.dtype = machine_of(config)
         self.is_full = config.adapter.method == FULL
+        self.world = world_of(self.device, config.ranks.tensor)
+        config.check_shares(self.world.shares)
         check_optimiser(config.training)
         if parts is None:
             model = load_base(config, self.dtype)
             parts = Parts(model, Encoders(config.model, self.device, self.dtype), "")
         self.model, self.model_name, encoders = parts.model, parts.name, parts.encoders
         encoders.check(self.model)
+        check_tensor_parallel(self.model.config, config.ranks.tensor)
         if not self.is_full:
             check_base(self.model, config.memory.base)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(config.cache, encoders, config.references)
-        self.sampler = Sampler(config, self.cache, self.device)
+        self.sampler = Sampler(config, self.cache, self.device, self.world)
 
     def encode(
         self,
@@ -100,26 +98,51 @@ class Session:
         The empty prompt comes with any.
         """
         prompts = [*prompts, *self.sampler.prompts]
-        made = self.cache.fill(pictures, ["", *prompts] if prompts else (), on_encoding)
+        prompts = ["", *prompts] if prompts else ()
+        with self.world.together():
+            made = self.cache.fill(pictures, prompts, on_encoding, self.world)
         logger.info("%d encodings made, the others were there.", made)
 
     def make_trainable(self) -> dict[str, nn.Parameter]:
         """Freeze what is not trained, add adapters, move all to the device; what is trained."""
         if self.is_full:
-            self.model.requires_grad_(True).to(self.device)
+            self.model.requires_grad_(True)
         else:
-            freeze_base(self.model, self.config.memory, self.device)
+            self._freeze()
             add_adapters(self.model, self.config.adapter, self.config.training.seed)
-            self.model.to(self.device)
-        self.model.train()
+        self._place()
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def make_roles(self, names: Sequence[str]) -> Roles:
         """Freeze the model, give it adapters for several roles, and move all to the device."""
-        freeze_base(self.model, self.config.memory, self.device)
+        self._freeze()
         roles = Roles(self.model, self.config.adapter, names, self.config.training.seed)
-        self.model.to(self.device).train()
+        self._place()
         return roles
+
+    def _freeze(self) -> None:
+        # What is sharded is moved a part at a time: a device need not hold all of it.
+        device = torch.device("cpu") if self._is_sharded else self.device
+        freeze_base(self.model, self.config.memory, device)
+
+    def _place(self) -> None:
+        """Move the model to the device, in parts where it is sharded."""
+        if self._is_sharded:
+            adapters = (
+                () if self.is_full else (p for p in self.model.parameters() if p.requires_grad)
+            )
+            shard(self.model, self.world, self.device, adapters)
+            if not self.is_full:
+                for parameter in self.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data = parameter.data.to(self.device)
+        else:
+            self.model.to(self.device)
+        self.model.train()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.world.count > 1 and (self.is_full or self.config.ranks.shard)
 
     @property
     def backend(self) -> Backend:
@@ -142,23 +165,25 @@ class Session:
         rates: Rates | None = None,
         shipped: Mapping[str, AnyAdapter] | None = None,
         metadata: Mapping[str, str] | None = None,
+        accumulate: int | None = None,
         prepare: Callable[[int], None] = lambda step: None,
         notes: dict[str, Any] | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
-        dataset: a hash of what is learned from. optimisers, rates: None are those of the settings.
+        dataset: a hash of what is learned from. optimisers, rates, accumulate: None are those of
+        the settings.
         shipped, metadata: see `Result`. prepare, notes: see `Run`.
         Raises TrainingStopped for a loss that is not finite.
         """
         config, settings = self.config, self.config.training
-        result = Result(self.model, config, dataset, shipped, metadata)
+        result = Result(self.model, config, dataset, shipped, metadata, self.world)
         run = Run(
             self.folder,
             parameters,
             optimisers or optimisers_of(parameters.items(), settings),
             rates or Rates(settings.steps, settings.warmup, settings.decay),
-            accumulate=settings.accumulate,
+            accumulate=accumulate or settings.accumulate,
             clip=settings.clip,
             average=settings.average,
             save_every=config.output.save_every,
@@ -166,16 +191,19 @@ class Session:
             prepare=prepare,
             fingerprint=self._fingerprint(dataset),
             notes={} if notes is None else notes,
+            world=self.world,
         )
-        watch = tensorboard(self.folder)
+        watch = tensorboard(self.folder) if self.world.is_first else _unseen
 
         def after(step: int, record: dict[str, Any]) -> None:
             watch(step, record)
             on_step(step, record)
+
+        def sample(step: int) -> None:
             if self.sampler.is_due(step, settings.steps):
                 self.sampler.sample(self.model, step, run.values())
 
-        run.on_step = after
+        run.on_step, run.after_step = after, sample
         if run.resume():
             logger.info("Goes on at step %d of %d.", run.step, settings.steps)
         try:
@@ -183,7 +211,8 @@ class Session:
         except StopTraining:
             logger.info("Stopped at step %d of %d.", run.step, settings.steps)
         finally:
-            draw_curve(self.folder)
+            if self.world.is_first:
+                draw_curve(self.folder)
         assert config.output.path is not None
         return result.write(run.step, run.values(), config.output.path)
 
@@ -215,9 +244,13 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     return model
 
 
+def _unseen(step: int, record: dict[str, Any]) -> None:
+    """In place of a watch."""
+
+
 def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """The device of a run, and the dtype of its calculation."""
-    device = check_offload(config.memory.device, None, None)[0]
+    device = local_device(check_offload(config.memory.device, None, None)[0])
     if config.memory.dtype is not None:
         return device, _DTYPES[config.memory.dtype]
     return device, torch.float32 if device.type == "cpu" else torch.bfloat16

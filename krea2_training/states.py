@@ -14,6 +14,8 @@ from torch import Tensor
 
 from krea2_model.replacing import replacing
 
+from .sharding import fill
+
 _WEIGHT, _AVERAGE, _OPTIMISER = "weight", "average", "optimiser"
 
 
@@ -29,19 +31,9 @@ def save_state(
 
     extra: JSON values, such as a fingerprint of the settings.
     """
-    tensors = {f"{_WEIGHT}.{n}": t for n, t in weights.items()}
-    tensors |= {f"{_AVERAGE}.{n}": t for n, t in averages.items()}
-    numbers: dict[str, Any] = {}
-    for index, optimiser in enumerate(optimisers):
-        for parameter, state in optimiser.state_dict()["state"].items():
-            for name, value in state.items():
-                key = f"{_OPTIMISER}.{index}.{parameter}.{name}"
-                if isinstance(value, Tensor):
-                    tensors[key] = value
-                else:
-                    numbers[key] = value
+    tensors = named_tensors(weights, averages, optimisers)
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    metadata = {"step": step, "numbers": numbers, "extra": dict(extra)}
+    metadata = {"step": step, "numbers": optimiser_numbers(optimisers), "extra": dict(extra)}
     with replacing(path) as partial:
         save_file(tensors, partial, {"state": json.dumps(metadata)})
 
@@ -66,30 +58,83 @@ def load_state(
     metadata = _metadata(path)
     with safe_open(path, "pt") as file:
         names = set(file.keys())
-        expected = {f"{_WEIGHT}.{n}" for n in weights} | {f"{_AVERAGE}.{n}" for n in averages}
-        found = {name for name in names if not name.startswith(_OPTIMISER)}
-        if expected != found:
-            other = sorted(expected ^ found)
-            raise ValueError(
-                f"{path} is a state of another run: {len(other)} weights differ, such as "
-                f"{other[0]}. Choose another output.folder, or remove that one."
-            )
-        for name, tensor in weights.items():
-            tensor.copy_(file.get_tensor(f"{_WEIGHT}.{name}"))
-        for name in averages:
-            averages[name].copy_(file.get_tensor(f"{_AVERAGE}.{name}"))
-        for index, optimiser in enumerate(optimisers):
-            state: dict[int, dict[str, Any]] = {}
-            prefix = f"{_OPTIMISER}.{index}."
-            for key in names | metadata["numbers"].keys():
-                if key.startswith(prefix):
-                    parameter, _, name = key.removeprefix(prefix).partition(".")
-                    value = metadata["numbers"].get(key)
-                    value = file.get_tensor(key) if key in names else value
-                    state.setdefault(int(parameter), {})[name] = value
-            groups = optimiser.state_dict()["param_groups"]
-            optimiser.load_state_dict({"state": state, "param_groups": groups})
+        tensors = named_tensors(weights, averages, ())
+        foreign_state(path, set(tensors), names)
+        for name, tensor in tensors.items():
+            fill(tensor, file.get_tensor(name))
+        states = {name: file.get_tensor(name) for name in names - tensors.keys()}
+    put_optimiser_states(optimisers, states, metadata["numbers"])
     return int(metadata["step"])
+
+
+def named_tensors(
+    weights: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+    optimisers: Sequence[torch.optim.Optimizer],
+) -> dict[str, Tensor]:
+    """All tensors of a state by their names in files."""
+    tensors = {f"{_WEIGHT}.{n}": t.detach() for n, t in weights.items()}
+    tensors |= {f"{_AVERAGE}.{n}": t for n, t in averages.items()}
+    return tensors | {n: v for n, v in _optimiser_values(optimisers) if isinstance(v, Tensor)}
+
+
+def optimiser_numbers(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """What optimisers hold that is no tensor, by the names of a state."""
+    return {n: v for n, v in _optimiser_values(optimisers) if not isinstance(v, Tensor)}
+
+
+def put_optimiser_states(
+    optimisers: Sequence[torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """Give optimisers the tensors and numbers of a state."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for key, value in {**numbers, **tensors}.items():
+        if key.startswith(_OPTIMISER):
+            _, of, parameter, entry = key.split(".", 3)
+            found.setdefault((int(of), int(parameter)), {})[entry] = value
+    for index, optimiser in enumerate(optimisers):
+        states = {
+            number: {entry: _as_parameter(value, parameter) for entry, value in state.items()}
+            for number, parameter in enumerate(parameters_of(optimiser))
+            if (state := found.get((index, number)))
+        }
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": states, "param_groups": groups})
+
+
+def parameters_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """An optimiser's parameters by the numbers that its state has for them."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def foreign_state(path: Path, expected: set[str], stored: set[str]) -> None:
+    """Raise ValueError where a state has other weights than a run."""
+    other = sorted(expected ^ {name for name in stored if not name.startswith(_OPTIMISER)})
+    if other:
+        raise ValueError(
+            f"{path} is a state of another run: {len(other)} weights differ, such as {other[0]}. "
+            "Choose another output.folder, or remove that one."
+        )
+
+
+def _optimiser_values(optimisers: Sequence[torch.optim.Optimizer]):
+    for index, optimiser in enumerate(optimisers):
+        for parameter, state in optimiser.state_dict()["state"].items():
+            for name, value in state.items():
+                yield f"{_OPTIMISER}.{index}.{parameter}.{name}", value
+
+
+def _as_parameter(value: Any, parameter: Tensor) -> Any:
+    """A value of a file, sharded as its parameter is where it is of its shape."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    if type(value) is type(parameter.data):
+        return value
+    result = torch.zeros_like(parameter, dtype=value.dtype)
+    fill(result, value)
+    return result
 
 
 def _metadata(path: Path) -> dict[str, Any]:

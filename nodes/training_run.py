@@ -63,7 +63,7 @@ class Watch:
             comfy.model_management.throw_exception_if_processing_interrupted()
         except comfy.model_management.InterruptProcessingException as error:
             self.interrupted = error
-            raise training().session.StopTraining from error
+            raise training().world.StopTraining from error
 
     def picture(self) -> torch.Tensor:
         """The curve as an IMAGE (1, H, W, 3)."""

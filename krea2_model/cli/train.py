@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 from argparse import Namespace
@@ -34,11 +35,14 @@ def train(args: Namespace) -> Iterator[object]:
 
     from krea2_training.commands import run_command
     from krea2_training.forecast import forecast
+    from krea2_training.world import OtherProcess, is_first
 
     if args.dry_run:
         yield forecast(config)
         return
-    console = Console(args.quiet)
+    if not is_first():
+        logging.disable(logging.INFO)
+    console = Console(args.quiet or not is_first())
     with console.bar(config.training.steps, "Training", unit="step") as bar, _stopping() as stop:
 
         def on_step(step: int, record: dict[str, Any]) -> None:
@@ -48,9 +52,11 @@ def train(args: Namespace) -> Iterator[object]:
                 raise KeyboardInterrupt
 
         try:
-            yield run_command(config, on_step)
-        except TrainingStopped as error:
+            path = run_command(config, on_step)
+        except (TrainingStopped, OtherProcess) as error:
             raise Failure(str(error)) from error
+        if is_first():
+            yield path
 
 
 def pick(args: Namespace) -> Iterator[object]:
@@ -78,19 +84,23 @@ def merge(args: Namespace) -> Iterator[object]:
 
 @contextmanager
 def _stopping() -> Iterator[list[bool]]:
-    """A list that is filled by the first Ctrl+C; the second one interrupts."""
+    """A list that is filled by the first Ctrl+C; the second one interrupts.
+
+    SIGTERM fills it too: torchrun passes Ctrl+C on so, beside the terminal's own signal.
+    """
     pressed: list[bool] = []
 
     def press(number: int, frame: Any) -> None:
-        if pressed:
+        if pressed and number == signal.SIGINT:
             raise KeyboardInterrupt
         pressed.append(True)
 
-    previous = signal.signal(signal.SIGINT, press)
+    previous = {kind: signal.signal(kind, press) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
 
 
 def _in_options(command: str, message: str) -> str:

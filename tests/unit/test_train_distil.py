@@ -18,6 +18,7 @@ from krea2_training.flow import generator_of
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil
+from krea2_training.world import ALONE
 
 
 @pytest.fixture(params=["lora", "dora", "lokr"])
@@ -91,6 +92,7 @@ class OfGaussians(TrajectoryMatching):
     def __init__(self, settings, guidance, optimisers, student, fake):
         self.settings, self.guidance, self.optimisers = settings, guidance, optimisers
         self.seed, self.schedules, self._fake = 0, [[1.0, 0.6, 0.0]], [fake]
+        self.world = ALONE
         self.known = {STUDENT: student, FAKE: fake}
 
     def _velocity(self, role, latents, times, texts):
@@ -111,7 +113,9 @@ def test_the_student_finds_the_teacher_s_pictures(guidance, mean):
     texts, empty = (Texts(torch.full((4, 1, 1, 1), value)) for value in (2.0, 1.0))
     empty = Texts(empty.taps[:1])
     for number in range(80):
-        measured = matching.loss(number, (4, 16, 2, 2), texts, empty)
+        batch = matching.begin(number, (4, 16, 2, 2), texts)
+        matching.follow([batch], 1)
+        measured = matching.loss(batch, empty)
         measured.loss.backward()
         optimisers[0].step()
         optimisers[0].zero_grad()
@@ -193,4 +197,4 @@ def test_a_fake_model_that_diverges_stops_the_run():
     matching = OfGaussians(Distil(), 0.0, [], student, fake)
     texts = Texts(torch.ones(1, 1, 1, 1))
     with pytest.raises(TrainingStopped, match="fake model is nan"):
-        matching.loss(0, (1, 16, 2, 2), texts, texts)
+        matching.follow([matching.begin(0, (1, 16, 2, 2), texts)], 1)
