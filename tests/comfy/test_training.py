@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import numpy as np
 import pytest
@@ -279,6 +280,7 @@ def test_core_s_nodes_take_the_lora(train, parts, velocity):
 def test_bad_input_is_refused_before_anything_is_encoded(
     train, folder, monkeypatch, options, message
 ):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     (folder.parent / "empty").mkdir(exist_ok=True)
     (folder.parent / "bare").mkdir(exist_ok=True)
     Image.new("RGB", (64, 64)).save(folder.parent / "bare" / "a.png")
