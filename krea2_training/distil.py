@@ -68,6 +68,7 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     rows = read_prompts(config.prompts.path)
     prompts = [row[COLUMN] for row in rows]
     session = Session(config)
+    session.check_run(digest_of(rows))
     session.encode(prompts=prompts)
     settings = config.distil
     model = session.model

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.checkpoints.checkpoint import open_checkpoint
+from krea2_model.checkpoints.quantised_layers import QuantisedLinear
+from krea2_model.checkpoints.quantised_weight import QuantisedWeight
 from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.checkpoints.vae import read_vae
 from krea2_model.config import RAW
@@ -23,7 +26,7 @@ from krea2_model.memory.plan import check_offload
 from krea2_model.vae.model import QwenImageVAE
 
 from .adapters import add_adapters
-from .base import checkpoint_file
+from .base import checkpoint_file, stored_as
 from .cache import Encoders
 from .config import RewardConfig, RunConfig
 from .prompts import read_prompts
@@ -218,14 +221,35 @@ def run_memory(
     return max(stages, key=lambda stage: stage.total)
 
 
+def shortage(config: RunConfig, model: Krea2Transformer, device: torch.device) -> str:
+    """What to change where a run of a loaded model will not fit a device; empty where it does."""
+    if free_device_bytes(device) is None:
+        return ""
+    layers = [
+        layer for layer in model.blocks.modules() if isinstance(layer, (nn.Linear, QuantisedLinear))
+    ]
+    stored = [stored_as(layer, BASES[0]) for layer in layers]
+    tensors = (
+        tensor
+        for one in stored
+        for tensor in (one.tensors.values() if isinstance(one, QuantisedWeight) else (one,))
+    )
+    bits = 8 * sum(tensor.nbytes for tensor in tensors)
+    values = sum(math.prod(one.shape) for one in stored)
+    side = (model.preset or RAW).size
+    result = run_memory(config, model.config, side=side, stored_bits=bits / values, device=device)
+    return lacking(result, device)
+
+
 def lacking(result: Forecast, device: torch.device) -> str:
     """What to change where a run does not fit the free memory of a device; empty where it does."""
     free = free_device_bytes(device)
     if free is None or free >= result.total:
         return ""
     return (
-        f"{free / GB:.1f} GB are free on {device}. Choose --base 4bit or --offload, a smaller "
-        "--resolution, --batch 1, a lower --rank, or --optimiser adamw8bit."
+        f"The run needs about {result.total / GB:.1f} GB, and {free / GB:.1f} GB are free on "
+        f"{device}. Choose base 4bit or offload, a smaller resolution, batch 1, a lower rank, or "
+        "optimiser adamw8bit."
     )
 
 

@@ -48,6 +48,7 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
         )
     rewards = [Reward(name) for name in config.reward.rewards]
     session = Session(config)
+    session.check_run(digest_of(rows))
     session.encode(prompts=[row[COLUMN] for row in rows])
     learner = Learner(config, session, session.make_roles(("policy",)), rows, rewards)
     return session.run(

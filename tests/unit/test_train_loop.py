@@ -17,7 +17,7 @@ from krea2_model.cli.main import main
 from krea2_model.cli.parser import command_parser
 from krea2_model.cli.train_options import TRAINING
 from krea2_training import states
-from krea2_training.cache import Batch
+from krea2_training.cache import Batch, Cache
 from krea2_training.config import read_config
 from krea2_training.flow import draw_times, flow_loss, generator_of, noised
 from krea2_training.loop import Run, TrainingStopped
@@ -231,9 +231,12 @@ def test_a_full_disk_is_named_and_keeps_the_state(pictures, cache, tmp_path, mon
     assert states.read_state_header(tmp_path / "x" / "state.safetensors")[0] == 2
 
 
-def test_another_run_s_folder_is_refused(pictures, cache, tmp_path):
+def test_another_run_s_folder_is_refused_before_anything_is_encoded(
+    pictures, cache, tmp_path, monkeypatch
+):
     train(config_of(pictures, cache, tmp_path / "x.safetensors", training__steps=1))
     other = config_of(pictures, cache, tmp_path / "x.safetensors", adapter__rank=8)
+    monkeypatch.setattr(Cache, "fill", lambda *arguments: pytest.fail("encoding began"))
     with pytest.raises(ValueError, match=r"has a run with other settings: adapter"):
         train(other)
 

@@ -9,15 +9,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from krea2_model import Krea2Transformer, TransformerConfig
+from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.config import VAEConfig
 from krea2_model.memory.machine import GB
 from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.transformer.backend import Backend
 from krea2_model.vae.model import QwenImageVAE
 from krea2_training.adapters import add_adapters
-from krea2_training.base import TrainingBackend, freeze_base
+from krea2_training.base import TrainingBackend, freeze_base, stored_as
 from krea2_training.config import KINDS, read_config
-from krea2_training.forecast import RESERVE, TEXT_TOKENS, run_memory, training_memory
+from krea2_training.forecast import RESERVE, TEXT_TOKENS, run_memory, shortage, training_memory
 from krea2_training.sections import Adapter, Memory, Steps
 from live_bytes import LiveBytes
 
@@ -138,6 +139,32 @@ def test_each_command_is_counted_at_its_largest(tmp_path):
     scored = {"prompts.path": prompts, "prompts.size": 64, "reward.rewards": ["a:b"]}
     reward = memory_of("reward", output, **scored, **{"reward.groups": 1})
     assert reward.size == "1254 px, batch 1" and reward.vae > 0
+
+
+@pytest.mark.parametrize("base, bits", [("bf16", 16), ("fp8", 8.01), ("4bit", 4.5)])
+def test_a_loaded_model_that_will_not_fit_is_told(tmp_path, monkeypatch, base, bits):
+    """By what its blocks are stored in."""
+    model, device = Krea2Transformer(TransformerConfig(num_layers=1), device="meta"), "meta"
+    for block in model.blocks if base != "bf16" else ():
+        for path, layer in list(block.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                parent, _, name = path.rpartition(".")
+                stored = stored_as(layer, base)
+                block.get_submodule(parent)._modules[name] = QuantisedLinear(
+                    stored, None, torch.bfloat16
+                )
+    settings = {"data.path": tmp_path, "model.transformer": "nano", "memory.dtype": "bf16",
+                "output.path": tmp_path / "x.safetensors"}  # fmt: skip
+    config = read_config(None, settings)
+    model = model.bfloat16() if base == "bf16" else model
+    told = run_memory(
+        config, model.config, side=1024, stored_bits=bits, device=torch.device("cuda")
+    )
+    for free, expected in ((told.total - 10**8, True), (told.total + 10**8, False), (None, False)):
+        monkeypatch.setattr("krea2_training.forecast.free_device_bytes", lambda _, free=free: free)
+        found = shortage(config, model, torch.device(device))
+        assert found.startswith(f"The run needs about {told.total / GB:.1f} GB") is expected
+        assert bool(found) is expected
 
 
 def test_the_page_has_the_table_of_cards():
