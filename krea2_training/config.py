@@ -87,6 +87,11 @@ class RunConfig:
         return None
 
     @property
+    def batches(self) -> list[tuple[int | None, int]]:
+        """Of each stage of the run, that side and the pictures that are computed at once."""
+        return [(self.side, self.training.batch)]
+
+    @property
     def cache(self) -> Path:
         """Folder of encoded pictures and prompts."""
         return self.output.run_folder / "cache"
@@ -171,6 +176,10 @@ class PreferConfig(RunConfig):
         return self.pairs.resolution
 
     @property
+    def batches(self) -> list[tuple[int | None, int]]:
+        return [(self.side, 2 * self.training.batch)]
+
+    @property
     def cache(self) -> Path:
         return self.pairs.cache or super().cache
 
@@ -188,8 +197,11 @@ class PretrainConfig(PicturesConfig):
         super().__post_init__()
 
     @property
-    def side(self) -> int | None:
-        return max(self.stages.resolution)
+    def batches(self) -> list[tuple[int | None, int]]:
+        sides = self.stages.resolution
+        return list(
+            zip(sides, self.stages.batch or [self.training.batch] * len(sides), strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

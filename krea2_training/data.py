@@ -150,7 +150,7 @@ def opened(source: Path | bytes) -> Path | io.BytesIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
-def bucket_size(width: int, height: int, side: int) -> tuple[int, int]:
+def bucket_size(width: float, height: float, side: int) -> tuple[int, int]:
     """Width and height, in multiples of 16, of the area side x side and a picture's shape.
 
     Shapes are grouped in steps of an eighth of the aspect's logarithm to base 2, so that pictures

@@ -54,7 +54,7 @@ STUDENT, FAKE, TEACHER = "student", "fake", BASE
 _DISTIL = 2
 # The shortest time within an interval, as a share of it: at 0 there is no noise to judge by.
 _LEAST_SHARE = 0.02
-# Width to height of the pictures, of which the first is as frequent as all others together.
+# Width to height of the pictures where no setting says it: the first half of the time.
 _ASPECTS = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
 
 
@@ -68,6 +68,7 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     rows = read_prompts(config.prompts.path)
     prompts = [row[COLUMN] for row in rows]
     session = Session(config)
+    session.check_run(digest_of(rows))
     session.encode(prompts=prompts)
     settings = config.distil
     model = session.model
@@ -276,8 +277,11 @@ class TrajectoryMatching:
 
 
 def _shape(config: DistilConfig, side: int, random: Random) -> tuple[int, int, int, int]:
-    """The latents' shape of a batch: a square half of the time, of the same area otherwise."""
-    wide, tall = _ASPECTS[0] if random.random() < 0.5 else random.choice(_ASPECTS[1:])
+    """The latents' shape of a batch, all of one area."""
+    if ratios := config.prompts.ratios:
+        wide, tall = random.choice(ratios)
+    else:
+        wide, tall = _ASPECTS[0] if random.random() < 0.5 else random.choice(_ASPECTS[1:])
     width, height = bucket_size(wide, tall, side)
     return config.training.batch, 16, height // 8, width // 8
 

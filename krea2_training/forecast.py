@@ -6,21 +6,32 @@ with an attention that holds no scores (flash); tests/unit/test_train_memory.py 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
+from torch import nn
 
 from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.checkpoints.checkpoint import open_checkpoint
+from krea2_model.checkpoints.quantised_layers import QuantisedLinear
+from krea2_model.checkpoints.quantised_weight import QuantisedWeight
 from krea2_model.checkpoints.transformer import read_transformer
+from krea2_model.checkpoints.vae import read_vae
 from krea2_model.config import RAW
+from krea2_model.memory.activations import vae_bytes
 from krea2_model.memory.machine import GB, free_device_bytes
 from krea2_model.memory.plan import check_offload
+from krea2_model.vae.model import QwenImageVAE
 
 from .adapters import add_adapters
-from .base import checkpoint_file
-from .config import RunConfig
-from .sections import BASES, Adapter, Memory, Steps
+from .base import checkpoint_file, stored_as
+from .cache import Encoders
+from .config import RewardConfig, RunConfig
+from .prompts import read_prompts
+from .sections import BASES, FULL, Adapter, Memory, Steps
+from .shapes import check_shapes, shape_of
 
 # Tokens of a caption that is not read yet: the official length.
 TEXT_TOKENS = 512
@@ -34,6 +45,8 @@ CARDS = (8, 12, 16, 24, 32, 48, 80)
 _BLOCK_STATES, _HELD_STATES = 30, 25
 # More of them where adapters mix the hidden state themselves.
 _MORE_STATES = {"lokr": 12, "dora": 4}
+# States of the encoder's width, a token and a tap, that the text fusion holds where it is trained.
+_FUSION_STATES = {"lora": 72, "dora": 94, "lokr": 100, FULL: 136}
 # float32 copies of a block's largest matrix that DoRA's norm takes.
 _DORA_COPIES = 5
 _BITS = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "4bit": 4.5}
@@ -41,7 +54,10 @@ _BITS = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "4bit": 4.5}
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes on the device, by part, and in main memory for offloaded blocks."""
+    """Bytes on the device, by part, and in main memory for offloaded blocks.
+
+    activations: those of whatever needs most, beside the other parts. vae: of a VAE that stays.
+    """
 
     frozen: int
     trained: int
@@ -50,11 +66,12 @@ class Forecast:
     activations: int
     main_memory: int
     size: str
+    vae: int = 0
 
     @property
     def total(self) -> int:
         parts = (self.frozen, self.trained, self.gradients, self.optimiser, self.activations)
-        return sum(parts) + RESERVE
+        return sum(parts) + self.vae + RESERVE
 
     @property
     def card(self) -> int | None:
@@ -70,9 +87,11 @@ class Forecast:
                 ("gradients", self.gradients),
                 ("optimiser", self.optimiser),
                 ("activations", self.activations),
+                ("VAE", self.vae),
                 ("reserve", RESERVE),
                 ("together", self.total),
             )
+            if size or name != "VAE"
         ]
         if self.main_memory:
             lines.append(f"and {self.main_memory / GB:.2f} GB of main memory for the blocks")
@@ -92,42 +111,42 @@ def training_memory(
     adapter_sets: int = 1,
     stored_bits: float = 16.0,
     itemsize: int = 2,
+    vae: QwenImageVAE | None = None,
 ) -> Forecast:
     """The forecast for pictures of the area side x side.
 
+    vae: one that stays loaded and decodes pictures of that area between steps, on any device.
     stored_bits: of a value in the file's blocks, for base "as-is". references: pictures of the same
     size beside each. adapter_sets: beside one model, of which one acts at a time. itemsize: bytes
     of a number in the calculation.
     """
-    with torch.device("meta"):
-        model = Krea2Transformer(config)
-        inside = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-        everything = sum(p.numel() for p in model.parameters())
-        largest = max(p.numel() for p in model.blocks.parameters())
-        if adapter.method == "full":
-            trained = everything
-        else:
-            add_adapters(model, adapter)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            trained *= adapter_sets
+    count = _count(config, adapter)
+    trained = adapter_sets * count.trained
     sequence = training.batch * ((1 + references) * (side // 16) ** 2 + text)
     state = sequence * config.hidden_size * itemsize
     layers = config.num_layers
     states = layers + _BLOCK_STATES if memory.checkpointing else layers * _HELD_STATES + 5
     activations = (states + _MORE_STATES.get(adapter.method, 0)) * state
     if adapter.method == "dora":
-        activations += _DORA_COPIES * 4 * largest
+        activations += _DORA_COPIES * 4 * count.largest
+    if adapter.method == FULL or "text" in adapter.targets:
+        tokens = training.batch * text * config.num_text_layers * config.text_hidden_dim
+        activations += _FUSION_STATES[adapter.method] * tokens * itemsize
+    # torch's optimisers take a copy of what is trained for a step, when activations are gone.
+    activations = max(activations, 4 * trained)
+    if vae is not None:
+        activations = max(activations, vae_bytes(vae, side**2))
     bits = stored_bits if memory.base == BASES[0] else _BITS[memory.base]
     frozen, host = 0, 0
-    if adapter.method != "full":
-        blocks = round(inside * bits / 8)
-        frozen, host = (everything - inside) * itemsize, 0
+    if adapter.method != FULL:
+        blocks = round(count.inside * bits / 8)
+        frozen, host = (count.everything - count.inside) * itemsize, 0
         if memory.offload:
             host = blocks
         else:
             frozen += blocks
         if bits < 16 or memory.offload:  # a matrix made or copied for its use, twice in backward
-            frozen += 2 * largest * itemsize
+            frozen += 2 * count.largest * itemsize
     moments = {"adamw": 8, "muon": 4, "adamw8bit": 2}[training.optimiser]
     averages = 4 * trained if training.average else 0
     return Forecast(
@@ -138,6 +157,99 @@ def training_memory(
         round(activations),
         host,
         f"{side} px, batch {training.batch}",
+        0 if vae is None else sum(tensor.nbytes for tensor in vae.state_dict().values()),
+    )
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Numbers of a model: of the blocks' matrices, of all, of the largest, and of those trained."""
+
+    inside: int
+    everything: int
+    largest: int
+    trained: int
+
+
+@lru_cache(maxsize=16)
+def _count(config: TransformerConfig, adapter: Adapter) -> _Count:
+    with torch.device("meta"):
+        model = Krea2Transformer(config)
+        blocks = [p.numel() for p in model.blocks.parameters() if p.ndim == 2]
+        everything = trained = sum(p.numel() for p in model.parameters())
+        if adapter.method != FULL:
+            add_adapters(model, adapter)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _Count(sum(blocks), everything, max(blocks), trained)
+
+
+def run_memory(
+    config: RunConfig,
+    sizes: TransformerConfig,
+    *,
+    side: int,
+    stored_bits: float,
+    device: torch.device,
+) -> Forecast:
+    """The forecast of the stage of a run that needs most.
+
+    side: of the pictures' area, where the settings say none. stored_bits: of a value in the blocks.
+    """
+    itemsize = 4 if config.memory.dtype == "fp32" or device.type == "cpu" else 2
+    vae = None
+    if isinstance(config, RewardConfig):
+        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        vae = _vae_without_content(config, device, dtype)
+    stages = []
+    for own, batch in config.batches:
+        largest = own or side
+        if isinstance(config, RewardConfig):
+            largest = _largest_side(config, largest)
+        stages.append(
+            training_memory(
+                sizes,
+                adapter=config.adapter,
+                memory=config.memory,
+                training=replace(config.training, batch=batch),
+                side=largest,
+                adapter_sets=config.adapter_sets,
+                stored_bits=stored_bits,
+                itemsize=itemsize,
+                vae=vae,
+            )
+        )
+    return max(stages, key=lambda stage: stage.total)
+
+
+def shortage(config: RunConfig, model: Krea2Transformer, device: torch.device) -> str:
+    """What to change where a run of a loaded model will not fit a device; empty where it does."""
+    if free_device_bytes(device) is None:
+        return ""
+    layers = [
+        layer for layer in model.blocks.modules() if isinstance(layer, (nn.Linear, QuantisedLinear))
+    ]
+    stored = [stored_as(layer, BASES[0]) for layer in layers]
+    tensors = (
+        tensor
+        for one in stored
+        for tensor in (one.tensors.values() if isinstance(one, QuantisedWeight) else (one,))
+    )
+    bits = 8 * sum(tensor.nbytes for tensor in tensors)
+    values = sum(math.prod(one.shape) for one in stored)
+    side = (model.preset or RAW).size
+    result = run_memory(config, model.config, side=side, stored_bits=bits / values, device=device)
+    return lacking(result, device)
+
+
+def lacking(result: Forecast, device: torch.device) -> str:
+    """What to change where a run does not fit the free memory of a device; empty where it does."""
+    free = free_device_bytes(device)
+    if free is None or free >= result.total:
+        return ""
+    return (
+        f"The run needs about {result.total / GB:.1f} GB, and {free / GB:.1f} GB are free on "
+        f"{device}. Choose base 4bit or offload, a smaller resolution, batch 1, a lower rank, or "
+        "optimiser adamw8bit."
     )
 
 
@@ -149,21 +261,29 @@ def forecast(config: RunConfig) -> str:
     values = sum(t.numel() for t in blocks.values())
     size = sum(getattr(t, "data", t).nbytes for t in blocks.values())
     device = check_offload(config.memory.device, None, None)[0]
-    itemsize = 4 if config.memory.dtype == "fp32" or device.type == "cpu" else 2
-    result = training_memory(
+    result = run_memory(
+        config,
         state.config,  # type: ignore[arg-type]
-        adapter=config.adapter,
-        memory=config.memory,
-        training=config.training,
-        side=config.side or (state.preset or RAW).size,
-        adapter_sets=config.adapter_sets,
+        side=(state.preset or RAW).size,
         stored_bits=8 * size / values,
-        itemsize=itemsize,
+        device=device,
     )
-    lines, free = [str(result)], free_device_bytes(device)
-    if free is not None and free < result.total:
-        lines.append(
-            f"{free / GB:.1f} GB are free on {device}. Choose --base 4bit or --offload, a smaller "
-            "--resolution, --batch 1, a lower --rank, or --optimiser adamw8bit."
-        )
-    return "\n".join(lines)
+    return "\n".join(filter(None, (str(result), lacking(result, device))))
+
+
+def _largest_side(config: RewardConfig, side: int) -> int:
+    """Side of a square of the area of the largest picture of the prompts."""
+    assert config.prompts.path is not None
+    rows = read_prompts(config.prompts.path)
+    check_shapes(rows, config.prompts.path)
+    ratios = config.prompts.ratios or [(1.0, 1.0)]
+    return math.isqrt(max(math.prod(shape_of(row, side, one)) for row in rows for one in ratios))
+
+
+def _vae_without_content(
+    config: RunConfig, device: torch.device, dtype: torch.dtype
+) -> QwenImageVAE:
+    """The run's VAE by the header of its file."""
+    path = Encoders(config.model, device, dtype).vae_path
+    state = read_vae(open_checkpoint(path, "vae"))
+    return QwenImageVAE(state.config, device="meta", dtype=dtype)

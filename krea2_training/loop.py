@@ -50,6 +50,37 @@ class TrainingStopped(RuntimeError):
     """A run that cannot go on: its loss is not finite. The last state is good."""
 
 
+def check_state(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raise ValueError where a folder's state is of another run than one with these settings."""
+    found = _newest(folder)
+    if found is None:
+        return
+    _, extra = found
+    differing = [n for n, v in fingerprint.items() if extra.get(n) != v]
+    if differing:
+        raise ValueError(
+            f"{folder} has a run with other settings: {', '.join(differing)} "
+            f"({extra.get(differing[0])!r} there, {fingerprint[differing[0]]!r} now). "
+            "Choose another output.folder, or remove that one."
+        )
+
+
+def _newest(folder: Path) -> tuple[Path | None, dict[str, Any]] | None:
+    """A folder's newest state, or None: where it is sharded, and what it says of its run.
+
+    The place is None for that of a single process, in the folder's file.
+    """
+    sharded, is_file = newest_state(folder), (folder / STATE).is_file()
+    if sharded is None and not is_file:
+        return None
+    step, extra = read_state_header(folder / STATE) if is_file else (-1, {})
+    if sharded is not None:
+        other, own = read_sharded_header(sharded)
+        if other >= step:
+            return sharded, own
+    return None, extra
+
+
 def forget(folder: Path) -> None:
     """Remove the state and the log of a folder's run, so that the next one begins anew."""
     for name in (STATE, LOG):
@@ -132,21 +163,11 @@ class Run:
 
     def resume(self) -> bool:
         """Go on from the folder's state, if there is one. Raises ValueError for another run's."""
-        sharded, is_file = newest_state(self.folder), self.state_file.is_file()
-        if sharded is None and not is_file:
+        check_state(self.folder, self.fingerprint)
+        found = _newest(self.folder)
+        if found is None:
             return False
-        step, extra = read_state_header(self.state_file) if is_file else (-1, {})
-        if sharded is not None and read_sharded_header(sharded)[0] < step:
-            sharded = None
-        if sharded is not None:
-            _, extra = read_sharded_header(sharded)
-        differing = [n for n, v in self.fingerprint.items() if extra.get(n) != v]
-        if differing:
-            raise ValueError(
-                f"{self.folder} has a run with other settings: {', '.join(differing)} "
-                f"({extra.get(differing[0])!r} there, {self.fingerprint[differing[0]]!r} now). "
-                "Choose another output.folder, or remove that one."
-            )
+        sharded, extra = found
         own = self.parameters, self.averages, self.optimisers
         if sharded is None:
             self.step = load_state(self.state_file, *own)

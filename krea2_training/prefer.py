@@ -47,6 +47,8 @@ def prefer(config: PreferConfig, on_step: OnStep = lambda step, record: None) ->
     pairs = read_pairs(config.pairs)
     session = Session(config)
     pictures = [picture for pair in pairs for picture in (pair.chosen, pair.rejected)]
+    dataset = digest([picture.example for picture in pictures], session.cache.hash_of)
+    session.check_run(dataset)
     session.encode(pictures)
     parameters = session.make_trainable()
     settings = config.training
@@ -69,7 +71,6 @@ def prefer(config: PreferConfig, on_step: OnStep = lambda step, record: None) ->
             train_text="text" in config.adapter.targets,
         )
 
-    dataset = digest([picture.example for picture in pictures], cache.hash_of)
     return session.run(parameters, loss_of, dataset, on_step)
 
 

@@ -51,6 +51,8 @@ def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None
     model.variant = RAW.name
     model.preset = replace(RAW, mu=None, size=config.stages.resolution[-1])
     session = Session(config, Parts(model, Encoders(config.model, *machine_of(config)), ""))
+    dataset = digest(examples, session.cache.hash_of)
+    session.check_run(dataset)
     session.encode([picture for stage in stages for picture in stage.order.pictures])
     parameters = session.make_trainable()
     settings = config.training
@@ -65,7 +67,6 @@ def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None
     factors = config.stages.rate or (1.0,) * len(stages)
     by_stage = tuple((stage.end, rate) for stage, rate in zip(stages, factors, strict=True))
     rates = Rates(settings.steps, settings.warmup, settings.decay, by_stage)
-    dataset = digest(examples, session.cache.hash_of)
     return session.run(parameters, loss_of, dataset, on_step, rates=rates)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from .data import TABLES, read_folder, read_rows, read_text, some_of
 from .sections import check, check_side
+from .shapes import EXPECTED_ASPECT, Ratio, parse_aspect
 
 COLUMN = "prompt"
 
@@ -27,17 +28,27 @@ class Prompts:
 
     path: a text file with a prompt a line; a .jsonl, .csv or .parquet table with a column prompt;
         or a folder of pictures, whose captions are the prompts.
-    size: side of the square pictures, in pixels; None is the model's own.
+    size: side of a square of the pictures' area, in pixels; None is the model's own.
+    aspects: width to height of the pictures, such as "3:4", of which one is drawn each time; none
+        are those of the command.
     """
 
     path: Path | None = None
     size: int | None = None
+    aspects: tuple[str, ...] = ()
 
     def __post_init__(self):
         expected = "a text file of prompts, a table, or a folder of captioned pictures"
         check(self.path is not None, "prompts.path", self.path, expected)
         if self.size is not None:
             check_side("prompts.size", self.size)
+        ok = None not in map(parse_aspect, self.aspects)
+        check(ok, "prompts.aspects", list(self.aspects), EXPECTED_ASPECT)
+
+    @property
+    def ratios(self) -> list[Ratio]:
+        """The aspects as numbers."""
+        return [ratio for aspect in self.aspects if (ratio := parse_aspect(aspect)) is not None]
 
 
 def read_prompts(path: Path) -> list[Row]:

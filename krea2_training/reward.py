@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
@@ -23,9 +24,12 @@ from .rates import optimisers_of
 from .rewards import Reward
 from .roles import Roles
 from .session import OnStep, Session
+from .shapes import Ratio, check_shapes, shape_of
 
 # Of the random numbers, beside those of other purposes.
 _ROLLOUT, _GROUP = 3, 5
+# Width to height of pictures where neither a row nor a setting says it.
+_SQUARE = (1.0, 1.0)
 
 
 def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) -> Path:
@@ -36,6 +40,7 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
     """
     assert config.prompts.path is not None
     rows = read_prompts(config.prompts.path)
+    check_shapes(rows, config.prompts.path)
     if config.reward.groups > len(rows):
         raise ValueError(
             f"reward.groups is {config.reward.groups}; expected at most {len(rows)}, the prompts "
@@ -43,6 +48,7 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
         )
     rewards = [Reward(name) for name in config.reward.rewards]
     session = Session(config)
+    session.check_run(digest_of(rows))
     session.encode(prompts=[row[COLUMN] for row in rows])
     learner = Learner(config, session, session.make_roles(("policy",)), rows, rewards)
     return session.run(
@@ -98,28 +104,24 @@ class Learner:
             backend=session.backend,
             train_text="text" in config.adapter.targets,
         )
-        preset = session.model.preset or RAW
-        side = (config.prompts.size or preset.size) // 8
-        self.shape = (self.settings.group_size, 16, side, side)
-        mu = self.training.shift
-        if mu is None:
-            mu = resolve_mu(preset, token_count(torch.empty(self.shape, device="meta")))
-        self.steps = random_steps(
-            sigma_schedule(self.settings.rollout_steps, mu), self.settings.noise
-        )
+        self.preset = session.model.preset or RAW
+        self.side = config.prompts.size or self.preset.size
+        self.ratios = config.prompts.ratios or [_SQUARE]
 
     def prepare(self, number: int) -> None:
         """Paint and score this process's groups of a step."""
         generator = generator_of(self.training.seed, number, _ROLLOUT)
         # The last step adds no noise.
-        order = torch.randperm(len(self.steps) - 1, generator=generator)
-        random = order[: self.settings.random_steps].tolist()
+        order = torch.randperm(self.settings.rollout_steps - 1, generator=generator)
+        noisy = order[: self.settings.random_steps].tolist()
         chosen = self.selection.choose(self.settings.groups)
         groups: dict[int, Rollout] = {}
         found: dict[str, list[float]] = {}
         for place in self.world.own(len(chosen)):
-            of_group = generator_of(self.training.seed, number * len(chosen) + place, _GROUP)
-            group, numbers = self._group(self.rows[chosen[place]], self.steps, random, of_group)
+            index = number * len(chosen) + place
+            of_group = generator_of(self.training.seed, index, _GROUP)
+            ratio = Random(f"shape {self.training.seed} {index}").choice(self.ratios)
+            group, numbers = self._group(self.rows[chosen[place]], ratio, noisy, of_group)
             for name, value in numbers.items():
                 found.setdefault(name, []).append(value)
             groups[place] = group
@@ -182,13 +184,18 @@ class Learner:
         return Measured(torch.tensor(total), {**scored.numbers, **numbers})
 
     def _group(
-        self, row: Row, steps: Sequence[Step], random: Sequence[int], generator: torch.Generator
+        self, row: Row, ratio: Ratio, noisy: Sequence[int], generator: torch.Generator
     ) -> tuple[Rollout, dict[str, float]]:
-        """A group of a prompt, with its advantages, and its numbers for the log."""
+        """A group of a prompt, with its advantages, and its numbers for the log.
+
+        ratio: of the pictures' sides, where the row names none. noisy: the steps that draw noise.
+        """
         device = self.session.device
         texts = self.session.cache.texts([row[COLUMN]], device)
-        noise = torch.randn(self.shape, generator=generator).to(device)
-        group = self.policy.roll_out(texts, noise, steps, random, generator)
+        width, height = shape_of(row, self.side, ratio)
+        shape = (self.settings.group_size, 16, height // 8, width // 8)
+        noise = torch.randn(shape, generator=generator).to(device)
+        group = self.policy.roll_out(texts, noise, self._steps_for(noise), noisy, generator)
         pictures = self._decoded(group.latents)
         scores = [
             torch.from_numpy(score(pictures.numpy(), [row] * len(pictures)))
@@ -207,6 +214,13 @@ class Learner:
             names = (f"reward {reward.name}" for reward in self.rewards)
             numbers |= dict(zip(names, means, strict=True))
         return group, numbers
+
+    def _steps_for(self, latents: Tensor) -> list[Step]:
+        """The steps of a rollout of latents (G, 16, h, w)."""
+        mu = self.training.shift
+        if mu is None:
+            mu = resolve_mu(self.preset, token_count(latents))
+        return random_steps(sigma_schedule(self.settings.rollout_steps, mu), self.settings.noise)
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Tensor:

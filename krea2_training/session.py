@@ -26,7 +26,8 @@ from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
 from .cache import Cache, Encoders, OnEncoding
 from .config import RunConfig
 from .data import Sized
-from .loop import Loss, Run
+from .forecast import shortage
+from .loop import Loss, Run, check_state
 from .rates import Rates, check_optimiser, optimisers_of
 from .results import Result
 from .roles import Roles
@@ -83,9 +84,15 @@ class Session:
         check_tensor_parallel(self.model.config, config.ranks.tensor)
         if not self.is_full:
             check_base(self.model, config.memory.base)
+        if warning := shortage(config, self.model, self.device):
+            logger.warning("%s", warning)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(config.cache, encoders, config.references)
         self.sampler = Sampler(config, self.cache, self.device, self.world)
+
+    def check_run(self, dataset: str) -> None:
+        """Raise ValueError where the folder has a run with other settings, or other data."""
+        check_state(self.folder, self._fingerprint(dataset))
 
     def encode(
         self,

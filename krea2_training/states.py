@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from krea2_model.replacing import replacing
 from .sharding import fill
 
 _WEIGHT, _AVERAGE, _OPTIMISER = "weight", "average", "optimiser"
+# Between the names of nested values, as bitsandbytes has them.
+_WITHIN = "/"
 
 
 def save_state(
@@ -32,7 +34,7 @@ def save_state(
     extra: JSON values, such as a fingerprint of the settings.
     """
     tensors = named_tensors(weights, averages, optimisers)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    tensors = _apart({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
     metadata = {"step": step, "numbers": optimiser_numbers(optimisers), "extra": dict(extra)}
     with replacing(path) as partial:
         save_file(tensors, partial, {"state": json.dumps(metadata)})
@@ -96,7 +98,7 @@ def put_optimiser_states(
             found.setdefault((int(of), int(parameter)), {})[entry] = value
     for index, optimiser in enumerate(optimisers):
         states = {
-            number: {entry: _as_parameter(value, parameter) for entry, value in state.items()}
+            number: _nested({n: _as_parameter(v, parameter) for n, v in state.items()})
             for number, parameter in enumerate(parameters_of(optimiser))
             if (state := found.get((index, number)))
         }
@@ -122,8 +124,39 @@ def foreign_state(path: Path, expected: set[str], stored: set[str]) -> None:
 def _optimiser_values(optimisers: Sequence[torch.optim.Optimizer]):
     for index, optimiser in enumerate(optimisers):
         for parameter, state in optimiser.state_dict()["state"].items():
-            for name, value in state.items():
+            for name, value in _flat(state):
                 yield f"{_OPTIMISER}.{index}.{parameter}.{name}", value
+
+
+def _flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """An optimiser's values of a parameter, by joined names where they are nested."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}{_WITHIN}{inner}", own) for inner, own in _flat(value))
+        else:
+            yield name, value
+
+
+def _nested(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `_flat` as they were."""
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        part, (*outer, last) = result, name.split(_WITHIN)
+        for one in outer:
+            part = part.setdefault(one, {})
+        part[last] = value
+    return result
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with a storage each, as safetensors needs them: tables may be shared."""
+    known: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if place in known else tensor
+        known.add(place)
+    return result
 
 
 def _as_parameter(value: Any, parameter: Tensor) -> Any:

@@ -38,6 +38,8 @@ def train(
     examples = read_examples(config.data) if examples is None else examples
     pictures = sized(examples, config.data)
     session = Session(config, None if parts is None else parts())
+    dataset = digest(examples, session.cache.hash_of)
+    session.check_run(dataset)
     session.encode(pictures, on_encoding=on_encoding)
     parameters = session.make_trainable()
     settings = config.training
@@ -48,7 +50,7 @@ def train(
         draws = order.batch(number)
         return pictures_loss(session, draws, order, number, settings.shift, train_text)
 
-    return session.run(parameters, loss_of, digest(examples, session.cache.hash_of), on_step)
+    return session.run(parameters, loss_of, dataset, on_step)
 
 
 def pictures_loss(

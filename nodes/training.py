@@ -279,14 +279,20 @@ class K2TrainLora(io.ComfyNode):
                 logging.warning("Krea 2 Train LoRA: the model %s", training().session.ON_TURBO)
                 notes.append("on Turbo: train on Raw instead")
             watch = Watch(run_folder, values["steps"])
-            device = settings_of_device()
-            dtype = torch.float32 if device["memory.dtype"] == "fp32" else torch.bfloat16
+            is_fp32 = settings_of_device()["memory.dtype"] == "fp32"
+
+            def parts():
+                made = parts_of(model, clip, vae, torch.float32 if is_fp32 else torch.bfloat16)
+                device = comfy.model_management.get_torch_device()
+                notes.append(training().forecast.shortage(config, made.model, device))
+                return made
+
             with advise("Training", _REMEDY):
                 training().train.train(
                     config,
                     watch.on_step,
                     on_encoding=watch.on_encoding,
-                    parts=lambda: parts_of(model, clip, vae, dtype),
+                    parts=parts,
                     examples=examples,
                 )
         comfy.model_management.soft_empty_cache()
@@ -296,7 +302,8 @@ class K2TrainLora(io.ComfyNode):
         lora = comfy.utils.load_torch_file(str(result), safe_load=True)
         curve = watch.picture()
         notes = [f"step {watch.losses[-1][0]} of {values['steps']}", *notes, relative_name(result)]
-        shown = ui.PreviewImage(curve, cls=cls).as_dict() | {"text": ("\n".join(notes),)}
+        text = "\n".join(filter(None, notes))
+        shown = ui.PreviewImage(curve, cls=cls).as_dict() | {"text": (text,)}
         losses = {"loss": [loss for _, loss in watch.losses]}
         return io.NodeOutput(lora, losses, curve, relative_name(result), ui=shown)
 

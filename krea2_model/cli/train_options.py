@@ -145,6 +145,10 @@ _PROMPTS: _Group = [
     ("--size", "prompts.size",
      {"type": whole(64, 4096), "metavar": "PX",
       "help": "side of a square of the pictures' area; default: the model's"}),
+    ("--aspects", "prompts.aspects",
+     {"nargs": "+", "metavar": "W:H",
+      "help": "width to height of the pictures, of which one is drawn each time; default: 1:1, or "
+      "seven from 9:16 to 16:9 (distil)"}),
 ]  # fmt: skip
 
 _DISTILLING: dict[str, _Group] = {

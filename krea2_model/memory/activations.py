@@ -56,7 +56,7 @@ def activations(
         ENCODER: _encoder_bytes(text_encoder, text),
         TRANSFORMER: calls + _style_bytes(transformer, batch * sequence, sum(styles), batch),
         # One image at a time, so a batch needs no more.
-        VAE: _vae_bytes(vae, 256 * max(image, references, *styles)),
+        VAE: vae_bytes(vae, 256 * max(image, references, *styles)),
     }
 
 
@@ -85,7 +85,8 @@ def _encoder_bytes(encoder: Qwen3VLTextEncoder, tokens: int) -> int:
     return numbers * encoder.embed_tokens.weight.element_size() + temporary_bytes(encoder)
 
 
-def _vae_bytes(vae: QwenImageVAE, pixels: int) -> int:
+def vae_bytes(vae: QwenImageVAE, pixels: int) -> int:
+    """Bytes that a VAE needs besides its weights for one image of so many pixels."""
     itemsize = next(vae.parameters()).element_size()
     if pixels <= WHOLE_PIXELS:
         return round(pixels * _VAE_STATES * vae.config.base_dim * itemsize)

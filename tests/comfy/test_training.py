@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import numpy as np
 import pytest
@@ -175,10 +176,12 @@ def test_the_node_shows_the_curve_and_writes_where_it_says(train, base, hooked, 
     assert (base / "output" / "krea2_training" / "people" / "shown" / "log.jsonl").is_file()
 
 
-def test_off_resume_begins_anew_and_a_foreign_file_is_left_alone(train, base):
+def test_off_resume_begins_anew_and_a_foreign_file_is_left_alone(train, base, monkeypatch):
     first = train(name="anew")[1]["loss"]
-    with pytest.raises(ValueError, match="other settings: adapter .*Choose another name"):
-        train(name="anew", rank=8)
+    with monkeypatch.context() as patched:
+        _refuse_encoding(patched)
+        with pytest.raises(ValueError, match="other settings: adapter, .*Choose another name"):
+            train(name="anew", rank=8, trigger="of another run")
     assert train(name="anew", rank=8, resume=False)[1]["loss"][0] == first[0]
     foreign = base / "output" / "loras" / "foreign.safetensors"
     foreign.write_bytes(b"mine")
@@ -245,6 +248,16 @@ def test_blocks_of_a_gguf_file_are_read_as_they_are(run, train, models, raw, vel
         file.unlink()
 
 
+def test_too_little_memory_is_warned_of_before_anything_is_encoded(
+    train, training, monkeypatch, caplog
+):
+    _refuse_encoding(monkeypatch)
+    monkeypatch.setattr(training.forecast, "free_device_bytes", lambda device: 10**8)
+    with pytest.raises(AssertionError, match="encoding began"):
+        train(name="large", trigger="no such memory", rank=8)
+    assert "The run needs about 1.3 GB, and 0.1 GB are free on cpu. Choose base 4bit" in caplog.text
+
+
 def test_training_on_turbo_is_warned_of(run, train, caplog):
     model = run("K2ModelLoader", file="krea2-nano (built in)")[0]
     train(name="turbo", model=model, steps=1)
@@ -279,6 +292,7 @@ def test_core_s_nodes_take_the_lora(train, parts, velocity):
 def test_bad_input_is_refused_before_anything_is_encoded(
     train, folder, monkeypatch, options, message
 ):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     (folder.parent / "empty").mkdir(exist_ok=True)
     (folder.parent / "bare").mkdir(exist_ok=True)
     Image.new("RGB", (64, 64)).save(folder.parent / "bare" / "a.png")

@@ -1,6 +1,7 @@
 """Distillation: roles on one base, the direction of the student, `krea2 distil`."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from krea2_training.base import TrainingBackend
 from krea2_training.cache import Texts
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
+from krea2_training.distil import _shape as latents_shape
 from krea2_training.flow import generator_of
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
@@ -40,6 +42,17 @@ def inputs():
     latents = torch.randn(2, 16, 8, 8, generator=generator)
     text = torch.randn(2, 5, TINY.hidden_size, generator=generator)
     return latents, torch.tensor([0.3, 0.8]), text
+
+
+@pytest.mark.parametrize("aspects, shapes", [([], 7), (["1:1", "1:2"], 2)])
+def test_batches_have_the_shapes_of_the_settings(tmp_path, aspects, shapes):
+    settings = {"prompts.path": tmp_path, "prompts.aspects": aspects, "model.transformer": "nano",
+                "output.path": tmp_path / "x.safetensors"}  # fmt: skip
+    config = read_config(None, settings, DistilConfig)
+    found = [latents_shape(config, 512, Random(number)) for number in range(200)]
+    assert len(set(found)) == shapes
+    square = found.count((1, 16, 64, 64)) / len(found)
+    assert 0.4 < square < 0.6
 
 
 def test_roles_share_a_base_and_nothing_else(roles):

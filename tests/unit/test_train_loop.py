@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from krea2_model.cli.main import main
 from krea2_model.cli.parser import command_parser
 from krea2_model.cli.train_options import TRAINING
 from krea2_training import states
-from krea2_training.cache import Batch
+from krea2_training.cache import Batch, Cache
 from krea2_training.config import read_config
 from krea2_training.flow import draw_times, flow_loss, generator_of, noised
 from krea2_training.loop import Run, TrainingStopped
@@ -124,12 +125,15 @@ def test_rates_rise_hold_and_fall():
 
 
 @pytest.mark.parametrize(
-    "method, optimiser, average", [("lora", "adamw", 0.9), ("lokr", "muon", 0.0)]
-)
+    "method, optimiser, average, dtypes",
+    [("lora", "adamw", 0.9, {torch.float32}), ("lokr", "muon", 0.0, {torch.float32}),
+     ("lora", "adamw8bit", 0.0, {torch.float32, torch.uint8})],
+)  # fmt: skip
 def test_a_resumed_run_equals_one_that_never_stopped(
-    pictures, cache, tmp_path, method, optimiser, average
+    pictures, cache, tmp_path, method, optimiser, average, dtypes
 ):
-    options = {"adapter__method": method, "training__optimiser": optimiser,
+    # Small tensors have no state of 8 bits.
+    options = {"adapter__method": method, "adapter__rank": 16, "training__optimiser": optimiser,
                "training__average": average, "training__accumulate": 2, "training__steps": 3,
                "training__batch": 1}  # fmt: skip
     whole = train(config_of(pictures, cache, tmp_path / "whole.safetensors", **options))
@@ -142,6 +146,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     with pytest.raises(KeyboardInterrupt):
         train(config, stop)
     assert not (tmp_path / "parts.safetensors").exists()
+    state = load_file(tmp_path / "parts" / "state.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == dtypes
     parts = train(config)
     ours, expected = load_file(parts), load_file(whole)
     assert ours.keys() == expected.keys()
@@ -151,6 +157,13 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         for name in ("whole", "parts")
     ]
     assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
+def test_a_package_that_is_not_there_is_named(pictures, cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    config = config_of(pictures, cache, tmp_path / "x.safetensors", training__optimiser="adamw8bit")
+    with pytest.raises(ValueError, match=r"adamw8bit, which needs bitsandbytes: pip install"):
+        train(config)
 
 
 def test_what_is_trained_lowers_the_loss_and_is_a_lora_for_turbo(pictures, cache, tmp_path):
@@ -218,9 +231,12 @@ def test_a_full_disk_is_named_and_keeps_the_state(pictures, cache, tmp_path, mon
     assert states.read_state_header(tmp_path / "x" / "state.safetensors")[0] == 2
 
 
-def test_another_run_s_folder_is_refused(pictures, cache, tmp_path):
+def test_another_run_s_folder_is_refused_before_anything_is_encoded(
+    pictures, cache, tmp_path, monkeypatch
+):
     train(config_of(pictures, cache, tmp_path / "x.safetensors", training__steps=1))
     other = config_of(pictures, cache, tmp_path / "x.safetensors", adapter__rank=8)
+    monkeypatch.setattr(Cache, "fill", lambda *arguments: pytest.fail("encoding began"))
     with pytest.raises(ValueError, match=r"has a run with other settings: adapter"):
         train(other)
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from krea2_training.prompts import Prompts, digest_of, in_turn, read_prompts
+from krea2_training.shapes import check_shapes, shape_of
 
 ROWS = [{"prompt": "a red square", "shape": "square"}, {"prompt": "a star", "shape": "star"}]
 
@@ -44,7 +45,7 @@ def test_a_folder_gives_its_captions_once(tmp_path):
         ("a.txt", "\n \n", r"a.txt holds no prompts"),
         ("a.txt", "one\ntwo\none\n", r"1 prompts more than once: 'one'"),
         ("a.jsonl", '{"text": "one"}', r"row 1 has no column prompt; it has text"),
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": 3}', r"row 2: prompt is '3'; expected a text"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": 3}', r"prompt is '3'; expected a text"),
         ("a.csv", "prompt,shape\n ,star\n", r"row 1: prompt is ' '; expected a text"),
         ("a.csv", "prompt\na star, blue\n", r"row 1 has more fields than the header.*quotation"),
         ("a.csv", "prompt\n", r"a.csv holds no prompts"),
@@ -77,3 +78,47 @@ def test_batches_go_round_and_can_be_computed_by_themselves():
 def test_the_digest_has_the_other_columns():
     assert digest_of(ROWS) == digest_of([dict(reversed(row.items())) for row in ROWS])
     assert digest_of(ROWS) != digest_of([ROWS[0], {**ROWS[1], "shape": "ring"}])
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({}, (112, 144)),
+        ({"aspect": ""}, (112, 144)),
+        ({"aspect": "16:9"}, (176, 96)),
+        ({"width": "96", "height": "160"}, (96, 160)),
+        ({"width": 512, "height": 64, "aspect": None}, (512, 64)),
+    ],
+)
+def test_a_row_s_picture_has_its_own_shape_or_another(tmp_path, row, expected):
+    check_shapes([row], tmp_path)
+    assert shape_of(row, 128, (3, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"width": 96}, "height is not set; expected pixels: a row has both"),
+        ({"width": "wide", "height": 96}, "width is wide; expected pixels"),
+        ({"width": 100, "height": 96}, "width is 100; expected a multiple of 16"),
+        ({"aspect": "tall"}, "aspect is tall; expected width to height, such as 3:4"),
+        (
+            {"aspect": "9:1"},
+            "aspect is 9:1; expected width to height, such as 3:4, from 1:4",
+        ),
+        (
+            {"aspect": "1:1", "width": 96, "height": 96},
+            "aspect is 1:1; expected none beside",
+        ),
+    ],
+)
+def test_rows_of_no_shape_are_named(tmp_path, row, expected):
+    with pytest.raises(ValueError, match=f"prompts.csv, row 2: {expected}"):
+        check_shapes([{}, row], tmp_path / "prompts.csv")
+
+
+def test_aspects_are_ratios(tmp_path):
+    assert Prompts(tmp_path, aspects=("2:3", "1.5:1")).ratios == [(2, 3), (1.5, 1)]
+    for wrong in ("3", "0:1", "1:0", "nan:1", "1:9"):
+        with pytest.raises(ValueError, match=r"prompts.aspects is .*; expected width to height"):
+            Prompts(tmp_path, aspects=("1:1", wrong))

@@ -387,6 +387,33 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, scores):
     assert any(line["dropped"] for line in logs[0]) and any(line["loss"] for line in logs[0])
 
 
+def test_each_group_has_one_shape_of_its_row_or_of_the_settings(tmp_path):
+    file, prompts = tmp_path / "sizes.py", tmp_path / "rows.csv"
+    file.write_text(
+        "def score(pictures, rows):\n"
+        "    tall, wide = pictures.shape[1:3]\n"
+        "    own = rows[0]\n"
+        "    with open(__file__ + '.txt', 'a') as log:\n"
+        "        log.write(f\"{own['prompt']},{wide},{tall}\\n\")\n"
+        "    return pictures.mean(axis=(1, 2, 3))\n"
+    )
+    prompts.write_text("prompt,width,height,aspect\na,64,96,\nb,,,4:1\nc,,,\n")
+    config = config_of(
+        tmp_path, file, prompts__path=prompts, prompts__aspects=["1:1", "1:2"], training__steps=4,
+        reward__rewards=[f"{file}:score"], reward__groups=3, reward__group_size=2,
+        reward__rest=0, training__batch=1,
+    )  # fmt: skip
+    reward(config)
+    found = {}
+    for line in (tmp_path / "sizes.py.txt").read_text().splitlines():
+        name, *sides = line.split(",")
+        found.setdefault(name, set()).add(tuple(map(int, sides)))
+    assert found == {"a": {(64, 96)}, "b": {(128, 32)}, "c": {(64, 64), (48, 96)}}
+    prompts.write_text("prompt,width\na,64\n")
+    with pytest.raises(ValueError, match=r"rows.csv, row 1: height is not set"):
+        reward(config)
+
+
 def test_a_reward_that_fails_leaves_the_steps_before(tmp_path, scores):
     file = tmp_path / "failing.py"
     file.write_text(
