@@ -80,6 +80,12 @@ class RunConfig:
             "training.accumulate", self.training.accumulate,
             f"a multiple of {shares}: a step's batches are shared out among the processes",
         )  # fmt: skip
+        whole = shares > 1 and self.adapter.method == FULL
+        check(
+            not (whole and self.training.optimiser == "adamw8bit"),
+            "training.optimiser", self.training.optimiser,
+            "adamw or muon: bitsandbytes takes no weights that lie on several processes",
+        )  # fmt: skip
 
     @property
     def side(self) -> int | None:

@@ -30,8 +30,9 @@ from .base import checkpoint_file, stored_as
 from .cache import Encoders
 from .config import RewardConfig, RunConfig
 from .prompts import read_prompts
-from .sections import BASES, FULL, Adapter, Memory, Steps
+from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
 from .shapes import check_shapes, shape_of
+from .world import processes
 
 # Tokens of a caption that is not read yet: the official length.
 TEXT_TOKENS = 512
@@ -57,6 +58,8 @@ class Forecast:
     """Bytes on the device, by part, and in main memory for offloaded blocks.
 
     activations: those of whatever needs most, beside the other parts. vae: of a VAE that stays.
+    gathered: of sharded weights while they are in use. traffic: bytes that each process sends for
+    a batch and its update.
     """
 
     frozen: int
@@ -67,11 +70,14 @@ class Forecast:
     main_memory: int
     size: str
     vae: int = 0
+    gathered: int = 0
+    processes: int = 1
+    traffic: int = 0
 
     @property
     def total(self) -> int:
         parts = (self.frozen, self.trained, self.gradients, self.optimiser, self.activations)
-        return sum(parts) + self.vae + RESERVE
+        return sum(parts) + self.vae + self.gathered + RESERVE
 
     @property
     def card(self) -> int | None:
@@ -87,14 +93,20 @@ class Forecast:
                 ("gradients", self.gradients),
                 ("optimiser", self.optimiser),
                 ("activations", self.activations),
+                ("gathered", self.gathered),
                 ("VAE", self.vae),
                 ("reserve", RESERVE),
                 ("together", self.total),
             )
-            if size or name != "VAE"
+            if size or name not in ("VAE", "gathered")
         ]
         if self.main_memory:
             lines.append(f"and {self.main_memory / GB:.2f} GB of main memory for the blocks")
+        if self.processes > 1:
+            lines.append(
+                f"on each of {self.processes} processes, which sends {self.traffic / GB:.2f} GB "
+                "for a batch and its update"
+            )
         fits = f"fits {self.card} GB" if self.card else f"fits no card of {CARDS[-1]} GB"
         return "\n".join([*lines, f"{fits} at {self.size}"])
 
@@ -112,15 +124,17 @@ def training_memory(
     stored_bits: float = 16.0,
     itemsize: int = 2,
     vae: QwenImageVAE | None = None,
+    ranks: Ranks | None = None,
+    processes: int = 1,
 ) -> Forecast:
-    """The forecast for pictures of the area side x side.
+    """The forecast for pictures of the area side x side, of each process.
 
     vae: one that stays loaded and decodes pictures of that area between steps, on any device.
     stored_bits: of a value in the file's blocks, for base "as-is". references: pictures of the same
     size beside each. adapter_sets: beside one model, of which one acts at a time. itemsize: bytes
     of a number in the calculation.
     """
-    count = _count(config, adapter)
+    count, ranks = _count(config, adapter), ranks or Ranks()
     trained = adapter_sets * count.trained
     sequence = training.batch * ((1 + references) * (side // 16) ** 2 + text)
     state = sequence * config.hidden_size * itemsize
@@ -133,7 +147,7 @@ def training_memory(
         tokens = training.batch * text * config.num_text_layers * config.text_hidden_dim
         activations += _FUSION_STATES[adapter.method] * tokens * itemsize
     # torch's optimisers take a copy of what is trained for a step, when activations are gone.
-    activations = max(activations, 4 * trained)
+    activations = max(activations, 4 * trained // (processes if adapter.method == FULL else 1))
     if vae is not None:
         activations = max(activations, vae_bytes(vae, side**2))
     bits = stored_bits if memory.base == BASES[0] else _BITS[memory.base]
@@ -149,7 +163,7 @@ def training_memory(
             frozen += 2 * count.largest * itemsize
     moments = {"adamw": 8, "muon": 4, "adamw8bit": 2}[training.optimiser]
     averages = 4 * trained if training.average else 0
-    return Forecast(
+    result = Forecast(
         frozen,
         4 * trained + averages,
         4 * trained,
@@ -158,7 +172,59 @@ def training_memory(
         host,
         f"{side} px, batch {training.batch}",
         0 if vae is None else sum(tensor.nbytes for tensor in vae.state_dict().values()),
+        processes=processes,
     )
+    if processes == 1:
+        return result
+    if adapter.method == FULL:
+        return _whole_model_shared(result, 4 * count.inside // layers, layers * state, ranks.tensor)
+    if not ranks.shard:
+        return replace(result, traffic=_exchanged(result))
+    block = 0 if memory.offload else round(count.inside * bits / 8) // layers
+    return _adapters_shared(
+        result, layers * block + (count.everything - count.inside) * itemsize, block
+    )
+
+
+def _whole_model_shared(alone: Forecast, block: int, states: int, tensor: int) -> Forecast:
+    """A forecast of a model that is trained by several processes, each with a part of it.
+
+    block: bytes of a block's weights. Of these the one in use is there, the next, and a gradient.
+    Weights are gathered in the forward and in the backward pass, and gradients are shared out.
+    states: bytes of a hidden state of each block. With tensor parallelism processes add up two of
+    them in the forward pass, again where it is computed again, and in the backward pass.
+    """
+    count = alone.processes
+    weights = 3 * alone.gradients * (count - tensor) // (count * tensor)
+    hidden = 6 * states * 2 * (tensor - 1) // tensor
+    return replace(
+        alone,
+        trained=alone.trained // count,
+        gradients=alone.gradients // count,
+        optimiser=alone.optimiser // count,
+        gathered=3 * block // tensor,
+        traffic=weights + hidden,
+    )
+
+
+def _adapters_shared(alone: Forecast, stored: int, block: int) -> Forecast:
+    """A forecast of adapters that several processes train beside a frozen model in parts.
+
+    stored: bytes of what is sharded. block: of one block of it, of which the one in use is there
+    and the next. Weights are gathered in the forward and in the backward pass.
+    """
+    count = alone.processes
+    return replace(
+        alone,
+        frozen=alone.frozen - stored + stored // count,
+        gathered=2 * block,
+        traffic=_exchanged(alone) + 2 * stored * (count - 1) // count,
+    )
+
+
+def _exchanged(alone: Forecast) -> int:
+    """Bytes that a process sends of its adapters' gradients."""
+    return 2 * alone.gradients * (alone.processes - 1) // alone.processes
 
 
 @dataclass(frozen=True)
@@ -216,6 +282,8 @@ def run_memory(
                 stored_bits=stored_bits,
                 itemsize=itemsize,
                 vae=vae,
+                ranks=config.ranks,
+                processes=processes(),
             )
         )
     return max(stages, key=lambda stage: stage.total)

@@ -38,7 +38,8 @@ def train(args: Namespace) -> Iterator[object]:
     from krea2_training.world import OtherProcess, is_first
 
     if args.dry_run:
-        yield forecast(config)
+        if is_first():
+            yield forecast(config)
         return
     if not is_first():
         logging.disable(logging.INFO)

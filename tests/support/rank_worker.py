@@ -1,7 +1,8 @@
 """A process of torchrun's that does the runs of a file of JSON, one after the other.
 
 Each has a command, its settings, and perhaps dies_at: a step after which the last process kills
-itself, once.
+itself, once; or stops_at: one after which it asks for the end. The bytes that a process sends in
+the last step are written beside the result.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
@@ -21,9 +23,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, is_first_start = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
+    sent = count_bytes()
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        before = []
 
-        def on_step(step, record, run=run):
+        def on_step(step, record, run=run, before=before):
+            before.append(sent[0])
             if is_last and is_first_start and step == run.get("dies_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
             # One process alone asks for the end; all of them come to it.
@@ -31,12 +36,34 @@ def main() -> None:
                 raise StopTraining
 
         config = read_config(None, run["settings"], KINDS[run["command"]])
+        output = Path(run["settings"]["output.path"])
         try:
             run_command(config, on_step)
+            if rank == 0:
+                last = before[-1] - before[-2]
+                output.with_suffix(".bytes").write_text(str(last), encoding="utf-8")
         except ValueError as error:
-            (Path(run["settings"]["output.path"]).with_suffix(f".{rank}.txt")).write_text(
-                str(error), encoding="utf-8"
-            )
+            output.with_suffix(f".{rank}.txt").write_text(str(error), encoding="utf-8")
+
+
+def count_bytes() -> list[int]:
+    """A list whose number grows by what the collective operations of this process send."""
+    sent, count = [0], int(os.environ["WORLD_SIZE"])
+
+    def counted(name: str, place: int, word: str, times: int) -> None:
+        operation = getattr(dist, name)
+
+        def call(*values, **named):
+            tensor = named.get(word, values[place] if len(values) > place else None)
+            sent[0] += times * tensor.nbytes * (count - 1) // count
+            return operation(*values, **named)
+
+        setattr(dist, name, call)
+
+    counted("all_gather_into_tensor", 0, "output_tensor", 1)
+    counted("reduce_scatter_tensor", 1, "input", 1)
+    counted("all_reduce", 0, "tensor", 2)
+    return sent
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from krea2_model import Krea2Transformer, save_transformer
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
+from krea2_training.forecast import training_memory
 from krea2_training.sharded_states import newest_state
 from krea2_training.watch import read_log
 
@@ -58,7 +59,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = Krea2Transformer(config, variant="raw")
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+        std = parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.1
+        torch.nn.init.normal_(parameter, std=std)
     save_transformer(model, folder / "wide.safetensors")
     return folder
 
@@ -178,8 +180,21 @@ def test_two_processes_are_one(both, name):
     assert two == pytest.approx(one, abs=3e-6, rel=1e-4)
     tensors, expected = (load_file(both[side] / f"{name}.safetensors") for side in ("two", "one"))
     assert tensors.keys() == expected.keys()
-    for key, tensor in tensors.items():
-        torch.testing.assert_close(tensor, expected[key], atol=2e-5, rtol=1e-2, msg=key)
+    tensors, expected = (torch.cat([t[key].flatten().float() for key in sorted(expected)])
+                         for t in (tensors, expected))  # fmt: skip
+    # Where a gradient is nothing but rounding, Adam's first steps have its sign.
+    assert (tensors - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_norms_of_heads_learn_from_the_heads_of_all_processes(both, folder):
+    """A process computes half of the heads, and their norms belong to all."""
+    before = load_file(folder / "wide.safetensors")
+    two, one = (load_file(both[side] / "parted.safetensors") for side in ("two", "one"))
+    names = [name for name in one if "qknorm" in name and name.startswith("blocks.")]
+    assert len(names) == 4
+    for name in names:
+        change = one[name] - before[name]
+        assert (two[name] - one[name]).norm() < 0.02 * change.norm(), name
 
 
 def test_other_numbers_of_the_log_are_those_of_all_processes(both):
@@ -215,6 +230,19 @@ def test_a_state_of_two_processes_goes_on_in_one(both, folder):
     (state / "state.json").write_text("no JSON")
     with pytest.raises(ValueError, match="cannot be read as the state of a run"):
         go_on("two")
+
+
+@pytest.mark.parametrize("name", ["killed", "lora", "dora"])
+def test_what_a_process_sends_is_forecast(both, folder, name):
+    """All of it, and no more than the part of the model that is gathered in one pass only."""
+    settings = TRAINING | runs_of(folder)[name][1]
+    config = read_config(None, {**settings, "output.path": str(folder / "x.safetensors")})
+    expected = training_memory(
+        TRANSFORMER_CONFIG, adapter=config.adapter, memory=config.memory, ranks=config.ranks,
+        training=config.training, side=64, processes=2, itemsize=4,
+    )  # fmt: skip
+    sent = int((both["two"] / f"{name}.bytes").read_text())
+    assert 0.7 * expected.traffic < sent < 1.01 * expected.traffic
 
 
 def test_samples_are_painted_by_sharded_weights(both):
