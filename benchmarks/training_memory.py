@@ -1,4 +1,4 @@
-"""What training the released model fits into: a table of cards for each method, as Markdown.
+"""What training the released model fits into, and what processes send: tables as Markdown.
 
     python benchmarks/training_memory.py
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from krea2_model import TransformerConfig  # noqa: E402
 from krea2_model.memory.machine import GB  # noqa: E402
 from krea2_training.forecast import Forecast, training_memory  # noqa: E402
-from krea2_training.sections import FULL, Adapter, Memory, Steps  # noqa: E402
+from krea2_training.sections import FULL, Adapter, Memory, Ranks, Steps  # noqa: E402
 
 CARDS = (12, 16, 24, 48, 80)
 SIDES = (512, 768, 1024)
@@ -60,6 +60,40 @@ def tables() -> Iterator[str]:
         yield f"| {optimiser} | " + " | ".join(f"{one.total / GB:.0f} GB" for one in needed) + " |"
 
 
+# What several processes train, at 1024 px.
+SHARED = {
+    "LoRA, bf16": (Adapter(), Memory(base="bf16"), Ranks(), "adamw"),
+    "LoRA, bf16, `shard = false`": (Adapter(), Memory(base="bf16"), Ranks(shard=False), "adamw"),
+    "LoRA, 4bit": (Adapter(), Memory(base="4bit"), Ranks(), "adamw"),
+    "full, AdamW": (Adapter(method=FULL), Memory(), Ranks(), "adamw"),
+    "full, Muon": (Adapter(method=FULL), Memory(), Ranks(), "muon"),
+    "full, AdamW, `tensor = 4`": (Adapter(method=FULL), Memory(), Ranks(tensor=4), "adamw"),
+}
+COUNTS = (1, 8, 64)
+
+
+def ranks_table() -> Iterator[str]:
+    """The lines of the table of processes: what each needs, and sends for a batch of one."""
+    yield "| | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in COUNTS) + " |"
+    yield "|---" * (1 + len(COUNTS)) + "|"
+    for name, (adapter, memory, ranks, optimiser) in SHARED.items():
+        cells = []
+        for processes in COUNTS:
+            one = training_memory(
+                TransformerConfig(),
+                adapter=adapter,
+                memory=memory,
+                training=Steps(optimiser=optimiser),
+                side=1024,
+                ranks=ranks,
+                processes=processes,
+            )
+            sends = f", sends {one.traffic / GB:.1f} GB" if one.traffic else ""
+            alone = processes == 1 and (ranks.tensor > 1 or not ranks.shard)
+            cells.append("-" if alone else f"{one.total / GB:.1f} GB{sends}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
 def cell(method: str, side: int, card: int) -> str:
     """The first of `WAYS` that fits a card in bytes, what it needs, and its largest batch."""
     for way in WAYS:
@@ -86,4 +120,4 @@ def needs(
 
 
 if __name__ == "__main__":
-    print("\n".join(tables()))
+    print("\n".join([*tables(), "", *ranks_table()]))

@@ -167,11 +167,12 @@ def test_a_loaded_model_that_will_not_fit_is_told(tmp_path, monkeypatch, base, b
         assert bool(found) is expected
 
 
-def test_the_page_has_the_table_of_cards():
+def test_the_pages_have_their_tables():
     sys.path.append(str(ROOT / "benchmarks"))
     try:
-        from training_memory import tables
+        from training_memory import ranks_table, tables
     finally:
         sys.path.pop()
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert "\n".join(tables()) in page
+    for name, lines in (("training", tables()), ("many_gpus", ranks_table())):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert "\n".join(lines) in page
