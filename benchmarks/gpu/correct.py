@@ -1,4 +1,4 @@
-"""Sections "correct" and "kernels": on this device our parts give what the references give.
+"""Sections "correct", "kernels", "training": on this device our parts give what references give.
 
 In float32 to 1e-4; in bf16 no further from float32 than the references are, a twentieth for chance.
 Errors are `||value - reference|| / ||reference||`.
@@ -109,6 +109,46 @@ def fp8(worker) -> None:
     expected = models.core_call(worker.models.reference, wide)()
     values = {name: call() for name, call in worker.models.calls("fp8", inputs).items()}
     record(worker, "transformer, fp8_scaled, to float32", values, expected)
+
+
+def run_training(worker) -> None:
+    """Gradients of adapters beside each frozen base, with activations computed again."""
+    from krea2_training.adapters import add_adapters
+    from krea2_training.base import TrainingBackend, base_of_tensors, freeze_base
+    from krea2_training.cache import Batch
+    from krea2_training.flow import flow_loss, generator_of
+    from krea2_training.sections import BASES, Adapter, Memory
+
+    def gradients(base: str, device: torch.device, offload: bool) -> Tensor:
+        model = base_of_tensors(tensors, torch.float32, None)
+        freeze_base(model, Memory(base=base, offload=offload), device)
+        add_adapters(model, Adapter(rank=4, targets="blocks+text"))
+        model.to(device)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".up"):  # at 0 the other half has no gradient
+                torch.nn.init.constant_(parameter, 0.01)
+        batch = Batch(latents.to(device), taps.to(device), None)
+        loss = flow_loss(
+            model, batch, generator_of(0, 0), backend=TrainingBackend(), train_text=True
+        )
+        loss.backward()
+        parts = [p.grad.flatten().cpu() for p in model.parameters() if p.requires_grad]
+        return torch.cat(parts)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        config = weights.SMALL
+        tensors = weights.transformer_tensors(config, torch.device("cpu"), torch.float32, seed=12)
+        generator = torch.Generator().manual_seed(7)
+        latents = torch.randn(2, 16, 16, 16, generator=generator)
+        shape = 2, 9, config.num_text_layers, config.text_hidden_dim
+        taps = torch.randn(shape, generator=generator)
+        for base in BASES:
+            expected = gradients(base, torch.device("cpu"), False)
+            for offload in (False, True):
+                values = {"ours": gradients(base, worker.device, offload)}
+                where = ", in main memory" if offload else ""
+                record(worker, f"gradients, base {base}{where}, to a CPU", values, expected,
+                       FLOAT32_LIMIT)  # fmt: skip
 
 
 def vae(worker) -> None:
@@ -232,6 +272,8 @@ def run_kernels(worker) -> None:
     worker.row(what="grouped heads are taken", passed=attention.takes_grouped_heads(query)
                or device.type != "cuda")  # fmt: skip
 
+    partial_attention(worker, query, key, value)
+
     wide_heads = [random(1, 1, tokens, 384, of=torch.float32) for _ in range(3)]
     expected = F.scaled_dot_product_attention(*(part.double() for part in wide_heads))
     vae = in_process.pack_module("krea2_model.vae.model")
@@ -244,3 +286,28 @@ def run_kernels(worker) -> None:
     values = {"ours": F.scaled_dot_product_attention(*halves),
               "chunks": vae.attend_in_chunks(*halves, 2**16)}  # fmt: skip
     record(worker, "attention at head width 384, bf16", values, expected, BF16_LIMIT)
+
+
+def partial_attention(worker, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Attention to two parts of the keys, merged, against attention to all; with a mask and not."""
+    partial = in_process.pack_module("krea2_model.nn.partial_attention")
+    attention = in_process.pack_module("krea2_model.nn.attention")
+    tokens = key.shape[2]
+    cut = tokens // 3
+    mask = torch.zeros(1, 1, 1, tokens, device=query.device)
+    mask[..., ::5] = -2.0
+    for what, bias in (("", None), (" with a mask", mask)):
+        wide = [part.float() for part in (query, *attention.repeat_heads(query, key, value))]
+        scores = wide[0] @ wide[1].mT / query.shape[-1] ** 0.5
+        scores = scores if bias is None else scores + bias
+        expected, sums = scores.softmax(-1) @ wide[2], scores.logsumexp(-1)
+        for dtype, limit in ((torch.float32, FLOAT32_LIMIT), (query.dtype, BF16_LIMIT)):
+            parts = []
+            for keys in (slice(0, cut), slice(cut, tokens)):
+                own = None if bias is None else bias[..., keys]
+                inputs = (query.to(dtype), key[:, :, keys].to(dtype), value[:, :, keys].to(dtype))
+                parts.append(partial.attend_partially(*inputs, own))
+            merged = partial.merge(*parts)
+            name = f"attention in two parts{what}, {str(dtype).partition('.')[2]}"
+            record(worker, name, {"ours": merged.out}, expected, limit)
+            record(worker, f"{name}, log of sums", {"ours": merged.lse}, sums, limit)

@@ -245,6 +245,7 @@ def managed_table(rows: list[Row]) -> str:
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "correct": ("Correct", checks_table),
     "kernels": ("Kernels", checks_table),
+    "training": ("Training", checks_table),
     "nano": ("krea2-nano here and on the CPU", checks_table),
     "step": ("A step in bf16", step_table),
     "fp8": ("A step in fp8_scaled", step_table),

@@ -31,6 +31,7 @@ SECTIONS = (
     Section("machine", "machine", RESIDENT, 40),
     Section("correct", "correct", RESIDENT, 80),
     Section("kernels", "correct", RESIDENT, 20),
+    Section("training", "correct", RESIDENT, 40),
     Section("nano", "nano", RESIDENT, 50),
     Section("step", "steps", RESIDENT, 100),
     Section("fp8", "steps", RESIDENT, 45),
