@@ -161,3 +161,21 @@ def test_the_canvas_has_the_shape_of_the_latent(canvas):
     set_regions(page, [{"prompt": "x", "box": [0, 0, 0.5, 0.5]}])
     stage = page.locator(".k2-regions .stage").bounding_box()
     assert stage["width"] / stage["height"] == pytest.approx(2, abs=0.02)
+
+
+def test_the_side_panel_leaves_the_canvas_as_wide_as_the_node(canvas):
+    """It gives widgets of a chosen node its own width."""
+    page = canvas
+    width = "() => document.querySelector('.k2-regions').getBoundingClientRect().width"
+    open_panel = "is => app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', is)"
+    before = page.evaluate(width)
+    page.evaluate("""() => app.canvas.selectNode(
+        app.rootGraph.nodes.find(node => node.type === 'K2Regions'))""")
+    page.evaluate(open_panel, True)
+    try:
+        page.locator("[data-testid=properties-panel]").wait_for()
+        page.evaluate("() => app.canvas.setDirty(true, true)")
+        page.wait_for_timeout(300)
+        assert page.evaluate(width) == pytest.approx(before, abs=1)
+    finally:
+        page.evaluate(open_panel, False)

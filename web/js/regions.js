@@ -409,6 +409,8 @@ app.registerExtension({
     });
     // Seen on the page only: neither in the saved workflow nor in the request.
     widget.serialize = false;
+    // The page's side panel gives widgets of a chosen node its own width, on the node too.
+    Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
     canvas.showText(false);
     node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
     const refresh = () => queueMicrotask(() => canvas.refresh());
