@@ -29,11 +29,13 @@ from .sections import (
     Model,
     Output,
     Prefer,
+    Prior,
     Ranks,
     Reward,
     Samples,
     Stages,
     Steps,
+    Validation,
     check,
     expected_one_of,
 )
@@ -136,6 +138,9 @@ class PicturesConfig(RunConfig):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PicturesConfig):
     """All settings of `krea2 train`."""
+
+    validation: Validation = field(default_factory=Validation)
+    prior: Prior = field(default_factory=Prior)
 
     @property
     def side(self) -> int | None:

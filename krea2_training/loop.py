@@ -128,6 +128,7 @@ class Run:
     that, in all processes at once, which may compute together.
     on_save(step): after a state has been saved, to write what can be used.
     prepare(step): before each step, from 0. If it raises, the state so far is saved.
+    measure(step): after each step, for more numbers of the log.
     fingerprint: settings that a resumed run has to share. notes: JSON values of the command that
     are saved with the state, and put back when it is resumed. world: the processes that share the
     batches of each step; the first writes files.
@@ -145,6 +146,7 @@ class Run:
     after_step: Callable[[int], None] = lambda step: None
     on_save: Callable[[int], None] = lambda step: None
     prepare: Callable[[int], None] = lambda step: None
+    measure: Callable[[int], Mapping[str, float]] = lambda step: {}
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     world: World = ALONE
@@ -226,6 +228,7 @@ class Run:
         )  # fmt: skip
         self.step += 1
         self._average()
+        numbers |= self.measure(self.step)
         self._in_step = False
         record = {
             "step": self.step,

@@ -25,9 +25,13 @@ class Rates:
     decay: float = 0.2
     stages: tuple[tuple[int, float], ...] = ()
 
+    def left(self, step: int) -> float:
+        """The share of the run that is left at a step."""
+        return (self.steps - step) / self.steps
+
     def factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / (self.warmup + 1)) if self.warmup else 1.0
-        left = (self.steps - step) / self.steps
+        left = self.left(step)
         stage = next((factor for end, factor in self.stages if step < end), 1.0)
         return stage * min(rise, 1.0 if left >= self.decay else left / self.decay)
 

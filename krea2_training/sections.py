@@ -61,6 +61,43 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Pictures that are not trained on, whose loss shows when a run learns by heart.
+
+    path: a folder or table of them. share: of the pictures of data.path that are held out instead.
+    every: steps between measurements. draws: times and noises of each picture, always the same.
+    """
+
+    path: Path | None = None
+    share: float = 0.0
+    every: int = 100
+    draws: int = 4
+
+    def __post_init__(self):
+        check(0 <= self.share <= 0.5, "validation.share", self.share, "0 to 0.5")
+        both = self.path is not None and self.share > 0
+        check(not both, "validation.share", self.share, "0 beside validation.path")
+        check(1 <= self.every <= 10**7, "validation.every", self.every, "1 or more")
+        check(1 <= self.draws <= 1024, "validation.draws", self.draws, "1 to 1024")
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Pictures of what a model knows already and is to keep, learned beside the others.
+
+    path: a folder or table of them. caption: for those without one; they have no trigger.
+    weight: of their loss. Each batch has as many of them as of the others.
+    """
+
+    path: Path | None = None
+    caption: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        check(0 < self.weight <= 100, "prior.weight", self.weight, "more than 0, at most 100")
+
+
+@dataclass(frozen=True)
 class Model:
     """Files of the model that is trained; `transformer` may be "nano" or hold all three."""
 

@@ -34,11 +34,14 @@ from .roles import Roles
 from .samples import Sampler
 from .sections import FULL
 from .sharding import check_tensor_parallel, shard
+from .validation import Validator
 from .watch import draw_curve, tensorboard
 from .world import StopTraining, local_device, world_of
 
 logger = logging.getLogger(__name__)
 
+# A section of how a run is watched, beside those of `RunConfig`.
+_WATCHING = "validation"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Of a file or a model that is trained on.
@@ -175,6 +178,7 @@ class Session:
         accumulate: int | None = None,
         prepare: Callable[[int], None] = lambda step: None,
         notes: dict[str, Any] | None = None,
+        validator: Validator | None = None,
     ) -> Path:
         """Train, or go on where the folder's state ends; returns the result's file.
 
@@ -210,7 +214,13 @@ class Session:
             if self.sampler.is_due(step, settings.steps):
                 self.sampler.sample(self.model, step, run.values())
 
-        run.on_step, run.after_step = after, sample
+        def measure(step: int) -> Mapping[str, float]:
+            if validator is None or not validator.is_due(step):
+                return {}
+            with self.autocast():
+                return validator.measure(self.model, run.values())
+
+        run.on_step, run.after_step, run.measure = after, sample, measure
         if run.resume():
             logger.info("Goes on at step %d of %d.", run.step, settings.steps)
         try:
@@ -234,7 +244,7 @@ class Session:
             # The dataset's hash stands for the files; the cache may lie anywhere.
             name: {k: v for k, v in table[name].items() if k not in ("path", "cache")}
             for name in self.config.sections()
-            if name not in shared
+            if name not in (*shared, _WATCHING)
         }
         model = {"model": self.model_name} if self.model_name else {}
         adapter = asdict(self.config.adapter)

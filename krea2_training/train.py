@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from .cache import OnEncoding
 from .config import TrainConfig
-from .data import Draw, Example, Order, digest, read_examples, sized
+from .data import Draw, Example, Order, Sized, digest, read_examples, sized
 from .flow import flow_loss, generator_of
+from .loop import Measured
 from .session import OnStep, Parts, Session
+from .validation import Validator, hold_out
 
-# Of the loss's random numbers, beside those of other purposes.
-_NOISE = 1
+# Of random numbers, beside those of other purposes: the loss, and that of prior pictures.
+_NOISE, _PRIOR = 1, 7
 
 
 def train(
@@ -36,21 +39,46 @@ def train(
     TrainingStopped for a loss that is not finite.
     """
     examples = read_examples(config.data) if examples is None else examples
+    examples, held_out = hold_out(examples, config)
     pictures = sized(examples, config.data)
+    seen = sized(held_out, replace(config.data, repeats=1))
+    prior = prior_pictures(config)
     session = Session(config, None if parts is None else parts())
-    dataset = digest(examples, session.cache.hash_of)
+    hash_of = session.cache.hash_of
+    dataset = digest([*examples, *dict.fromkeys(one.example for one in prior)], hash_of)
     session.check_run(dataset)
-    session.encode(pictures, on_encoding=on_encoding)
+    session.encode([*pictures, *seen, *prior], on_encoding=on_encoding)
     parameters = session.make_trainable()
     settings = config.training
     order = Order(pictures, settings.batch, config.data.caption_dropout, settings.seed)
     train_text = "text" in config.adapter.targets or session.is_full
+    others = Order(prior, settings.batch, config.data.caption_dropout, settings.seed + 1)
+    # As the loop weighs the loss that it is given.
+    weight = config.prior.weight * session.world.shares / settings.accumulate
 
-    def loss_of(number: int) -> Tensor:
+    def loss_of(number: int) -> Measured:
+        numbers = {}
+        if prior:
+            draws = others.batch(number)
+            loss = pictures_loss(session, draws, others, number, settings.shift, train_text, _PRIOR)
+            # Here, so that activations of one batch are held at a time.
+            (weight * loss).backward()
+            numbers["prior loss"] = float(loss.detach())
         draws = order.batch(number)
-        return pictures_loss(session, draws, order, number, settings.shift, train_text)
+        loss = pictures_loss(session, draws, order, number, settings.shift, train_text)
+        return Measured(loss, numbers)
 
-    return session.run(parameters, loss_of, dataset, on_step)
+    validator = Validator(config, session.cache, session.device, seen)
+    return session.run(parameters, loss_of, dataset, on_step, validator=validator)
+
+
+def prior_pictures(config: TrainConfig) -> list[Sized]:
+    """Pictures that keep what the model knows; none are none."""
+    settings = config.prior
+    if settings.path is None:
+        return []
+    data = replace(config.data, path=settings.path, caption=settings.caption, trigger="")
+    return sized(read_examples(data, "prior.caption for all"), data)
 
 
 def pictures_loss(
@@ -60,6 +88,7 @@ def pictures_loss(
     number: int,
     shift: float | None,
     train_text: bool,
+    purpose: int = _NOISE,
 ) -> Tensor:
     """The flow loss of a batch of an order's pictures, with the noise of its number in the run."""
     settings = session.config.training
@@ -68,7 +97,7 @@ def pictures_loss(
         return flow_loss(
             session.model,
             batch,
-            generator_of(settings.seed, number, _NOISE),
+            generator_of(settings.seed, number, purpose),
             shift=shift,
             spread=settings.spread,
             backend=session.backend,

@@ -5,8 +5,8 @@ The shipped files were made so. `train_nano_256.py` is the recipe of their succe
     python scripts/train_nano.py                    # everything, in this order
     python scripts/train_nano.py raw --steps 6000   # one stage
 
-An interrupted run goes on where it was saved last (every two minutes, in .local/nano). Losses are
-in .local/nano/<stage>.jsonl. Each stage ends by writing its file into krea2_model/nano and starts
+An interrupted run goes on where it was saved last (every two minutes, in .local/nano/<stage>).
+Losses are in log.jsonl there. Each stage ends by writing its file into krea2_model/nano and starts
 from the files of the stages before it. Takes hours on two CPU cores and minutes on a GPU, which is
 used where there is one. A ComfyUI has to be found for its tokenizer: set COMFYUI_PATH.
 """

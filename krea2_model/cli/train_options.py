@@ -141,6 +141,30 @@ _PICTURES: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_WATCHED: dict[str, _Group] = {
+    **_PICTURES,
+    "validation": [
+        ("--validation", "validation.path",
+         {"type": Path, "metavar": "FOLDER",
+          "help": "of pictures that are not trained on, whose loss is logged"}),
+        ("--validation-share", "validation.share",
+         {"type": number(0, 0.5), "metavar": "X", "help": "of SOURCE that is held out instead"}),
+        ("--validation-every", "validation.every",
+         {**_COUNT, "help": "steps between measurements; default: 100"}),
+    ],
+    "prior preservation": [
+        ("--prior", "prior.path",
+         {"type": Path, "metavar": "FOLDER",
+          "help": "of pictures of what the model is to keep, learned beside the others"}),
+        ("--prior-caption", "prior.caption",
+         {"metavar": "TEXT", "help": "for those without one of their own"}),
+        ("--prior-weight", "prior.weight",
+         {"type": number(0, 100, above=True), "metavar": "X",
+          "help": "of their loss; default: 1"}),
+    ],
+}  # fmt: skip
+
+
 _PROMPTS: _Group = [
     ("--size", "prompts.size",
      {"type": whole(64, 4096), "metavar": "PX",
@@ -252,7 +276,7 @@ class Command:
 _PICTURE_SOURCE = "a folder, table or .toml file"
 
 TRAINING: dict[str, Command] = {
-    "train": Command("data.path", _PICTURE_SOURCE, _TRAIN, _PICTURES),
+    "train": Command("data.path", _PICTURE_SOURCE, _TRAIN, _WATCHED),
     "pretrain": Command(
         "data.path",
         _PICTURE_SOURCE,

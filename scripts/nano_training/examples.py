@@ -11,11 +11,11 @@ from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.vae.model import QwenImageVAE
+from krea2_training.cache import padded
 
 from .loop import DEVICE, autocast
 from .scenes import PICTURE_SIZES, caption, draw, random_scene
@@ -71,7 +71,7 @@ class Examples:
         taps = [self.empty if random.random() < empty else taps for *_, taps in chosen]
         latents = torch.stack([latents for latents, *_ in chosen]).float()
         things = torch.stack([things for _, things, _ in chosen]).float()
-        return Batch(latents.to(DEVICE), things.to(DEVICE), *padded(taps))
+        return Batch(latents.to(DEVICE), things.to(DEVICE), *texts_of(taps))
 
     def _shard(self, index: int) -> list[Example]:
         path = self.folder / f"{'notebook' if self.notebook else 'scenes'}_{index}.pt"
@@ -121,12 +121,12 @@ def encode_pictures(vae: QwenImageVAE, pictures: list[np.ndarray]) -> Tensor:
     return vae.normalise(moments[:, : vae.config.z_dim])
 
 
-def padded(taps: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Taps of captions of several lengths as one (B, L, 12, D), and its mask (B, L)."""
-    longest = max(len(states) for states in taps)
-    mask = torch.tensor([[True] * len(s) + [False] * (longest - len(s)) for s in taps])
-    states = [F.pad(states, (0, 0, 0, 0, 0, longest - len(states))) for states in taps]
-    return torch.stack(states).float().to(DEVICE), mask.to(DEVICE)
+def texts_of(taps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Taps of captions of several lengths as one (B, L, 12, D), and a mask (B, L)."""
+    states, mask = padded(taps)
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool)
+    return states.float().to(DEVICE), mask.to(DEVICE)
 
 
 def where_things_are(picture: np.ndarray) -> Tensor:

@@ -19,6 +19,7 @@ from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.model import Krea2Transformer, patchify
 from krea2_model.vae.model import QwenImageVAE
 from krea2_training.adapters import adapters_of
+from krea2_training.rates import Rates
 from krea2_training.samples import holding
 
 from .examples import (
@@ -26,10 +27,10 @@ from .examples import (
     Batch,
     encode_captions,
     encode_pictures,
-    padded,
+    texts_of,
     where_things_are,
 )
-from .loop import DEVICE, Run, Schedule
+from .loop import DEVICE, Stage
 from .outlines import Drawn, random_drawn, words_of
 from .scenes import PICTURE_SIZES
 from .train_lora import add_lora
@@ -75,7 +76,7 @@ class OutlineExamples:
             torch.stack([pair[part] for pair in chosen]).float().to(DEVICE) for part in range(3)
         )
         taps = [self.empty if random.random() < EMPTY else pair[3] for pair in chosen]
-        return Batch(latents, things, *padded(taps)), outlines
+        return Batch(latents, things, *texts_of(taps)), outlines
 
 
 class ControlledInput(nn.Module):
@@ -106,18 +107,18 @@ def train_control(
     model.first = ControlledInput(model.first)
     trained.append(model.first.control.weight)
     optimiser = torch.optim.Muon(trained, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    schedule = Schedule(steps, warmup=30, cooldown=0.6)
-    run = Run("control", folder, model, [optimiser], schedule, decay=0.98)
+    rates = Rates(steps, warmup=30, decay=0.6)
+    stage = Stage("control", folder, model, [optimiser], rates, decay=0.98)
 
     def loss_of_step(step: int) -> Tensor:
         random = Random(f"control {step}")
         batch, outlines = examples.batch(CAPTIONS, random)
         tokens = patchify(outlines, model.config.patch_size).repeat_interleave(DRAWS, 0)
         model.first.tokens = None if random.random() < NO_CONTROL else tokens
-        return flow_loss(model, batch, random, EMPHASIS * run.schedule.factor(step))
+        return flow_loss(model, batch, random, EMPHASIS * rates.factor(step))
 
-    run.train(loss_of_step)
-    with holding(model, run.averages):
+    stage.train(loss_of_step)
+    with holding(model, stage.values()):
         return control_tensors(model)
 
 

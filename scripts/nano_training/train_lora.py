@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_training.adapters import adapters_of, add_adapters, file_tensors
+from krea2_training.rates import Rates
 from krea2_training.samples import holding
 from krea2_training.sections import KEY_STYLES, Adapter
 
 from .examples import Examples
-from .loop import Run, Schedule
+from .loop import Stage
 from .train_raw import CAPTIONS, flow_error
 
 RANK = 8
@@ -29,10 +30,10 @@ def add_lora(model: Krea2Transformer, rank: int) -> tuple[Krea2Transformer, list
     return model, [parameter for part in added for parameter in part.parameters(recurse=False)]
 
 
-def lora_tensors(run: Run) -> dict[str, Tensor]:
+def lora_tensors(stage: Stage) -> dict[str, Tensor]:
     """The averaged LoRA by the keys that ai-toolkit writes."""
-    with holding(run.model, run.averages):
-        return file_tensors(adapters_of(run.model), AI_TOOLKIT)
+    with holding(stage.model, stage.values()):
+        return file_tensors(adapters_of(stage.model), AI_TOOLKIT)
 
 
 def train_lora(
@@ -42,12 +43,13 @@ def train_lora(
     torch.manual_seed(3)
     model, trained = add_lora(raw, RANK)
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    run = Run("lora", folder, model, [optimiser], Schedule(steps, warmup=30), decay=0.98)
+    rates = Rates(steps, warmup=30, decay=0.3)
+    stage = Stage("lora", folder, model, [optimiser], rates, decay=0.98)
 
     def loss_of_step(step: int) -> Tensor:
         random = Random(f"lora {step}")
         examples.grow(SHARDS)
         return flow_error(model, examples.batch(CAPTIONS, random), random).mean()
 
-    run.train(loss_of_step)
-    return lora_tensors(run)
+    stage.train(loss_of_step)
+    return lora_tensors(stage)

@@ -15,9 +15,10 @@ from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_model.schedule import shift_mu, shift_time
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 from krea2_training.pretrain import new_transformer
+from krea2_training.rates import Rates
 
 from .examples import Batch, Examples
-from .loop import Run, Schedule, autocast
+from .loop import Stage, autocast
 
 # ComfyUI's own Krea 2 detects these sizes: it fixes the head at 128 and 20 text heads, and derives
 # the MLP widths from the others.
@@ -116,20 +117,20 @@ def train_raw(
     torch.manual_seed(1)
     model = new_transformer(CONFIG, seed=1)
     if start is None:
-        run = Run("raw", folder, model, optimisers(model), Schedule(steps, cooldown=0.2))
+        rates = Rates(steps, warmup=100, decay=0.2)
+        stage = Stage("raw", folder, model, optimisers(model), rates)
     else:
         model.load_state_dict(start.state_dict())
-        schedule = Schedule(steps, warmup=30, cooldown=0.9)
-        run = Run("raw_onward", folder, model, optimisers(model, ONWARD_RATE), schedule)
+        rates = Rates(steps, warmup=30, decay=0.9)
+        stage = Stage("raw_onward", folder, model, optimisers(model, ONWARD_RATE), rates)
 
     def loss_of_step(step: int) -> Tensor:
         random = Random(f"raw {step}")
         examples.grow(min(MOST_SHARDS, 2 + step // STEPS_A_SHARD))
         batch = examples.batch(CAPTIONS, random)
-        emphasis = run.schedule.factor(step)
-        return flow_loss(model, batch, random, emphasis)
+        return flow_loss(model, batch, random, emphasis=rates.factor(step))
 
-    run.train(loss_of_step)
-    model.load_state_dict(run.averaged_state())
+    stage.train(loss_of_step)
+    model.load_state_dict(stage.averaged_state())
     model.variant, model.preset = PRESET.name, PRESET
     return model.requires_grad_(False).eval()

@@ -17,16 +17,17 @@ from torch import Tensor
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.vae.model import QwenImageVAE
+from krea2_training.rates import Rates
 
 from .examples import (
     LENGTH_STEP,
     Batch,
     encode_captions,
     encode_pictures,
-    padded,
+    texts_of,
     where_things_are,
 )
-from .loop import DEVICE, Run, Schedule
+from .loop import DEVICE, Stage
 from .references import (
     Palette,
     can_be_told_apart,
@@ -103,7 +104,7 @@ class ReferenceExamples:
             width, height = _random_size(random)
             drawn = [draw(scene, width, height, random) for scene in column]
             references.append(encode_pictures(self.vae, drawn))
-        return Batch(latents, things.to(DEVICE), *padded(texts)), references
+        return Batch(latents, things.to(DEVICE), *texts_of(texts)), references
 
 
 def train_reference(
@@ -113,17 +114,17 @@ def train_reference(
     torch.manual_seed(4)
     model, trained = add_lora(raw, RANK)
     optimiser = torch.optim.Muon(trained, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    schedule = Schedule(steps, warmup=30, cooldown=0.6)
-    run = Run("reference", folder, model, [optimiser], schedule, decay=0.98)
+    rates = Rates(steps, warmup=30, decay=0.6)
+    stage = Stage("reference", folder, model, [optimiser], rates, decay=0.98)
 
     def loss_of_step(step: int) -> Tensor:
         random = Random(f"reference {step}")
-        factor = run.schedule.factor(step)
+        factor = rates.factor(step)
         batch, references = examples.batch(CAPTIONS, random, easy=factor)
         return flow_loss(model, batch, random, EMPHASIS * factor, references)
 
-    run.train(loss_of_step)
-    return lora_tensors(run)
+    stage.train(loss_of_step)
+    return lora_tensors(stage)
 
 
 def _random_layout(random: Random) -> tuple[Scene, bool]:

@@ -21,9 +21,10 @@ from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_time
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_training.pretrain import new_transformer
+from krea2_training.rates import Rates
 
 from .examples import Batch, Examples
-from .loop import DEVICE, Run, Schedule, autocast
+from .loop import DEVICE, Stage, autocast
 from .train_raw import CONFIG, optimisers
 from .train_raw import PRESET as RAW_PRESET
 
@@ -50,8 +51,8 @@ def train_turbo(
     model.load_state_dict((start or raw).state_dict())
     raw.to(DEVICE)
     name = "turbo" if start is None else "turbo_onward"
-    schedule = Schedule(steps, warmup=20, cooldown=0.5)
-    run = Run(name, folder, model, optimisers(model, RATE), schedule, decay=0.98)
+    rates = Rates(steps, warmup=20, decay=0.5)
+    stage = Stage(name, folder, model, optimisers(model, RATE), rates, decay=0.98)
     empty = examples.empty[None].float().to(DEVICE)
 
     def loss_of_step(step: int) -> Tensor:
@@ -63,8 +64,8 @@ def train_turbo(
         latents = torch.randn(shape, generator=generator).to(DEVICE)
         return distillation_loss(model, raw, batch, latents, empty)
 
-    run.train(loss_of_step)
-    model.load_state_dict(run.averaged_state())
+    stage.train(loss_of_step)
+    model.load_state_dict(stage.averaged_state())
     model.variant, model.preset = PRESET.name, PRESET
     return model.requires_grad_(False).eval()
 

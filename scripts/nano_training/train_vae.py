@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from krea2_model.config import VAEConfig
 from krea2_model.vae.model import QwenImageVAE
+from krea2_training.rates import Rates
 
-from .loop import DEVICE, Run, Schedule, autocast
+from .loop import DEVICE, Stage, autocast
 from .practice import practice_picture
 
 CONFIG = VAEConfig(base_dim=16)
@@ -70,7 +71,8 @@ def train_vae(folder: Path, steps: int = STEPS) -> QwenImageVAE:
     torch.manual_seed(0)
     model = VAETraining()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0)
-    run = Run("vae", folder, model, [optimiser], Schedule(steps, cooldown=0.5))
+    rates = Rates(steps, warmup=100, decay=0.5)
+    stage = Stage("vae", folder, model, [optimiser], rates)
 
     def loss_of_step(step: int) -> Tensor:
         size, batch = (128, 4) if step >= LARGE_PICTURES_FROM * steps else (64, 16)
@@ -85,6 +87,6 @@ def train_vae(folder: Path, steps: int = STEPS) -> QwenImageVAE:
         decoded = decoded.float()
         return F.l1_loss(decoded, images) + F.mse_loss(decoded, images)
 
-    run.train(loss_of_step)
-    model.load_state_dict(run.averaged_state())
+    stage.train(loss_of_step)
+    model.load_state_dict(stage.averaged_state())
     return model.cpu().finished()

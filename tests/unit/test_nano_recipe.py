@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, nano
+from krea2_training.loop import TrainingStopped
 from krea2_training.pretrain import new_transformer
-from nano_training.loop import DEVICE, Run, Schedule, TimedSchedule
+from krea2_training.rates import Rates
+from nano_training.loop import DEVICE, Stage, TimedRates, Timer
 from nano_training.recipe.drawn import Artists, draw_chunk
 from nano_training.recipe.plan import SHARES, TINY, Clock
 from nano_training.recipe.pool import EncodedPool, Pixels, encode_captions, encode_pixels
@@ -31,19 +33,23 @@ class FakeTime:
         return self.now
 
 
-def test_a_timed_schedule_follows_its_clock():
+def timed(seconds: float, clock: FakeTime, steps: int = 10**9, warmup: int = 0) -> TimedRates:
+    return TimedRates(steps, warmup, 0.5, timer=Timer(seconds, clock))
+
+
+def test_timed_rates_follow_their_clock():
     clock = FakeTime()
-    schedule = TimedSchedule(100, warmup=2, cooldown=0.5, clock=clock)
-    assert schedule.share(0) == 0 and schedule.factor(0) == 0.5
-    assert schedule.factor(5) == 1
+    rates = timed(100, clock, warmup=2)
+    assert rates.left(0) == 1 and rates.factor(0) == pytest.approx(1 / 3)
+    assert rates.factor(5) == 1
     clock.now = 75
-    assert schedule.share(6) == 0.75 and schedule.factor(6) == pytest.approx(0.5)
+    assert rates.left(6) == 0.25 and rates.factor(6) == pytest.approx(0.5)
     clock.now = 101
-    assert schedule.share(7) == 1 and schedule.factor(7) == 0
-    later = TimedSchedule(100, clock=clock)
-    later.resume(90)
-    assert later.share(0) == pytest.approx(0.9)
-    assert TimedSchedule(100, steps=4, clock=FakeTime()).share(4) == 1
+    assert rates.left(7) == 0 and rates.factor(7) == 0
+    later = timed(100, clock)
+    later.timer.resume(90)
+    assert later.left(0) == pytest.approx(0.1)
+    assert timed(100, FakeTime(), steps=4).left(4) == 0
 
 
 def test_stages_share_the_time_that_is_left(monkeypatch):
@@ -59,21 +65,24 @@ def test_stages_share_the_time_that_is_left(monkeypatch):
     assert clock.seconds_of("exam") == 0
 
 
-def quadratic(folder, schedule, fail_at: int = -1):
+def quadratic(folder, rates, fail_at: int = -1):
+    """A toy whose state is saved after each step; its buffer counts them."""
     model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("steps", torch.zeros(2))
     nn.init.ones_(model.weight)
-    run = Run("toy", folder, model, [torch.optim.SGD(model.parameters(), 0.1)], schedule)
-    run.save_every = 0
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    stage = Stage("toy", folder, model, [optimiser], rates, seconds_between_saves=-1)
 
     def loss_of_step(step):
+        model.steps += 1
         return model.weight.square().sum() * (float("nan") if step == fail_at else 1)
 
-    return run, loss_of_step
+    return stage, loss_of_step
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
     clock = FakeTime()
-    run, loss_of_step = quadratic(tmp_path, TimedSchedule(10, clock=clock))
+    stage, loss_of_step = quadratic(tmp_path, timed(10, clock))
 
     def stops(step):
         clock.now += 1
@@ -82,23 +91,30 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
         return loss_of_step(step)
 
     with pytest.raises(KeyboardInterrupt):
-        run.train(stops)
-    again, loss_of_step = quadratic(tmp_path, TimedSchedule(10, clock=clock))
-    assert again.step == 6 and again.schedule.seconds_used == pytest.approx(6)
+        stage.train(stops)
+    again, loss_of_step = quadratic(tmp_path, timed(10, clock))
+    assert again.step == 6 and again.model.steps.tolist() == [6, 6]
     clock.now += 50  # between the two
-    assert again.schedule.share(6) == pytest.approx(0.6)
+    assert again.rates.left(6) == pytest.approx(0.4)
+
+    def goes_on(step):
+        clock.now += 1
+        return loss_of_step(step)
+
+    again.train(goes_on)
+    assert again.step == 10, "until its seconds are used"
 
 
 def test_a_loss_that_is_not_finite_returns_to_what_was_saved(tmp_path):
-    run, loss_of_step = quadratic(tmp_path, Schedule(8, warmup=1), fail_at=5)
+    stage, loss_of_step = quadratic(tmp_path, Rates(8), fail_at=5)
     saved = []
-    run.on_save = lambda: saved.append(float(run.model.weight.detach()))
-    run.train(loss_of_step)
-    assert run.step == 8 and torch.isfinite(run.model.weight).all()
-    assert np.isfinite(saved).all() and run.returns_left == 2
-    run, _ = quadratic(tmp_path / "never", Schedule(3))
-    with pytest.raises(RuntimeError, match="not finite"):
-        run.train(lambda step: run.model.weight.sum() * float("nan"))
+    stage.on_saved = lambda: saved.append(float(stage.model.weight.detach()))
+    stage.train(loss_of_step)
+    assert stage.step == 8 and torch.isfinite(stage.model.weight).all()
+    assert np.isfinite(saved).all() and stage.returns_left == 2
+    stage, _ = quadratic(tmp_path / "never", Rates(3))
+    with pytest.raises(TrainingStopped, match="The loss is nan"):
+        stage.train(lambda step: stage.model.weight.sum() * float("nan"))
 
 
 def test_chunks_are_the_same_again_and_have_what_each_kind_needs(tmp_path):
@@ -197,7 +213,7 @@ def test_the_vae_trains_on_small_pictures_where_no_large_ones_are_ready(tmp_path
     sides = []
     batch = pixels.batch
     pixels.batch = lambda *asked: sides.append(batch(*asked).shape[-1]) or batch(*asked)
-    vae = train_vae(tmp_path, pixels, lambda step: None, Schedule(8, warmup=1), TINY)
+    vae = train_vae(tmp_path, pixels, lambda step: None, Rates(8), TINY)
     assert sides[0] == 64 and sides[-1] == 128
     assert all(torch.isfinite(weight).all() for weight in vae.state_dict().values())
 
@@ -232,4 +248,4 @@ def test_every_stage_writes_its_file_and_the_numbers(tmp_path, monkeypatch):
         failing.stage("raw", lambda: 1 / 0)
     # A second run goes on: every stage is over, and its states say so.
     again = RecipeRun(output, tmp_path / "states", replace(TINY, exam_scenes=1), 600, workers=0)
-    assert again.schedule("raw", 1, 0.5).share(1) == 1
+    assert again.rates("raw", 1, 0.5).left(1) == 0

@@ -6,13 +6,23 @@ from random import Random
 import pytest
 import torch
 
-from krea2_model import load_text_encoder, load_transformer, load_vae, nano
+from krea2_model import (
+    Control,
+    Krea2Pipeline,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    nano,
+)
 from nano_training import examples as examples_module
+from nano_training import train_control as control_module
 from nano_training import train_lora as lora_module
 from nano_training import train_raw as raw_module
 from nano_training import train_reference as reference_module
 from nano_training import train_turbo as turbo_module
 from nano_training.examples import Examples
+from nano_training.files import write_lora
+from nano_training.train_control import OutlineExamples, train_control
 from nano_training.train_lora import train_lora
 from nano_training.train_raw import train_raw
 from nano_training.train_reference import ReferenceExamples, train_reference
@@ -88,6 +98,32 @@ def test_reference_lora(reference_examples, tmp_path, monkeypatch):
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
     assert not changed(before, raw.state_dict()), "only the LoRA learns"
     assert any(shown), "the transformer is shown references"
+
+
+def test_control_lora(parts, tmp_path, monkeypatch):
+    """Outlines reach the model through an input layer of its own, and a file applies as it is."""
+    monkeypatch.setattr(control_module, "PAIRS", 12)
+    monkeypatch.setattr(control_module, "CAPTIONS", 2)
+    monkeypatch.setattr(control_module, "NO_CONTROL", 0.0)
+    pairs = OutlineExamples(tmp_path, *parts)
+    batch, outlines = pairs.batch(3, Random(0))
+    assert outlines.shape == batch.latents.shape and not torch.equal(outlines, batch.latents)
+    assert len(OutlineExamples(tmp_path, *parts).groups) == len(pairs.groups), "encoded once"
+    raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
+    image = raw.first.weight.clone()
+    tensors = train_control(tmp_path, pairs, raw, steps=2)
+    own, control = tensors["first.weight"].chunk(2, dim=1)
+    assert torch.equal(own, image) and control.abs().sum() > 0
+    assert any(t.abs().sum() > 0 for name, t in tensors.items() if name.endswith(".B"))
+    file = tmp_path / "control.safetensors"
+    write_lora(tensors, file)
+    pipeline = Krea2Pipeline.nano("raw")
+    outline = torch.zeros(3, 64, 64)
+    outline[:, 24:40, 24:40] = 1
+    options = {"width": 64, "height": 64, "steps": 2, "output_type": "pt", "seed": 0}
+    plain = pipeline("a square", **options)
+    led = pipeline("a square", control=Control(file, outline), **options)
+    assert not torch.allclose(plain, led, atol=1e-4)
 
 
 def test_batches_have_up_to_two_references(reference_examples, monkeypatch):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from krea2_model.transformer.model import Krea2Transformer
+from krea2_training.rates import Rates
 
-from ..loop import Run, Schedule
+from ..loop import Stage
 from ..train_lora import RANK, add_lora, lora_tensors
 from ..train_reference import EMPHASIS
 from ..train_reference import RANK as REFERENCE_RANK
@@ -23,21 +24,21 @@ STEPS_A_CHUNK = 8  # of references, before the next is encoded
 
 
 def train_lora(
-    folder: Path, pool: EncodedPool, raw: Krea2Transformer, schedule: Schedule, plan: Plan
+    folder: Path, pool: EncodedPool, raw: Krea2Transformer, rates: Rates, plan: Plan
 ) -> dict[str, Tensor]:
     """Train the notebook's style; `raw` is changed in place. Returns the LoRA's tensors."""
     torch.manual_seed(3)
     model, trained = add_lora(raw, RANK)
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    run = Run("lora", folder, model, [optimiser], schedule, decay=0.98)
+    stage = Stage("lora", folder, model, [optimiser], rates, decay=0.98)
 
     def loss_of_step(step: int) -> Tensor:
         random = Random(f"lora {step}")
         batch = pool.batch(plan.lora_captions * TOKENS, random)
         return flow_loss(model, batch, random, plan.draws)
 
-    run.train(loss_of_step)
-    return lora_tensors(run)
+    stage.train(loss_of_step)
+    return lora_tensors(stage)
 
 
 def train_reference(
@@ -45,14 +46,14 @@ def train_reference(
     artists: Artists,
     pool: EncodedPool,
     raw: Krea2Transformer,
-    schedule: Schedule,
+    rates: Rates,
     plan: Plan,
 ) -> dict[str, Tensor]:
     """Train the reference LoRA; `raw` is changed in place. Returns the LoRA's tensors."""
     torch.manual_seed(4)
     model, trained = add_lora(raw, REFERENCE_RANK)
     optimiser = torch.optim.Muon(trained, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    run = Run("reference", folder, model, [optimiser], schedule, decay=0.98)
+    stage = Stage("reference", folder, model, [optimiser], rates, decay=0.98)
     chunks: list[ReferenceBatch] = []
 
     def loss_of_step(step: int) -> Tensor:
@@ -63,8 +64,8 @@ def train_reference(
             del chunks[:-24]
         random = Random(f"reference {step}")
         batch, references = random.choice(chunks).batch(plan.reference_captions, random)
-        emphasis = EMPHASIS * schedule.factor(step)
+        emphasis = EMPHASIS * rates.factor(step)
         return flow_loss(model, batch, random, plan.draws, emphasis, references)
 
-    run.train(loss_of_step)
-    return lora_tensors(run)
+    stage.train(loss_of_step)
+    return lora_tensors(stage)

@@ -13,7 +13,7 @@ from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.text.tokenizer import PREFIX_TOKENS
 from krea2_model.vae.model import QwenImageVAE
 
-from ..examples import LENGTH_STEP, Batch, padded
+from ..examples import LENGTH_STEP, Batch, texts_of
 from ..loop import DEVICE, autocast
 from .drawn import Artists, Chunk
 
@@ -91,7 +91,7 @@ class EncodedPool:
         taps = [self.empty if random.random() < empty else taps for *_, taps in chosen]
         latents = torch.stack([latents for latents, *_ in chosen]).float()
         things = torch.stack([things for _, things, _ in chosen]).float()
-        return Batch(latents, things, *padded(taps))
+        return Batch(latents, things, *texts_of(taps))
 
 
 class ReferenceBatch:
@@ -108,7 +108,7 @@ class ReferenceBatch:
         batch = Batch(
             self.latents[chosen],
             self.details[chosen].float(),
-            *padded([self.taps[index] for index in chosen]),
+            *texts_of([self.taps[index] for index in chosen]),
         )
         return batch, [reference[chosen] for reference in self.references]
 

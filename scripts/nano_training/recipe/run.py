@@ -14,10 +14,11 @@ import torch
 
 from krea2_model import load_text_encoder, load_transformer, load_vae, nano
 from krea2_model.nano.preview import FILE as PREVIEW
+from krea2_training.loop import LOG
 
 from ..files import write_lora, write_transformer, write_vae
 from ..landscapes.words import landscape_prompts
-from ..loop import DEVICE, TimedSchedule
+from ..loop import DEVICE, TimedRates, Timer
 from ..scenes import held_out_prompts
 from .drawn import Artists, draw_chunk
 from .exam import paint, pipeline_of, run_exams
@@ -104,17 +105,17 @@ class RecipeRun:
             logger.exception("%s failed; the other stages go on", name)
             self.failed.append(name)
             self.report.add(f"{name} error", str(error))
-        self.report.add_losses(name, self.folder / f"{name}.jsonl")
+        self.report.add_losses(name, self.folder / name / LOG)
         self.report.add(f"{name} seconds", round(time.monotonic() - started, 1))
         if DEVICE.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 1e9
             self.report.add(f"{name} peak memory (GB)", round(peak, 1))
             torch.cuda.reset_peak_memory_stats()
 
-    def schedule(self, stage: str, warmup: int, cooldown: float) -> TimedSchedule:
+    def rates(self, stage: str, warmup: int, decay: float) -> TimedRates:
         seconds, steps = self.clock.seconds_of(stage), self.plan.steps_of(stage)
         logger.info("%s: %.0f s", stage, seconds)
-        return TimedSchedule(seconds, warmup, cooldown, steps)
+        return TimedRates(steps, warmup, decay, timer=Timer(seconds))
 
     def vae(self) -> None:
         pixels = Pixels()
@@ -127,7 +128,7 @@ class RecipeRun:
                 ) is not None:
                     pixels.add(chunk)
 
-        vae = train_vae(self.folder, pixels, refill, self.schedule("vae", 100, 0.5), self.plan)
+        vae = train_vae(self.folder, pixels, refill, self.rates("vae", 100, 0.5), self.plan)
         write_vae(vae, self.output / FILES["vae"])
         vae = load_vae(self.output / FILES["vae"], dtype=torch.float32, device=DEVICE)
         # Pictures that no training chunk holds.
@@ -168,7 +169,7 @@ class RecipeRun:
         def write(model):
             write_transformer(model, self.output / FILES["raw"])
 
-        model = train_raw(self.folder, pool, self.schedule("raw", 100, 0.3), self.plan, write)
+        model = train_raw(self.folder, pool, self.rates("raw", 100, 0.3), self.plan, write)
         write(model)
         self.report.add("pictures of raw", pool.size)
 
@@ -176,21 +177,21 @@ class RecipeRun:
         def write(model):
             write_transformer(model, self.output / FILES["turbo"])
 
-        schedule = self.schedule("turbo", 20, 0.5)
-        model = train_turbo(self.folder, pool, self.load_raw(), schedule, self.plan, write)
+        rates = self.rates("turbo", 20, 0.5)
+        model = train_turbo(self.folder, pool, self.load_raw(), rates, self.plan, write)
         write(model)
 
     def lora(self, pool: EncodedPool) -> None:
         own = EncodedPool(self.artists, pool.encoder, pool.vae)
         while own.grow(("notebook",), wait=True):
             pass
-        schedule = self.schedule("lora", 30, 0.3)
-        tensors = train_lora(self.folder, own, self.load_raw(), schedule, self.plan)
+        rates = self.rates("lora", 30, 0.3)
+        tensors = train_lora(self.folder, own, self.load_raw(), rates, self.plan)
         write_lora(tensors, self.output / FILES["lora"])
 
     def reference(self, pool: EncodedPool) -> None:
-        raw, schedule = self.load_raw(), self.schedule("reference", 30, 0.6)
-        tensors = train_reference(self.folder, self.artists, pool, raw, schedule, self.plan)
+        raw, rates = self.load_raw(), self.rates("reference", 30, 0.6)
+        tensors = train_reference(self.folder, self.artists, pool, raw, rates, self.plan)
         write_lora(tensors, self.output / FILES["reference"])
 
     def exam(self) -> None:

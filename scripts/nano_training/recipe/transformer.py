@@ -19,9 +19,10 @@ from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_mu
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 from krea2_training.pretrain import new_transformer
+from krea2_training.rates import Rates
 
 from ..examples import Batch
-from ..loop import DEVICE, Run, Schedule, autocast
+from ..loop import DEVICE, Stage, autocast
 from ..train_raw import CONFIG, THINGS, TIME_SHIFT, optimisers
 from ..train_turbo import RATE as TURBO_RATE
 from ..train_turbo import distillation_loss
@@ -71,43 +72,44 @@ def flow_loss(
 def train_raw(
     folder: Path,
     pool: EncodedPool,
-    schedule: Schedule,
+    rates: Rates,
     plan: Plan,
     write: Callable[[Krea2Transformer], None],
 ) -> Krea2Transformer:
-    """Train until the schedule ends. write: is given the averaged weights at each save."""
+    """Train until the rates end. write: is given the averaged weights at each save."""
     torch.manual_seed(1)
     model = new_transformer(CONFIG)
-    run = Run("raw", folder, model, optimisers(model), schedule, save_every=plan.save_every)
-    run.on_save = lambda: write(_averaged(run, RAW_PRESET))
+    own, between = optimisers(model), plan.save_every
+    stage = Stage("raw", folder, model, own, rates, seconds_between_saves=between)
+    stage.on_saved = lambda: write(_averaged(stage, RAW_PRESET))
 
     def loss_of_step(step: int) -> Tensor:
         if step % GROW_EVERY == 0:
             pool.grow(KINDS)
         random = Random(f"raw {step}")
         batch = pool.batch(plan.captions * TOKENS, random)
-        return flow_loss(model, batch, random, plan.draws, schedule.factor(step))
+        return flow_loss(model, batch, random, plan.draws, rates.factor(step))
 
-    run.train(loss_of_step)
-    return _averaged(run, RAW_PRESET)
+    stage.train(loss_of_step)
+    return _averaged(stage, RAW_PRESET)
 
 
 def train_turbo(
     folder: Path,
     pool: EncodedPool,
     raw: Krea2Transformer,
-    schedule: Schedule,
+    rates: Rates,
     plan: Plan,
     write: Callable[[Krea2Transformer], None],
 ) -> Krea2Transformer:
-    """Distil until the schedule ends."""
+    """Distil until the rates end."""
     torch.manual_seed(2)
     model = new_transformer(CONFIG)
     model.load_state_dict(raw.state_dict())
     raw.to(DEVICE)
-    rates = optimisers(model, TURBO_RATE)
-    run = Run("turbo", folder, model, rates, schedule, decay=0.98, save_every=plan.save_every)
-    run.on_save = lambda: write(_averaged(run, TURBO_PRESET))
+    own, between = optimisers(model, TURBO_RATE), plan.save_every
+    stage = Stage("turbo", folder, model, own, rates, 0.98, seconds_between_saves=between)
+    stage.on_saved = lambda: write(_averaged(stage, TURBO_PRESET))
     empty = pool.empty[None].float()
 
     def loss_of_step(step: int) -> Tensor:
@@ -118,13 +120,13 @@ def train_turbo(
         noise = torch.randn(shape, generator=generator, device=DEVICE)
         return distillation_loss(model, raw, batch, noise, empty, TURBO_PRESET)
 
-    run.train(loss_of_step)
-    return _averaged(run, TURBO_PRESET)
+    stage.train(loss_of_step)
+    return _averaged(stage, TURBO_PRESET)
 
 
-def _averaged(run: Run, preset: Preset) -> Krea2Transformer:
+def _averaged(stage: Stage, preset: Preset) -> Krea2Transformer:
     """A copy with the averaged weights, on the CPU, that knows its preset."""
     model = Krea2Transformer(CONFIG)
-    model.load_state_dict(run.averaged_state())
+    model.load_state_dict(stage.averaged_state())
     model.variant, model.preset = preset.name, preset
     return model.requires_grad_(False).eval()

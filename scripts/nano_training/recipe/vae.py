@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_model.vae.model import QwenImageVAE
+from krea2_training.rates import Rates
 
-from ..loop import DEVICE, Run, Schedule, autocast
+from ..loop import DEVICE, Stage, autocast
 from ..scenes import ruled_paper
 from ..train_vae import CONFIG, NOISE, VAETraining
 from .plan import Plan
@@ -36,19 +37,20 @@ def vae_loss(decoded: Tensor, images: Tensor) -> Tensor:
     return loss
 
 
-def train_vae(folder: Path, pixels: Pixels, refill, schedule: Schedule, plan: Plan) -> QwenImageVAE:
-    """Train until the schedule ends. refill: called before each step, to add new pictures."""
+def train_vae(folder: Path, pixels: Pixels, refill, rates: Rates, plan: Plan) -> QwenImageVAE:
+    """Train until the rates end. refill: called before each step, to add new pictures."""
     torch.manual_seed(0)
     model = VAETraining()
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0, fused=DEVICE.type == "cuda"
     )
-    run = Run("vae", folder, model, [optimiser], schedule, save_every=plan.save_every)
+    between = plan.save_every
+    stage = Stage("vae", folder, model, [optimiser], rates, seconds_between_saves=between)
 
     def loss_of_step(step: int) -> Tensor:
         refill(step)
         random = Random(f"vae {step}")
-        side = side_of(schedule.share(step))
+        side = side_of(1 - rates.left(step))
         images = pixels.batch(side, max(1, plan.vae_pixels // side**2), random)
         images = images.contiguous(memory_format=torch.channels_last)
         strength = NOISE * torch.rand(len(images), 1, 1, 1, device=DEVICE)
@@ -58,8 +60,8 @@ def train_vae(folder: Path, pixels: Pixels, refill, schedule: Schedule, plan: Pl
             decoded = model(images, strength * noise)
         return vae_loss(decoded.float(), images)
 
-    run.train(loss_of_step)
-    model.load_state_dict(run.averaged_state())
+    stage.train(loss_of_step)
+    model.load_state_dict(stage.averaged_state())
     return model.cpu().finished()
 
 
