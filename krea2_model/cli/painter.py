@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class Painter:
 
     def paint(self, args: Namespace, title: str) -> Picture:
         """One picture; `args.prompt` is used as it is."""
+        return self.paint_together([args], title)[0]
+
+    def paint_together(self, rows: Sequence[Namespace], title: str) -> list[Picture]:
+        """Pictures in one call; their options differ in prompt, negative and seed alone."""
+        args = rows[0]
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
         pictures = find_input_pictures(args)
@@ -79,17 +85,22 @@ class Painter:
                 )
                 bar.update()
 
-            images = self._pipeline(args.prompt, args.negative, callback=step_done, **options)
+            images = self._pipeline(
+                [row.prompt for row in rows],
+                [row.negative for row in rows],
+                seed=[row.seed for row in rows],
+                callback=step_done,
+                **options,
+            )
             assert isinstance(images, list), "output_type is pil"
-            image = images[0]
             bar.set_description(title)
-        width, height = image.size
+        width, height = images[0].size
         if args.upscale is not None and args.denoise > 0:
             height, width = sides
         elif args.upscale is not None:
             height, width = fit(options["start_image"], args.width, args.height).shape[1:]
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
-        return Picture(image, results)
+        return [Picture(image, results) for image in images]
 
     def forecast(self, args: Namespace) -> Forecast:
         """The forecast of a picture. Style pictures are not counted."""
@@ -155,7 +166,6 @@ class Painter:
             "height": args.height,
             "steps": steps,
             "guidance": guidance,
-            "seed": args.seed,
             "max_sequence_length": args.max_sequence_length,
             "prompt_weights": args.weights,
             "layer_weights": args.layer_weights,
