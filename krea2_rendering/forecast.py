@@ -39,13 +39,13 @@ def forecast(plan: Plan, args: Namespace, output: Place, console: Console) -> st
         f"{'worker' if workers == 1 else 'workers'} like it"
     )
     lines.append(f"{size / 1000:.0f} kB a picture: {total / 1e9:.3f} GB in {output}")
-    if note := check_room(output, total):
+    if note := check_room(output, int(total)):
         lines.append(note)
     return "\n".join(lines)
 
 
 def _measure(plan: Plan, args: Namespace, console: Console) -> tuple[float, float]:
-    """Seconds and bytes a picture, over the settings of the first chunk by their numbers of jobs."""
+    """Seconds and bytes a picture, for the settings of the first chunk, by their jobs."""
     chunk = plan.chunks[0]
     values = chunk["values"].to_pylist()
     seconds = size = weight = 0.0

@@ -1,7 +1,7 @@
 """The ledger of a folder of pictures: a line of JSON for each picture that was made or failed.
 
 On a disk it is `results.jsonl`, to which lines are added. An object store cannot add to a file:
-there are parts beside it, `results-TIME-NUMBER.jsonl`, one a minute. Whoever runs the command
+there are parts beside it, `results-TIME-RUN-NUMBER.jsonl`, one a minute. Whoever runs the command
 writes it, alone. `table.parquet` is made of it at the end of a run.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import secrets
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from .places import Place
 
 RESULTS, TABLE = "results.jsonl", "table.parquet"
-_PART = re.compile(r"results(-[0-9TZ]+-\d+)?\.jsonl$")
+_PART = re.compile(r"results(-[0-9TZ]+-[0-9a-f]+-\d+)?\.jsonl$")
 _PART_ENTRIES, _PART_SECONDS = 1000, 60
 _AT_ONCE = 4096
 Entry = dict[str, Any]
@@ -66,6 +67,7 @@ class Ledger:
     def __init__(self, place: Place):
         self._place, self.run = place, now()
         self._parts, self._waiting = 0, list[str]()
+        self._token = secrets.token_hex(4)
         self._last = time.monotonic()
         self._file: Any = None
 
@@ -92,15 +94,14 @@ class Ledger:
             lines, self._waiting = self._waiting, []
             self._file.writelines(lines)
             self._file.flush()
-        elif (
-            len(self._waiting) >= _PART_ENTRIES or time.monotonic() - self._last > _PART_SECONDS
-        ):
+        elif len(self._waiting) >= _PART_ENTRIES or time.monotonic() - self._last > _PART_SECONDS:
             self._write_part()
 
     def _write_part(self) -> None:
         self._last = time.monotonic()
         if self._waiting:
-            name = f"results-{self.run.replace('-', '').replace(':', '')}-{self._parts}.jsonl"
+            time_of_run = self.run.replace("-", "").replace(":", "")
+            name = f"results-{time_of_run}-{self._token}-{self._parts:06}.jsonl"
             self._place.write(name, "".join(self._waiting).encode())
             self._parts, self._waiting = self._parts + 1, []
 
@@ -139,7 +140,7 @@ def finished(place: Place) -> np.ndarray:
 
 
 def write_table(place: Place, run: str) -> None:
-    """`table.parquet`: a line for each picture that there is, and for each error of the last run."""
+    """`table.parquet`: a line for each picture that is there and each error of the last run."""
     last: dict[int, int] = {}
     for position, entry in enumerate(read_entries(place)):
         if entry.get("file") and entry.get("key"):

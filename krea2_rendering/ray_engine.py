@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,9 +98,10 @@ def resources(args: Namespace) -> Resources:
         possible = int(gpus / per_worker)
         workers = possible if args.workers is None else args.workers
         if not 0 < workers <= possible:
+            asked = f"--workers {workers} with " if args.workers else ""
             raise UsageError(
-                f"--workers is {workers} of {per_worker:g} GPUs each, and the cluster has "
-                f"{gpus:g}; expected 1 to {possible} workers. Leave --workers out, or set "
+                f"{asked}--gpus-per-worker {per_worker:g} is more than the {gpus:g} GPUs of the "
+                f"cluster; expected at most {possible} workers of this kind. Ask for less, or set "
                 "--gpus-per-worker 0 to paint on CPUs."
             )
         return Resources(workers, per_worker, min(1.0, _cpus(cpus, workers)))
@@ -143,11 +145,17 @@ class RayPainter:
         return painted
 
 
-def ray_entries(plan: Plan, args: Namespace, output: Place, workers: Resources) -> Iterator[list]:
+def ray_entries(
+    plan: Plan,
+    args: Namespace,
+    output: Place,
+    workers: Resources,
+    painter: type = RayPainter,
+) -> Iterator[list[Entry]]:
     """Make the jobs of a plan; gives their entries as they are written, in any order.
 
-    Jobs whose workers were killed again and again have none. Raises Failure where no worker
-    starts.
+    painter: the class of the actors. Jobs whose workers were killed again and again have no entry.
+    Raises Failure where no worker starts.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -164,11 +172,13 @@ def ray_entries(plan: Plan, args: Namespace, output: Place, workers: Resources) 
     while plan.chunks:  # each is kept by Ray alone then
         references.append(ray.put(plan.chunks.pop(0)))
     tasks = {"num_cpus": _TASK_CPUS, "batch_format": "pyarrow", "zero_copy_batch": True}
+    # Ray 2.60 to 2.63 have no other name for max_task_retries, of which they warn.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     painted = (
         ray.data.from_arrow_refs(references)
         .repartition(target_num_rows_per_block=block)
         .map_batches(
-            RayPainter,
+            painter,
             fn_constructor_args=(args, args.batch, workers.threads),
             compute=ActorPoolStrategy(size=workers.workers, max_tasks_in_flight_per_actor=2),
             num_cpus=workers.cpus,

@@ -19,6 +19,7 @@ from krea2_model.text.tokenizer import Krea2Tokenizer
 from .ledger import TABLE, Entry, Ledger, finished, number_of, read_entries, write_table
 from .places import Place
 from .plan import Plan, TokensOf, make_plan
+from .ray_engine import lost, ray_entries, ray_session, resources
 from .writing import FOLDER, STOP, records_of, shard_names
 
 
@@ -27,8 +28,6 @@ def render(args: Namespace) -> Iterator[object]:
 
     Raises Failure where pictures were not made, with the ledger that says why.
     """
-    from .ray_engine import ray_entries, ray_session, resources
-
     console, output = Console(args.quiet), Place(args.output)
     take_from_models(args)
     weights = check_machine(args)
@@ -129,9 +128,7 @@ def _note_plan(plan: Plan, args: Namespace, console: Console) -> None:
         console.note(f"{plan.made} of {plan.made + plan.jobs} pictures are made already")
 
 
-def _follow(
-    entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: Console
-) -> int:
+def _follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: Console) -> int:
     """Keep the entries of a run as they come, and show its progress; gives the failures."""
     there = np.zeros(plan.jobs, dtype=bool)
     failed = 0
@@ -155,8 +152,6 @@ def _follow(
             bar.update(len(new))
         missing = [f"{int(key):016x}" for key in plan.keys[~there]]
         if missing:
-            from .ray_engine import lost
-
             ledger.add(lost(missing))
             failed += len(missing)
             bar.update(len(missing))

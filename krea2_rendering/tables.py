@@ -1,4 +1,4 @@
-"""Rows of tables: JSONL, CSV, text or Parquet, a file or a folder of them, here or at an address."""
+"""Rows of tables: JSONL, CSV, text or Parquet, a file or a folder, here or at an address."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea2_model.cli.errors import UsageError
@@ -69,7 +70,7 @@ def _rows(place: Place, name: str, columns: Sequence[str] | None) -> Iterator[tu
             else:
                 lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
                 yield from reader(lines, shown, columns)
-    except (OSError, UnicodeDecodeError, pq.lib.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UsageError(f"{shown} cannot be read: {reason}.") from error
 

@@ -1,15 +1,16 @@
-"""Options of `krea2 render` for many workers; the module of their work is imported when it begins."""
+"""Options of `krea2 render` for many workers."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .choices import ENGINES, LAYOUTS
 from .values import number, whole
 
 # Options with values that mean nothing to the plain engine, and their defaults.
-ENGINE_OPTIONS = {
+ENGINE_OPTIONS: dict[str, Any] = {
     "address": None,
     "workers": None,
     "gpus_per_worker": None,
@@ -34,7 +35,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--address", metavar="HOST:PORT", help="of a Ray cluster; default: Ray starts here"
     )
     many.add_argument(
-        "--workers", type=whole(1), metavar="N", help="default: one a GPU, or one where there is none"
+        "--workers",
+        type=whole(1),
+        metavar="N",
+        help="default: one a GPU, or one where there is none",
     )
     many.add_argument(
         "--gpus-per-worker", type=number(0), metavar="X", help="default: 1, or 0 without a GPU"

@@ -41,7 +41,9 @@ def check_plain(args: Namespace) -> None:
         if getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             engine = "comfyui" if name in ("server", "workflow") else "ray"
-            raise UsageError(f"{option} goes with --engine {engine}; add it, or leave {option} out.")
+            raise UsageError(
+                f"{option} goes with --engine {engine}; add it, or leave {option} out."
+            )
     for option, place in (("FILE", args.table), ("--output", args.output)):
         if isinstance(place, str):
             raise UsageError(f"{option} is {place}; addresses go with --engine ray.")

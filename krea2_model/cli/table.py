@@ -91,7 +91,7 @@ def _from_jsonl(
 
 
 # By the ending of a file. Each gives rows by their numbers, as dicts or as the UsageError that they
-# are, of lines of text, the file's name for messages, and the columns that there may be, None for any.
+# are, of lines of text, a name for messages, and the columns that there may be (None: any).
 READERS = {".txt": _from_text, ".csv": _from_csv, ".jsonl": _from_jsonl}
 
 
