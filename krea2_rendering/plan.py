@@ -76,6 +76,14 @@ class Plan:
     def jobs(self) -> int:
         return len(self.keys)
 
+    def check(self, address: str | Path) -> None:
+        """Raise UsageError for a table without rows, or with errors in all of them."""
+        if not self.rows:
+            raise UsageError(f"{address} has no rows; expected at least one prompt.")
+        if len(self.errors) == self.rows:
+            row, error = (self.errors[0][name] for name in ("row", "error"))
+            raise UsageError(f"All {self.rows} rows of {address} have errors; row {row}: {error}")
+
 
 class RowOptions:
     """Options of rows over those of the command line, read once for each distinct row of them."""
@@ -117,7 +125,7 @@ def make_plan(
     output for rows of other content.
     """
     plan, options = Plan(), RowOptions(args)
-    names = _Names()
+    names = Names()
     made = set(done.tolist())
     seen = set[int]()
     waiting: list[dict[str, Any]] = []
@@ -150,13 +158,7 @@ def make_plan(
                 waiting = []
     if waiting:
         plan.chunks.append(_chunk(waiting, batch))
-    if not plan.rows:
-        raise UsageError(f"{address} has no rows; expected at least one prompt.")
-    if len(plan.errors) == plan.rows:
-        first = plan.errors[0]
-        raise UsageError(
-            f"All {plan.rows} rows of {address} have errors; row {first['row']}: {first['error']}"
-        )
+    plan.check(address)
     plan.keys = np.fromiter(seen - made, np.uint64)
     plan.keys.sort()
     return plan
@@ -212,7 +214,7 @@ def _seed(value: Any) -> int:
     return seed
 
 
-class _Names:
+class Names:
     """Names that rows give themselves, each for one content."""
 
     def __init__(self) -> None:

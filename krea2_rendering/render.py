@@ -34,9 +34,9 @@ def render(args: Namespace) -> Iterator[object]:
     _check_options(args)
     if not args.dry_run:
         output.check_writable()
-    done = _done(args, output, console)
+    done = keys_done(args, output, console)
     plan = make_plan(args.table, args, done, args.batch, _tokens_of(args, weights))
-    _note_plan(plan, args, console)
+    note_plan(plan, console)
     if args.dry_run:
         from .forecast import forecast
 
@@ -49,8 +49,13 @@ def render(args: Namespace) -> Iterator[object]:
             with ray_session(args.address, args.quiet or not args.verbose, args.dashboard):
                 workers = resources(args)
                 entries = ray_entries(plan, args, output, workers)
-                failed += _follow(entries, plan, ledger, console)
+                failed += follow(entries, plan, ledger, console)
         run = ledger.run
+    yield from finish(output, run, failed, plan)
+
+
+def finish(output: Place, run: str, failed: int, plan: Plan) -> Iterator[str]:
+    """Write the table of a run that has ended; gives its place. Raises Failure for failures."""
     write_table(output, run)
     yield f"{output}/{TABLE}"
     total = plan.jobs + plan.made + len(plan.errors)
@@ -73,7 +78,7 @@ def _check_options(args: Namespace) -> None:
         )
 
 
-def _done(args: Namespace, output: Place, console: Console) -> np.ndarray:
+def keys_done(args: Namespace, output: Place, console: Console) -> np.ndarray:
     """Keys of the pictures that need not be made."""
     none = np.empty(0, np.uint64)
     if args.force:
@@ -115,7 +120,8 @@ def _tokens_of(args: Namespace, weights: Weights) -> TokensOf | None:
     return tokens_of
 
 
-def _note_plan(plan: Plan, args: Namespace, console: Console) -> None:
+def note_plan(plan: Plan, console: Console) -> None:
+    """Say what of a table is not to be made, and why."""
     if plan.errors:
         first = plan.errors[0]
         console.note(
@@ -128,7 +134,7 @@ def _note_plan(plan: Plan, args: Namespace, console: Console) -> None:
         console.note(f"{plan.made} of {plan.made + plan.jobs} pictures are made already")
 
 
-def _follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: Console) -> int:
+def follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: Console) -> int:
     """Keep the entries of a run as they come, and show its progress; gives the failures."""
     there = np.zeros(plan.jobs, dtype=bool)
     failed = 0

@@ -85,7 +85,7 @@ class FolderWriter:
                     self._place.write(row["file"], row["data"])
                     entry["file"] = row["file"]
                 except Exception as error:
-                    entry = _not_written(entry, error)
+                    entry = not_written(entry, error)
             entries.append({"entry": json.dumps(entry)})
         return pa.Table.from_pylist(entries, ENTRIES)
 
@@ -114,7 +114,7 @@ class ShardWriter:
                 self._place.write(name, write(members))
                 entries += [entry for entry, _, _ in members]
             except Exception as error:
-                entries += [_not_written(entry, error) for entry, _, _ in good]
+                entries += [not_written(entry, error) for entry, _, _ in good]
         return pa.Table.from_pylist([{"entry": json.dumps(e)} for e in entries], ENTRIES)
 
 
@@ -177,7 +177,7 @@ def shard_names(place: Place) -> set[str]:
     return {f"{SHARDS}/{name}" for name in Place(f"{place}/{SHARDS}").top_names() if name[0] != "."}
 
 
-def _not_written(entry: Entry, error: Exception) -> Entry:
+def not_written(entry: Entry, error: Exception) -> Entry:
     """The entry of a picture that could not be written; a full disk ends the run."""
     kept: dict[str, Any] = {
         name: entry[name] for name in ("row", "key", "id", "seed", "prompt") if name in entry

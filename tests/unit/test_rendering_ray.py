@@ -21,7 +21,7 @@ from krea2_rendering.ledger import Ledger, read_entries
 from krea2_rendering.places import Place
 from krea2_rendering.plan import make_plan
 from krea2_rendering.ray_engine import Resources, ray_entries
-from krea2_rendering.render import _follow
+from krea2_rendering.render import follow
 
 MODEL = ["--model", "nano", "--steps", "1", "--width", "32", "--height", "32", "--quiet"]
 
@@ -74,7 +74,7 @@ def make(cluster, tmp_path):
         plan, place = make_plan(table, args, np.empty(0, np.uint64)), Place(args.output)
         workers = Resources(2, 0, 0.2)
         with Ledger(place) as ledger:
-            _follow(ray_entries(plan, args, place, workers, Squares), plan, ledger, Console(True))
+            follow(ray_entries(plan, args, place, workers, Squares), plan, ledger, Console(True))
         return list(read_entries(place))
 
     return run
