@@ -86,6 +86,10 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .render import render
 
         return render(args)
+    if args.command == "serve":
+        from .rendering import serve
+
+        return serve(args)
     if args.command in ("generate", "again"):
         from .generate import again, generate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,13 @@ class Painter:
         """One picture; `args.prompt` is used as it is."""
         return self.paint_together([args], title)[0]
 
-    def paint_together(self, rows: Sequence[Namespace], title: str) -> list[Picture]:
-        """Pictures in one call; their options differ in prompt, negative and seed alone."""
+    def paint_together(
+        self, rows: Sequence[Namespace], title: str, on_step: Callable[[], None] | None = None
+    ) -> list[Picture]:
+        """Pictures in one call; their options differ in prompt, negative and seed alone.
+
+        on_step: called after each step; what it raises ends the call.
+        """
         args = rows[0]
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
@@ -84,6 +89,8 @@ class Painter:
                     f"{title}: {'decoding' if step == steps else 'sampling'}", False
                 )
                 bar.update()
+                if on_step is not None:
+                    on_step()
 
             images = self._pipeline(
                 [row.prompt for row in rows],
@@ -101,6 +108,11 @@ class Painter:
             height, width = fit(options["start_image"], args.width, args.height).shape[1:]
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return [Picture(image, results) for image in images]
+
+    def takes_edits(self, args: Namespace) -> bool:
+        """True where a LoRA of the options is for edits."""
+        self._use_loras(find_loras(args))
+        return bool(self._pipeline.edit_families)
 
     def forecast(self, args: Namespace) -> Forecast:
         """The forecast of a picture. Style pictures are not counted."""

@@ -1,4 +1,4 @@
-"""`krea2 render` by other engines than the plain one, in `krea2_rendering`."""
+"""`krea2 render` by other engines than the plain one and `krea2 serve`, in `krea2_rendering`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from .errors import Failure, UsageError
 from .render_options import ENGINE_OPTIONS
 
-REQUIREMENTS = ("ray", "pyarrow", "fsspec", "fastapi")
+REQUIREMENTS = ("ray", "pyarrow", "fsspec", "starlette")
 _INSTALL = (
-    'pip install "ray[data,serve]" pyarrow fsspec, or in the pack\'s folder '
+    'pip install "ray[data,serve]" pyarrow fsspec python-multipart, or in the pack\'s folder '
     "pip install -r requirements-rendering.txt"
 )
 
@@ -22,6 +22,16 @@ def render(args: Namespace) -> Iterator[object]:
             from krea2_rendering.comfy_engine import render as run
         else:
             from krea2_rendering.render import render as run
+    except ImportError as error:
+        raise missing(error) from error
+    yield from run(args)
+
+
+def serve(args: Namespace) -> Iterator[object]:
+    """Serve pictures over HTTP until it is stopped; gives the address."""
+    args.prompt, args.seeds = "", None
+    try:
+        from krea2_rendering.serving import run
     except ImportError as error:
         raise missing(error) from error
     yield from run(args)

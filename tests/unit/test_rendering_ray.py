@@ -1,18 +1,31 @@
-"""Jobs through a real Ray: killed workers, jobs that kill, shards, and krea2-nano itself.
+"""Jobs and requests through a real Ray: killed workers, jobs that kill, shards, krea2-nano.
 
 One Ray for the file. Actors are painted squares where the model does not matter: they import no
 torch.
 """
 
+import asyncio
+import base64
+import io
 import json
 import os
+import re
 import signal
+import socket
 import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 import numpy as np
+import openai
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from ray import serve
 
 import krea2_rendering.ray_engine as engine
 from krea2_model.cli.main import main, parse
@@ -22,6 +35,7 @@ from krea2_rendering.places import Place
 from krea2_rendering.plan import make_plan
 from krea2_rendering.ray_engine import Resources, ray_entries
 from krea2_rendering.render import follow
+from krea2_rendering.serving import ImageServer, Item, deploy
 
 MODEL = ["--model", "nano", "--steps", "1", "--width", "32", "--height", "32", "--quiet"]
 
@@ -142,3 +156,123 @@ def test_more_workers_than_there_are_cores_are_refused(cluster, krea2, tmp_path)
     assert "--workers is 9, and the cluster has 2 cores" in krea2(*words, "--workers", 9, code=2)
     error = krea2(*words, "--gpus-per-worker", "1", code=2)
     assert "more than the 0 GPUs of the cluster" in error and "--gpus-per-worker 0" in error
+
+
+# krea2 serve, by the client that programs use.
+
+
+@pytest.fixture(scope="module")
+def server(cluster):
+    """The address of a server with krea2-nano that takes two requests and lets one wait."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--model", "nano", "--steps", "2", "--width", "64", "--height", "64", "--quiet"]
+    words += ["--port", str(port), "--token", "secret", "--max-queue", "1", "--max-side", "256"]
+    args = parse(["serve", *words])
+    args.prompt, args.seeds = "", None
+    deploy(args)
+    yield f"http://127.0.0.1:{port}/v1"
+    serve.shutdown()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=server, api_key="secret", max_retries=0)
+
+
+def opened(answer):
+    return [Image.open(io.BytesIO(base64.b64decode(one.b64_json))) for one in answer.data]
+
+
+def png(image):
+    stored = io.BytesIO()
+    image.save(stored, "PNG")
+    return ("picture.png", stored.getvalue())
+
+
+def test_a_served_picture_is_that_of_the_command(client, nano_once, krea2, tmp_path):
+    found = opened(client.images.generate(prompt="a red star", n=2, extra_body={"seed": 4}))
+    words = ["--model", "nano", "--steps", "2", "--width", "64", "--height", "64", "--seed", "4"]
+    files = krea2("a red star", *words, "--images", "2", "--output", tmp_path / "a.png")
+    for image, file in zip(found, files, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(file)))
+    answer = client.images.generate(prompt="a star", size="96x64", output_format="webp")
+    assert answer.size == "96x64" and opened(answer)[0].format == "WEBP"
+    assert [model.id for model in client.models.list()] == ["nano"]
+
+
+def test_a_mask_says_what_of_a_picture_changes(client):
+    """White of ours, transparent of theirs."""
+    picture = Image.new("RGB", (64, 64), (200, 30, 30))
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 16, 64))
+    answer = client.images.edit(image=png(picture), mask=png(mask), prompt="a blue ring")
+    found, before = np.asarray(opened(answer)[0]), np.asarray(picture)
+    assert np.array_equal(found[:, 48:], before[:, 48:])
+    assert not np.array_equal(found[:, :16], before[:, :16])
+    answer = client.images.edit(image=png(picture), prompt="a ring", extra_body={"strength": 0.5})
+    assert not np.array_equal(np.asarray(opened(answer)[0]), before)
+
+
+def test_requests_that_are_wrong_are_refused(client, server):
+    for wrong, message in (
+        ({"size": "9999x64"}, "sides from 1 to 256"),
+        ({"n": 9}, "n is 9; expected 1 to 4"),
+        ({"extra_body": {"sed": 1}}, "Did you mean seed?"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+            client.images.generate(**{"prompt": "a star", **wrong})
+    with pytest.raises(openai.BadRequestError, match="The mask is no picture"):
+        mask = ("a.png", b"no picture")
+        client.images.edit(image=png(Image.new("RGB", (64, 64))), mask=mask, prompt="a")
+    with pytest.raises(openai.AuthenticationError, match="The token is missing or wrong"):
+        openai.OpenAI(base_url=server, api_key="other", max_retries=0).images.generate(prompt="a")
+
+
+def test_a_client_that_goes_takes_its_pictures_back(client):
+    long = {"prompt": "a star", "size": "128x128", "n": 4, "extra_body": {"steps": 60, "seed": 1}}
+    begin = time.monotonic()
+    client.images.generate(**long)
+    whole = time.monotonic() - begin
+    with pytest.raises(openai.APITimeoutError):
+        client.images.generate(**long, timeout=whole / 8)
+    begin = time.monotonic()
+    client.images.generate(prompt="a star", extra_body={"steps": 1})
+    assert time.monotonic() - begin < whole / 2
+
+
+def test_requests_above_the_queue_are_refused(client):
+    def ask(seed):
+        options = {"steps": 100, "seed": seed}
+        try:
+            client.images.generate(prompt="a star", size="128x128", extra_body=options)
+        except openai.InternalServerError as error:
+            return error.status_code
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        found = Counter(pool.map(ask, range(8)))
+    assert found[503] >= 3 and found[200] >= 3 and set(found) == {200, 503}
+
+
+def test_requests_of_one_setting_share_a_call():
+    calls = []
+
+    class Painter:
+        def paint_together(self, rows, title, on_step):
+            calls.append([row.seed for row in rows])
+            return [Namespace(image=row.seed) for row in rows]
+
+    async def ask():
+        replica = ImageServer.func_or_class.__new__(ImageServer.func_or_class)
+        replica._painter = Painter()
+        base = parse(["generate", "a star", *MODEL])
+        base.width = 32
+        items = []
+        for seed, width in enumerate((32, 64, 32)):
+            items.append(Item(copy(base)))
+            items[-1].args.seed, items[-1].args.width = seed, width
+        return await replica._paint_all(items)
+
+    assert asyncio.run(ask()) == [0, 1, 2] and calls == [[0, 2], [1]]
