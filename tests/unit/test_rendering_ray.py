@@ -28,6 +28,7 @@ from PIL import Image
 from ray import serve
 
 import krea2_rendering.ray_engine as engine
+from krea2_model.cli.errors import Failure
 from krea2_model.cli.main import main, parse
 from krea2_model.cli.progress import Console
 from krea2_rendering.ledger import Ledger, read_entries
@@ -44,6 +45,8 @@ class Squares:
     """Stands in for the painter; a prompt that says so kills it, once or always."""
 
     def __init__(self, args, batch, threads):
+        if args.dtype == "fp16":
+            raise ValueError("There is no fp16 here.")
         self._killed = args.output / "killed"
 
     def __call__(self, block):
@@ -111,6 +114,11 @@ def test_a_job_that_kills_every_worker_is_an_error(make, monkeypatch):
     bad = [entry for entry in found if "error" in entry]
     assert len(found) == 21 and 1 <= len(bad) <= engine._BLOCK
     assert all("The worker was killed" in entry["error"] for entry in bad)
+
+
+def test_a_worker_that_cannot_start_ends_the_run(make):
+    with pytest.raises(Failure, match="There is no fp16 here. What is made stays"):
+        make(["a star"], "--dtype", "fp16")
 
 
 def test_shards_have_their_size(make, tmp_path):
