@@ -21,6 +21,7 @@ from krea2_model.cli.painter import Painter, Picture
 from krea2_model.cli.progress import Console
 from krea2_model.cli.settings import settings_of
 
+from .encoding import embeddings_of
 from .plan import RowOptions
 
 # Rows of the same settings are checked once, up to so many settings.
@@ -95,8 +96,10 @@ class JobPainter:
             return results
         begin = time.monotonic()
         try:
-            filled = options + [options[-1]] * (self._batch - len(options))
-            pictures = self._painter.paint_together(filled, "")
+            missing = self._batch - len(good)
+            filled = options + [options[-1]] * missing
+            embeddings = embeddings_of(good + [good[-1]] * missing)
+            pictures = self._painter.paint_together(filled, "", embeddings=embeddings)
         except Exception as error:
             if len(good) > 1:
                 # One of them may be to blame, or there was no room for all.

@@ -43,6 +43,8 @@ JOB = pa.schema(
         ("group", pa.string()),
     ]
 )
+# With the embeddings of the prompts, see `encoding`.
+ENCODED_JOB = JOB.append(pa.field("encoded", pa.large_binary()))
 # Jobs of a chunk, within which groups are brought together.
 CHUNK = 8192
 # Distinct settings whose options are kept: most tables have a few.

@@ -49,12 +49,16 @@ class Resources:
     """What the workers of a run use.
 
     cpus, gpus: of a worker, as Ray counts them. threads: of torch on a CPU, None for its own.
+    encoders: workers that encode prompts for the others, none where those do it themselves.
+    encoder_gpus: of each.
     """
 
     workers: int
     gpus: float
     cpus: float
     threads: int | None = None
+    encoders: int = 0
+    encoder_gpus: float = 0.0
 
 
 @contextmanager
@@ -82,10 +86,10 @@ def ray_session(address: str | None, quiet: bool, dashboard: bool = False) -> It
         ray.shutdown()
 
 
-def resources(args: Namespace) -> Resources:
+def resources(args: Namespace, encoders: int = 0, encoder_gpus: float | None = None) -> Resources:
     """The workers that `args` ask for, or one a GPU of the cluster, or one for all cores.
 
-    Raises UsageError for more than there is.
+    encoder_gpus: None is as for workers, up to one. Raises UsageError for more than there is.
     """
     import ray
 
@@ -94,17 +98,20 @@ def resources(args: Namespace) -> Resources:
     per_worker = args.gpus_per_worker
     if per_worker is None:
         per_worker = 1.0 if gpus and args.device in ("auto", "cuda") else 0.0
+    each = min(per_worker, 1.0) if encoder_gpus is None else encoder_gpus
     if per_worker > 0:
-        possible = int(gpus / per_worker)
+        possible = int((gpus - encoders * each) / per_worker)
         workers = possible if args.workers is None else args.workers
         if not 0 < workers <= possible:
             asked = f"--workers {workers} with " if args.workers else ""
+            others = f" beside --encoders {encoders}" if encoders else ""
             raise UsageError(
-                f"{asked}--gpus-per-worker {per_worker:g} is more than the {gpus:g} GPUs of the "
-                f"cluster; expected at most {possible} workers of this kind. Ask for less, or set "
-                "--gpus-per-worker 0 to paint on CPUs."
+                f"{asked}--gpus-per-worker {per_worker:g}{others} is more than the {gpus:g} GPUs "
+                f"of the cluster; expected at most {max(0, possible)} workers of this kind. Ask "
+                "for less, or set --gpus-per-worker 0 to paint on CPUs."
             )
-        return Resources(workers, per_worker, min(1.0, _cpus(cpus, workers)))
+        share = min(1.0, _cpus(cpus, workers + encoders))
+        return Resources(workers, per_worker, share, None, encoders, each)
     workers = 1 if args.workers is None else args.workers
     if workers > cpus:
         raise UsageError(
@@ -112,12 +119,28 @@ def resources(args: Namespace) -> Resources:
             "core."
         )
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, int(cpus) // workers)
-    return Resources(workers, 0.0, _cpus(cpus, workers), threads)
+    return Resources(workers, 0.0, _cpus(cpus, workers + encoders), threads, encoders, each)
 
 
 def _cpus(cpus: float, workers: int) -> float:
     """Cores that Ray counts for a worker: one stays for cutting blocks, a share for the tasks."""
     return max(0.0, 0.8 * (cpus - 1.2)) / workers
+
+
+class RayEncoder:
+    """An actor: a loaded text encoder."""
+
+    def __init__(self, args: Namespace, threads: int | None):
+        import torch
+
+        from .encoding import JobEncoder
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._encoder = JobEncoder(args)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._encoder(block)
 
 
 class RayPainter:
@@ -174,21 +197,27 @@ def ray_entries(
     tasks = {"num_cpus": _TASK_CPUS, "batch_format": "pyarrow", "zero_copy_batch": True}
     # Ray 2.60 to 2.63 have no other name for max_task_retries, of which they warn.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    painted = (
-        ray.data.from_arrow_refs(references)
-        .repartition(target_num_rows_per_block=block)
-        .map_batches(
-            painter,
-            fn_constructor_args=(args, args.batch, workers.threads),
-            compute=ActorPoolStrategy(size=workers.workers, max_tasks_in_flight_per_actor=2),
+    jobs = ray.data.from_arrow_refs(references).repartition(target_num_rows_per_block=block)
+    if workers.encoders:
+        jobs = jobs.map_batches(
+            RayEncoder,
+            fn_constructor_args=(args, workers.threads),
+            compute=ActorPoolStrategy(size=workers.encoders),
             num_cpus=workers.cpus,
-            num_gpus=workers.gpus,
+            num_gpus=workers.encoder_gpus,
             batch_size=None,
             batch_format="pyarrow",
-            max_task_retries=_RETRIES,
         )
-        .map_batches(encode, batch_size=None, **tasks)
-    )
+    painted = jobs.map_batches(
+        painter,
+        fn_constructor_args=(args, args.batch, workers.threads),
+        compute=ActorPoolStrategy(size=workers.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus,
+        batch_size=None,
+        batch_format="pyarrow",
+        max_task_retries=_RETRIES,
+    ).map_batches(encode, batch_size=None, **tasks)
     if args.layout == FOLDER:
         written = painted.map_batches(FolderWriter(output).__call__, batch_size=None, **tasks)
     else:

@@ -47,7 +47,7 @@ def render(args: Namespace) -> Iterator[object]:
         failed = len(plan.errors)
         if plan.jobs:
             with ray_session(args.address, args.quiet or not args.verbose, args.dashboard):
-                workers = resources(args)
+                workers = resources(args, args.encoders, args.gpus_per_encoder)
                 entries = ray_entries(plan, args, output, workers)
                 failed += follow(entries, plan, ledger, console)
         run = ledger.run

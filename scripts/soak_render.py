@@ -87,6 +87,7 @@ def run(command, args, folder, driver_kills_left, chance, kills, memory) -> int:
         if driver_kills_left and count_lines(folder) - begun > end_at:
             driver.send_signal(signal.SIGKILL)
             kills["driver"] += 1
+            break
         elif time.monotonic() > next_kill and pids:
             os.kill(chance.choice(pids), signal.SIGKILL)
             kills["worker"] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,16 @@ class Painter:
         return self.paint_together([args], title)[0]
 
     def paint_together(
-        self, rows: Sequence[Namespace], title: str, on_step: Callable[[], None] | None = None
+        self,
+        rows: Sequence[Namespace],
+        title: str,
+        on_step: Callable[[], None] | None = None,
+        embeddings: Mapping[str, Tensor] | None = None,
     ) -> list[Picture]:
         """Pictures in one call; their options differ in prompt, negative and seed alone.
 
-        on_step: called after each step; what it raises ends the call.
+        on_step: called after each step; what it raises ends the call. embeddings: of the prompts
+        and negatives, as arguments of the pipeline, which then does not encode them.
         """
         args = rows[0]
         self._use_loras(find_loras(args))
@@ -92,9 +97,12 @@ class Painter:
                 if on_step is not None:
                     on_step()
 
+            texts: dict[str, Any] = dict(embeddings or {}) or {
+                "prompt": [row.prompt for row in rows],
+                "negative_prompt": [row.negative for row in rows],
+            }
             images = self._pipeline(
-                [row.prompt for row in rows],
-                [row.negative for row in rows],
+                **texts,
                 seed=[row.seed for row in rows],
                 callback=step_done,
                 **options,

@@ -17,6 +17,8 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "workers": None,
     "gpus_per_worker": None,
     "batch": 1,
+    "encoders": 0,
+    "gpus_per_encoder": None,
     "layout": LAYOUTS[0],
     "shard_size": 256,
     "dry_run": False,
@@ -39,6 +41,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="rows of one setting and prompt length in a call of the model; default: 1, the very "
         "pixels of the plain command",
     )  # fmt: skip
+    many.add_argument(
+        "--encoders", type=whole(0), default=0, metavar="N",
+        help="workers that encode prompts for the others, where a card holds not all parts; "
+        "default: 0",
+    )  # fmt: skip
+    many.add_argument(
+        "--gpus-per-encoder", type=number(0), metavar="X", help="default: as for workers"
+    )
     many.add_argument(
         "--layout", choices=LAYOUTS, default=LAYOUTS[0],
         help="folder: image files (default); webdataset or parquet: shards of many pictures",

@@ -17,7 +17,9 @@ from PIL import Image
 from krea2_model import nano
 from krea2_model.cli.errors import UsageError
 from krea2_model.cli.main import main, parse
+from krea2_model.pipeline import Krea2Pipeline
 from krea2_rendering import render as many
+from krea2_rendering.encoding import JobEncoder
 from krea2_rendering.ledger import (
     Ledger,
     finished,
@@ -243,16 +245,31 @@ def test_a_picture_depends_on_no_other_of_its_call(plan, painter):
     assert turned == together and together.items() >= alone.items()
 
 
+def test_prompts_may_be_encoded_by_others(plan, painter, monkeypatch):
+    """And the pictures are the same, to the bit; with weights the painter encodes them itself."""
+    rows = [{"prompt": "a red star", "seed": 3}, {"prompt": "a (blue:1.4) ring"}]
+    rows.append({"prompt": "a ring", "guidance": 2, "negative": "blue"})
+    chunk = plan(*rows).chunks[0]
+    encoded = JobEncoder(options())(chunk)
+    assert [data is None for data in encoded["encoded"].to_pylist()] == [False, True, False]
+    expected, read = pixels(painter()(chunk)), []
+    encode = Krea2Pipeline.encode_prompt
+    monkeypatch.setattr(
+        Krea2Pipeline, "encode_prompt", lambda *a, **o: (read.append(a[1]), encode(*a, **o))[1]
+    )
+    assert pixels(painter()(encoded)) == expected and read == [["a (blue:1.4) ring"]]
+
+
 def test_errors_of_rows_are_entries(plan, painter, monkeypatch):
     rows = [{"prompt": f"a {n} star", "seed": n} for n in range(4)]
     rows[1]["lora"] = "nowhere.safetensors"
     paint, kept = painter(4), JobPainter.__call__
     together = paint._painter.paint_together
 
-    def fail(args, title):
+    def fail(args, title, **options):
         if any(one.seed == 2 for one in args):
             raise MemoryError
-        return together(args, title)
+        return together(args, title, **options)
 
     monkeypatch.setattr(paint._painter, "paint_together", fail)
     tokens = {"batch": 4, "tokens_of": lambda text, weighted: 1}
@@ -351,7 +368,7 @@ def render(tmp_path, monkeypatch, krea2):
 
     monkeypatch.setattr(many, "ray_entries", play)
     monkeypatch.setattr(many, "ray_session", lambda *words: nullcontext())
-    monkeypatch.setattr(many, "resources", lambda args: None)
+    monkeypatch.setattr(many, "resources", lambda *words: None)
 
     def run(prompts, *words, code=0):
         made.clear()

@@ -129,12 +129,13 @@ def test_shards_have_their_size(make, tmp_path):
 
 
 def test_the_command_makes_the_pictures_of_the_plain_one(cluster, nano_once, krea2, tmp_path):
-    """Of krea2-nano, on an actor of its own, to the byte."""
+    """Of krea2-nano, to the byte, with its text encoder on an actor of its own."""
     table = tmp_path / "p.jsonl"
     rows = [{"prompt": f"a red {shape}", "seed": 3} for shape in ("star", "ring")]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["render", str(table), *MODEL]
-    assert main([*words, "--engine", "ray", "--output", str(tmp_path / "many")]) == 0
+    many = ["--engine", "ray", "--encoders", "1", "--output", str(tmp_path / "many")]
+    assert main([*words, *many]) == 0
     assert main([*words, "--output", str(tmp_path / "plain")]) == 0
     files = [
         {
