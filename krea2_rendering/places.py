@@ -34,7 +34,8 @@ class Place:
             raise UsageError(f"{self.address} cannot be reached: {error}.") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Place, (self.address,)
+        # Workers may have other working folders.
+        return Place, (self._root if self.is_local else self.address,)
 
     def __str__(self) -> str:
         return self.address

@@ -16,8 +16,9 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -35,6 +36,9 @@ _CALLS = 4
 # Times that a block is given to another worker after its own was killed. A job that kills every
 # worker is then an error, and its block with it.
 _RETRIES = 3
+# Times that a worker is started anew. Where none of its starts succeeds, the run ends.
+_RESTARTS = 100
+_MOST_SHOWN = 300
 # Cores that Ray counts for tasks beside the actors; they share what the actors leave.
 _TASK_CPUS = 0.1
 _SETTINGS = {
@@ -130,11 +134,12 @@ def _cpus(cpus: float, workers: int) -> float:
 class RayEncoder:
     """An actor: a loaded text encoder."""
 
-    def __init__(self, args: Namespace, threads: int | None):
+    def __init__(self, args: Namespace, threads: int | None, folder: str):
         import torch
 
         from .encoding import JobEncoder
 
+        _go_to(folder)
         if threads is not None:
             torch.set_num_threads(threads)
         self._encoder = JobEncoder(args)
@@ -146,11 +151,12 @@ class RayEncoder:
 class RayPainter:
     """An actor: a loaded model, and its counters for Ray's metrics."""
 
-    def __init__(self, args: Namespace, batch: int, threads: int | None):
+    def __init__(self, args: Namespace, batch: int, threads: int | None, folder: str):
         from ray.util import metrics
 
         from .painting import JobPainter
 
+        _go_to(folder)
         self._painter = JobPainter(args, batch, threads)
         self._pictures = metrics.Counter("krea2_pictures", "Pictures painted")
         self._errors = metrics.Counter("krea2_errors", "Rows that ended in an error")
@@ -201,7 +207,7 @@ def ray_entries(
     if workers.encoders:
         jobs = jobs.map_batches(
             RayEncoder,
-            fn_constructor_args=(args, workers.threads),
+            fn_constructor_args=(args, workers.threads, str(Path.cwd())),
             compute=ActorPoolStrategy(size=workers.encoders),
             num_cpus=workers.cpus,
             num_gpus=workers.encoder_gpus,
@@ -210,13 +216,14 @@ def ray_entries(
         )
     painted = jobs.map_batches(
         painter,
-        fn_constructor_args=(args, args.batch, workers.threads),
+        fn_constructor_args=(args, args.batch, workers.threads, str(Path.cwd())),
         compute=ActorPoolStrategy(size=workers.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
         batch_size=None,
         batch_format="pyarrow",
         max_task_retries=_RETRIES,
+        max_restarts=_RESTARTS,
     ).map_batches(encode, batch_size=None, **tasks)
     if args.layout == FOLDER:
         written = painted.map_batches(FolderWriter(output).__call__, batch_size=None, **tasks)
@@ -232,6 +239,12 @@ def ray_entries(
         )
 
 
+def _go_to(folder: str) -> None:
+    """Work in the folder of the command, from which relative paths are, where it is here too."""
+    with suppress(OSError):
+        os.chdir(folder)
+
+
 def _block_size(jobs: int, batch: int, workers: int) -> int:
     """Jobs of a block: whole calls, and at least a few blocks for each worker."""
     most = _BLOCK if batch == 1 else batch * _CALLS
@@ -242,7 +255,8 @@ def _block_size(jobs: int, batch: int, workers: int) -> int:
 def _line(error: BaseException) -> str:
     """The last line of an error's text, which names what happened on a worker."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    line = lines[-1] if lines else type(error).__name__
+    return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]} ..."
 
 
 def lost(keys: list[str]) -> list[Entry]:

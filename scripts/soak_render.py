@@ -83,7 +83,7 @@ def run(command, args, folder, driver_kills_left, chance, kills, memory) -> int:
     while driver.poll() is None:
         time.sleep(1)
         pids = workers(folder)
-        memory.append((count_lines(folder), rss([driver.pid]), rss(pids)))
+        memory.append((count_lines(folder), rss(driver.pid), max(map(rss, pids), default=0)))
         if driver_kills_left and count_lines(folder) - begun > end_at:
             driver.send_signal(signal.SIGKILL)
             kills["driver"] += 1
@@ -117,15 +117,12 @@ def workers(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def rss(pids: list[int]) -> int:
-    """Megabytes in memory, of files that are mapped too."""
-    total = 0
-    for pid in pids:
-        try:
-            total += psutil.Process(pid).memory_info().rss
-        except psutil.Error:
-            continue
-    return total // 2**20
+def rss(pid: int) -> int:
+    """Megabytes in memory, of files that are mapped too; 0 for a process that has ended."""
+    try:
+        return psutil.Process(pid).memory_info().rss // 2**20
+    except psutil.Error:
+        return 0
 
 
 def report(folder: Path, pictures: int, memory: list[tuple[int, int, int]]) -> int:
@@ -137,9 +134,10 @@ def report(folder: Path, pictures: int, memory: list[tuple[int, int, int]]) -> i
     print(f"rows: {pictures}, in the table: {len(keys)}, different: {len(set(keys))}")
     print(f"errors: {len(errors)}, files on the disk: {len(files)}")
     print(f"different places: {len(set(members))}, lines of the ledger: {count_lines(folder)}")
-    for share in (0.1, 0.5, 0.95):
-        at = memory[int(share * (len(memory) - 1))]
-        print(f"after {at[0]} pictures: driver {at[1]} MB, workers {at[2]} MB")
+    for first in range(0, pictures, pictures // 4):
+        part = [at for at in memory if first < at[0] <= first + pictures // 4]
+        peaks = [max((at[column] for at in part), default=0) for column in (1, 2)]
+        print(f"from picture {first}: driver up to {peaks[0]} MB, a worker up to {peaks[1]} MB")
     expected = {file for file, _ in members}
     found = {file.relative_to(folder).as_posix() for file in files}
     good = len(keys) == len(set(keys)) == len(set(members)) == pictures and not len(errors)

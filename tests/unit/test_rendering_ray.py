@@ -44,7 +44,7 @@ MODEL = ["--model", "nano", "--steps", "1", "--width", "32", "--height", "32", "
 class Squares:
     """Stands in for the painter; a prompt that says so kills it, once or always."""
 
-    def __init__(self, args, batch, threads):
+    def __init__(self, args, batch, threads, folder):
         if args.dtype == "fp16":
             raise ValueError("There is no fp16 here.")
         self._killed = args.output / "killed"
