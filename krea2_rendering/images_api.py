@@ -140,6 +140,8 @@ class InputPictures(AbstractContextManager):
             )
         if mask is not None and len(images) > 1:
             raise RequestError("A mask goes with one picture; there are several.", "mask")
+        for data in (*images, *([] if mask is None else [mask])):
+            _check_picture(data, limits.side)
         self._folder = tempfile.TemporaryDirectory(prefix="krea2-edit-")
         folder = Path(self._folder.name)
         self._images, self._mask = [], None
@@ -172,13 +174,26 @@ class InputPictures(AbstractContextManager):
                 args.width = args.height = None
 
 
+def _check_picture(data: bytes, most: int) -> None:
+    """Refuse what is no picture, and sides above `most` before it is decoded."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Exception as error:
+        raise RequestError(f"A file is no picture ({error}).", "image") from error
+    if max(width, height) > most:
+        raise RequestError(
+            f"A picture has {width} x {height} px; expected sides up to {most}.", "image"
+        )
+
+
 def _white_where_clear(data: bytes) -> Image.Image:
     """OpenAI's mask, where what is transparent is painted, as ours, where white is."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             alpha = image.convert("RGBA").getchannel("A")
-    except Exception as error:
-        raise RequestError(f"The mask is no picture ({error}).", "mask") from error
+    except Exception as error:  # a file that is cut short
+        raise RequestError(f"The mask cannot be read ({error}).", "mask") from error
     return alpha.point(lambda value: 255 - value)
 
 

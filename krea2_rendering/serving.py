@@ -19,7 +19,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from krea2_model.cli.checks import check_machine
+from krea2_model.cli.checks import check_machine, check_picture
 from krea2_model.cli.errors import UsageError
 from krea2_model.cli.model_files import take_from_models
 from krea2_model.cli.progress import Console
@@ -69,7 +69,6 @@ class ImageServer:
         self._painter = Painter(args, check_machine(args), Console(quiet=True))
         self._takes_edits = self._painter.takes_edits(args)
         self._paint.set_max_batch_size(args.batch)  # type: ignore[attr-defined]
-
         self._routes = {
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/images/generations"): self._generations,
@@ -129,7 +128,7 @@ class ImageServer:
         for image in images:
             if isinstance(image, Exception):
                 raise _as_request_error(image)
-        return asked.answer(images)
+        return await asyncio.to_thread(asked.answer, images)
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=_WAIT_SECONDS)
     async def _paint(self, items: list[Item]) -> list[Image.Image | Exception]:
@@ -141,7 +140,12 @@ class ImageServer:
         found: dict[int, Image.Image | Exception] = {}
         groups: dict[str, list[Item]] = {}
         for item in items:
-            groups.setdefault(item.group, []).append(item)
+            try:
+                await asyncio.to_thread(check_picture, item.args)
+            except Exception as error:
+                found[id(item)] = error
+            else:
+                groups.setdefault(item.group, []).append(item)
         for group in groups.values():
             try:
                 images: list[Any] = await asyncio.to_thread(self._paint_group, group)
@@ -151,15 +155,11 @@ class ImageServer:
         return [found[id(item)] for item in items]
 
     def _paint_group(self, items: list[Item]) -> list[Image.Image]:
-        from krea2_model.cli.checks import check_picture
-
         def stop_if_cancelled() -> None:
             if all(item.is_cancelled.is_set() for item in items):
                 raise Cancelled
 
         stop_if_cancelled()
-        for item in items:
-            check_picture(item.args)
         rows = [item.args for item in items]
         pictures = self._painter.paint_together(rows, "", stop_if_cancelled)
         return [picture.image for picture in pictures]

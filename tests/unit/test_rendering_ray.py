@@ -232,9 +232,15 @@ def test_requests_that_are_wrong_are_refused(client, server):
     ):
         with pytest.raises(openai.BadRequestError, match=re.escape(message)):
             client.images.generate(**{"prompt": "a star", **wrong})
-    with pytest.raises(openai.BadRequestError, match="The mask is no picture"):
-        mask = ("a.png", b"no picture")
-        client.images.edit(image=png(Image.new("RGB", (64, 64))), mask=mask, prompt="a")
+    small, large = (png(Image.new("RGB", (side, 64))) for side in (64, 300))
+    for pictures, message in (
+        ({"image": small, "mask": ("a.png", b"no picture")}, "A file is no picture"),
+        ({"image": large}, "A picture has 300 x 64 px; expected sides up to 256"),
+        ({"image": [small, small]}, "several need an edit LoRA"),
+        ({"image": small, "mask": png(Image.new("RGBA", (32, 64)))}, "mask"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.images.edit(**pictures, prompt="a star")
     with pytest.raises(openai.AuthenticationError, match="The token is missing or wrong"):
         openai.OpenAI(base_url=server, api_key="other", max_retries=0).images.generate(prompt="a")
 
@@ -279,9 +285,12 @@ def test_requests_of_one_setting_share_a_call():
         base = parse(["generate", "a star", *MODEL])
         base.width = 32
         items = []
-        for seed, width in enumerate((32, 64, 32)):
+        for seed, width in enumerate((32, 64, 32, 32)):
             items.append(Item(copy(base)))
             items[-1].args.seed, items[-1].args.width = seed, width
+        items[3].args.denoise = 0.5  # without a picture, which is nobody else's error
         return await replica._paint_all(items)
 
-    assert asyncio.run(ask()) == [0, 1, 2] and calls == [[0, 2], [1]]
+    *found, refused = asyncio.run(ask())
+    assert found == [0, 1, 2] and calls == [[0, 2], [1]]
+    assert "without a picture to change" in str(refused)
