@@ -92,7 +92,7 @@ lint() {
 check_types() {
   mkdir -p -- "$LOCAL/types"
   ln -sfn -- "$ROOT" "$LOCAL/types/krea2_kit"
-  MYPYPATH=$LOCAL/types "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.krea2_training -p krea2_kit.nodes
+  MYPYPATH=$LOCAL/types "$VENV_PYTHON" -m mypy -p krea2_kit.krea2_model -p krea2_kit.krea2_training -p krea2_kit.krea2_rendering -p krea2_kit.nodes
 }
 
 unit_tests() {

@@ -11,3 +11,6 @@ EDIT_TASKS = ("edit", "removal", "outpainting", "person")
 REFERENCE_METHODS = ("index_timestep_zero", "index")
 # Names that --model takes instead of a path; a folder of that name is ./nano.
 NANO = {"nano": "turbo", "nano-raw": "raw"}
+# Who makes the pictures of a table, and the files that they are kept in.
+ENGINES = ("plain", "ray", "comfyui")
+LAYOUTS = ("folder", "webdataset", "parquet")

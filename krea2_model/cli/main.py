@@ -78,10 +78,18 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from . import train as training
 
         return getattr(training, args.command)(args)
+    if args.command == "render" and args.engine != "plain":
+        from .rendering import render as render_many
+
+        return render_many(args)
     if args.command == "render":
         from .render import render
 
-        return render(args, words[1:])
+        return render(args)
+    if args.command == "serve":
+        from .rendering import serve
+
+        return serve(args)
     if args.command in ("generate", "again"):
         from .generate import again, generate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,21 @@ class Painter:
 
     def paint(self, args: Namespace, title: str) -> Picture:
         """One picture; `args.prompt` is used as it is."""
+        return self.paint_together([args], title)[0]
+
+    def paint_together(
+        self,
+        rows: Sequence[Namespace],
+        title: str,
+        on_step: Callable[[], None] | None = None,
+        embeddings: Mapping[str, Tensor] | None = None,
+    ) -> list[Picture]:
+        """Pictures in one call; their options differ in prompt, negative and seed alone.
+
+        on_step: called after each step; what it raises ends the call. embeddings: of the prompts
+        and negatives, as arguments of the pipeline, which then does not encode them.
+        """
+        args = rows[0]
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
         pictures = find_input_pictures(args)
@@ -78,18 +94,33 @@ class Painter:
                     f"{title}: {'decoding' if step == steps else 'sampling'}", False
                 )
                 bar.update()
+                if on_step is not None:
+                    on_step()
 
-            images = self._pipeline(args.prompt, args.negative, callback=step_done, **options)
+            texts: dict[str, Any] = dict(embeddings or {}) or {
+                "prompt": [row.prompt for row in rows],
+                "negative_prompt": [row.negative for row in rows],
+            }
+            images = self._pipeline(
+                **texts,
+                seed=[row.seed for row in rows],
+                callback=step_done,
+                **options,
+            )
             assert isinstance(images, list), "output_type is pil"
-            image = images[0]
             bar.set_description(title)
-        width, height = image.size
+        width, height = images[0].size
         if args.upscale is not None and args.denoise > 0:
             height, width = sides
         elif args.upscale is not None:
             height, width = fit(options["start_image"], args.width, args.height).shape[1:]
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
-        return Picture(image, results)
+        return [Picture(image, results) for image in images]
+
+    def takes_edits(self, args: Namespace) -> bool:
+        """True where a LoRA of the options is for edits."""
+        self._use_loras(find_loras(args))
+        return bool(self._pipeline.edit_families)
 
     def forecast(self, args: Namespace) -> Forecast:
         """The forecast of a picture. Style pictures are not counted."""
@@ -155,7 +186,6 @@ class Painter:
             "height": args.height,
             "steps": steps,
             "guidance": guidance,
-            "seed": args.seed,
             "max_sequence_length": args.max_sequence_length,
             "prompt_weights": args.weights,
             "layer_weights": args.layer_weights,

@@ -13,12 +13,14 @@ from .. import __version__
 from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
+from .render_options import add_engine_options, add_serve_options
 from .train_options import TRAINING, add_training_options
-from .values import lora, number, seeds, whole
+from .values import lora, number, place, seeds, whole
 
 SUMMARIES = {
     "generate": "make pictures from a prompt",
     "render": "make a picture of every row of a text, CSV or JSONL file",
+    "serve": "make pictures for programs, over HTTP as OpenAI's images API does",
     "again": "make a picture again, from the settings inside its file",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
     "pretrain": "train a transformer from nothing, in stages of rising resolution",
@@ -49,7 +51,10 @@ _RENDER = """\
 FILE has a prompt a line (.txt, a line that begins with # is a comment), or rows whose columns are
 options of generate (.csv, .jsonl): prompt, negative, seed, steps, guidance, width, height, output,
 lora, ... Options on the command line hold for rows that do not set them. Each finished picture is a
-line of results.jsonl in the folder of --output.
+line of results.jsonl in the folder of --output. For many machines see docs/many_pictures.md.
+"""
+_SERVE = """\
+Options of pictures hold for requests that do not set them. docs/many_pictures.md has examples.
 """
 _AGAIN = """\
 Options on the command line replace those in the picture. A picture holds names of files and no
@@ -120,7 +125,10 @@ def _generate(parser: Parser) -> None:
 def _render(parser: Parser) -> None:
     parser.usage = "krea2 render FILE [options]"
     parser.epilog = _RENDER
-    parser.add_argument("table", type=Path, metavar="FILE", help="a .txt, .csv or .jsonl file")
+    parser.add_argument(
+        "table", type=place, metavar="FILE",
+        help="a .txt, .csv or .jsonl file; with --engine ray also .parquet, a folder, an address",
+    )  # fmt: skip
     batch = parser.add_argument_group("batch")
     batch.add_argument(
         "--seeds", type=seeds, metavar="LIST", help="a picture of each seed: 7, 1,2,3 or 1-4"
@@ -135,8 +143,17 @@ def _render(parser: Parser) -> None:
     batch.add_argument(
         "--format", choices=("png", "jpg", "webp"), default="png", help="default: png"
     )
+    add_engine_options(parser)
     add_picture_options(parser)
-    add_run_options(parser, Path("renders"), "the folder of pictures; default: renders")
+    add_run_options(parser, Path("renders"), "the folder of pictures; default: renders", place)
+    add_machine(parser)
+
+
+def _serve(parser: Parser) -> None:
+    parser.usage = "krea2 serve [options]"
+    parser.epilog = _SERVE
+    add_serve_options(parser)
+    add_picture_options(parser)
     add_machine(parser)
 
 
@@ -270,6 +287,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 _OPTIONS: dict[str, Callable[[Any], None]] = {
     "generate": _generate,
     "render": _render,
+    "serve": _serve,
     "again": _again,
     **{name: partial(add_training_options, name=name) for name in TRAINING},
     "pick": _pick,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from ..guidance import RAMPS
@@ -266,9 +267,10 @@ def add_run_options(
     parser: argparse.ArgumentParser,
     output: Path = Path("krea2.png"),
     help_text: str = "a .png, .jpg or .webp file; default: krea2.png, or krea2-2.png if it exists",
+    read: Callable[[str], Path | str] = Path,
 ) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--output", "-o", type=Path, default=output, metavar="FILE", help=help_text)
+    group.add_argument("--output", "-o", type=read, default=output, metavar="FILE", help=help_text)
     group.add_argument("--force", action="store_true", help="replace files that exist")
     group.add_argument(
         "--no-metadata", dest="metadata", action="store_false",

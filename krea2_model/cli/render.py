@@ -6,13 +6,10 @@ and skips those whose settings it has. So a run that was stopped goes on where i
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,12 +19,13 @@ from PIL import Image
 
 from ..images.contact_sheet import contact_sheet
 from ..images.output_files import check_outputs, numbered, save_image, to_picture
-from .checks import check_folder, check_machine, check_picture
+from .checks import check_folder, check_machine
 from .errors import Failure, UsageError, explain
-from .generate import pictures_of, save
+from .generate import save
+from .jobs import check_name, check_row, is_disk_full, key_of, message_of, pictures_of_row
 from .model_files import take_from_models
 from .progress import Console
-from .settings import settings_of
+from .rendering import check_plain
 from .table import Row, read_rows
 
 RESULTS = "results.jsonl"
@@ -45,12 +43,13 @@ class Job:
     key: str
 
 
-def render(args: Namespace, typed: list[str]) -> Iterator[Path]:
+def render(args: Namespace) -> Iterator[Path]:
     """Make the pictures; yields each file as it is written, and the sheet at the end.
 
     Raises Failure at the end where rows had errors, and at once with --strict.
     """
     console = Console(args.quiet)
+    check_plain(args)
     take_from_models(args)
     check_folder(args.output)
     if args.grid is not None:
@@ -106,7 +105,7 @@ def render(args: Namespace, typed: list[str]) -> Iterator[Path]:
                 )
                 raise
             except Exception as error:
-                message = _message(error, args)
+                message = message_of(error, args)
                 _write(results, **line, error=message)
                 failed += 1
                 if args.strict or _stops_all(error):
@@ -131,28 +130,12 @@ def _check_row(row: Row, checked: set[str]) -> None:
     if row.args is None:
         return
     try:
-        for one in _pictures(row.args):
-            key = json.dumps(settings_of(one, seed=0), default=str)
-            if key not in checked:
-                check_picture(one)
-                checked.add(key)
+        check_row(row.args, checked)
         if name := getattr(row.args, "row_output", None):
-            if name.is_absolute() or ".." in name.parts:
-                raise UsageError(f"output is {name}; expected a name in the folder of --output.")
+            check_name(name)
             check_outputs([row.args.output / name])
     except ValueError as error:
-        row.error = _message(error, row.args)
-
-
-def _pictures(args: Namespace) -> Iterator[Namespace]:
-    """The pictures of a row: each of --seeds, or --images from --seed on."""
-    if args.seeds is None:
-        yield from pictures_of(args)
-        return
-    for seed in args.seeds:
-        one = copy(args)
-        one.seed, one.images = seed, 1
-        yield from pictures_of(one)
+        row.error = message_of(error, row.args)
 
 
 def _jobs(row: Row) -> Iterator[Job]:
@@ -160,13 +143,8 @@ def _jobs(row: Row) -> Iterator[Job]:
         return
     folder, name = row.args.output, getattr(row.args, "row_output", None)
     output = folder / (name or f"{row.number:04d}.{row.args.format}")
-    for one in _pictures(row.args):
-        yield Job(row.number, one, output, _key(one))
-
-
-def _key(args: Namespace) -> str:
-    """A digest of all that decides a picture, whatever its row and name are."""
-    return hashlib.sha256(json.dumps(settings_of(args)).encode()).hexdigest()[:16]
+    for one in pictures_of_row(row.args):
+        yield Job(row.number, one, output, key_of(one))
 
 
 def _finished(path: Path) -> dict[str, Path]:
@@ -199,15 +177,9 @@ def _write(results, **line: Any) -> None:
     results.flush()
 
 
-def _message(error: Exception, args: Namespace) -> str:
-    explained = explain(error, vars(args))
-    return explained[0] if explained else f"{type(error).__name__}: {error}"
-
-
 def _stops_all(error: Exception) -> bool:
     """True where every other row would fail too, or where the error is one of the program."""
-    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return is_full or explain(error) is None
+    return is_disk_full(error) or explain(error) is None
 
 
 def _save_sheet(args: Namespace, files: list[tuple[Path, str]]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -36,40 +36,47 @@ def read_rows(path: Path, base: Namespace) -> list[Row]:
 
     Raises UsageError for a file that cannot be read, and for columns that are no options.
     """
-    readers = {".txt": _from_text, ".csv": _from_csv, ".jsonl": _from_jsonl}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in READERS:
         raise UsageError(
-            f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .csv or .jsonl."
+            f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .csv or .jsonl. Parquet, "
+            "folders and addresses are read with --engine ray."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            values = list(READERS[path.suffix.lower()](lines, str(path), COLUMNS))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UsageError(f"{path} cannot be read: {reason}.") from error
-    rows = [_row(number, value, base) for number, value in readers[path.suffix.lower()](text, path)]
+    rows = [_row(number, value, base) for number, value in values]
     if not rows:
         raise UsageError(f"{path} has no rows; expected at least one prompt.")
     return rows
 
 
-def _from_text(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+def _from_text(
+    lines: Iterable[str], name: str, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, {"prompt": line.strip()}
 
 
-def _from_csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    lines = csv.DictReader(text.splitlines(keepends=True))
-    _check_columns(lines.fieldnames or (), path)
-    for number, row in enumerate(lines, 2):
+def _from_csv(
+    lines: Iterable[str], name: str, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Any]]:
+    rows = csv.DictReader(lines)
+    check_columns(rows.fieldnames or (), name, columns)
+    for number, row in enumerate(rows, 2):
         if None in row:
             yield number, UsageError("It has more cells than there are columns.")
         elif any(row.values()):
             yield number, {name: value for name, value in row.items() if value}
 
 
-def _from_jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+def _from_jsonl(
+    lines: Iterable[str], name: str, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -83,10 +90,27 @@ def _from_jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             yield number, UsageError(f"It is {type(row).__name__}; expected an object.")
 
 
-def _check_columns(names, path: Path) -> None:
+# By the ending of a file. Each gives rows by their numbers, as dicts or as the UsageError that they
+# are, of lines of text, a name for messages, and the columns that there may be (None: any).
+READERS = {".txt": _from_text, ".csv": _from_csv, ".jsonl": _from_jsonl}
+
+
+def check_columns(names: Iterable[str], place: str, columns: Sequence[str] | None) -> None:
+    """Refuse columns of a table that are none of `columns`, and a table without prompts.
+
+    columns: None is any.
+    """
+    if columns is None:
+        return
+    names = list(names)
     for name in names:
-        if (known := name.strip().replace("-", "_")) not in COLUMNS:
-            raise UsageError(f"{path} has the column {name!r}: {_unknown(known)}")
+        if (known := name.strip().replace("-", "_")) not in columns:
+            raise UsageError(f"{place} has the column {name!r}: {_unknown(known)}")
+    if not {name.strip() for name in names} & {"prompt", "regions"}:
+        raise UsageError(
+            f"{place} has no column prompt; it has {', '.join(names) or 'none'}. Name the column "
+            "of the prompts so."
+        )
 
 
 def _unknown(name: str) -> str:
@@ -100,13 +124,16 @@ def _row(number: int, value: Any, base: Namespace) -> Row:
     if isinstance(value, UsageError):
         return Row(number, error=str(value))
     try:
-        return Row(number, _merged(value, base))
+        return Row(number, options_of_row(value, base))
     except UsageError as error:
         return Row(number, error=str(error))
 
 
-def _merged(values: Mapping[str, Any], base: Namespace) -> Namespace:
-    """Options of a row over those of all rows, read as on the command line."""
+def options_of_row(values: Mapping[str, Any], base: Namespace) -> Namespace:
+    """Options of a row over those of all rows, read as on the command line.
+
+    Raises UsageError for what is no option of a picture, or no value of it.
+    """
     row = {str(name).strip().replace("-", "_"): value for name, value in values.items()}
     for name in row:
         if name not in COLUMNS:

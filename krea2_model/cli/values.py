@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -55,6 +56,11 @@ def numbers(count: int) -> Callable[[str], list[float]]:
         return values
 
     return read
+
+
+def place(text: str) -> Path | str:
+    """A path, or an address such as s3://bucket/folder as it is."""
+    return text if "://" in text else Path(text)
 
 
 def seeds(text: str) -> list[int]:

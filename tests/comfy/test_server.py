@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -519,3 +521,27 @@ def test_seeds(server, graph):
         graph["K2Sampler"]["guidance"] = 1.0 + len(images)
         images.append(picture(server, graph["graph"]))
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+
+
+def test_a_table_is_rendered_by_a_server(server, tmp_path):
+    """`krea2 render --engine comfyui`: the pictures that the API gives for the same graphs."""
+    graph = ROOT / "tests" / "workflows" / "krea2_nano_first_image.json"
+    rows = [{"prompt": f"a red {shape}", "seed": 3} for shape in ("star", "ring")]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["render", table, "--engine", "comfyui", "--workflow", graph, "--quiet"]
+    words += ["--server", server.address, "--output", tmp_path / "out"]
+    subprocess.run(
+        [sys.executable, "-m", "krea2_model", *map(str, words)], check=True, cwd=ROOT, timeout=300
+    )
+    lines = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {entry["row"]: tmp_path / "out" / entry["file"] for entry in map(json.loads, lines)}
+    filled = json.loads(graph.read_text(encoding="utf-8"))
+    filled["2"]["inputs"]["prompt"], filled["4"]["inputs"]["seed"] = rows[1]["prompt"], 3
+    [png] = server.images(server.run(filled))
+    assert np.array_equal(pixels(found[2].read_bytes()), pixels(png))
+    assert not np.array_equal(pixels(found[1].read_bytes()), pixels(png))
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)))

@@ -17,6 +17,7 @@ UNIT = (
     "test_quantised",
     "test_again",
     "test_pipeline",
+    "test_rendering_ray",
     "test_training",
     "test_settings",
     "test_text_encoder",

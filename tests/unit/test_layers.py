@@ -78,6 +78,19 @@ def test_no_module_imports_itself_through_others():
             del left[name]
 
 
+def users_of(package: str) -> set[str]:
+    """Modules of krea2_model, and folders beside it, whose files name a package."""
+    files = [(f, f.relative_to(ROOT).as_posix()) for f in ROOT.rglob("*.py")]
+    for folder in ("nodes", "krea2_training", "krea2_rendering"):
+        files += [(f, folder) for f in (ROOT.parent / folder).rglob("*.py")]
+    return {name for file, name in files if package in file.read_text(encoding="utf-8")}
+
+
+def test_only_the_command_line_knows_the_rendering():
+    """Which needs packages that nodes and training do without."""
+    assert users_of("krea2_rendering") == {"cli/rendering.py"}
+
+
 TRAINING = ROOT.parent / "krea2_training"
 
 

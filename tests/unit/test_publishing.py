@@ -39,7 +39,8 @@ def test_requirements_are_told_once_the_same():
         return [line for line in read(file).splitlines() if not line.startswith("#")]
 
     assert PROJECT["dependencies"] == of("requirements.txt")
-    assert PROJECT["optional-dependencies"] == {"training": of("requirements-training.txt")}
+    extras = {name: of(f"requirements-{name}.txt") for name in ("training", "rendering")}
+    assert PROJECT["optional-dependencies"] == extras
 
 
 def test_the_owner_s_fields_are_filled_in_together():
@@ -60,7 +61,7 @@ def test_the_icon():
 
 def test_the_archive_has_nothing_that_only_this_repository_needs():
     folders = {name.partition("/")[0] for name in FILES if "/" in name}
-    wanted = {"docs", "example_workflows", "krea2_model", "krea2_training"}
+    wanted = {"docs", "example_workflows", "krea2_model", "krea2_rendering", "krea2_training"}
     wanted |= {"locales", "nodes", "web"}
     assert folders - {"subgraphs"} == wanted
     assert not [
@@ -86,12 +87,14 @@ def test_workflow_files_use_what_there_is():
 
 def test_pip_installs_all_of_the_package_and_nothing_else():
     tool = SETTINGS["tool"]["setuptools"]
-    packages = ("krea2_model", "krea2_training")
+    packages = ("krea2_model", "krea2_training", "krea2_rendering")
     assert tool["packages"]["find"]["include"] == [f"{package}*" for package in packages]
     files = [file for package in packages for file in (ROOT / package).rglob("*.*")]
     folders = {file.parent for file in files if file.suffix == ".py"}
     assert all((folder / "__init__.py").is_file() for folder in folders)
     data = {file for file in files if file.suffix not in (".py", ".pyc")}
     patterns = tool["package-data"]
-    assert data == {f for name in packages for p in patterns[name] for f in (ROOT / name).glob(p)}
+    assert data == {
+        f for name in packages for p in patterns.get(name, ()) for f in (ROOT / name).glob(p)
+    }
     assert PROJECT["scripts"] == {"krea2": "krea2_model.cli.main:main"}
