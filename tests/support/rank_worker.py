@@ -2,7 +2,7 @@
 
 Each has a command, its settings, and perhaps dies_at: a step after which the last process kills
 itself, once; or stops_at: one after which it asks for the end. The bytes that a process sends in
-the last step are written beside the result.
+its second step are written beside the result.
 """
 
 import json
@@ -40,8 +40,7 @@ def main() -> None:
         try:
             run_command(config, on_step)
             if rank == 0:
-                last = before[-1] - before[-2]
-                output.with_suffix(".bytes").write_text(str(last), encoding="utf-8")
+                output.with_suffix(".bytes").write_text(str(before[1] - before[0]), "utf-8")
         except ValueError as error:
             output.with_suffix(f".{rank}.txt").write_text(str(error), encoding="utf-8")
 

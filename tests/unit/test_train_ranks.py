@@ -78,7 +78,13 @@ def runs_of(folder):
     full = {**pictures, "adapter.method": "full", "training.average": 0.9}
     return {
         "killed": ("train", {**full, "output.save_every": 1, "output.keep": 0}),
-        "lora": ("train", {**pictures, "memory.base": "4bit", "adapter.targets": "blocks+text"}),
+        "lora": (
+            "train",
+            {
+                **pictures, "memory.base": "4bit", "adapter.targets": "blocks+text",
+                "validation.share": 0.25, "validation.every": 9,
+            },
+        ),
         "dora": ("train", {**pictures, "adapter.method": "dora", "ranks.shard": False}),
         "stopped": ("train", {**pictures, "memory.base": "fp8"}),
         "parted": ("train", {**full, **wide, "ranks.tensor": 2}),
@@ -198,8 +204,14 @@ def test_norms_of_heads_learn_from_the_heads_of_all_processes(both, folder):
 
 
 def test_other_numbers_of_the_log_are_those_of_all_processes(both):
-    for name, number in (("reward", "reward"), ("distil", "fake loss"), ("prefer", "drift")):
-        two, one = ([r[number] for r in read_log(both[side] / name)] for side in ("two", "one"))
+    for name, number in (
+        ("reward", "reward"), ("distil", "fake loss"), ("prefer", "drift"),
+        ("lora", "validation loss"),
+    ):  # fmt: skip
+        two, one = (
+            [record[number] for record in read_log(both[side] / name) if number in record]
+            for side in ("two", "one")
+        )
         assert two == pytest.approx(one, abs=1e-5), name
 
 
