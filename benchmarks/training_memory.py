@@ -67,6 +67,7 @@ SHARED = {
     "LoRA, 4bit": (Adapter(), Memory(base="4bit"), Ranks(), "adamw"),
     "full, AdamW": (Adapter(method=FULL), Memory(), Ranks(), "adamw"),
     "full, Muon": (Adapter(method=FULL), Memory(), Ranks(), "muon"),
+    "full, AdamW, a copy on every 8": (Adapter(method=FULL), Memory(), None, "adamw"),
     "full, AdamW, `tensor = 4`": (Adapter(method=FULL), Memory(), Ranks(tensor=4), "adamw"),
 }
 COUNTS = (1, 8, 64)
@@ -85,11 +86,11 @@ def ranks_table() -> Iterator[str]:
                 memory=memory,
                 training=Steps(optimiser=optimiser),
                 side=1024,
-                ranks=ranks,
+                ranks=ranks or Ranks(copies=max(1, processes // 8)),
                 processes=processes,
             )
             sends = f", sends {one.traffic / GB:.1f} GB" if one.traffic else ""
-            alone = processes == 1 and (ranks.tensor > 1 or not ranks.shard)
+            alone = processes == 1 and ranks != Ranks()
             cells.append("-" if alone else f"{one.total / GB:.1f} GB{sends}")
         yield f"| {name} | " + " | ".join(cells) + " |"
 

@@ -135,6 +135,7 @@ def training_memory(
     of a number in the calculation.
     """
     count, ranks = _count(config, adapter), ranks or Ranks()
+    parts = max(1, processes // ranks.copies)  # that the weights of a copy lie in
     trained = adapter_sets * count.trained
     sequence = training.batch * ((1 + references) * (side // 16) ** 2 + text)
     state = sequence * config.hidden_size * itemsize
@@ -147,7 +148,7 @@ def training_memory(
         tokens = training.batch * text * config.num_text_layers * config.text_hidden_dim
         activations += _FUSION_STATES[adapter.method] * tokens * itemsize
     # torch's optimisers take a copy of what is trained for a step, when activations are gone.
-    activations = max(activations, 4 * trained // (processes if adapter.method == FULL else 1))
+    activations = max(activations, 4 * trained // (parts if adapter.method == FULL else 1))
     if vae is not None:
         activations = max(activations, vae_bytes(vae, side**2))
     bits = stored_bits if memory.base == BASES[0] else _BITS[memory.base]
@@ -177,48 +178,51 @@ def training_memory(
     if processes == 1:
         return result
     if adapter.method == FULL:
-        return _whole_model_shared(result, 4 * count.inside // layers, layers * state, ranks.tensor)
+        block = 4 * count.inside // layers
+        return _whole_model_shared(result, parts, block, layers * state, ranks.tensor)
     if not ranks.shard:
         return replace(result, traffic=_exchanged(result))
     block = 0 if memory.offload else round(count.inside * bits / 8) // layers
-    return _adapters_shared(
-        result, layers * block + (count.everything - count.inside) * itemsize, block
-    )
+    stored = layers * block + (count.everything - count.inside) * itemsize
+    return _adapters_shared(result, parts, stored, block)
 
 
-def _whole_model_shared(alone: Forecast, block: int, states: int, tensor: int) -> Forecast:
-    """A forecast of a model that is trained by several processes, each with a part of it.
+def _whole_model_shared(
+    alone: Forecast, parts: int, block: int, states: int, tensor: int
+) -> Forecast:
+    """A forecast of a model that is trained by several processes, each with one of so many parts.
 
     block: bytes of a block's weights. Of these the one in use is there, the next, and a gradient.
-    Weights are gathered in the forward and in the backward pass, and gradients are shared out.
-    states: bytes of a hidden state of each block. With tensor parallelism processes add up two of
-    them in the forward pass, again where it is computed again, and in the backward pass.
+    Weights are gathered in the forward and in the backward pass, and gradients are shared out; then
+    copies of the model exchange those of their parts. states: bytes of a hidden state of each
+    block. With tensor parallelism processes add up two of them in the forward pass, again where it
+    is computed again, and in the backward pass.
     """
-    count = alone.processes
-    weights = 3 * alone.gradients * (count - tensor) // (count * tensor)
+    copies = alone.processes // parts
+    weights = 3 * alone.gradients * (parts - tensor) // (parts * tensor)
+    exchanged = 2 * alone.gradients // parts * (copies - 1) // copies
     hidden = 6 * states * 2 * (tensor - 1) // tensor
     return replace(
         alone,
-        trained=alone.trained // count,
-        gradients=alone.gradients // count,
-        optimiser=alone.optimiser // count,
+        trained=alone.trained // parts,
+        gradients=alone.gradients // parts,
+        optimiser=alone.optimiser // parts,
         gathered=3 * block // tensor,
-        traffic=weights + hidden,
+        traffic=weights + exchanged + hidden,
     )
 
 
-def _adapters_shared(alone: Forecast, stored: int, block: int) -> Forecast:
-    """A forecast of adapters that several processes train beside a frozen model in parts.
+def _adapters_shared(alone: Forecast, parts: int, stored: int, block: int) -> Forecast:
+    """A forecast of adapters that several processes train beside a frozen model in so many parts.
 
     stored: bytes of what is sharded. block: of one block of it, of which the one in use is there
     and the next. Weights are gathered in the forward and in the backward pass.
     """
-    count = alone.processes
     return replace(
         alone,
-        frozen=alone.frozen - stored + stored // count,
+        frozen=alone.frozen - stored + stored // parts,
         gathered=2 * block,
-        traffic=_exchanged(alone) + 2 * stored * (count - 1) // count,
+        traffic=_exchanged(alone) + 2 * stored * (parts - 1) // parts,
     )
 
 

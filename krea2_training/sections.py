@@ -212,13 +212,17 @@ class Ranks:
     shard: the weights lie in parts over all processes, and are gathered a block at a time; False
         gives each process all of a frozen model. A model that is trained whole is always sharded.
     tensor: processes that compute each block together, a part of its heads and hidden units each.
+    copies: of the sharded weights, each in parts over as many processes as the others; one a
+        machine keeps the gathering of weights within it.
     """
 
     shard: bool = True
     tensor: int = 1
+    copies: int = 1
 
     def __post_init__(self):
         check(1 <= self.tensor <= 64, "ranks.tensor", self.tensor, "1 to 64")
+        check(1 <= self.copies <= 10_000, "ranks.copies", self.copies, "1 to 10000")
 
 
 @dataclass(frozen=True)

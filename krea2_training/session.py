@@ -76,7 +76,7 @@ class Session:
         self.config, self.folder = config, config.output.run_folder
         self.device, self.dtype = machine_of(config)
         self.is_full = config.adapter.method == FULL
-        self.world = world_of(self.device, config.ranks.tensor)
+        self.world = world_of(self.device, config.ranks)
         config.check_shares(self.world.shares)
         check_optimiser(config.training)
         if parts is None:

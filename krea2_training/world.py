@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .sections import Ranks
+
 if TYPE_CHECKING:  # some builds of torch have none of it
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -28,7 +30,7 @@ if TYPE_CHECKING:  # some builds of torch have none of it
 _PATIENCE = timedelta(hours=12)
 # Numbers of gradients that are exchanged at once.
 _BUCKET = 64_000_000
-_DATA, _TENSOR = "data", "tensor"
+_COPIES, _DATA, _TENSOR = "copies", "data", "tensor"
 
 
 class StopTraining(Exception):
@@ -51,7 +53,7 @@ class World:
     """This process among those of a run.
 
     index, count: of all processes. share, shares: of the step's batches; with tensor parallelism
-    several processes have one share. mesh: (data, tensor), None for one process.
+    several processes have one share. mesh: (copies, data, tensor), None for one process.
     """
 
     index: int = 0
@@ -67,9 +69,9 @@ class World:
 
     @property
     def data(self) -> DeviceMesh:
-        """The processes over which weights are sharded."""
+        """The processes over which weights are sharded; (copies, data) where there are copies."""
         assert self.mesh is not None
-        return self.mesh[_DATA]
+        return self.mesh[_COPIES, _DATA] if self.mesh.size(0) > 1 else self.mesh[_DATA]
 
     @property
     def tensor(self) -> DeviceMesh | None:
@@ -160,27 +162,31 @@ class World:
 ALONE = World()
 
 
-def world_of(device: torch.device, tensor: int) -> World:
+def world_of(device: torch.device, ranks: Ranks) -> World:
     """The world that torchrun's environment tells of; begins torch's process group.
 
-    tensor: processes among which each block is parted. Raises ValueError where their number does
-    not divide that of all.
+    Raises ValueError where the processes cannot be shared out as the settings say.
     """
-    count = processes()
-    if count % tensor:
-        raise ValueError(
-            f"ranks.tensor is {tensor}; expected a divisor of {count}, the number of processes "
-            "that torchrun has started."
-        )
+    count, tensor, copies = processes(), ranks.tensor, ranks.copies
     if count == 1:
         return ALONE
+    for name, parts, whole in (
+        ("tensor", tensor, count), ("copies", copies, count // tensor),
+    ):  # fmt: skip
+        if whole % parts:
+            raise ValueError(
+                f"ranks.{name} is {parts}; expected a divisor of {whole}: torchrun has started "
+                f"{count} processes"
+                + (f", and ranks.tensor is {tensor}." if whole < count else ".")
+            )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         atexit.register(dist.destroy_process_group)
     from torch.distributed.device_mesh import init_device_mesh
 
     index, shares = dist.get_rank(), count // tensor
-    mesh = init_device_mesh(device.type, (shares, tensor), mesh_dim_names=(_DATA, _TENSOR))
+    shape, names = (copies, shares // copies, tensor), (_COPIES, _DATA, _TENSOR)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return World(index, count, index // tensor, shares, mesh)
 
 

@@ -92,7 +92,7 @@ def runs_of(folder):
             "pretrain",
             {
                 "data.path": str(folder / "pictures"), "stages.resolution": [64, 80],
-                "stages.steps": [2, 1], "training.optimiser": "muon",
+                "stages.steps": [2, 1], "training.optimiser": "muon", "ranks.copies": 2,
                 "samples.prompts": ["red background"], "samples.every": 3, "samples.steps": 2,
                 "samples.size": 64,
             },
@@ -109,12 +109,14 @@ def runs_of(folder):
         ),
         "odd": ("train", {**pictures, "training.accumulate": 3}),
         "one head": ("train", {**full, "ranks.tensor": 2}),
+        "copies": ("train", {**full, **wide, "ranks.tensor": 2, "ranks.copies": 2}),
     }  # fmt: skip
 
 
 REFUSED = {
     "odd": "training.accumulate is 3; expected a multiple of 2",
     "one head": "ranks.tensor is 2; expected a divisor of 1: the blocks have 1 heads",
+    "copies": "ranks.copies is 2; expected a divisor of 1: torchrun has started 2 processes, and",
 }
 
 
@@ -159,9 +161,7 @@ def both(folder):
     for job in json.loads((folder / "one.json").read_text()):
         name = Path(job["settings"]["output.path"]).stem
         if name not in REFUSED:
-            settings = {
-                key: value for key, value in job["settings"].items() if key != "ranks.tensor"
-            }
+            settings = {key: value for key, value in job["settings"].items() if "ranks" not in key}
             if name == "stopped":
                 settings["training.steps"], settings["training.decay"] = 2, 0.0
             run_command(
@@ -244,11 +244,12 @@ def test_a_state_of_two_processes_goes_on_in_one(both, folder):
         go_on("two")
 
 
-@pytest.mark.parametrize("name", ["killed", "lora", "dora"])
+@pytest.mark.parametrize("name", ["killed", "lora", "dora", "pretrain"])
 def test_what_a_process_sends_is_forecast(both, folder, name):
     """All of it, and no more than the part of the model that is gathered in one pass only."""
-    settings = TRAINING | runs_of(folder)[name][1]
-    config = read_config(None, {**settings, "output.path": str(folder / "x.safetensors")})
+    command, settings = runs_of(folder)[name]
+    settings = TRAINING | settings | {"output.path": str(folder / "x.safetensors")}
+    config = read_config(None, settings, KINDS[command])
     expected = training_memory(
         TRANSFORMER_CONFIG, adapter=config.adapter, memory=config.memory, ranks=config.ranks,
         training=config.training, side=64, processes=2, itemsize=4,
