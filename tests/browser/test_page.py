@@ -1,5 +1,6 @@
 """What a person meets in the page: templates, search, Run, errors, help, the blueprint."""
 
+import math
 import re
 import urllib.request
 
@@ -9,6 +10,7 @@ from playwright.sync_api import expect
 from conftest import ROOT, api_form, outputs_of_run, read_json, run, set_widgets
 from krea2_model import TransformerConfig, load_transformer, nano
 from krea2_model.memory.forecast import call_operations
+from krea2_model.tiles import TileSettings, tiles_at
 from nano_templates import NANO, NANO_RAW, nano_graph
 from page import PACK_FOLDER, open_template
 
@@ -38,6 +40,14 @@ OUTSIDE = """() => app.rootGraph.nodes.filter(node => !app.rootGraph.groups.some
     node.pos[0] >= group.pos[0] && node.pos[1] >= group.pos[1]
     && node.pos[0] + node.size[0] <= group.pos[0] + group.size[0]
     && node.pos[1] + node.size[1] <= group.pos[1] + group.size[1])).map(node => node.type)"""
+TILED = """() => {
+    const tiled = LiteGraph.createNode('K2TiledSampling');
+    app.rootGraph.add(tiled);
+    const sampler = app.rootGraph.nodes.find(node => node.type === 'K2Sampler');
+    const slot = sampler.findInputSlot('model');
+    sampler.getInputNode(slot).connect(0, tiled, 0);
+    tiled.connect(0, sampler, slot);
+}"""
 COUNT_REQUESTS = """() => {
     const fetch = window.fetch;
     window.asked = [];
@@ -151,6 +161,28 @@ def test_the_sampler_shows_what_a_run_will_take(load_template):
     asked = page.evaluate("() => window.asked.map(String)")
     server = [url for url in asked if not url.startswith("https://")]
     assert [url for url in server if re.search("krea2|object_info|metadata", url)] == []
+
+
+@pytest.mark.parametrize("size, tile, overlap, move", [
+    ((320, 224), 0, 0.25, True), ((320, 224), 128, 0.5, False), ((96, 480), 64, 0.0, True),
+])  # fmt: skip
+def test_the_forecast_counts_tiles(load_template, size, tile, overlap, move):
+    page = load_template("krea2_nano_first_image")
+    page.evaluate(TILED)
+    for name, value in (("tile", tile), ("overlap", overlap), ("move", move)):
+        choose(page, "K2TiledSampling", name, value)
+    choose(page, "K2EmptyLatent", "aspect", "custom")
+    choose(page, "K2EmptyLatent", "width", size[0])
+    choose(page, "K2EmptyLatent", "height", size[1])
+    settings = TileSettings(tile or 128, overlap, move)
+    tiles = [one for one, _ in tiles_at((size[1] // 16, size[0] // 16), settings, 1.0)]
+    tokens = math.prod(tiles[0].grid)
+    report = page.evaluate(REPORT, "K2Sampler").split("\n")
+    assert f"{len(tiles)} tiles, each of" in report
+    assert any(line.startswith(f"{tokens} tokens, {8 * len(tiles)} calls") for line in report)
+    page.evaluate("() => { app.rootGraph.nodes.find(n => n.type === 'K2TiledSampling').mode = 4; }")
+    choose(page, "K2EmptyLatent", "width", size[0])
+    assert "tiles" not in page.evaluate(REPORT, "K2Sampler")
 
 
 def test_the_sampler_shows_the_steps_of_a_few_step_lora(load_template):

@@ -6,6 +6,8 @@
 const TEXT = 512;
 const PIXELS = 16;
 const MEGAPIXEL = 1024 * 1024;
+// Least room for a tile to move, as a share of it (krea2_model/tiles.py).
+const ROOM = 1 / 8;
 const GB = 1e9;
 
 // Floating-point operations of one call of the transformer for one image.
@@ -50,17 +52,40 @@ function short(operations) {
   return `${Number((operations / size).toPrecision(3))} ${unit}`;
 }
 
+// To the even neighbour where both are as near, as Python does.
+function rounded(number) {
+  const up = Math.round(number);
+  return number % 1 === 0.5 && up % 2 ? up - 1 : up;
+}
+
+// Length and number of the tiles along a side of so many tokens, as krea2_model/tiles.py has them.
+function tilesAlong(length, tile, shared) {
+  if (tile >= length) return [length, 1];
+  return [tile, Math.ceil((length - tile) / (tile - shared)) + 1];
+}
+
+// Tokens of a tile and the number of tiles of an image; one of all where there are no tiles.
+export function tilesOf(sides, tiles, side) {
+  if (!tiles) return [sides[0] * sides[1], 1];
+  const tile = (tiles.tile || side) / PIXELS;
+  const shared = rounded(tiles.overlap * tile) + (tiles.move ? rounded(ROOM * tile) : 0);
+  const [across, down] = sides.map((length) => tilesAlong(length, tile, shared));
+  return [across[0] * down[0], across[1] * down[1]];
+}
+
 // The lines for a run. settings: steps and guidance. known: the loader's numbers. file: its choice.
-export function forecastLines(size, settings, known, file) {
+// tiles: values of Krea 2 Tiled Sampling, or undefined.
+export function forecastLines(size, settings, known, file, tiles) {
   const config = file?.startsWith("krea2-nano") ? known.nano : known.released;
   const sides = [size.width, size.height].map((side) => Math.ceil(side / PIXELS));
-  const image = sides[0] * sides[1];
-  const calls = settings.steps * (settings.guidance > 0 ? 2 : 1);
+  const [image, count] = tilesOf(sides, tiles, config.side);
+  const calls = settings.steps * (settings.guidance > 0 ? 2 : 1) * count;
   const operations = size.batch * calls * callOperations(config, image, TEXT);
   const lines = [`${image} tokens, ${calls} calls, ${short(operations)}`];
+  if (count > 1) lines.unshift(`${count} tiles, each of`);
   const weights = known.files[file];
   if (weights === undefined) return lines;
-  const needed = callBytes(config, image, TEXT, size.batch);
+  const needed = callBytes(config, image, TEXT, size.batch * (tiles?.batch || 1));
   const peak = weights + needed;
   const shown = (bytes) => (bytes / GB).toFixed(1);
   lines.push(`memory: ${shown(peak)} of ${shown(known.device)} GB`);

@@ -17,13 +17,17 @@ const SETTINGS = "krea2_settings";
 const FORECAST = "krea2_forecast";
 // Nodes without guidance show the first line only.
 const SAMPLER = "K2Sampler";
+const TILED = "K2TiledSampling";
 // Below this strength a few-step LoRA leaves the checkpoint's settings (krea2_model/lora).
 const FULL_STRENGTH = 0.8;
 const FARTHEST = 50;
+// A node that is neither bypassed nor muted.
+const ALWAYS = 0;
 // Widgets whose values are settings of a run, or decide what it takes.
 const REFRESHING = [
   ...["preset", "shift", "model", "file", "lora", "strength", "steps", "guidance"],
   ...["aspect", "megapixels", "width", "height", "batch"],
+  ...["tile", "overlap", "move"],
 ];
 
 // The settings last shown on a node: a report of a run stays until they change.
@@ -84,17 +88,25 @@ function upstream(node, name, type) {
   return slot >= 0 ? node.getInputNode?.(slot) : null;
 }
 
+// The values of Krea 2 Tiled Sampling; of linked ones the defaults.
+function tilesAsked(node) {
+  const value = (name, other) => (isLinked(node, name) ? other : (widgetOf(node, name)?.value ?? other));
+  return { tile: value("tile", 0), overlap: value("overlap", 0.25), move: value("move", true), batch: value("batch", 1) };
+}
+
 // What the sampler will take, where size, steps and model are known.
 function forecast(node, settings) {
   const source = upstream(node, "latent", "LATENT");
   const size = source && sizeOf(source, widgetOf, isLinked);
   if (!size) return [];
   let loader = upstream(node, "model", "MODEL");
+  let tiles;
   for (let step = 0; loader && step < FARTHEST; step++) {
     for (const name of ["model", "file"]) {
       const known = optionOf(loader, name, FORECAST);
-      if (known) return forecastLines(size, settings, known, widgetOf(loader, name)?.value);
+      if (known) return forecastLines(size, settings, known, widgetOf(loader, name)?.value, tiles);
     }
+    if (loader.comfyClass === TILED && loader.mode === ALWAYS) tiles ??= tilesAsked(loader);
     loader = upstream(loader, "model", "MODEL");
   }
   return [];
