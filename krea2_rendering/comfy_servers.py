@@ -50,6 +50,10 @@ class Server:
     rests_until: float = 0.0
     client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def load(self) -> int:
+        return self.ours + self.others
+
     def paint(self, graph: Graph, stopped: threading.Event) -> list[bytes]:
         """The image files that a graph gives. Raises JobError, or ServerError."""
         status, reply = self._send("/prompt", {"prompt": graph, "client_id": self.client_id})
@@ -168,16 +172,19 @@ class Servers:
         with self._free:
             while not self.stopped.is_set():
                 now = time.monotonic()
-                able = [s for s in self._servers if s.ours < DEPTH and s.rests_until <= now]
-                for server in able:
+                awake = [s for s in self._servers if s.rests_until <= now]
+                for server in awake:
                     if now - server.asked_at > _LOAD_SECONDS:
                         try:
                             server.ask_load()
                         except ServerError:
                             self._rest(server)
-                able = [s for s in able if s.rests_until <= now]
+                awake = [s for s in awake if s.rests_until <= now]
+                # Behind many jobs of others it would take longer than the wait for a free one.
+                most = min((s.load for s in awake), default=0) + DEPTH
+                able = [s for s in awake if s.ours < DEPTH and s.load <= most]
                 if able:
-                    server = min(able, key=lambda s: s.ours + s.others)
+                    server = min(able, key=lambda s: s.load)
                     server.ours += 1
                     return server
                 self._free.wait(_LOAD_SECONDS)

@@ -232,17 +232,25 @@ def test_a_picture_is_the_file_of_the_plain_command(plan, painter, krea2, tmp_pa
     assert (kept["width"], kept["seed"], kept["settings"]["steps"]) == (32, 4, 1)
 
 
-def test_a_picture_depends_on_no_other_of_its_call(plan, painter):
-    """To the bit, in any company and at any place."""
+def test_a_picture_depends_on_no_other_of_its_call(plan, painter, monkeypatch):
+    """To the bit, in any company and at any place: a call always has as many."""
     prompts = ("star", "ring", "circle", "square", "triangle")
     rows = [{"prompt": f"a red {p}", "seed": n, "steps": 2} for n, p in enumerate(prompts)]
     tokens = {"batch": 4, "tokens_of": lambda text, weighted: 1}
-    paint = painter(4)
+    paint, sizes = painter(4), []
+    call = paint._painter.paint_together
+
+    def note(rows, *words, **options):
+        sizes.append(len(rows))
+        return call(rows, *words, **options)
+
+    monkeypatch.setattr(paint._painter, "paint_together", note)
     together = pixels(paint(plan(*rows, **tokens).chunks[0]))
     assert len(set(together.values())) == 5
     turned = pixels(paint(plan(*rows[::-1], **tokens).chunks[0]))
     alone = pixels(paint(plan(rows[2], **tokens).chunks[0]))
     assert turned == together and together.items() >= alone.items()
+    assert set(sizes) == {4}
 
 
 def test_prompts_may_be_encoded_by_others(plan, painter, monkeypatch):
