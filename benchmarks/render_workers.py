@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     costs: dict[str, list[float]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder, ray_session(None, quiet=True):
+    with tempfile.TemporaryDirectory() as folder, ray_session(quiet=True):
         table = Path(folder, "rows.jsonl")
         rows = [
             {"prompt": "a red circle on a blue background", "seed": n} for n in range(args.pictures)

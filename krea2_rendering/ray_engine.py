@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -39,6 +40,7 @@ _RETRIES = 3
 # Times that a worker is started anew. Where none of its starts succeeds, the run ends.
 _RESTARTS = 100
 _MOST_SHOWN = 300
+_STARTS = 4
 # Cores that Ray counts for tasks beside the actors; they share what the actors leave.
 _TASK_CPUS = 0.1
 _SETTINGS = {
@@ -66,10 +68,11 @@ class Resources:
 
 
 @contextmanager
-def ray_session(address: str | None, quiet: bool, dashboard: bool = False) -> Iterator[None]:
+def ray_session(address: str | None = None, quiet: bool = False, **options: Any) -> Iterator[None]:
     """A connection to a cluster, or a Ray of this machine's own while it lasts.
 
-    Raises UsageError where there is no cluster at the address.
+    options: of `ray.init`, for the latter. Raises UsageError where there is no cluster at the
+    address, and Failure where Ray does not start.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -78,16 +81,37 @@ def ray_session(address: str | None, quiet: bool, dashboard: bool = False) -> It
     if ray.is_initialized():
         yield
         return
-    options = {} if address else {"include_dashboard": dashboard}
-    try:
-        ray.init(address, logging_level=logging.WARNING, log_to_driver=not quiet, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        place = f"--address is {address}; " if address else ""
-        raise UsageError(f"{place}Ray does not start: {_line(error)}") from error
+    log = {"logging_level": logging.WARNING, "log_to_driver": not quiet}
+    if address is not None:
+        try:
+            ray.init(address, **log)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"--address is {address}, where no Ray cluster answers ({_line(error)}). Start one "
+                "with: ray start --head"
+            ) from error
+    else:
+        _start_ray(**log, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(**options: Any) -> None:
+    """Start Ray here, again where a busy machine takes longer than Ray waits for its parts."""
+    import ray
+
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # of no class of its own
+            ray.shutdown()
+            if not left:
+                raise Failure(
+                    f"Ray does not start on this machine: {_line(error)} Its logs are in /tmp/ray."
+                ) from error
 
 
 def resources(args: Namespace, encoders: int = 0, encoder_gpus: float | None = None) -> Resources:

@@ -46,7 +46,8 @@ def render(args: Namespace) -> Iterator[object]:
         ledger.add(plan.errors)
         failed = len(plan.errors)
         if plan.jobs:
-            with ray_session(args.address, args.quiet or not args.verbose, args.dashboard):
+            quiet = args.quiet or not args.verbose
+            with ray_session(args.address, quiet, include_dashboard=args.dashboard):
                 workers = resources(args, args.encoders, args.gpus_per_encoder)
                 entries = ray_entries(plan, args, output, workers)
                 failed += follow(entries, plan, ledger, console)

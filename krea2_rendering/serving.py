@@ -198,7 +198,8 @@ def run(args: Namespace) -> Iterator[str]:
     console = Console(args.quiet)
     if args.host not in ("127.0.0.1", "localhost", "::1") and args.token is None:
         console.note(f"note: whoever reaches {args.host} may use this server; --token asks for one")
-    with ray_session(args.address, args.quiet or not args.verbose, args.dashboard):
+    quiet = args.quiet or not args.verbose
+    with ray_session(args.address, quiet, include_dashboard=args.dashboard):
         with console.stage("loading the model"):
             deploy(args)
         try:

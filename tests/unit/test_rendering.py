@@ -375,7 +375,7 @@ def render(tmp_path, monkeypatch, krea2):
             yield [{**one, "file": job["file"]}]
 
     monkeypatch.setattr(many, "ray_entries", play)
-    monkeypatch.setattr(many, "ray_session", lambda *words: nullcontext())
+    monkeypatch.setattr(many, "ray_session", lambda *words, **options: nullcontext())
     monkeypatch.setattr(many, "resources", lambda *words: None)
 
     def run(prompts, *words, code=0):

@@ -34,7 +34,7 @@ from krea2_model.cli.progress import Console
 from krea2_rendering.ledger import Ledger, read_entries
 from krea2_rendering.places import Place
 from krea2_rendering.plan import make_plan
-from krea2_rendering.ray_engine import Resources, ray_entries
+from krea2_rendering.ray_engine import Resources, ray_entries, ray_session
 from krea2_rendering.render import follow
 from krea2_rendering.serving import ImageServer, Item, deploy
 
@@ -73,59 +73,58 @@ def cluster():
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     size = 80 * 2**20
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=size, log_to_driver=False)
-    yield
-    ray.shutdown()
+    options = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": size}
+    with ray_session(quiet=True, **options):
+        yield
 
 
 @pytest.fixture
 def make(cluster, tmp_path):
-    """Make pictures of prompts with two actors; the lines of the ledger by their prompts."""
+    """Make pictures of prompts with actors of squares; gives the lines of the ledger."""
 
-    def run(prompts, *words):
+    def run(prompts, *words, workers=2):
         table = tmp_path / "p.txt"
         table.write_text("\n".join(prompts), encoding="utf-8")
         args = parse(["render", str(table), "--engine", "ray", *MODEL, *words])
         args.output = tmp_path / "out"
         args.output.mkdir(exist_ok=True)
         plan, place = make_plan(table, args, np.empty(0, np.uint64)), Place(args.output)
-        workers = Resources(2, 0, 0.2)
+        size = Resources(workers, 0, 0.2)
         with Ledger(place) as ledger:
-            follow(ray_entries(plan, args, place, workers, Squares), plan, ledger, Console(True))
+            follow(ray_entries(plan, args, place, size, Squares), plan, ledger, Console(True))
         return list(read_entries(place))
 
     return run
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(make, tmp_path):
-    prompts = [f"a star {n}" for n in range(30)]
-    prompts.insert(7, "kill once")
-    found = make(prompts)
-    assert (tmp_path / "out" / "killed").exists()
-    assert sorted(entry["row"] for entry in found) == list(range(1, 32))
-    assert not any("error" in entry for entry in found)
-    assert len(list((tmp_path / "out").rglob("*.png"))) == 31
-
-
-def test_a_job_that_kills_every_worker_is_an_error(make, monkeypatch):
-    """And so are those of its block; all others are made."""
+def test_killed_workers_lose_and_double_nothing(make, tmp_path, monkeypatch):
+    """A job that kills every worker is an error, with its block; all others are in shards."""
     monkeypatch.setattr(engine, "_RETRIES", 1)
-    found = make(["kill", *(f"a star {n}" for n in range(20))])
+    prompts = [f"a star {n}" for n in range(30)]
+    prompts[7:7] = ["kill once"]
+    found = make([*prompts, "kill"], "--layout", "parquet", "--shard-size", "8")
+    assert (tmp_path / "out" / "killed").exists()
+    good = [entry for entry in found if "error" not in entry]
     bad = [entry for entry in found if "error" in entry]
-    assert len(found) == 21 and 1 <= len(bad) <= engine._BLOCK
-    assert all("The worker was killed" in entry["error"] for entry in bad)
+    assert len(found) == len({entry["key"] for entry in found}) == 32
+    assert 1 <= len(bad) <= engine._BLOCK
+    assert all("The worker was killed 2 times" in entry["error"] for entry in bad)
+    assert "kill once" in [entry["prompt"] for entry in good]
+    files = sorted((tmp_path / "out" / "shards").iterdir())
+    tables = [pq.read_table(file) for file in files]
+    assert max(table.num_rows for table in tables) == 8
+    rows = [
+        (file.name, key)
+        for file, table in zip(files, tables, strict=True)
+        for key in table["key"].to_pylist()
+    ]
+    assert sorted(key for _, key in rows) == sorted(entry["key"] for entry in good)
+    assert {name for name, _ in rows} == {entry["file"].partition("/")[2] for entry in good}
 
 
 def test_a_worker_that_cannot_start_ends_the_run(make):
     with pytest.raises(Failure, match="There is no fp16 here. What is made stays"):
-        make(["a star"], "--dtype", "fp16")
-
-
-def test_shards_have_their_size(make, tmp_path):
-    found = make([f"a star {n}" for n in range(20)], "--layout", "parquet", "--shard-size", "8")
-    files = sorted((tmp_path / "out" / "shards").iterdir())
-    sizes = sorted(pq.ParquetFile(file).metadata.num_rows for file in files)
-    assert sum(sizes) == 20 and max(sizes) == 8 and len(found) == 20
+        make(["a star"], "--dtype", "fp16", workers=1)
 
 
 def test_the_command_makes_the_pictures_of_the_plain_one(cluster, nano_once, krea2, tmp_path):
@@ -165,6 +164,25 @@ def test_more_workers_than_there_are_cores_are_refused(cluster, krea2, tmp_path)
     assert "--workers is 9, and the cluster has 2 cores" in krea2(*words, "--workers", 9, code=2)
     error = krea2(*words, "--gpus-per-worker", "1", code=2)
     assert "more than the 0 GPUs of the cluster" in error and "--gpus-per-worker 0" in error
+
+
+def test_a_ray_that_does_not_start_is_tried_again(cluster, monkeypatch):
+    """As on a busy machine, where Ray gives up after half a minute."""
+    import ray
+
+    tries = []
+
+    def fail(**options):
+        tries.append(options)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(Failure, match="Ray does not start on this machine: The current node"):
+        with ray_session(num_cpus=2):
+            pass
+    assert len(tries) == 4 and tries[0]["num_cpus"] == 2
 
 
 # krea2 serve, by the client that programs use.
@@ -266,9 +284,10 @@ def test_requests_above_the_queue_are_refused(client):
             return error.status_code
         return 200
 
-    with ThreadPoolExecutor(8) as pool:
-        found = Counter(pool.map(ask, range(8)))
-    assert found[503] >= 3 and found[200] >= 3 and set(found) == {200, 503}
+    with ThreadPoolExecutor(6) as pool:
+        found = Counter(pool.map(ask, range(6)))
+    # Two are with the replica and one waits.
+    assert set(found) == {200, 503} and found[200] >= 3
 
 
 def test_requests_of_one_setting_share_a_call():
