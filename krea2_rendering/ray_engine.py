@@ -204,11 +204,12 @@ def ray_entries(
     output: Place,
     workers: Resources,
     painter: type = RayPainter,
+    encoder: type = RayEncoder,
 ) -> Iterator[list[Entry]]:
     """Make the jobs of a plan; gives their entries as they are written, in any order.
 
-    painter: the class of the actors. Jobs whose workers were killed again and again have no entry.
-    Raises Failure where no worker starts.
+    painter, encoder: the classes of the actors. Jobs whose workers were killed again and again have
+    no entry. Raises Failure where no worker starts.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -230,7 +231,7 @@ def ray_entries(
     jobs = ray.data.from_arrow_refs(references).repartition(target_num_rows_per_block=block)
     if workers.encoders:
         jobs = jobs.map_batches(
-            RayEncoder,
+            encoder,
             fn_constructor_args=(args, workers.threads, str(Path.cwd())),
             compute=ActorPoolStrategy(size=workers.encoders),
             num_cpus=workers.cpus,
