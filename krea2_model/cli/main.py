@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .train import train
 
         return train(args)
-    if args.command in ("pick", "merge"):
+    if args.command in ("curate", "pick", "merge"):
         from . import train as training
 
         return getattr(training, args.command)(args)

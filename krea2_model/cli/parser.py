@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
+from .curate_options import add_curate_options
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
 from .render_options import add_engine_options, add_serve_options
@@ -22,6 +23,7 @@ SUMMARIES = {
     "render": "make a picture of every row of a text, CSV or JSONL file",
     "serve": "make pictures for programs, over HTTP as OpenAI's images API does",
     "again": "make a picture again, from the settings inside its file",
+    "curate": "find duplicates and pictures that are no good for training",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
     "pretrain": "train a transformer from nothing, in stages of rising resolution",
     "distil": "make a few-step LoRA of a Raw checkpoint",
@@ -290,6 +292,7 @@ _OPTIONS: dict[str, Callable[[Any], None]] = {
     "serve": _serve,
     "again": _again,
     **{name: partial(add_training_options, name=name) for name in TRAINING},
+    "curate": add_curate_options,
     "pick": _pick,
     "merge": _merge,
     "models": _models,

@@ -1,4 +1,4 @@
-"""The training commands, `krea2 pick` and `krea2 merge`."""
+"""The training commands, `krea2 curate`, `krea2 pick` and `krea2 merge`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .curate_options import limits_of
 from .errors import Failure, UsageError
 from .progress import Console
 from .train_options import TRAINING, option_of, settings_of
@@ -58,6 +59,42 @@ def train(args: Namespace) -> Iterator[object]:
             raise Failure(str(error)) from error
         if is_first():
             yield path
+
+
+def curate(args: Namespace) -> Iterator[object]:
+    """Find what of a folder is no good for training; gives the files that say so."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    from krea2_training.curate import curate
+    from krea2_training.curate.limits import Limits
+
+    limits = limits_of(args)
+    if sides := limits.get("resolution"):
+        limits["resolution"] = tuple(sides)
+    console = Console(args.quiet)
+    with console.bar(None, "Reading", unit=" pictures") as bar:
+
+        def on_picture(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            curated = curate(
+                args.folder,
+                Limits(**limits),
+                table=args.table,
+                sheet=args.sheet,
+                listing=args.list,
+                workers=args.workers,
+                on_picture=on_picture,
+            )
+        except BrokenProcessPool as error:
+            raise Failure(
+                "A process that read pictures was ended, perhaps since memory ran out. What was "
+                "read is kept: go on with fewer, --workers 1."
+            ) from error
+    console.note(curated.summary())
+    yield from curated.files
 
 
 def pick(args: Namespace) -> Iterator[object]:

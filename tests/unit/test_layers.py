@@ -119,8 +119,7 @@ def test_nodes_import_the_training_where_it_begins():
 
 
 def test_settings_of_training_need_no_torch():
-    """So that a wrong one is refused at once."""
-    code = (
-        "import sys, krea2_training.config, krea2_training.data; assert 'torch' not in sys.modules"
-    )
+    """So that a wrong one is refused at once; nor do processes that read pictures."""
+    code = "import sys, krea2_training.config, krea2_training.curate\n"
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TRAINING.parent)
