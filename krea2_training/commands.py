@@ -12,6 +12,7 @@ from .config import (
     PretrainConfig,
     RewardConfig,
     RunConfig,
+    SliderConfig,
     TrainConfig,
 )
 from .distil import distil
@@ -19,6 +20,7 @@ from .prefer import prefer
 from .pretrain import pretrain
 from .reward import reward
 from .session import OnStep
+from .slider import slider
 from .train import train
 
 _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
@@ -27,6 +29,7 @@ _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
     PreferConfig: prefer,
     PretrainConfig: pretrain,
     RewardConfig: reward,
+    SliderConfig: slider,
 }
 
 

@@ -33,6 +33,7 @@ from .sections import (
     Ranks,
     Reward,
     Samples,
+    Slider,
     Stages,
     Steps,
     Validation,
@@ -241,12 +242,33 @@ class RewardConfig(RunConfig):
         return self.prompts.size
 
 
+@dataclass(frozen=True, kw_only=True)
+class SliderConfig(RunConfig):
+    """All settings of `krea2 slider`."""
+
+    prompts: Prompts
+    slider: Slider
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._refuse_full("a slider is an adapter at a strength")
+        check(
+            not self.prompts.aspects, "prompts.aspects", list(self.prompts.aspects),
+            "none: a slider learns on square pictures",
+        )  # fmt: skip
+
+    @property
+    def side(self) -> int | None:
+        return self.prompts.size
+
+
 KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "distil": DistilConfig,
     "prefer": PreferConfig,
     "pretrain": PretrainConfig,
     "reward": RewardConfig,
+    "slider": SliderConfig,
 }
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -96,7 +96,11 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     empty = session.cache.texts([""], session.device)
 
     def begin(number: int) -> Batch:
-        chosen = [prompts[index] for index in in_turn(len(prompts), batch, number, seed)]
+        random = Random(f"dropout {seed} {number}")
+        chosen = [
+            "" if random.random() < settings.dropout else prompts[index]
+            for index in in_turn(len(prompts), batch, number, seed)
+        ]
         texts = session.cache.texts(chosen, session.device)
         shape = _shape(config, side, Random(f"shape {seed} {number}"))
         return matching.begin(number, shape, texts)

@@ -316,12 +316,15 @@ class Distil:
     steps: of its sampling; several train for each in turn, and the largest is what it asks for.
     mu: of its schedule's shift. guidance: of the teacher; None is the checkpoint's own.
     fake_updates: of the model that follows the student, before each of the student's.
+    dropout: share of prompts that are replaced by the empty one, which pictures of regions and
+    images without words are painted with.
     """
 
     steps: tuple[int, ...] = (8,)
     mu: float = 1.15
     guidance: float | None = None
     fake_updates: int = 4
+    dropout: float = 0.05
 
     def __post_init__(self):
         steps = self.steps
@@ -333,6 +336,7 @@ class Distil:
             guidance is None or 0 <= guidance <= 100, "distil.guidance", guidance, "0 to 100"
         )  # fmt: skip
         check(1 <= self.fake_updates <= 100, "distil.fake_updates", self.fake_updates, "1 to 100")
+        check(0 <= self.dropout <= 1, "distil.dropout", self.dropout, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -348,6 +352,30 @@ class Prefer:
     def __post_init__(self):
         check(0 < self.beta <= 1e6, "prefer.beta", self.beta, "more than 0, at most 1e6")
         check(0 <= self.hold <= 1000, "prefer.hold", self.hold, "0 to 1000")
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A LoRA whose strength moves pictures from a negative wording of prompts to a positive one.
+
+    positive, negative: words after each prompt, or a wording with {} for it.
+    scale: how far strength 1 goes, in differences of the two. steps: of the pictures on whose way
+    it is trained.
+    """
+
+    positive: str = ""
+    negative: str = ""
+    scale: float = 1.0
+    steps: int = 8
+
+    def __post_init__(self):
+        for name in ("positive", "negative"):
+            words = getattr(self, name)
+            check(bool(words.strip()), f"slider.{name}", repr(words), 'words, such as "very old"')
+        differs = self.positive != self.negative
+        check(differs, "slider.negative", repr(self.negative), "other words than slider.positive")
+        check(0 < self.scale <= 100, "slider.scale", self.scale, "more than 0, at most 100")
+        check(1 <= self.steps <= 100, "slider.steps", self.steps, "1 to 100")
 
 
 @dataclass(frozen=True)

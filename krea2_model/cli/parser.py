@@ -29,6 +29,7 @@ SUMMARIES = {
     "distil": "make a few-step LoRA of a Raw checkpoint",
     "prefer": "teach a model which of two pictures of a prompt is preferred",
     "reward": "train on scores of the model's own pictures",
+    "slider": "train a LoRA whose strength moves pictures between two descriptions",
     "pick": "make a page on which to pick the better pictures, for prefer",
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",

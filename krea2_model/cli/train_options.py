@@ -62,6 +62,17 @@ function is run: name none that you do not trust, and look for it in .toml files
       --size 512 --batch 8 --output my_reward.safetensors
 """
 
+_SLIDER = """\
+Trains a LoRA whose strength moves pictures between two wordings of a prompt, from the negative one
+below 0 to the positive one above, without pictures. SOURCE is a text file with a prompt a line that
+says neither, a table with a column prompt, a folder of pictures with captions, or a .toml file of
+settings. The words follow each prompt, or it stands at {} in them.
+
+  krea2 slider people.txt --positive "very old" --negative "very young" --output age.safetensors
+      --model krea2_raw_bf16.safetensors --text-encoder qwen3vl_4b.safetensors
+      --vae qwen_image_vae.safetensors --size 512 --steps 500
+"""
+
 _FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 _COUNT: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
@@ -251,6 +262,20 @@ _REWARDING: dict[str, _Group] = {
 }  # fmt: skip
 
 
+_SLIDING: dict[str, _Group] = {
+    "slider": [
+        ("--positive", "slider.positive",
+         {"metavar": "WORDS", "help": "of strengths above 0"}),
+        ("--negative", "slider.negative",
+         {"metavar": "WORDS", "help": "of strengths below 0"}),
+        ("--slider-scale", "slider.scale",
+         {"type": number(0, 100, above=True), "metavar": "X",
+          "help": "how far strength 1 goes, in differences of the two; default: 1"}),
+        *(option for option in _PROMPTS if option[1] == "prompts.size"),
+    ],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Command:
     """source: the setting that the first argument is, where it is no .toml file; and its help.
@@ -295,6 +320,7 @@ TRAINING: dict[str, Command] = {
         _REWARDING,
         without=("training.accumulate",),
     ),
+    "slider": Command("prompts.path", "a file of prompts, or .toml", _SLIDER, _SLIDING),
 }
 
 

@@ -12,7 +12,7 @@ from diffusers_reference import TINY
 from krea2_model import Krea2Pipeline, Krea2Transformer
 from krea2_model.cli.main import main
 from krea2_training.base import TrainingBackend
-from krea2_training.cache import Texts
+from krea2_training.cache import Cache, Texts
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
 from krea2_training.distil import _shape as latents_shape
@@ -186,6 +186,20 @@ def test_what_is_distilled_is_a_few_step_lora(prompts, tmp_path):
     pipeline = Krea2Pipeline.nano("raw")
     assert pipeline.load_lora(whole).is_complete
     assert (pipeline.preset.steps, pipeline.preset.guidance) == (4, 0)
+
+
+def test_a_share_of_prompts_is_empty(prompts, tmp_path, monkeypatch):
+    asked, texts = [], Cache.texts
+
+    def seen(cache, chosen, device):
+        asked.append(chosen)
+        return texts(cache, chosen, device)
+
+    monkeypatch.setattr(Cache, "texts", seen)
+    settings = {"training__batch": 4, "training__steps": 4, "distil__fake_updates": 1}
+    distil(config_of(prompts, tmp_path / "x.safetensors", distil__dropout=0.5, **settings))
+    found = [prompt for batch in asked if len(batch) == 4 for prompt in batch]
+    assert len(found) == 16 and 3 < found.count("") < 13
 
 
 def test_the_command_refuses_and_forecasts(prompts, tmp_path, capsys):
