@@ -265,13 +265,13 @@ def test_a_long_prompt_in_blocks_equals_core(pack, clip, core_clip, monkeypatch)
 
 
 def test_the_estimate_counts_what_a_long_prompt_takes(clip):
-    tokens = clip.tokenize("fox, " * 1500)
+    tokens = clip.tokenize("fox, " * 1050)
     length = len(tokens["qwen3vl_4b"][0])
     estimate = clip.cond_stage_model.memory_estimation_function(tokens)
     clip.load_model(tokens)
     with LiveBytes() as live:
         clip.cond_stage_model.encode_token_weights(tokens)
-    assert length > 3000 and live.peak <= estimate < 4 * live.peak
+    assert length > 2049 and live.peak <= estimate < 4 * live.peak
 
 
 def test_an_encode_is_cancelled_between_layers(clip):
