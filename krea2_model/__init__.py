@@ -22,6 +22,7 @@ __all__ = [
     "TURBO",
     "CheckpointError",
     "Control",
+    "Describer",
     "DetailAreas",
     "GuidanceSchedule",
     "Edit",

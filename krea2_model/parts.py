@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from .checkpoints.vae import load_vae
 from .checks import as_path, check_type, is_number
 from .config import RAW, Preset
 from .diffusers_names import AnswersDiffusersMethods, accept_diffusers_names
+from .images.pictures import Picture, pixels_of
 from .lora.edit_family import EditFamily
 from .lora.few_steps import FULL_STRENGTH, few_step_preset
 from .lora.files import LoraReport, read_lora, read_lora_file
@@ -27,8 +28,10 @@ from .memory.device_weights import bytes_of
 from .memory.machine import GB
 from .memory.offload import offload_parts
 from .memory.plan import ENCODER, NONE, check_offload
+from .text.describer import CREATIVITY, DESCRIBED_SIDE, Describer, check_lengths
 from .text.encoder import Qwen3VLTextEncoder
-from .text.expander import Expansion, OnText, PromptExpander
+from .text.expander import Expansion, PromptExpander
+from .text.writer import OnText
 from .transformer.model import Krea2Transformer
 from .vae.model import QwenImageVAE
 
@@ -84,6 +87,7 @@ class LoadedParts(AnswersDiffusersMethods):
         self.edit_families: list[EditFamily] = []
         self._few_steps: list[int] = []
         self._expander: PromptExpander | None = None
+        self._describer: Describer | None = None
 
     def __repr__(self) -> str:
         transformer, encoder, vae = self.transformer, self.text_encoder, self.vae
@@ -312,6 +316,37 @@ class LoadedParts(AnswersDiffusersMethods):
             if note := expansion.note():
                 logger.warning("%s", note)
         return expansions
+
+    def describe(
+        self,
+        images: Picture | Sequence[Picture],
+        length: str = "long",
+        on_text: OnText | None = None,
+        *,
+        creativity: float = CREATIVITY,
+        seed: int = 0,
+        max_side: int = DESCRIBED_SIDE,
+    ) -> list[str]:
+        """Write a caption of each picture with the text encoder's language model.
+
+        images: one or several: PIL images, paths, tensors (3 or 4, H, W) or arrays.
+        length: one of `describer.CAPTION_LENGTHS`: "long", "medium", "short" or "style".
+        on_text: called after each token with the text so far.
+        creativity: 0 (the most likely words) to 1. seed: of each caption.
+        max_side: pictures with more pixels than a square of this side are made smaller.
+
+        The vision tower and the layer that only writing needs are read from the encoder's file on
+        the first call. Raises ValueError where the encoder cannot write or see, as krea2-nano's.
+        """
+        check_lengths([length])
+        several = images if isinstance(images, (list, tuple)) else [cast(Picture, images)]
+        pixels = [pixels_of(picture, "an entry of images") for picture in several]
+        if self._describer is None:
+            self._offload.before_change("describe")
+            self._describer = Describer(self.text_encoder)
+        options: dict[str, Any] = {"creativity": creativity, "seed": seed, "max_side": max_side}
+        with self._offload.use(ENCODER, *self._describer.parts):
+            return [self._describer(one, [length], on_text, **options)[0] for one in pixels]
 
     @property
     def preset(self) -> Preset:

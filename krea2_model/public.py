@@ -20,6 +20,7 @@ from .regions import Region, Regions
 from .sampling import denoise
 from .schedule import shift_mu, sigma_schedule
 from .styles import StyleTransfer
+from .text.describer import Describer
 from .text.encoder import Qwen3VLTextEncoder
 from .text.expander import PromptExpander
 from .text.prompt_images import PromptImage

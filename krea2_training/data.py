@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 from PIL.Image import open as open_image
 
-from krea2_model.images.picture_files import PICTURES
+from krea2_model.images.picture_files import COMPANION, PICTURES, pictures_in
 from krea2_model.images.sizes import size_for_area
 
 from .sections import MAX_REFERENCES, Data
@@ -36,7 +36,6 @@ FOR_ALL = 'data.caption for all (--caption "a photo of sks dog"; "" trains witho
 PARTING = "---"
 # Widest and tallest picture, as width to height; others are cropped to it.
 MAX_ASPECT = 4.0
-_COMPANION = re.compile(r"\.(mask|ref[12])$")
 _NAMED_AT_MOST = 5
 
 
@@ -240,16 +239,10 @@ def _captions_of(example: Example, data: Data) -> tuple[str, ...]:
     return tuple(f"{trigger}, {text}" if text else trigger for text in captions)
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures in and below a folder, in order, without those in hidden places of it."""
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    return sorted(f for f in files if not _is_hidden(f.relative_to(folder)))
-
-
 def read_folder(folder: Path) -> list[Example]:
     """The pictures of a folder, with the captions and companions that lie beside them."""
     files = set(pictures_in(folder))
-    companions = {file for file in files if _COMPANION.search(file.stem)}
+    companions = {file for file in files if COMPANION.search(file.stem)}
     by_stem = {file.with_suffix(""): file for file in companions}
     examples = []
     for file in sorted(files - companions):
@@ -266,10 +259,6 @@ def read_folder(folder: Path) -> list[Example]:
             )
         )
     return examples
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def split_captions(text: str) -> tuple[str, ...]:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from krea2_model.images.picture_files import pictures_in
+
 from .data import (
     TABLES,
     Example,
     Sized,
     bucket_size,
     example_size,
-    pictures_in,
     read_rows,
     read_text,
     some_of,

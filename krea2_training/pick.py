@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from krea2_model.images.picture_files import pictures_in
 from krea2_model.replacing import replacing
 
-from .data import pictures_in
 from .pairs import prompt_in
 
 PAGE = "pick.html"

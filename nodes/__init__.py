@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .batches import K2ContactSheet, K2PromptBatch
 from .control import K2ControlLora
+from .describer import K2Describe
 from .detailer import K2Detailer
 from .diagnostics import K2Inspect, K2SelfCheck
 from .edits import K2Edit
@@ -36,6 +37,7 @@ NODES = [
     K2LoraLoader,
     K2StyleLora,
     K2PromptExpander,
+    K2Describe,
     K2TextEncode,
     K2TextEncodeImages,
     K2StyleMix,

@@ -1,25 +1,13 @@
 """Short prompts to dense captions, written by the text encoder that is loaded anyway."""
 
 import logging
-from collections import OrderedDict
 
-from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..krea2_model.text.expander import (
-    LENGTHS,
-    MAX_VARIANTS,
-    Expansion,
-    check_can_write,
-    expand,
-    strip_thinking,
-)
-from ..krea2_model.text.generation import STOP_TOKENS
+from ..krea2_model.text.expander import LENGTHS, MAX_VARIANTS, Expansion, expand
 from . import inputs
 from .prompts import check_clip
-
-# Texts remembered for each text encoder, so that earlier settings cost nothing.
-MAX_TEXTS = 64
+from .writer import NodeWriter
 
 
 class K2PromptExpander(io.ComfyNode):
@@ -124,7 +112,7 @@ class K2PromptExpander(io.ComfyNode):
         check_clip(clip)
         if not enabled:
             return io.NodeOutput([prompt], ui=ui.PreviewText("off: the prompt goes on as it is"))
-        writer = _Writer(clip, cls.hidden.unique_id if cls.hidden else None)
+        writer = NodeWriter(clip, cls.hidden.unique_id if cls.hidden else None)
         expansions = expand(
             writer,
             prompt,
@@ -147,68 +135,3 @@ def _report(expansions: list[Expansion]) -> str:
         f"{expansion.text}\n[{expansion.note()}]" if expansion.note() else expansion.text
         for expansion in expansions
     )
-
-
-class _Writer:
-    """Generates text with a CLIP: ours token by token, shown on the node; core's in one call."""
-
-    def __init__(self, clip, node_id):
-        self._clip = clip
-        self._node_id = node_id
-        self._model = clip.cond_stage_model
-        if hasattr(clip, "write"):
-            check_can_write(self._model.tail.path)
-
-    def __call__(self, chat, sampling, max_tokens, seed):
-        tokens = self._clip.tokenize(chat)
-        if "qwen3vl_4b" not in tokens:
-            raise ValueError(
-                f"clip makes tokens for {', '.join(tokens)}; expected Krea 2's text encoder. "
-                "Connect Load Krea 2 Text Encoder, or CLIPLoader with type krea2."
-            )
-        if not hasattr(self._clip, "write"):
-            return self._by_core(tokens, sampling, max_tokens, seed)
-        patcher = self._clip.patcher
-        if patcher.forced_hooks is not None:  # hooks may change with time
-            return self._write(tokens, sampling, max_tokens, seed)
-        texts: OrderedDict = self._model.texts
-        key = patcher.patches_uuid, chat, sampling, max_tokens, seed if sampling.temperature else 0
-        if key not in texts:
-            texts[key] = self._write(tokens, sampling, max_tokens, seed)
-        texts.move_to_end(key)
-        while len(texts) > MAX_TEXTS:
-            texts.popitem(last=False)
-        return texts[key]
-
-    def _write(self, tokens, sampling, max_tokens, seed):
-        progress, written = ProgressBar(max_tokens), []
-        for token in self._clip.write(tokens, sampling, max_tokens, seed):
-            written.append(token)
-            progress.update(1)
-            self._show(strip_thinking(self._clip.decode(written)))
-        if written and written[-1] in STOP_TOKENS:
-            progress.update_absolute(max_tokens)
-        return self._clip.decode(written), written[-1] in STOP_TOKENS
-
-    def _by_core(self, tokens, sampling, max_tokens, seed):
-        written = self._clip.generate(
-            tokens,
-            do_sample=sampling.temperature > 0,
-            max_length=max_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=seed,
-        )
-        return self._clip.decode(written), written[-1] in STOP_TOKENS
-
-    def _show(self, text: str) -> None:
-        """Show the text so far on the node; without a server there is no page."""
-        # Imported here: tests and benchmarks run nodes without the server, which is slow to load.
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self._node_id is not None:
-            server.send_progress_text(text, self._node_id)

@@ -70,10 +70,10 @@ def images(tooltip: str, first: int = 1):
     return [io.Image.Input(name, optional=True, tooltip=tooltip) for name in names]
 
 
-def max_side(tooltip: str, advanced: bool | None = None):
+def max_side(tooltip: str, advanced: bool | None = None, default: int = MAX_SIDE):
     return io.Int.Input(
         "max_side",
-        default=MAX_SIDE,
+        default=default,
         min=32,
         max=MAX_MAX_SIDE,
         step=32,

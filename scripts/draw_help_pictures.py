@@ -88,6 +88,7 @@ NODES = {
         {"control": "krea2-nano outlines (built in)"}, _TEXTS | _VAE | _IMAGE, runs=True, width=400
     ),
     "K2CropForInpaint": Shot({}, _IMAGE | _MASK, runs=True),
+    "K2Describe": Shot({}, _CLIP | _IMAGE, width=400, room=40),
     "K2Detailer": Shot({}, _MODEL | _TEXTS | _VAE | _IMAGE | _MASK, runs=True),
     "K2Edit": Shot(
         {"prompt": "make the sky a stormy one", "family": "identity"},

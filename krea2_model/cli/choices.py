@@ -3,6 +3,7 @@
 OFFLOADS = ("auto", "none", "parts", "blocks")
 DTYPES = ("bf16", "fp16", "fp32")
 LENGTHS = ("short", "medium", "long")
+CAPTION_LENGTHS = ("long", "medium", "short", "style")
 PARTS = ("transformer", "text_encoder", "vae")
 QUANTISATIONS = ("fp8", "int8", "int8_convrot")
 FILLS = ("original", "grey", "surroundings")

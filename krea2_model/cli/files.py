@@ -1,4 +1,4 @@
-"""`krea2 inspect`, `check`, `convert` and `expand`."""
+"""`krea2 inspect`, `check` and `convert`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .choices import NANO
 from .errors import UsageError
 from .progress import Console
 
@@ -58,46 +57,3 @@ def convert(args: Namespace) -> Iterator[Path]:
 def _is_same(source: Path, target: Path) -> bool:
     """True for one file twice, of which `convert` says so."""
     return source.exists() and source.samefile(target)
-
-
-def expand(args: Namespace) -> Iterator[str]:
-    """Captions for a prompt, a line each; what one lacks is said on stderr."""
-    import torch
-
-    from .. import nano
-    from ..checkpoints.text_encoder import load_text_encoder
-    from ..memory.offload import offload_encoder
-    from ..memory.plan import ENCODER, NONE, check_offload
-    from ..text.expander import PromptExpander
-
-    path = args.text_encoder or (nano.text_encoder_file() if args.model in NANO else args.model)
-    if path is None:
-        raise UsageError("Name the weights: --model or --text-encoder.")
-    console = Console(args.quiet)
-    device, offload = check_offload(args.device, args.offload, args.max_memory)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    with console.stage("loading the text encoder"):
-        encoder = load_text_encoder(
-            path,
-            device=device if offload == NONE else "cpu",
-            dtype=dtypes.get(args.dtype),
-            tokenizer=args.tokenizer,
-            keep_quantised=True,
-        )
-        expander = PromptExpander(encoder)
-    places = offload_encoder(encoder, device, offload, args.max_memory)
-    with places.use(ENCODER, expander.tail), console.bar(None, "writing", unit="token") as bar:
-        expansions = expander(
-            args.prompt,
-            lambda text: bar.update(),
-            creativity=args.creativity,
-            length=args.length,
-            seed=args.seed,
-            variants=args.variants,
-            style=args.style,
-            language=args.language,
-        )
-    for expansion in expansions:
-        if note := expansion.note():
-            console.note(note)
-        yield expansion.text

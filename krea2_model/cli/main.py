@@ -90,6 +90,10 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .rendering import serve
 
         return serve(args)
+    if args.command in ("expand", "describe"):
+        from . import writing
+
+        return getattr(writing, args.command)(args)
     if args.command in ("generate", "again"):
         from .generate import again, generate
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from .choices import DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
+from .choices import CAPTION_LENGTHS, DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .curate_options import add_curate_options
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
@@ -34,6 +34,7 @@ SUMMARIES = {
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
+    "describe": "write captions of pictures",
     "inspect": "say what a model file is",
     "check": "say what this machine has and what is wrong, for a bug report",
     "convert": "make one file of a folder, or the other way; quantise",
@@ -58,6 +59,14 @@ line of results.jsonl in the folder of --output. For many machines see docs/many
 """
 _SERVE = """\
 Options of pictures hold for requests that do not set them. docs/many_pictures.md has examples.
+"""
+_DESCRIBE = """\
+The text encoder has to be a whole file: with the last layer and the vision tower. With several
+lengths the shorter captions are written from the long one, and a .txt file holds them parted by
+lines of ---, as krea2 train reads them. Pictures that have a .txt file are left, so the command
+goes on where it was stopped. A choice of lengths ends at the next option: name pictures first.
+
+  krea2 describe photos --length long medium short --write --text-encoder qwen3vl_4b.safetensors
 """
 _AGAIN = """\
 Options on the command line replace those in the picture. A picture holds names of files and no
@@ -217,14 +226,7 @@ def _models(parser: Parser) -> None:
 def _expand(parser: Parser) -> None:
     parser.usage = 'krea2 expand "PROMPT" [options]'
     parser.add_argument("prompt")
-    files = parser.add_argument_group("model files")
-    files.add_argument("--model", help="a diffusers folder or an all-in-one file")
-    files.add_argument(
-        "--text-encoder", type=Path, metavar="FILE", help="a Qwen3-VL file or folder"
-    )
-    files.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with the Qwen tokenizer"
-    )
+    _writer_files(parser)
     caption = parser.add_argument_group("caption")
     caption.add_argument(
         "--creativity", type=number(0, 1), default=0.5, metavar="X",
@@ -240,6 +242,50 @@ def _expand(parser: Parser) -> None:
     caption.add_argument("--style", default="", help="words for the look")
     caption.add_argument("--language", default="", help="default: the prompt's")
     add_machine(parser)
+
+
+def _describe(parser: Parser) -> None:
+    parser.usage = "krea2 describe PICTURE ... [options]"
+    parser.epilog = _DESCRIBE
+    parser.add_argument(
+        "pictures", nargs="+", type=Path, metavar="PICTURE", help="a picture, or a folder of them"
+    )
+    _writer_files(parser)
+    caption = parser.add_argument_group("captions")
+    caption.add_argument(
+        "--length", nargs="+", choices=CAPTION_LENGTHS, default=["long"], metavar="LENGTH",
+        help="long (about 200 words), medium (90), short (25) or style (the look alone), or "
+        "several; default: long",
+    )  # fmt: skip
+    caption.add_argument(
+        "--write", action="store_true", help="into .txt files beside the pictures, for krea2 train"
+    )
+    caption.add_argument(
+        "--force", action="store_true", help="with --write: replace captions that are there"
+    )
+    caption.add_argument(
+        "--creativity", type=number(0, 1), default=0.2, metavar="X",
+        help="0 (the most likely words) to 1; default: 0.2",
+    )  # fmt: skip
+    caption.add_argument(
+        "--seed", type=whole(0, 2**64 - 1), default=0, metavar="N", help="of each caption"
+    )
+    caption.add_argument(
+        "--max-side", type=whole(32, 4096), default=1024, metavar="PX",
+        help="larger pictures are read at the area of its square; default: 1024",
+    )  # fmt: skip
+    add_machine(parser)
+
+
+def _writer_files(parser: Parser) -> None:
+    files = parser.add_argument_group("model files")
+    files.add_argument("--model", help="a diffusers folder or an all-in-one file")
+    files.add_argument(
+        "--text-encoder", type=Path, metavar="FILE", help="a Qwen3-VL file or folder"
+    )
+    files.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with the Qwen tokenizer"
+    )
 
 
 def _inspect(parser: Parser) -> None:
@@ -298,6 +344,7 @@ _OPTIONS: dict[str, Callable[[Any], None]] = {
     "merge": _merge,
     "models": _models,
     "expand": _expand,
+    "describe": _describe,
     "inspect": _inspect,
     "check": _check,
     "convert": _convert,

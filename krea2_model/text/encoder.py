@@ -243,7 +243,7 @@ class Qwen3VLTextEncoder(nn.Module):
                 f"The tokenizer{self._tokenizer_folder()} makes token {largest}, but the text "
                 f"encoder knows {self.config.vocab_size}. Use the tokenizer of this model."
             )
-        images = [self._image_tokens(prompt.images) for prompt in prompts]
+        images = [self.image_tokens(prompt.images) for prompt in prompts]
         lengths = [len(prompt.expanded_ids) - PREFIX_TOKENS for prompt in prompts]
         taps = None
         for item, prompt in enumerate(prompts):
@@ -271,8 +271,8 @@ class Qwen3VLTextEncoder(nn.Module):
     def _tokenizer_folder(self) -> str:
         return "" if self.tokenizer is None else f" in {self.tokenizer.folder}"
 
-    def _image_tokens(self, images: Sequence[PromptImage]) -> list[ImageTokens]:
-        """The vision tower's output for images; without images it is not loaded."""
+    def image_tokens(self, images: Sequence[PromptImage]) -> list[ImageTokens]:
+        """The vision tower's output for images at its sizes; without images it is not loaded."""
         if not images:
             return []
         tower = self.vision_tower()

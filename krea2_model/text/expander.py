@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from .. import nano
 from .encoder import Qwen3VLTextEncoder
-from .generation import SEEDS, STOP_TOKENS, Sampling, generate
-from .language_model import LanguageModel
+from .generation import SEEDS, Sampling
 from .prompt_weights import WeightedPrompt, parse_weights, weigh_again
-from .tokenizer import Krea2Tokenizer
+from .writer import OnText, TextWriter, Write
 
 SYSTEM_PROMPT = """\
 You write prompts for a text-to-image model. You are given a short description of a picture and \
@@ -107,9 +104,6 @@ _SENTENCE = re.compile(
     "[.!?\u2026][\"'\u201d\u00bb)]*(?=\\s|$)|[\u3002\uff01\uff1f][\u300d\u300f\u201d]*"
 )
 
-# A chat, a sampling, the most tokens, a seed: the text, and whether it came to its end.
-Write = Callable[[str, Sampling, int, int], tuple[str, bool]]
-
 
 @dataclass(frozen=True)
 class Expansion:
@@ -177,7 +171,7 @@ def expand(
     most = max(LENGTHS[length].tokens, len(prompt))
 
     def attempt(ask: str, sampling: Sampling, seed: int) -> Expansion:
-        text = tidy(*write(chat(ask), sampling, most, seed % SEEDS))
+        text = tidy(*write(chat(ask, SYSTEM_PROMPT), sampling, most, seed % SEEDS))
         return Expansion(text, tuple(lacking(needed, text)))
 
     expansions: list[Expansion] = []
@@ -267,10 +261,10 @@ def _reminder(missing: tuple[str, ...]) -> str:
     return f"\nThe caption must contain, exactly as written here: {', '.join(missing)}."
 
 
-def chat(ask: str) -> str:
+def chat(ask: str, system_prompt: str) -> str:
     """A request in Qwen's chat format, up to where the answer begins."""
     return (
-        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
+        f"<|im_start|>system\n{system_prompt}<|im_end|>\n"
         f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -370,59 +364,20 @@ def _plain(text: str) -> str:
     return _SPECIAL.sub("", text).strip()
 
 
-def check_can_write(path: Path | None) -> None:
-    """Raise ValueError for an encoder that cannot write, such as krea2-nano's untrained one."""
-    if path is not None and path.name == nano.TEXT_ENCODER_NAME:
-        raise ValueError(
-            "krea2-nano's text encoder is random and cannot write. Load a real one to expand "
-            "prompts, for example qwen3vl_4b_bf16.safetensors in models/text_encoders; what it "
-            "writes is plain text that any model takes."
-        )
-    if path is None:
-        raise ValueError(
-            "This text encoder was not loaded from a file, and writing takes a layer that it does "
-            "not hold. Load it with load_text_encoder."
-        )
-
-
-# Called with the text so far.
-OnText = Callable[[str], None]
-
-
 class PromptExpander:
     """Captions by a loaded text encoder, whose tail for writing is read from its file.
 
-    Raises ValueError for encoders that cannot write: krea2-nano's, and one without a file or a
-    tokenizer.
+    Raises ValueError for encoders that cannot write, as `TextWriter` does.
     """
 
     def __init__(self, text_encoder: Qwen3VLTextEncoder):
-        check_can_write(text_encoder.path)
-        assert text_encoder.load_tail is not None, "check_can_write refuses these"
-        if text_encoder.tokenizer is None:
-            raise ValueError(
-                "The text encoder has no tokenizer. Name a folder with `tokenizer=` (--tokenizer "
-                "on the command line), or set COMFYUI_PATH to a ComfyUI folder."
-            )
-        self._tokenizer: Krea2Tokenizer = text_encoder.tokenizer
-        embedding = text_encoder.embed_tokens.weight
+        self._writer = TextWriter(text_encoder)
         # Public, since a host that moves the encoder moves its tail too.
-        self.tail = text_encoder.load_tail(device=embedding.device, dtype=embedding.dtype)
-        self._model = LanguageModel(text_encoder, self.tail)
+        self.tail = self._writer.tail
 
     def __call__(self, prompt: str, on_text: OnText | None = None, **options) -> list[Expansion]:
         """Captions for a prompt; options are those of `expand`.
 
         on_text: called after each token with the text so far; what it raises cancels.
         """
-
-        def write(chat: str, sampling: Sampling, max_tokens: int, seed: int) -> tuple[str, bool]:
-            tokens = self._tokenizer.tokenize_raw(chat)
-            written: list[int] = []
-            for token in generate(self._model, tokens, sampling, max_tokens=max_tokens, seed=seed):
-                written.append(token)
-                if on_text is not None:
-                    on_text(self._tokenizer.decode(written))
-            return self._tokenizer.decode(written), written[-1] in STOP_TOKENS
-
-        return expand(write, prompt, **options)
+        return expand(self._writer.writing(on_text=on_text), prompt, **options)

@@ -54,12 +54,17 @@ def layout_with_images(clip, prompt: str, images: list[PromptImage], **options) 
 
     Raises ValueError for a CLIP that is not ours.
     """
+    return tokenize_prompt(own_tokenizer(clip).tokenizer, prompt, images=images, **options)
+
+
+def own_tokenizer(clip) -> Krea2ClipTokenizer:
+    """The tokenizer of a CLIP of ours. Raises ValueError for another."""
     if not isinstance(clip.tokenizer, Krea2ClipTokenizer):
         raise ValueError(
             "clip is not from a Krea 2 loader of this pack; images in prompts need one. Connect "
             "Load Krea 2 or Load Krea 2 Text Encoder."
         )
-    return tokenize_prompt(clip.tokenizer.tokenizer, prompt, images=images, **options)
+    return clip.tokenizer
 
 
 def _with_weights(conditioning, rows):

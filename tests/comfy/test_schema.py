@@ -15,6 +15,7 @@ INPUTS = {
         *("clip", "prompt", "creativity", "length", "seed", "variants", "style", "language"),
         "enabled",
     ],
+    "K2Describe": ["clip", "image", "length", "creativity", "seed", "max_side"],
     "K2StyleLora": ["model", "prompt", "style", "strength"],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens", "weights"],
     "K2TextEncodeImages": [
@@ -104,6 +105,7 @@ OUTPUTS = {
     "K2Loader": ["MODEL", "CLIP", "VAE"],
     "K2LoraLoader": ["MODEL", "CLIP", "STRING"],
     "K2PromptExpander": ["STRING"],
+    "K2Describe": ["STRING"],
     "K2StyleLora": ["MODEL", "STRING"],
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],

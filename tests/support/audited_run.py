@@ -112,6 +112,7 @@ def use_every_node(base: Path) -> set[str]:
         )  # fmt: skip
         (writer,) = run("K2TextEncoderLoader", file="qwen3vl_tiny.safetensors")
         run("K2PromptExpander", clip=writer, prompt="a star", length="short")
+        run("K2Describe", clip=writer, image=images, length="short")
     return used
 
 
@@ -131,6 +132,8 @@ def main() -> None:
     )
     expander = in_process.pack_module("krea2_model.text.expander")
     expander.LENGTHS["short"] = expander.Length(words=5, tokens=8)
+    describer = in_process.pack_module("krea2_model.text.describer")
+    describer.CAPTION_LENGTHS["short"] = describer.CaptionLength("Be brief.", tokens=8)
     # What is imported on first use compiles and caches modules, which is Python's own doing.
     use_every_node(base)
     recording.update(("code", "written"))

@@ -8,7 +8,6 @@ import functools
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -23,49 +22,9 @@ from krea2_model.text.generation import STOP_TOKENS, Sampling, generate
 from krea2_model.text.language_model import KeyValueCache, LanguageModel
 from krea2_model.text.tokenizer import Krea2Tokenizer
 from parity import assert_close
+from qwen3vl_writer import random_model
 
-TEXT = {
-    "vocab_size": 151936,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 5_000_000.0,
-        "mrope_section": [4, 2, 2],
-        "mrope_interleaved": True,
-    },
-}
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
-}
 PROMPTS = ["a fox in the snow", "\u96ea\u4e2d\u306e\u72d0", "three red cats " * 60]
-
-
-def random_model(tied=True):
-    torch.manual_seed(3)
-    config = Qwen3VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=tied)
-    config.text_config.tie_word_embeddings = tied
-    model = Qwen3VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "embed_tokens" in name or "lm_head" in name:
-                # Small, or what a token adds to the stream would make it its own successor.
-                parameter.normal_(std=0.02)
-            elif parameter.ndim > 1:
-                parameter.normal_(std=2 * parameter[0].numel() ** -0.5)
-    return model
 
 
 @pytest.fixture(scope="module")

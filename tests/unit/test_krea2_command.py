@@ -23,6 +23,7 @@ from krea2_model.images.picture_texts import read_texts
 from krea2_model.memory.plan import OFFLOADS
 from krea2_model.pipeline import Krea2Pipeline
 from krea2_model.style_transfer import StyleSettings
+from krea2_model.text.describer import CAPTION_LENGTHS, CREATIVITY, DESCRIBED_SIDE
 from krea2_model.text.expander import LENGTHS, MAX_VARIANTS
 from krea2_model.tools.convert import PARTS, QUANTISATIONS
 from krea2_model.transformer.references import REFERENCE_METHODS
@@ -77,6 +78,9 @@ def test_the_package_is_lazy_and_complete():
 
 def test_words_and_defaults_in_help_are_those_of_the_code():
     assert choices.OFFLOADS == OFFLOADS and tuple(LENGTHS) == choices.LENGTHS
+    assert tuple(CAPTION_LENGTHS) == choices.CAPTION_LENGTHS
+    written = command_parser("describe").parse_args(["a.png"])
+    assert (written.creativity, written.max_side) == (CREATIVITY, DESCRIBED_SIDE)
     assert choices.PARTS == PARTS and choices.QUANTISATIONS == QUANTISATIONS
     assert choices.REFERENCE_METHODS == REFERENCE_METHODS
     assert choices.EDIT_FAMILIES == FAMILIES and tuple(TASKS) == choices.EDIT_TASKS
