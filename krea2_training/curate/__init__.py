@@ -27,6 +27,8 @@ from .workers import each
 
 TABLE, SHEET = "curate.parquet", "curate.html"
 _THUMBNAIL = 152  # pixels, as sheet.html shows them
+# New pictures after which the table is written: some minutes of work at most are lost.
+_SAVE_EVERY = 5000
 
 # Called with the number of pictures that are read, and of all that have to be.
 OnPicture = Callable[[int, int], None]
@@ -49,9 +51,7 @@ class Curated:
         for side in self.limits.resolution:
             large = [one for one in kept if self.limits.is_large_enough(one, side)]
             sizes = Counter(bucket_size(one.width, one.height, side) for one in large)
-            small = len(kept) - len(large)
-            also = f", {small} are too small" if small else ""
-            lines.append(f"{side} px: {len(large)} pictures in {len(sizes)} buckets{also}.")
+            lines.append(f"{side} px: {len(large)} of them are large enough, by size:")
             lines += [f"  {w} x {h}: {count}" for (w, h), count in sizes.most_common()]
         return "\n".join(lines)
 
@@ -141,13 +141,19 @@ def _measured(
         if name in known and known[name].file == file_of(folder / name)
     }
     new = [name for name in names if name not in found]
+
+    def save() -> None:
+        write_table(table, [Row(name, found[name]) for name in names if name in found])
+
     try:
         results = each(measure, [folder / name for name in new], workers)
         for done, (name, measures) in enumerate(zip(new, results, strict=True), start=1):
             found[name] = measures
+            if done % _SAVE_EVERY == 0:
+                save()
             on_picture(done, len(new))
     except BaseException:
-        write_table(table, [Row(name, found[name]) for name in names if name in found])
+        save()
         raise
     return found
 

@@ -148,6 +148,26 @@ def test_reasons(tmp_path):
     assert set(left) == {"cut.jpg", "text.png", "good.png"}
 
 
+def test_pictures_are_compared_as_they_stand_and_on_white(tmp_path):
+    """A copy that lies on its side by EXIF, and one with transparency in place of white."""
+    upright = noise((160, 240), 8)
+    upright.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.rotate(90, expand=True).save(tmp_path / "b.jpg", exif=exif)
+    shape = Image.new("L", (160, 160), 0)
+    shape.paste(255, (30, 50, 120, 140))
+    clear = noise(seed=9)
+    clear.putalpha(shape)
+    clear.save(tmp_path / "c.png")
+    white = Image.new("RGB", (160, 160), "white")
+    white.paste(noise(seed=9), mask=shape)
+    white.save(tmp_path / "d.png")
+    rows = curate(tmp_path, LIMITS).rows
+    found = {frozenset((row.file, row.duplicate_of)) for row in rows if row.duplicate_of}
+    assert found == {frozenset(("a.png", "b.jpg")), frozenset(("c.png", "d.png"))}
+
+
 def test_borders_are_bars_of_one_colour_at_opposite_edges():
     picture = np.arange(100 * 80).reshape(100, 80) % 251
     assert border_share(picture) == 0
@@ -212,8 +232,8 @@ def test_the_command(folder, tmp_path, capsys):
     written = [folder / "curate.parquet", folder / "curate.html", listing]
     assert out.splitlines() == list(map(str, written))
     assert "2 of 3 pictures are kept." in err and "near duplicate: 1" in err
-    assert "128 px: 2 pictures in 2 buckets." in err
-    assert "256 px: 1 pictures in 1 buckets, 1 are too small." in err
+    assert "128 px: 2 of them are large enough, by size:\n  128 x 128: 1\n  176 x 96: 1\n" in err
+    assert "256 px: 1 of them are large enough, by size:\n  368 x 176: 1\n" in err
     rows = [json.loads(line) for line in listing.read_text().splitlines()]
     assert rows == [
         {"image": "photos/a.png", "captions": ["long", "short"]},
@@ -259,6 +279,15 @@ def test_what_was_read_is_kept_when_the_work_is_stopped(folder):
     seen = []
     curate(folder, LIMITS, on_picture=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 1)]
+
+
+def test_what_was_read_is_kept_on_the_way(folder, monkeypatch):
+    """A process that is killed writes nothing any more."""
+    monkeypatch.setattr("krea2_training.curate._SAVE_EVERY", 2)
+    seen = []
+    table = folder / "curate.parquet"
+    curate(folder, LIMITS, on_picture=lambda done, total: seen.append(len(read_measures(table))))
+    assert seen == [0, 2, 2]
 
 
 def test_processes_give_the_same(folder, monkeypatch):
