@@ -112,7 +112,7 @@ def test_reasons(tmp_path):
     content = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.png").write_text("no picture")
-    noise((96, 96), 3).save(tmp_path / "small.png")
+    noise((96, 96), 3).save(tmp_path / "small & tiny.png")
     noise((800, 160), 4).save(tmp_path / "wide.png")
     Image.new("RGB", (160, 160), "teal").save(tmp_path / "flat.png")
     for name, colour in (("black", "black"), ("white", "white")):
@@ -129,7 +129,7 @@ def test_reasons(tmp_path):
     curated = curate(tmp_path, Limits(resolution=(128,), entropy=0.5))
     assert {row.file: row.reasons for row in curated.rows} == {
         "again.png": (), "good.png": ("same file",), "cut.jpg": ("broken",),
-        "text.png": ("broken",), "small.png": ("small",), "wide.png": ("aspect",),
+        "text.png": ("broken",), "small & tiny.png": ("small",), "wide.png": ("aspect",),
         "flat.png": ("flat",), "black.png": ("black",), "white.png": ("white",),
         "boxed.png": ("border",), "turned.jpg": ("aspect",),
     }  # fmt: skip
@@ -141,6 +141,7 @@ def test_reasons(tmp_path):
     page = (tmp_path / "curate.html").read_text(encoding="utf-8")
     assert page.count("<figure class='gone'") == 10 and page.count("<figure class='kept'") == 1
     assert page.count("cannot be read") == 2 and "src='http" not in page
+    assert "small &amp; tiny.png" in page and "small & tiny" not in page
     # Every limit can be lifted.
     lifted = Limits((64,), enlarge=8, aspect=100, entropy=0, black=1, white=1, border=1)
     left = {row.file: row.reasons for row in curate(tmp_path, lifted).rows if row.reasons}
