@@ -67,7 +67,8 @@ def render(args: Namespace) -> Iterator[object]:
 def make_graph_plan(address: str | Path, template: Template, done: np.ndarray) -> Plan:
     """The jobs of a table whose columns are inputs of a graph; see `plan.make_plan`."""
     plan, names = Plan(), Names()
-    made, seen = set(done.tolist()), set[int]()
+    made = set(done.tolist())
+    seen: dict[int, int] = {}  # rows by their keys
     columns: set[str] = set()
     waiting: list[dict[str, Any]] = []
     for number, values in read_table(address, None):
@@ -87,7 +88,7 @@ def make_graph_plan(address: str | Path, template: Template, done: np.ndarray) -
         if key in seen:
             plan.repeated += 1
             continue
-        seen.add(key)
+        seen[key] = number
         if key in made:
             plan.made += 1
             continue
@@ -97,8 +98,7 @@ def make_graph_plan(address: str | Path, template: Template, done: np.ndarray) -
         pa.Table.from_pylist(waiting[first : first + CHUNK], JOB)
         for first in range(0, len(waiting), CHUNK)
     ]
-    plan.keys = np.fromiter(seen - made, np.uint64)
-    plan.keys.sort()
+    plan.set_keys({key: row for key, row in seen.items() if key not in made})
     return plan
 
 

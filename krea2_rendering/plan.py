@@ -60,13 +60,14 @@ TokensOf = Callable[[str, bool], int]
 class Plan:
     """Jobs to make, and what was counted on the way.
 
-    keys: of the jobs, sorted numbers. made: in earlier runs. repeated: rows' pictures that are the
-    same as others of the table. errors: entries of rows that are wrong. sizes: jobs by width,
-    height (None is the checkpoint's) and steps.
+    keys: of the jobs, sorted numbers. key_rows: the row of each. made: in earlier runs. repeated:
+    rows' pictures that are the same as others of the table. errors: entries of rows that are wrong.
+    sizes: jobs by width, height (None is the checkpoint's) and steps. groups: jobs by their groups.
     """
 
     chunks: list[pa.Table] = field(default_factory=list)
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    key_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     rows: int = 0
     made: int = 0
     repeated: int = 0
@@ -77,6 +78,13 @@ class Plan:
     @property
     def jobs(self) -> int:
         return len(self.keys)
+
+    def set_keys(self, rows: Mapping[int, int]) -> None:
+        """Keep the keys of the jobs, of which `rows` has the rows."""
+        keys = np.fromiter(rows, np.uint64, len(rows))
+        order = np.argsort(keys)
+        self.keys = keys[order]
+        self.key_rows = np.fromiter(rows.values(), np.int64, len(rows))[order]
 
     def check(self, address: str | Path) -> None:
         """Raise UsageError for a table without rows, or with errors in all of them."""
@@ -129,7 +137,7 @@ def make_plan(
     plan, options = Plan(), RowOptions(args)
     names = Names()
     made = set(done.tolist())
-    seen = set[int]()
+    seen: dict[int, int] = {}  # rows by their keys
     waiting: list[dict[str, Any]] = []
     for number, values in read_table(address, (*COLUMNS, ID)):
         plan.rows += 1
@@ -146,7 +154,7 @@ def make_plan(
             if key in seen:
                 plan.repeated += 1
                 continue
-            seen.add(key)
+            seen[key] = number
             if key in made:
                 plan.made += 1
                 continue
@@ -161,8 +169,7 @@ def make_plan(
     if waiting:
         plan.chunks.append(_chunk(waiting, batch))
     plan.check(address)
-    plan.keys = np.fromiter(seen - made, np.uint64)
-    plan.keys.sort()
+    plan.set_keys({key: row for key, row in seen.items() if key not in made})
     return plan
 
 

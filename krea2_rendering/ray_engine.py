@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,10 +284,10 @@ def _line(error: BaseException) -> str:
     return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]} ..."
 
 
-def lost(keys: list[str]) -> list[Entry]:
-    """Entries for jobs that have none: their workers were killed while they were made."""
+def lost(jobs: Iterable[tuple[int, str]]) -> list[Entry]:
+    """Entries for rows and keys of jobs that have none: their workers were killed on the way."""
     message = (
         f"The worker was killed {_RETRIES + 1} times with this block of rows. Memory may have run "
         "out: see Ray's log, and add --resume."
     )
-    return [{"key": key, "error": message} for key in keys]
+    return [{"row": row, "key": key, "error": message} for row, key in jobs]

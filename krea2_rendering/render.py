@@ -28,6 +28,8 @@ def render(args: Namespace) -> Iterator[object]:
 
     Raises Failure where pictures were not made, with the ledger that says why.
     """
+    import ray  # noqa: F401 - a missing one is said before the table is read
+
     console, output = Console(args.quiet), Place(args.output)
     take_from_models(args)
     weights = check_machine(args)
@@ -140,29 +142,38 @@ def follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: 
     there = np.zeros(plan.jobs, dtype=bool)
     failed = 0
     with console.bar(plan.jobs, "rendering", unit="picture", smoothing=0.05) as bar:
-        for batch in entries:
-            new: list[Entry] = []
-            for entry in batch:
-                at = _place_of(entry["key"], plan.keys)
-                if at is None or there[at]:
-                    continue
-                there[at] = True
-                new.append(entry)
-            ledger.add({k: v for k, v in entry.items() if k != STOP} for entry in new)
-            failed += sum("error" in entry for entry in new)
-            if stop := next((entry for entry in new if STOP in entry), None):
-                raise Failure(
-                    f"{stop['error']} {int(there.sum())} of {plan.jobs} pictures were tried; what "
-                    "is made stays. Make room and add --resume."
-                )
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(len(new))
-        missing = [f"{int(key):016x}" for key in plan.keys[~there]]
-        if missing:
-            ledger.add(lost(missing))
-            failed += len(missing)
-            bar.update(len(missing))
-    return failed
+        try:
+            for batch in entries:
+                new = _new(batch, plan.keys, there)
+                ledger.add({k: v for k, v in entry.items() if k != STOP} for entry in new)
+                failed += sum("error" in entry for entry in new)
+                if stop := next((entry for entry in new if STOP in entry), None):
+                    raise Failure(
+                        f"{stop['error']} {int(there.sum())} of {plan.jobs} pictures were tried; "
+                        "what is made stays. Make room and add --resume."
+                    )
+                bar.set_postfix(failed=failed, refresh=False)
+                bar.update(len(new))
+        except KeyboardInterrupt:
+            made = int(there.sum()) - failed
+            console.note(f"{made} of {plan.jobs} pictures are made; --resume makes the rest")
+            raise
+        left = zip(plan.key_rows[~there].tolist(), plan.keys[~there].tolist(), strict=True)
+        missing = lost((row, f"{key:016x}") for row, key in left)
+        ledger.add(missing)
+        bar.update(len(missing))
+    return failed + len(missing)
+
+
+def _new(batch: list[Entry], keys: np.ndarray, there: np.ndarray) -> list[Entry]:
+    """Entries of jobs that have none yet, which `there` notes."""
+    new = []
+    for entry in batch:
+        at = _place_of(entry["key"], keys)
+        if at is not None and not there[at]:
+            there[at] = True
+            new.append(entry)
+    return new
 
 
 def _place_of(key: str, keys: np.ndarray) -> int | None:

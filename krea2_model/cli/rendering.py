@@ -22,9 +22,9 @@ def render(args: Namespace) -> Iterator[object]:
             from krea2_rendering.comfy_engine import render as run
         else:
             from krea2_rendering.render import render as run
+        yield from run(args)
     except ImportError as error:
         raise missing(error) from error
-    yield from run(args)
 
 
 def serve(args: Namespace) -> Iterator[object]:
@@ -32,9 +32,10 @@ def serve(args: Namespace) -> Iterator[object]:
     args.prompt, args.seeds = "", None
     try:
         from krea2_rendering.serving import run
+
+        yield from run(args)
     except ImportError as error:
         raise missing(error) from error
-    yield from run(args)
 
 
 def missing(error: ImportError) -> Exception:

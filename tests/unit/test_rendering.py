@@ -367,6 +367,8 @@ def render(tmp_path, monkeypatch, krea2):
         for job in found + found[:1]:  # a block that was made twice
             if job["prompt"] == "killed":
                 continue
+            if job["prompt"] == "stop":
+                raise KeyboardInterrupt
             made.append(job["prompt"])
             one = {"row": job["row"], "key": job["key"], "prompt": job["prompt"]}
             if job["prompt"] == "full":
@@ -405,6 +407,13 @@ def test_jobs_without_a_result_are_errors(render, tmp_path):
     assert "1 of 2 pictures were not made" in error
     table = pq.read_table(tmp_path / "out" / "table.parquet").to_pylist()
     assert ["The worker was killed" in (row["error"] or "") for row in table] == [False, True]
+    assert [row["row"] for row in table] == [1, 2]
+
+
+def test_a_stopped_run_goes_on(render, tmp_path):
+    assert render(["a", "stop", "b"], code=130)[0] == "krea2: stopped\n"
+    assert len(list(read_entries(Place(tmp_path / "out")))) == 1
+    assert render(["a", "b"], "--resume")[1][0] == "b"
 
 
 def test_a_full_disk_stops_and_loses_nothing(render, tmp_path):
@@ -437,13 +446,16 @@ def test_options_go_with_their_engines(krea2, tmp_path):
     )
 
 
-def test_a_missing_package_names_the_line_that_installs_it(krea2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", ["pyarrow", "ray"])
+def test_a_missing_package_names_the_line_that_installs_it(krea2, tmp_path, monkeypatch, package):
     (tmp_path / "p.txt").write_text("a\n")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, package, None)
     for name in [name for name in sys.modules if name.startswith("krea2_rendering")]:
         monkeypatch.delitem(sys.modules, name)
-    error = krea2("render", tmp_path / "p.txt", "--engine", "ray", *MODEL[:-1], code=1)
-    assert 'pyarrow is missing: pip install "ray[data,serve]"' in error
+    words = ["--engine", "ray", *MODEL[:-1], "--output", tmp_path / "out"]
+    error = krea2("render", tmp_path / "p.txt", *words, code=1)
+    assert f'{package} is missing: pip install "ray[data,serve]"' in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_counts_and_keeps_nothing(nano_once, krea2, capsys, tmp_path):
