@@ -95,7 +95,8 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     side = config.prompts.size or (model.preset or RAW).size
     empty = session.cache.texts([""], session.device)
 
-    def begin(number: int) -> Batch:
+    def begin(step: int, part: int) -> Batch:
+        number = step * accumulate + part
         random = Random(f"dropout {seed} {number}")
         chosen = [
             "" if random.random() < settings.dropout else prompts[index]
@@ -103,7 +104,7 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
         ]
         texts = session.cache.texts(chosen, session.device)
         shape = _shape(config, side, Random(f"shape {seed} {number}"))
-        return matching.begin(number, shape, texts)
+        return matching.begin(number, shape, texts, step)
 
     def loss_of(number: int) -> Measured:
         step, part = divmod(number, accumulate)
@@ -111,7 +112,7 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
         if part == own[0]:
             # The fake model learns from all batches of a step before the student does.
             begun.clear()
-            begun.update((one, begin(step * accumulate + one)) for one in own)
+            begun.update((one, begin(step, one)) for one in own)
             matching.follow(list(begun.values()), accumulate)
         return matching.loss(begun[part], empty)
 
@@ -186,10 +187,14 @@ class TrajectoryMatching:
         self.schedules = [sigma_schedule(steps, settings.mu) for steps in settings.steps]
         self._fake = list(roles.parameters(FAKE).values())
 
-    def begin(self, number: int, shape: Sequence[int], texts: Texts) -> Batch:
-        """A batch, by its number in the run, for latents of a shape (B, 16, h, w)."""
+    def begin(self, number: int, shape: Sequence[int], texts: Texts, step: int) -> Batch:
+        """A batch, by its number in the run, for latents of a shape (B, 16, h, w).
+
+        step: of the run. All of its batches have one schedule: processes that share the weights
+            call the model as often as each other.
+        """
         generator = generator_of(self.seed, number, _DISTIL)
-        schedule = self.schedules[_below(len(self.schedules), 1, generator)[0]]
+        schedule = self.schedules[in_turn(len(self.schedules), 1, step, self.seed)[0]]
         noise = torch.randn(tuple(shape), generator=generator).to(texts.taps.device)
         return Batch(texts, self._walk(noise, schedule, texts), generator)
 

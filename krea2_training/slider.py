@@ -75,8 +75,10 @@ def slider(config: SliderConfig, on_step: OnStep = lambda step, record: None) ->
         chosen = [prompts[i] for i in in_turn(len(prompts), training.batch, number, training.seed)]
         texts = [cache.texts([worded(one, p) for p in chosen], device) for one in wordings]
         latents = torch.randn(shape, generator=generator).to(device)
-        # To the beginning of one of the steps.
-        count = 1 + int(torch.randint(settings.steps, (1,), generator=generator))
+        # To the beginning of one of the steps, the same for all batches of an update: processes
+        # that share the weights call the model as often as each other.
+        step = number // training.accumulate
+        count = 1 + in_turn(settings.steps, 1, step, training.seed)[0]
         latents = slide.walk(latents, sigmas[:count], texts[0])
         return slide.loss(latents, sigmas[count - 1], *texts)
 

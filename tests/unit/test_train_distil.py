@@ -126,7 +126,7 @@ def test_the_student_finds_the_teacher_s_pictures(guidance, mean):
     texts, empty = (Texts(torch.full((4, 1, 1, 1), value)) for value in (2.0, 1.0))
     empty = Texts(empty.taps[:1])
     for number in range(80):
-        batch = matching.begin(number, (4, 16, 2, 2), texts)
+        batch = matching.begin(number, (4, 16, 2, 2), texts, number)
         matching.follow([batch], 1)
         measured = matching.loss(batch, empty)
         measured.loss.backward()
@@ -224,4 +224,4 @@ def test_a_fake_model_that_diverges_stops_the_run():
     matching = OfGaussians(Distil(), 0.0, [], student, fake)
     texts = Texts(torch.ones(1, 1, 1, 1))
     with pytest.raises(TrainingStopped, match="fake model is nan"):
-        matching.follow([matching.begin(0, (1, 16, 2, 2), texts)], 1)
+        matching.follow([matching.begin(0, (1, 16, 2, 2), texts, 0)], 1)

@@ -98,7 +98,11 @@ def runs_of(folder):
             },
         ),
         "prefer": ("prefer", {"pairs.path": str(folder / "pairs"), "pairs.resolution": 64}),
-        "distil": ("distil", {**prompts, "distil.steps": [4], "distil.fake_updates": 2}),
+        "distil": ("distil", {**prompts, "distil.steps": [1, 2, 3, 4], "distil.fake_updates": 2}),
+        "slider": (
+            "slider",
+            {**prompts, "slider.positive": "red", "slider.negative": "blue", "slider.steps": 4},
+        ),
         "reward": (
             "reward",
             {
@@ -175,7 +179,7 @@ def losses(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["killed", "lora", "dora", "parted", "pretrain", "prefer", "distil", "reward"]
+    "name", ["killed", "lora", "dora", "parted", "pretrain", "prefer", "distil", "slider", "reward"]
 )
 def test_two_processes_are_one(both, name):
     two, one = (losses(both[side], name) for side in ("two", "one"))

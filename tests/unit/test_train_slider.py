@@ -93,7 +93,7 @@ def config_of(tmp_path, name, **settings):
 
 
 def test_strength_moves_pictures_from_one_wording_to_the_other(tmp_path):
-    file = slider(config_of(tmp_path, "colour"))
+    file = slider(config_of(tmp_path, "colour", training__steps=30))
     redness = []
     for scale in (-1.5, 0.0, 1.5):
         pipeline = Krea2Pipeline.nano("raw")
