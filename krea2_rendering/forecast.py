@@ -15,6 +15,7 @@ from .writing import encode
 
 # Settings that are tried: those of most jobs. Others are taken to be like them.
 _TRIED = 3
+_SHOWN = 5
 
 
 def forecast(plan: Plan, args: Namespace, output: Place, console: Console) -> str:
@@ -26,19 +27,22 @@ def forecast(plan: Plan, args: Namespace, output: Place, console: Console) -> st
     lines += [f"  row {e['row']}: {e['error']}" for e in plan.errors[:5]]
     if not plan.jobs:
         return "\n".join(lines)
+    for (width, height, steps), count in plan.sizes.most_common(_SHOWN):
+        size = "the checkpoint's size" if width is None else f"{width} x {height} px"
+        lines.append(f"  {count} of {size}, {steps or 'default'} steps")
     calls = sum(-(-count // args.batch) for count in plan.groups.values())
     if args.batch == 1:
         calls = plan.jobs
     lines.append(f"{calls} calls of the model, {plan.jobs / calls:.1f} pictures each")
-    seconds, size = _measure(plan, args, console)
+    seconds, bytes_each = _measure(plan, args, console)
     workers = args.workers or 1
     hours = plan.jobs * seconds / workers / 3600
-    total = plan.jobs * size
+    total = plan.jobs * bytes_each
     lines.append(
         f"{seconds:.2f} s a picture on this machine: {hours:.2f} hours with {workers} "
         f"{'worker' if workers == 1 else 'workers'} like it"
     )
-    lines.append(f"{size / 1000:.0f} kB a picture: {total / 1e9:.3f} GB in {output}")
+    lines.append(f"{bytes_each / 1000:.0f} kB a picture: {total / 1e9:.3f} GB in {output}")
     if note := check_room(output, int(total)):
         lines.append(note)
     return "\n".join(lines)

@@ -464,5 +464,9 @@ def test_a_dry_run_counts_and_keeps_nothing(nano_once, krea2, capsys, tmp_path):
     assert main([*map(str, words), "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "3 rows: 2 pictures to make" in out and "1 rows with errors" in out
-    assert "2 calls of the model" in out and "hours with 2 workers" in out
+    assert (
+        "2 of 32 x 32 px, 1 steps" in out
+        and "2 calls of the model" in out
+        and "hours with 2 workers" in out
+    )
     assert not (tmp_path / "out").exists()
