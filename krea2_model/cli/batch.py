@@ -83,7 +83,7 @@ class Batch:
             for index, job in enumerate(self.jobs):
                 if self.files[index] is not None:
                     continue
-                painter = painters.of(job.weights)
+                painters.load(job.weights)
                 start = time.monotonic()
                 line = {
                     "row": job.row,
@@ -94,7 +94,7 @@ class Batch:
                 }
                 title = f"{index + 1} of {len(self.jobs)}"
                 try:
-                    picture = painter.paint(job.args, title)
+                    picture = painters.loaded.paint(job.args, title)
                     path = save(
                         picture.image, job.args, picture.results, job.output, taken, self._console
                     )
@@ -128,8 +128,14 @@ class _Painters:
         self._painter: Painter | None = None
         self._texts = ExitStack()
 
-    def of(self, weights: Weights) -> Painter:
-        """The painter of these weights; that of others is dropped before they are loaded."""
+    @property
+    def loaded(self) -> Painter:
+        """Held by nobody else, so that its weights go when others are loaded."""
+        assert self._painter is not None
+        return self._painter
+
+    def load(self, weights: Weights) -> None:
+        """Load these weights, after those of another painter are dropped."""
         from .painter import Painter
 
         if self._painter is None or weights != self._weights:
@@ -137,7 +143,6 @@ class _Painters:
             self._painter = Painter(self._args, weights, self._console)
             self._weights = weights
             self._texts.enter_context(self._painter.keep_texts(self._kept_texts))
-        return self._painter
 
     def __enter__(self) -> None:
         pass

@@ -1,13 +1,14 @@
 """`krea2 grid`: cells are the pictures of single runs, each in its place on the sheet."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from krea2_model import nano
+from krea2_model import Krea2Pipeline, PictureGrid, nano
 from krea2_model.cli.painter import Painter
 from krea2_model.images.grid_sheet import MAX_SHEET, check_counts, grid_sheet
 from krea2_model.images.picture_texts import read_texts
@@ -106,10 +107,12 @@ def find(sheet, picture):
 
 
 def test_each_model_is_loaded_once(krea2, painted, monkeypatch):
-    loaded, load = [], Painter.__init__
+    loaded, alive, load = [], [], Painter.__init__
 
     def note(self, args, weights, console):
+        assert not any(painter() for painter in alive)  # two models may not fit
         loaded.append(weights.built_in)
+        alive.append(weakref.ref(self))
         load(self, args, weights, console)
 
     monkeypatch.setattr(Painter, "__init__", note)
@@ -261,3 +264,79 @@ def test_long_labels_and_many_cells_keep_within_the_largest_sheet():
         grid_sheet({}, ["a"])
     with pytest.raises(ValueError, match=r"is at \(1, 0, 0\)"):
         grid_sheet({(1, 0, 0): flat("red")}, ["a"])
+
+
+ONE = {"steps": 1, "width": 32, "height": 32}
+
+
+@pytest.fixture
+def pipeline():
+    return Krea2Pipeline.from_files(nano.TRANSFORMERS["turbo"])
+
+
+def test_a_grid_in_python_has_the_pictures_of_calls(pipeline, encoded):
+    loras = [[], [(nano.LORA, 0.5)]]
+    axes = {"seed": [1, 2], "prompt": ["a star", "a circle"], "loras": loras}
+    grid = PictureGrid(pipeline, axes, **ONE)
+    order = [place for place, _ in grid.paint()]
+    assert order == [(x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
+    assert encoded == [1, 1]
+    assert not any(stack.originals for stack in pipeline._loras)
+    alone = pipeline("a star", seed=2, **ONE)[0]
+    assert (np.asarray(alone) == np.asarray(grid.images[1, 0, 0])).all()
+    pipeline.load_loras(loras[1])
+    alone = pipeline("a circle", seed=1, **ONE)[0]
+    assert (np.asarray(alone) == np.asarray(grid.images[0, 1, 1])).all()
+    with pytest.raises(ValueError, match="has LoRAs loaded"):
+        PictureGrid(pipeline, axes, **ONE)
+    assert len(encoded) == 4  # encodings are kept by a grid alone
+
+
+def test_a_grid_in_python_goes_on_after_a_stop(pipeline):
+    grid = PictureGrid(pipeline, {"seed": [1, 2]}, prompt="a star", **ONE)
+    for place, image in grid.paint():
+        assert grid.images == {place: image} and place == (0, 0, 0)
+        break
+    half = np.asarray(grid.sheet())
+    assert [place for place, _ in grid.paint()] == [(1, 0, 0)] and not list(grid.paint())
+    assert find(np.asarray(grid.sheet()), np.asarray(grid.images[1, 0, 0]))
+    assert half.shape == np.asarray(grid.sheet()).shape
+
+
+@pytest.mark.parametrize(
+    "axes, options, said",
+    [
+        ({}, {}, "axes has 0 arguments"),
+        ({"sead": [1]}, {}, "axes has 'sead'"),
+        ({"num_images": [1]}, {}, "axes has 'num_images'"),
+        ({"seed": []}, {}, r"seed is \[\]"),
+        ({"prompt": "ab"}, {}, "expected a list of values"),
+        ({"seed": [1]}, {"seed": 2}, "seed is an axis and an option"),
+        ({"seed": [1]}, {"output_type": "np"}, "output_type is no option of a grid"),
+        ({"seed": range(501)}, {}, "501 pictures beside each other"),
+    ],
+)
+def test_what_is_no_grid_is_refused(pipeline, axes, options, said):
+    with pytest.raises(ValueError, match=said):
+        PictureGrid(pipeline, axes, **options)
+
+
+def test_texts_are_kept_while_it_lasts_and_not_for_another_encoder(pipeline, encoded):
+    def encode(*prompts, **options):
+        return [pipeline.encode_prompt(prompt, **options).taps for prompt in prompts]
+
+    with pipeline.keep_texts(2):
+        first, _, again = encode("a", "b", "a")
+        assert encoded == [1, 1] and first.equal(again)
+        encode("a", weighted=True)  # drops "b", the oldest
+        encode("a", "b")
+        assert len(encoded) == 4
+        layer = next(name for name in pipeline._loras[1].shapes)
+        pipeline._loras[1].updates[layer].append(None)
+        encode("b", "b")
+        pipeline._loras[1].updates.clear()
+        assert len(encoded) == 6
+    encode("b")
+    assert len(encoded) == 7
+    with pytest.raises(ValueError, match="count is 0"), pipeline.keep_texts(0):
+        pass
