@@ -42,6 +42,8 @@ def grid(args: Namespace, typed: list[str]) -> Iterator[Path]:
             "seeds as an axis: --z seed=1-4."
         )
     axes = read_axes({"x": args.x, "y": args.y, "z": args.z}, args, sorted(named), args.max_cells)
+    if not any(axis.name in ("model", "transformer") for axis in axes):
+        take_from_models(args)
     image_format(args.output)
     (sheet,) = numbered(args.output, 1, args.force or args.resume)
     folder = sheet.with_suffix("")
@@ -89,7 +91,6 @@ def _jobs(cells: Sequence[Cell], folder: Path, ending: str) -> dict[str, Job]:
     for number, cell in enumerate(cells, 1):
         place = ", ".join(cell.labels)
         try:
-            take_from_models(cell.args)
             check_row(cell.args, checked)
             names = tuple(str(getattr(cell.args, name)) for name in WEIGHTS)
             if names not in weights:
