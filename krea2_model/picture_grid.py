@@ -114,11 +114,15 @@ class PictureGrid:
         for place, image in self.images.items():
             small[place] = image.copy()
             small[place].thumbnail((side, side), Image.Resampling.LANCZOS)
-        labels = [
-            [f"{name}: {_label(name, value, n)}" for n, value in enumerate(values, 1)]
-            for name, values in self._axes.items()
-        ]
-        return grid_sheet(small, *labels)
+        return grid_sheet(small, *(_labels(name, values) for name, values in self._axes.items()))
+
+
+def _labels(name: str, values: Sequence[Any]) -> list[str]:
+    """What the sheet says at each value, with numbers where several would be the same."""
+    labels = [f"{name}: {_label(name, value, n)}" for n, value in enumerate(values, 1)]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} ({number})" for number, label in enumerate(labels, 1)]
+    return labels
 
 
 def _label(name: str, value: Any, number: int) -> str:

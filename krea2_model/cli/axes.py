@@ -125,6 +125,8 @@ def _read_axis(letter: str, text: str) -> Axis:
         )
     values = _values(letter, text, name, listed)
     labels = [_label(name, part, value) for value in values]
+    if len(set(labels)) < len(labels):  # files of one name in several folders
+        labels = [f"{_option(name)}: {_text(value)}" for value in values]
     return Axis(letter, name, part if tilde else None, tuple(values), tuple(labels))
 
 

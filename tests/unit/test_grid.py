@@ -139,6 +139,24 @@ def test_strengths_are_of_all_loras_and_same_cells_are_made_once(krea2, painted)
     assert len(cells) == 3
 
 
+def test_files_of_one_name_are_different_cells(krea2, painted, folder):
+    for name, file in (("one", nano.LORA), ("two", nano.REFERENCE_LORA)):
+        (folder / name).mkdir()
+        (folder / name / "lora.safetensors").write_bytes(file.read_bytes())
+    words = ["--x", "lora=one/lora.safetensors,two/lora.safetensors"]
+    first, second, _ = krea2("grid", "a star", *MODEL, *words)
+    assert first.read_bytes() != second.read_bytes()
+    assert [path.name for path in (first, second)] == [
+        "0001-lora-one-lora.safetensors.png",
+        "0002-lora-two-lora.safetensors.png",
+    ]
+    painted.clear()
+    krea2("grid", "a star", *MODEL, *words, "--resume")
+    assert not painted
+    (folder / "two" / "lora.safetensors").write_bytes(nano.VAE.read_bytes())
+    assert "expected a LoRA" in krea2("grid", "a star", *MODEL, *words, code=2)
+
+
 def test_axes_have_the_directions_of_their_letters(krea2):
     wide, high = (krea2("grid", "a star", *MODEL, f"--{letter}", "seed=1-3")[-1] for letter in "xz")
     assert Image.open(wide).width > 3 * 32 + 64 > Image.open(wide).height + 64
