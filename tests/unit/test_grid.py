@@ -10,6 +10,8 @@ from PIL import Image
 
 from krea2_model import Krea2Pipeline, PictureGrid, nano
 from krea2_model.cli.painter import Painter
+from krea2_model.cli.parser import command_parser
+from krea2_model.cli.table import options_of_row
 from krea2_model.images.grid_sheet import MAX_SHEET, check_counts, grid_sheet
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.text.encoder import Qwen3VLTextEncoder
@@ -245,6 +247,19 @@ def test_what_is_wrong_is_refused_before_anything_starts(krea2, folder, monkeypa
         error = krea2("grid", "a red circle", *MODEL, *words.split(), code=2)
         assert said in error and error.count("\n") == 1, words
     assert not list(folder.iterdir())
+
+
+def test_tables_encode_a_prompt_once_for_its_seeds(krea2, encoded):
+    Path("p.txt").write_text("a star\na circle\n", "utf-8")
+    assert len(krea2("render", "p.txt", *MODEL, "--seeds", "1-3")) == 6
+    assert encoded == [1, 1]
+
+
+def test_switches_of_rows_are_on_and_off():
+    base = command_parser("render").parse_args(["p.txt", "--nag"])
+    for name in ("mask_hard", "nag", "weights"):
+        for word, value in (("yes", True), ("false", False)):
+            assert getattr(options_of_row({name: word}, base), name) is value
 
 
 def flat(colour, width=40, height=30):
