@@ -31,6 +31,7 @@ __all__ = [
     "Krea2Tokenizer",
     "Krea2Transformer",
     "NegativeGuidance",
+    "PictureGrid",
     "Preset",
     "PromptExpander",
     "PromptImage",

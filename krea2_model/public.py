@@ -15,6 +15,7 @@ from .detail import DetailAreas
 from .edits import Edit
 from .guidance import GuidanceSchedule
 from .inpainting import Inpaint
+from .picture_grid import PictureGrid
 from .pipeline import Krea2Pipeline
 from .regions import Region, Regions
 from .sampling import denoise

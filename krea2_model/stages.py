@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from .controls import NO_CONTROLS, Control, Controls
 from .images.pictures import Picture, fit, pixels_of
 from .images.sizes import image_tokens, is_far
 from .inpainting import LatentMask
+from .kept_texts import KeptTexts
 from .memory.activations import WHOLE_PIXELS, activations
 from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
@@ -50,6 +51,8 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class PipelineStages(LoadedParts):
     """The stages of a run, for `Krea2Pipeline` and for runs of one's own."""
 
+    _kept_texts: KeptTexts | None = None
+
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -68,15 +71,37 @@ class PipelineStages(LoadedParts):
         assert texts is not None
         prepared = group.prepared()
         tower = [self.text_encoder.unmoved_vision_tower()] if prepared else []
-        with self._offload.use(ENCODER, *tower):
-            return encode_prompts(
-                self.text_encoder,
-                texts,
-                images=prepared,
-                labels=group.labels,
-                weighted=weighted,
-                max_sequence_length=max_sequence_length,
-            )
+
+        def encode() -> PromptEmbeds:
+            with self._offload.use(ENCODER, *tower):
+                return encode_prompts(
+                    self.text_encoder,
+                    texts,
+                    images=prepared,
+                    labels=group.labels,
+                    weighted=weighted,
+                    max_sequence_length=max_sequence_length,
+                )
+
+        # A LoRA of the text encoder gives other encodings; those are not kept.
+        if self._kept_texts is None or prepared or any(self._loras[1].updates.values()):
+            return encode()
+        return self._kept_texts.get((tuple(texts), weighted, max_sequence_length), encode)
+
+    @contextmanager
+    def keep_texts(self, count: int = 64) -> Iterator[None]:
+        """Encode prompts that come again once: the last `count` encodings are kept meanwhile.
+
+        Prompts with images are encoded anew. The text encoder's weights must stay as they are,
+        except by `load_lora` and `unload_lora`.
+        """
+        if not is_whole(count) or count < 1:
+            raise ValueError(f"count is {count!r}; expected a whole number from 1 up.")
+        before, self._kept_texts = self._kept_texts, KeptTexts(count)
+        try:
+            yield
+        finally:
+            self._kept_texts = before
 
     @torch.no_grad()
     def prepare_latents(

@@ -141,11 +141,11 @@ def merged(settings: dict[str, Any], typed: list[str], args: Namespace) -> Names
     return result
 
 
-def named_options(typed: list[str]) -> set[str]:
-    """Names of the options of `again` that were typed."""
+def named_options(typed: list[str], command: str = "again") -> set[str]:
+    """Names of the options of a command that were typed."""
     from .parser import command_parser
 
-    parser = command_parser("again")
+    parser = command_parser(command)
     for action in parser._actions:
         action.default = None
     blank = vars(parser.parse_args(typed))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, explain
-from .picture_options import PICTURES
+from .picture_options import FILES, PICTURES
 from .settings import settings_of
 
 
@@ -35,7 +35,7 @@ def check_row(args: Namespace, checked: set[str]) -> None:
     from .checks import check_picture
 
     for one in pictures_of_row(args):
-        key = json.dumps(settings_of(one, seed=0), default=str)
+        key = digest_of(settings_of(one, seed=0), one)
         if key not in checked:
             check_picture(one)
             checked.add(key)
@@ -53,10 +53,12 @@ def key_of(args: Namespace) -> str:
 
 
 def digest_of(settings: Mapping[str, Any], args: Namespace) -> str:
-    """A digest of settings as `settings_of` gives them, and of the folders of input pictures."""
+    """A digest of settings as `settings_of` gives them, and of the folders of input files."""
     text = json.dumps(settings)
-    # Settings hold names without folders, and many folders may have a 0001.png.
-    if files := [str(getattr(args, name)) for name in PICTURES if getattr(args, name)]:
+    # Settings hold names without folders, and many folders may have a 0001.png, or a LoRA of one
+    # name for each step of a training.
+    names = (*PICTURES, *FILES)
+    if files := [str(getattr(args, name)) for name in names if getattr(args, name)]:
         text += json.dumps(files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

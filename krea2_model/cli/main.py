@@ -86,6 +86,10 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from .render import render
 
         return render(args)
+    if args.command == "grid":
+        from .grid import grid
+
+        return grid(args, words[1:])
     if args.command == "serve":
         from .rendering import serve
 

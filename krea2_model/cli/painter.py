@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ class Painter:
                 offload=args.offload,
                 max_memory=args.max_memory,
             )
+
+    def keep_texts(self, count: int) -> AbstractContextManager[None]:
+        """Meanwhile prompts that come again are encoded once."""
+        return self._pipeline.keep_texts(count)
 
     def paint(self, args: Namespace, title: str) -> Picture:
         """One picture; `args.prompt` is used as it is."""

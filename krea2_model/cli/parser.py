@@ -21,6 +21,7 @@ from .values import lora, number, place, seeds, whole
 SUMMARIES = {
     "generate": "make pictures from a prompt",
     "render": "make a picture of every row of a text, CSV or JSONL file",
+    "grid": "make a labelled sheet of the values of one to three options against each other",
     "serve": "make pictures for programs, over HTTP as OpenAI's images API does",
     "again": "make a picture again, from the settings inside its file",
     "curate": "find duplicates and pictures that are no good for training",
@@ -56,6 +57,21 @@ FILE has a prompt a line (.txt, a line that begins with # is a comment), or rows
 options of generate (.csv, .jsonl): prompt, negative, seed, steps, guidance, width, height, output,
 lora, ... Options on the command line hold for rows that do not set them. Each finished picture is a
 line of results.jsonl in the folder of --output. For many machines see docs/many_pictures.md.
+"""
+_GRID = """\
+An axis is an option of generate with its values:
+
+  seed=1,2,3  seed=1-4  steps=4-12:4     values, a range, a range in steps
+  prompt~fox=hare|snowy owl              a part of the prompt, and what to write for it
+  lora=a.safetensors:0.5,b.safetensors,none      a LoRA with its strength; a;b are two at once
+  lora-strength=0,0.5,1                  the strength of the LoRAs
+  model=nano,nano-raw                    also transformer, text-encoder and vae
+
+Values that hold commas have | between them. x goes to the right, y down, and z has blocks below
+each other. The single pictures and results.jsonl lie in a folder of the sheet's name. A sheet is
+written also where the run is stopped; --resume goes on.
+
+  krea2 grid "a red circle" --model nano --x seed=1-3 --y guidance=0,1
 """
 _SERVE = """\
 Options of pictures hold for requests that do not set them. docs/many_pictures.md has examples.
@@ -146,18 +162,33 @@ def _render(parser: Parser) -> None:
         "--seeds", type=seeds, metavar="LIST", help="a picture of each seed: 7, 1,2,3 or 1-4"
     )
     batch.add_argument(
-        "--resume", action="store_true", help="skip pictures that an earlier run has made"
-    )
-    batch.add_argument("--strict", action="store_true", help="stop at the first row with an error")
-    batch.add_argument(
         "--grid", type=Path, metavar="FILE", help="a sheet of all pictures at the end"
     )
-    batch.add_argument(
-        "--format", choices=("png", "jpg", "webp"), default="png", help="default: png"
-    )
+    add_batch_options(batch)
     add_engine_options(parser)
     add_picture_options(parser)
     add_run_options(parser, Path("renders"), "the folder of pictures; default: renders", place)
+    add_machine(parser)
+
+
+def _grid(parser: Parser) -> None:
+    parser.usage = 'krea2 grid "PROMPT" --x OPTION=VALUES [--y ...] [--z ...] [options]'
+    parser.epilog = _GRID
+    parser.add_argument("prompt", nargs="?", help="what the pictures show; left out for prompt=A|B")
+    axes = parser.add_argument_group("axes")
+    axes.add_argument("--x", metavar="AXIS", help="to the right, such as seed=1,2,3")
+    axes.add_argument("--y", metavar="AXIS", help="down, such as steps=4-12:4")
+    axes.add_argument("--z", metavar="AXIS", help="a block of the sheet for each value")
+    axes.add_argument(
+        "--max-cells", type=whole(1, 100_000), default=400, metavar="N",
+        help="refuse more cells than this; default: 400",
+    )  # fmt: skip
+    add_batch_options(axes)
+    add_picture_options(parser)
+    add_run_options(
+        parser, Path("grid.png"), "the sheet, as .png, .jpg or .webp; default: grid.png, or "
+        "grid-2.png if it exists",
+    )  # fmt: skip
     add_machine(parser)
 
 
@@ -308,6 +339,19 @@ def _convert(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a target that exists")
 
 
+def add_batch_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--resume", action="store_true", help="skip pictures that an earlier run has made"
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="stop at the first picture with an error"
+    )
+    group.add_argument(
+        "--format", choices=("png", "jpg", "webp"), default="png",
+        help="of the single pictures; default: png",
+    )  # fmt: skip
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true",
@@ -336,6 +380,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 _OPTIONS: dict[str, Callable[[Any], None]] = {
     "generate": _generate,
     "render": _render,
+    "grid": _grid,
     "serve": _serve,
     "again": _again,
     **{name: partial(add_training_options, name=name) for name in TRAINING},

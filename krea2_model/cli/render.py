@@ -1,46 +1,27 @@
-"""`krea2 render`: a picture of every row of a file, by weights that are loaded once.
-
-Each finished picture is a line of `results.jsonl` in the folder of the pictures; --resume reads it
-and skips those whose settings it has. So a run that was stopped goes on where it ended.
-"""
+"""`krea2 render`: a picture of every row of a file, by weights that are loaded once."""
 
 from __future__ import annotations
 
-import json
-import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
 
 from ..images.contact_sheet import contact_sheet
 from ..images.output_files import check_outputs, numbered, save_image, to_picture
+from .batch import RESULTS, Batch, Job
 from .checks import check_folder, check_machine
-from .errors import Failure, UsageError, explain
-from .generate import save
-from .jobs import check_name, check_row, is_disk_full, key_of, message_of, pictures_of_row
-from .model_files import take_from_models
+from .errors import Failure, UsageError
+from .jobs import check_name, check_row, key_of, message_of, pictures_of_row
+from .model_files import Weights, take_from_models
 from .progress import Console
 from .rendering import check_plain
 from .table import Row, read_rows
 
-RESULTS = "results.jsonl"
 # Pictures of a sheet that are at most this large on it.
 _CELL = 512
-
-
-@dataclass
-class Job:
-    """A picture to be made: its row, options, the name it gets, and a digest of its settings."""
-
-    row: int
-    args: Namespace
-    output: Path
-    key: str
 
 
 def render(args: Namespace) -> Iterator[Path]:
@@ -67,61 +48,16 @@ def render(args: Namespace) -> Iterator[Path]:
             f"{bad[0].error}"
         )
     weights = check_machine(args)
-    jobs = [job for row in rows for job in _jobs(row)]
-    done = _finished(args.output / RESULTS) if args.resume else {}
-    args.output.mkdir(parents=True, exist_ok=True)
-    files: list[tuple[Path, str]] = []
-    failed = len(bad)
-    with _open_results(args.output / RESULTS) as results:
-        for row in bad:
-            _write(results, row=row.number, error=row.error)
-        left = [job for job in jobs if job.key not in done]
-        if len(left) < len(jobs):
-            console.note(f"{len(jobs) - len(left)} of {len(jobs)} pictures are made already")
-        painter = None
-        if left:
-            from .painter import Painter
-
-            painter = Painter(args, weights, console)
-        taken: set[Path] = set()
-        for number, job in enumerate(jobs, 1):
-            if job.key in done:
-                files.append((done[job.key], job.args.prompt))
-                continue
-            assert painter is not None
-            start = time.monotonic()
-            line = {
-                "row": job.row,
-                "key": job.key,
-                "seed": job.args.seed,
-                "prompt": job.args.prompt,
-            }
-            try:
-                picture = painter.paint(job.args, f"{number} of {len(jobs)}")
-                path = save(picture.image, job.args, picture.results, job.output, taken, console)
-            except KeyboardInterrupt:
-                console.note(
-                    f"{number - 1} of {len(jobs)} pictures are made; --resume makes the rest"
-                )
-                raise
-            except Exception as error:
-                message = message_of(error, args)
-                _write(results, **line, error=message)
-                failed += 1
-                if args.strict or _stops_all(error):
-                    raise
-                console.note(f"row {job.row}: {message}")
-                continue
-            seconds = round(time.monotonic() - start, 2)
-            _write(results, **line, file=path.name, seconds=seconds)
-            files.append((path, job.args.prompt))
-            yield path
-    if args.grid is not None and files and (left or not args.grid.exists()):
+    batch = Batch(args, [job for row in rows for job in _jobs(row, weights)], args.output, console)
+    yield from batch.paint([{"row": row.number, "error": row.error} for row in bad])
+    made = zip(batch.jobs, batch.files, strict=True)
+    files = [(file, job.args.prompt) for job, file in made if file is not None]
+    if args.grid is not None and files and (batch.painted or not args.grid.exists()):
         yield _save_sheet(args, files)
-    if failed:
+    if failed := batch.failed + len(bad):
         raise Failure(
-            f"{failed} of {len(jobs) + len(bad)} pictures were not made; {args.output / RESULTS} "
-            "says why. Mend the rows and add --resume."
+            f"{failed} of {len(batch.jobs) + len(bad)} pictures were not made; "
+            f"{args.output / RESULTS} says why. Mend the rows and add --resume."
         )
 
 
@@ -138,48 +74,13 @@ def _check_row(row: Row, checked: set[str]) -> None:
         row.error = message_of(error, row.args)
 
 
-def _jobs(row: Row) -> Iterator[Job]:
+def _jobs(row: Row, weights: Weights) -> Iterator[Job]:
     if row.args is None or row.error:
         return
     folder, name = row.args.output, getattr(row.args, "row_output", None)
     output = folder / (name or f"{row.number:04d}.{row.args.format}")
     for one in pictures_of_row(row.args):
-        yield Job(row.number, one, output, key_of(one))
-
-
-def _finished(path: Path) -> dict[str, Path]:
-    """Files of an earlier run that are there, by their keys."""
-    found: dict[str, Path] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            file = path.parent / entry["file"]
-        except (ValueError, KeyError, TypeError):
-            continue  # an error of that run, or a line that a crash has cut
-        if file.is_file():
-            found[str(entry.get("key"))] = file
-    return found
-
-
-def _open_results(path: Path) -> TextIO:
-    """The file to add lines to; one that a crash has cut is ended first."""
-    is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    results = path.open("a", encoding="utf-8")
-    if is_cut:
-        results.write("\n")
-    return results
-
-
-def _write(results, **line: Any) -> None:
-    results.write(json.dumps(line) + "\n")
-    results.flush()
-
-
-def _stops_all(error: Exception) -> bool:
-    """True where every other row would fail too, or where the error is one of the program."""
-    return is_disk_full(error) or explain(error) is None
+        yield Job(row.number, one, weights, output, key_of(one), f"row {row.number}")
 
 
 def _save_sheet(args: Namespace, files: list[tuple[Path, str]]) -> Path:

@@ -19,6 +19,7 @@ from .settings import options_of
 # Columns beside options of a picture. Weights are loaded once, so no row has its own.
 _OTHERS = ("output", "images", "seeds")
 COLUMNS = tuple(n for n in PICTURE if n not in (*WEIGHTS, "dtype")) + _OTHERS
+_SWITCHED = ("nag", "weights", "mask_hard")
 _SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -129,14 +130,17 @@ def _row(number: int, value: Any, base: Namespace) -> Row:
         return Row(number, error=str(error))
 
 
-def options_of_row(values: Mapping[str, Any], base: Namespace) -> Namespace:
+def options_of_row(
+    values: Mapping[str, Any], base: Namespace, columns: Sequence[str] = COLUMNS
+) -> Namespace:
     """Options of a row over those of all rows, read as on the command line.
 
+    columns: those that there may be.
     Raises UsageError for what is no option of a picture, or no value of it.
     """
     row = {str(name).strip().replace("-", "_"): value for name, value in values.items()}
     for name in row:
-        if name not in COLUMNS:
+        if name not in columns:
             raise UsageError(f"{name}: {_unknown(name)}")
     prompt = row.pop("prompt", getattr(base, "prompt", ""))
     words = options_of({name: _value(name, value) for name, value in row.items()})
@@ -159,7 +163,7 @@ def _parser():
 
 
 def _value(name: str, value: Any) -> Any:
-    if name in ("nag", "weights"):
+    if name in _SWITCHED:
         return _switch(name, value)
     if name in REPEATED and isinstance(value, str):
         return [part.strip() for part in value.split(";") if part.strip()]

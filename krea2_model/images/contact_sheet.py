@@ -52,7 +52,7 @@ def contact_sheet(
         *(picture.width for picture in pictures),
         *(math.ceil(font.getlength(character)) for character in {" ", *"".join(captions)}),
     )
-    lines = [_wrapped(caption, width, font) for caption in captions]
+    lines = [wrapped(caption, width, font) for caption in captions]
     lines += [[] for _ in range(len(pictures) - len(lines))]
     gap, line_height = max(4, cell // 64), math.ceil(text_size * 1.25)
 
@@ -89,7 +89,7 @@ def _cut(caption: str) -> str:
     return caption if len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 3] + "..."
 
 
-def _wrapped(caption: str, width: int, font) -> list[str]:
+def wrapped(caption: str, width: int, font) -> list[str]:
     """Lines that fit a width; a word that does not fit alone is broken."""
     lines, line = [], ""
     for word in caption.split():
