@@ -118,7 +118,7 @@ class PictureGrid:
 
 
 def _labels(name: str, values: Sequence[Any]) -> list[str]:
-    """What the sheet says at each value, with numbers where several would be the same."""
+    """The sheet's label of each value, with numbers where several would be the same."""
     labels = [f"{name}: {_label(name, value, n)}" for n, value in enumerate(values, 1)]
     if len(set(labels)) < len(labels):
         labels = [f"{label} ({number})" for number, label in enumerate(labels, 1)]

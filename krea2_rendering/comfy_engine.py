@@ -23,9 +23,9 @@ from krea2_model.cli.progress import Console
 
 from .comfy_graph import Template, read_graph
 from .comfy_servers import JobError, Servers
-from .ledger import Entry, Ledger, now, number_of
+from .ledger import Entry, Ledger, now
 from .places import Place
-from .plan import CHUNK, ID, JOB, Names, Plan
+from .plan import CHUNK, ID, JOB, Intake, Plan
 from .render import finish, follow, keys_done, note_plan
 from .tables import read_table
 from .writing import FOLDER, not_written
@@ -66,9 +66,8 @@ def render(args: Namespace) -> Iterator[object]:
 
 def make_graph_plan(address: str | Path, template: Template, done: np.ndarray) -> Plan:
     """The jobs of a table whose columns are inputs of a graph; see `plan.make_plan`."""
-    plan, names = Plan(), Names()
-    made = set(done.tolist())
-    seen: dict[int, int] = {}  # rows by their keys
+    plan = Plan()
+    intake = Intake(plan, done)
     columns: set[str] = set()
     waiting: list[dict[str, Any]] = []
     for number, values in read_table(address, None):
@@ -83,22 +82,13 @@ def make_graph_plan(address: str | Path, template: Template, done: np.ndarray) -
         except UsageError as error:
             plan.errors.append({"row": number, "error": str(error)})
             continue
-        names.take(job, number)
-        key = number_of(job["key"])
-        if key in seen:
-            plan.repeated += 1
-            continue
-        seen[key] = number
-        if key in made:
-            plan.made += 1
-            continue
-        waiting.append(job)
-    plan.check(address)
+        if intake.takes(job, number):
+            waiting.append(job)
+    intake.end(address)
     plan.chunks = [
         pa.Table.from_pylist(waiting[first : first + CHUNK], JOB)
         for first in range(0, len(waiting), CHUNK)
     ]
-    plan.set_keys({key: row for key, row in seen.items() if key not in made})
     return plan
 
 

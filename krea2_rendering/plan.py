@@ -135,9 +135,7 @@ def make_plan(
     output for rows of other content.
     """
     plan, options = Plan(), RowOptions(args)
-    names = Names()
-    made = set(done.tolist())
-    seen: dict[int, int] = {}  # rows by their keys
+    intake = Intake(plan, done)
     waiting: list[dict[str, Any]] = []
     for number, values in read_table(address, (*COLUMNS, ID)):
         plan.rows += 1
@@ -149,14 +147,7 @@ def make_plan(
             plan.errors.append({"row": number, "error": message_of(error, args)})
             continue
         for job in jobs:
-            names.take(job, number)
-            key = number_of(job["key"])
-            if key in seen:
-                plan.repeated += 1
-                continue
-            seen[key] = number
-            if key in made:
-                plan.made += 1
+            if not intake.takes(job, number):
                 continue
             settings = options.settings(job["values"])
             plan.sizes[settings.get("width"), settings.get("height"), settings.get("steps")] += 1
@@ -168,8 +159,7 @@ def make_plan(
                 waiting = []
     if waiting:
         plan.chunks.append(_chunk(waiting, batch))
-    plan.check(address)
-    plan.set_keys({key: row for key, row in seen.items() if key not in made})
+    intake.end(address)
     return plan
 
 
@@ -221,6 +211,35 @@ def _seed(value: Any) -> int:
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"--seed is {value}; expected a whole number from 0 to {MAX_SEED}.")
     return seed
+
+
+class Intake:
+    """Jobs as they are read: counted in a plan, and taken if they are still to be made.
+
+    done: sorted numbers of the keys of jobs that are made.
+    """
+
+    def __init__(self, plan: Plan, done: np.ndarray):
+        self._plan, self._names, self._made = plan, Names(), set(done.tolist())
+        self._rows: dict[int, int] = {}  # by their keys
+
+    def takes(self, job: Mapping[str, Any], number: int) -> bool:
+        """True for a job of a row that is new. Raises UsageError as `Names` does."""
+        self._names.take(job, number)
+        key = number_of(job["key"])
+        if key in self._rows:
+            self._plan.repeated += 1
+            return False
+        self._rows[key] = number
+        if key in self._made:
+            self._plan.made += 1
+            return False
+        return True
+
+    def end(self, address: str | Path) -> None:
+        """Check the plan of a table that is read, and give it the keys of its jobs."""
+        self._plan.check(address)
+        self._plan.set_keys({k: row for k, row in self._rows.items() if k not in self._made})
 
 
 class Names:

@@ -110,7 +110,6 @@ def load_sharded(
                 torch.zeros_like(like, dtype=dtype) if is_like else torch.zeros(size, dtype=dtype)
             )
     try:
-        reader = dcp.HuggingFaceStorageReader(str(state))
         dcp.load(tensors, storage_reader=reader, no_dist=world.count == 1)
     except Exception as error:
         raise _damaged(state, error) from error

@@ -108,7 +108,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory."""
+    """The part of a tensor that this process holds, in the same memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 

@@ -120,7 +120,7 @@ class Slide:
 
     @torch.no_grad()
     def walk(self, latents: Tensor, sigmas: list[float], texts: Texts) -> Tensor:
-        """Where the model without adapters comes to from noise (B, 16, h, w) by these sigmas."""
+        """Latents of the model without adapters, from noise (B, 16, h, w) along these sigmas."""
         for now, then in itertools.pairwise(sigmas):
             latents = latents + (then - now) * self._velocity(latents, now, texts, 0.0)
         return latents

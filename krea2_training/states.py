@@ -81,7 +81,7 @@ def named_tensors(
 
 
 def optimiser_numbers(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """What optimisers hold that is no tensor, by the names of a state."""
+    """The values of optimisers that are no tensors, by the names of a state."""
     return {n: v for n, v in _optimiser_values(optimisers) if not isinstance(v, Tensor)}
 
 

@@ -119,9 +119,10 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process raises inside, all raise at its end. For work between collective ones.
+        """Raise in all processes, at the end of the block, an error of any of them.
 
-        StopTraining and KeyboardInterrupt are raised as they are, other errors as OtherProcess.
+        For work between collective operations. StopTraining and KeyboardInterrupt are raised as
+        they are, other errors as OtherProcess.
         """
         error: BaseException | None = None
         try:
@@ -136,10 +137,6 @@ class World:
                 raise _ENDINGS[worst - 1]("Another process of the run ended; it says why.")
         if error is not None:
             raise error
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self._max(0)
 
     def _max(self, value: int) -> int:
         if self.count == 1:

@@ -131,7 +131,7 @@ def _caption_files(files: Sequence[Path]) -> dict[Path, Path]:
 def _load(
     args: Namespace, console: Console, make: Callable[[Qwen3VLTextEncoder], Writer]
 ) -> tuple[Writer, Offload]:
-    """What writes with the text encoder that the options name, and where its weights go."""
+    """A writer with the text encoder that the options name, and the place of its weights."""
     import torch
 
     from .. import nano

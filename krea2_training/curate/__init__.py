@@ -43,7 +43,7 @@ class Curated:
     files: tuple[Path, ...] = ()
 
     def summary(self) -> str:
-        """What goes and why, and the buckets that are left at each resolution."""
+        """The pictures that go and why, and the buckets that are left at each resolution."""
         kept = [row.measures for row in self.rows if row.kept]
         lines = [f"{len(kept)} of {len(self.rows)} pictures are kept."]
         counts = Counter(reason for row in self.rows for reason in row.reasons)

@@ -1,4 +1,4 @@
-"""What is measured of a picture file: its size, its hashes, and how plain it is.
+"""Measurements of a picture file: its size, its hashes, and how plain it is.
 
 Nothing here decides whether a picture is good: limits change more often than files, and the numbers
 are kept in a table.

@@ -74,6 +74,8 @@ def diffusers_pipeline(tokenizer_folder):
     )
     from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
 
+    from qwen3vl_writer import TEXT
+
     torch.manual_seed(0)
     transformer = Krea2Transformer2DModel(
         num_layers=3,
@@ -88,21 +90,7 @@ def diffusers_pipeline(tokenizer_folder):
         text_intermediate_size=128,
         axes_dims_rope=(8, 12, 12),
     )
-    text_config = {
-        "vocab_size": 151936,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5_000_000.0,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
-    }
+    text_config = TEXT | {"intermediate_size": 128}
     vision_config = {
         "depth": 1,
         "hidden_size": 32,

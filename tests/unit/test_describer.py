@@ -6,6 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+from answers import Writer
 from krea2_model import Krea2Pipeline, load_text_encoder
 from krea2_model.cli.main import main
 from krea2_model.text import describer
@@ -24,17 +25,6 @@ from krea2_training.data import read_examples
 from krea2_training.sections import Data
 from qwen3vl_writer import random_model
 from samples import picture
-
-
-class Writer:
-    """Answers in turn; what it was asked is in `calls`."""
-
-    def __init__(self, *answers, ended=True):
-        self.answers, self.ended, self.calls = list(answers), ended, []
-
-    def __call__(self, chat, sampling, max_tokens, seed):
-        self.calls.append((chat, sampling, max_tokens, seed))
-        return self.answers[min(len(self.calls), len(self.answers)) - 1], self.ended
 
 
 def test_the_picture_stands_in_the_user_s_turn():

@@ -3,6 +3,7 @@
 import pytest
 
 import tiny_checkpoints
+from answers import Writer
 from krea2_model import Krea2Pipeline, Krea2Tokenizer, load_text_encoder
 from krea2_model.text import expander
 from krea2_model.text.expander import (
@@ -20,17 +21,6 @@ from krea2_model.text.expander import (
     tidy,
 )
 from work import assert_linear
-
-
-class Writer:
-    """Answers in turn, the last one again and again; what it was asked is in `calls`."""
-
-    def __init__(self, *answers, ended=True):
-        self.answers, self.ended, self.calls = list(answers), ended, []
-
-    def __call__(self, chat, sampling, max_tokens, seed):
-        self.calls.append((chat, sampling, max_tokens, seed))
-        return self.answers[min(len(self.calls), len(self.answers)) - 1], self.ended
 
 
 def texts(expansions):
