@@ -68,7 +68,10 @@ def regions(page) -> list[dict]:
 
 def drag(page, start, end):
     """From one place of the canvas to another, in fractions of it."""
-    stage = page.locator(".k2-regions .stage").bounding_box()
+    element = page.locator(".k2-regions .stage")
+    # Waits until the canvas stands still: a new list of regions changes the node's height.
+    element.hover(trial=True)
+    stage = element.bounding_box()
     for (x, y), action in ((start, page.mouse.down), (end, page.mouse.up)):
         page.mouse.move(stage["x"] + x * stage["width"], stage["y"] + y * stage["height"], steps=4)
         action()
