@@ -159,6 +159,10 @@ class InputPictures(AbstractContextManager):
     def give_to(self, request: ImageRequest, values: Mapping[str, Any], edits: bool) -> None:
         """Name the pictures in a request. edits: the model has an edit LoRA, which takes them."""
         strength = _number(values, "strength", 1.0, None)
+        if strength == 0:
+            raise RequestError(
+                "strength is 0, which changes nothing; expected above 0, to 1.", "strength"
+            )
         if not edits and len(self._images) > 1:
             raise RequestError(
                 "This model changes one picture; several need an edit LoRA (krea2 serve --lora).",
@@ -169,7 +173,7 @@ class InputPictures(AbstractContextManager):
                 args.edit = list(self._images)
                 continue
             args.start_image, args.mask = self._images[0], self._mask
-            args.denoise = strength or (_STRENGTH if self._mask is None else 1.0)
+            args.denoise = strength or (1.0 if self._mask else _STRENGTH)
             if self._mask is not None:
                 args.width = args.height = None
 
