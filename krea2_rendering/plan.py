@@ -6,7 +6,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -60,14 +60,16 @@ TokensOf = Callable[[str, bool], int]
 class Plan:
     """Jobs to make, and what was counted on the way.
 
-    keys: of the jobs, sorted numbers. key_rows: the row of each. made: in earlier runs. repeated:
-    rows' pictures that are the same as others of the table. errors: entries of rows that are wrong.
-    sizes: jobs by width, height (None is the checkpoint's) and steps. groups: jobs by their groups.
+    keys: of the jobs, sorted numbers. key_rows: the row of each. ended: whether it has an entry.
+    made: in earlier runs. repeated: rows' pictures that are the same as others of the table.
+    errors: entries of rows that are wrong. sizes: jobs by width, height (None is the checkpoint's)
+    and steps. groups: jobs by their groups.
     """
 
     chunks: list[pa.Table] = field(default_factory=list)
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     key_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    ended: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     rows: int = 0
     made: int = 0
     repeated: int = 0
@@ -85,6 +87,31 @@ class Plan:
         order = np.argsort(keys)
         self.keys = keys[order]
         self.key_rows = np.fromiter(rows.values(), np.int64, len(rows))[order]
+        self.ended = np.zeros(len(rows), dtype=bool)
+
+    def take(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Those of jobs that had none, which `ended` notes."""
+        new = []
+        for entry in entries:
+            at = self._place_of(entry["key"])
+            if at is not None and not self.ended[at]:
+                self.ended[at] = True
+                new.append(entry)
+        return new
+
+    def unended(self, jobs: pa.Table) -> pa.Table:
+        """Jobs that have no entry."""
+        places = [self._place_of(key) for key in jobs["key"].to_pylist()]
+        return jobs.filter([at is not None and not self.ended[at] for at in places])
+
+    def left(self) -> list[tuple[int, str]]:
+        """Row and key of each job that has no entry."""
+        rows, keys = self.key_rows[~self.ended], self.keys[~self.ended]
+        return [(row, f"{key:016x}") for row, key in zip(rows.tolist(), keys.tolist(), strict=True)]
+
+    def _place_of(self, key: str) -> int | None:
+        at = int(np.searchsorted(self.keys, np.uint64(number_of(key))))
+        return at if at < len(self.keys) and int(self.keys[at]) == number_of(key) else None
 
     def check(self, address: str | Path) -> None:
         """Raise UsageError for a table without rows, or with errors in all of them."""

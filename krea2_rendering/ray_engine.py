@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from .writing import FOLDER, FolderWriter, ShardWriter, encode
 _BLOCK = 4
 # Calls of a block where several jobs share one, so that few calls are cut short.
 _CALLS = 4
-# Times that a block is given to another worker after its own was killed. A job that kills every
-# worker is then an error, and its block with it.
+# Times that a block is given to another worker after its own was killed. Its jobs are then tried
+# once more, each by itself: one that kills every worker is an error, the others of its block none.
 _RETRIES = 3
 # Times that a worker is started anew. Where none of its starts succeeds, the run ends.
 _RESTARTS = 100
@@ -43,6 +44,11 @@ _MOST_SHOWN = 300
 _STARTS = 4
 # Cores that Ray counts for tasks beside the actors; they share what the actors leave.
 _TASK_CPUS = 0.1
+# `ray start` asks for a token where ~/.ray/auth_token exists, but a program does not send one to an
+# address that it is given unless told to.
+_TOKEN = (
+    ". If it is one that asks for a token, as `ray start` says, set RAY_AUTH_MODE=token here too"
+)
 _SETTINGS = {
     # Neither command nor pack reaches the network unasked.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -88,7 +94,7 @@ def ray_session(address: str | None = None, quiet: bool = False, **options: Any)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"--address is {address}, where no Ray cluster answers ({_line(error)}). Start one "
-                "with: ray start --head"
+                f"with: ray start --head{_TOKEN if 'RAY_AUTH_MODE' not in os.environ else ''}"
             ) from error
     else:
         _start_ray(**log, **options)
@@ -138,7 +144,7 @@ def resources(args: Namespace, encoders: int = 0, encoder_gpus: float | None = N
                 f"of the cluster; expected at most {max(0, possible)} workers of this kind. Ask "
                 "for less, or set --gpus-per-worker 0 to paint on CPUs."
             )
-        share = min(1.0, _cpus(cpus, workers + encoders))
+        share = min(1.0, _cpus(workers + encoders))
         return Resources(workers, per_worker, share, None, encoders, each)
     workers = 1 if args.workers is None else args.workers
     if workers > cpus:
@@ -147,12 +153,27 @@ def resources(args: Namespace, encoders: int = 0, encoder_gpus: float | None = N
             "core."
         )
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, int(cpus) // workers)
-    return Resources(workers, 0.0, _cpus(cpus, workers + encoders), threads, encoders, each)
+    return Resources(workers, 0.0, _cpus(workers + encoders), threads, encoders, each)
 
 
-def _cpus(cpus: float, workers: int) -> float:
-    """Cores that Ray counts for a worker: one stays for cutting blocks, a share for the tasks."""
-    return max(0.0, 0.8 * (cpus - 1.2)) / workers
+def _cpus(workers: int) -> float:
+    """Cores that Ray counts for a worker: one stays for cutting blocks, a share for the tasks.
+
+    On each machine: the task that cuts blocks has to fit on one of them whole.
+    """
+    import ray
+
+    machines = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    machines = [cores for cores in machines if cores > 0] or [1.0]
+    at_most = math.ceil(workers / len(machines))
+    return max(0.0, 0.8 * (min(machines) - 1.2)) / at_most
+
+
+def _one_of(workers: Resources) -> Resources:
+    """One worker of each kind, as a cluster has room for that has lost a machine."""
+    encoders = min(workers.encoders, 1)
+    cpus = min(workers.cpus, _cpus(1 + encoders))
+    return replace(workers, workers=1, encoders=encoders, cpus=cpus)
 
 
 class RayEncoder:
@@ -208,11 +229,11 @@ def ray_entries(
 ) -> Iterator[list[Entry]]:
     """Make the jobs of a plan; gives their entries as they are written, in any order.
 
-    painter, encoder: the classes of the actors. Jobs whose workers were killed again and again have
-    no entry. Raises Failure where no worker starts.
+    painter, encoder: the classes of the actors. `plan.take` is to be called with the entries. Jobs
+    whose workers were killed again and again have none. Raises Failure where no worker starts.
     """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import DataContext
     from ray.exceptions import RayError
 
     context = DataContext.get_current()
@@ -221,14 +242,45 @@ def ray_entries(
     context.execution_options.preserve_order = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    block = _block_size(plan.jobs, args.batch, workers.workers)
     references = []
     while plan.chunks:  # each is kept by Ray alone then
         references.append(ray.put(plan.chunks.pop(0)))
+    size = _block_size(plan.jobs, args.batch, workers.workers)
+    try:
+        for again in (False, True):
+            if again:
+                # What went down with workers or a machine, each job by itself.
+                references, size = _unended(plan, references), 1
+                workers = _one_of(workers)
+            jobs = ray.data.from_arrow_refs(references).repartition(target_num_rows_per_block=size)
+            written = _pipeline(jobs, args, output, workers, painter, encoder)
+            for entries in written.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield [json.loads(text) for text in entries["entry"].to_pylist()]
+            if plan.ended.all():
+                return
+    except RayError as error:
+        raise Failure(f"Ray ended the run: {_line(error)} What is made stays; add --resume.") from (
+            error
+        )
+
+
+def _unended(plan: Plan, references: list[Any]) -> list[Any]:
+    """Tables in Ray's store of the jobs that have no entry."""
+    import ray
+
+    tables = (plan.unended(ray.get(reference)) for reference in references)
+    return [ray.put(table) for table in tables if table.num_rows]
+
+
+def _pipeline(
+    jobs: Any, args: Namespace, output: Place, workers: Resources, painter: type, encoder: type
+) -> Any:
+    """A data set of jobs (`plan.JOB`) as one of entries (`writing.ENTRIES`)."""
+    from ray.data import ActorPoolStrategy
+
     tasks = {"num_cpus": _TASK_CPUS, "batch_format": "pyarrow", "zero_copy_batch": True}
     # Ray 2.60 to 2.63 have no other name for max_task_retries, of which they warn.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    jobs = ray.data.from_arrow_refs(references).repartition(target_num_rows_per_block=block)
     if workers.encoders:
         jobs = jobs.map_batches(
             encoder,
@@ -251,17 +303,9 @@ def ray_entries(
         max_restarts=_RESTARTS,
     ).map_batches(encode, batch_size=None, **tasks)
     if args.layout == FOLDER:
-        written = painted.map_batches(FolderWriter(output).__call__, batch_size=None, **tasks)
-    else:
-        writer = ShardWriter(output, args.layout)
-        written = painted.map_batches(writer.__call__, batch_size=args.shard_size, **tasks)
-    try:
-        for entries in written.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield [json.loads(text) for text in entries["entry"].to_pylist()]
-    except RayError as error:
-        raise Failure(f"Ray ended the run: {_line(error)} What is made stays; add --resume.") from (
-            error
-        )
+        return painted.map_batches(FolderWriter(output).__call__, batch_size=None, **tasks)
+    writer = ShardWriter(output, args.layout)
+    return painted.map_batches(writer.__call__, batch_size=args.shard_size, **tasks)
 
 
 def _go_to(folder: str) -> None:
@@ -287,7 +331,7 @@ def _line(error: BaseException) -> str:
 def lost(jobs: Iterable[tuple[int, str]]) -> list[Entry]:
     """Entries for rows and keys of jobs that have none: their workers were killed on the way."""
     message = (
-        f"The worker was killed {_RETRIES + 1} times with this block of rows. Memory may have run "
-        "out: see Ray's log, and add --resume."
+        f"Its worker was killed {2 * (_RETRIES + 1)} times. Memory may have run out: see Ray's "
+        "log, and add --resume."
     )
     return [{"row": row, "key": key, "error": message} for row, key in jobs]

@@ -16,7 +16,7 @@ from krea2_model.cli.progress import Console
 from krea2_model.text.prompt_tokens import tokenize_prompt
 from krea2_model.text.tokenizer import Krea2Tokenizer
 
-from .ledger import TABLE, Entry, Ledger, finished, number_of, read_entries, write_table
+from .ledger import TABLE, Entry, Ledger, finished, read_entries, write_table
 from .places import Place
 from .plan import Plan, TokensOf, make_plan
 from .ray_engine import lost, ray_entries, ray_session, resources
@@ -139,43 +139,25 @@ def note_plan(plan: Plan, console: Console) -> None:
 
 def follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: Console) -> int:
     """Keep the entries of a run as they come, and show its progress; gives the failures."""
-    there = np.zeros(plan.jobs, dtype=bool)
     failed = 0
     with console.bar(plan.jobs, "rendering", unit="picture", smoothing=0.05) as bar:
         try:
             for batch in entries:
-                new = _new(batch, plan.keys, there)
+                new = plan.take(batch)
                 ledger.add({k: v for k, v in entry.items() if k != STOP} for entry in new)
                 failed += sum("error" in entry for entry in new)
                 if stop := next((entry for entry in new if STOP in entry), None):
                     raise Failure(
-                        f"{stop['error']} {int(there.sum())} of {plan.jobs} pictures were tried; "
-                        "what is made stays. Make room and add --resume."
+                        f"{stop['error']} {int(plan.ended.sum())} of {plan.jobs} pictures were "
+                        "tried; what is made stays. Make room and add --resume."
                     )
                 bar.set_postfix(failed=failed, refresh=False)
                 bar.update(len(new))
         except KeyboardInterrupt:
-            made = int(there.sum()) - failed
+            made = int(plan.ended.sum()) - failed
             console.note(f"{made} of {plan.jobs} pictures are made; --resume makes the rest")
             raise
-        left = zip(plan.key_rows[~there].tolist(), plan.keys[~there].tolist(), strict=True)
-        missing = lost((row, f"{key:016x}") for row, key in left)
+        missing = lost(plan.left())
         ledger.add(missing)
         bar.update(len(missing))
     return failed + len(missing)
-
-
-def _new(batch: list[Entry], keys: np.ndarray, there: np.ndarray) -> list[Entry]:
-    """Entries of jobs that have none yet, which `there` notes."""
-    new = []
-    for entry in batch:
-        at = _place_of(entry["key"], keys)
-        if at is not None and not there[at]:
-            there[at] = True
-            new.append(entry)
-    return new
-
-
-def _place_of(key: str, keys: np.ndarray) -> int | None:
-    at = int(np.searchsorted(keys, np.uint64(number_of(key))))
-    return at if at < len(keys) and int(keys[at]) == number_of(key) else None

@@ -406,7 +406,7 @@ def test_jobs_without_a_result_are_errors(render, tmp_path):
     error, _ = render(["a", "killed"], code=1)
     assert "1 of 2 pictures were not made" in error
     table = pq.read_table(tmp_path / "out" / "table.parquet").to_pylist()
-    assert ["The worker was killed" in (row["error"] or "") for row in table] == [False, True]
+    assert ["Its worker was killed" in (row["error"] or "") for row in table] == [False, True]
     assert [row["row"] for row in table] == [1, 2]
 
 

@@ -34,7 +34,7 @@ from krea2_model.cli.progress import Console
 from krea2_rendering.ledger import Ledger, read_entries
 from krea2_rendering.places import Place
 from krea2_rendering.plan import make_plan
-from krea2_rendering.ray_engine import Resources, ray_entries, ray_session
+from krea2_rendering.ray_engine import Resources, ray_entries, ray_session, resources
 from krea2_rendering.render import follow
 from krea2_rendering.serving import ImageServer, Item, deploy
 
@@ -112,7 +112,7 @@ def make(cluster, tmp_path):
 
 
 def test_killed_workers_lose_and_double_nothing(make, tmp_path, monkeypatch):
-    """A job that kills every worker is an error, with its block; all others are in shards."""
+    """A job that kills every worker is an error; all others are in shards, its block's too."""
     monkeypatch.setattr(engine, "_RETRIES", 1)
     prompts = [f"a star {n}" for n in range(30)]
     prompts[7:7] = ["kill once"]
@@ -121,8 +121,8 @@ def test_killed_workers_lose_and_double_nothing(make, tmp_path, monkeypatch):
     good = [entry for entry in found if "error" not in entry]
     bad = [entry for entry in found if "error" in entry]
     assert len(found) == len({entry["key"] for entry in found}) == 32
-    assert 1 <= len(bad) <= engine._BLOCK
-    assert all("The worker was killed 2 times" in entry["error"] for entry in bad)
+    assert [entry["row"] for entry in bad] == [32]
+    assert "Its worker was killed 4 times" in bad[0]["error"]
     assert "kill once" in [entry["prompt"] for entry in good]
     files = sorted((tmp_path / "out" / "shards").iterdir())
     tables = [pq.read_table(file) for file in files]
@@ -177,6 +177,18 @@ def test_more_workers_than_there_are_cores_are_refused(cluster, krea2, tmp_path)
     assert "--workers is 9, and the cluster has 2 cores" in krea2(*words, "--workers", 9, code=2)
     error = krea2(*words, "--gpus-per-worker", "1", code=2)
     assert "more than the 0 GPUs of the cluster" in error and "--gpus-per-worker 0" in error
+
+
+def test_every_machine_of_a_cluster_keeps_a_core_for_cutting_blocks(cluster, monkeypatch):
+    """Else Ray waits for one for ever."""
+    import ray
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2
+    nodes += [{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {"CPU": 1.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    args = parse(["render", "p.txt", "--engine", "ray", *MODEL, "--workers", "2"])
+    assert 0 < resources(args).cpus <= 1 - engine._TASK_CPUS
 
 
 def test_a_ray_that_does_not_start_is_tried_again(cluster, monkeypatch):
@@ -269,6 +281,7 @@ def test_requests_that_are_wrong_are_refused(client, server):
         ({"image": large}, "A picture has 300 x 64 px; expected sides up to 256"),
         ({"image": [small, small]}, "several need an edit LoRA"),
         ({"image": small, "mask": png(Image.new("RGBA", (32, 64)))}, "mask"),
+        ({"image": small, "extra_body": {"strength": 0}}, "strength is 0, which changes nothing"),
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             client.images.edit(**pictures, prompt="a star")
