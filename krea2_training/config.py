@@ -252,10 +252,6 @@ class SliderConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self._refuse_full("a slider is an adapter at a strength")
-        check(
-            not self.prompts.aspects, "prompts.aspects", list(self.prompts.aspects),
-            "none: a slider learns on square pictures",
-        )  # fmt: skip
 
     @property
     def side(self) -> int | None:

@@ -39,7 +39,6 @@ from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 from .base import TrainingBackend
 from .cache import Texts
 from .config import DistilConfig
-from .data import bucket_size
 from .flow import generator_of
 from .loop import Measured, update
 from .prompts import COLUMN, digest_of, in_turn, read_prompts
@@ -54,8 +53,9 @@ STUDENT, FAKE, TEACHER = "student", "fake", BASE
 _DISTIL = 2
 # The shortest time within an interval, as a share of it: at 0 there is no noise to judge by.
 _LEAST_SHARE = 0.02
-# Width to height of the pictures where no setting says it: the first half of the time.
-_ASPECTS = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
+# Width to height of the pictures where no setting says it: half of them are square.
+_OTHERS = ((3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
+ASPECTS = ((1, 1),) * len(_OTHERS) + _OTHERS
 
 
 def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) -> Path:
@@ -103,8 +103,9 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
             for index in in_turn(len(prompts), batch, number, seed)
         ]
         texts = session.cache.texts(chosen, session.device)
-        shape = _shape(config, side, Random(f"shape {seed} {number}"))
-        return matching.begin(number, shape, texts, step)
+        random = Random(f"shape {seed} {number}")
+        width, height = config.prompts.draw_size(side, random, ASPECTS)
+        return matching.begin(number, (batch, 16, height // 8, width // 8), texts, step)
 
     def loss_of(number: int) -> Measured:
         step, part = divmod(number, accumulate)
@@ -283,16 +284,6 @@ class TrajectoryMatching:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text):
                 states = texts.fuse(model)
             return model(latents, times, states, texts.mask, backend=backend).float()
-
-
-def _shape(config: DistilConfig, side: int, random: Random) -> tuple[int, int, int, int]:
-    """The latents' shape of a batch, all of one area."""
-    if ratios := config.prompts.ratios:
-        wide, tall = random.choice(ratios)
-    else:
-        wide, tall = _ASPECTS[0] if random.random() < 0.5 else random.choice(_ASPECTS[1:])
-    width, height = bucket_size(wide, tall, side)
-    return config.training.batch, 16, height // 8, width // 8
 
 
 def _spread(times: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .data import TABLES, read_folder, read_rows, read_text, some_of
+from .data import TABLES, bucket_size, read_folder, read_rows, read_text, some_of
 from .sections import check, check_side
 from .shapes import EXPECTED_ASPECT, Ratio, parse_aspect
 
@@ -49,6 +49,13 @@ class Prompts:
     def ratios(self) -> list[Ratio]:
         """The aspects as numbers."""
         return [ratio for aspect in self.aspects if (ratio := parse_aspect(aspect)) is not None]
+
+    def draw_size(self, side: int, random: Random, default: Sequence[Ratio]) -> tuple[int, int]:
+        """Width and height in pixels of a batch, of the area side x side.
+
+        default: width to height, each as frequent, where the settings name none.
+        """
+        return bucket_size(*random.choice(self.ratios or default), side)
 
 
 def read_prompts(path: Path) -> list[Row]:

@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from .session import OnStep, Session
 # Of the random numbers, beside those of other purposes.
 _SLIDER = 8
 _PLACE = "{}"
+# Width to height of the pictures where no setting says it.
+_ASPECTS = ((1, 1),)
 
 
 def slider(config: SliderConfig, on_step: OnStep = lambda step, record: None) -> Path:
@@ -57,11 +60,6 @@ def slider(config: SliderConfig, on_step: OnStep = lambda step, record: None) ->
     parameters = session.make_trainable()
     model, cache, device = session.model, session.cache, session.device
     side = config.prompts.size or (model.preset or RAW).size
-    shape = (training.batch, 16, side // 8, side // 8)
-    mu = training.shift
-    if mu is None:
-        mu = resolve_mu(model.preset or RAW, token_count(torch.empty(shape, device="meta")))
-    sigmas = sigma_schedule(settings.steps, mu)
     slide = Slide(
         model,
         settings.scale,
@@ -74,7 +72,14 @@ def slider(config: SliderConfig, on_step: OnStep = lambda step, record: None) ->
         generator = generator_of(training.seed, number, _SLIDER)
         chosen = [prompts[i] for i in in_turn(len(prompts), training.batch, number, training.seed)]
         texts = [cache.texts([worded(one, p) for p in chosen], device) for one in wordings]
+        random = Random(f"shape {training.seed} {number}")
+        width, height = config.prompts.draw_size(side, random, _ASPECTS)
+        shape = (training.batch, 16, height // 8, width // 8)
         latents = torch.randn(shape, generator=generator).to(device)
+        mu = training.shift
+        if mu is None:
+            mu = resolve_mu(model.preset or RAW, token_count(latents))
+        sigmas = sigma_schedule(settings.steps, mu)
         # To the beginning of one of the steps, the same for all batches of an update: processes
         # that share the weights call the model as often as each other.
         step = number // training.accumulate

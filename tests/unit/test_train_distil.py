@@ -14,8 +14,7 @@ from krea2_model.cli.main import main
 from krea2_training.base import TrainingBackend
 from krea2_training.cache import Cache, Texts
 from krea2_training.config import DistilConfig, read_config
-from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
-from krea2_training.distil import _shape as latents_shape
+from krea2_training.distil import ASPECTS, FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
 from krea2_training.flow import generator_of
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
@@ -49,9 +48,9 @@ def test_batches_have_the_shapes_of_the_settings(tmp_path, aspects, shapes):
     settings = {"prompts.path": tmp_path, "prompts.aspects": aspects, "model.transformer": "nano",
                 "output.path": tmp_path / "x.safetensors"}  # fmt: skip
     config = read_config(None, settings, DistilConfig)
-    found = [latents_shape(config, 512, Random(number)) for number in range(200)]
+    found = [config.prompts.draw_size(512, Random(number), ASPECTS) for number in range(200)]
     assert len(set(found)) == shapes
-    square = found.count((1, 16, 64, 64)) / len(found)
+    square = found.count((512, 512)) / len(found)
     assert 0.4 < square < 0.6
 
 

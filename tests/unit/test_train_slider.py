@@ -105,6 +105,17 @@ def test_strength_moves_pictures_from_one_wording_to_the_other(tmp_path):
     assert redness[0] + 0.02 < redness[1] < redness[2] - 0.02, redness
 
 
+def test_pictures_of_several_shapes(tmp_path, monkeypatch):
+    """Of one area; each batch has one of those that are named."""
+    shapes = []
+    loss = Slide.loss
+    monkeypatch.setattr(
+        Slide, "loss", lambda self, x, *rest: (shapes.append(x.shape[2:]), loss(self, x, *rest))[1]
+    )
+    slider(config_of(tmp_path, "wide", prompts__aspects=["1:1", "4:1"], training__steps=8))
+    assert set(shapes) == {(8, 8), (4, 16)}
+
+
 def test_a_resumed_slider_equals_one_that_never_stopped(tmp_path):
     whole = load_file(slider(config_of(tmp_path, "whole", training__steps=3)))
 
