@@ -1,6 +1,7 @@
 """Validation on pictures that are not trained on, and pictures that keep what a model knows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_reference import TINY
+from krea2_model import Krea2Transformer
 from krea2_model.cli.main import main
+from krea2_training import validation
+from krea2_training.cache import Batch
 from krea2_training.config import TrainConfig, read_config
-from krea2_training.data import Example, read_examples
+from krea2_training.data import Example, Sized, read_examples
+from krea2_training.flow import flow_loss, generator_of
 from krea2_training.train import prior_pictures, train
-from krea2_training.validation import hold_out
+from krea2_training.validation import Validator, hold_out
 
 LOSS = "validation loss"
 
@@ -81,6 +87,47 @@ def test_the_loss_is_of_the_same_noise_and_changes_nothing(folders, cache, tmp_p
     train(config)
     first, second = (line[LOSS] for line in log_of(config))
     assert first == pytest.approx(second, abs=1e-5)
+
+
+def test_what_is_measured(folders, cache, tmp_path):
+    """The pictures of the folder, with first captions, under the weights that are shipped."""
+    settings = {"validation__path": folders["seen"], "validation__draws": 2}
+    config = config_of(folders, cache, tmp_path / "x.safetensors", **settings)
+    examples = hold_out(read_examples(config.data), config)[1]
+    assert {caption for one in examples for caption in one.captions} == {
+        f"a seen {index}" for index in range(4)
+    }
+    examples = [replace(one, captions=(*one.captions, "another")) for one in examples]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 16, 8, 8), (2, 5, 12, TINY.text_hidden_dim))
+    batches = {
+        one.captions[0]: Batch(*(torch.randn(s, generator=generator) for s in shapes), None)
+        for one in examples
+    }
+    asked = []
+
+    class Kept:
+        def batch(self, draws, order, device):
+            assert len(draws) == 2 and draws[0] == draws[1]
+            asked.append(draws[0].caption)
+            return batches[draws[0].caption]
+
+    model = Krea2Transformer(TINY).requires_grad_(False)
+    values = {}
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        values[name] = torch.randn(parameter.shape, generator=generator) * 0.1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pictures = [Sized(one, 64, 64) for one in examples]
+    found = Validator(config, Kept(), torch.device("cpu"), pictures).measure(model, values)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.load_state_dict(values, strict=False)
+    losses = [
+        flow_loss(model, batches[caption], generator_of(0, index, validation._VALIDATION))
+        for index, caption in enumerate(asked)
+    ]
+    assert sorted(asked) == sorted(batches)
+    assert found == {LOSS: pytest.approx(float(sum(losses) / len(losses)), rel=1e-5)}
 
 
 def test_a_run_may_be_watched_otherwise_when_it_goes_on(folders, cache, tmp_path):
