@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from krea2_model.cli.errors import suggestion
 from krea2_model.schedule import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
@@ -184,11 +184,17 @@ def _check_picture(data: bytes, most: int) -> None:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
     except Exception as error:
-        raise RequestError(f"A file is no picture ({error}).", "image") from error
+        raise RequestError(f"A file is no picture ({_line(error)}).", "image") from error
     if max(width, height) > most:
         raise RequestError(
             f"A picture has {width} x {height} px; expected sides up to {most}.", "image"
         )
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow names an object in memory
+        return "no known format"
+    return str(error)
 
 
 def _white_where_clear(data: bytes) -> Image.Image:
@@ -197,7 +203,7 @@ def _white_where_clear(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             alpha = image.convert("RGBA").getchannel("A")
     except Exception as error:  # a file that is cut short
-        raise RequestError(f"The mask cannot be read ({error}).", "mask") from error
+        raise RequestError(f"The mask cannot be read ({_line(error)}).", "mask") from error
     return alpha.point(lambda value: 255 - value)
 
 

@@ -20,6 +20,8 @@ only new and changed files are read.
       --vae qwen_image_vae.safetensors --output my_style.safetensors
 """
 
+ENGINES = ("plain", "ray")
+
 _SHARE: dict[str, Any] = {"type": number(0, 1), "metavar": "X"}
 
 _LIMITS: dict[str, dict[str, Any]] = {
@@ -63,8 +65,20 @@ def add_curate_options(parser: argparse.ArgumentParser) -> None:
         limits.add_argument(f"--{name}", **how)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--workers", type=whole(1, 1024), metavar="N", help="processes; default: one a core"
+        "--workers",
+        type=whole(1, 4096),
+        metavar="N",
+        help="files are read by so many processes; default: one a core",
     )
+    machine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="plain: on this machine; ray: on all of a Ray cluster, which share FOLDER",
+    )
+    machine.add_argument(
+        "--address", metavar="HOST:PORT", help="of the Ray cluster; default: Ray starts here"
+    )  # fmt: skip
 
 
 def limits_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+from .curate_options import ENGINES as CURATE_ENGINES
 from .errors import Failure, UsageError
 from .render_options import ENGINE_OPTIONS
+
+Each = Callable[..., Iterator[Any]]
 
 REQUIREMENTS = ("ray", "pyarrow", "fsspec", "starlette")
 _INSTALL = (
@@ -34,6 +39,24 @@ def serve(args: Namespace) -> Iterator[object]:
         from krea2_rendering.serving import run
 
         yield from run(args)
+    except ImportError as error:
+        raise missing(error) from error
+
+
+@contextmanager
+def reading(args: Namespace, each: Each) -> Iterator[Each]:
+    """What reads the many files of `krea2 curate`: the plain way, or tasks of a Ray."""
+    if args.engine == CURATE_ENGINES[0]:
+        if args.address is not None:
+            raise UsageError("--address goes with --engine ray; add it, or leave --address out.")
+        yield each
+        return
+    try:
+        from krea2_rendering.ray_each import ray_each
+        from krea2_rendering.ray_engine import ray_session
+
+        with ray_session(args.address, quiet=True, include_dashboard=False):
+            yield ray_each
     except ImportError as error:
         raise missing(error) from error
 

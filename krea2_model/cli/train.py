@@ -8,12 +8,14 @@ import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .curate_options import limits_of
 from .errors import Failure, UsageError
 from .progress import Console
+from .rendering import reading
 from .train_options import TRAINING, option_of, settings_of
 
 
@@ -67,12 +69,13 @@ def curate(args: Namespace) -> Iterator[object]:
 
     from krea2_training.curate import curate
     from krea2_training.curate.limits import Limits
+    from krea2_training.curate.workers import each as each_plainly
 
     limits = limits_of(args)
     if sides := limits.get("resolution"):
         limits["resolution"] = tuple(sides)
     console = Console(args.quiet)
-    with console.bar(None, "Reading", unit=" pictures") as bar:
+    with reading(args, each_plainly) as each, console.bar(None, "Reading", unit=" pictures") as bar:
 
         def on_picture(done: int, total: int) -> None:
             bar.total = total
@@ -85,7 +88,7 @@ def curate(args: Namespace) -> Iterator[object]:
                 table=args.table,
                 sheet=args.sheet,
                 listing=args.list,
-                workers=args.workers,
+                each=partial(each, workers=args.workers),
                 on_picture=on_picture,
             )
         except BrokenProcessPool as error:

@@ -23,7 +23,8 @@ from .limits import EXACT, NEAR, REASONS, Limits
 from .measures import Measures, file_of, measure, thumbnail
 from .sheet import write_sheet
 from .table import Row, read_measures, write_table
-from .workers import each
+from .workers import Each
+from .workers import each as each_by_processes
 
 TABLE, SHEET = "curate.parquet", "curate.html"
 _THUMBNAIL = 152  # pixels, as sheet.html shows them
@@ -63,7 +64,7 @@ def curate(
     table: Path | None = None,
     sheet: Path | None = None,
     listing: Path | None = None,
-    workers: int | None = None,
+    each: Each = each_by_processes,
     on_picture: OnPicture = lambda done, total: None,
 ) -> Curated:
     """Measure a folder's pictures, decide which are kept, and write what was found.
@@ -71,7 +72,7 @@ def curate(
     limits: None takes the defaults. table: Parquet; None is curate.parquet in the folder. Files it
         has with the same size and time are not read again. sheet: HTML; None is curate.html there.
     listing: a .jsonl table of what is kept, for training; None writes none.
-    workers: processes; None is one for each core.
+    each: what reads the files; by default a process of this machine for each core.
 
     Raises ValueError for a folder without pictures and a table that is not this folder's. What was
     measured is in the table too where an error or Ctrl+C ends the work.
@@ -88,13 +89,13 @@ def curate(
             f"{table} has {len(known)} pictures, and none of them is in {folder}: it is another "
             "folder's. Name another file with --table."
         )
-    measured = _measured(folder, list(examples), known, table, workers, on_picture)
+    measured = _measured(folder, list(examples), known, table, each, on_picture)
     curated = Curated(tuple(_decided(examples, measured, limits)), limits)
     write_table(table, curated.rows)
 
     def thumbnails(names: Sequence[str]) -> dict[str, bytes | None]:
         files = [folder / name for name in names]
-        made = each(partial(thumbnail, side=_THUMBNAIL), files, workers)
+        made = each(partial(thumbnail, side=_THUMBNAIL), files)
         return dict(zip(names, made, strict=True))
 
     write_sheet(sheet, curated.rows, curated.summary(), thumbnails)
@@ -131,7 +132,7 @@ def _measured(
     names: Sequence[str],
     known: dict[str, Measures],
     table: Path,
-    workers: int | None,
+    each: Each,
     on_picture: OnPicture,
 ) -> dict[str, Measures]:
     """The measures of all files, those that the table has as they were."""
@@ -146,7 +147,7 @@ def _measured(
         write_table(table, [Row(name, found[name]) for name in names if name in found])
 
     try:
-        results = each(measure, [folder / name for name in new], workers)
+        results = each(measure, [folder / name for name in new])
         for done, (name, measures) in enumerate(zip(new, results, strict=True), start=1):
             found[name] = measures
             if done % _SAVE_EVERY == 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import imagehash
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import open as open_image
 
 # Bits of a perceptual hash a side, as Krea's report has them.
@@ -113,6 +113,8 @@ def measure(path: Path) -> Measures:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow names an object in memory
+        return "no picture of a known format"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -14,6 +15,7 @@ from krea2_model.cli.main import main
 from krea2_training.curate import Limits, curate, read_measures
 from krea2_training.curate.duplicates import near_duplicates
 from krea2_training.curate.measures import COLOUR_SHARES, HASH_BITS, Measures, border_share
+from krea2_training.curate.workers import each
 from krea2_training.data import read_examples
 from krea2_training.sections import Data
 from nano_training.scenes import SHAPES, outline, paint, signed_distance
@@ -21,6 +23,7 @@ from nano_training.scenes import SHAPES, outline, paint, signed_distance
 SIZES = ((192, 192), (256, 160), (144, 224), (320, 240))
 # Shapes on a plain ground may leave bars of it at the edges.
 LIMITS = Limits(resolution=(128,), border=1)
+ALONE = partial(each, workers=1)
 
 
 def drawn(random: Random) -> Image.Image:
@@ -81,7 +84,7 @@ def planted(tmp_path_factory):
 def test_precision_and_recall_of_near_duplicates(planted):
     """Of each pair either may be the one that is kept."""
     folder, originals = planted
-    curated = curate(folder, LIMITS, workers=1)
+    curated = curate(folder, LIMITS, each=ALONE)
     assert len(curated.rows) == 500
     found = {frozenset((row.file, row.duplicate_of)) for row in curated.rows if row.duplicate_of}
     wanted = {frozenset(pair) for pair in originals.items()}
@@ -94,7 +97,7 @@ def test_precision_and_recall_of_near_duplicates(planted):
 
 def test_recoloured_pictures_are_told_apart_by_their_colours_alone(planted):
     folder, _ = planted
-    blind = curate(folder, Limits(resolution=(128,), border=1, colour=4), workers=1)
+    blind = curate(folder, Limits(resolution=(128,), border=1, colour=4), each=ALONE)
     pairs = [f"{row.file} of {row.duplicate_of}" for row in blind.rows if row.duplicate_of]
     assert sum("recoloured" in pair for pair in pairs) > 70
 
@@ -292,10 +295,10 @@ def test_what_was_read_is_kept_on_the_way(folder, monkeypatch):
 
 
 def test_processes_give_the_same(folder, monkeypatch):
-    alone = curate(folder, LIMITS, workers=1)
+    alone = curate(folder, LIMITS, each=ALONE)
     (folder / "curate.parquet").unlink()
     monkeypatch.setattr("krea2_training.curate.workers._WORTH_A_PROCESS", 1)
-    assert curate(folder, LIMITS, workers=2) == alone
+    assert curate(folder, LIMITS, each=partial(each, workers=2)) == alone
 
 
 def test_what_cannot_be_used_is_refused(folder, tmp_path, capsys):

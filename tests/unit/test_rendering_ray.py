@@ -34,6 +34,7 @@ from krea2_model.cli.progress import Console
 from krea2_rendering.ledger import Ledger, read_entries
 from krea2_rendering.places import Place
 from krea2_rendering.plan import make_plan
+from krea2_rendering.ray_each import ray_each
 from krea2_rendering.ray_engine import Resources, ray_entries, ray_session, resources
 from krea2_rendering.render import follow
 from krea2_rendering.serving import ImageServer, Item, deploy
@@ -161,6 +162,30 @@ def test_the_command_makes_the_pictures_of_the_plain_one(cluster, nano_once, kre
     again = ["--engine", "ray", "--resume", "--output", str(tmp_path / "plain")]
     assert main([*words, *again]) == 0
     assert len(list(read_entries(Place(tmp_path / "plain")))) == 2
+
+
+def test_curating_by_a_cluster_is_that_of_this_machine(cluster, krea2, tmp_path):
+    """With a process that is killed on the way."""
+    for number in range(40):
+        generator = np.random.default_rng(number % 36)
+        pixels = generator.integers(0, 255, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    words = ["curate", tmp_path, "--resolution", "64", "--quiet"]
+    krea2(*words, "--engine", "ray")
+    found = pq.read_table(tmp_path / "curate.parquet")
+    (tmp_path / "curate.parquet").unlink()
+    krea2(*words)
+    assert found.equals(pq.read_table(tmp_path / "curate.parquet")) and found.num_rows == 41
+
+    def once(path):
+        if path.name == "a" and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path.name
+
+    names = [tmp_path / name for name in "abc" * 20]
+    assert list(ray_each(once, names, workers=2)) == [path.name for path in names]
 
 
 def test_more_workers_than_there_are_cores_are_refused(cluster, krea2, tmp_path):
