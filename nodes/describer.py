@@ -73,6 +73,16 @@ class K2Describe(io.ComfyNode):
                     advanced=True,
                     default=DESCRIBED_SIDE,
                 ),
+                io.String.Input(
+                    "caption",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip=(
+                        "Goes on instead, where it is not empty, and nothing is written: paste a "
+                        "caption here to change it."
+                    ),
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -94,8 +104,11 @@ class K2Describe(io.ComfyNode):
         creativity=CREATIVITY,
         seed=0,
         max_side=DESCRIBED_SIDE,
+        caption="",
     ):
         check_clip(clip)
+        if caption.strip():
+            return io.NodeOutput([caption], ui=ui.PreviewText("off: the caption goes on as it is"))
         if not 32 <= max_side <= MAX_MAX_SIDE:
             raise ValueError(f"max_side is {max_side}; expected 32 to {MAX_MAX_SIDE}.")
         writer = NodeWriter(clip, cls.hidden.unique_id if cls.hidden else None)

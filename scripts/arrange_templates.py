@@ -53,6 +53,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2NegativeGuidance": (None, 178),
     "K2Outpaint": (None, 230),
     "K2PromptBatch": (400, 380),
+    "K2Describe": (400, 480),
     "K2PromptExpander": (400, 480),
     "K2Reference": (None, 350),
     "K2Regions": (440, 770),

@@ -31,6 +31,7 @@ WORKFLOWS = ROOT / "tests" / "workflows"
 EXAMPLES = ROOT / "example_workflows"
 # Their thumbnails are pictures of these nodes of the graph, since krea2-nano cannot write or see.
 GRAPHS = {
+    "krea2_describe": ("K2Describe",),
     "krea2_prompt_expander": ("K2PromptExpander",),
     "krea2_prompt_with_images": ("LoadImage", "K2TextEncodeImages"),
 }

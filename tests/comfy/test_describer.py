@@ -49,6 +49,12 @@ def test_it_writes_what_the_pipeline_writes(describe, pack, clip, models):
     assert describe(clip, pixels, **options) == expected
 
 
+def test_a_caption_of_ones_own_goes_on_and_nothing_is_written(describe, clip, monkeypatch, pack):
+    language = pack("krea2_model.text.language_model").LanguageModel
+    monkeypatch.setattr(language, "__call__", lambda *args: pytest.fail("the encoder was run"))
+    assert describe(clip, image(64, 96, batch=2), caption="a (red:1.2) fox") == ["a (red:1.2) fox"]
+
+
 def test_the_same_inputs_write_nothing_anew(describe, clip, pack, monkeypatch):
     language = pack("krea2_model.text.language_model").LanguageModel
     call, calls = language.__call__, []

@@ -15,7 +15,7 @@ INPUTS = {
         *("clip", "prompt", "creativity", "length", "seed", "variants", "style", "language"),
         "enabled",
     ],
-    "K2Describe": ["clip", "image", "length", "creativity", "seed", "max_side"],
+    "K2Describe": ["clip", "image", "length", "creativity", "seed", "max_side", "caption"],
     "K2StyleLora": ["model", "prompt", "style", "strength"],
     "K2TextEncode": ["clip", "prompt", "negative", "official_length", "max_tokens", "weights"],
     "K2TextEncodeImages": [

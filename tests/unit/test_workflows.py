@@ -44,6 +44,7 @@ def test_there_are_examples():
     assert {path.stem for path in EXAMPLES} == {path.stem for path in twins}
     assert {path.stem for path in EXAMPLES} >= {
         "krea2_control",
+        "krea2_describe",
         "krea2_edit",
         "krea2_image_to_image",
         "krea2_inpaint",
