@@ -186,7 +186,7 @@ class Krea2DiffusionModel(contract.Transformer):
             padding=padding,
             times=cache.times,
             graphs=cache.graphs,
-            has_live_loras=bool(step.loras),
+            has_live_loras=any(own.lora.changes_blocks for own in step.loras),
         )
         front = 0 if attention is None else attention.front
         reference_tokens = sum(token_count(reference.latents) for reference in references)
