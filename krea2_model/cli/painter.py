@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..arguments import PromptImages, ReferencePicture, References
-from ..controls import Control
 from ..guidance import GuidanceSchedule
 from ..images.pictures import fit
 from ..memory.forecast import Forecast
@@ -23,7 +22,8 @@ from ..text.prompt_tokens import tokenize_prompt
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
-from .model_files import Weights, find_control, find_loras
+from .controls import controls_of
+from .model_files import Weights, find_loras
 from .progress import Console
 from .regions import regions_of
 
@@ -162,22 +162,16 @@ class Painter:
                 if isinstance(r, ReferencePicture)
             ],
             text_tokens=len(prompt.weight_row),
-            control=self._control(args, pictures["control_image"]),
+            control=controls_of(args, pictures["control_image"], pictures["control_mask"]),
             upscale=None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma),
         )
-
-    def _control(self, args: Namespace, image: Tensor | None) -> Control | None:
-        lora = find_control(args)
-        if image is None or lora is None:
-            return None
-        times = {"start": args.control_start, "end": args.control_end}
-        return Control(lora, image, args.control_strength, **times)
 
     def _options(
         self, args: Namespace, pictures: dict[str, Any], steps: int, guidance: float
     ) -> dict[str, Any]:
         references = References(pictures.pop("references"), method=args.reference_method)
-        nag, control = nag_settings(args), self._control(args, pictures.pop("control_image"))
+        shown = [pictures.pop(name) for name in ("control_image", "control_mask")]
+        nag, control = nag_settings(args), controls_of(args, *shown)
         upscale = None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma)
         sigmas = None
         if args.mu is not None and args.denoise > 0:

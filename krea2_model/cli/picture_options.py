@@ -25,14 +25,22 @@ PICTURE = (
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
+    "control_mask",
     "style_image", "style_strength", "style_start", "style_end",
     "regions",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
-PICTURES = ("start_image", "mask", "reference", "image", "edit", "control_image", "style_image")
+PICTURES = (
+    *("start_image", "mask", "reference", "image", "edit"),
+    *("control_image", "control_mask", "style_image"),
+)
 # Options that may be repeated.
-REPEATED = ("lora", "reference", "image", "edit", "style_image")
+REPEATED = (
+    *("lora", "reference", "image", "edit", "style_image"),
+    *("control", "control_image", "control_strength", "control_start", "control_end"),
+    "control_mask",
+)
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
@@ -208,24 +216,31 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
     control = parser.add_argument_group("control")
     control.add_argument(
-        "--control", type=Path, metavar="FILE",
-        help="a control LoRA; krea2_nano_control_lora.safetensors is that of nano, for outlines",
+        "--control", type=Path, action="append", default=[], metavar="FILE",
+        help="a control LoRA; krea2_nano_control_lora.safetensors is that of nano, for outlines; "
+        "repeat it for several, with the other options as often, or once for all of them",
     )  # fmt: skip
     control.add_argument(
-        "--control-image", type=Path, metavar="FILE",
+        "--control-image", type=Path, action="append", default=[], metavar="FILE",
         help="what the picture follows, as the LoRA was trained: outlines, depth, a pose",
     )  # fmt: skip
     control.add_argument(
-        "--control-strength", type=number(-MAX_STRENGTH, MAX_STRENGTH), default=1.0, metavar="X",
-        help="0 is off; default: 1, as trained",
+        "--control-strength", type=number(-MAX_STRENGTH, MAX_STRENGTH), action="append",
+        default=[], metavar="X", help="0 is off; default: 1, as trained",
     )  # fmt: skip
     control.add_argument(
-        "--control-start", type=share, default=0.0, metavar="X",
+        "--control-start", type=share, action="append", default=[], metavar="X",
         help="begin at this share of the run; default: 0",
     )  # fmt: skip
     control.add_argument(
-        "--control-end", type=share, default=1.0, metavar="X", help="and stop here; default: 1"
-    )
+        "--control-end", type=share, action="append", default=[], metavar="X",
+        help="and stop here; default: 1",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-mask", type=Path, action="append", default=[], metavar="FILE",
+        help="where it acts, white, of the size of its picture; none, of several: everywhere; "
+        "default: everywhere",
+    )  # fmt: skip
 
     style = parser.add_argument_group("style")
     style.add_argument(
