@@ -128,7 +128,7 @@ class Painter:
         return bool(self._pipeline.edit_families)
 
     def forecast(self, args: Namespace) -> Forecast:
-        """The forecast of a picture. Style pictures are not counted."""
+        """The forecast of a picture."""
         self._use_loras(find_loras(args))
         pipeline, pictures = self._pipeline, find_input_pictures(args)
         width, height, start = args.width, args.height, pictures["start_image"]
@@ -164,6 +164,8 @@ class Painter:
             text_tokens=len(prompt.weight_row),
             control=controls_of(args, pictures["control_image"], pictures["control_mask"]),
             upscale=None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma),
+            style=pictures["style"],
+            denoise=args.denoise,
         )
 
     def _options(
