@@ -46,6 +46,7 @@ __all__ = [
     "RotaryScaling",
     "StyleTransfer",
     "TextEncoderConfig",
+    "TilePrompts",
     "TileSettings",
     "TransformerConfig",
     "Upscale",

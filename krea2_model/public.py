@@ -26,7 +26,7 @@ from .text.encoder import Qwen3VLTextEncoder
 from .text.expander import PromptExpander
 from .text.prompt_images import PromptImage
 from .text.tokenizer import Krea2Tokenizer
-from .tiles import TileSettings
+from .tiles import TilePrompts, TileSettings
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferenceSettings
 from .transformer.rotary_scaling import RotaryScaling

@@ -19,7 +19,7 @@ from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
 from .style_transfer import StyleRun
-from .tiles import Tile, TileSettings, tiles_at
+from .tiles import Tile, TileSettings, TileTexts, tiles_at
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferencePlan, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
@@ -37,8 +37,8 @@ class RunFeatures:
     """The features of a run.
 
     loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
-    in one. rotary: scaling of rotary positions. style: style pictures, for calls of
-    the positive text.
+    in one. rotary: scaling of rotary positions. style: style pictures, for calls of the positive
+    text. tile_texts: of single tiles, in place of the positive text.
     """
 
     regions: RegionPlan | None = None
@@ -47,9 +47,10 @@ class RunFeatures:
     tiles: TileSettings | None = None
     rotary: RotaryScaling | None = None
     style: StyleRun | None = None
+    tile_texts: TileTexts | None = None
 
     def __bool__(self) -> bool:
-        others = (self.tiles, self.rotary, self.style)
+        others = (self.tiles, self.rotary, self.style, self.tile_texts)
         return any((self.regions, self.loras, self.controls, *others))
 
     def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
@@ -84,7 +85,7 @@ class RunFeatures:
         """
         if self.tiles is None or self.tiles.true_places or plan.has_boosts:
             return 1
-        differ = any((self.regions, self.controls, self.style))
+        differ = any((self.regions, self.controls, self.style, self.tile_texts))
         differ |= any(lora.share_at is not None for lora in self.loras)
         differ |= bool(plan.settings) and (self.tiles.cut_references or plan.caches is not None)
         return 1 if differ else self.tiles.batch

@@ -14,12 +14,13 @@ from .images.sizes import MULTIPLE, image_tokens, round_size
 from .memory.activations import TEXT_TOKENS
 from .memory.forecast import Forecast, call_operations, style_operations
 from .memory.offload import Offload
-from .memory.plan import VAE
+from .memory.plan import TRANSFORMER, VAE
 from .regions import Region, Regions
 from .schedule import check_guidance, resolve_mu, schedule_of, sigma_schedule
 from .styles import PreparedStyle, StyleTransfer
 from .text.encoder import Qwen3VLTextEncoder
 from .text.prompt_tokens import tokenize_prompt
+from .tile_prompts import picture_tokens
 from .tiles import TileSettings, tiles_at
 from .transformer.model import Krea2Transformer
 from .upscaling import Upscale
@@ -94,7 +95,11 @@ def forecast(
     controls = Controls.of(control, self._loras[0].shapes)
 
     def stage(
-        width: int, height: int, sigmas: Sequence[float], tiles: TileSettings | None
+        width: int,
+        height: int,
+        sigmas: Sequence[float],
+        tiles: TileSettings | None,
+        text: int = text,
     ) -> Forecast:
         steps = len(sigmas) - 1
         shown = controls.seen_as_references(controls.images(width, height))
@@ -103,6 +108,7 @@ def forecast(
         grid = height // MULTIPLE, width // MULTIPLE
         cut = [grid] if tiles is None else [tile.grid for tile, _ in tiles_at(grid, tiles, 1.0)]
         image = cut[0][0] * cut[0][1]
+        text += picture_tokens(tiles, grid)
         styled = None if style is None else style.prepared(width, height)
         shown_styles = [] if styled is None else styled.tokens
         # The negative text has no regions, and takes no more than the positive.
@@ -112,6 +118,9 @@ def forecast(
         )
         # Both texts in one call, as a run decides it.
         needed = both if guided and self._offload.has_room(both, instead_of=one) else one
+        if tiles is not None and tiles.prompts is not None:  # whose texts are held
+            held = len(cut) * num_images * text * self.transformer.config.hidden_size
+            needed[TRANSFORMER] += held * self.transformer.compute_dtype.itemsize
         needed[VAE] = self._activations(1, grid[0] * grid[1], text, 0, shown_styles)[VAE]
         plan, peak, free = self._offload.forecast(needed)
         texts = [text, text_tokens] if guided else [text]

@@ -196,7 +196,8 @@ class _GuidedVelocity:
             step = self._features.at(sigma, image, latents.device, tile)
             step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
-            positive = self._positive(sigma).repeated(times)
+            own, text = self._features.tile_texts, self._positive
+            positive = (text if own is None else own.of(tile))(sigma).repeated(times)
             negative = None
             if self._negative is not None and (guidance != 0 or nag is not None):
                 negative = self._negative(sigma).repeated(times)

@@ -19,6 +19,7 @@ from ..memory.forecast import Forecast
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..text.prompt_tokens import tokenize_prompt
+from ..tiles import TilePrompts
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
@@ -163,7 +164,7 @@ class Painter:
             ],
             text_tokens=len(prompt.weight_row),
             control=controls_of(args, pictures["control_image"], pictures["control_mask"]),
-            upscale=None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma),
+            upscale=_upscale_of(args),
             style=pictures["style"],
             denoise=args.denoise,
         )
@@ -174,7 +175,6 @@ class Painter:
         references = References(pictures.pop("references"), method=args.reference_method)
         shown = [pictures.pop(name) for name in ("control_image", "control_mask")]
         nag, control = nag_settings(args), controls_of(args, *shown)
-        upscale = None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma)
         sigmas = None
         if args.mu is not None and args.denoise > 0:
             sigmas = sigma_schedule(steps, args.mu, args.denoise)
@@ -196,7 +196,7 @@ class Painter:
             ),
             "evaluate_every": args.evaluate_every,
             "sigmas": sigmas,
-            "upscale": upscale,
+            "upscale": _upscale_of(args),
             "regions": regions_of(args),
         }
 
@@ -209,3 +209,11 @@ class Painter:
         for report in self._pipeline.load_loras(loras):
             self._console.note(str(report))
         self._loras = loras
+
+
+def _upscale_of(args: Namespace) -> Upscale | None:
+    """The second stage that options ask for."""
+    if args.upscale is None:
+        return None
+    prompts = TilePrompts() if args.upscale_see_tiles else None
+    return Upscale(args.upscale, args.upscale_sigma, prompts=prompts)

@@ -21,7 +21,7 @@ PICTURE = (
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
-    "upscale", "upscale_sigma",
+    "upscale", "upscale_sigma", "upscale_see_tiles",
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
@@ -212,6 +212,10 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     large.add_argument(
         "--upscale-sigma", type=number(0, 1, above=True), default=0.3, metavar="X",
         help="its noise: 0.3 keeps shapes, 0.6 changes them; default: 0.3",
+    )  # fmt: skip
+    large.add_argument(
+        "--upscale-see-tiles", action="store_true",
+        help="the text encoder reads each tile's part of the picture beside the prompt",
     )  # fmt: skip
 
     control = parser.add_argument_group("control")

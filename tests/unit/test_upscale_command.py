@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from krea2_model import Krea2Pipeline, TilePrompts, Upscale
 from krea2_model.cli.main import main
 
 
@@ -27,6 +28,18 @@ def test_pictures_are_made_larger_and_made_again(krea2, tmp_path):
         pictures = [Image.open(tmp_path / prefix) for prefix in (name, f"again_{name}")]
         assert pictures[0].size == size
         assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+def test_tiles_are_seen_by_the_text_encoder(krea2, tmp_path):
+    common = ("--model", "nano", "--upscale", "2", "--steps", "1")
+    krea2("a green star", *common, "--upscale-see-tiles", "--output", "a.png")
+    krea2("a green star", *common, "--output", "b.png")
+    krea2("again", "a.png", "--output", "c.png")
+    a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
+    (expected,) = Krea2Pipeline.nano()(
+        "a green star", steps=1, upscale=Upscale(2, prompts=TilePrompts())
+    )
+    assert a == c == expected.tobytes() and a != b
 
 
 @pytest.mark.parametrize(
