@@ -190,6 +190,11 @@ class TileTexts:
     tiles: Sequence[Tile]
     texts: Sequence[Callable[[float], TextStates]]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest text."""
+        return max(text(1.0).states.shape[1] for text in self.texts)
+
     def of(self, tile: Tile | None) -> Callable[[float], TextStates]:
         """The text of the nearest tile; of the only one where the image is not in tiles."""
         if tile is None:

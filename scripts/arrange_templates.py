@@ -68,7 +68,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2TwoStage": (None, 330),
     "K2RotaryScaling": (None, 162),
     "K2TiledSampling": (None, 180),
-    "K2Upscale": (None, 470),
+    "K2Upscale": (None, 560),
     "K2VAEDecode": (None, 46),
     "K2VAEEncode": (None, 46),
     "KSampler": (None, 266),

@@ -22,6 +22,7 @@ from .layers import comfy_layers
 from .references import default_plan
 from .regions import fused_by
 from .run_cache import RunCache
+from .tile_prompts import rows_for
 
 # Keys of `TileSettings` and `RotaryScaling` in transformer_options.
 TILES, ROTARY = "krea2_tiles", "krea2_rotary_scaling"
@@ -156,6 +157,10 @@ class Krea2DiffusionModel(contract.Transformer):
         columns of the image's tokens.
         """
         plan, tile, times = conditions.reference_plan, tiles[0] if tiles else None, len(tiles) or 1
+        if conditions.features.tile_texts is not None:
+            own = self._tile_text(conditions.features, tile, sigma, latents, options)
+            text, mask = own.states, own.mask
+            conditions = replace(conditions, token_weights=own.weights, text_lengths=None)
         step = conditions.features.at(sigma, image, latents.device, tile)
         if times > 1:
             timesteps, text = timesteps.repeat(times), text.repeat(times, 1, 1)
@@ -266,6 +271,19 @@ class Krea2DiffusionModel(contract.Transformer):
             return self.fuse_context(states.to(latents), mask, fusing)
 
         return fuse_regions(features, self, fused_by(fuse))
+
+    def _tile_text(self, features, tile, sigma, latents, options) -> TextStates:
+        """The text of a tile, with a row for each image; fused here where it is not yet."""
+        text = features.tile_texts.of(tile)(sigma)
+        if not self.is_fused(text.states):
+
+            def fuse(states, mask):
+                fusing = ComfyBackend(options, self.is_touched)
+                return self.fuse_context(states.to(latents), mask, fusing)
+
+            with live_loras_of_text(self, features.uses_on_all_text(sigma)):
+                text = fused_by(fuse)(text)
+        return rows_for(text, latents)
 
     def _fused_negative(self, negative, sigma, latents, options):
         """The negative of NAG with fused states; None in steps without it."""

@@ -161,12 +161,12 @@ def test_upscale_refuses(run, nano, options, words):
 
 
 def test_widgets_are_checked_before_a_run(pack):
-    large = pack("nodes.large")
+    large, upscale = pack("nodes.large"), pack("nodes.upscale")
     assert "multiple of 16" in large.K2TiledSampling.validate_inputs(tile=100)
     assert "0 to 0.5" in large.K2TiledSampling.validate_inputs(overlap=0.6)
     assert "above 0 to 4" in large.K2RotaryScaling.validate_inputs(strength=0.0)
-    assert "above 1" in large.K2Upscale.validate_inputs(scale=0.5)
-    assert large.K2Upscale.validate_inputs(scale=2.0, tile=None) is True
+    assert "above 1" in upscale.K2Upscale.validate_inputs(scale=0.5)
+    assert upscale.K2Upscale.validate_inputs(scale=2.0, tile=None) is True
 
 
 def test_core_s_own_model_is_refused_by_name(run, models):

@@ -85,7 +85,7 @@ INPUTS = {
     "K2Upscale": [
         *("model", "positive", "negative", "vae", "image", "latent", "upscale_model", "scale"),
         *("sigma", "seed", "method", "parts", "steps", "guidance", "tile", "overlap"),
-        "batch",
+        *("batch", "clip", "tile_prompt", "prompt"),
     ],
     "K2TiledSampling": [
         *("model", "tile", "overlap", "move", "true_places", "batch", "cut_references"),
