@@ -44,6 +44,7 @@ __all__ = [
     "Region",
     "Regions",
     "RotaryScaling",
+    "SparseAttention",
     "StyleTransfer",
     "TextEncoderConfig",
     "TilePrompts",

@@ -45,6 +45,7 @@ from .tiles import TileSettings
 from .transformer.patches import PATCH, grid_size
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
+from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import LATENT, Upscale, check_stages, enlarge_latents
 
@@ -98,6 +99,7 @@ class Krea2Pipeline(PipelineStages):
         edit: Edit | Picture | Sequence[Picture] | None = None,
         regions: Regions | Sequence[Region] | None = None,
         style: StyleTransfer | None = None,
+        sparse: SparseAttention | None = None,
     ) -> Images:
         """Generate images.
 
@@ -136,6 +138,8 @@ class Krea2Pipeline(PipelineStages):
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
         tiles: denoise a large image in tiles that are fused at every step, see `tiles`.
         rotary: stretch the rotary positions of a large image, see `RotaryScaling`.
+        sparse: attention among the tokens of a large image at high noise, see `SparseAttention`:
+            faster and not exact.
         upscale: a second stage that makes the images so many times larger, or `Upscale` with
             options. With start_image and denoise=0 it is the only stage.
         progress: show a bar of the steps on stderr.
@@ -174,6 +178,8 @@ class Krea2Pipeline(PipelineStages):
         controls = Controls.of(control, self._loras[0].shapes)
         enlarged = Upscale.of(upscale)
         check_stages(enlarged, tiles, rotary, (start_image, denoise, inpaint))
+        if sparse is not None:
+            check_type("sparse", sparse, SparseAttention, "a SparseAttention, or None")
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         canvas = None
@@ -266,6 +272,7 @@ class Krea2Pipeline(PipelineStages):
             "negative_guidance": negative_guidance,
             "guidance_schedule": guidance_schedule,
             "rotary": rotary,
+            "sparse": sparse,
             "regions": prepared,
             "in_regions": in_regions,
             "style": None if styled is None or style_text is None else (styled, style_text),

@@ -30,6 +30,7 @@ from .tiles import TilePrompts, TileSettings
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferenceSettings
 from .transformer.rotary_scaling import RotaryScaling
+from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import Upscale
 from .vae.model import QwenImageVAE

@@ -24,6 +24,7 @@ from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferencePlan, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
 from .transformer.rotary_scaling import RotaryScaling, Stretch
+from .transformer.sparse_attention import ImageGroup, SparseAttention
 from .transformer.style_attention import StyleKeys
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
@@ -38,7 +39,8 @@ class RunFeatures:
 
     loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
     in one. rotary: scaling of rotary positions. style: style pictures, for calls of the positive
-    text. tile_texts: of single tiles, in place of the positive text.
+    text. tile_texts: of single tiles, in place of the positive text. sparse: attention among image
+    tokens at high noise.
     """
 
     regions: RegionPlan | None = None
@@ -48,9 +50,10 @@ class RunFeatures:
     rotary: RotaryScaling | None = None
     style: StyleRun | None = None
     tile_texts: TileTexts | None = None
+    sparse: SparseAttention | None = None
 
     def __bool__(self) -> bool:
-        others = (self.tiles, self.rotary, self.style, self.tile_texts)
+        others = (self.tiles, self.rotary, self.style, self.tile_texts, self.sparse)
         return any((self.regions, self.loras, self.controls, *others))
 
     def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
@@ -132,7 +135,11 @@ class RunFeatures:
             at_true_place=self.tiles is not None and self.tiles.true_places,
             stretch=stretch,
             style=self.style,
+            sparse=self._sparse_at(sigma, grid if tile is None else tile.grid, device),
         )
+
+    def _sparse_at(self, sigma: float, grid: tuple[int, int], device: torch.device):
+        return None if self.sparse is None else self.sparse.at(grid, sigma, device)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ class StepFeatures:
     at_true_place: bool = False
     stretch: Stretch | None = None
     style: StyleRun | None = None
+    sparse: tuple[ImageGroup, ...] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -192,6 +200,8 @@ class StepFeatures:
     def groups(self) -> TokenGroups | None:
         """Groups of tokens that see different keys, None where all see all alike."""
         groups = None if self.regions is None else self.regions.groups
+        if self.sparse is not None:
+            groups = (groups or TokenGroups(self.grid[0] * self.grid[1])).with_sparse(self.sparse)
         boosts = [
             (first, count, self.cut(factors))
             for first, count, factors in boost_factors(self.references, *self.image)

@@ -12,7 +12,7 @@ from .controls import Control, Controls
 from .guidance import SigmaAt
 from .images.sizes import MULTIPLE, image_tokens, round_size
 from .memory.activations import TEXT_TOKENS
-from .memory.forecast import Forecast, call_operations, style_operations
+from .memory.forecast import Forecast, call_operations, pair_operations, style_operations
 from .memory.offload import Offload
 from .memory.plan import TRANSFORMER, VAE
 from .regions import Region, Regions
@@ -23,6 +23,7 @@ from .text.prompt_tokens import tokenize_prompt
 from .tile_prompts import picture_tokens
 from .tiles import TileSettings, tiles_at
 from .transformer.model import Krea2Transformer
+from .transformer.sparse_attention import SparseAttention
 from .upscaling import Upscale
 
 
@@ -60,13 +61,14 @@ def forecast(
     upscale: Upscale | float | None = None,
     style: StyleTransfer | None = None,
     denoise: float = 1.0,
+    sparse: SparseAttention | None = None,
 ) -> Forecast:
     """What a run with these arguments of a call will take; nothing is computed or moved.
 
     references: width and height of each reference image, as `References` encodes it.
     text_tokens: of a prompt; the official length where it is not known yet.
-    regions, control, upscale, style, denoise: as in a call. The second stage is the `second` of the
-        result, or with denoise=0 the result.
+    regions, control, upscale, style, denoise, sparse: as in a call. The second stage is the
+        `second` of the result, or with denoise=0 the result.
     """
     preset = self.preset
     width, height = (
@@ -128,6 +130,11 @@ def forecast(
         operations = len(cut) * sum(
             call_operations(config, image, each, extra, num_images) for each in texts
         )
+        saved, dense = 0, 0  # in a sparse step, and steps that are exact
+        if sparse is not None:
+            pairs = image**2 - sparse.pairs(cut[0])
+            saved = len(cut) * len(texts) * pair_operations(config, pairs, num_images)
+            dense = sum(not sparse.acts_at(sigma) for sigma in sigmas[:-1])
         cost = _StyleCost()
         if styled is not None:
             own = len(tokenize_prompt(tokenizer, styled.prompt).weight_row)
@@ -144,8 +151,8 @@ def forecast(
             steps=steps,
             tiles=len(cut),
             calls=steps * len(texts) * len(cut) + cost.calls,
-            step_operations=operations + cost.step,
-            operations=steps * operations + cost.whole,
+            step_operations=operations - saved + cost.step,
+            operations=steps * operations - (steps - dense) * saved + cost.whole,
             peak=peak,
             free=free,
             plan=plan,

@@ -41,6 +41,7 @@ from .transformer.patches import PATCH, grid_size, token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
+from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import TextStates
 
 logger = logging.getLogger(__name__)
@@ -315,6 +316,7 @@ class PipelineStages(LoadedParts):
         inpaint: LatentMask | None = None,
         tiles: TileSettings | None = None,
         rotary: RotaryScaling | None = None,
+        sparse: SparseAttention | None = None,
         regions: PreparedRegions | None = None,
         in_regions: Sequence[PromptEmbeds | None] = (),
         style: tuple[PreparedStyle, PromptEmbeds] | None = None,
@@ -343,7 +345,7 @@ class PipelineStages(LoadedParts):
                 own = regions.features(unfused, sigma_at)
                 own = fuse_regions(own, self.transformer, self._fused)
                 features = replace(features, regions=own.regions, loras=features.loras + own.loras)
-            features = replace(features, tiles=tiles, rotary=rotary)
+            features = replace(features, tiles=tiles, rotary=rotary, sparse=sparse)
             if style is not None:
                 prepared, text = style
                 run = prepared.run(styles, text.fuse(self.transformer), sigma_at)

@@ -1,4 +1,4 @@
-"""Images larger than a checkpoint paints in one: tiles and rotary scaling."""
+"""Images larger than a checkpoint paints in one: tiles, rotary scaling, sparse attention."""
 
 from comfy_api.latest import io
 
@@ -7,9 +7,10 @@ from ..krea2_model.images.sizes import MULTIPLE
 from ..krea2_model.tiles import MAX_BATCH, TileSettings
 from ..krea2_model.transformer.rotary_scaling import METHODS as ROTARY_METHODS
 from ..krea2_model.transformer.rotary_scaling import RotaryScaling
+from ..krea2_model.transformer.sparse_attention import SparseAttention
 from . import inputs
 from .inputs import verdict
-from .managed.diffusion_model import ROTARY, TILES
+from .managed.diffusion_model import ROTARY, SPARSE, TILES
 from .sampler_run import check_ours
 
 
@@ -199,6 +200,78 @@ class K2RotaryScaling(io.ComfyNode):
         check_ours(model, "which has no scaled rotary positions")
         scaling = RotaryScaling(size or _size_of(model), method, dynamic, strength)
         return io.NodeOutput(with_options(model, {ROTARY: scaling}))
+
+
+class K2SparseAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="K2SparseAttention",
+            display_name="Krea 2 Sparse Attention",
+            category="Krea 2",
+            description=(
+                "In steps of high noise a token of a large image sees its neighbourhood and a "
+                "coarse view of the rest: faster beyond 2048 px, and not exact. Images of up to "
+                "two blocks a side stay as they are."
+            ),
+            search_aliases=inputs.aliases(
+                "sparse attention, neighbourhood attention, window, local attention, faster, 4k"
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2 from a Krea 2 loader."),
+                io.Float.Input(
+                    "above",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Sigma above which a step is sparse; steps at or below it are exact. 1 is "
+                        "off, 0 makes all steps sparse."
+                    ),
+                ),
+                io.Int.Input(
+                    "block",
+                    default=16,
+                    min=2,
+                    max=64,
+                    advanced=True,
+                    tooltip="Side of a block in tokens of 16 pixels.",
+                ),
+                io.Int.Input(
+                    "reach",
+                    default=1,
+                    min=0,
+                    max=8,
+                    advanced=True,
+                    tooltip="Blocks around its own that a token sees, to each side.",
+                ),
+                io.Int.Input(
+                    "stride",
+                    default=4,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Distance of the rows and columns that are seen from everywhere.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with sparse attention.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, above=None, block=None, reach=None, stride=None):
+        values = {"above": above, "block": block, "reach": reach, "stride": stride}
+
+        def check():
+            SparseAttention(**{name: value for name, value in values.items() if value is not None})
+
+        return verdict(cls, check, **values)
+
+    @classmethod
+    def execute(cls, model, above=0.6, block=16, reach=1, stride=4):
+        check_ours(model, "which has no sparse attention")
+        settings = SparseAttention(above, block, reach, stride)
+        return io.NodeOutput(with_options(model, {SPARSE: settings}))
 
 
 def _size_of(model) -> int:

@@ -20,6 +20,7 @@ from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..text.prompt_tokens import tokenize_prompt
 from ..tiles import TilePrompts
+from ..transformer.sparse_attention import SparseAttention
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
@@ -167,6 +168,7 @@ class Painter:
             upscale=_upscale_of(args),
             style=pictures["style"],
             denoise=args.denoise,
+            sparse=_sparse_of(args),
         )
 
     def _options(
@@ -197,6 +199,7 @@ class Painter:
             "evaluate_every": args.evaluate_every,
             "sigmas": sigmas,
             "upscale": _upscale_of(args),
+            "sparse": _sparse_of(args),
             "regions": regions_of(args),
         }
 
@@ -209,6 +212,10 @@ class Painter:
         for report in self._pipeline.load_loras(loras):
             self._console.note(str(report))
         self._loras = loras
+
+
+def _sparse_of(args: Namespace) -> SparseAttention | None:
+    return None if args.sparse_above is None else SparseAttention(args.sparse_above)
 
 
 def _upscale_of(args: Namespace) -> Upscale | None:

@@ -21,7 +21,7 @@ PICTURE = (
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
-    "upscale", "upscale_sigma", "upscale_see_tiles",
+    "upscale", "upscale_sigma", "upscale_see_tiles", "sparse_above",
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
@@ -216,6 +216,11 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     large.add_argument(
         "--upscale-see-tiles", action="store_true",
         help="the text encoder reads each tile's part of the picture beside the prompt",
+    )  # fmt: skip
+    large.add_argument(
+        "--sparse-above", type=number(0, 1), metavar="SIGMA",
+        help="in steps above this sigma a token sees its neighbourhood and a coarse view of the "
+        "picture: faster beyond 2048 px, and not exact; 0.6 for example",
     )  # fmt: skip
 
     control = parser.add_argument_group("control")

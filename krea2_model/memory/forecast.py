@@ -35,6 +35,11 @@ def call_operations(
     return 2 * batch * products
 
 
+def pair_operations(config: TransformerConfig, pairs: int, batch: int = 1) -> int:
+    """Operations of attention to so many pairs of query and key in all blocks of a call."""
+    return 2 * batch * config.num_layers * 2 * pairs * config.hidden_size
+
+
 def style_operations(
     config: TransformerConfig, image: int, styles: int, blocks: int, batch: int = 1
 ) -> int:
@@ -53,8 +58,8 @@ class Forecast:
     width, height: of the image in pixels. image, text, references: tokens of a sequence.
     styles: tokens of the style pictures. style_calls: of `calls`, those for their own passes.
     tiles: calls of the model for one text and step, more than 1 for an image in tiles.
-    calls: of the model in the whole run. step_operations, operations: of a step (with style
-    pictures, one in which they act) and of the run.
+    calls: of the model in the whole run. step_operations, operations: of a step (one in
+    which style pictures and sparse attention act) and of the run.
     peak: bytes on the device at most, with the plan of the pipeline. free: bytes that it has; None
         where the device's memory is main memory.
     second: of the second stage of a run with `upscale`.

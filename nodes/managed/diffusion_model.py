@@ -24,8 +24,8 @@ from .regions import fused_by
 from .run_cache import RunCache
 from .tile_prompts import rows_for
 
-# Keys of `TileSettings` and `RotaryScaling` in transformer_options.
-TILES, ROTARY = "krea2_tiles", "krea2_rotary_scaling"
+# Keys of `TileSettings`, `RotaryScaling` and `SparseAttention` in transformer_options.
+TILES, ROTARY, SPARSE = "krea2_tiles", "krea2_rotary_scaling", "krea2_sparse_attention"
 
 
 class Krea2DiffusionModel(contract.Transformer):
@@ -84,6 +84,7 @@ class Krea2DiffusionModel(contract.Transformer):
             with_controls(features, kwargs.get("control")),
             tiles=transformer_options.get(TILES),
             rotary=transformer_options.get(ROTARY),
+            sparse=transformer_options.get(SPARSE),
         )
         with live_loras_of_text(self, features.uses_on_all_text(sigma)):
             if not self.is_fused(context):

@@ -47,7 +47,7 @@ from .conditions import (
 )
 from .control import changes_text, controls_of
 from .core_model import CoreModel, core_patcher_class, core_unet_config
-from .diffusion_model import TILES, Krea2DiffusionModel
+from .diffusion_model import SPARSE, TILES, Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .graphs import CUDA_GRAPH, BlockGraphs
 from .low_rank import branch_bytes
@@ -259,7 +259,8 @@ class Krea2Model(comfy.model_base.Krea2):
         """
         patcher = self.current_patcher
         options = patcher.model_options.get("transformer_options", {})
-        if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE, CUDA_GRAPH)):
+        others = "patches", "patches_replace", OVERRIDE, CUDA_GRAPH, SPARSE
+        if any(options.get(key) for key in others):
             return False
         return self._streams() or len(noise) * token_count(noise) <= SMALL_IMAGE
 
