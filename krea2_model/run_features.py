@@ -88,7 +88,7 @@ class RunFeatures:
         """
         if self.tiles is None or self.tiles.true_places or plan.has_boosts:
             return 1
-        differ = any((self.regions, self.controls, self.style, self.tile_texts))
+        differ = any((self.regions, self.style, self.tile_texts))
         differ |= any(lora.share_at is not None for lora in self.loras)
         differ |= bool(plan.settings) and (self.tiles.cut_references or plan.caches is not None)
         return 1 if differ else self.tiles.batch
@@ -115,12 +115,14 @@ class RunFeatures:
         sigma: float,
         grid: tuple[int, int],
         device: torch.device,
-        tile: Tile | None = None,
+        tiles: Sequence[Tile] = (),
     ) -> StepFeatures:
-        """The features of a step that begins at a sigma, of all of an image or of a tile.
+        """The features of a step that begins at a sigma, of all of an image or of tiles.
 
-        grid: rows and columns of the image's tokens.
+        grid: rows and columns of the image's tokens. tiles: of one call; several differ in their
+        latents and in control images alone.
         """
+        tile = tiles[0] if tiles else None
         cut = None if tile is None else functools.partial(tile.cut_tokens, grid=grid)
         active = None if self.regions is None else self.regions.at(sigma, grid, device, cut)
         stretch = None if self.rotary is None else self.rotary.at(grid, sigma)
@@ -131,7 +133,7 @@ class RunFeatures:
             active,
             self.loras,
             self.controls,
-            tile=tile,
+            tiles=tuple(tiles),
             at_true_place=self.tiles is not None and self.tiles.true_places,
             stretch=stretch,
             style=self.style,
@@ -156,11 +158,16 @@ class StepFeatures:
     loras: tuple[RunLora, ...] = ()
     controls: tuple[RunControl, ...] = ()
     references: tuple[Reference, ...] = ()
-    tile: Tile | None = None
+    tiles: tuple[Tile, ...] = ()
     at_true_place: bool = False
     stretch: Stretch | None = None
     style: StyleRun | None = None
     sparse: tuple[ImageGroup, ...] | None = None
+
+    @property
+    def tile(self) -> Tile | None:
+        """The first tile of the call, None for all of the image."""
+        return self.tiles[0] if self.tiles else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -238,7 +245,7 @@ class StepFeatures:
         ]
         controls = [control for control in self.controls if control.acts_at(self.sigma)]
         with (
-            live_controls(model, controls, self.tile),
+            live_controls(model, controls, self.tiles),
             live_loras(model, [use for use in uses if use is not None], layout),
         ):
             yield

@@ -111,11 +111,12 @@ def forecast(
         cut = [grid] if tiles is None else [tile.grid for tile, _ in tiles_at(grid, tiles, 1.0)]
         image = cut[0][0] * cut[0][1]
         text += picture_tokens(tiles, grid)
+        at_once = 1 if tiles is None else max(1, tiles.batch)
         styled = None if style is None else style.prepared(width, height)
         shown_styles = [] if styled is None else styled.tokens
         # The negative text has no regions, and takes no more than the positive.
         one, both = (
-            self._activations(count * num_images, image, text, extra, shown_styles)
+            self._activations(count * at_once * num_images, image, text, extra, shown_styles)
             for count in (1, 2)
         )
         # Both texts in one call, as a run decides it.

@@ -193,7 +193,7 @@ class _GuidedVelocity:
                 self.transformer, latents, timestep, **options
             )
         else:
-            step = self._features.at(sigma, image, latents.device, tile)
+            step = self._features.at(sigma, image, latents.device, tiles)
             step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
             own, text = self._features.tile_texts, self._positive

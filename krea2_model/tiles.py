@@ -92,8 +92,8 @@ class TileSettings:
     moves: inner tiles lie elsewhere at each step.
     true_places: rotary positions are those in the whole image.
     batch: tiles in one call of the model, which takes the memory of so many; 0 is as many as fit,
-        up to 8. Tiles that differ in more than their latents (regions, control images, style
-        pictures, boosts, parts of references) are called one by one.
+        up to 8. Tiles that differ in more than their latents and control images (regions, masks of
+        controls, style pictures, boosts, parts of references) are called one by one.
     cut_references: a tile sees its own part of references, as for an edit of the image; else all
         of them.
     prompts: of single tiles, None for that of the whole image; such tiles are called one by one.

@@ -48,8 +48,8 @@ def batch_input():
         optional=True,
         tooltip=(
             "Tiles in one call of the model: the same picture in the memory of so many. 0 is as "
-            "many as fit, up to 8. With regions, control images or style pictures tiles go one by "
-            "one."
+            "many as fit, up to 8. With regions, masks of controls or style pictures tiles go one "
+            "by one."
         ),
     )
 

@@ -162,7 +162,7 @@ class Krea2DiffusionModel(contract.Transformer):
             own = self._tile_text(conditions.features, tile, sigma, latents, options)
             text, mask = own.states, own.mask
             conditions = replace(conditions, token_weights=own.weights, text_lengths=None)
-        step = conditions.features.at(sigma, image, latents.device, tile)
+        step = conditions.features.at(sigma, image, latents.device, tiles)
         if times > 1:
             timesteps, text = timesteps.repeat(times), text.repeat(times, 1, 1)
             mask = None if mask is None else mask.repeat(times, 1)

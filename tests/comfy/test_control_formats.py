@@ -121,3 +121,24 @@ def test_a_tile_gets_what_the_whole_gets_at_its_place(run, pack, nano, sample):
     for (tile, _), part in zip(expected, parts, strict=True):
         own = tile.cut_tokens(image, (5, 7)).movedim(2, 1)
         assert_close(part[:, -own.shape[1] :], own, 1e-5, str(tile))
+
+
+def test_a_batch_of_tiles_with_a_control_is_the_picture_of_single_ones(run, nano, sample):
+    """With guidance; a control on a part of the picture makes them go one by one."""
+    model, latent, positive, masked = nano
+    image = torch.rand(2, 80, 112, 3, generator=torch.Generator().manual_seed(1))
+    vae = run("K2VAELoader", file="krea2-nano (built in)")[0]
+    controlled = run("K2ControlLora", control=NANO, positive=positive, vae=vae, image=image)[0]
+    latent = {"samples": latent["samples"].repeat(2, 1, 1, 1, 1)}
+    for chosen, together in ((controlled, True), (masked, False)):
+        found, seen = [], []
+        for batch in (1, 3):
+            tiled = run("K2TiledSampling", model=model, tile=64, batch=batch)[0]
+            hook = model.model.diffusion_model.first.register_forward_pre_hook(
+                lambda _, inputs, seen=seen: seen.append(len(inputs[0]))
+            )
+            options = {"latent": latent, "negative": chosen, "guidance": 2.0}
+            found.append(sample(tiled, chosen, **options))
+            hook.remove()
+        assert_close(found[1], found[0], 1e-5, "batch")
+        assert (max(seen) > min(seen)) == together

@@ -75,6 +75,8 @@ def test_calls_follow_steps_guidance_and_tiles(turbo):
     assert (tiled.tiles, tiled.calls) == (9, 72)
     assert tiled.activations[TRANSFORMER] == plain.activations[TRANSFORMER]
     assert tiled.activations[VAE] == pytest.approx(4 * plain.activations[VAE])
+    batch = turbo.forecast(256, 256, tiles=TileSettings(128, batch=2))
+    assert batch.activations[TRANSFORMER] > 1.5 * plain.activations[TRANSFORMER]
     both = turbo.forecast(references=[(128, 64)])
     assert both.references == 32 and both.operations > plain.operations
     text = str(turbo.forecast(num_images=2, references=[(128, 64)]))
