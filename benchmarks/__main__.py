@@ -171,17 +171,27 @@ def features_report(found: dict[str, Any]) -> str:
 def large_report(found: dict[str, Any]) -> str:
     rows = []
     for side, ways in found.items():
+        both = ways["whole"], ways["tiles"]
         cells = [str(ways["tiles"]["calls"])]
-        cells += [f"{way['operations'] / 1e12:.0f}" for way in ways.values()]
-        cells += [
-            f"{way[part] / GB:.1f} GB" for part in ("transformer", "vae") for way in ways.values()
-        ]
+        cells += [f"{ways[way]['operations'] / 1e12:.0f}" for way in ("whole", "sparse", "tiles")]
+        cells += [f"{way[part] / GB:.1f} GB" for part in ("transformer", "vae") for way in both]
         rows.append([f"{side} x {side}", *cells])
-    head = ["image", "tiles", "TFLOP a step, whole", "in tiles", "activations, whole", "in tiles",
-            "VAE, whole", "in tiles"]  # fmt: skip
+    head = ["image", "tiles", "TFLOP a step, whole", "sparse", "in tiles", "activations, whole",
+            "in tiles", "VAE, whole", "in tiles"]  # fmt: skip
     return (
         "Released sizes in bf16, 512 text tokens, tiles of 1024 px; bytes beside the weights. "
-        "Counted.\n\n" + table(head, rows)
+        "Sparse: whole, in a step with sparse attention. Counted.\n\n" + table(head, rows)
+    )
+
+
+def sparse_report(found: dict[str, Any]) -> str:
+    times = [
+        [f"{size} px", *(f"{statistics.median(runs[way]):.2f} s" for way in ("exact", "sparse"))]
+        for size, runs in found.items()
+    ]
+    return (
+        "Attention alone, two heads of 128, on one core; operations of whole steps are under Large "
+        "images.\n\n" + table(["image", "exact", "sparse"], times)
     )
 
 
@@ -195,6 +205,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "features": ("Weights, negatives, references, controls, regions", features_report),
     "load_memory": ("Loading", memory_report),
     "large": ("Large images", large_report),
+    "sparse": ("Sparse attention", sparse_report),
 }
 ON_A_GPU = (
     "Nothing was measured on a GPU yet: `bash scripts/gpu_check.sh` does, and writes "

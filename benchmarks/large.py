@@ -3,8 +3,9 @@
     PYTHONPATH=ComfyUI python -P benchmarks/large.py     # prints JSON
 
 Operations of a step and bytes beside the weights, of the transformer with 512 text tokens and of
-the VAE's decoder, in bfloat16. The formulas are those of `krea2_model.memory`, which
-tests/unit/test_forecast.py, test_memory_plan.py and test_vae.py hold against counted runs.
+the VAE's decoder, in bfloat16; also the operations of a step with sparse attention. The formulas
+are those of `krea2_model.memory`, which tests/unit/test_forecast.py, test_sparse_attention.py,
+test_memory_plan.py and test_vae.py hold against counted runs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
-from krea2_model import Krea2Transformer, TileSettings, TransformerConfig, VAEConfig  # noqa: E402
+from krea2_model import (  # noqa: E402
+    Krea2Transformer,
+    SparseAttention,
+    TileSettings,
+    TransformerConfig,
+    VAEConfig,
+)
 from krea2_model.memory import activations  # noqa: E402
-from krea2_model.memory.forecast import call_operations  # noqa: E402
+from krea2_model.memory.forecast import call_operations, pair_operations  # noqa: E402
 from krea2_model.tiles import tiles_at  # noqa: E402
 from krea2_model.vae.model import tiled_bytes  # noqa: E402
 
@@ -45,6 +52,7 @@ def counted(side: int) -> dict[str, dict[str, float]]:
             "transformer": step(tokens),
             "vae": 2 * states * config.base_dim * side**2,
         },
+        "sparse": {"operations": sparse_operations(transformer.config, side)},
         "tiles": {
             "calls": number,
             "operations": number * call_operations(transformer.config, of_a_tile, TEXT),
@@ -52,6 +60,13 @@ def counted(side: int) -> dict[str, dict[str, float]]:
             "vae": tiled_bytes(config, cells, tiles.size, 2, states),
         },
     }
+
+
+def sparse_operations(config: TransformerConfig, side: int) -> int:
+    """Of a step above the sigma of sparse attention, with its defaults."""
+    tokens = (side // 16) ** 2
+    saved = tokens**2 - SparseAttention().pairs((side // 16, side // 16))
+    return call_operations(config, tokens, TEXT) - pair_operations(config, saved)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from scipy.ndimage import label
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from krea2_model import Krea2Pipeline, Preset, RotaryScaling, Upscale  # noqa: E402
+from krea2_model import Krea2Pipeline, Preset, RotaryScaling, SparseAttention, Upscale  # noqa: E402
 from krea2_model.images.contact_sheet import contact_sheet  # noqa: E402
 from krea2_model.tiles import tiles_at  # noqa: E402
 from nano_training.judge import background_colour, judge, seam_step  # noqa: E402
@@ -86,6 +86,12 @@ def ways(scale: int) -> dict[str, dict]:
     return {
         "in one": whole,
         "in one, yarn and DyPE": {**whole, "rotary": RotaryScaling(SIDE)},
+        "in one, yarn and DyPE, sparse": {
+            **whole,
+            "rotary": RotaryScaling(SIDE),
+            # The window has the same share of the side of training as with the defaults.
+            "sparse": SparseAttention(block=2, stride=2),
+        },
         "in one, ntk and DyPE": {**whole, "rotary": RotaryScaling(SIDE, "ntk")},
         "two stages": {"upscale": Upscale(float(scale), batch=8)},
     }

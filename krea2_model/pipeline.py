@@ -40,10 +40,12 @@ from .schedule import check_guidance, check_sigmas
 from .stages import Callback, PipelineStages
 from .styles import StyleTransfer
 from .text.prompt_images import PromptImage, grid_of
+from .tile_prompts import TileEncoder
 from .tiles import TileSettings
 from .transformer.patches import PATCH, grid_size
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
+from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import LATENT, Upscale, check_stages, enlarge_latents
 
@@ -97,6 +99,7 @@ class Krea2Pipeline(PipelineStages):
         edit: Edit | Picture | Sequence[Picture] | None = None,
         regions: Regions | Sequence[Region] | None = None,
         style: StyleTransfer | None = None,
+        sparse: SparseAttention | None = None,
     ) -> Images:
         """Generate images.
 
@@ -135,6 +138,8 @@ class Krea2Pipeline(PipelineStages):
         evaluate_every: 2 or more skips the model at later steps: faster and not exact.
         tiles: denoise a large image in tiles that are fused at every step, see `tiles`.
         rotary: stretch the rotary positions of a large image, see `RotaryScaling`.
+        sparse: attention among the tokens of a large image at high noise, see `SparseAttention`:
+            faster and not exact.
         upscale: a second stage that makes the images so many times larger, or `Upscale` with
             options. With start_image and denoise=0 it is the only stage.
         progress: show a bar of the steps on stderr.
@@ -173,6 +178,8 @@ class Krea2Pipeline(PipelineStages):
         controls = Controls.of(control, self._loras[0].shapes)
         enlarged = Upscale.of(upscale)
         check_stages(enlarged, tiles, rotary, (start_image, denoise, inpaint))
+        if sparse is not None:
+            check_type("sparse", sparse, SparseAttention, "a SparseAttention, or None")
         if start_image is None and denoise != 1 and sigmas is None:
             raise ValueError(f"denoise is {denoise} without an image to change: give start_image.")
         canvas = None
@@ -198,8 +205,10 @@ class Krea2Pipeline(PipelineStages):
             sigmas = self.schedule(noise, steps, denoise)
         else:
             sigmas = check_sigmas(sigmas)
+        second, grid = None, (0, 0)  # tiles and tokens of the second stage
         if enlarged is not None:
-            enlarged.size(*self._sides(noise))
+            sides = enlarged.size(*self._sides(noise))
+            second, grid = enlarged.tiles(*sides, self.preset), (sides[1] // 16, sides[0] // 16)
         if negative_guidance is not None and negative_guidance.is_off:
             negative_guidance = None
         positive = negative = negatives = None
@@ -221,15 +230,22 @@ class Krea2Pipeline(PipelineStages):
                 logger.info("%s", report)
             text_tokens += TEXT_TOKENS * len(places.regions)
             prompts = None if prompts is None else places.whole(prompts)
+        options: dict[str, Any] = {
+            "weighted": prompt_weights,
+            "max_sequence_length": max_sequence_length,
+        }
+        of_tiles = TileEncoder(
+            self.encode_prompt, prompts, num_images, images, layer_weights, options
+        )
+        seen_tokens = [of_tiles.check(second, grid, True)]
+        if sigmas is not None:
+            seen_tokens.append(of_tiles.check(tiles, grid_size(noise, PATCH), start is not None))
+        text_tokens += max(seen_tokens)
         control_images = controls.images(*self._sides(noise))
         controlling = map(ReferencePicture, controls.seen_as_references(control_images))
         seen = [*reference_images, *controlling]
         tiles = self._tiles_that_fit(tiles, noise, text_tokens, seen)
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles, styled)
-        options: dict[str, Any] = {
-            "weighted": prompt_weights,
-            "max_sequence_length": max_sequence_length,
-        }
         if prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
@@ -256,12 +272,15 @@ class Krea2Pipeline(PipelineStages):
             "negative_guidance": negative_guidance,
             "guidance_schedule": guidance_schedule,
             "rotary": rotary,
+            "sparse": sparse,
             "regions": prepared,
             "in_regions": in_regions,
             "style": None if styled is None or style_text is None else (styled, style_text),
             "progress": progress,
         }
         if sigmas is not None:
+            seen_picture = None if start is None else start[None]
+            tile_texts = of_tiles.texts(tiles, noise, seen_picture)
             result = self._denoise(
                 result,
                 *both,
@@ -272,13 +291,14 @@ class Krea2Pipeline(PipelineStages):
                 evaluate_every=evaluate_every,
                 inpaint=area,
                 tiles=tiles,
+                tile_texts=tile_texts,
                 **run,
             )
         if enlarged is not None:
             pixels = None
             if sigmas is None and start is not None:  # as checked above
                 pixels = start[None].expand(batch, -1, -1, -1)
-            inputs = (result, pixels, enlarged, seed, both, callback, text_tokens)
+            inputs = (result, pixels, enlarged, seed, both, callback, text_tokens, of_tiles)
             result = self._upscale(*inputs, **run)
         if output_type == "latent":
             return result
@@ -304,6 +324,7 @@ class Krea2Pipeline(PipelineStages):
         texts: tuple[PromptEmbeds, PromptEmbeds | None],
         callback: Callback | None,
         text_tokens: int,
+        of_tiles: TileEncoder,
         **run,
     ) -> Tensor:
         """The second stage: latents (B, 16, h, w) enlarged, noised and denoised.
@@ -312,16 +333,23 @@ class Krea2Pipeline(PipelineStages):
         """
         downscale = self.vae.config.downscale
         width, height = upscale.size(*self._sides(latents))
-        if upscale.method == LATENT:
-            larger = enlarge_latents(latents, width, height)
-        else:
+        tiles = upscale.tiles(width, height, self.preset)
+        sees = tiles is not None and tiles.prompts is not None and tiles.prompts.see_picture
+        images = None
+        if upscale.method != LATENT or sees:
             images = self.decode(latents) if pixels is None else pixels
             images = resize(images.movedim(1, -1), width, height).movedim(-1, 1)
+        if upscale.method == LATENT or images is None:
+            larger = enlarge_latents(latents, width, height)
+        else:
             larger = torch.cat([self.encode(image[None]) for image in images])
+        # One picture for all images, or one for each.
+        seen_pictures = images if images is None or pixels is None else images[:1]
+        tile_texts = of_tiles.texts(tiles, larger, seen_pictures)
         sigmas = upscale.sigmas(width, height, self.preset)
         shape = (len(larger), larger.shape[1], downscale)
         noise = start_noise(None, shape, (height, width), 0, seed)
-        tiles, controls = upscale.tiles(width, height, self.preset), run["controls"]
+        controls = run["controls"]
         images = controls.images(width, height)
         seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]
         start = torch.lerp(larger.to(noise), noise, sigmas[0])
@@ -329,4 +357,5 @@ class Krea2Pipeline(PipelineStages):
         tiles = self._tiles_that_fit(tiles, start, text_tokens, seen)
         has_room = self._plan_memory(start, text_tokens, seen, run["guidance"] > 0, tiles, style)
         options = {"sigmas": sigmas, "control_images": images, "tiles": tiles, **run}
+        options["tile_texts"] = tile_texts
         return self._denoise(start, *texts, has_room, callback, **options)

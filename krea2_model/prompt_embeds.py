@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .lora.live import live_loras_of_text
@@ -93,6 +95,33 @@ class StepTexts:
             with live_loras_of_text(self._transformer, uses):
                 self._texts[key] = self._prompt.fuse(self._transformer, self._repeats)
         return self._texts[key]
+
+
+def stack_embeds(rows: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """Prompts of any lengths as one batch, padded at the end."""
+    longest = max(row.taps.shape[1] for row in rows)
+
+    def padded(part: Tensor, value: float) -> Tensor:
+        sides = (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])
+        return F.pad(part, sides, value=value)
+
+    masks = [
+        row.taps.new_ones(row.taps.shape[:2], dtype=torch.bool) if row.mask is None else row.mask
+        for row in rows
+    ]
+    weights = None
+    if any(row.weights is not None for row in rows):
+        ones = [row.taps.new_ones(row.taps.shape[:2], dtype=torch.float32) for row in rows]
+        pairs = zip(rows, ones, strict=True)
+        weights = torch.cat(
+            [padded(one if row.weights is None else row.weights, 1) for row, one in pairs]
+        )
+    mask = torch.cat([padded(mask.bool(), False) for mask in masks])
+    return PromptEmbeds(
+        torch.cat([padded(row.taps, 0) for row in rows]),
+        None if bool(mask.all()) else mask,
+        weights,
+    )
 
 
 def encode_prompts(

@@ -26,10 +26,11 @@ from .text.encoder import Qwen3VLTextEncoder
 from .text.expander import PromptExpander
 from .text.prompt_images import PromptImage
 from .text.tokenizer import Krea2Tokenizer
-from .tiles import TileSettings
+from .tiles import TilePrompts, TileSettings
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferenceSettings
 from .transformer.rotary_scaling import RotaryScaling
+from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import Upscale
 from .vae.model import QwenImageVAE

@@ -19,11 +19,12 @@ from .lora.control_run import RunControl, live_controls
 from .lora.in_run import RunLora
 from .lora.live import LoraUse, TokenLayout, live_loras
 from .style_transfer import StyleRun
-from .tiles import Tile, TileSettings, tiles_at
+from .tiles import Tile, TileSettings, TileTexts, tiles_at
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferencePlan, boost_factors
 from .transformer.regions import ActiveRegions, RegionPlan
 from .transformer.rotary_scaling import RotaryScaling, Stretch
+from .transformer.sparse_attention import ImageGroup, SparseAttention
 from .transformer.style_attention import StyleKeys
 from .transformer.text_attention import TextStates
 from .transformer.token_groups import TokenGroups
@@ -37,8 +38,9 @@ class RunFeatures:
     """The features of a run.
 
     loras and controls: act on the calls of both texts. tiles: of a large image, None for the image
-    in one. rotary: scaling of rotary positions. style: style pictures, for calls of
-    the positive text.
+    in one. rotary: scaling of rotary positions. style: style pictures, for calls of the positive
+    text. tile_texts: of single tiles, in place of the positive text. sparse: attention among image
+    tokens at high noise.
     """
 
     regions: RegionPlan | None = None
@@ -47,9 +49,11 @@ class RunFeatures:
     tiles: TileSettings | None = None
     rotary: RotaryScaling | None = None
     style: StyleRun | None = None
+    tile_texts: TileTexts | None = None
+    sparse: SparseAttention | None = None
 
     def __bool__(self) -> bool:
-        others = (self.tiles, self.rotary, self.style)
+        others = (self.tiles, self.rotary, self.style, self.tile_texts, self.sparse)
         return any((self.regions, self.loras, self.controls, *others))
 
     def with_controls(self, controls: tuple[ControlPair, ...]) -> RunFeatures:
@@ -84,7 +88,7 @@ class RunFeatures:
         """
         if self.tiles is None or self.tiles.true_places or plan.has_boosts:
             return 1
-        differ = any((self.regions, self.controls, self.style))
+        differ = any((self.regions, self.style, self.tile_texts))
         differ |= any(lora.share_at is not None for lora in self.loras)
         differ |= bool(plan.settings) and (self.tiles.cut_references or plan.caches is not None)
         return 1 if differ else self.tiles.batch
@@ -111,12 +115,14 @@ class RunFeatures:
         sigma: float,
         grid: tuple[int, int],
         device: torch.device,
-        tile: Tile | None = None,
+        tiles: Sequence[Tile] = (),
     ) -> StepFeatures:
-        """The features of a step that begins at a sigma, of all of an image or of a tile.
+        """The features of a step that begins at a sigma, of all of an image or of tiles.
 
-        grid: rows and columns of the image's tokens.
+        grid: rows and columns of the image's tokens. tiles: of one call; several differ in their
+        latents and in control images alone.
         """
+        tile = tiles[0] if tiles else None
         cut = None if tile is None else functools.partial(tile.cut_tokens, grid=grid)
         active = None if self.regions is None else self.regions.at(sigma, grid, device, cut)
         stretch = None if self.rotary is None else self.rotary.at(grid, sigma)
@@ -127,11 +133,15 @@ class RunFeatures:
             active,
             self.loras,
             self.controls,
-            tile=tile,
+            tiles=tuple(tiles),
             at_true_place=self.tiles is not None and self.tiles.true_places,
             stretch=stretch,
             style=self.style,
+            sparse=self._sparse_at(sigma, grid if tile is None else tile.grid, device),
         )
+
+    def _sparse_at(self, sigma: float, grid: tuple[int, int], device: torch.device):
+        return None if self.sparse is None else self.sparse.at(grid, sigma, device)
 
 
 @dataclass(frozen=True)
@@ -148,10 +158,16 @@ class StepFeatures:
     loras: tuple[RunLora, ...] = ()
     controls: tuple[RunControl, ...] = ()
     references: tuple[Reference, ...] = ()
-    tile: Tile | None = None
+    tiles: tuple[Tile, ...] = ()
     at_true_place: bool = False
     stretch: Stretch | None = None
     style: StyleRun | None = None
+    sparse: tuple[ImageGroup, ...] | None = None
+
+    @property
+    def tile(self) -> Tile | None:
+        """The first tile of the call, None for all of the image."""
+        return self.tiles[0] if self.tiles else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -191,6 +207,8 @@ class StepFeatures:
     def groups(self) -> TokenGroups | None:
         """Groups of tokens that see different keys, None where all see all alike."""
         groups = None if self.regions is None else self.regions.groups
+        if self.sparse is not None:
+            groups = (groups or TokenGroups(self.grid[0] * self.grid[1])).with_sparse(self.sparse)
         boosts = [
             (first, count, self.cut(factors))
             for first, count, factors in boost_factors(self.references, *self.image)
@@ -227,7 +245,7 @@ class StepFeatures:
         ]
         controls = [control for control in self.controls if control.acts_at(self.sigma)]
         with (
-            live_controls(model, controls, self.tile),
+            live_controls(model, controls, self.tiles),
             live_loras(model, [use for use in uses if use is not None], layout),
         ):
             yield

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .checks import check_type, is_whole
-from .config import Preset
+from .config import Preset, TransformerConfig
 from .controls import Control, Controls
+from .guidance import SigmaAt
 from .images.sizes import MULTIPLE, image_tokens, round_size
 from .memory.activations import TEXT_TOKENS
-from .memory.forecast import Forecast, call_operations
+from .memory.forecast import Forecast, call_operations, pair_operations, style_operations
 from .memory.offload import Offload
-from .memory.plan import VAE
+from .memory.plan import TRANSFORMER, VAE
 from .regions import Region, Regions
-from .schedule import check_guidance, sigma_schedule
+from .schedule import check_guidance, resolve_mu, schedule_of, sigma_schedule
+from .styles import PreparedStyle, StyleTransfer
 from .text.encoder import Qwen3VLTextEncoder
 from .text.prompt_tokens import tokenize_prompt
+from .tile_prompts import picture_tokens
 from .tiles import TileSettings, tiles_at
 from .transformer.model import Krea2Transformer
+from .transformer.sparse_attention import SparseAttention
 from .upscaling import Upscale
 
 
@@ -37,7 +41,7 @@ class Parts(Protocol):
     @property
     def preset(self) -> Preset: ...
     def _activations(
-        self, batch: int, image: int, text: int, references: int = 0
+        self, batch: int, image: int, text: int, references: int = 0, styles: Sequence[int] = ()
     ) -> dict[str, int]: ...
 
 
@@ -55,12 +59,16 @@ def forecast(
     regions: Regions | Sequence[Region] | None = None,
     control: Control | Sequence[Control] | None = None,
     upscale: Upscale | float | None = None,
+    style: StyleTransfer | None = None,
+    denoise: float = 1.0,
+    sparse: SparseAttention | None = None,
 ) -> Forecast:
     """What a run with these arguments of a call will take; nothing is computed or moved.
 
     references: width and height of each reference image, as `References` encodes it.
     text_tokens: of a prompt; the official length where it is not known yet.
-    regions, control, upscale: as in a call. The second stage is the `second` of the result.
+    regions, control, upscale, style, denoise, sparse: as in a call. The second stage is the
+        `second` of the result, or with denoise=0 the result.
     """
     preset = self.preset
     width, height = (
@@ -71,33 +79,69 @@ def forecast(
         if not is_whole(count) or count < 1:
             raise ValueError(f"{name} is {count!r}; expected a whole number from 1 up.")
     steps = preset.steps if steps is None else steps
-    sigma_schedule(steps, 1.0)  # checks steps
+    enlarged = Upscale.of(upscale)
+    alone = denoise == 0 and enlarged is not None
+    sigmas = sigma_schedule(
+        steps, resolve_mu(preset, image_tokens(width, height)), 1.0 if alone else denoise
+    )
+    if style is not None:
+        check_type("style", style, StyleTransfer, "a StyleTransfer")
     guided = check_guidance(preset.guidance if guidance is None else guidance) > 0
     if tiles is not None:
         check_type("tiles", tiles, TileSettings, "a TileSettings, or None")
+    tokenizer = self.text_encoder.get_tokenizer()
     places, text = Regions.of(regions), text_tokens
     if places is not None:
-        tokenizer = self.text_encoder.get_tokenizer()
         prompts = [prompt for prompt in places.prompts() if prompt is not None]
         text += sum(len(tokenize_prompt(tokenizer, one).weight_row) for one in prompts)
     controls = Controls.of(control, self._loras[0].shapes)
 
-    def stage(width: int, height: int, steps: int, tiles: TileSettings | None) -> Forecast:
+    def stage(
+        width: int,
+        height: int,
+        sigmas: Sequence[float],
+        tiles: TileSettings | None,
+        text: int = text,
+    ) -> Forecast:
+        steps = len(sigmas) - 1
         shown = controls.seen_as_references(controls.images(width, height))
         sizes = [*references, *((image.shape[2], image.shape[1]) for image in shown)]
         extra = sum(image_tokens(*size) for size in sizes)
         grid = height // MULTIPLE, width // MULTIPLE
         cut = [grid] if tiles is None else [tile.grid for tile, _ in tiles_at(grid, tiles, 1.0)]
         image = cut[0][0] * cut[0][1]
+        text += picture_tokens(tiles, grid)
+        at_once = 1 if tiles is None else max(1, tiles.batch)
+        styled = None if style is None else style.prepared(width, height)
+        shown_styles = [] if styled is None else styled.tokens
         # The negative text has no regions, and takes no more than the positive.
-        one, both = (self._activations(count * num_images, image, text, extra) for count in (1, 2))
+        one, both = (
+            self._activations(count * at_once * num_images, image, text, extra, shown_styles)
+            for count in (1, 2)
+        )
         # Both texts in one call, as a run decides it.
         needed = both if guided and self._offload.has_room(both, instead_of=one) else one
-        needed[VAE] = self._activations(1, grid[0] * grid[1], text)[VAE]
+        if tiles is not None and tiles.prompts is not None:  # whose texts are held
+            held = len(cut) * num_images * text * self.transformer.config.hidden_size
+            needed[TRANSFORMER] += held * self.transformer.compute_dtype.itemsize
+        needed[VAE] = self._activations(1, grid[0] * grid[1], text, 0, shown_styles)[VAE]
         plan, peak, free = self._offload.forecast(needed)
         texts = [text, text_tokens] if guided else [text]
         config = self.transformer.config
-        operations = sum(call_operations(config, image, each, extra, num_images) for each in texts)
+        operations = len(cut) * sum(
+            call_operations(config, image, each, extra, num_images) for each in texts
+        )
+        saved, dense = 0, 0  # in a sparse step, and steps that are exact
+        if sparse is not None:
+            pairs = image**2 - sparse.pairs(cut[0])
+            saved = len(cut) * len(texts) * pair_operations(config, pairs, num_images)
+            dense = sum(not sparse.acts_at(sigma) for sigma in sigmas[:-1])
+        cost = _StyleCost()
+        if styled is not None:
+            own = len(tokenize_prompt(tokenizer, styled.prompt).weight_row)
+            sigma_at = schedule_of(sigmas, preset, grid[0] * grid[1])
+            counts = image, len(cut) * num_images
+            cost = _style_cost(config, styled, own, sigmas, sigma_at, counts)
         return Forecast(
             width=width,
             height=height,
@@ -107,20 +151,48 @@ def forecast(
             references=extra,
             steps=steps,
             tiles=len(cut),
-            calls=steps * len(texts) * len(cut),
-            step_operations=len(cut) * operations,
-            operations=steps * len(cut) * operations,
+            calls=steps * len(texts) * len(cut) + cost.calls,
+            step_operations=operations - saved + cost.step,
+            operations=steps * operations - (steps - dense) * saved + cost.whole,
             peak=peak,
             free=free,
             plan=plan,
             activations=needed,
+            styles=sum(shown_styles),
+            style_calls=cost.calls,
         )
 
-    first = stage(width, height, steps, tiles)
-    enlarged = Upscale.of(upscale)
     if enlarged is None:
-        return first
+        return stage(width, height, sigmas, tiles)
     sides = enlarged.size(width, height)
-    sigmas = enlarged.sigmas(*sides, preset)
-    second = stage(*sides, len(sigmas) - 1, enlarged.tiles(*sides, preset))
-    return replace(first, second=second)
+    second = stage(*sides, enlarged.sigmas(*sides, preset), enlarged.tiles(*sides, preset))
+    if alone:
+        return second
+    return replace(stage(width, height, sigmas, tiles), second=second)
+
+
+class _StyleCost(NamedTuple):
+    """What style pictures add: calls of the model, operations of a step with them and of a run."""
+
+    calls: int = 0
+    step: int = 0
+    whole: int = 0
+
+
+def _style_cost(
+    config: TransformerConfig,
+    style: PreparedStyle,
+    text: int,
+    sigmas: Sequence[float],
+    sigma_at: SigmaAt,
+    images: tuple[int, int],
+) -> _StyleCost:
+    """The cost of style pictures in a run. text: tokens of their prompt. images: tokens of each of
+    the sequences that attend to them in a step, and their number."""
+    tokens = [own for own, share in zip(style.tokens, style.shares, strict=True) if share > 0]
+    passes = sum(call_operations(config, own, text) for own in tokens)
+    calls, steps = style.settings.passes(sigmas, sigma_at)
+    first, end = style.settings.blocks(config.num_layers)
+    attended = style_operations(config, images[0], sum(tokens), end - first, images[1])
+    step = passes + attended if steps else 0
+    return _StyleCost(len(tokens) * calls, step, calls * passes + steps * attended)

@@ -193,10 +193,11 @@ class _GuidedVelocity:
                 self.transformer, latents, timestep, **options
             )
         else:
-            step = self._features.at(sigma, image, latents.device, tile)
+            step = self._features.at(sigma, image, latents.device, tiles)
             step = step.with_references(references)
             inputs = (latents, timestep, options, cache)
-            positive = self._positive(sigma).repeated(times)
+            own, text = self._features.tile_texts, self._positive
+            positive = (text if own is None else own.of(tile))(sigma).repeated(times)
             negative = None
             if self._negative is not None and (guidance != 0 or nag is not None):
                 negative = self._negative(sigma).repeated(times)

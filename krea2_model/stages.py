@@ -36,11 +36,12 @@ from .sampling import denoise as denoising_steps
 from .schedule import resolve_mu, schedule_of, sigma_schedule
 from .styles import PreparedStyle
 from .text.prompt_images import PromptImage
-from .tiles import ENOUGH, TileSettings
-from .transformer.patches import token_count
+from .tiles import ENOUGH, TileSettings, TileTexts, still_tiles
+from .transformer.patches import PATCH, grid_size, token_count
 from .transformer.references import Reference
 from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
+from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import TextStates
 
 logger = logging.getLogger(__name__)
@@ -315,9 +316,11 @@ class PipelineStages(LoadedParts):
         inpaint: LatentMask | None = None,
         tiles: TileSettings | None = None,
         rotary: RotaryScaling | None = None,
+        sparse: SparseAttention | None = None,
         regions: PreparedRegions | None = None,
         in_regions: Sequence[PromptEmbeds | None] = (),
         style: tuple[PreparedStyle, PromptEmbeds] | None = None,
+        tile_texts: Sequence[PromptEmbeds] = (),
         progress: bool = False,
         **options,
     ) -> Tensor:
@@ -342,19 +345,24 @@ class PipelineStages(LoadedParts):
                 own = regions.features(unfused, sigma_at)
                 own = fuse_regions(own, self.transformer, self._fused)
                 features = replace(features, regions=own.regions, loras=features.loras + own.loras)
-            features = replace(features, tiles=tiles, rotary=rotary)
+            features = replace(features, tiles=tiles, rotary=rotary, sparse=sparse)
             if style is not None:
                 prepared, text = style
                 run = prepared.run(styles, text.fuse(self.transformer), sigma_at)
                 features = replace(features, style=run)
-            texts = [
-                StepTexts(text, self.transformer, len(latents) // len(text.taps), features)
-                for text in (positive, negative)
-                if text is not None
-            ]
+
+            def at_steps(text: PromptEmbeds) -> StepTexts:
+                repeats = len(latents) // len(text.taps)
+                return StepTexts(text, self.transformer, repeats, features)
+
+            texts = [at_steps(text) for text in (positive, negative) if text is not None]
             tokens = len(latents) * token_count(latents)
             lengths = [text(first).states.shape[1] for text in texts]
             share_calls = has_room and pays_to_share(tokens, lengths, self._offload.streams)
+            if tile_texts and tiles is not None:
+                still = still_tiles(grid_size(latents, PATCH), tiles)
+                own_texts = TileTexts(still, [at_steps(text) for text in tile_texts])
+                features = replace(features, tile_texts=own_texts)
             steps = denoising_steps(
                 self.transformer,
                 latents,

@@ -83,6 +83,18 @@ class StyleSettings:
         """The steps of a schedule in which they act."""
         return NEVER if self.is_off else StepWindow.between(self.start, self.end, sigma_at)
 
+    def passes(self, sigmas: Sequence[float], sigma_at: SigmaAt) -> tuple[int, int]:
+        """Calls of the model for a style picture, and the steps in which it acts.
+
+        sigmas: of a run that ends at 0. The calls are those of the inversion and one a step.
+        """
+        window = self.window(sigma_at)
+        acting = [sigma for sigma in sigmas[:-1] if window.contains(sigma)]
+        if not acting:
+            return 0, 0
+        inverted = sum(sigma <= acting[0] + 1e-6 for sigma in _rising(sigmas))
+        return inverted + 1 + len(acting), len(acting)
+
     def blocks(self, count: int) -> tuple[int, int]:
         """First and end of the blocks in which they act, of a model with so many; at least one."""
         first = min(count - 1, round(self.first_block * count))

@@ -13,7 +13,7 @@ position 0, and krea2-nano then draws lines along the edges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .checks import is_number, is_whole
 from .images.sizes import MAX_SIZE, MULTIPLE
+from .text.prompt_images import MAX_SIDE
 from .transformer.patches import PATCH, grid_size
+from .transformer.text_attention import TextStates
 from .vae.tiling import plan_tiles
 
 # Successive multiples of it spread evenly over [0, 1).
@@ -36,6 +38,52 @@ _ROOM = 1 / 8
 
 
 @dataclass(frozen=True)
+class TilePrompts:
+    """Prompts of single tiles, in place of that of the whole image.
+
+    see_picture: the text encoder reads the tile's part of the picture that is changed or made
+        larger, as an image in front of the prompt.
+    texts: of each tile, from the top left row by row; None takes the prompt of the whole image.
+    max_side: a tile's picture is read at most at the area of a square of this side.
+
+    Raises ValueError for values out of range, and for prompts that are those of the whole image.
+    """
+
+    see_picture: bool = True
+    texts: Sequence[str] | None = None
+    max_side: int = MAX_SIDE
+
+    def __post_init__(self):
+        texts = self.texts
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts or ()):
+            raise ValueError(f"The texts of tiles are {texts!r}; expected a list of texts.")
+        if not self.see_picture and not texts:
+            raise ValueError(
+                "Prompts of tiles without texts and pictures are that of the whole image; expected "
+                "see_picture=True or texts, one a tile."
+            )
+        if not (is_whole(self.max_side) and 32 <= self.max_side <= 2048):
+            raise ValueError(
+                f"max_side of tiles' pictures is {self.max_side!r}; expected 32 to 2048 pixels."
+            )
+
+    def texts_of(self, tiles: Sequence[Tile], prompts: Sequence[str]) -> list[list[str]]:
+        """The texts of each tile, one for each of these prompts of images or one for all.
+
+        Raises ValueError where there are more or fewer texts than tiles.
+        """
+        if self.texts is None:
+            return [list(prompts)] * len(tiles)
+        if len(self.texts) != len(tiles):
+            rows = len({tile.rows for tile in tiles})
+            raise ValueError(
+                f"There are {len(self.texts)} texts for {len(tiles)} tiles ({rows} rows of "
+                f"{len(tiles) // rows}); expected one a tile, from the top left row by row."
+            )
+        return [[text] for text in self.texts]
+
+
+@dataclass(frozen=True)
 class TileSettings:
     """Tiles of a run.
 
@@ -44,10 +92,11 @@ class TileSettings:
     moves: inner tiles lie elsewhere at each step.
     true_places: rotary positions are those in the whole image.
     batch: tiles in one call of the model, which takes the memory of so many; 0 is as many as fit,
-        up to 8. Tiles that differ in more than their latents (regions, control images, style
-        pictures, boosts, parts of references) are called one by one.
+        up to 8. Tiles that differ in more than their latents and control images (regions, masks of
+        controls, style pictures, boosts, parts of references) are called one by one.
     cut_references: a tile sees its own part of references, as for an edit of the image; else all
         of them.
+    prompts: of single tiles, None for that of the whole image; such tiles are called one by one.
 
     Raises ValueError for values out of range.
     """
@@ -58,6 +107,7 @@ class TileSettings:
     true_places: bool = False
     batch: int = 1
     cut_references: bool = False
+    prompts: TilePrompts | None = None
 
     def __post_init__(self):
         size = self.size
@@ -94,10 +144,22 @@ class Tile:
         """Rows and columns of tokens."""
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
+    def distance(self, other: Tile) -> int:
+        """Of the centres of two tiles, squared, in half tokens."""
+        rows, columns = (
+            sum(a) - sum(b) for a, b in ((self.rows, other.rows), (self.columns, other.columns))
+        )
+        return rows**2 + columns**2
+
     def cut(self, latents: Tensor) -> Tensor:
         """The tile of latents (..., h, w), a view; the last one may lack a padded row or column."""
         rows, columns = (slice(PATCH * a, PATCH * b) for a, b in (self.rows, self.columns))
         return latents[..., rows, columns]
+
+    def cut_pixels(self, pixels: Tensor) -> Tensor:
+        """The tile of an image's pixels (..., H, W), whose sides are whole tokens; a view."""
+        rows, columns = (slice(MULTIPLE * a, MULTIPLE * b) for a, b in (self.rows, self.columns))
+        return pixels[..., rows, columns]
 
     def cut_tokens(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
         """The tile of values (..., rows * columns) of the tokens of an image's grid."""
@@ -118,6 +180,29 @@ class Tile:
         return latents[..., spans[0], spans[1]]
 
 
+@dataclass(frozen=True)
+class TileTexts:
+    """The positive texts of tiles that lie still, for those of each step.
+
+    texts: of each tile, by the sigma at which a step begins.
+    """
+
+    tiles: Sequence[Tile]
+    texts: Sequence[Callable[[float], TextStates]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest text."""
+        return max(text(1.0).states.shape[1] for text in self.texts)
+
+    def of(self, tile: Tile | None) -> Callable[[float], TextStates]:
+        """The text of the nearest tile; of the only one where the image is not in tiles."""
+        if tile is None:
+            return self.texts[0]
+        distances = [tile.distance(still) for still in self.tiles]
+        return self.texts[distances.index(min(distances))]
+
+
 def tiles_at(
     grid: tuple[int, int], settings: TileSettings, sigma: float
 ) -> list[tuple[Tile, Tensor]]:
@@ -126,22 +211,22 @@ def tiles_at(
     grid: rows and columns of the image's tokens. sigma: at which the step begins. Weights sum to 1
     at every token.
     """
-    tile = settings.size // MULTIPLE
     phase = math.modf(round(sigma, 5) * 1009 * _GOLDEN)[0]
     # Rows and columns move by different parts of their room.
     shifts = 2 * phase - 1, 2 * math.modf(phase + _GOLDEN)[0] - 1
-    overlap = round(settings.overlap * tile)
-    room = round(_ROOM * tile) if settings.moves else 0
-    rows, columns = (
-        _spans(length, tile, overlap, room, shift)
-        for length, shift in zip(grid, shifts, strict=True)
-    )
+    rows, columns = _both_spans(grid, settings, shifts)
     row_weights, column_weights = _weights(rows), _weights(columns)
     return [
         (Tile(row, column), row_weight[:, None] * column_weight)
         for row, row_weight in zip(rows, row_weights, strict=True)
         for column, column_weight in zip(columns, column_weights, strict=True)
     ]
+
+
+def still_tiles(grid: tuple[int, int], settings: TileSettings) -> list[Tile]:
+    """As many tiles of an image as at each step, where they lie before they move."""
+    rows, columns = _both_spans(grid, settings, (0.0, 0.0))
+    return [Tile(row, column) for row in rows for column in columns]
 
 
 def fuse(
@@ -177,6 +262,19 @@ def _groups(
     for group in by_size.values():
         for first in range(0, len(group), batch):
             yield group[first : first + batch]
+
+
+def _both_spans(
+    grid: tuple[int, int], settings: TileSettings, shifts: tuple[float, float]
+) -> list[list[tuple[int, int]]]:
+    """Spans of the tiles along rows and along columns, see `_spans`."""
+    tile = settings.size // MULTIPLE
+    overlap = round(settings.overlap * tile)
+    room = round(_ROOM * tile) if settings.moves else 0
+    return [
+        _spans(length, tile, overlap, room, shift)
+        for length, shift in zip(grid, shifts, strict=True)
+    ]
 
 
 def _spans(length: int, tile: int, overlap: int, room: int, shift: float) -> list[tuple[int, int]]:

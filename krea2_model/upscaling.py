@@ -17,7 +17,7 @@ from .checks import check_type, is_number, is_whole
 from .config import Preset
 from .images.sizes import MAX_SCALE, MAX_SIZE, MULTIPLE, image_tokens, is_far
 from .schedule import resolve_mu, sigma_schedule, unshift_time
-from .tiles import TileSettings
+from .tiles import TilePrompts, TileSettings
 from .transformer.rotary_scaling import RotaryScaling
 
 PIXELS, LATENT = "pixels", "latent"
@@ -39,7 +39,7 @@ class Upscale:
     parts: "whole", "tiles", or "auto": tiles where the image is larger than the checkpoint can
         paint in one.
     steps: 0 takes the preset's for the part of the schedule that is left, at least 4.
-    tile: side in pixels, 0 is the checkpoint's size. overlap, batch: see `TileSettings`.
+    tile: side in pixels, 0 is the checkpoint's size. overlap, batch, prompts: see `TileSettings`.
 
     Raises ValueError for values out of range.
     """
@@ -52,6 +52,7 @@ class Upscale:
     tile: int = 0
     overlap: float = 0.25
     batch: int = 1
+    prompts: TilePrompts | None = None
 
     def __post_init__(self):
         if not (is_number(self.scale) and 1 < self.scale <= MAX_SCALE):
@@ -95,7 +96,9 @@ class Upscale:
 
     def tiles(self, width: int, height: int, preset: Preset) -> TileSettings | None:
         """Tiles for an image of a size, None where it is painted whole."""
-        settings = TileSettings(self.tile or preset.size, self.overlap, batch=self.batch)
+        settings = TileSettings(
+            self.tile or preset.size, self.overlap, batch=self.batch, prompts=self.prompts
+        )
         if self.parts == AUTO:
             return settings if is_far(width, height, preset.size) else None
         return settings if self.parts == TILES else None

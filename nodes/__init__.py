@@ -12,7 +12,7 @@ from .expander import K2PromptExpander
 from .guidance import K2NegativeGuidance
 from .images import K2FitImage, K2Outpaint
 from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
-from .large import K2RotaryScaling, K2TiledSampling, K2Upscale
+from .large import K2RotaryScaling, K2SparseAttention, K2TiledSampling
 from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .layer_weights import K2TapWeights
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
@@ -28,6 +28,7 @@ from .style_loras import K2StyleLora
 from .style_mix import K2StyleMix
 from .styles import K2StyleTransfer
 from .training import K2TrainLora
+from .upscale import K2Upscale
 
 NODES = [
     K2Loader,
@@ -58,6 +59,7 @@ NODES = [
     K2Upscale,
     K2TiledSampling,
     K2RotaryScaling,
+    K2SparseAttention,
     K2VAEDecode,
     K2VAEEncode,
     K2FitImage,

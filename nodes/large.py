@@ -1,25 +1,20 @@
-"""Images larger than a checkpoint paints in one: tiles, rotary scaling, upscaling."""
+"""Images larger than a checkpoint paints in one: tiles, rotary scaling, sparse attention."""
 
-import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..krea2_model.config import RAW
-from ..krea2_model.images.resize import colours, resize
 from ..krea2_model.images.sizes import MULTIPLE
 from ..krea2_model.tiles import MAX_BATCH, TileSettings
 from ..krea2_model.transformer.rotary_scaling import METHODS as ROTARY_METHODS
 from ..krea2_model.transformer.rotary_scaling import RotaryScaling
-from ..krea2_model.upscaling import LATENT, METHODS, PARTS, PIXELS, Upscale, enlarge_latents
+from ..krea2_model.transformer.sparse_attention import SparseAttention
 from . import inputs
-from .inputs import AUTO, check_limits, verdict
-from .latents import given_vae
-from .managed.diffusion_model import ROTARY, TILES
-from .managed.lora import known_preset
-from .reports import upscale_report
-from .sampler_run import check_model, check_ours, noise_for, sample, start_of
+from .inputs import verdict
+from .managed.diffusion_model import ROTARY, SPARSE, TILES
+from .sampler_run import check_ours
 
 
-def _overlap():
+def overlap_input():
     return io.Float.Input(
         "overlap",
         default=0.25,
@@ -31,7 +26,7 @@ def _overlap():
     )
 
 
-def _tile(advanced: bool = False):
+def tile_input(advanced: bool = False):
     return io.Int.Input(
         "tile",
         default=0,
@@ -43,7 +38,7 @@ def _tile(advanced: bool = False):
     )
 
 
-def _batch():
+def batch_input():
     return io.Int.Input(
         "batch",
         default=1,
@@ -53,8 +48,8 @@ def _batch():
         optional=True,
         tooltip=(
             "Tiles in one call of the model: the same picture in the memory of so many. 0 is as "
-            "many as fit, up to 8. With regions, control images or style pictures tiles go one by "
-            "one."
+            "many as fit, up to 8. With regions, masks of controls or style pictures tiles go one "
+            "by one."
         ),
     )
 
@@ -76,8 +71,8 @@ class K2TiledSampling(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="Krea 2 from a Krea 2 loader."),
-                _tile(),
-                _overlap(),
+                tile_input(),
+                overlap_input(),
                 io.Boolean.Input(
                     "move",
                     default=True,
@@ -94,7 +89,7 @@ class K2TiledSampling(io.ComfyNode):
                         "tile's own. Beyond the size of training this draws lines at the edges."
                     ),
                 ),
-                _batch(),
+                batch_input(),
                 io.Boolean.Input(
                     "cut_references",
                     default=False,
@@ -131,7 +126,7 @@ class K2TiledSampling(io.ComfyNode):
         check_ours(model, "which has no tiles")
         side = tile or _size_of(model)
         settings = TileSettings(side, overlap, move, true_places, batch, cut_references)
-        return io.NodeOutput(_with_options(model, {TILES: settings}))
+        return io.NodeOutput(with_options(model, {TILES: settings}))
 
 
 class K2RotaryScaling(io.ComfyNode):
@@ -204,214 +199,79 @@ class K2RotaryScaling(io.ComfyNode):
     def execute(cls, model, method="yarn", dynamic=True, strength=2.0, size=0):
         check_ours(model, "which has no scaled rotary positions")
         scaling = RotaryScaling(size or _size_of(model), method, dynamic, strength)
-        return io.NodeOutput(_with_options(model, {ROTARY: scaling}))
+        return io.NodeOutput(with_options(model, {ROTARY: scaling}))
 
 
-class K2Upscale(io.ComfyNode):
+class K2SparseAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="K2Upscale",
-            display_name="Krea 2 Upscale",
+            node_id="K2SparseAttention",
+            display_name="Krea 2 Sparse Attention",
             category="Krea 2",
             description=(
-                "Makes an image 1.5 to 4 times larger: enlarges it, adds noise down from a sigma, "
-                "and denoises it at its new size, whole or in tiles."
+                "In steps of high noise a token of a large image sees its neighbourhood and a "
+                "coarse view of the rest: faster beyond 2048 px, and not exact. Images of up to "
+                "two blocks a side stay as they are."
             ),
             search_aliases=inputs.aliases(
-                "upscale, hires fix, second pass, two stage, enlarge, 4k, ultimate sd upscale"
+                "sparse attention, neighbourhood attention, window, local attention, faster, 4k"
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Krea 2, Turbo or Raw, for the second stage."),
-                inputs.POSITIVE,
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt; required when guidance is above 0 (Raw).",
-                ),
-                io.Vae.Input("vae", tooltip="The Krea 2 VAE."),
-                io.Image.Input(
-                    "image", optional=True, tooltip="The image to enlarge; or connect latent."
-                ),
-                io.Latent.Input(
-                    "latent", optional=True, tooltip="The latent to enlarge; or connect image."
-                ),
-                io.UpscaleModel.Input(
-                    "upscale_model",
-                    optional=True,
-                    tooltip=(
-                        "Any upscale model of ComfyUI's, for method pixels; without one the image "
-                        "is enlarged bicubically."
-                    ),
-                ),
+                io.Model.Input("model", tooltip="Krea 2 from a Krea 2 loader."),
                 io.Float.Input(
-                    "scale",
-                    default=2.0,
-                    min=1.05,
-                    max=8.0,
-                    step=0.05,
-                    tooltip="Factor on both sides; the result is a multiple of 16 pixels.",
-                ),
-                io.Float.Input(
-                    "sigma",
-                    default=0.3,
-                    min=0.01,
+                    "above",
+                    default=0.6,
+                    min=0.0,
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Noise to start from, the same at every size and shift: 0.3 keeps shapes "
-                        "and adds detail, 0.6 changes them."
-                    ),
-                ),
-                inputs.seed("Seed of the added noise."),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default=PIXELS,
-                    tooltip=(
-                        "pixels enlarges the image, latent its latents: without the VAE, rougher, "
-                        "and in need of a sigma from 0.5 up."
-                    ),
-                ),
-                io.Combo.Input(
-                    "parts",
-                    options=list(PARTS),
-                    default=AUTO,
-                    tooltip=(
-                        "whole denoises the image in one; tiles takes the memory of one tile; "
-                        "auto takes tiles where the image is more than the checkpoint paints well."
+                        "Sigma above which a step is sparse; steps at or below it are exact. 1 is "
+                        "off, 0 makes all steps sparse."
                     ),
                 ),
                 io.Int.Input(
-                    "steps",
-                    default=0,
+                    "block",
+                    default=16,
+                    min=2,
+                    max=64,
+                    advanced=True,
+                    tooltip="Side of a block in tokens of 16 pixels.",
+                ),
+                io.Int.Input(
+                    "reach",
+                    default=1,
                     min=0,
-                    max=1000,
+                    max=8,
                     advanced=True,
-                    tooltip=(
-                        "Steps from sigma to 0; 0 takes the preset's for that part of the "
-                        "schedule, at least 4."
-                    ),
+                    tooltip="Blocks around its own that a token sees, to each side.",
                 ),
-                inputs.guidance(
-                    -1.0,
-                    "Guidance in Krea's convention: ComfyUI cfg = guidance + 1. 0 is off, -1 uses "
-                    "the checkpoint's.",
-                    lowest=-1.0,
+                io.Int.Input(
+                    "stride",
+                    default=4,
+                    min=1,
+                    max=64,
                     advanced=True,
+                    tooltip="Distance of the rows and columns that are seen from everywhere.",
                 ),
-                _tile(advanced=True),
-                _overlap(),
-                _batch(),
             ],
-            outputs=[
-                io.Latent.Output(tooltip="The larger latent, to be decoded."),
-            ],
+            outputs=[io.Model.Output(tooltip="The model with sparse attention.")],
         )
 
     @classmethod
-    def validate_inputs(
-        cls, scale=None, sigma=None, steps=None, tile=None, overlap=None, batch=None
-    ):
-        values = {"scale": scale, "sigma": sigma, "steps": steps}
-        values |= {"tile": tile, "overlap": overlap, "batch": batch}
+    def validate_inputs(cls, above=None, block=None, reach=None, stride=None):
+        values = {"above": above, "block": block, "reach": reach, "stride": stride}
 
         def check():
-            Upscale(**{name: value for name, value in values.items() if value is not None})
+            SparseAttention(**{name: value for name, value in values.items() if value is not None})
 
         return verdict(cls, check, **values)
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        vae,
-        negative=None,
-        image=None,
-        latent=None,
-        upscale_model=None,
-        scale=2.0,
-        sigma=0.3,
-        seed=0,
-        method=PIXELS,
-        parts=AUTO,
-        steps=0,
-        guidance=-1.0,
-        tile=0,
-        overlap=0.25,
-        batch=1,
-    ):
-        check_model(model)
-        check_limits(cls, seed=seed, guidance=guidance)
-        settings = Upscale(scale, sigma, method, parts, steps, tile, overlap, batch)
-        if (image is None) == (latent is None):
-            both = "both" if image is not None else "neither"
-            raise ValueError(f"image and latent: {both} is connected; expected one of them.")
-        if upscale_model is not None and method != PIXELS:
-            raise ValueError(
-                f"upscale_model enlarges pixels, and method is {method!r}. Choose {PIXELS!r}, or "
-                "disconnect it."
-            )
-        preset = known_preset(model) or RAW
-        guidance = preset.guidance if guidance < 0 else guidance
-        if guidance > 0 and negative is None:
-            raise ValueError(
-                f"Guidance is {guidance:g} but nothing is connected to negative. Connect the "
-                "negative output of Krea 2 Prompt (an empty text is fine), or set guidance to 0."
-            )
-        height, width = _sides(image, latent)
-        width, height = settings.size(width, height)
-        tiles = settings.tiles(width, height, preset)
-        if tiles is not None:
-            check_ours(model, "which has no tiles")
-            model = _with_options(model, {TILES: tiles})
-        sigmas = torch.tensor(settings.sigmas(width, height, preset))
-        mu = settings.mu(width, height, preset)
-        larger = _enlarged(image, latent, given_vae(vae), upscale_model, method, width, height)
-        start = start_of(model, larger)
-        samples = sample(
-            model,
-            positive,
-            negative,
-            start,
-            noise_for(start, seed, larger),
-            sigmas,
-            guidance,
-            mu,
-            latent=larger,
-            seed=seed,
-            total=len(sigmas) - 1,
-        )
-        report = upscale_report(preset, len(sigmas) - 1, mu, sigma, width, height, tiles)
-        return io.NodeOutput({"samples": samples}, ui=ui.PreviewText(report))
-
-
-def _sides(image, latent) -> tuple[int, int]:
-    """Height and width in pixels."""
-    if image is not None:
-        return colours(image).shape[1], image.shape[2]
-    height, width = latent["samples"].shape[-2:]
-    return 8 * height, 8 * width
-
-
-def _enlarged(image, latent, vae, upscale_model, method: str, width: int, height: int) -> dict:
-    """A latent of width x height pixels."""
-    if method == LATENT:
-        samples = vae.encode(colours(image)) if latent is None else latent["samples"]
-        return {"samples": enlarge_latents(samples, width, height)}
-    if image is None:
-        image = vae.decode(latent["samples"])
-        image = image.flatten(0, 1) if image.ndim == 5 else image
-    pixels = colours(image)
-    if upscale_model is not None:
-        # Imported here: only a graph with such a model needs its package.
-        from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel
-
-        pixels = ImageUpscaleWithModel.execute(upscale_model, pixels).result[0]
-    # One by one: core's own VAE takes a batch for a video.
-    larger = resize(pixels.float(), width, height)
-    return {"samples": torch.cat([vae.encode(one[None]) for one in larger])}
+    def execute(cls, model, above=0.6, block=16, reach=1, stride=4):
+        check_ours(model, "which has no sparse attention")
+        settings = SparseAttention(above, block, reach, stride)
+        return io.NodeOutput(with_options(model, {SPARSE: settings}))
 
 
 def _size_of(model) -> int:
@@ -419,7 +279,7 @@ def _size_of(model) -> int:
     return (getattr(model.model, "preset", None) or RAW).size
 
 
-def _with_options(model, options: dict):
+def with_options(model, options: dict):
     clone = model.clone()
     clone.model_options["transformer_options"].update(options)
     return clone

@@ -143,10 +143,11 @@ def _values(letter: str, text: str, name: str, listed: str) -> list[Any]:
         )
     values: list[Any] = []
     for part in parts:
-        if name in REPEATED:
+        if (found := _RANGE.fullmatch(part)) and _is_number(name):
+            numbers = _range(letter, text, *found.groups())
+            values += [[number] for number in numbers] if name in REPEATED else numbers
+        elif name in REPEATED:
             values.append([] if part == "none" else [p.strip() for p in part.split(";")])
-        elif (found := _RANGE.fullmatch(part)) and _is_number(name):
-            values += _range(letter, text, *found.groups())
         else:
             values.append(part)
     said, count = Counter(map(_text, values)).most_common(1)[0]
@@ -227,7 +228,7 @@ def _options(chosen: Sequence[tuple[Axis, Any]], base: Namespace) -> Namespace:
 def _label(name: str, part: str, value: Any) -> str:
     if name in REPEATED:
         value = [_file_label(name, text) for text in value]
-    elif name in ("model", "transformer", "text_encoder", "vae", "control"):
+    elif name in ("model", "transformer", "text_encoder", "vae"):
         value = _file_label(name, value)
     return f"{part or _option(name)}: {_text(value)}"
 

@@ -9,18 +9,17 @@ from typing import Any
 
 from ..checkpoints.pairing import check_parts
 from ..checkpoints.text_encoder import find_tokenizer
-from ..controls import check_images
 from ..edits import MAX_PICTURES, Edit
 from ..guidance import GuidanceSchedule
 from ..images.output_files import check_outputs, numbered
 from ..images.pictures import pixels_of
 from ..inpainting import Canvas, Inpaint
-from ..lora.control_run import ControlSettings
 from ..memory.plan import check_offload
 from ..styles import StyleTransfer, check_pictures
 from ..text.wildcards import fill_in
+from .controls import check_controls, mask_paths
 from .errors import UsageError
-from .model_files import Weights, find_control, find_file, find_loras, find_weights
+from .model_files import Weights, find_file, find_loras, find_weights
 from .progress import Console
 from .regions import regions_of
 
@@ -65,14 +64,9 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
     if args.start_image is not None and (args.width is None) != (args.height is None):
         raise UsageError("Give both --width and --height with --start-image, or neither.")
     check_edit(args)
-    if (args.control is None) != (args.control_image is None):
-        raise UsageError("Give both --control, a control LoRA, and --control-image, or neither.")
-    ControlSettings(args.control_strength, args.control_start, args.control_end)
-    find_control(args)
     regions_of(args)
     pictures = find_input_pictures(args)
-    if pictures["control_image"] is not None:
-        check_images(pictures["control_image"], None)
+    check_controls(args, pictures["control_image"], pictures["control_mask"])
     return find_loras(args)
 
 
@@ -137,7 +131,10 @@ def find_input_pictures(args: Namespace) -> dict[str, Any]:
         "references": [read("reference", path) for path in args.reference],
         "images": [read("image", path) for path in args.image],
         "edit": edit,
-        "control_image": args.control_image and read("control_image", args.control_image),
+        "control_image": [read("control_image", path) for path in args.control_image],
+        "control_mask": [
+            None if path is None else read("control_mask", path) for path in mask_paths(args)
+        ],
         "style": style_of(args, [read("style_image", path) for path in args.style_image]),
     }
 

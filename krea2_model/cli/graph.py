@@ -38,6 +38,8 @@ def not_in_graph(settings: Mapping[str, Any]) -> list[str]:
     names = [name for name in _OTHER_NODES if settings.get(name)]
     if settings.get("evaluate_every", 1) not in _EVERY:
         names.append("evaluate_every")
+    if settings.get("sparse_above") is not None:
+        names.append("sparse_above")
     length = settings.get("max_sequence_length")
     if length is not None and length <= _SUFFIX_TOKENS:
         names.append("max_sequence_length")

@@ -185,19 +185,18 @@ def find_lora(name: str | Path, models: Path | None, beside: Sequence[Path] = ()
     return path
 
 
-def find_control(args: Namespace) -> Path | None:
-    """The control LoRA, None without one. Raises UsageError or CheckpointError for other files."""
+def find_controls(args: Namespace) -> list[tuple[Path, str]]:
+    """Control LoRAs and their forms. Raises UsageError or CheckpointError for other files."""
     from ..checkpoints.identify import read_header
     from ..lora.control import form_of
 
-    if args.control is None:
-        return None
-    path = find_file(
-        "control", args.control, models_folder(args.models), getattr(args, "beside", ())
-    )
-    header = read_header(path)
-    form_of(header.shapes, path.name, header.metadata)
-    return path
+    models, beside = models_folder(args.models), getattr(args, "beside", ())
+    found = []
+    for name in args.control:
+        path = find_file("control", name, models, beside)
+        header = read_header(path)
+        found.append((path, form_of(header.shapes, path.name, header.metadata)))
+    return found
 
 
 def name_in_models(path: Path | str, keys: Iterable[str]) -> str:

@@ -13,17 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from ..arguments import PromptImages, ReferencePicture, References
-from ..controls import Control
 from ..guidance import GuidanceSchedule
 from ..images.pictures import fit
 from ..memory.forecast import Forecast
 from ..pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..text.prompt_tokens import tokenize_prompt
+from ..tiles import TilePrompts
+from ..transformer.sparse_attention import SparseAttention
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
 from .checks import find_input_pictures, nag_settings, note_unused
-from .model_files import Weights, find_control, find_loras
+from .controls import controls_of
+from .model_files import Weights, find_loras
 from .progress import Console
 from .regions import regions_of
 
@@ -128,7 +130,7 @@ class Painter:
         return bool(self._pipeline.edit_families)
 
     def forecast(self, args: Namespace) -> Forecast:
-        """The forecast of a picture. Style pictures are not counted."""
+        """The forecast of a picture."""
         self._use_loras(find_loras(args))
         pipeline, pictures = self._pipeline, find_input_pictures(args)
         width, height, start = args.width, args.height, pictures["start_image"]
@@ -162,23 +164,19 @@ class Painter:
                 if isinstance(r, ReferencePicture)
             ],
             text_tokens=len(prompt.weight_row),
-            control=self._control(args, pictures["control_image"]),
-            upscale=None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma),
+            control=controls_of(args, pictures["control_image"], pictures["control_mask"]),
+            upscale=_upscale_of(args),
+            style=pictures["style"],
+            denoise=args.denoise,
+            sparse=_sparse_of(args),
         )
-
-    def _control(self, args: Namespace, image: Tensor | None) -> Control | None:
-        lora = find_control(args)
-        if image is None or lora is None:
-            return None
-        times = {"start": args.control_start, "end": args.control_end}
-        return Control(lora, image, args.control_strength, **times)
 
     def _options(
         self, args: Namespace, pictures: dict[str, Any], steps: int, guidance: float
     ) -> dict[str, Any]:
         references = References(pictures.pop("references"), method=args.reference_method)
-        nag, control = nag_settings(args), self._control(args, pictures.pop("control_image"))
-        upscale = None if args.upscale is None else Upscale(args.upscale, args.upscale_sigma)
+        shown = [pictures.pop(name) for name in ("control_image", "control_mask")]
+        nag, control = nag_settings(args), controls_of(args, *shown)
         sigmas = None
         if args.mu is not None and args.denoise > 0:
             sigmas = sigma_schedule(steps, args.mu, args.denoise)
@@ -200,7 +198,8 @@ class Painter:
             ),
             "evaluate_every": args.evaluate_every,
             "sigmas": sigmas,
-            "upscale": upscale,
+            "upscale": _upscale_of(args),
+            "sparse": _sparse_of(args),
             "regions": regions_of(args),
         }
 
@@ -213,3 +212,15 @@ class Painter:
         for report in self._pipeline.load_loras(loras):
             self._console.note(str(report))
         self._loras = loras
+
+
+def _sparse_of(args: Namespace) -> SparseAttention | None:
+    return None if args.sparse_above is None else SparseAttention(args.sparse_above)
+
+
+def _upscale_of(args: Namespace) -> Upscale | None:
+    """The second stage that options ask for."""
+    if args.upscale is None:
+        return None
+    prompts = TilePrompts() if args.upscale_see_tiles else None
+    return Upscale(args.upscale, args.upscale_sigma, prompts=prompts)

@@ -21,18 +21,26 @@ PICTURE = (
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
-    "upscale", "upscale_sigma",
+    "upscale", "upscale_sigma", "upscale_see_tiles", "sparse_above",
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
+    "control_mask",
     "style_image", "style_strength", "style_start", "style_end",
     "regions",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
-PICTURES = ("start_image", "mask", "reference", "image", "edit", "control_image", "style_image")
+PICTURES = (
+    *("start_image", "mask", "reference", "image", "edit"),
+    *("control_image", "control_mask", "style_image"),
+)
 # Options that may be repeated.
-REPEATED = ("lora", "reference", "image", "edit", "style_image")
+REPEATED = (
+    *("lora", "reference", "image", "edit", "style_image"),
+    *("control", "control_image", "control_strength", "control_start", "control_end"),
+    "control_mask",
+)
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
@@ -205,27 +213,43 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--upscale-sigma", type=number(0, 1, above=True), default=0.3, metavar="X",
         help="its noise: 0.3 keeps shapes, 0.6 changes them; default: 0.3",
     )  # fmt: skip
+    large.add_argument(
+        "--upscale-see-tiles", action="store_true",
+        help="the text encoder reads each tile's part of the picture beside the prompt",
+    )  # fmt: skip
+    large.add_argument(
+        "--sparse-above", type=number(0, 1), metavar="SIGMA",
+        help="in steps above this sigma a token sees its neighbourhood and a coarse view of the "
+        "picture: faster beyond 2048 px, and not exact; 0.6 for example",
+    )  # fmt: skip
 
     control = parser.add_argument_group("control")
     control.add_argument(
-        "--control", type=Path, metavar="FILE",
-        help="a control LoRA; krea2_nano_control_lora.safetensors is that of nano, for outlines",
+        "--control", type=Path, action="append", default=[], metavar="FILE",
+        help="a control LoRA; krea2_nano_control_lora.safetensors is that of nano, for outlines; "
+        "repeat it for several, with the other options as often, or once for all of them",
     )  # fmt: skip
     control.add_argument(
-        "--control-image", type=Path, metavar="FILE",
+        "--control-image", type=Path, action="append", default=[], metavar="FILE",
         help="what the picture follows, as the LoRA was trained: outlines, depth, a pose",
     )  # fmt: skip
     control.add_argument(
-        "--control-strength", type=number(-MAX_STRENGTH, MAX_STRENGTH), default=1.0, metavar="X",
-        help="0 is off; default: 1, as trained",
+        "--control-strength", type=number(-MAX_STRENGTH, MAX_STRENGTH), action="append",
+        default=[], metavar="X", help="0 is off; default: 1, as trained",
     )  # fmt: skip
     control.add_argument(
-        "--control-start", type=share, default=0.0, metavar="X",
+        "--control-start", type=share, action="append", default=[], metavar="X",
         help="begin at this share of the run; default: 0",
     )  # fmt: skip
     control.add_argument(
-        "--control-end", type=share, default=1.0, metavar="X", help="and stop here; default: 1"
-    )
+        "--control-end", type=share, action="append", default=[], metavar="X",
+        help="and stop here; default: 1",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-mask", type=Path, action="append", default=[], metavar="FILE",
+        help="where it acts, white, of the size of its picture; none, of several: everywhere; "
+        "default: everywhere",
+    )  # fmt: skip
 
     style = parser.add_argument_group("style")
     style.add_argument(

@@ -37,6 +37,8 @@ def settings_of(args: Namespace, **results: Any) -> dict[str, Any]:
             continue
         if name == "lora":
             value = [[name_in_models(file, KEYS["lora"]), scale] for file, scale in value]
+        elif name == "control":
+            value = [name_in_models(file, KEYS[name]) for file in value]
         elif name in FILES:
             value = value if value in NANO else name_in_models(value, KEYS[name])
         elif name == "regions":

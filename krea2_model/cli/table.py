@@ -19,7 +19,7 @@ from .settings import options_of
 # Columns beside options of a picture. Weights are loaded once, so no row has its own.
 _OTHERS = ("output", "images", "seeds")
 COLUMNS = tuple(n for n in PICTURE if n not in (*WEIGHTS, "dtype")) + _OTHERS
-_SWITCHED = ("nag", "weights", "mask_hard")
+_SWITCHED = ("nag", "weights", "mask_hard", "upscale_see_tiles")
 _SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 

@@ -3,8 +3,8 @@
 With control channels the input layer becomes `first(x) + s W c`: x are patches of the image, c
 those of the control image's latents, W the columns of the file that read them, s the strength. A
 LoRA of the blocks acts with the same strength on tokens of text and image, and never on references.
-Image columns and bias of a whole input layer in the file are left out: the model's own stay, with
-whatever LoRA or quantisation they have.
+Image columns and bias of a whole input layer in the file were trained with the others: at strength
+1 they stand in place of the model's own, at another in between.
 
 With reference tokens the control image is a reference, and the LoRA acts on all tokens.
 """
@@ -89,14 +89,14 @@ def control_lora(
             others[_peft_name(key)] = tensor
         else:
             inputs[part] = tensor
-    projection, image = _projection(inputs, shapes["first.weight"], name)
+    projection, changes = _input_layer(inputs, shapes["first.weight"], name)
     updates, report = {}, LoraReport(name)
     if others:
         updates, _, report = read_lora(others, shapes, name, metadata=metadata)
     _check_fit(report, name)
-    if image is not None:
-        updates["first.weight"] = [image]
-    if not torch.isfinite(projection).all():
+    updates |= {change.weight: [change] for change in changes}
+    values = (projection, *(part for change in changes for part in change.parts.values()))
+    if not all(torch.isfinite(part).all() for part in values):
         raise CheckpointError(
             f"{name} holds NaN or infinity in its input layer. Download it again."
         )
@@ -140,11 +140,15 @@ def _check_fit(report: LoraReport, name: str) -> None:
             )
 
 
-def _projection(
+def _input_layer(
     parts: Mapping[str, Tensor], shape: Shape, name: str
-) -> tuple[Tensor, Update | None]:
-    """The columns of the control image (width, channels); a LoRA's change of those of the image."""
+) -> tuple[Tensor, list[Update]]:
+    """The columns of the control image (width, channels); changes of the image's, and of the bias.
+
+    parts: of the input layer, by `INPUT_PARTS`. shape: of the model's own weight.
+    """
     width, channels = shape
+    changes, scale = [], 1.0
     if "down" in parts:
         if "up" not in parts:
             raise CheckpointError(
@@ -154,15 +158,31 @@ def _projection(
         _check_sides(up.shape[0], down.shape[1], width, channels, name)
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         image = {"up": up, "down": down[:, :channels].contiguous()}
-        update = Update("first.weight", "lora", image, alpha)
-        columns = update.scale * (up.float() @ down[:, channels:].float())
-        return columns, update
-    whole = parts["diff"] if "diff" in parts else parts["weight"]
-    _check_sides(whole.shape[0], whole.shape[1], width, channels, name)
-    change = None
-    if "diff" in parts:
-        change = Update("first.weight", "diff", {"diff": whole[:, :channels].contiguous()})
-    return whole[:, channels:].float().contiguous(), change
+        changes.append(Update("first.weight", "lora", image, alpha))
+        scale = changes[0].scale
+        projection = scale * (up.float() @ down[:, channels:].float())
+    else:
+        kind, whole = ("diff", parts["diff"]) if "diff" in parts else ("set", parts["weight"])
+        _check_sides(whole.shape[0], whole.shape[1], width, channels, name)
+        image = {kind: whole[:, :channels].contiguous()}
+        changes.append(Update("first.weight", kind, image))
+        projection = whole[:, channels:].float().contiguous()
+    for part, kind, factor in _BIASES:
+        if part in parts:
+            if tuple(parts[part].shape) != (width,):
+                raise CheckpointError(
+                    f"{name} is a control LoRA of another model: the bias of its input layer has "
+                    f"the shape {tuple(parts[part].shape)}; this model needs ({width},)."
+                )
+            value = parts[part].float() * (scale if factor else 1.0)
+            changes.append(Update("first.bias", kind, {kind: value}))
+            break
+    return projection, changes
+
+
+# Parts of the input layer that say its bias, by the kind of update, and whether the scale of a LoRA
+# counts there.
+_BIASES = (("bias", "set", False), ("bias change", "diff", False), ("up bias", "diff", True))
 
 
 def _check_sides(rows: int, columns: int, width: int, channels: int, name: str) -> None:

@@ -41,6 +41,7 @@ INPUT_PARTS = {
     "reshape_weight": "shape",
     "diff": "diff",
     "diff_b": "bias change",
+    "lora_B.bias": "up bias",
     **dict.fromkeys(_DOWN, "down"),
     **dict.fromkeys(_UP, "up"),
 }

@@ -96,16 +96,17 @@ class RunControl:
 
 @contextmanager
 def live_controls(
-    model: nn.Module, controls: Sequence[RunControl], tile: Tile | None = None
+    model: nn.Module, controls: Sequence[RunControl], tiles: Sequence[Tile] = ()
 ) -> Iterator[None]:
     """Within it, the input layer of a transformer adds the control images to the image's tokens.
 
-    tile: of the image, whose tokens are then those of the call.
+    tiles: of the image, whose sequences are then those of the call, tile by tile; none for all of
+        the image.
     """
     if not controls:
         yield
         return
-    handle = model.get_submodule("first").register_forward_hook(_AddControls(controls, tile))
+    handle = model.get_submodule("first").register_forward_hook(_AddControls(controls, tiles))
     try:
         yield
     finally:
@@ -118,14 +119,12 @@ class _AddControls:
     A class, so that a host can tell whose hook it is.
     """
 
-    def __init__(self, controls: Sequence[RunControl], tile: Tile | None):
-        self._controls, self._tile = controls, tile
+    def __init__(self, controls: Sequence[RunControl], tiles: Sequence[Tile]):
+        self._controls, self._tiles = controls, tiles
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for control in self._controls:
-            added = control.added(output, self._tile)
-            if len(added) > 1:
-                added = added.repeat(len(output) // len(added), 1, 1)
+            added = self._added(control, output)
             tokens = added.shape[1]
             if tokens == output.shape[1]:
                 output = output + added
@@ -133,3 +132,12 @@ class _AddControls:
                 image = output[:, :tokens] + added
                 output = torch.cat((image, output[:, tokens:]), dim=1)
         return output
+
+    def _added(self, control: RunControl, output: Tensor) -> Tensor:
+        """Additions (B or 1, I, width) to the image's tokens of all sequences of the call."""
+        if len(self._tiles) < 2:
+            added = control.added(output, *self._tiles)
+            return added.repeat(len(output) // len(added), 1, 1) if len(added) > 1 else added
+        of_tiles = [control.added(output, tile) for tile in self._tiles]
+        times = len(output) // len(of_tiles) // len(of_tiles[0])
+        return torch.cat([added.repeat(times, 1, 1) for added in of_tiles])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .outputs import Change, output_change, plain_weight
+from .outputs import Change, output_change, plain, plain_weight
 from .updates import Update
 
 # Layers that compute from the time or from norms: they have no token of their own.
@@ -82,6 +82,11 @@ class LiveLora:
         """True if it changes the fusion of texts."""
         return any(map(_is_of_text, self.names))
 
+    @property
+    def changes_blocks(self) -> bool:
+        """True if it changes layers of blocks."""
+        return any(name.startswith("blocks.") for name in self.names)
+
     def change(self, model: nn.Module, name: str, strength: float, hidden: Tensor) -> Tensor:
         """Its addition to the output of a model's layer for tokens (B, R, D)."""
         key = name, hidden.device, hidden.dtype, strength
@@ -94,7 +99,7 @@ class LiveLora:
             self._prepared[key] = [
                 output_change(update, layer, strength, hidden, weight_of)
                 for update in self.layers.get(name, ())
-            ] + [_bias(update, strength, hidden) for update in self.biases.get(name, ())]
+            ] + [_bias(update, layer, strength, hidden) for update in self.biases.get(name, ())]
         total = None
         for change in self._prepared[key]:
             added = change(hidden)
@@ -197,6 +202,9 @@ class _Hook:
         return output.index_add(1, rows, change)
 
 
-def _bias(update: Update, strength: float, hidden: Tensor) -> Change:
-    bias = (strength * update.difference(hidden.device)).to(hidden.dtype)
+def _bias(update: Update, layer: nn.Module, strength: float, hidden: Tensor) -> Change:
+    change = update.difference(hidden.device)
+    if update.kind == "set" and isinstance(layer.bias, Tensor):
+        change = change - plain(layer.bias).to(change)
+    bias = (strength * change).to(hidden.dtype)
     return lambda rows: bias.expand(*rows.shape[:-1], -1)

@@ -52,6 +52,11 @@ def plain_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as a plain tensor, whatever holds it."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    return plain(weight)
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight or a bias as a plain tensor, whatever holds it."""
     is_plain = type(weight).dequantize is Tensor.dequantize
     return weight.detach() if is_plain else weight.dequantize()
 
@@ -108,7 +113,7 @@ def _of_outputs(update: Update, outputs: Change, strength: float, like: Tensor) 
 
 def _with_magnitude(update, outputs, strength, like, weight_of) -> Change:
     """DoRA: rows or columns of the changed weight are scaled to a length."""
-    plain = _difference(replace(update, parts=update.parts_without("magnitude")), like)
+    added = _difference(replace(update, parts=update.parts_without("magnitude")), like)
     weight = weight_of(update.weight).to(like.device)
     norm = None
     if update.needs_fused_weights:
@@ -119,12 +124,12 @@ def _with_magnitude(update, outputs, strength, like, weight_of) -> Change:
 
         def by_columns(hidden: Tensor) -> Tensor:
             scaled = hidden * factors
-            return strength * (outputs(scaled) + plain(scaled) - outputs(hidden))
+            return strength * (outputs(scaled) + added(scaled) - outputs(hidden))
 
         return by_columns
 
     def by_rows(hidden: Tensor) -> Tensor:
         out = outputs(hidden)
-        return strength * (factors * (out + plain(hidden)) - out)
+        return strength * (factors * (out + added(hidden)) - out)
 
     return by_rows

@@ -35,13 +35,31 @@ def call_operations(
     return 2 * batch * products
 
 
+def pair_operations(config: TransformerConfig, pairs: int, batch: int = 1) -> int:
+    """Operations of attention to so many pairs of query and key in all blocks of a call."""
+    return 2 * batch * config.num_layers * 2 * pairs * config.hidden_size
+
+
+def style_operations(
+    config: TransformerConfig, image: int, styles: int, blocks: int, batch: int = 1
+) -> int:
+    """Operations that attention to style pictures adds to a call in which they act.
+
+    image: tokens of each of `batch` sequences. styles: of all style pictures. blocks: in which the
+    pictures act.
+    """
+    return 2 * batch * blocks * 2 * image * styles * config.hidden_size
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run will take.
 
     width, height: of the image in pixels. image, text, references: tokens of a sequence.
+    styles: tokens of the style pictures. style_calls: of `calls`, those for their own passes.
     tiles: calls of the model for one text and step, more than 1 for an image in tiles.
-    calls: of the model in the whole run. step_operations, operations: of a step and of the run.
+    calls: of the model in the whole run. step_operations, operations: of a step (one in
+    which style pictures and sparse attention act) and of the run.
     peak: bytes on the device at most, with the plan of the pipeline. free: bytes that it has; None
         where the device's memory is main memory.
     second: of the second stage of a run with `upscale`.
@@ -63,6 +81,8 @@ class Forecast:
     plan: Plan
     activations: dict[str, int]
     second: Forecast | None = None
+    styles: int = 0
+    style_calls: int = 0
 
     @property
     def fits(self) -> bool:
@@ -80,6 +100,8 @@ class Forecast:
             changes.append("choose a smaller size, or tiles")
         if self.references:
             changes.append("reduce the references")
+        if self.styles:
+            changes.append("give fewer or smaller style pictures")
         if self.plan.mode == NONE:
             changes.append("let parts move (offload auto)")
         changes.append("load quantised files (fp8, GGUF)")
@@ -94,12 +116,15 @@ class Forecast:
         tokens = [f"{self.image} of the image", f"{self.text} of text"]
         if self.references:
             tokens.append(f"{self.references} of references")
+        if self.styles:
+            tokens.append(f"{self.styles} of style pictures")
+        own = f", {self.style_calls} of them of style pictures" if self.style_calls else ""
         tiles = f" in {self.tiles} tiles" if self.tiles > 1 else ""
         free = "" if self.free is None else f" of {self.free / GB:.1f} GB free"
         lines = [
             f"{images}{self.width} x {self.height} px{tiles}",
             f"tokens: {', '.join(tokens)}",
-            f"calls: {self.calls} in {self.steps} steps",
+            f"calls: {self.calls} in {self.steps} steps{own}",
             f"operations: {_short(self.step_operations)} a step, {_short(self.operations)} in all",
             f"memory: at most {self.peak / GB:.1f} GB{free}; {self.plan.text}",
         ]

@@ -5,6 +5,7 @@ A sequence is `[region texts | text | image | references]`. Every query sees eve
 - a region's text sees itself, the image tokens of its region, and references;
 - image tokens and references do not see the text of regions, but for image tokens in the region;
 - an image token may see a group with a bias of its own: the region's share in it, say;
+- image tokens may see a part of the image alone: their region's, or what `sparse_attention` gives;
 - keys of style pictures, which stand at the end, are seen by image tokens alone.
 
 Attention is computed a group at a time and merged by log-sum-exp (`nn.partial_attention`), so no
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..nn.attention import Attend
 from ..nn.partial_attention import AttendPartially, Partial, merge, merge_rows
 from .references import additive_mask
+from .sparse_attention import ImageGroup
 
 # Bytes of the mask for a number of image queries, where attention has to be called with one.
 _MASK_BYTES = 2**26
@@ -93,7 +95,9 @@ class TokenGroups:
         self._text: QueryBias | None = None
         # Of each region: the bias of image queries, and of its text's queries on image tokens.
         self._regions: list[tuple[QueryBias | None, QueryBias | None]] = []
-        self._owners: list[Tensor] = []
+        # Rows of image queries, each in one group, and the image tokens that these see; none for
+        # all of them.
+        self._image_groups: list[ImageGroup] = []
         if regions:
             shares = torch.stack([region.share.float() for region in regions])
             covered = shares.sum(dim=0).clamp(max=1.0)
@@ -105,12 +109,15 @@ class TokenGroups:
             if separate:
                 owner = torch.cat(((1 - covered)[None], shares)).argmax(dim=0)
                 groups = (owner == index for index in range(len(regions) + 1))
-                self._owners = [group.nonzero()[:, 0] for group in groups if bool(group.any())]
+                owners = [group.nonzero()[:, 0] for group in groups if bool(group.any())]
+                self._image_groups = [(own, own) for own in owners]
         # Of references to which image tokens attend with a bias: first token after the image,
         # number of tokens, bias.
         self._references: list[tuple[int, int, QueryBias]] = []
         # Keys at the end that image tokens alone see: number, and bias or None.
         self._image_keys: list[tuple[int, QueryBias | None]] = []
+        # Of `with_sparse`, for the calls of a negative.
+        self._sparse: list[ImageGroup] = []
 
     def to(self, device: torch.device | str) -> TokenGroups:
         """The same groups with biases on a device; their sizes are known on the CPU."""
@@ -121,7 +128,7 @@ class TokenGroups:
         groups = copy.copy(self)
         groups._text = moved(self._text)
         groups._regions = [(moved(image), moved(own)) for image, own in self._regions]
-        groups._owners = [owner.to(device) for owner in self._owners]
+        groups._image_groups = [(own.to(device), k.to(device)) for own, k in self._image_groups]
         groups._references = [
             (at, n, bias.to(torch.device(device))) for at, n, bias in self._references
         ]
@@ -153,13 +160,31 @@ class TokenGroups:
         ]
         return groups
 
+    def with_sparse(self, sparse: Sequence[ImageGroup]) -> TokenGroups:
+        """The same groups whose image tokens see a part of the image, see `sparse_attention`.
+
+        Of what they would see otherwise. sparse: on the device of the call.
+        """
+        groups = copy.copy(self)
+        if not self._image_groups:
+            groups._image_groups = groups._sparse = list(sparse)
+            return groups
+        found = [
+            (_common(rows, own), _common(keys, seen))
+            for rows, keys in sparse
+            for own, seen in self._image_groups
+        ]
+        groups._image_groups = [(rows, keys) for rows, keys in found if len(rows)]
+        groups._sparse = list(sparse)
+        return groups
+
     def without_regions(self) -> TokenGroups | None:
-        """The biases on references alone, None without any."""
-        if not self._references:
+        """The biases on references and sparse attention alone, None without any."""
+        if not self._references and not self._sparse:
             return None
         groups = TokenGroups(self.image)
         groups._references = self._references
-        return groups
+        return groups.with_sparse(self._sparse)
 
     def attend(
         self,
@@ -233,10 +258,12 @@ class TokenGroups:
 
         plain, biased = self._segments(text, key.shape[2])
         whole = None
-        if self._owners:
-            whole = _empty(query)
-            for rows in self._owners:
-                own = part(query[:, :, rows], text + rows)
+        if self._image_groups:
+            # With what all see alike, so that this needs no merge.
+            shared = [torch.arange(k.start, k.stop, device=query.device) for k in plain]
+            whole, plain = _empty(query), []
+            for rows, keys in self._image_groups:
+                own = part(query[:, :, rows], torch.cat((*shared, text + keys)))
                 whole.out.index_copy_(2, rows, own.out)
                 whole.lse.index_copy_(2, rows, own.lse)
         for keys in plain:
@@ -264,7 +291,7 @@ class TokenGroups:
             segments.append((first, first + count, bias))
             first += count
         segments.append((first, text, self._text))
-        if not self._owners:
+        if not self._image_groups:
             segments.append((text, end, None))
         first = end
         for at, count, bias in self._references:
@@ -307,18 +334,25 @@ class TokenGroups:
         dense = torch.zeros(1, 1, rows.stop - rows.start, length, device=device)
         for keys, bias in self._segments(text, length)[1]:
             dense[..., keys] = bias.values[rows, None]
-        if self._owners:
-            owner = torch.empty(self.image, dtype=torch.long, device=device)
-            for index, own in enumerate(self._owners):
-                owner[own] = index
-            apart = owner[rows, None] != owner
-            dense[..., text : text + self.image].masked_fill_(apart, -torch.inf)
+        if self._image_groups:
+            # The group of each query, and what is apart from each group.
+            group = torch.empty(self.image, dtype=torch.long, device=device)
+            count = len(self._image_groups)
+            apart = torch.ones(count, self.image, dtype=torch.bool, device=device)
+            for index, (own, keys) in enumerate(self._image_groups):
+                group[own] = index
+                apart[index, keys] = False
+            dense[..., text : text + self.image].masked_fill_(apart[group[rows]], -torch.inf)
         # Half of the largest number, as in `additive_mask`.
         return dense.clamp_(min=torch.finfo(torch.bfloat16).min / 2)
 
 
 def _of_keys(mask: Tensor | None, keys: slice | Tensor) -> Tensor | None:
     return None if mask is None else mask[..., keys]
+
+
+def _common(first: Tensor, second: Tensor) -> Tensor:
+    return first[torch.isin(first, second)]
 
 
 def _empty(query: Tensor) -> Partial:

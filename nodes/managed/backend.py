@@ -67,7 +67,7 @@ class ComfyBackend(Backend):
         extensions: of attention, None without any.
         padding: padding tokens at the front of each sequence.
         times: time embeddings of the run's schedule. graphs: CUDA graphs of the run's blocks.
-        has_live_loras: layers have hooks, which compiled blocks would pass over.
+        has_live_loras: layers of blocks have hooks, which compiled blocks would pass over.
         """
         self.options = transformer_options.copy()
         announce(self, self.options)

@@ -76,10 +76,12 @@ class PlanCondition(comfy.conds.CONDConstant):
 
 
 class FeaturesCondition(comfy.conds.CONDConstant):
-    """Features of a run, whose size is the number of the regions' text tokens."""
+    """Features of a run, whose size is the number of text tokens that they add to a call's."""
 
     def size(self):
-        return [0 if self.cond.regions is None else self.cond.regions.tokens]
+        regions, own = self.cond.regions, self.cond.tile_texts
+        tokens = 0 if regions is None else regions.tokens
+        return [tokens + (0 if own is None else own.tokens)]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from .layers import comfy_layers
 from .references import default_plan
 from .regions import fused_by
 from .run_cache import RunCache
+from .tile_prompts import rows_for
 
-# Keys of `TileSettings` and `RotaryScaling` in transformer_options.
-TILES, ROTARY = "krea2_tiles", "krea2_rotary_scaling"
+# Keys of `TileSettings`, `RotaryScaling` and `SparseAttention` in transformer_options.
+TILES, ROTARY, SPARSE = "krea2_tiles", "krea2_rotary_scaling", "krea2_sparse_attention"
 
 
 class Krea2DiffusionModel(contract.Transformer):
@@ -83,6 +84,7 @@ class Krea2DiffusionModel(contract.Transformer):
             with_controls(features, kwargs.get("control")),
             tiles=transformer_options.get(TILES),
             rotary=transformer_options.get(ROTARY),
+            sparse=transformer_options.get(SPARSE),
         )
         with live_loras_of_text(self, features.uses_on_all_text(sigma)):
             if not self.is_fused(context):
@@ -156,7 +158,11 @@ class Krea2DiffusionModel(contract.Transformer):
         columns of the image's tokens.
         """
         plan, tile, times = conditions.reference_plan, tiles[0] if tiles else None, len(tiles) or 1
-        step = conditions.features.at(sigma, image, latents.device, tile)
+        if conditions.features.tile_texts is not None:
+            own = self._tile_text(conditions.features, tile, sigma, latents, options)
+            text, mask = own.states, own.mask
+            conditions = replace(conditions, token_weights=own.weights, text_lengths=None)
+        step = conditions.features.at(sigma, image, latents.device, tiles)
         if times > 1:
             timesteps, text = timesteps.repeat(times), text.repeat(times, 1, 1)
             mask = None if mask is None else mask.repeat(times, 1)
@@ -186,7 +192,7 @@ class Krea2DiffusionModel(contract.Transformer):
             padding=padding,
             times=cache.times,
             graphs=cache.graphs,
-            has_live_loras=bool(step.loras),
+            has_live_loras=any(own.lora.changes_blocks for own in step.loras),
         )
         front = 0 if attention is None else attention.front
         reference_tokens = sum(token_count(reference.latents) for reference in references)
@@ -266,6 +272,19 @@ class Krea2DiffusionModel(contract.Transformer):
             return self.fuse_context(states.to(latents), mask, fusing)
 
         return fuse_regions(features, self, fused_by(fuse))
+
+    def _tile_text(self, features, tile, sigma, latents, options) -> TextStates:
+        """The text of a tile, with a row for each image; fused here where it is not yet."""
+        text = features.tile_texts.of(tile)(sigma)
+        if not self.is_fused(text.states):
+
+            def fuse(states, mask):
+                fusing = ComfyBackend(options, self.is_touched)
+                return self.fuse_context(states.to(latents), mask, fusing)
+
+            with live_loras_of_text(self, features.uses_on_all_text(sigma)):
+                text = fused_by(fuse)(text)
+        return rows_for(text, latents)
 
     def _fused_negative(self, negative, sigma, latents, options):
         """The negative of NAG with fused states; None in steps without it."""

@@ -29,6 +29,7 @@ from ...krea2_model.images.sizes import MULTIPLE
 from ...krea2_model.regions import fuse_regions
 from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.style_transfer import StyleRun
+from ...krea2_model.tiles import TileTexts
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
 from ...krea2_model.transformer.patches import PATCH, grid_size, token_count
@@ -46,7 +47,7 @@ from .conditions import (
 )
 from .control import changes_text, controls_of
 from .core_model import CoreModel, core_patcher_class, core_unet_config
-from .diffusion_model import TILES, Krea2DiffusionModel
+from .diffusion_model import SPARSE, TILES, Krea2DiffusionModel
 from .gguf import BYTES_A_VALUE, GGUFOperations, plain, wrap
 from .graphs import CUDA_GRAPH, BlockGraphs
 from .low_rank import branch_bytes
@@ -57,6 +58,7 @@ from .regions import REGIONS, fused_by
 from .run_cache import RunCache, ScheduleTimes, run_cache
 from .styles import may_share_inversions, styles_of
 from .svdquant import add_branches, file_name, take_branches
+from .tile_prompts import TILE_TEXTS
 
 
 class Krea2Model(comfy.model_base.Krea2):
@@ -96,7 +98,11 @@ class Krea2Model(comfy.model_base.Krea2):
             token_weights=None if context is None else weights_of(kwargs, context),
             negative=None if context is None else self._negative(kwargs),
             reference_plan=plan,
-            features=replace(self._features(kwargs, may_fuse), style=self._style(kwargs, cache)),
+            features=replace(
+                self._features(kwargs, may_fuse),
+                style=self._style(kwargs, cache),
+                tile_texts=self._tile_texts(kwargs, may_fuse),
+            ),
         )
         # Text that does not fit is refused where it is used: a negative at guidance 0 never is.
         if may_fuse and context is not None and self.diffusion_model.takes(context):
@@ -144,6 +150,17 @@ class Krea2Model(comfy.model_base.Krea2):
             return self._fuse_now(states, mask, conditioning["device"])
 
         return fuse_regions(features, self.diffusion_model, fused_by(fuse))
+
+    def _tile_texts(self, conditioning, may_fuse: bool) -> TileTexts | None:
+        """The texts of tiles of a conditioning, fused where this is possible now."""
+        tiles = conditioning.get(TILE_TEXTS)
+        if tiles is None:
+            return None
+
+        def fuse(states, mask):
+            return self._fuse_now(states, mask, conditioning["device"])
+
+        return tiles.run_texts(fused_by(fuse) if may_fuse else lambda text: text)
 
     def _style(self, conditioning, cache: RunCache | None) -> StyleRun | None:
         """The style pictures of a run, for any conditioning but a negative.
@@ -242,7 +259,8 @@ class Krea2Model(comfy.model_base.Krea2):
         """
         patcher = self.current_patcher
         options = patcher.model_options.get("transformer_options", {})
-        if any(options.get(k) for k in ("patches", "patches_replace", OVERRIDE, CUDA_GRAPH)):
+        others = "patches", "patches_replace", OVERRIDE, CUDA_GRAPH, SPARSE
+        if any(options.get(key) for key in others):
             return False
         return self._streams() or len(noise) * token_count(noise) <= SMALL_IMAGE
 

@@ -161,18 +161,20 @@ def test_upscale_refuses(run, nano, options, words):
 
 
 def test_widgets_are_checked_before_a_run(pack):
-    large = pack("nodes.large")
+    large, upscale = pack("nodes.large"), pack("nodes.upscale")
     assert "multiple of 16" in large.K2TiledSampling.validate_inputs(tile=100)
     assert "0 to 0.5" in large.K2TiledSampling.validate_inputs(overlap=0.6)
     assert "above 0 to 4" in large.K2RotaryScaling.validate_inputs(strength=0.0)
-    assert "above 1" in large.K2Upscale.validate_inputs(scale=0.5)
-    assert large.K2Upscale.validate_inputs(scale=2.0, tile=None) is True
+    assert "2 to 64" in large.K2SparseAttention.validate_inputs(block=1)
+    assert "above 1" in upscale.K2Upscale.validate_inputs(scale=0.5)
+    assert upscale.K2Upscale.validate_inputs(scale=2.0, tile=None) is True
 
 
 def test_core_s_own_model_is_refused_by_name(run, models):
     core = run("K2ModelLoader", file="krea2_tiny_turbo.safetensors",
                implementation="ComfyUI's own")[0]  # fmt: skip
-    for node, feature in (("K2TiledSampling", "tiles"), ("K2RotaryScaling", "scaled rotary")):
+    for node, feature in (("K2TiledSampling", "tiles"), ("K2RotaryScaling", "scaled rotary"),
+                          ("K2SparseAttention", "sparse attention")):  # fmt: skip
         with pytest.raises(ValueError, match=f"which has no {feature}"):
             run(node, model=core)
 
@@ -212,3 +214,18 @@ def test_parts_of_references_are_cut_in_the_graph_as_in_python(run, nano, pack):
     )  # fmt: skip
     (decoded,) = run("K2VAEDecode", samples={"samples": found}, vae=vae)[:1]
     assert_close(decoded, torch.from_numpy(expected), 1e-3, "picture")
+
+
+def test_sparse_attention_is_exact_at_its_sigma_and_below(run, nano):
+    """With guidance too, whose two texts of different length would share a call."""
+    (model, *_), texts = nano
+    latent = {"samples": torch.zeros(1, 16, 1, 16, 24)}
+    found = {}
+    for above in (0.0, 0.999, 1.0):
+        sparse = run("K2SparseAttention", model=model, above=above, block=2, stride=4)[0]
+        options = {**texts, "latent": latent, **SAMPLER, "guidance": 2.0}
+        found[above] = run("K2Sampler", model=sparse, **options)[0]["samples"]
+    plain = run("K2Sampler", model=model, **options)[0]["samples"]
+    assert_close(found[1.0], plain, 1e-4, "off")
+    for above, other in ((0.0, plain), (0.999, plain), (0.0, found[0.999])):
+        assert (found[above] - other).abs().mean() > 1e-3 * plain.abs().mean()

@@ -228,6 +228,16 @@ def rotary_scaling(graph, krea2_model):
     return {"rotary": krea2_model.RotaryScaling(64), "width": 128, "height": 64}
 
 
+def sparse_attention(graph, krea2_model):
+    """With guidance and a region, in a run whose last steps are exact."""
+    settings = {"block": 2, "reach": 1, "stride": 4}
+    (graph.model,) = graph.run("K2SparseAttention", model=graph.model, above=0.7, **settings)[:1]
+    (graph.latent,) = graph.run("K2EmptyLatent", aspect="custom", width=128, height=96)[:1]
+    others = regions(graph, krea2_model)
+    sparse = krea2_model.SparseAttention(0.7, **settings)
+    return {"sparse": sparse, "width": 128, "height": 96, **others}
+
+
 TWO = [
     {"prompt": "a red circle", "box": [0, 0, 0.5, 1], "soft": 0.1},
     {"prompt": "a (blue:1.2) star", "box": [0.5, 0, 0.5, 1], "strength": 1.5, "end": 0.7},
@@ -307,6 +317,7 @@ FEATURES = {
               edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
               control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
+              sparse_attention,
               regions, regions_with_other_features, style, style_with_other_features,
               style_with_regions,
               style_of_tiles_while_inpainting],

@@ -85,12 +85,13 @@ INPUTS = {
     "K2Upscale": [
         *("model", "positive", "negative", "vae", "image", "latent", "upscale_model", "scale"),
         *("sigma", "seed", "method", "parts", "steps", "guidance", "tile", "overlap"),
-        "batch",
+        *("batch", "clip", "tile_prompt", "prompt"),
     ],
     "K2TiledSampling": [
         *("model", "tile", "overlap", "move", "true_places", "batch", "cut_references"),
     ],
     "K2RotaryScaling": ["model", "method", "dynamic", "strength", "size"],
+    "K2SparseAttention": ["model", "above", "block", "reach", "stride"],
     "K2PromptBatch": ["clip", "prompts", "negative", "images_per_prompt", "wildcard_seed"],
     "K2ContactSheet": ["images", "captions", "columns", "cell", "text_size"],
     "K2SelfCheck": ["model", "clip"],
@@ -138,6 +139,7 @@ OUTPUTS = {
     "K2Upscale": ["LATENT"],
     "K2TiledSampling": ["MODEL"],
     "K2RotaryScaling": ["MODEL"],
+    "K2SparseAttention": ["MODEL"],
     "K2PromptBatch": ["CONDITIONING", "CONDITIONING", "INT", "STRING"],
     "K2ContactSheet": ["IMAGE"],
     "K2SelfCheck": ["STRING"],

@@ -88,7 +88,11 @@ def use_every_node(base: Path) -> set[str]:
         styled = run("K2StyleTransfer", model=model, vae=vae, image=images)[0]
         tiled = run("K2TiledSampling", model=styled, tile=64)[0]
         scaled = run("K2RotaryScaling", model=tiled)[0]
-        run("K2Upscale", model=scaled, positive=positive, vae=vae, latent=latent, scale=1.5)
+        scaled = run("K2SparseAttention", model=scaled, block=2)[0]
+        run(
+            "K2Upscale", model=scaled, positive=positive, vae=vae, latent=latent, scale=1.5,
+            clip=clip, tile_prompt="with the tile's picture", prompt="a red star",
+        )  # fmt: skip
         area = torch.zeros(1, 64, 64)
         area[:, 16:48, 16:48] = 1
         picture = torch.rand(1, 64, 64, 3)

@@ -82,13 +82,15 @@ def velocity(model, run=None, references=(), latents=LATENTS):
 
 
 def widened(reference, tensors, strength):
-    """diffusers' model with the control columns in its first layer, and the LoRA in its weights."""
+    """diffusers' model with the first layer that was trained, and the LoRA in its weights."""
     config = dataclasses.replace(TINY, in_channels=2 * CHANNEL_COUNT)
     arguments = diffusers_arguments(config)
     model = type(reference)(**arguments).eval().requires_grad_(False)
     state = {name: weight.clone() for name, weight in reference.state_dict().items()}
-    control = strength * tensors["first.weight"][:, CHANNEL_COUNT:]
-    state["img_in.weight"] = torch.cat((state["img_in.weight"], control), dim=1)
+    image, control = tensors["first.weight"].split(CHANNEL_COUNT, dim=1)
+    image = torch.lerp(state["img_in.weight"], image, strength)
+    state["img_in.weight"] = torch.cat((image, strength * control), dim=1)
+    state["img_in.bias"] = torch.lerp(state["img_in.bias"], tensors["first.bias"], strength)
     # The output layer is as wide as the image alone.
     if model.final_layer.linear.out_features != CHANNEL_COUNT:
         model.final_layer.linear = nn.Linear(WIDTH, CHANNEL_COUNT).requires_grad_(False)
@@ -140,7 +142,9 @@ def test_reference_tokens_are_left_alone_and_a_mask_gives_the_rest_its_shares(
 
     plain = embedded(RunFeatures())
     added = embedded(features(lora, 0.8, lambda rows, columns: half)) - plain
-    expected = 0.8 * half[:, None] * (patchify(CONTROL, 2) @ lora.projection.T)
+    trained = patchify(LATENTS, 2) @ tensors["first.weight"][:, :CHANNEL_COUNT].T
+    trained = trained + tensors["first.bias"] - plain[:, :tokens]
+    expected = 0.8 * half[:, None] * (patchify(CONTROL, 2) @ lora.projection.T + trained)
     assert_close(added[:, :tokens], expected, 1e-5, "image")
     assert not added[:, tokens:].any()
 
@@ -176,6 +180,7 @@ def test_spellings_of_the_input_layer(tensors, shapes, spelling):
         n.replace(".A", ".lora_A.weight").replace(".B", ".lora_B.weight"): t
         for n, t in renamed.items()
     } | {spelling: tensors["first.weight"]}
+    renamed[spelling.replace("weight", "bias")] = tensors["first.bias"]
     lora = control_lora(renamed, shapes)
     expected = control_lora(tensors, shapes)
     assert torch.equal(lora.projection, expected.projection)
@@ -197,6 +202,26 @@ def test_a_lora_of_the_input_layer_is_both_halves(model, shapes):
     (update,) = lora.updates["first.weight"]
     assert_close(update.difference(), whole[:, :CHANNEL_COUNT], 1e-5, "image half")
     assert not torch.equal(velocity(model, features(lora)), velocity(model))
+
+
+@pytest.mark.parametrize(("part", "factor"), [("diff_b", 1.0), ("lora_B.bias", 2.0)])
+def test_a_bias_beside_the_change_of_the_input_layer(model, shapes, part, factor):
+    """A full difference has its own; that of a LoRA's second matrix is scaled as the LoRA is."""
+    bias = random(WIDTH, seed=4)
+    whole = random(WIDTH, 2 * CHANNEL_COUNT, seed=1) / 8
+    tensors = {"first.diff": whole, f"first.{part}": bias}
+    if part != "diff_b":
+        tensors = {
+            "first.lora_A.weight": random(RANK, 2 * CHANNEL_COUNT, seed=1),
+            "first.lora_B.weight": torch.zeros(WIDTH, RANK),
+            "first.alpha": torch.tensor(2.0 * RANK),
+            f"first.{part}": bias,
+        }
+    lora = control_lora(tensors, shapes)
+    change = lora.live.change(model, "first", 0.5, torch.zeros(1, 3, CHANNEL_COUNT))
+    assert_close(change, (0.5 * factor * bias).expand(1, 3, -1), 1e-6, "bias")
+    if part == "diff_b":
+        assert torch.equal(lora.projection, whole[:, CHANNEL_COUNT:])
 
 
 def test_forms_are_told_by_tensors_and_name(tensors, tmp_path):
@@ -236,6 +261,13 @@ def test_refused_files(tensors, shapes, tmp_path):
     assert "another model" in error(deeper) and "3 blocks" in error(deeper)
     broken = tensors | {"first.weight": torch.full((WIDTH, 2 * CHANNEL_COUNT), torch.nan)}
     assert "NaN" in error(broken)
+    for nowhere in ("first.weight", "first.bias"):
+        odd = tensors | {
+            nowhere: tensors[nowhere].clone().index_fill_(0, torch.tensor(3), torch.inf)
+        }
+        assert "infinity" in error(odd)
+    odd = tensors | {"first.bias": torch.zeros(WIDTH // 2)}
+    assert "another model: the bias" in error(odd)
     half = {"first.lora_A.weight": torch.zeros(2, 2 * CHANNEL_COUNT)}
     assert "half a LoRA" in error(half)
     # And as a plain LoRA a control LoRA is refused, by the right node.

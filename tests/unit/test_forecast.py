@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from krea2_model import (
@@ -9,6 +10,7 @@ from krea2_model import (
     Krea2Pipeline,
     Krea2Transformer,
     Region,
+    StyleTransfer,
     TileSettings,
     TransformerConfig,
     Upscale,
@@ -16,8 +18,12 @@ from krea2_model import (
 from krea2_model.memory.forecast import call_operations
 from krea2_model.memory.machine import GB
 from krea2_model.memory.plan import TRANSFORMER, VAE
+from krea2_model.nn import partial_attention
+from krea2_model.text.prompt_tokens import tokenize_prompt
 from krea2_model.tiles import tiles_at
+from krea2_model.transformer import backend
 from live_bytes import LiveBytes
+from samples import picture
 
 META = torch.device("meta")
 
@@ -69,6 +75,8 @@ def test_calls_follow_steps_guidance_and_tiles(turbo):
     assert (tiled.tiles, tiled.calls) == (9, 72)
     assert tiled.activations[TRANSFORMER] == plain.activations[TRANSFORMER]
     assert tiled.activations[VAE] == pytest.approx(4 * plain.activations[VAE])
+    batch = turbo.forecast(256, 256, tiles=TileSettings(128, batch=2))
+    assert batch.activations[TRANSFORMER] > 1.5 * plain.activations[TRANSFORMER]
     both = turbo.forecast(references=[(128, 64)])
     assert both.references == 32 and both.operations > plain.operations
     text = str(turbo.forecast(num_images=2, references=[(128, 64)]))
@@ -110,6 +118,48 @@ def test_texts_of_regions_and_control_references_are_counted(turbo):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": 2.0, "end": 0.6},
+        {"weights": [1, 0], "first_block": 0.4, "start": 0.3},
+        {"tiles": TileSettings(64)},
+        {"upscale": Upscale(1.5, 0.5, tile=128), "denoise": 0.7},
+    ],
+)
+def test_style_pictures_are_counted(turbo, options, monkeypatch):
+    """Calls and operations of a whole run, with its inversion, to the last one."""
+    monkeypatch.setattr(backend, "attend_partially", partial_attention._attend_in_chunks)
+    names = ("end", "weights", "first_block", "start")
+    own = {name: options[name] for name in names if name in options}
+    run = {name: value for name, value in options.items() if name not in names}
+    run |= {"width": 96, "height": 64, "steps": 3, "num_images": 2}
+    run["style"] = StyleTransfer([picture(64, 64), picture(48, 80)], **own)
+    calls = []
+    hook = turbo.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    start = {"start_image": picture(64, 96)} if "denoise" in run else {}
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            turbo("a red star", "a red star", **run, **start)
+    finally:
+        hook.remove()
+    expected = sum(counter.get_flop_counts()["Krea2Transformer"].values())
+    prompt = tokenize_prompt(turbo.text_encoder.get_tokenizer(), "a red star")
+    found = turbo.forecast(**run, text_tokens=len(prompt.weight_row))
+    stages = [found] if found.second is None else [found, found.second]
+    assert sum(stage.calls for stage in stages) == len(calls)
+    assert sum(stage.operations for stage in stages) == pytest.approx(expected, rel=1e-4)
+    plain = turbo.forecast(**{**run, "style": None}, text_tokens=len(prompt.weight_row))
+    assert found.operations > 1.2 * plain.operations
+    assert "of them of style pictures" in str(found) and "of style pictures" not in str(plain)
+    assert found.activations[TRANSFORMER] > plain.activations[TRANSFORMER]
+
+
+def test_the_second_stage_may_be_the_only_one(turbo):
+    both = turbo.forecast(upscale=2)
+    assert turbo.forecast(upscale=2, denoise=0) == both.second
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         ({"width": 0}, "width is 0"),
@@ -119,6 +169,8 @@ def test_texts_of_regions_and_control_references_are_counted(turbo):
         ({"text_tokens": 0}, "text_tokens is 0"),
         ({"tiles": 64}, "tiles is 64"),
         ({"upscale": 1}, "scale is 1"),
+        ({"style": "a.png"}, "style is"),
+        ({"denoise": 0}, "denoise is 0"),
     ],
 )
 def test_bad_arguments_are_named(turbo, options, message):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_model import Krea2Pipeline, load_transformer, nano
+from krea2_model import Control, Krea2Pipeline, Region, load_transformer, nano
 from krea2_model.arguments import References
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.memory import block_stream, device_weights
@@ -21,6 +21,7 @@ from krea2_model.memory.activations import activations
 from krea2_model.memory.block_stream import PLACES, BlockStream, pack_bytes
 from krea2_model.tools.convert import convert
 from parity import assert_close
+from samples import random, saved
 
 SIZE = {"height": 64, "width": 64}
 PROMPT = "a red circle on a blue background"
@@ -100,11 +101,19 @@ RUNS = {
     "guided": {"guidance": 2.0, "negative_prompt": "a blue square", "num_images": 2},
     "seen": {"images": [picture(4)], "references": References([picture(2)], cache=True)},
     "image": {"start_image": picture(1), "denoise": 0.6, "references": [picture(2)]},
+    "regions": {
+        "regions": [
+            Region("a blue star", (0, 0, 0.5, 1), loras=[(nano.LORA, 0.8)]),
+            Region(box=(0.5, 0, 0.5, 1), loras=[(nano.REFERENCE_LORA, 1.0)]),
+        ]
+    },
+    "controlled": {"control": Control(nano.CONTROL_LORA, picture(5), 0.7)},
 }
 
 
 @pytest.mark.parametrize(
-    "mode, run", [("parts", "guided"), ("blocks", "seen"), ("blocks", "image")]
+    "mode, run",
+    [("parts", "guided"), *(("blocks", run) for run in ("seen", "image", "regions", "controlled"))],
 )
 def test_pictures_are_the_same_to_the_bit(plain, offloaded, device, mode, run):
     options = {"steps": 1, "output_type": "pt", **SIZE, **RUNS[run]}
@@ -113,6 +122,24 @@ def test_pictures_are_the_same_to_the_bit(plain, offloaded, device, mode, run):
     with nothing_left(pipeline, device), torch.inference_mode(run == "image"):
         for _ in range(1 + (run == "image")):
             assert torch.equal(pipeline(PROMPT, **options), expected)
+
+
+def test_a_lora_in_a_region_that_reads_weights_finds_them_by_blocks(
+    plain, offloaded, device, tmp_path
+):
+    """DoRA needs the norms of a weight, which is on the device only while its block calculates."""
+    layer = "blocks.3.mlp.up"
+    rows, columns = plain.transformer.get_submodule(layer).weight.shape
+    parts = {"lora_A.weight": (4, columns), "lora_B.weight": (rows, 4), "dora_scale": (rows, 1)}
+    tensors = {f"{layer}.{name}": random(*shape) for name, shape in parts.items()}
+    file = saved(tmp_path / "dora.safetensors", tensors)
+    options = {"steps": 1, "output_type": "pt", **SIZE}
+    options["regions"] = [Region("a blue star", (0, 0, 0.5, 1), loras=[(file, 0.6)])]
+    expected, pipeline = plain(PROMPT, **options), offloaded("blocks")
+    with nothing_left(pipeline, device):
+        assert torch.equal(pipeline(PROMPT, **options), expected)
+    other = options | {"regions": [Region("a blue star", (0, 0, 0.5, 1))]}
+    assert not torch.equal(plain(PROMPT, **other), expected)
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,11 @@ def calls(turbo):
 SIZE = {"width": 128, "height": 96, "steps": 2, "output_type": "latent"}
 PAIR = ["a red circle", "a large blue star at the top"]  # of different lengths: with a mask
 
+LINES, OTHER = (
+    Control("krea2_nano_control_lora.safetensors", picture(96, 128, seed), strength)
+    for seed, strength in ((1, 1.0), (2, -0.4))
+)
+
 
 @pytest.mark.parametrize(
     "options",
@@ -135,6 +140,8 @@ PAIR = ["a red circle", "a large blue star at the top"]  # of different lengths:
         {"prompt": "a red circle", "references": [picture(64, 48)]},
         {"prompt": "a red circle", "negative_guidance": NegativeGuidance()},
         {"prompt": "a (red:1.4) circle", "prompt_weights": True},
+        {"prompt": PAIR, "guidance": 2.0, "seed": [1, 2], "control": [LINES, OTHER]},
+        {"prompt": "a red circle", "references": [picture(64, 48)], "control": LINES},
     ],
 )
 def test_a_batch_of_tiles_is_the_picture_of_single_ones(turbo, calls, options):
@@ -151,7 +158,9 @@ def test_a_batch_of_tiles_is_the_picture_of_single_ones(turbo, calls, options):
 
 def test_tiles_that_differ_are_called_one_by_one(turbo, calls):
     left = Region("a blue star", (0, 0, 0.5, 1))
-    lines = Control("krea2_nano_control_lora.safetensors", picture(96, 128))
+    mask = torch.ones(96, 128)
+    mask[:, :40] = 0
+    lines = Control("krea2_nano_control_lora.safetensors", picture(96, 128), mask=mask)
     run = {**SIZE, "steps": 1, "prompt": "a red circle"}
     for options in ({"regions": [left]}, {"control": lines}):
         calls.clear()

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from krea2_model import Krea2Pipeline, SparseAttention, TilePrompts, Upscale
 from krea2_model.cli.main import main
 
 
@@ -29,11 +30,38 @@ def test_pictures_are_made_larger_and_made_again(krea2, tmp_path):
         assert pictures[0].tobytes() == pictures[1].tobytes()
 
 
+def test_tiles_are_seen_by_the_text_encoder(krea2, tmp_path):
+    common = ("--model", "nano", "--upscale", "2", "--steps", "1")
+    krea2("a green star", *common, "--upscale-see-tiles", "--output", "a.png")
+    krea2("a green star", *common, "--output", "b.png")
+    krea2("again", "a.png", "--output", "c.png")
+    a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
+    (expected,) = Krea2Pipeline.nano()(
+        "a green star", steps=1, upscale=Upscale(2, prompts=TilePrompts())
+    )
+    assert a == c == expected.tobytes() and a != b
+
+
+def test_sparse_attention_above_a_sigma(krea2, tmp_path):
+    """Only from 1,024 px on tokens see less than all with its defaults."""
+    size = ("--width", "1040", "--height", "64", "--steps", "1")
+    run = ("a green star", "--model", "nano", *size)
+    krea2(*run, "--sparse-above", "0", "--output", "a.png")
+    krea2(*run, "--sparse-above", "1", "--output", "b.png")
+    krea2("again", "a.png", "--output", "c.png")
+    a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
+    (expected,) = Krea2Pipeline.nano()(
+        "a green star", steps=1, width=1040, height=64, sparse=SparseAttention(0.0)
+    )
+    assert a == c == expected.tobytes() and a != b
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--denoise", "0"), "--denoise 0 changes nothing"),
         (("--upscale", "1"), "--upscale"),
+        (("--sparse-above", "2"), "--sparse-above is 2"),
         (("--upscale", "2", "--start-image", "a.png", "--mask", "a.png"), "do not go together"),
     ],
 )
