@@ -9,6 +9,7 @@ from .detailer import K2Detailer
 from .diagnostics import K2Inspect, K2SelfCheck
 from .edits import K2Edit
 from .expander import K2PromptExpander
+from .grid import K2Grid
 from .guidance import K2NegativeGuidance
 from .images import K2FitImage, K2Outpaint
 from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
@@ -70,6 +71,7 @@ NODES = [
     K2Stitch,
     K2Detailer,
     K2ContactSheet,
+    K2Grid,
     K2TrainLora,
     K2Compile,
     K2Approximate,

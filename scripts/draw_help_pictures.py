@@ -97,6 +97,11 @@ NODES = {
     ),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
     "K2FitImage": Shot({}, _IMAGE, runs=True),
+    "K2Grid": Shot(
+        {"prompt": "a red circle left of a blue square", "x_values": "1-4",
+         "y_axis": "prompt part", "y_values": "circle\nstar\nring"},
+        _MODEL | _CLIP | _VAE | _LATENT, runs=True, width=460,
+    ),
     "K2GuidanceSchedule": Shot({"end": 0.6}),
     "K2Inpaint": Shot({}, _VAE | _IMAGE | _MASK, runs=True),
     "K2Inspect": Shot({"file": f"diffusion_models/{INSPECTED.name}"}, runs=True, width=420),
@@ -408,7 +413,7 @@ def main(names: list[str]) -> None:
 
 def draw(server: ComfyServer, playwright: Playwright, names: list[str]) -> None:
     # High enough for every node at its own size.
-    page = new_context(launch_chromium(playwright), 1280, 1000).new_page()
+    page = new_context(launch_chromium(playwright), 1280, 1600).new_page()
     page.set_default_timeout(120_000)
     open_page(page, server)
     page.evaluate(NO_BADGES)

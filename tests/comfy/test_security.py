@@ -29,6 +29,7 @@ FILE_INPUTS = {
     ("K2TextEncoderLoader", "file"): "text_encoders",
     ("K2VAELoader", "file"): "vae",
     ("K2LoraLoader", "lora"): "loras",
+    ("K2Grid", "lora"): "loras",
     ("K2StyleLora", "style"): "loras",
     ("K2ControlLora", "control"): "loras",
     ("K2Inspect", "file"): "diffusion_models",
@@ -84,9 +85,16 @@ def use(run, pack, models):
             "K2StyleLora": {"model": None, "prompt": ""},
             "K2ControlLora": {"form": "reference tokens (time 0)"},
             "K2Loader": {"model": TINY["diffusion_models"]},
+            "K2Grid": dict.fromkeys(("model", "clip", "vae", "latent", "prompt")),
         }
         if (node, name) == ("K2LoraLoader", "lora") and verdict is True:
             inputs["K2LoraLoader"]["model"] = run("K2ModelLoader", file=TINY["diffusion_models"])[0]
+        if node == "K2Grid" and verdict is True:
+            loaded = run("K2Loader", **{**inputs["K2Loader"], "text_encoder": "auto"})
+            latent = run("K2EmptyLatent", aspect="custom", width=64, height=64)[0]
+            parts = dict(zip(("model", "clip", "vae"), loaded, strict=True))
+            options = {"prompt": "a star", "x_axis": "steps", "x_values": "1"}
+            inputs["K2Grid"] = {**parts, "latent": latent, **options}
         return verdict, lambda: run(node, **{**inputs.get(node, {}), name: value})
 
     return call
@@ -254,11 +262,12 @@ def test_every_node_without_network_code_or_writing(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    # torch.compile's own, for Compile Krea 2, and what Krea 2 Train LoRA is there to write.
+    # torch.compile's own, for Compile Krea 2, and what two nodes are there to write.
     output = str(tmp_path / "output")
-    trained = [event for event in found["written"] if output in event]
-    allowed = [f"{output}/{name}" for name in ("loras", "krea2_training", "krea2_training_cache")]
-    assert trained and all(any(each in event for each in allowed) for event in trained), trained
+    kept = [event for event in found["written"] if output in event]
+    names = ("loras", "krea2_training", "krea2_training_cache", "krea2_grid")
+    allowed = [f"{output}/{name}" for name in names]
+    assert kept and all(any(each in event for each in allowed) for event in kept), kept
     # And its curve, which ComfyUI shows from its temporary folder.
     ours = (cache, output, str(tmp_path / "temp"))
     found["written"] = [e for e in found["written"] if not any(path in e for path in ours)]

@@ -111,6 +111,10 @@ def use_every_node(base: Path) -> set[str]:
         )  # fmt: skip
         run("K2ContactSheet", images=[images], captions=[captions])
         run(
+            "K2Grid", model=model, clip=clip, vae=vae, latent=latent, prompt="a red star",
+            x_axis="lora", x_values=f"none\n{lora}", preset="custom", steps=1, guidance=0.0,
+        )  # fmt: skip
+        run(
             "K2TrainLora", model=[raw], clip=[clip], vae=[vae], images=[images],
             captions=[captions], name=["audited"], steps=[1], resolution=[64], resume=[False],
         )  # fmt: skip
