@@ -18,6 +18,7 @@ from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .layer_weights import K2TapWeights
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
+from .picture_settings import K2PictureSettings
 from .prompt_images import K2TextEncodeImages
 from .prompts import K2TextEncode
 from .references import K2Reference
@@ -72,6 +73,7 @@ NODES = [
     K2Detailer,
     K2ContactSheet,
     K2Grid,
+    K2PictureSettings,
     K2TrainLora,
     K2Compile,
     K2Approximate,

@@ -99,6 +99,7 @@ INPUTS = {
         *("guidance", "denoise", "sampler", "shift", "mu", "x_axis", "x_values", "y_axis"),
         *("y_values", "z_axis", "z_values", "lora", "filename_prefix", "max_cells"),
     ],
+    "K2PictureSettings": ["image"],
     "K2SelfCheck": ["model", "clip"],
     "K2TrainLora": [
         *("model", "clip", "vae", "folder", "name", "method", "rank", "steps", "batch"),
@@ -148,6 +149,10 @@ OUTPUTS = {
     "K2PromptBatch": ["CONDITIONING", "CONDITIONING", "INT", "STRING"],
     "K2ContactSheet": ["IMAGE"],
     "K2Grid": ["IMAGE", "IMAGE", "STRING"],
+    "K2PictureSettings": [
+        *("STRING", "STRING", "INT", "INT", "FLOAT", "*", "FLOAT", "INT", "INT", "*", "*"),
+        *("STRING", "STRING"),
+    ],
     "K2SelfCheck": ["STRING"],
     "K2TrainLora": ["LORA_MODEL", "LOSS_MAP", "IMAGE", "STRING"],
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from headless import ROOT
@@ -37,6 +38,8 @@ FILE_INPUTS = {
 IDS = [".".join(key) for key in FILE_INPUTS]
 # A folder of pictures, below the input folder; test_training.py has its names.
 FOLDER_INPUTS = {("K2TrainLora", "folder")}
+# A picture there.
+PICTURE_INPUTS = {("K2PictureSettings", "image")}
 # Krea 2 Style LoRA knows its nine names alone.
 ANY_NAME = [key for key in FILE_INPUTS if key != ("K2StyleLora", "style")]
 
@@ -105,9 +108,10 @@ def test_the_list_of_file_inputs_is_complete(pack, models, outside):
     for node in pack("nodes").NODES:
         for each in node.GET_SCHEMA().inputs:
             options = [str(option) for option in getattr(each, "options", None) or ()]
-            if any("safetensors" in option or "built in" in option for option in options):
+            is_upload = getattr(each, "upload", None) is not None
+            if is_upload or any("safetensors" in o or "built in" in o for o in options):
                 found.add((node.GET_SCHEMA().node_id, each.id))
-    assert found == set(FILE_INPUTS) | FOLDER_INPUTS
+    assert found == set(FILE_INPUTS) | FOLDER_INPUTS | PICTURE_INPUTS
 
 
 @pytest.mark.parametrize("key", FILE_INPUTS, ids=IDS)
@@ -134,6 +138,32 @@ def test_names_that_lead_out_of_the_folder(use, outside, models, key):
     finally:
         watching.clear()
     assert not [file for file in opened if file.startswith(str(outside))]
+
+
+@pytest.mark.parametrize("key", PICTURE_INPUTS, ids=map(".".join, PICTURE_INPUTS))
+def test_names_that_lead_out_of_the_input_folder(use, outside, models, key):
+    """Also those of ComfyUI's other folders, which its page puts behind a name."""
+    folder, target = models.parent / "input", outside / "picture.png"
+    Image.new("RGB", (8, 8)).save(target)
+    shutil.copyfile(target, models.parent / "output" / target.name)
+    up = os.path.relpath(target, folder)
+    names = [
+        str(target), up, up.replace("/", "\\"), f"./{up}", f"x/../{up}", f"//{target}",
+        f"file://{target}", "~/picture.png", f"{target}\0", "", ".", "..", "/",
+        "../output/picture.png",
+        "picture.png [output]", f"{up} [input]", "C:\\picture.png", "\\\\host\\share\\picture.png",
+    ]  # fmt: skip
+    opened.clear()
+    watching.append(True)
+    try:
+        for name in [*names, 5, True, ["a"], {"a": 1}]:
+            verdict, execute = use(*key, name)
+            assert verdict is not True, name
+            with pytest.raises(ValueError, match="There is no|expected"):
+                execute()
+    finally:
+        watching.clear()
+    assert not [file for file in opened if file.endswith(".png")]
 
 
 @pytest.mark.parametrize("key", FILE_INPUTS, ids=IDS)
