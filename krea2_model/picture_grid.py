@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from .checks import check_type
-from .images.grid_sheet import Place, cell_side, check_counts, grid_sheet
+from .grid_axes import paint_order
+from .images.grid_sheet import Place, check_counts, grid_sheet, small_copy
 from .pipeline import Krea2Pipeline
 
 LORAS = "loras"
@@ -75,8 +75,7 @@ class PictureGrid:
         """
         names = list(self._axes)
         slow = [name for name in (LORAS, "prompt", "negative_prompt") if name in self._axes]
-        places: list[Place] = list(itertools.product(*map(range, self._counts)))  # type: ignore
-        places.sort(key=lambda at: ([at[names.index(name)] for name in slow], at[::-1]))
+        places = paint_order(self._counts, [names.index(name) for name in slow])
         with self._pipeline.keep_texts(), self._unloaded():
             loaded: Any = []
             for place in places:
@@ -110,10 +109,8 @@ class PictureGrid:
 
         Raises ValueError where there is none.
         """
-        side, small = cell_side(*self._counts), {}
-        for place, image in self.images.items():
-            small[place] = image.copy()
-            small[place].thumbnail((side, side), Image.Resampling.LANCZOS)
+        images = self.images.items()
+        small = {place: small_copy(image, *self._counts) for place, image in images}
         return grid_sheet(small, *(_labels(name, values) for name, values in self._axes.items()))
 
 

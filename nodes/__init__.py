@@ -9,6 +9,7 @@ from .detailer import K2Detailer
 from .diagnostics import K2Inspect, K2SelfCheck
 from .edits import K2Edit
 from .expander import K2PromptExpander
+from .grid import K2Grid
 from .guidance import K2NegativeGuidance
 from .images import K2FitImage, K2Outpaint
 from .inpaint import K2Composite, K2CropForInpaint, K2Inpaint, K2Stitch
@@ -17,6 +18,7 @@ from .latents import K2EmptyLatent, K2VAEDecode, K2VAEEncode
 from .layer_weights import K2TapWeights
 from .loaders import K2Loader, K2ModelLoader, K2TextEncoderLoader, K2VAELoader
 from .loras import K2LoraLoader
+from .picture_settings import K2PictureSettings
 from .prompt_images import K2TextEncodeImages
 from .prompts import K2TextEncode
 from .references import K2Reference
@@ -70,6 +72,8 @@ NODES = [
     K2Stitch,
     K2Detailer,
     K2ContactSheet,
+    K2Grid,
+    K2PictureSettings,
     K2TrainLora,
     K2Compile,
     K2Approximate,

@@ -9,6 +9,7 @@ from ..krea2_model.transformer.patches import token_count
 from . import inputs
 from .inputs import AUTO, CUSTOM, TURBO_MU, check_limits, verdict
 from .managed.core_model import unknown_to
+from .prepared_run import prepare
 from .reports import (
     sampling_report,
     shift_report,
@@ -25,18 +26,13 @@ from .sampler_run import (
     check_negative,
     has_other_negative,
     latent_report,
-    noise_for,
     preset_of,
-    sample,
-    sample_each,
     schedule,
     shift_exponent,
     shifted,
     start_of,
-    warn_of_size,
     with_samples,
 )
-from .single_images import SIDE_BY_SIDE
 
 
 class K2Sampler(io.ComfyNode):
@@ -112,29 +108,14 @@ class K2Sampler(io.ComfyNode):
         check_mask(latent)
         settings = preset_of(model, preset, steps, guidance)
         check_negative(settings, preset, negative)
-        start = start_of(model, latent)
-        exponent = shift_exponent(settings, shift, mu, token_count(start))
-        sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
-        far = warn_of_size(model, start, float(sigmas[0]))
-        noise = noise_for(start, seed, latent, seeds)
-        one_by_one = seeds == ONE_EACH and sampler not in SIDE_BY_SIDE
-        samples = (sample_each if one_by_one else sample)(
-            model,
-            positive,
-            negative,
-            start,
-            noise,
-            sigmas,
-            settings.guidance,
-            exponent,
-            latent=latent,
-            seed=seed,
-            sampler=sampler,
-            total=settings.steps,
-        )
-        report = [sampling_report(preset, settings, exponent, sigmas), latent_report(start)]
-        if far:
-            report.append(far)
+        run = prepare(model, latent, settings, denoise, sampler, shift, mu, start_sigma)
+        samples = run.sample(positive, negative, seed, seeds)
+        report = [
+            sampling_report(preset, settings, run.exponent, run.sigmas),
+            latent_report(run.start),
+        ]
+        if run.far:
+            report.append(run.far)
         if settings.guidance == 0 and negative is not None and not has_other_negative(model):
             report += filter(None, [unused_negative_report(negative)])
         if unknown := unknown_to(model, positive, negative):

@@ -35,7 +35,9 @@ def find_picture_folder(name: str) -> Path:
     check_text(name)
     if name == NANO_PICTURES:
         return nano.PICTURES
-    folder = Path(folder_paths.get_input_directory(), *_parts(name, "folder", "the input folder"))
+    folder = Path(
+        folder_paths.get_input_directory(), *name_parts(name, "folder", "the input folder")
+    )
     if not folder.is_dir():
         raise ValueError(
             f"There is no folder {name!r} in ComfyUI's input folder. Put the pictures there, each "
@@ -51,7 +53,7 @@ def find_output(name: str) -> tuple[Path, Path]:
     """
     if not isinstance(name, str):
         raise ValueError(f"name is {name!r}; expected a name such as my_style.")
-    parts = _parts(name.strip().removesuffix(_ENDING), "name", "output/loras")
+    parts = name_parts(name.strip().removesuffix(_ENDING), "name", "output/loras")
     root = Path(folder_paths.get_output_directory())
     result = root.joinpath(_RESULTS, *parts)
     return result.with_name(result.name + _ENDING), root.joinpath(_RUNS, *parts)
@@ -68,7 +70,7 @@ def relative_name(result: Path) -> str:
     return str(result.relative_to(root))
 
 
-def _parts(name: str, what: str, where: str) -> list[str]:
+def name_parts(name: str, what: str, where: str) -> list[str]:
     """The parts of a relative name. Raises ValueError for one that could lead elsewhere."""
     parts = name.replace("\\", "/").split("/")
     # Windows drops dots and spaces at the end of a name.

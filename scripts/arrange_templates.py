@@ -44,6 +44,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2Edit": (420, 660),
     "K2EmptyLatent": (None, 256),
     "K2FitImage": (None, 246),
+    "K2Grid": (460, 660),
     "K2GuidanceSchedule": (None, 134),
     "K2Inpaint": (None, 226),
     "K2Loader": (390, 194),
@@ -83,6 +84,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
 
 # Below a node, in its group: the page shows previews of a run there, and the node grows by them.
 ROOM = {
+    "K2Grid": 720,
     "K2Loader": 80,
     "K2Regions": 140,
     "K2Sampler": 180,

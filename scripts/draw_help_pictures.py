@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, Playwright, sync_playwright
 
 from headless import ROOT, ComfyServer
@@ -41,6 +42,8 @@ SCREENSHOT, SCREENSHOT_OF = "graph.png", "krea2_nano_first_image"
 SHOWN = EXAMPLES / "krea2_lora.jpg"
 # Of the server's input folder, with a mask.
 PHOTO = "photo.png"
+# Another one there, with settings.
+KEPT = "red_circle.png"
 NANO, NANO_RAW = "krea2-nano (built in)", "krea2-nano Raw (built in)"
 # Pixels of the canvas around a node, and the width of nodes that ask for none.
 MARGIN, WIDTH = 12, 340
@@ -97,6 +100,11 @@ NODES = {
     ),
     "K2EmptyLatent": Shot({"aspect": "16:9", "swap": True}, runs=True),
     "K2FitImage": Shot({}, _IMAGE, runs=True),
+    "K2Grid": Shot(
+        {"prompt": "a red circle left of a blue square", "x_values": "1-4",
+         "y_axis": "prompt part", "y_values": "circle\nstar\nring"},
+        _MODEL | _CLIP | _VAE | _LATENT, runs=True, width=460,
+    ),
     "K2GuidanceSchedule": Shot({"end": 0.6}),
     "K2Inpaint": Shot({}, _VAE | _IMAGE | _MASK, runs=True),
     "K2Inspect": Shot({"file": f"diffusion_models/{INSPECTED.name}"}, runs=True, width=420),
@@ -105,6 +113,7 @@ NODES = {
     "K2ModelLoader": Shot({"file": "krea2_turbo_bf16.safetensors"}, width=380),
     "K2ModelSampling": Shot({}, _MODEL, runs=True),
     "K2Outpaint": Shot({}, _IMAGE, runs=True),
+    "K2PictureSettings": Shot({"image": KEPT}, runs=True, width=420),
     "K2PromptBatch": Shot({"prompts": "\n".join(SHAPES)}, width=420, room=80),
     "K2PromptExpander": Shot({"prompt": "a fox in the snow"}, width=400, room=40),
     "K2Reference": Shot({}, _TEXTS | _VAE | _IMAGE, runs=True, width=400),
@@ -272,6 +281,19 @@ def save_photo(path: Path) -> None:
     photo.save(path)
 
 
+def save_kept(path: Path) -> None:
+    """A picture that keeps its settings, as krea2 writes it."""
+    settings = {
+        "model": "krea2_turbo_bf16.safetensors", "lora": [["ink.safetensors", 0.8]],
+        "prompt": "a red circle left of a blue square on a yellow background", "width": 1344,
+        "height": 768, "steps": 8, "seed": 7, "guidance": 0.0,
+    }  # fmt: skip
+    picture = Image.open(EXAMPLES / "krea2_nano_first_image.jpg").resize((384, 220))
+    chunks = PngInfo()
+    chunks.add_text("krea2", json.dumps({"settings": settings}))
+    picture.save(path, pnginfo=chunks)
+
+
 def nano_graph(workflow: str, **values: Mapping[str, Any]) -> dict:
     """A twin of an example on krea2-nano, at its size; `values` are inputs by type of node."""
     graph = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
@@ -396,6 +418,7 @@ def main(names: list[str]) -> None:
         shutil.copy(INSPECTED, folder)
         save_photo(server.base / "input" / PHOTO)
         Image.open(SHOWN).save(server.base / "input" / "example.png")
+        save_kept(server.base / "input" / KEPT)
         with server:
             wanted = names or known
             # Outside playwright, whose event loop the client's does not stand.
@@ -408,7 +431,7 @@ def main(names: list[str]) -> None:
 
 def draw(server: ComfyServer, playwright: Playwright, names: list[str]) -> None:
     # High enough for every node at its own size.
-    page = new_context(launch_chromium(playwright), 1280, 1000).new_page()
+    page = new_context(launch_chromium(playwright), 1280, 1600).new_page()
     page.set_default_timeout(120_000)
     open_page(page, server)
     page.evaluate(NO_BADGES)

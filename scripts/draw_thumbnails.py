@@ -204,10 +204,16 @@ def train_lora(server: ComfyServer) -> Pictures:
     return [sheet, paint(server, "krea2_train_lora", K2Sampler={"seed": 1})]
 
 
+def grid(server: ComfyServer) -> Pictures:
+    """The sheet."""
+    return [paint(server, "krea2_grid")]
+
+
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_control": control,
     "krea2_edit": edit,
     "krea2_detailer": detailer,
+    "krea2_grid": grid,
     "krea2_image_to_image": image_to_image,
     "krea2_inpaint": inpaint,
     "krea2_inpaint_detail": inpaint_detail,

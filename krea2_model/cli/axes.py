@@ -7,10 +7,9 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
+from ..grid_axes import file_label, number_range, replace_parts
 from .errors import UsageError, suggestion
 from .picture_options import PICTURE, REPEATED
 from .table import options_of_row
@@ -21,10 +20,8 @@ LORA_STRENGTH = "lora_strength"
 NAMES = (*(name for name in PICTURE if name != "dtype"), LORA_STRENGTH)
 # metavars of options that are numbers, which take ranges.
 _NUMBERS = ("N", "PX", "X")
-_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)-(-?\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?")
 # A bar between values, and not one of {red|blue}, which is a wildcard.
 _BAR = re.compile(r"\|(?![^{}]*\})")
-_MAX_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,8 @@ def _values(letter: str, text: str, name: str, listed: str) -> list[Any]:
         )
     values: list[Any] = []
     for part in parts:
-        if (found := _RANGE.fullmatch(part)) and _is_number(name):
-            numbers = _range(letter, text, *found.groups())
+        numbers = _range(letter, text, part) if _is_number(name) else None
+        if numbers is not None:
             values += [[number] for number in numbers] if name in REPEATED else numbers
         elif name in REPEATED:
             values.append([] if part == "none" else [p.strip() for p in part.split(";")])
@@ -165,16 +162,11 @@ def _is_number(name: str) -> bool:
     )
 
 
-def _range(letter: str, text: str, low: str, high: str, step: str | None) -> list[str]:
-    """Numbers from `low` to `high`, both included, as they would be typed."""
-    first, last, each = Decimal(low), Decimal(high), Decimal(step or 1)
-    if first > last or each == 0 or (last - first) / each >= _MAX_VALUES:
-        raise UsageError(
-            f"--{letter} is {text}; expected a range that rises, such as 1-4, or 4-12:4 in steps "
-            f"of 4, of at most {_MAX_VALUES} values."
-        )
-    count = int((last - first) / each) + 1
-    return [f"{first + each * number:f}" for number in range(count)]
+def _range(letter: str, text: str, part: str) -> list[str] | None:
+    try:
+        return number_range(part)
+    except ValueError as error:
+        raise UsageError(f"--{letter} is {text}; {error}.") from error
 
 
 def _check_values(axis: Axis, base: Namespace, axes: Sequence[Axis]) -> None:
@@ -217,11 +209,7 @@ def _options(chosen: Sequence[tuple[Axis, Any]], base: Namespace) -> Namespace:
         if of_any[0][0] != "any":
             raise UsageError(f"the strength is {strength}; expected a number, such as 0.8.")
         result.lora = [(file, of_any[0][1]) for file, _ in result.lora]
-    if parts:
-        # In one go, so that what comes in is not replaced again; longer parts first.
-        olds = sorted(parts, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, olds)))
-        result.prompt = pattern.sub(lambda found: parts[found[0]], result.prompt)
+    result.prompt = replace_parts(result.prompt, parts)
     return result
 
 
@@ -238,8 +226,7 @@ def _file_label(name: str, text: str) -> str:
     file, colon, scale = text.rpartition(":")
     if name != "lora" or not colon or not re.fullmatch(r"-?[\d.]+", scale):
         file, scale = text, ""
-    label = Path(file).name.removesuffix(".safetensors").removesuffix(".gguf")
-    return f"{label}:{scale}" if scale else label
+    return f"{file_label(file)}:{scale}" if scale else file_label(file)
 
 
 def _text(value: Any) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 from PIL import Image
 
 from ..images.output_files import numbered, save_image
-from ..images.picture_texts import read_texts
 from ..text.wildcards import fill_in
 from .checks import check_machine, check_output, check_picture
 from .errors import UsageError
-from .graph import graph_of, not_in_graph, settings_of_graph
+from .graph import graph_of, not_in_graph
+from .kept import settings_in
 from .model_files import take_from_models
 from .progress import Console
-from .settings import as_json, check_names, from_json, options_of, parameters_text, settings_of
+from .settings import as_json, check_names, options_of, parameters_text, settings_of
 
 
 def generate(args: Namespace) -> Iterator[Path | str]:
@@ -92,26 +92,6 @@ def again(args: Namespace, typed: list[str]) -> Iterator[Path | str]:
     settings = settings_in(args.picture)
     check_names({n: v for n, v in settings.items() if n not in named_options(typed)}, args.picture)
     yield from generate(merged(settings, typed, args))
-
-
-def settings_in(picture: Path) -> dict[str, Any]:
-    """The settings in a picture's file. Raises UsageError where it has none that we can use."""
-    try:
-        texts = read_texts(picture)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if "krea2" in texts:
-        return from_json(texts["krea2"], picture)
-    try:
-        graph = json.loads(texts.get("prompt", "null"))
-    except (ValueError, RecursionError):
-        graph = None
-    if isinstance(graph, dict) and graph:
-        return settings_of_graph(graph)
-    raise UsageError(
-        f"{picture} holds no settings; expected a picture that krea2 has made, or ComfyUI with "
-        "this pack's nodes. Image editors and sites for sharing often remove them."
-    )
 
 
 def merged(settings: dict[str, Any], typed: list[str], args: Namespace) -> Namespace:

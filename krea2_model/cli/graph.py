@@ -17,6 +17,9 @@ from .settings import preset_settings
 
 Graph = dict[str, dict[str, Any]]
 
+# The end of the errors of pictures' graphs.
+ELSEWHERE = "Open the picture in ComfyUI instead."
+
 _NANO_MODELS = {"nano": "krea2-nano (built in)", "nano-raw": "krea2-nano Raw (built in)"}
 _NANO_LORAS = {
     "krea2_nano_notebook_lora.safetensors": "krea2-nano notebook (built in)",
@@ -139,8 +142,7 @@ class _Reader:
         if not isinstance(node, dict) or kind not in kinds:
             raise UsageError(
                 f"The graph in the picture has {kind or 'nothing'} where {' or '.join(kinds)} is "
-                "expected. Only graphs of these nodes can be made again here; open the picture in "
-                "ComfyUI instead."
+                f"expected. Only graphs of these nodes can be made again here. {ELSEWHERE}"
             )
         return kind, dict(node.get("inputs") or {})
 
@@ -150,18 +152,37 @@ def settings_of_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UsageError for other graphs, with the node that is in the way.
     """
+    settings, others = read_graph(graph)
+    refuse_others(others)
+    return settings
+
+
+def refuse_others(others: Mapping[str, Any]) -> None:
+    """Raise UsageError for values of `read_graph` that no option has."""
+    for name, value in others.items():
+        raise UsageError(
+            f"The graph in the picture has {name} {value}, which no option of krea2 expresses. "
+            f"{ELSEWHERE}"
+        )
+
+
+def read_graph(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a graph, and values of its Krea 2 Sampler and Size that no option expresses.
+
+    Raises UsageError as `settings_of_graph`.
+    """
     try:
         return _settings_of(graph)
     except UsageError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
-            "The graph in the picture cannot be read: its nodes hold values of other types. Open "
-            "the picture in ComfyUI instead."
+            "The graph in the picture cannot be read: its nodes hold values of other types. "
+            f"{ELSEWHERE}"
         ) from error
 
 
-def _settings_of(graph: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     reader = _Reader(graph)
     samplers = [
         key for key, node in graph.items()
@@ -170,23 +191,19 @@ def _settings_of(graph: Mapping[str, Any]) -> dict[str, Any]:
     if len(samplers) != 1:
         raise UsageError(
             f"The graph in the picture has {len(samplers)} Krea 2 Sampler nodes; expected one. "
-            "Open the picture in ComfyUI instead."
+            f"{ELSEWHERE}"
         )
     _, sampler = reader.inputs([samplers[0]], "K2Sampler")
     _, latent = reader.inputs(sampler.get("latent"), "K2EmptyLatent")
-    expected = (
+    shift = sampler.get("shift", "auto")
+    found = (
         ("sampler", sampler.get("sampler", "euler"), "euler"),
         ("denoise", sampler.get("denoise", 1.0), 1),
         ("start_sigma", sampler.get("start_sigma", 0.0), 0),
-        ("shift", sampler.get("shift", "auto") != "by size", True),
+        ("shift", "" if shift in ("auto", "fixed") else shift, ""),
         ("batch", latent.get("batch", 1), 1),
     )
-    for name, value, wanted in expected:
-        if value != wanted:
-            raise UsageError(
-                f"The graph in the picture has {name} {value}, which no option of krea2 expresses. "
-                "Open the picture in ComfyUI instead."
-            )
+    others = {name: value for name, value, usual in found if value != usual}
     settings: dict[str, Any] = {"seed": sampler.get("seed", 0), **_size(latent)}
     preset = sampler.get("preset", "auto")
     if preset in PRESETS:
@@ -197,7 +214,7 @@ def _settings_of(graph: Mapping[str, Any]) -> dict[str, Any]:
         settings["mu"] = sampler.get("mu", 1.15)
     settings |= _prompt(reader, sampler.get("positive"))
     settings |= _model(reader, sampler.get("model"))
-    return settings
+    return settings, others
 
 
 def _size(latent: Mapping[str, Any]) -> dict[str, int]:
@@ -222,10 +239,7 @@ def _prompt(reader: _Reader, link: Any) -> dict[str, Any]:
     if limits:
         settings["max_sequence_length"] = min(limits)
     if not isinstance(inputs.get("prompt"), str) or not isinstance(inputs.get("negative", ""), str):
-        raise UsageError(
-            "The prompt in the picture comes from another node. Give it with --prompt, or open the "
-            "picture in ComfyUI."
-        )
+        raise UsageError(f"The prompt in the picture comes from another node. {ELSEWHERE}")
     return settings | {
         "prompt": inputs["prompt"],
         "negative": inputs.get("negative", ""),

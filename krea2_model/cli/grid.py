@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..images.grid_sheet import Place, cell_side, check_counts, grid_sheet
+from ..images.grid_sheet import Place, check_counts, grid_sheet, small_copy
 from ..images.output_files import check_outputs, image_format, numbered, save_image
 from .axes import Axis, Cell, cells_of, read_axes
 from .batch import RESULTS, Batch, Job
@@ -129,12 +129,10 @@ def _slug(labels: Sequence[str]) -> str:
 
 def _save_sheet(path: Path, axes: Sequence[Axis], files: dict[tuple[int, ...], Path]) -> None:
     labels = {axis.letter: axis.labels for axis in axes}
-    side = cell_side(*_counts(axes))
     pictures: dict[Place, Image.Image] = {}
     for place, file in files.items():
         with Image.open(file) as image:
-            small = image.convert("RGB")
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+            small = small_copy(image, *_counts(axes))
         at = {axis.letter: index for axis, index in zip(axes, place, strict=True)}
         pictures[at.get("x", 0), at.get("y", 0), at.get("z", 0)] = small
     path.parent.mkdir(parents=True, exist_ok=True)

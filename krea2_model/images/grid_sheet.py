@@ -39,6 +39,14 @@ def cell_side(columns: int, rows: int, blocks: int = 1) -> int:
     return max(16, min(MAX_CELL, MAX_SHEET // (max(columns, rows * blocks) + 1) - 32))
 
 
+def small_copy(picture: Image.Image, columns: int, rows: int, blocks: int = 1) -> Image.Image:
+    """A picture as it is shown on a sheet: in RGB, and no larger than its cell."""
+    side = cell_side(columns, rows, blocks)
+    small = picture.convert("RGB")  # a copy, also of what is RGB
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
+
+
 def grid_sheet(
     pictures: Mapping[Place, Image.Image],
     columns: Sequence[str],

@@ -94,6 +94,12 @@ INPUTS = {
     "K2SparseAttention": ["model", "above", "block", "reach", "stride"],
     "K2PromptBatch": ["clip", "prompts", "negative", "images_per_prompt", "wildcard_seed"],
     "K2ContactSheet": ["images", "captions", "columns", "cell", "text_size"],
+    "K2Grid": [
+        *("model", "clip", "vae", "latent", "prompt", "negative", "preset", "seed", "steps"),
+        *("guidance", "denoise", "sampler", "shift", "mu", "x_axis", "x_values", "y_axis"),
+        *("y_values", "z_axis", "z_values", "lora", "filename_prefix", "max_cells"),
+    ],
+    "K2PictureSettings": ["image"],
     "K2SelfCheck": ["model", "clip"],
     "K2TrainLora": [
         *("model", "clip", "vae", "folder", "name", "method", "rank", "steps", "batch"),
@@ -142,6 +148,11 @@ OUTPUTS = {
     "K2SparseAttention": ["MODEL"],
     "K2PromptBatch": ["CONDITIONING", "CONDITIONING", "INT", "STRING"],
     "K2ContactSheet": ["IMAGE"],
+    "K2Grid": ["IMAGE", "IMAGE", "STRING"],
+    "K2PictureSettings": [
+        *("STRING", "STRING", "INT", "INT", "FLOAT", "*", "FLOAT", "INT", "INT", "*", "*"),
+        *("STRING", "STRING"),
+    ],
     "K2SelfCheck": ["STRING"],
     "K2TrainLora": ["LORA_MODEL", "LOSS_MAP", "IMAGE", "STRING"],
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from headless import ROOT
@@ -29,6 +30,7 @@ FILE_INPUTS = {
     ("K2TextEncoderLoader", "file"): "text_encoders",
     ("K2VAELoader", "file"): "vae",
     ("K2LoraLoader", "lora"): "loras",
+    ("K2Grid", "lora"): "loras",
     ("K2StyleLora", "style"): "loras",
     ("K2ControlLora", "control"): "loras",
     ("K2Inspect", "file"): "diffusion_models",
@@ -36,6 +38,8 @@ FILE_INPUTS = {
 IDS = [".".join(key) for key in FILE_INPUTS]
 # A folder of pictures, below the input folder; test_training.py has its names.
 FOLDER_INPUTS = {("K2TrainLora", "folder")}
+# A picture there.
+PICTURE_INPUTS = {("K2PictureSettings", "image")}
 # Krea 2 Style LoRA knows its nine names alone.
 ANY_NAME = [key for key in FILE_INPUTS if key != ("K2StyleLora", "style")]
 
@@ -84,9 +88,16 @@ def use(run, pack, models):
             "K2StyleLora": {"model": None, "prompt": ""},
             "K2ControlLora": {"form": "reference tokens (time 0)"},
             "K2Loader": {"model": TINY["diffusion_models"]},
+            "K2Grid": dict.fromkeys(("model", "clip", "vae", "latent", "prompt")),
         }
         if (node, name) == ("K2LoraLoader", "lora") and verdict is True:
             inputs["K2LoraLoader"]["model"] = run("K2ModelLoader", file=TINY["diffusion_models"])[0]
+        if node == "K2Grid" and verdict is True:
+            loaded = run("K2Loader", **{**inputs["K2Loader"], "text_encoder": "auto"})
+            latent = run("K2EmptyLatent", aspect="custom", width=64, height=64)[0]
+            parts = dict(zip(("model", "clip", "vae"), loaded, strict=True))
+            options = {"prompt": "a star", "x_axis": "steps", "x_values": "1"}
+            inputs["K2Grid"] = {**parts, "latent": latent, **options}
         return verdict, lambda: run(node, **{**inputs.get(node, {}), name: value})
 
     return call
@@ -97,9 +108,10 @@ def test_the_list_of_file_inputs_is_complete(pack, models, outside):
     for node in pack("nodes").NODES:
         for each in node.GET_SCHEMA().inputs:
             options = [str(option) for option in getattr(each, "options", None) or ()]
-            if any("safetensors" in option or "built in" in option for option in options):
+            is_upload = getattr(each, "upload", None) is not None
+            if is_upload or any("safetensors" in o or "built in" in o for o in options):
                 found.add((node.GET_SCHEMA().node_id, each.id))
-    assert found == set(FILE_INPUTS) | FOLDER_INPUTS
+    assert found == set(FILE_INPUTS) | FOLDER_INPUTS | PICTURE_INPUTS
 
 
 @pytest.mark.parametrize("key", FILE_INPUTS, ids=IDS)
@@ -126,6 +138,32 @@ def test_names_that_lead_out_of_the_folder(use, outside, models, key):
     finally:
         watching.clear()
     assert not [file for file in opened if file.startswith(str(outside))]
+
+
+@pytest.mark.parametrize("key", PICTURE_INPUTS, ids=map(".".join, PICTURE_INPUTS))
+def test_names_that_lead_out_of_the_input_folder(use, outside, models, key):
+    """Also those of ComfyUI's other folders, which its page puts behind a name."""
+    folder, target = models.parent / "input", outside / "picture.png"
+    Image.new("RGB", (8, 8)).save(target)
+    shutil.copyfile(target, models.parent / "output" / target.name)
+    up = os.path.relpath(target, folder)
+    names = [
+        str(target), up, up.replace("/", "\\"), f"./{up}", f"x/../{up}", f"//{target}",
+        f"file://{target}", "~/picture.png", f"{target}\0", "", ".", "..", "/",
+        "../output/picture.png",
+        "picture.png [output]", f"{up} [input]", "C:\\picture.png", "\\\\host\\share\\picture.png",
+    ]  # fmt: skip
+    opened.clear()
+    watching.append(True)
+    try:
+        for name in [*names, 5, True, ["a"], {"a": 1}]:
+            verdict, execute = use(*key, name)
+            assert verdict is not True, name
+            with pytest.raises(ValueError, match="There is no|expected"):
+                execute()
+    finally:
+        watching.clear()
+    assert not [file for file in opened if file.endswith(".png")]
 
 
 @pytest.mark.parametrize("key", FILE_INPUTS, ids=IDS)
@@ -254,11 +292,12 @@ def test_every_node_without_network_code_or_writing(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    # torch.compile's own, for Compile Krea 2, and what Krea 2 Train LoRA is there to write.
+    # torch.compile's own, for Compile Krea 2, and what two nodes are there to write.
     output = str(tmp_path / "output")
-    trained = [event for event in found["written"] if output in event]
-    allowed = [f"{output}/{name}" for name in ("loras", "krea2_training", "krea2_training_cache")]
-    assert trained and all(any(each in event for each in allowed) for event in trained), trained
+    kept = [event for event in found["written"] if output in event]
+    names = ("loras", "krea2_training", "krea2_training_cache", "krea2_grid")
+    allowed = [f"{output}/{name}" for name in names]
+    assert kept and all(any(each in event for each in allowed) for event in kept), kept
     # And its curve, which ComfyUI shows from its temporary folder.
     ours = (cache, output, str(tmp_path / "temp"))
     found["written"] = [e for e in found["written"] if not any(path in e for path in ours)]

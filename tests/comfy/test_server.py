@@ -174,6 +174,12 @@ def test_workflows_give_pictures(server, file):
     if "K2ContactSheet" in kinds:
         sheet = images.pop()
         assert sheet.shape[0] > 2 * 96 and sheet.shape[1] > 2 * 128
+    cells = [cell for o in outputs.values() for s in o.get("k2_grid", ()) for cell in s["cells"]]
+    if cells:
+        sheet = images.pop()
+        assert sheet.shape[0] > 3 * 96 and sheet.shape[1] > 4 * 128 and len(cells) == 3 * 4
+        (png,) = server.images({"3": {"images": [cells[-1]["file"]]}})
+        images = [np.asarray(Image.open(io.BytesIO(png)))]
     prompts = kinds.get("K2PromptBatch", {"prompts": "one"})["prompts"].splitlines()
     assert len(images) == len(prompts)
     shape = (96, 128)
@@ -187,6 +193,7 @@ def test_workflows_give_pictures(server, file):
         assert image.shape == (*shape, 3) and image.std() > 10
     one = 28 if "krea2_raw" in file.read_text() else 8
     total = TWO_STAGE_STEPS if "K2TwoStage" in kinds else one
+    total *= len(cells) or 1
     assert (total, total) in steps
 
 

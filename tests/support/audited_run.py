@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
@@ -111,6 +113,11 @@ def use_every_node(base: Path) -> set[str]:
         )  # fmt: skip
         run("K2ContactSheet", images=[images], captions=[captions])
         run(
+            "K2Grid", model=model, clip=clip, vae=vae, latent=latent, prompt="a red star",
+            x_axis="lora", x_values=f"none\n{lora}", preset="custom", steps=1, guidance=0.0,
+        )  # fmt: skip
+        run("K2PictureSettings", image="kept.png")
+        run(
             "K2TrainLora", model=[raw], clip=[clip], vae=[vae], images=[images],
             captions=[captions], name=["audited"], steps=[1], resolution=[64], resume=[False],
         )  # fmt: skip
@@ -134,6 +141,9 @@ def main() -> None:
         ROOT / "krea2_model" / "nano" / "krea2_nano_turbo.safetensors",
         folder / "copy.safetensors",
     )
+    save = in_process.pack_module("krea2_model.images.output_files").save_image
+    kept = {"krea2": json.dumps({"settings": {"model": "nano", "prompt": "a star", "steps": 2}})}
+    save(Image.new("RGB", (8, 8)), base / "input" / "kept.png", kept)
     expander = in_process.pack_module("krea2_model.text.expander")
     expander.LENGTHS["short"] = expander.Length(words=5, tokens=8)
     describer = in_process.pack_module("krea2_model.text.describer")

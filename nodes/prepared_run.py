@@ -1,0 +1,74 @@
+"""A run of Krea 2 Sampler, checked before it samples; Krea 2 Grid makes many of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..krea2_model.config import Preset
+from ..krea2_model.transformer.patches import token_count
+from .inputs import AUTO
+from .sampler_run import (
+    ONE_EACH,
+    ONE_STREAM,
+    noise_for,
+    sample,
+    sample_each,
+    schedule,
+    shift_exponent,
+    start_of,
+    warn_of_size,
+)
+from .single_images import SIDE_BY_SIDE
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings are known. start: (B, 16, 1, h, w). far: a note on the size, or ""."""
+
+    model: Any
+    latent: dict
+    settings: Preset
+    sampler: str
+    start: torch.Tensor
+    exponent: float
+    sigmas: torch.Tensor
+    far: str
+
+    def sample(self, positive, negative, seed: int, seeds: str = ONE_STREAM, **progress):
+        """The latents at the end. progress: `total` and `before` of `sample`; else of this run."""
+        noise = noise_for(self.start, seed, self.latent, seeds)
+        one_by_one = seeds == ONE_EACH and self.sampler not in SIDE_BY_SIDE
+        options: dict[str, Any] = {"total": self.settings.steps, **progress}
+        return (sample_each if one_by_one else sample)(
+            self.model,
+            positive,
+            negative,
+            self.start,
+            noise,
+            self.sigmas,
+            self.settings.guidance,
+            self.exponent,
+            latent=self.latent,
+            seed=seed,
+            sampler=self.sampler,
+            **options,
+        )
+
+
+def prepare(
+    model,
+    latent,
+    settings: Preset,
+    denoise: float = 1.0,
+    sampler: str = "euler",
+    shift: str = AUTO,
+    mu: float = 0.0,
+    start_sigma: float = 0.0,
+) -> Run:
+    """A run of these settings. Raises ValueError for a latent of another model."""
+    start = start_of(model, latent)
+    exponent = shift_exponent(settings, shift, mu, token_count(start))
+    sigmas = schedule(settings, exponent, denoise, sampler, start_sigma)
+    far = warn_of_size(model, start, float(sigmas[0]))
+    return Run(model, latent, settings, sampler, start, exponent, sigmas, far)
