@@ -34,3 +34,4 @@ from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import Upscale
 from .vae.model import QwenImageVAE
+from .variations import PromptBlend, Variation

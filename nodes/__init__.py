@@ -31,6 +31,7 @@ from .style_mix import K2StyleMix
 from .styles import K2StyleTransfer
 from .training import K2TrainLora
 from .upscale import K2Upscale
+from .variations import K2Vary, K2Walk
 
 NODES = [
     K2Loader,
@@ -53,6 +54,8 @@ NODES = [
     K2PromptBatch,
     K2EmptyLatent,
     K2Sampler,
+    K2Vary,
+    K2Walk,
     K2Sigmas,
     K2ModelSampling,
     K2GuidanceSchedule,

@@ -146,6 +146,11 @@ NODES = {
         _CLIP | {"image_1": ("LoadImage", "IMAGE")}, runs=True, width=400,
     ),
     "K2TextEncoderLoader": Shot({"file": "qwen3vl_4b_bf16.safetensors"}, width=380),
+    "K2Vary": Shot({"seed": 1, "variation_seed": 100}),
+    "K2Walk": Shot(
+        {"end_seed": 2},
+        {"start": ("K2TextEncode", "positive"), "end": ("K2TextEncode", "positive")}, runs=True,
+    ),
     "K2VAEDecode": Shot(width=280),
     "K2VAEEncode": Shot(width=280),
     "K2VAELoader": Shot({"file": "qwen_image_vae.safetensors"}, width=380),

@@ -86,6 +86,8 @@ def check_edit(args: Namespace) -> None:
 def check_text(args: Namespace) -> None:
     if not args.prompt.strip() and args.regions is None:
         raise UsageError("The prompt is empty; expected words for what the picture shows.")
+    if args.blend is not None and not args.blend.strip():
+        raise UsageError("--blend is empty; expected another prompt, or leave it out.")
     if args.wildcards:
         fill_in(args.prompt, args.seed, args.wildcard_folder)
 

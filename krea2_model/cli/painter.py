@@ -23,6 +23,7 @@ from ..tiles import TilePrompts
 from ..transformer.sparse_attention import SparseAttention
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
+from ..variations import PromptBlend, Variation
 from .checks import find_input_pictures, nag_settings, note_unused
 from .controls import controls_of
 from .model_files import Weights, find_loras
@@ -111,6 +112,8 @@ class Painter:
             images = self._pipeline(
                 **texts,
                 seed=[row.seed for row in rows],
+                # A whole number would be another seed for each of the rows.
+                vary=[Variation([seed] * len(rows), strength) for seed, strength in args.vary],
                 callback=step_done,
                 **options,
             )
@@ -123,6 +126,12 @@ class Painter:
             height, width = fit(options["start_image"], args.width, args.height).shape[1:]
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return [Picture(image, results) for image in images]
+
+    def expand(self, prompt: str, variants: int, seed: int) -> list[str]:
+        """Captions that the text encoder writes for a prompt; ValueError where it cannot."""
+        with self._console.stage("writing prompts"):
+            found = self._pipeline.expand(prompt, variants=variants, seed=seed)
+        return [expansion.text for expansion in found]
 
     def takes_edits(self, args: Namespace) -> bool:
         """True where a LoRA of the options is for edits."""
@@ -201,6 +210,7 @@ class Painter:
             "upscale": _upscale_of(args),
             "sparse": _sparse_of(args),
             "regions": regions_of(args),
+            "blend": None if args.blend is None else PromptBlend(args.blend, args.blend_share),
         }
 
     def _use_loras(self, loras: list[tuple[Path, float]]) -> None:

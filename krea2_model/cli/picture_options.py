@@ -11,7 +11,7 @@ from ..images.sizes import MAX_SCALE, MAX_SIZE
 from ..lora.control_files import MAX_STRENGTH
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
 from .choices import EDIT_FAMILIES, EDIT_TASKS, FILLS, REFERENCE_METHODS
-from .values import lora, number, numbers, whole
+from .values import lora, number, numbers, variation, whole
 
 # Options that decide how a picture looks, and are kept in its file. Those after it do not.
 PICTURE = (
@@ -28,6 +28,7 @@ PICTURE = (
     "control_mask",
     "style_image", "style_strength", "style_start", "style_end",
     "regions",
+    "vary", "blend", "blend_share",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
@@ -40,11 +41,15 @@ REPEATED = (
     *("lora", "reference", "image", "edit", "style_image"),
     *("control", "control_image", "control_strength", "control_start", "control_end"),
     "control_mask",
+    "vary",
 )
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
-def add_picture_options(parser: argparse.ArgumentParser) -> None:
+def add_picture_options(
+    parser: argparse.ArgumentParser, images: int = 1, each: str = "each with the next seed"
+) -> None:
+    """images, each: the default of --images, and what tells the pictures apart."""
     files = parser.add_argument_group("model files")
     files.add_argument(
         "--model", metavar="NAME",
@@ -82,14 +87,23 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=seed, default=0, metavar="N", help="of the first picture; default: 0"
     )
     picture.add_argument(
-        "--images", type=whole(1, 100_000), default=1, metavar="N",
-        help="how many, each with the next seed; default: 1",
+        "--images", type=whole(1, 100_000), default=images, metavar="N",
+        help=f"how many, {each}; default: {images}",
+    )  # fmt: skip
+    picture.add_argument(
+        "--vary", type=variation, action="append", default=[], metavar="SEED:STRENGTH",
+        help="move the noise towards that of another seed, from 0 to 1; repeat it to move on",
     )  # fmt: skip
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--negative", default="", metavar="TEXT",
         help="what not to show; needs guidance above 0 (Raw), or --nag (Turbo)",
+    )  # fmt: skip
+    prompt.add_argument("--blend", metavar="TEXT", help="another prompt, to blend the prompt with")
+    prompt.add_argument(
+        "--blend-share", type=number(0, 1), default=0.5, metavar="X",
+        help="its share, from 0 (none) to 1 (it alone); default: 0.5",
     )  # fmt: skip
     prompt.add_argument(
         "--no-weights", dest="weights", action="store_false",

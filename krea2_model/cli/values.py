@@ -89,11 +89,27 @@ def lora(text: str) -> tuple[str, float]:
     return value
 
 
+def variation(text: str) -> tuple[int, float]:
+    """`7:0.3`: a seed, and a strength from 0 to 1."""
+    seed, colon, strength = text.partition(":")
+    try:
+        value = int(seed), float(strength)
+    except ValueError:
+        value = -1, math.nan
+    if not (0 <= value[0] < 2**64 and 0 <= value[1] <= 1):
+        raise ArgumentTypeError(
+            f"is {text}; expected a seed and a strength from 0 to 1, such as 7:0.3"
+        )
+    return value
+
+
 def text_of(value: object) -> str:
     """A value as it is typed: the other way round."""
     if isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], str):
             return f"{value[0]}:{value[1]:g}"
+        if len(value) == 2:  # of which every digit counts
+            return f"{value[0]}:{value[1]!r}"
         return ",".join(f"{part:g}" for part in value)
     if isinstance(value, float):
         return repr(value)

@@ -52,8 +52,10 @@ INPUTS = {
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch", "swap"],
     "K2Sampler": [
         *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
-        *("denoise", "sampler", "shift", "mu", "seeds", "start_sigma"),
+        *("denoise", "sampler", "shift", "mu", "seeds", "start_sigma", "noise"),
     ],
+    "K2Vary": ["seed", "variation_seed", "strength", "index", "noise"],
+    "K2Walk": ["start", "end", "frames", "seed", "end_seed"],
     "K2Sigmas": ["model", "latent", "preset", "steps", "denoise", "shift", "mu", "start_sigma"],
     "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
     "K2VAEDecode": ["samples", "vae"],
@@ -124,6 +126,8 @@ OUTPUTS = {
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
+    "K2Vary": ["NOISE"],
+    "K2Walk": ["CONDITIONING", "NOISE"],
     "K2Sigmas": ["SIGMAS"],
     "K2ModelSampling": ["MODEL"],
     "K2VAEDecode": ["IMAGE"],
@@ -174,7 +178,7 @@ def test_inputs_that_came_later_are_optional():
     """Graphs that were posted before they came have to run on."""
     later = {
         "K2TextEncode": ["max_tokens", "weights"],
-        "K2Sampler": ["seeds", "start_sigma"],
+        "K2Sampler": ["seeds", "start_sigma", "noise"],
         "K2Sigmas": ["start_sigma"],
         "K2PromptExpander": ["enabled"],
     }

@@ -69,6 +69,12 @@ def use_every_node(base: Path) -> set[str]:
             "K2Sampler", model=model, positive=positive, negative=negative, latent=latent,
             preset="custom", steps=2, guidance=1.0,
         )[0]  # fmt: skip
+        positives, noises = run("K2Walk", start=positive, end=negative, frames=2)
+        noise = run("K2Vary", seed=1, variation_seed=2, noise=noises[1])[0]
+        run(
+            "K2Sampler", model=model, positive=positives[1], latent=latent, noise=noise,
+            preset="custom", steps=1, guidance=0.0,
+        )  # fmt: skip
         (images,) = run("K2VAEDecode", samples=samples, vae=vae)
         run("K2VAEEncode", pixels=images, vae=vae)
         images, mask, *_ = run("K2FitImage", image=images, megapixels=0.0)
