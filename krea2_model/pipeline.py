@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ from .regions import Region, Regions
 from .run_forecast import forecast
 from .schedule import check_guidance, check_sigmas
 from .stages import Callback, PipelineStages
+from .style_mixing import MixedStyle
+from .styled_call import accept_styles
 from .styles import StyleTransfer
 from .text.prompt_images import PromptImage, grid_of
 from .tile_prompts import TileEncoder
@@ -63,6 +65,7 @@ class Krea2Pipeline(PipelineStages):
 
     @torch.no_grad()
     @accept_diffusers_names
+    @accept_styles
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -104,6 +107,7 @@ class Krea2Pipeline(PipelineStages):
         sparse: SparseAttention | None = None,
         vary: Variation | Sequence[Variation] | None = None,
         blend: PromptBlend | None = None,
+        styles: MixedStyle | Mapping[str, float] | None = None,
     ) -> Images:
         """Generate images.
 
@@ -154,6 +158,8 @@ class Krea2Pipeline(PipelineStages):
         vary: neighbours of a picture: noise moved towards that of another seed, see `Variation`; a
             list moves on from there. A seed that is a whole number is then that of all images.
         blend: another prompt, and its share in all images, see `PromptBlend`.
+        styles: of a library, `{name: weight}`, or `MixedStyle`: their words, pictures, LoRAs and
+            suggested settings are used for this call, see `style_mixing`.
         regions: prompts for parts of the images, each with a `Region`; or `Regions` with options.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.

@@ -20,6 +20,8 @@ from .pipeline import Krea2Pipeline
 from .regions import Region, Regions
 from .sampling import denoise
 from .schedule import shift_mu, sigma_schedule
+from .style_library import SavedStyle, StyleError, StyleLibrary
+from .style_mixing import MixedStyle
 from .styles import StyleTransfer
 from .text.describer import Describer
 from .text.encoder import Qwen3VLTextEncoder

@@ -63,6 +63,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2StyleLora": (420, 380),
     "K2StyleMix": (400, 640),
     "K2StyleTransfer": (None, 500),
+    "K2Styles": (460, 860),
     "K2TapWeights": (None, 326),
     "K2TextEncode": (400, 330),
     "K2TextEncodeImages": (400, 600),

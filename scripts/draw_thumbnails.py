@@ -209,6 +209,14 @@ def grid(server: ComfyServer) -> Pictures:
     return [paint(server, "krea2_grid")]
 
 
+def styles(server: ComfyServer) -> Pictures:
+    """A prompt without a style, and in the styles of krea2-nano."""
+    return [
+        paint(server, "krea2_styles", K2Styles={"styles": text})
+        for text in ("nano notebook: 0", "nano notebook: 1")
+    ]
+
+
 def vary(server: ComfyServer) -> Pictures:
     """A picture and six neighbours of it."""
     one = {"strength": 0.0}
@@ -245,6 +253,7 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_reference": reference,
     "krea2_regions": regions,
     "krea2_style_transfer": style_transfer,
+    "krea2_styles": styles,
     "krea2_style_loras": style_loras,
     "krea2_tiled_sampling": tiled_sampling,
     "krea2_train_lora": train_lora,

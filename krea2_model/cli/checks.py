@@ -22,6 +22,7 @@ from .errors import UsageError
 from .model_files import Weights, find_file, find_loras, find_weights
 from .progress import Console
 from .regions import regions_of
+from .styling import styled
 
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
@@ -40,6 +41,7 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
 
     Returns its LoRA files. Raises UsageError, CheckpointError or ValueError.
     """
+    args = styled(args)
     check_text(args)
     GuidanceSchedule(args.guidance_start, args.guidance_end)
     nag_settings(args)
@@ -146,7 +148,9 @@ def style_of(args: Namespace, pictures: list) -> StyleTransfer | None:
     if not pictures:
         return None
     check_pictures(pictures)
-    return StyleTransfer(pictures, args.style_strength, args.style_start, args.style_end)
+    weights = getattr(args, "style_weights", None)
+    times = (args.style_start, args.style_end)
+    return StyleTransfer(pictures, args.style_strength, *times, weights)
 
 
 def check_output(args: Namespace) -> None:

@@ -28,7 +28,7 @@ _NANO_LORAS = {
 # Options whose nodes the graph does not have.
 _OTHER_NODES = (
     *("start_image", "mask", "reference", "image", "edit", "control_image"),
-    *("style_image", "tokenizer", "upscale", "regions", "blend"),
+    *("style_image", "tokenizer", "upscale", "regions", "blend", "style"),
 )
 _LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 _EVERY = {1: "every step", 2: "every 2nd step", 3: "every 3rd step"}

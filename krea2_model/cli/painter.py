@@ -29,6 +29,7 @@ from .controls import controls_of
 from .model_files import Weights, find_loras
 from .progress import Console
 from .regions import regions_of
+from .styling import styled
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Painter:
         on_step: called after each step; what it raises ends the call. embeddings: of the prompts
         and negatives, as arguments of the pipeline, which then does not encode them.
         """
+        rows = [styled(row) for row in rows]
         args = rows[0]
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
@@ -135,11 +137,12 @@ class Painter:
 
     def takes_edits(self, args: Namespace) -> bool:
         """True where a LoRA of the options is for edits."""
-        self._use_loras(find_loras(args))
+        self._use_loras(find_loras(styled(args)))
         return bool(self._pipeline.edit_families)
 
     def forecast(self, args: Namespace) -> Forecast:
         """The forecast of a picture."""
+        args = styled(args)
         self._use_loras(find_loras(args))
         pipeline, pictures = self._pipeline, find_input_pictures(args)
         width, height, start = args.width, args.height, pictures["start_image"]

@@ -7,6 +7,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
+from ..style_library import MAX_WEIGHT
+
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
@@ -87,6 +89,17 @@ def lora(text: str) -> tuple[str, float]:
     if not math.isfinite(value[1]):
         raise ArgumentTypeError(f"is {text}; expected a scale that is a number, such as 0.8")
     return value
+
+
+def style(text: str) -> tuple[str, float]:
+    """`Ink wash:0.7`: a style and its weight, 1 where there is none."""
+    name, weight = lora(text)
+    if not name.strip() or not 0 <= weight <= MAX_WEIGHT:
+        raise ArgumentTypeError(
+            f"is {text}; expected a style and a weight from 0 to {MAX_WEIGHT:g}, such as "
+            "Woodcut:0.7"
+        )
+    return name.strip(), weight
 
 
 def variation(text: str) -> tuple[int, float]:

@@ -319,6 +319,16 @@ def vary(graph, krea2_model):
     return {"vary": [krea2_model.Variation(20, 0.4), krea2_model.Variation(30, 0.3)]}
 
 
+def styles(graph, krea2_model):
+    """Words, a LoRA and a picture of the styles that come with the pack."""
+    chosen = {"nano black ground": 0.5, "nano notebook": 0.8, "nano yellow ring": 0.6}
+    graph.model, graph.positive, graph.negative = graph.run(
+        "K2Styles", model=graph.model, clip=graph.clip, vae=graph.vae, prompt=PROMPT,
+        negative=NEGATIVE, styles="\n".join(f"{name}: {w}" for name, w in chosen.items()),
+    )[:3]  # fmt: skip
+    return {"styles": chosen}
+
+
 def walk(graph, krea2_model):
     """The second of four frames, with a picture in front of both prompts' calls."""
     graph.refer()
@@ -353,6 +363,7 @@ FEATURES = {
               sparse_attention,
               regions, regions_with_other_features, style, style_with_other_features,
               style_with_regions, vary, walk, walk_with_nag,
+              styles,
               style_of_tiles_while_inpainting],
     "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
             control_in_a_window, style_in_a_window, guided_walk],

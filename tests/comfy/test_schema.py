@@ -27,6 +27,11 @@ INPUTS = {
         *("preset", "negative", "vae", "through", "labels", "suppression", "max_side"),
         *("megapixels", "weights"),
     ],
+    "K2Styles": ["model", "clip", "prompt", "styles", "negative", "vae"],
+    "K2SaveStyle": [
+        *("name", "words", "images", "picture_strength", "lora", "lora_strength", "negative"),
+        *("styles", "thumbnail", "replace"),
+    ],
     "K2Reference": [
         *("positive", "negative", "vae", "image", "family", "strength", "start", "end", "fit"),
         *("megapixels", "latent", "index", "apart"),
@@ -119,6 +124,8 @@ OUTPUTS = {
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
     "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
+    "K2Styles": ["MODEL", "CONDITIONING", "CONDITIONING", "STRING", "STRING"],
+    "K2SaveStyle": ["STRING"],
     "K2Reference": ["CONDITIONING", "CONDITIONING"],
     "K2Edit": ["CONDITIONING", "CONDITIONING", "LATENT", "MODEL"],
     "K2ControlLora": ["CONDITIONING", "CONDITIONING", "CONTROL_NET", "STRING"],

@@ -105,6 +105,8 @@ def use_every_node(base: Path) -> set[str]:
         area[:, 16:48, 16:48] = 1
         picture = torch.rand(1, 64, 64, 3)
         run("K2Detailer", model=model, positive=positive, vae=vae, image=picture, mask=area)
+        (saved,) = run("K2SaveStyle", name="Red", words="red", images=images, replace=True)
+        run("K2Styles", model=model, clip=clip, prompt="a star", styles=saved, vae=vae)
         run("K2StyleMix", clip=clip, prompt="a red star", image_1=images, vae=vae, strength=0.5)
         run("K2SelfCheck", model=model, clip=clip)
         raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]

@@ -65,6 +65,7 @@ def test_there_are_examples():
         "krea2_regions",
         "krea2_stock_nodes",
         "krea2_style_mix",
+        "krea2_styles",
         "krea2_tiled_sampling",
         "krea2_turbo_negative",
         "krea2_upscale",
