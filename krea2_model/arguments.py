@@ -21,6 +21,7 @@ from .schedule import MAX_SEED, check_seed
 from .text.prompt_images import MAX_SIDE, PromptImage, nonzero_images
 from .transformer.references import TIME_ZERO, Reference, ReferenceSettings
 from .transformer.text_attention import NegativeGuidance
+from .variations import Variation, slerp_each
 
 
 @dataclass(frozen=True)
@@ -232,11 +233,14 @@ def start_noise(
     sides: tuple[int | None, int | None],
     default: int,
     seed,
+    vary: Sequence[Variation] = (),
 ) -> Tensor:
     """Noise (B, C, h, w) in float32: the given latents, or noise of one seed per image.
 
     shape: B, C, and the VAE's downscale factor. sides: height and width in pixels, None for
         `default`. Noise is drawn on the CPU, so that a seed gives the same everywhere.
+    vary: moves it towards other seeds' noise, one after the other. A seed that is a whole number is
+        then that of all images.
     """
     batch, channels, downscale = shape
     height, width = (
@@ -245,11 +249,9 @@ def start_noise(
     )
     expected = (batch, channels, height // downscale, width // downscale)
     if latents is None:
-        noise = [
-            torch.randn(expected[1:], generator=torch.Generator().manual_seed(each))
-            for each in seed_list(seed, batch)
-        ]
-        return torch.stack(noise)
+        is_base = bool(vary) and is_whole(seed)
+        noise = _draw([check_seed(seed)] * batch if is_base else seed_list(seed, batch), expected)
+        return _varied(noise, vary)
     check_type("latents", latents, Tensor, f"a tensor {expected}")
     free = sides == (None, None) and latents.ndim == 4
     compared = expected[:2] if free else expected
@@ -258,4 +260,20 @@ def start_noise(
             f"latents has shape {tuple(latents.shape)}; expected {expected}: {batch} images of "
             f"{height} x {width} px."
         )
-    return latents.float()
+    return _varied(latents.float(), vary)
+
+
+def _draw(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    noise = [
+        torch.randn(tuple(shape[1:]), generator=torch.Generator().manual_seed(each))
+        for each in seeds
+    ]
+    return torch.stack(noise)
+
+
+def _varied(noise: Tensor, vary: Sequence[Variation]) -> Tensor:
+    """Noise (B, C, h, w) after variations."""
+    for variation in vary:
+        other = _draw(seed_list(variation.seed, len(noise)), noise.shape).to(noise)
+        noise = slerp_each(noise, other, variation.strengths(len(noise)))
+    return noise

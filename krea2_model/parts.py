@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, cast
@@ -288,6 +289,23 @@ class LoadedParts(AnswersDiffusersMethods):
         ]
         self._lora_names += [f"{file.name} at {scale:g}" for file, scale in files]
         return reports
+
+    @contextmanager
+    def loras_for_now(self, loras: Sequence[tuple[str | Path, float]]) -> Iterator[None]:
+        """`load_loras` for a while; at the end the weights are what they were, to the bit."""
+        if not loras:
+            yield
+            return
+        loaded = [list(each) for each in (self._lora_names, self.edit_families, self._few_steps)]
+        before = [{n: list(u) for n, u in stack.updates.items()} for stack in self._loras]
+        self.load_loras(loras)
+        try:
+            yield
+        finally:
+            self._offload.before_change("unload_lora")
+            for stack, updates in zip(self._loras, before, strict=True):
+                stack.restore({name: updates.get(name, []) for name in list(stack.updates)})
+            self._lora_names, self.edit_families, self._few_steps = loaded  # type: ignore
 
     def unload_lora(self) -> None:
         """Remove all LoRAs; the weights are those of the files again, to the bit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ from .regions import Region, Regions
 from .run_forecast import forecast
 from .schedule import check_guidance, check_sigmas
 from .stages import Callback, PipelineStages
+from .style_mixing import MixedStyle
+from .styled_call import accept_styles
 from .styles import StyleTransfer
 from .text.prompt_images import PromptImage, grid_of
 from .tile_prompts import TileEncoder
@@ -48,6 +50,8 @@ from .transformer.rotary_scaling import RotaryScaling
 from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import LATENT, Upscale, check_stages, enlarge_latents
+from .variations import PromptBlend, Variation
+from .walk import walk
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class Krea2Pipeline(PipelineStages):
 
     @torch.no_grad()
     @accept_diffusers_names
+    @accept_styles
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -100,6 +105,9 @@ class Krea2Pipeline(PipelineStages):
         regions: Regions | Sequence[Region] | None = None,
         style: StyleTransfer | None = None,
         sparse: SparseAttention | None = None,
+        vary: Variation | Sequence[Variation] | None = None,
+        blend: PromptBlend | None = None,
+        styles: MixedStyle | Mapping[str, float] | None = None,
     ) -> Images:
         """Generate images.
 
@@ -147,6 +155,11 @@ class Krea2Pipeline(PipelineStages):
             LoRA, see `edits`. They stand in front of negatives too. The size is that of the first,
             up to two megapixels, where no other is given.
 
+        vary: neighbours of a picture: noise moved towards that of another seed, see `Variation`; a
+            list moves on from there. A seed that is a whole number is then that of all images.
+        blend: another prompt, and its share in all images, see `PromptBlend`.
+        styles: of a library, `{name: weight}`, or `MixedStyle`: their words, pictures, LoRAs and
+            suggested settings are used for this call, see `style_mixing`.
         regions: prompts for parts of the images, each with a `Region`; or `Regions` with options.
 
         Arguments with diffusers' names are taken too, such as num_inference_steps.
@@ -157,10 +170,15 @@ class Krea2Pipeline(PipelineStages):
             raise ValueError(f"output_type is {output_type!r}; expected one of {OUTPUT_TYPES}.")
         if not is_whole(num_images) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}; expected a whole number from 1 up.")
+        varied = Variation.of(vary)
+        if blend is not None:
+            check_type("blend", blend, PromptBlend, "a PromptBlend")
         check_options(callback, negative_guidance, guidance_schedule)
         check_embeds("prompt_embeds", prompt_embeds, prompt_embeds_mask)
         check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask)
         prompts = prompt_list(prompt, prompt_embeds)
+        if prompts is not None and blend is not None and blend.share == 1:
+            prompts, blend = [blend.prompt] * len(prompts), None
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         batch = count * num_images
         images = PromptImages.of(images)
@@ -187,7 +205,7 @@ class Krea2Pipeline(PipelineStages):
             canvas = canvas_of(start_image, inpaint, (height, width))
             start_image = canvas.start
         start, height, width = self._start(start_image, height, width)
-        noise = self._noise(batch, height, width, seed, latents)
+        noise = self._noise(batch, height, width, seed, latents, varied)
         plan = None if edit is None else self._plan_edit(edit, noise)
         if plan is not None:
             images = PromptImages(plan.prompt_images, plan.recipe.labels, 4096)
@@ -246,7 +264,14 @@ class Krea2Pipeline(PipelineStages):
         seen = [*reference_images, *controlling]
         tiles = self._tiles_that_fit(tiles, noise, text_tokens, seen)
         has_room = self._plan_memory(noise, text_tokens, seen, guidance > 0, tiles, styled)
-        if prompts is not None:
+        other, share = None, 0.0 if blend is None else blend.share
+        if blend is not None and share > 0:
+            text = blend.prompt if places is None else places.whole([blend.prompt])[0]
+            other = self.encode_prompt(text, images=images, **options)
+            other = other.with_layer_weights(layer_weights)
+        if other is not None and share == 1:
+            positive, other = other, None
+        elif prompts is not None:
             positive = self.encode_prompt(prompts, images=images, **options)
         if negatives is not None:
             before = None if plan is None else images
@@ -262,7 +287,9 @@ class Krea2Pipeline(PipelineStages):
                 result = torch.lerp(encoded, noise, sigmas[0])
             if canvas is not None:
                 area = LatentMask(canvas.cells, encoded, noise, canvas.soft)
-        both = positive.with_layer_weights(layer_weights), negative
+        if share < 1:
+            positive = positive.with_layer_weights(layer_weights)
+        both = positive, negative
         run: dict[str, Any] = {
             "guidance": guidance,
             "references": reference_images,
@@ -276,6 +303,7 @@ class Krea2Pipeline(PipelineStages):
             "regions": prepared,
             "in_regions": in_regions,
             "style": None if styled is None or style_text is None else (styled, style_text),
+            "blend": None if other is None else (other, share),
             "progress": progress,
         }
         if sigmas is not None:
@@ -298,7 +326,16 @@ class Krea2Pipeline(PipelineStages):
             pixels = None
             if sigmas is None and start is not None:  # as checked above
                 pixels = start[None].expand(batch, -1, -1, -1)
-            inputs = (result, pixels, enlarged, seed, both, callback, text_tokens, of_tiles)
+            inputs = (
+                result,
+                pixels,
+                enlarged,
+                (seed, varied),
+                both,
+                callback,
+                text_tokens,
+                of_tiles,
+            )
             result = self._upscale(*inputs, **run)
         if output_type == "latent":
             return result
@@ -307,6 +344,7 @@ class Krea2Pipeline(PipelineStages):
 
     detail = detail
     forecast = forecast
+    walk = walk
 
     def _plan_edit(self, edit: Edit, noise: Tensor) -> EditPlan:
         """The edit of a run, for the size of its noise (B, 16, h, w)."""
@@ -320,7 +358,7 @@ class Krea2Pipeline(PipelineStages):
         latents: Tensor,
         pixels: Tensor | None,
         upscale: Upscale,
-        seed: int | Sequence[int],
+        seeds: tuple[int | Sequence[int], Sequence[Variation]],
         texts: tuple[PromptEmbeds, PromptEmbeds | None],
         callback: Callback | None,
         text_tokens: int,
@@ -348,7 +386,7 @@ class Krea2Pipeline(PipelineStages):
         tile_texts = of_tiles.texts(tiles, larger, seen_pictures)
         sigmas = upscale.sigmas(width, height, self.preset)
         shape = (len(larger), larger.shape[1], downscale)
-        noise = start_noise(None, shape, (height, width), 0, seed)
+        noise = start_noise(None, shape, (height, width), 0, *seeds)
         controls = run["controls"]
         images = controls.images(width, height)
         seen = [*run["references"], *map(ReferencePicture, controls.seen_as_references(images))]

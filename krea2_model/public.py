@@ -20,6 +20,8 @@ from .pipeline import Krea2Pipeline
 from .regions import Region, Regions
 from .sampling import denoise
 from .schedule import shift_mu, sigma_schedule
+from .style_library import SavedStyle, StyleError, StyleLibrary
+from .style_mixing import MixedStyle
 from .styles import StyleTransfer
 from .text.describer import Describer
 from .text.encoder import Qwen3VLTextEncoder
@@ -34,3 +36,4 @@ from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import NegativeGuidance
 from .upscaling import Upscale
 from .vae.model import QwenImageVAE
+from .variations import PromptBlend, Variation

@@ -59,6 +59,7 @@ def denoise(
     share_calls: bool = False,
     inpaint: LatentMask | None = None,
     features: RunFeatures | None = None,
+    blend: tuple[FusedText | TextAt, float] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Euler steps from noise to an image, one a `next()`.
 
@@ -83,6 +84,7 @@ def denoise(
     features: regional prompts, control LoRAs, LoRAs that act on some steps and tokens.
     share_calls: evaluate both texts in one call with twice the batch, where they have no weights
         and neither NAG nor cached references take part.
+    blend: another positive text and the share of its velocity, above 0 and below 1.
 
     Yields `(step, latents, predicted)` after each step, counted from 1; `predicted` is the image
     that the model predicts at that step (x0). Stop iterating to cancel.
@@ -110,7 +112,8 @@ def denoise(
         features.check_tiles(plan)
     texts = _text_at(positive), None if negative is None else _text_at(negative)
     shared = None
-    if share_calls and texts[1] is not None and not features and not plan.has_boosts:
+    is_plain = not features and not plan.has_boosts and blend is None
+    if share_calls and texts[1] is not None and is_plain:
         shared = share(texts[0](sigmas[0]), texts[1](sigmas[0]))
     velocity = _GuidedVelocity(
         transformer,
@@ -124,6 +127,7 @@ def denoise(
         shared,
         features or RunFeatures(),
         sigmas,
+        None if blend is None else (_text_at(blend[0]), blend[1]),
     )
     velocity_at: Velocity = velocity
     if inpaint is not None:
@@ -147,13 +151,14 @@ class _GuidedVelocity:
         shared: SharedTexts | None,
         features: RunFeatures,
         sigmas: Sequence[float],
+        blend: tuple[TextAt, float] | None,
     ):
         self.transformer, self._features, self._sigmas = transformer, features, sigmas
         self._positive, self._negative = texts
         self._guidance, self._schedule, self._sigma_at = guidance, schedule, sigma_at
         self._nag, self._nag_window = nag, NEVER if nag is None else nag.window(sigma_at)
         self._plan, self._reference_latents = plan, reference_latents
-        self._shared = shared
+        self._shared, self._blend = shared, blend
         self._modulation: RunModulation | None = None
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
@@ -203,6 +208,10 @@ class _GuidedVelocity:
                 negative = self._negative(sigma).repeated(times)
             other = negative if nag is not None else None
             conditional = self._evaluate(*inputs, positive, step, other, nag)
+            if self._blend is not None:
+                blended_text = self._blend[0](sigma).repeated(times)
+                blended = self._evaluate(*inputs, blended_text, step, other, nag)
+                conditional = torch.lerp(conditional, blended, self._blend[1])
             if guidance == 0:
                 return conditional
             assert negative is not None  # checked by denoise

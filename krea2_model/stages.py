@@ -43,6 +43,7 @@ from .transformer.rotary_scaling import RotaryScaling
 from .transformer.shared_calls import pays_to_share
 from .transformer.sparse_attention import SparseAttention
 from .transformer.text_attention import TextStates
+from .variations import Variation
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class PipelineStages(LoadedParts):
         latents: Tensor | None = None,
         start_image: Picture | None = None,
         sigma: float = 1.0,
+        vary: Variation | Sequence[Variation] | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) in float32 to denoise from `sigma` on; arguments as in a call.
 
@@ -126,7 +128,7 @@ class PipelineStages(LoadedParts):
         if not (is_number(sigma) and 0 <= sigma <= 1):
             raise ValueError(f"sigma is {sigma!r}; expected a number from 0 to 1 (noise).")
         start, height, width = self._start(start_image, height, width)
-        noise = self._noise(batch, height, width, seed, latents)
+        noise = self._noise(batch, height, width, seed, latents, Variation.of(vary))
         return noise if start is None else self._add_noise(start, noise, sigma)
 
     def schedule(
@@ -277,10 +279,12 @@ class PipelineStages(LoadedParts):
         width: int | None,
         seed: int | Sequence[int],
         latents: Tensor | None,
+        vary: Sequence[Variation] = (),
     ) -> Tensor:
         channels, downscale = self.transformer.config.latent_channels, self.vae.config.downscale
         size = self.preset.size
-        noise = start_noise(latents, (batch, channels, downscale), (height, width), size, seed)
+        shape, sides = (batch, channels, downscale), (height, width)
+        noise = start_noise(latents, shape, sides, size, seed, vary)
         width, height = self._sides(noise)
         if is_far(width, height, size):
             logger.warning(
@@ -321,6 +325,7 @@ class PipelineStages(LoadedParts):
         in_regions: Sequence[PromptEmbeds | None] = (),
         style: tuple[PreparedStyle, PromptEmbeds] | None = None,
         tile_texts: Sequence[PromptEmbeds] = (),
+        blend: tuple[PromptEmbeds, float] | None = None,
         progress: bool = False,
         **options,
     ) -> Tensor:
@@ -356,6 +361,8 @@ class PipelineStages(LoadedParts):
                 return StepTexts(text, self.transformer, repeats, features)
 
             texts = [at_steps(text) for text in (positive, negative) if text is not None]
+            if blend is not None:
+                options["blend"] = at_steps(blend[0]), blend[1]
             tokens = len(latents) * token_count(latents)
             lengths = [text(first).states.shape[1] for text in texts]
             share_calls = has_room and pays_to_share(tokens, lengths, self._offload.streams)

@@ -20,7 +20,7 @@ from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
 from .plan import ENCODED_JOB, RowOptions
 
 # Options with which prompts are not what is encoded, or not by these weights.
-_OTHERS = ("lora", "image", "edit", "regions", "style_image")
+_OTHERS = ("lora", "image", "edit", "regions", "style_image", "style")
 _KEPT = 64
 
 

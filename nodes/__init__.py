@@ -26,11 +26,14 @@ from .regions import K2Regions
 from .sampling import K2ModelSampling, K2Sampler, K2Sigmas
 from .schedules import K2GuidanceSchedule, K2TwoStage
 from .speed import K2Approximate, K2Compile
+from .style_library import K2SaveStyle, K2Styles
 from .style_loras import K2StyleLora
 from .style_mix import K2StyleMix
+from .style_routes import add_style_routes
 from .styles import K2StyleTransfer
 from .training import K2TrainLora
 from .upscale import K2Upscale
+from .variations import K2Vary, K2Walk
 
 NODES = [
     K2Loader,
@@ -43,6 +46,8 @@ NODES = [
     K2Describe,
     K2TextEncode,
     K2TextEncodeImages,
+    K2Styles,
+    K2SaveStyle,
     K2StyleMix,
     K2Reference,
     K2Edit,
@@ -53,6 +58,8 @@ NODES = [
     K2PromptBatch,
     K2EmptyLatent,
     K2Sampler,
+    K2Vary,
+    K2Walk,
     K2Sigmas,
     K2ModelSampling,
     K2GuidanceSchedule,
@@ -83,5 +90,8 @@ NODES = [
 
 
 class Krea2Extension(ComfyExtension):
+    async def on_load(self):
+        add_style_routes()
+
     async def get_node_list(self):
         return NODES

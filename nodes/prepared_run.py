@@ -8,6 +8,7 @@ import torch
 from ..krea2_model.config import Preset
 from ..krea2_model.transformer.patches import token_count
 from .inputs import AUTO
+from .managed.noise import noise_of
 from .sampler_run import (
     ONE_EACH,
     ONE_STREAM,
@@ -15,6 +16,7 @@ from .sampler_run import (
     sample,
     sample_each,
     schedule,
+    seeds_of,
     shift_exponent,
     start_of,
     warn_of_size,
@@ -35,11 +37,25 @@ class Run:
     sigmas: torch.Tensor
     far: str
 
-    def sample(self, positive, negative, seed: int, seeds: str = ONE_STREAM, **progress):
-        """The latents at the end. progress: `total` and `before` of `sample`; else of this run."""
-        noise = noise_for(self.start, seed, self.latent, seeds)
+    def sample(
+        self, positive, negative, seed: int, seeds: str = ONE_STREAM, noise=None, **progress
+    ):
+        """The latents at the end.
+
+        noise: NOISE in place of that of the seed. progress: `total` and `before` of `sample`; else
+        of this run.
+        """
+        image_seeds = seeds_of(self.start, seed, self.latent)
+        if noise is None:
+            noise = noise_for(self.start, seed, self.latent, seeds)
+        else:
+            # What samplers draw during the run belongs to the picture that the noise is of.
+            seed = noise.seed
+            image_seeds = [seed] * len(self.start)
+            noise = noise_of(noise, self.start, self.latent)
         one_by_one = seeds == ONE_EACH and self.sampler not in SIDE_BY_SIDE
         options: dict[str, Any] = {"total": self.settings.steps, **progress}
+        options |= {"seeds": image_seeds} if one_by_one else {"seed": seed}
         return (sample_each if one_by_one else sample)(
             self.model,
             positive,
@@ -50,7 +66,6 @@ class Run:
             self.settings.guidance,
             self.exponent,
             latent=self.latent,
-            seed=seed,
             sampler=self.sampler,
             **options,
         )

@@ -226,11 +226,11 @@ def with_samples(latent, samples):
 def sample_each(model, positive, negative, start, noise, sigmas, guidance, mu, **options):
     """As `sample`, the images of the batch one after the other, each with its own seed.
 
-    seed is that of the first; see `single_images`.
+    seeds has that of each image; see `single_images`.
     """
-    latent, seed, total = (options.pop(name) for name in ("latent", "seed", "total"))
+    latent, seeds, total = (options.pop(name) for name in ("latent", "seeds", "total"))
     samples = []
-    for index, image_seed in enumerate(seeds_of(start, seed, latent)):
+    for index, image_seed in enumerate(seeds):
         one = slice(index, index + 1)
         samples.append(
             sample(

@@ -75,6 +75,14 @@ class K2Sampler(io.ComfyNode):
                     ),
                 ),
                 inputs.START_SIGMA,
+                io.Noise.Input(
+                    "noise",
+                    optional=True,
+                    tooltip=(
+                        "Noise in place of that of seed, from Krea 2 Vary, Krea 2 Walk or "
+                        "RandomNoise; its own seed counts then."
+                    ),
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The sampled latent, to be decoded.")],
         )
@@ -101,6 +109,7 @@ class K2Sampler(io.ComfyNode):
         mu=TURBO_MU,
         seeds=ONE_STREAM,
         start_sigma=0.0,
+        noise=None,
     ):
         check_model(model)
         numbers = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
@@ -109,7 +118,7 @@ class K2Sampler(io.ComfyNode):
         settings = preset_of(model, preset, steps, guidance)
         check_negative(settings, preset, negative)
         run = prepare(model, latent, settings, denoise, sampler, shift, mu, start_sigma)
-        samples = run.sample(positive, negative, seed, seeds)
+        samples = run.sample(positive, negative, seed, seeds, noise)
         report = [
             sampling_report(preset, settings, run.exponent, run.sigmas),
             latent_report(run.start),

@@ -146,6 +146,18 @@ NODES = {
         _CLIP | {"image_1": ("LoadImage", "IMAGE")}, runs=True, width=400,
     ),
     "K2TextEncoderLoader": Shot({"file": "qwen3vl_4b_bf16.safetensors"}, width=380),
+    "K2SaveStyle": Shot(
+        {"name": "My ink", "words": "loose black ink on white paper"}, width=400, room=60
+    ),
+    "K2Styles": Shot(
+        {"prompt": "a fox in the snow", "styles": "Ink wash: 0.7\nNeon night: 0.4"},
+        _MODEL | _CLIP | _VAE, width=460, room=270,
+    ),
+    "K2Vary": Shot({"seed": 1, "variation_seed": 100}),
+    "K2Walk": Shot(
+        {"end_seed": 2},
+        {"start": ("K2TextEncode", "positive"), "end": ("K2TextEncode", "positive")}, runs=True,
+    ),
     "K2VAEDecode": Shot(width=280),
     "K2VAEEncode": Shot(width=280),
     "K2VAELoader": Shot({"file": "qwen_image_vae.safetensors"}, width=380),

@@ -209,6 +209,38 @@ def grid(server: ComfyServer) -> Pictures:
     return [paint(server, "krea2_grid")]
 
 
+def styles(server: ComfyServer) -> Pictures:
+    """A prompt without a style, and in the styles of krea2-nano."""
+    return [
+        paint(server, "krea2_styles", K2Styles={"styles": text})
+        for text in ("nano notebook: 0", "nano notebook: 1")
+    ]
+
+
+def vary(server: ComfyServer) -> Pictures:
+    """A picture and six neighbours of it."""
+    one = {"strength": 0.0}
+    before = paint(server, "krea2_vary", K2Vary=one, K2EmptyLatent={"batch": 1})
+    return [before, paint(server, "krea2_vary")]
+
+
+def walk(server: ComfyServer) -> Pictures:
+    """Six of eleven frames."""
+    graph = nano_graph("krea2_walk")
+    del graph["8"]
+    graph["5"]["inputs"].update(frames=11)
+    graph["9"] = {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "a"}}
+    frames = server.images(server.run(graph, timeout=600))[::2]
+    row = Image.new("RGB", (6 * 128, 128))
+    for index, frame in enumerate(frames):
+        row.paste(Image.open(io.BytesIO(frame)), (128 * index, 0))
+    # Two rows, as high as other thumbnails are.
+    sheet = Image.new("RGB", (3 * 128, 256))
+    sheet.paste(row, (0, 0))
+    sheet.paste(row.crop((3 * 128, 0, 6 * 128, 128)), (0, 128))
+    return [sheet]
+
+
 DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_control": control,
     "krea2_edit": edit,
@@ -221,10 +253,13 @@ DRAWN: dict[str, Callable[[ComfyServer], Pictures]] = {
     "krea2_reference": reference,
     "krea2_regions": regions,
     "krea2_style_transfer": style_transfer,
+    "krea2_styles": styles,
     "krea2_style_loras": style_loras,
     "krea2_tiled_sampling": tiled_sampling,
     "krea2_train_lora": train_lora,
     "krea2_upscale": upscale,
+    "krea2_vary": vary,
+    "krea2_walk": walk,
     "krea2_style_mix": style_mix,
 }
 

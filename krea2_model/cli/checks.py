@@ -22,6 +22,7 @@ from .errors import UsageError
 from .model_files import Weights, find_file, find_loras, find_weights
 from .progress import Console
 from .regions import regions_of
+from .styling import styled
 
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
@@ -40,6 +41,7 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
 
     Returns its LoRA files. Raises UsageError, CheckpointError or ValueError.
     """
+    args = styled(args)
     check_text(args)
     GuidanceSchedule(args.guidance_start, args.guidance_end)
     nag_settings(args)
@@ -86,6 +88,8 @@ def check_edit(args: Namespace) -> None:
 def check_text(args: Namespace) -> None:
     if not args.prompt.strip() and args.regions is None:
         raise UsageError("The prompt is empty; expected words for what the picture shows.")
+    if args.blend is not None and not args.blend.strip():
+        raise UsageError("--blend is empty; expected another prompt, or leave it out.")
     if args.wildcards:
         fill_in(args.prompt, args.seed, args.wildcard_folder)
 
@@ -144,7 +148,9 @@ def style_of(args: Namespace, pictures: list) -> StyleTransfer | None:
     if not pictures:
         return None
     check_pictures(pictures)
-    return StyleTransfer(pictures, args.style_strength, args.style_start, args.style_end)
+    weights = getattr(args, "style_weights", None)
+    times = (args.style_start, args.style_end)
+    return StyleTransfer(pictures, args.style_strength, *times, weights)
 
 
 def check_output(args: Namespace) -> None:

@@ -15,3 +15,5 @@ NANO = {"nano": "turbo", "nano-raw": "raw"}
 # Who makes the pictures of a table, and the files that they are kept in.
 ENGINES = ("plain", "ray", "comfyui")
 LAYOUTS = ("folder", "webdataset", "parquet")
+# How far a neighbour is from its picture.
+VARY_STRENGTH = 0.3

@@ -49,9 +49,16 @@ def pictures_of(args: Namespace) -> Iterator[Namespace]:
     for number in range(args.images):
         one = copy(args)
         one.seed = (args.seed + number) % 2**64
-        if args.wildcards:
-            one.prompt = fill_in(args.prompt, one.seed, args.wildcard_folder)
-        yield one
+        yield drawn(one)
+
+
+def drawn(args: Namespace) -> Namespace:
+    """The options of a picture, with wildcards of its prompts drawn by its seed."""
+    if args.wildcards:
+        args.prompt = fill_in(args.prompt, args.seed, args.wildcard_folder)
+        if args.blend is not None:
+            args.blend = fill_in(args.blend, args.seed, args.wildcard_folder)
+    return args
 
 
 def save(
@@ -94,13 +101,18 @@ def again(args: Namespace, typed: list[str]) -> Iterator[Path | str]:
     yield from generate(merged(settings, typed, args))
 
 
-def merged(settings: dict[str, Any], typed: list[str], args: Namespace) -> Namespace:
-    """Options of generate: those of a picture, and over them what was typed."""
+def merged(
+    settings: dict[str, Any], typed: list[str], args: Namespace, command: str = "again"
+) -> Namespace:
+    """Options of generate: those of a picture, and over them what was typed.
+
+    command: whose words were typed.
+    """
     from .parser import command_parser
 
     parser = command_parser("generate")
     prompt = args.prompt if args.prompt is not None else settings.get("prompt", "")
-    named = named_options(typed)
+    named = named_options(typed, command)
     held = {name: value for name, value in settings.items() if name not in named}
     if named & {"transformer", "model"}:
         # Another model brings its own steps and guidance, and its own parts.

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..config import PRESETS
-from .choices import NANO
+from .choices import NANO, VARY_STRENGTH
 from .errors import UsageError
 from .settings import preset_settings
 
@@ -28,7 +28,7 @@ _NANO_LORAS = {
 # Options whose nodes the graph does not have.
 _OTHER_NODES = (
     *("start_image", "mask", "reference", "image", "edit", "control_image"),
-    *("style_image", "tokenizer", "upscale", "regions"),
+    *("style_image", "tokenizer", "upscale", "regions", "blend", "style"),
 )
 _LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 _EVERY = {1: "every step", 2: "every 2nd step", 3: "every 3rd step"}
@@ -84,12 +84,16 @@ def graph_of(settings: Mapping[str, Any]) -> Graph:
         height=settings["height"], batch=1, swap=False,
     )  # fmt: skip
     mu = settings.get("mu")
+    noise: dict[str, Any] = {}
+    for seed, strength in settings.get("vary", ()):
+        variation = {"variation_seed": seed, "strength": strength, "index": 0, **noise}
+        noise = {"noise": [add("K2Vary", seed=settings["seed"], **variation), 0]}
     sampler = add(
         "K2Sampler", model=model, positive=positive, negative=[prompt, 1], latent=[latent, 0],
         preset="custom", seed=settings["seed"], steps=settings["steps"],
         guidance=settings["guidance"], denoise=1.0, sampler="euler",
         shift="auto" if mu is None else "fixed", mu=1.15 if mu is None else mu,
-        seeds="one for the batch", start_sigma=0.0,
+        seeds="one for the batch", start_sigma=0.0, **noise,
     )  # fmt: skip
     decoded = add("K2VAEDecode", samples=[sampler, 0], vae=vae)
     add("SaveImage", filename_prefix="krea2", images=[decoded, 0])
@@ -205,6 +209,7 @@ def _settings_of(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     )
     others = {name: value for name, value, usual in found if value != usual}
     settings: dict[str, Any] = {"seed": sampler.get("seed", 0), **_size(latent)}
+    settings |= _noise(reader, sampler.get("noise"))
     preset = sampler.get("preset", "auto")
     if preset in PRESETS:
         settings |= preset_settings(preset)
@@ -215,6 +220,18 @@ def _settings_of(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     settings |= _prompt(reader, sampler.get("positive"))
     settings |= _model(reader, sampler.get("model"))
     return settings, others
+
+
+def _noise(reader: _Reader, link: Any) -> dict[str, Any]:
+    """The seed, and its variations, of noise that another node makes."""
+    settings: dict[str, Any] = {}
+    while link is not None:
+        _, inputs = reader.inputs(link, "K2Vary")
+        seed = inputs.get("variation_seed", 0) + inputs.get("index", 0)
+        variation = [seed % 2**64, inputs.get("strength", VARY_STRENGTH)]
+        settings["vary"] = [variation, *settings.get("vary", ())]
+        settings["seed"], link = inputs.get("seed", 0), inputs.get("noise")
+    return settings
 
 
 def _size(latent: Mapping[str, Any]) -> dict[str, int]:

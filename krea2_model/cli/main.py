@@ -98,6 +98,14 @@ def run(args: argparse.Namespace, words: list[str]) -> Iterable[object]:
         from . import writing
 
         return getattr(writing, args.command)(args)
+    if args.command == "styles":
+        from .styles import styles
+
+        return styles(args)
+    if args.command in ("vary", "walk"):
+        from . import vary
+
+        return vary.vary(args, words[1:]) if args.command == "vary" else vary.walk(args)
     if args.command in ("generate", "again"):
         from .generate import again, generate
 

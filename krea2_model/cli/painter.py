@@ -23,11 +23,13 @@ from ..tiles import TilePrompts
 from ..transformer.sparse_attention import SparseAttention
 from ..transformer.text_attention import NegativeGuidance
 from ..upscaling import Upscale
+from ..variations import PromptBlend, Variation
 from .checks import find_input_pictures, nag_settings, note_unused
 from .controls import controls_of
 from .model_files import Weights, find_loras
 from .progress import Console
 from .regions import regions_of
+from .styling import styled
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Painter:
         on_step: called after each step; what it raises ends the call. embeddings: of the prompts
         and negatives, as arguments of the pipeline, which then does not encode them.
         """
+        rows = [styled(row) for row in rows]
         args = rows[0]
         self._use_loras(find_loras(args))
         preset = self._pipeline.preset
@@ -111,6 +114,8 @@ class Painter:
             images = self._pipeline(
                 **texts,
                 seed=[row.seed for row in rows],
+                # A whole number would be another seed for each of the rows.
+                vary=[Variation([seed] * len(rows), strength) for seed, strength in args.vary],
                 callback=step_done,
                 **options,
             )
@@ -124,13 +129,20 @@ class Painter:
         results = {"width": width, "height": height, "steps": steps, "guidance": guidance}
         return [Picture(image, results) for image in images]
 
+    def expand(self, prompt: str, variants: int, seed: int) -> list[str]:
+        """Captions that the text encoder writes for a prompt; ValueError where it cannot."""
+        with self._console.stage("writing prompts"):
+            found = self._pipeline.expand(prompt, variants=variants, seed=seed)
+        return [expansion.text for expansion in found]
+
     def takes_edits(self, args: Namespace) -> bool:
         """True where a LoRA of the options is for edits."""
-        self._use_loras(find_loras(args))
+        self._use_loras(find_loras(styled(args)))
         return bool(self._pipeline.edit_families)
 
     def forecast(self, args: Namespace) -> Forecast:
         """The forecast of a picture."""
+        args = styled(args)
         self._use_loras(find_loras(args))
         pipeline, pictures = self._pipeline, find_input_pictures(args)
         width, height, start = args.width, args.height, pictures["start_image"]
@@ -201,6 +213,7 @@ class Painter:
             "upscale": _upscale_of(args),
             "sparse": _sparse_of(args),
             "regions": regions_of(args),
+            "blend": None if args.blend is None else PromptBlend(args.blend, args.blend_share),
         }
 
     def _use_loras(self, loras: list[tuple[Path, float]]) -> None:

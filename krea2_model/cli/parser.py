@@ -15,8 +15,10 @@ from .curate_options import add_curate_options
 from .errors import UsageError, suggestion
 from .picture_options import add_picture_options, add_run_options
 from .render_options import add_engine_options, add_serve_options
+from .style_options import add_styles_options
 from .train_options import TRAINING, add_training_options
 from .values import lora, number, place, seeds, whole
+from .vary_options import add_vary_options, add_walk_options
 
 SUMMARIES = {
     "generate": "make pictures from a prompt",
@@ -24,6 +26,9 @@ SUMMARIES = {
     "grid": "make a labelled sheet of the values of one to three options against each other",
     "serve": "make pictures for programs, over HTTP as OpenAI's images API does",
     "again": "make a picture again, from the settings inside its file",
+    "vary": "make neighbours of a picture, from the settings inside its file",
+    "walk": "make the frames of a way between two prompts or seeds",
+    "styles": "list, show and save styles: words, pictures and LoRAs by a name",
     "curate": "find duplicates and pictures that are no good for training",
     "train": "train a LoRA, or the whole transformer, on pictures with captions",
     "pretrain": "train a transformer from nothing, in stages of rising resolution",
@@ -211,6 +216,16 @@ def _again(parser: Parser) -> None:
     add_machine(parser)
 
 
+def _vary(parser: Parser) -> None:
+    add_vary_options(parser)
+    add_machine(parser)
+
+
+def _walk(parser: Parser) -> None:
+    add_walk_options(parser)
+    add_machine(parser)
+
+
 def _pick(parser: Parser) -> None:
     parser.usage = "krea2 pick FOLDER"
     parser.epilog = (
@@ -383,6 +398,9 @@ _OPTIONS: dict[str, Callable[[Any], None]] = {
     "grid": _grid,
     "serve": _serve,
     "again": _again,
+    "vary": _vary,
+    "walk": _walk,
+    "styles": add_styles_options,
     **{name: partial(add_training_options, name=name) for name in TRAINING},
     "curate": add_curate_options,
     "pick": _pick,

@@ -11,7 +11,7 @@ from ..images.sizes import MAX_SCALE, MAX_SIZE
 from ..lora.control_files import MAX_STRENGTH
 from ..schedule import MAX_GUIDANCE, MAX_MU, MAX_SEED, MAX_STEPS
 from .choices import EDIT_FAMILIES, EDIT_TASKS, FILLS, REFERENCE_METHODS
-from .values import lora, number, numbers, whole
+from .values import lora, number, numbers, style, variation, whole
 
 # Options that decide how a picture looks, and are kept in its file. Those after it do not.
 PICTURE = (
@@ -28,6 +28,7 @@ PICTURE = (
     "control_mask",
     "style_image", "style_strength", "style_start", "style_end",
     "regions",
+    "vary", "blend", "blend_share", "style",
 )  # fmt: skip
 # Of these, files: a picture keeps their names without folders.
 FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "lora", "control")
@@ -40,11 +41,16 @@ REPEATED = (
     *("lora", "reference", "image", "edit", "style_image"),
     *("control", "control_image", "control_strength", "control_start", "control_end"),
     "control_mask",
+    "vary",
+    "style",
 )
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 
-def add_picture_options(parser: argparse.ArgumentParser) -> None:
+def add_picture_options(
+    parser: argparse.ArgumentParser, images: int = 1, each: str = "each with the next seed"
+) -> None:
+    """images, each: the default of --images, and what tells the pictures apart."""
     files = parser.add_argument_group("model files")
     files.add_argument(
         "--model", metavar="NAME",
@@ -82,14 +88,23 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=seed, default=0, metavar="N", help="of the first picture; default: 0"
     )
     picture.add_argument(
-        "--images", type=whole(1, 100_000), default=1, metavar="N",
-        help="how many, each with the next seed; default: 1",
+        "--images", type=whole(1, 100_000), default=images, metavar="N",
+        help=f"how many, {each}; default: {images}",
+    )  # fmt: skip
+    picture.add_argument(
+        "--vary", type=variation, action="append", default=[], metavar="SEED:STRENGTH",
+        help="move the noise towards that of another seed, from 0 to 1; repeat it to move on",
     )  # fmt: skip
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--negative", default="", metavar="TEXT",
         help="what not to show; needs guidance above 0 (Raw), or --nag (Turbo)",
+    )  # fmt: skip
+    prompt.add_argument("--blend", metavar="TEXT", help="another prompt, to blend the prompt with")
+    prompt.add_argument(
+        "--blend-share", type=number(0, 1), default=0.5, metavar="X",
+        help="its share, from 0 (none) to 1 (it alone); default: 0.5",
     )  # fmt: skip
     prompt.add_argument(
         "--no-weights", dest="weights", action="store_false",
@@ -251,20 +266,28 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "default: everywhere",
     )  # fmt: skip
 
-    style = parser.add_argument_group("style")
-    style.add_argument(
+    styles = parser.add_argument_group("style")
+    styles.add_argument(
+        "--style", type=style, action="append", default=[], metavar="NAME[:WEIGHT]",
+        help="a style of the library (krea2 styles); repeat it for several at once",
+    )  # fmt: skip
+    styles.add_argument(
+        "--style-folder", type=Path, metavar="FOLDER",
+        help="the library; default: KREA2_STYLES, or that of the user",
+    )  # fmt: skip
+    styles.add_argument(
         "--style-image", type=Path, action="append", default=[], metavar="FILE",
         help="a picture whose style to take over, without a LoRA; repeat it for several",
     )  # fmt: skip
-    style.add_argument(
+    styles.add_argument(
         "--style-strength", type=number(0, 10), default=1.0, metavar="X",
         help="0 is off; default: 1, and with guidance (Raw) try 0.4",
     )  # fmt: skip
-    style.add_argument(
+    styles.add_argument(
         "--style-start", type=share, default=0.0, metavar="X",
         help="begin at this share of the run; default: 0",
     )  # fmt: skip
-    style.add_argument(
+    styles.add_argument(
         "--style-end", type=share, default=0.8, metavar="X",
         help="and stop here; default: 0.8",
     )  # fmt: skip

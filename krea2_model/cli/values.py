@@ -7,6 +7,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
+from ..style_library import MAX_WEIGHT
+
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
@@ -89,11 +91,38 @@ def lora(text: str) -> tuple[str, float]:
     return value
 
 
+def style(text: str) -> tuple[str, float]:
+    """`Ink wash:0.7`: a style and its weight, 1 where there is none."""
+    name, weight = lora(text)
+    if not name.strip() or not 0 <= weight <= MAX_WEIGHT:
+        raise ArgumentTypeError(
+            f"is {text}; expected a style and a weight from 0 to {MAX_WEIGHT:g}, such as "
+            "Woodcut:0.7"
+        )
+    return name.strip(), weight
+
+
+def variation(text: str) -> tuple[int, float]:
+    """`7:0.3`: a seed, and a strength from 0 to 1."""
+    seed, colon, strength = text.partition(":")
+    try:
+        value = int(seed), float(strength)
+    except ValueError:
+        value = -1, math.nan
+    if not (0 <= value[0] < 2**64 and 0 <= value[1] <= 1):
+        raise ArgumentTypeError(
+            f"is {text}; expected a seed and a strength from 0 to 1, such as 7:0.3"
+        )
+    return value
+
+
 def text_of(value: object) -> str:
     """A value as it is typed: the other way round."""
     if isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], str):
             return f"{value[0]}:{value[1]:g}"
+        if len(value) == 2:  # of which every digit counts
+            return f"{value[0]}:{value[1]!r}"
         return ",".join(f"{part:g}" for part in value)
     if isinstance(value, float):
         return repr(value)

@@ -8,7 +8,9 @@ import itertools
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +19,7 @@ from ..replacing import replacing
 from .picture_texts import save_options
 
 _ENDINGS = ".png, .jpg or .webp"
+_MOVING = (".webp", ".gif", ".png")
 
 
 def to_picture(array: np.ndarray) -> Image.Image:
@@ -89,6 +92,25 @@ def check_outputs(paths: Sequence[Path]) -> None:
                 f"Nothing can be written to {folder} ({error.strerror}); expected a folder that "
                 "takes files. Choose another --output."
             ) from error
+
+
+def check_animation(path: Path) -> None:
+    """Refuse what a moving picture could not be written to, see `check_outputs`."""
+    if path.suffix.lower() not in _MOVING:
+        raise ValueError(f"The animation is {path}; expected a .webp, .gif or .png file.")
+    check_outputs([path])
+
+
+def save_animation(frames: Sequence[Path], path: Path, seconds: float) -> None:
+    """Write pictures of one size as a moving one, which repeats. seconds: that each stays."""
+    options: dict[str, Any] = {"duration": round(1000 * seconds), "loop": 0, "save_all": True}
+    if path.suffix.lower() == ".webp":
+        options |= {"quality": 90}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        first, *others = (opened.enter_context(Image.open(file)) for file in frames)
+        file = opened.enter_context(opened.enter_context(replacing(path)).open("xb"))
+        first.save(file, image_format(path), append_images=others, **options)
 
 
 def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> list[str]:

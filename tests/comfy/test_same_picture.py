@@ -311,6 +311,49 @@ def style_of_tiles_while_inpainting(graph, krea2_model):
     return {"tiles": krea2_model.TileSettings(64, 0.3), "style": style, **options}
 
 
+def vary(graph, krea2_model):
+    """A neighbour of a neighbour."""
+    noise = graph.run("K2Vary", seed=SEED, variation_seed=20, strength=0.4)[0]
+    options = {"seed": 0, "variation_seed": 30, "strength": 0.3, "noise": noise}
+    graph.sampler["noise"] = graph.run("K2Vary", **options)[0]
+    return {"vary": [krea2_model.Variation(20, 0.4), krea2_model.Variation(30, 0.3)]}
+
+
+def styles(graph, krea2_model):
+    """Words, a LoRA and a picture of the styles that come with the pack."""
+    chosen = {"nano black ground": 0.5, "nano notebook": 0.8, "nano yellow ring": 0.6}
+    graph.model, graph.positive, graph.negative = graph.run(
+        "K2Styles", model=graph.model, clip=graph.clip, vae=graph.vae, prompt=PROMPT,
+        negative=NEGATIVE, styles="\n".join(f"{name}: {w}" for name, w in chosen.items()),
+    )[:3]  # fmt: skip
+    return {"styles": chosen}
+
+
+def walk(graph, krea2_model):
+    """The second of four frames, with a picture in front of both prompts' calls."""
+    graph.refer()
+    start, text = graph.positive, "two (blue:1.3) stars on a yellow background"
+    end = graph.run("K2TextEncode", clip=graph.clip, prompt=text, negative="")[0]
+    end = graph.run(
+        "K2Reference", positive=end, vae=graph.vae, image=image(64, 64, 1), megapixels=1.0
+    )[0]  # fmt: skip
+    found = graph.run("K2Walk", start=start, end=end, frames=4, seed=SEED, end_seed=9)
+    graph.positive, graph.sampler["noise"] = found[0][1], found[1][1]
+    return {
+        "references": [image(64, 64, 1)[0].movedim(-1, 0)],
+        "blend": krea2_model.PromptBlend(text, 1 / 3),
+        "vary": krea2_model.Variation(9, 1 / 3),
+    }
+
+
+def guided_walk(graph, krea2_model):
+    return guided(graph, krea2_model) | walk(graph, krea2_model)
+
+
+def walk_with_nag(graph, krea2_model):
+    return nag(graph, krea2_model) | walk(graph, krea2_model)
+
+
 FEATURES = {
     "turbo": [lambda graph, krea2_model: {}, layer_mix, prompt_images, references,
               references_at_the_step_s_time, weak_references, cached_references, edit,
@@ -319,10 +362,11 @@ FEATURES = {
               control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
               sparse_attention,
               regions, regions_with_other_features, style, style_with_other_features,
-              style_with_regions,
+              style_with_regions, vary, walk, walk_with_nag,
+              styles,
               style_of_tiles_while_inpainting],
     "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
-            control_in_a_window, style_in_a_window],
+            control_in_a_window, style_in_a_window, guided_walk],
 }  # fmt: skip
 
 

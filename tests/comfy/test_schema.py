@@ -27,6 +27,11 @@ INPUTS = {
         *("preset", "negative", "vae", "through", "labels", "suppression", "max_side"),
         *("megapixels", "weights"),
     ],
+    "K2Styles": ["model", "clip", "prompt", "styles", "negative", "vae"],
+    "K2SaveStyle": [
+        *("name", "words", "images", "picture_strength", "lora", "lora_strength", "negative"),
+        *("styles", "thumbnail", "replace"),
+    ],
     "K2Reference": [
         *("positive", "negative", "vae", "image", "family", "strength", "start", "end", "fit"),
         *("megapixels", "latent", "index", "apart"),
@@ -52,8 +57,10 @@ INPUTS = {
     "K2EmptyLatent": ["aspect", "megapixels", "width", "height", "batch", "swap"],
     "K2Sampler": [
         *("model", "positive", "negative", "latent", "preset", "seed", "steps", "guidance"),
-        *("denoise", "sampler", "shift", "mu", "seeds", "start_sigma"),
+        *("denoise", "sampler", "shift", "mu", "seeds", "start_sigma", "noise"),
     ],
+    "K2Vary": ["seed", "variation_seed", "strength", "index", "noise"],
+    "K2Walk": ["start", "end", "frames", "seed", "end_seed"],
     "K2Sigmas": ["model", "latent", "preset", "steps", "denoise", "shift", "mu", "start_sigma"],
     "K2ModelSampling": ["model", "width", "height", "shift", "mu"],
     "K2VAEDecode": ["samples", "vae"],
@@ -117,6 +124,8 @@ OUTPUTS = {
     "K2TextEncode": ["CONDITIONING", "CONDITIONING"],
     "K2TextEncodeImages": ["CONDITIONING", "CONDITIONING", "IMAGE"],
     "K2StyleMix": ["CONDITIONING", "CONDITIONING"],
+    "K2Styles": ["MODEL", "CONDITIONING", "CONDITIONING", "STRING", "STRING"],
+    "K2SaveStyle": ["STRING"],
     "K2Reference": ["CONDITIONING", "CONDITIONING"],
     "K2Edit": ["CONDITIONING", "CONDITIONING", "LATENT", "MODEL"],
     "K2ControlLora": ["CONDITIONING", "CONDITIONING", "CONTROL_NET", "STRING"],
@@ -124,6 +133,8 @@ OUTPUTS = {
     "K2TapWeights": ["CONDITIONING"],
     "K2EmptyLatent": ["LATENT", "INT", "INT"],
     "K2Sampler": ["LATENT"],
+    "K2Vary": ["NOISE"],
+    "K2Walk": ["CONDITIONING", "NOISE"],
     "K2Sigmas": ["SIGMAS"],
     "K2ModelSampling": ["MODEL"],
     "K2VAEDecode": ["IMAGE"],
@@ -174,7 +185,7 @@ def test_inputs_that_came_later_are_optional():
     """Graphs that were posted before they came have to run on."""
     later = {
         "K2TextEncode": ["max_tokens", "weights"],
-        "K2Sampler": ["seeds", "start_sigma"],
+        "K2Sampler": ["seeds", "start_sigma", "noise"],
         "K2Sigmas": ["start_sigma"],
         "K2PromptExpander": ["enabled"],
     }

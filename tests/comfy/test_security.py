@@ -33,6 +33,7 @@ FILE_INPUTS = {
     ("K2Grid", "lora"): "loras",
     ("K2StyleLora", "style"): "loras",
     ("K2ControlLora", "control"): "loras",
+    ("K2SaveStyle", "lora"): "loras",
     ("K2Inspect", "file"): "diffusion_models",
 }
 IDS = [".".join(key) for key in FILE_INPUTS]
@@ -299,7 +300,10 @@ def test_every_node_without_network_code_or_writing(tmp_path):
     allowed = [f"{output}/{name}" for name in names]
     assert kept and all(any(each in event for each in allowed) for event in kept), kept
     # And its curve, which ComfyUI shows from its temporary folder.
-    ours = (cache, output, str(tmp_path / "temp"))
+    # Save a Krea 2 Style writes to the user's styles.
+    saved = str(tmp_path / "user" / "krea2_styles")
+    assert any(saved in event for event in found["written"])
+    ours = (cache, output, saved, str(tmp_path / "temp"))
     found["written"] = [e for e in found["written"] if not any(path in e for path in ours)]
     assert found == {"network": [], "code": [], "written": [], "unused": []}
 

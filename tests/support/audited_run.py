@@ -69,6 +69,12 @@ def use_every_node(base: Path) -> set[str]:
             "K2Sampler", model=model, positive=positive, negative=negative, latent=latent,
             preset="custom", steps=2, guidance=1.0,
         )[0]  # fmt: skip
+        positives, noises = run("K2Walk", start=positive, end=negative, frames=2)
+        noise = run("K2Vary", seed=1, variation_seed=2, noise=noises[1])[0]
+        run(
+            "K2Sampler", model=model, positive=positives[1], latent=latent, noise=noise,
+            preset="custom", steps=1, guidance=0.0,
+        )  # fmt: skip
         (images,) = run("K2VAEDecode", samples=samples, vae=vae)
         run("K2VAEEncode", pixels=images, vae=vae)
         images, mask, *_ = run("K2FitImage", image=images, megapixels=0.0)
@@ -99,6 +105,8 @@ def use_every_node(base: Path) -> set[str]:
         area[:, 16:48, 16:48] = 1
         picture = torch.rand(1, 64, 64, 3)
         run("K2Detailer", model=model, positive=positive, vae=vae, image=picture, mask=area)
+        (saved,) = run("K2SaveStyle", name="Red", words="red", images=images, replace=True)
+        run("K2Styles", model=model, clip=clip, prompt="a star", styles=saved, vae=vae)
         run("K2StyleMix", clip=clip, prompt="a red star", image_1=images, vae=vae, strength=0.5)
         run("K2SelfCheck", model=model, clip=clip)
         raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]

@@ -28,6 +28,7 @@ from krea2_model.text.expander import LENGTHS, MAX_VARIANTS
 from krea2_model.tools.convert import PARTS, QUANTISATIONS
 from krea2_model.transformer.references import REFERENCE_METHODS
 from krea2_model.transformer.text_attention import NegativeGuidance
+from krea2_model.variations import STRENGTH
 
 ROOT = Path(krea2_model.__file__).parents[1]
 
@@ -82,6 +83,7 @@ def test_words_and_defaults_in_help_are_those_of_the_code():
     written = command_parser("describe").parse_args(["a.png"])
     assert (written.creativity, written.max_side) == (CREATIVITY, DESCRIBED_SIDE)
     assert choices.PARTS == PARTS and choices.QUANTISATIONS == QUANTISATIONS
+    assert choices.VARY_STRENGTH == STRENGTH
     assert choices.REFERENCE_METHODS == REFERENCE_METHODS
     assert choices.EDIT_FAMILIES == FAMILIES and tuple(TASKS) == choices.EDIT_TASKS
     assert str(MAX_VARIANTS) == "16"

@@ -20,8 +20,9 @@ NOTES = {"Note", "MarkdownNote"}
 # What stands for a subgraph's outputs, inside it.
 OUTPUT_NODE = -20
 SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
-# Their seeds stay from run to run: a run with another one would not be resumed.
-WITHOUT_CONTROL = {"K2TrainLora"}
+# These seeds stay from run to run: another one would not resume a training, and would be that of
+# another picture.
+WITHOUT_CONTROL = {"K2TrainLora": {"seed"}, "K2Vary": {"seed"}, "K2Walk": {"end_seed"}}
 
 
 @pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
@@ -64,9 +65,12 @@ def test_there_are_examples():
         "krea2_regions",
         "krea2_stock_nodes",
         "krea2_style_mix",
+        "krea2_styles",
         "krea2_tiled_sampling",
         "krea2_turbo_negative",
         "krea2_upscale",
+        "krea2_vary",
+        "krea2_walk",
         "krea2_turbo_text_to_image",
     }
 
@@ -199,7 +203,8 @@ def _by_position(node: dict, inputs: dict) -> dict:
     widgets = [i for i in node["inputs"] if "widget" in i]
     names = [i["name"] for i in widgets]
     values = list(node.get("widgets_values", ()))
-    seeds = [] if node["type"] in WITHOUT_CONTROL else [n for n in names if n.endswith("seed")]
+    stay = WITHOUT_CONTROL.get(node["type"], set())
+    seeds = [name for name in names if name.endswith("seed") and name not in stay]
     for seed in seeds:
         assert values.pop(names.index(seed) + 1) in SEED_CONTROLS
     given = dict(zip(names, values, strict=True))

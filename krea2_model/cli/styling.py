@@ -1,0 +1,65 @@
+"""`--style`: options of a picture with those of its styles, on the way to the pipeline.
+
+A picture keeps the names of its styles, so `krea2 again` takes them from the library.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from copy import copy
+from pathlib import Path
+
+from ..style_library import SavedStyle, StyleLibrary
+from ..style_mixing import MixedStyle, escaped
+from .errors import UsageError
+from .model_files import find_lora, models_folder
+
+_SUGGESTED = ("steps", "guidance", "width", "height")
+
+
+def mixed_of(args: Namespace) -> MixedStyle:
+    return MixedStyle.of(args.style, StyleLibrary(args.style_folder))
+
+
+def styled(args: Namespace) -> Namespace:
+    """The options with the words, pictures, LoRAs and suggestions of their styles.
+
+    Raises UsageError or StyleError for styles that cannot be used.
+    """
+    if not args.style:
+        return args
+    mixed, result = mixed_of(args), copy(args)
+    result.style = []
+    prompts = [args.prompt, args.blend]
+    if mixed.uses_weights and not args.weights:
+        prompts = [prompt and escaped(prompt) for prompt in prompts]
+        result.weights = True
+    result.prompt = mixed.prompt(prompts[0])
+    result.blend = None if prompts[1] is None else mixed.prompt(prompts[1])
+    result.negative = mixed.negative(args.negative)
+    own = [(_lora_of(style, file, args), scale) for style, file, scale in mixed.loras()]
+    result.lora = [*args.lora, *own]
+    if pictures := mixed.pictures():
+        if args.style_image:
+            raise UsageError(
+                "--style-image gives pictures, and so does --style; give one of them, or save the "
+                "picture as a style: krea2 styles save NAME --reference FILE."
+            )
+        result.style_image = [path for path, _ in pictures]
+        result.style_weights = [weight for _, weight in pictures]
+        result.style_strength = mixed.picture_strength * args.style_strength
+    has_size = args.width is not None or args.height is not None or args.start_image is not None
+    for name in _SUGGESTED:
+        is_size = name in ("width", "height")
+        if getattr(result, name) is None and not (is_size and (has_size or args.edit)):
+            setattr(result, name, mixed.setting(name))
+    return result
+
+
+def _lora_of(style: SavedStyle, file: str, args: Namespace) -> str:
+    """The LoRA of a style: in its folder, or one that --lora would find."""
+    beside = [Path(style.folder or ""), *getattr(args, "beside", ())]
+    try:
+        return str(find_lora(file, models_folder(args.models), beside))
+    except UsageError as error:
+        raise UsageError(f"Style {style.name} needs a LoRA: {error}") from error

@@ -1,0 +1,315 @@
+"""Styles as files, several mixed by weights, and what they do to krea2-nano's pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from krea2_model import Krea2Pipeline, MixedStyle, SavedStyle, StyleError, StyleLibrary
+from krea2_model.images.picture_texts import read_texts
+from krea2_model.style_library import BUILT_IN, default_folder
+from krea2_model.style_mixing import escaped, read_choice
+from krea2_model.text.prompt_weights import parse_weights
+
+RING = "nano yellow ring"
+NOTEBOOK = "krea2_nano_notebook_lora.safetensors"
+SMALL = {"height": 64, "width": 64, "steps": 3, "seed": 3, "output_type": "pt"}
+
+
+@pytest.fixture(autouse=True)
+def library(tmp_path, monkeypatch):
+    monkeypatch.setenv("KREA2_STYLES", str(tmp_path / "styles"))
+    return StyleLibrary()
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Krea2Pipeline.nano()
+
+
+def write(library, name, **entries):
+    folder = library.folder / name
+    folder.mkdir(parents=True)
+    (folder / "style.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+def test_the_styles_that_come_with_the_package_can_all_be_used(library):
+    found, problems = library.styles()
+    assert not problems and len(found) >= 12 and all(style.is_built_in for style in found)
+    for style in found:
+        with Image.open(style.thumbnail) as image:
+            assert image.size == (128, 128)
+        parse_weights(MixedStyle(((style, 0.5),)).prompt("a fox"))
+    assert len([path for path in BUILT_IN.iterdir()]) == len(found)
+
+
+def test_a_style_is_saved_whole_and_read_again(library, tmp_path):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "red.png")
+    style = SavedStyle(
+        "Größe & Ink", "ink on {prompt}", "photo", (("red.png", 0.5),), 0.8, ((NOTEBOOK, 0.7),),
+        {"steps": 4},
+    )  # fmt: skip
+    saved = library.save(style, [tmp_path / "red.png"])
+    assert (saved.words, saved.negative, saved.loras) == (style.words, "photo", ((NOTEBOOK, 0.7),))
+    assert saved.settings == {"steps": 4} and saved.picture_paths()[0].is_file()
+    assert Image.open(saved.thumbnail).size == (128, 85)
+    assert library.get("Größe & Ink") == saved and "Größe & Ink" in library.names()
+    with pytest.raises(StyleError, match="There is a style"):
+        library.save(style, [tmp_path / "red.png"])
+    # What is saved may be taken from what is replaced.
+    (saved.folder / "ink.safetensors").write_bytes(b"a LoRA")
+    again = library.save(saved, replace=True)
+    assert again.picture_paths()[0].is_file() and (again.folder / "ink.safetensors").is_file()
+    assert [p.name for p in library.folder.iterdir()] == ["Größe & Ink"], "nothing is left beside"
+
+
+def test_nothing_is_left_where_saving_fails(library, tmp_path):
+    style = SavedStyle("A", pictures=(("a.png", 1.0),))
+    with pytest.raises((StyleError, OSError)):
+        library.save(style, [tmp_path / "none.png"])
+    assert not list(library.folder.iterdir())
+
+
+def test_a_style_of_the_user_takes_the_place_of_a_built_in_one(library):
+    library.save(SavedStyle("Woodcut", "mine"))
+    assert library.get("Woodcut").words == "mine" and not library.get("Woodcut").is_built_in
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({}, "is empty; expected words"),
+        ({"words": 3}, "words is 3"),
+        ({"words": "x", "colour": 1}, "it has colour"),
+        ({"words": "{prompt} {prompt}"}, "several times"),
+        ({"pictures": [["../a.png", 1]]}, "it names the picture '../a.png'"),
+        ({"pictures": [["a.png", -1]]}, "expected a name and a number from 0"),
+        ({"pictures": [["a.png"]]}, "expected a name and a number"),
+        ({"pictures": 3}, "cannot be read"),
+        ({"loras": [["../../a.safetensors", 1]]}, "leads out of its folder"),
+        ({"loras": [["/a.safetensors", 1]]}, "leads out of its folder"),
+        ({"words": "x", "settings": {"steps": 0}}, "settings has steps: 0"),
+        ({"words": "x", "settings": {"seed": 1}}, "settings has seed"),
+        ({"words": "x", "picture_strength": 11}, "picture_strength is 11"),
+    ],
+)
+def test_broken_styles_are_skipped_in_lists_and_refused_when_asked_for(library, entries, words):
+    write(library, "Broken", **entries)
+    found, (problem,) = library.styles()
+    assert words in problem and "Mend" in problem and "Broken" not in {s.name for s in found}
+    with pytest.raises(StyleError, match="Mend .*style.json"):
+        library.get("Broken")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '"x"'])
+def test_files_that_are_no_styles(library, text):
+    write(library, "Broken")
+    (library.folder / "Broken" / "style.json").write_text(text)
+    assert len(library.styles()[1]) == 1
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".x", "x.", "con", "x" * 61, "a:b", 3])
+def test_names_that_are_none(library, name):
+    with pytest.raises(StyleError, match="name is"):
+        SavedStyle(name, "words")
+    with pytest.raises(StyleError, match="There is no style"):
+        library.get(name)
+
+
+def test_near_names_are_offered(library):
+    with pytest.raises(StyleError, match=r"Did you mean Watercolour or .*\?"):
+        library.get("watercolor")
+
+
+def test_words_join_the_prompt_by_their_weight(library):
+    write(library, "After", words="ink")
+    write(library, "Around", words="a print of {prompt}, blue")
+    mix = lambda **chosen: MixedStyle.of(chosen, library)  # noqa: E731
+    assert mix(After=1).prompt("a fox.") == "a fox, ink"
+    assert mix(After=0.7).prompt("a fox") == "a fox, (ink:0.7)"
+    assert mix(After=0).prompt("a fox") == "a fox" and not mix(After=0).uses_weights
+    assert mix(Around=1).prompt("a fox") == "a print of a fox, blue"
+    assert mix(Around=0.5).prompt("a fox") == "(a print of:0.5) a fox, (blue:0.5)"
+    assert mix(After=1, Around=1).prompt("a fox") == "a print of a fox, ink, blue"
+    assert mix(After=1).prompt("") == "ink"
+
+
+def test_a_moodboard_is_its_styles(library):
+    write(library, "Ink", words="ink", negative="colour", loras=[[NOTEBOOK, 0.8]])
+    mixed = MixedStyle.of({"Ink": 0.5, RING: 0.4}, library)
+    files = [path for path, _ in mixed.pictures()]
+    board = library.save(mixed.as_one("Board"), files)
+    one = MixedStyle.of({"Board": 1.0}, library)
+    assert one.prompt("a fox") == mixed.prompt("a fox") == "a fox, (ink:0.5)"
+    assert one.negative("x") == mixed.negative("x") == "x, colour"
+    assert [(f, s) for _, f, s in one.loras()] == [(NOTEBOOK, 0.4)] and board.folder
+    assert [w for _, w in one.pictures()] == [0.4] and one.picture_strength == 0.4
+
+
+def test_strength_of_pictures_of_several_styles(library):
+    for name, strength in (("A", 1.0), ("B", 0.5)):
+        folder = write(library, name, pictures=[["a.png", 1]], picture_strength=strength)
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+    of = lambda **chosen: MixedStyle.of(chosen, library).picture_strength  # noqa: E731
+    assert of(A=0.7) == 0.7 and of(A=0.6, B=0.4) == 0.8 and of(A=1, B=1) == 1.0 and of(B=2) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({}, "No style is chosen"),
+        ("", "No style is chosen"),
+        ({"Woodcut": 2.5}, "weight of style Woodcut is 2.5; expected 0"),
+        ({"Woodcut": float("nan")}, "weight of style Woodcut is nan"),
+        ([("Woodcut", 1), ("Woodcut", 1)], "chosen twice"),
+        ({"Wood": 1}, "There is no style 'Wood'"),
+        ("Woodcut: much", "styles has the line"),
+        ("[3]", "styles is"),
+    ],
+)
+def test_bad_choices(chosen, words):
+    with pytest.raises(StyleError, match=words):
+        MixedStyle.of(chosen)
+
+
+def test_too_many_pictures(library):
+    for name in ("A", "B"):
+        folder = write(library, name, pictures=[[f"{n}.png", 1] for n in range(5)])
+        for number in range(5):
+            Image.new("RGB", (16, 16)).save(folder / f"{number}.png")
+    with pytest.raises(StyleError, match="A, B have 10 pictures together; expected at most 8"):
+        MixedStyle.of({"A": 1, "B": 1}, library)
+    (library.folder / "A" / "0.png").unlink()
+    with pytest.raises(StyleError, match="0.png is not there"):
+        MixedStyle.of({"A": 1}, library)
+
+
+def test_choices_as_text():
+    assert read_choice(" Ink wash: 0.7\n\nWoodcut\n") == [("Ink wash", 0.7), ("Woodcut", 1.0)]
+    assert read_choice('{"Ink wash": 0.7}') == [("Ink wash", 0.7)]
+
+
+def test_brackets_stay_brackets():
+    assert parse_weights(escaped("a (red:1.4) \\(x\\) fox")).text == "a (red:1.4) (x) fox"
+
+
+def test_the_folder_is_the_user_s(monkeypatch, tmp_path):
+    assert default_folder() == tmp_path / "styles"
+    monkeypatch.delenv("KREA2_STYLES")
+    assert default_folder().parts[-2:] == ("krea2", "styles")
+
+
+def test_words_and_loras_act_for_one_call(nano, library):
+    """The picture is that of the words and the LoRA given by hand; the weights come back."""
+    plain = nano("a red star", **SMALL)
+    styled = nano("a red star", styles={"nano black ground": 1, "nano notebook": 0.8}, **SMALL)
+    assert torch.equal(nano("a red star", **SMALL), plain)
+    with nano.loras_for_now([(NOTEBOOK, 0.8)]):
+        expected = nano("a red star, on a black background", **SMALL)
+    assert torch.equal(styled, expected) and not torch.equal(styled, plain)
+    nano.load_lora(NOTEBOOK, 0.3)
+    try:
+        below = nano("a red star", **SMALL)
+        nano("a red star", styles={"nano notebook": 0.8}, **SMALL)
+        assert torch.equal(nano("a red star", **SMALL), below) and "at 0.3" in repr(nano)
+        assert "0.8" not in repr(nano)
+    finally:
+        nano.unload_lora()
+
+
+def test_styles_of_nano_do_what_they_say(nano):
+    options = {"seed": 1, "output_type": "pt"}
+    dark = nano("a red star", styles={"nano black ground": 1}, **options)[0]
+    assert dark[:, :16, :16].mean() < 0.2
+    paper = nano("a red star on a white background", styles={"nano notebook": 1}, **options)[0]
+    assert (paper[2] < paper[0] - 0.05).float().mean() > 0.3, "cream paper"
+    ring = nano("a red star", styles={RING: 1}, **options)[0]
+    ground = ring[:, :16, -16:].mean(dim=(1, 2))
+    assert ground[0] > 0.8 and ground[2] < 0.4, "yellow ground"
+
+
+def test_weights_and_brackets_of_prompts(nano):
+    styles = {"nano black ground": 0.5}
+    one = nano("a (red:1.4) star", styles=styles, **SMALL)
+    two = nano("a \\(red:1.4\\) star, (on a black background:0.5)", prompt_weights=True, **SMALL)
+    assert torch.equal(one, two)
+
+
+def test_a_walk_in_a_style_has_styled_ends(nano):
+    options = SMALL | {"styles": {"nano black ground": 1}}
+    frames = list(nano.walk("a red star", "a blue circle", frames=2, **options))
+    assert torch.equal(frames[1], nano("a blue circle", **options)[0])
+
+
+def test_suggestions_give_way_to_arguments(nano, library):
+    write(library, "S", words="blue", settings={"steps": 2, "width": 64, "height": 48})
+    options = {"seed": 1, "output_type": "pt", "styles": {"S": 1}}
+    assert nano("a star", **options).shape[2:] == (48, 64)
+    assert nano("a star", height=64, width=64, **options).shape[2:] == (64, 64)
+
+
+def test_what_does_not_go_together(nano, library, tmp_path):
+    from krea2_model import StyleTransfer
+
+    with pytest.raises(StyleError, match="style gives pictures, and so do styles"):
+        nano("x", styles={RING: 1}, style=StyleTransfer(Image.new("RGB", (32, 32))))
+    with pytest.raises(StyleError, match="add words to a prompt"):
+        nano(prompt_embeds=torch.zeros(1, 4, 12, 8), styles={RING: 1})
+    write(library, "L", loras=[["none.safetensors", 1]])
+    with pytest.raises(StyleError, match="L needs the LoRA none.safetensors, which is not there"):
+        nano("x", styles={"L": 1})
+
+
+pytest_nano = pytest.mark.usefixtures("nano_once")
+
+
+@pytest_nano
+def test_the_command_line(krea2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", "nano", "--width", 64, "--height", 48, "--steps", 2]
+    line = ["a star", *small, "--style", "nano notebook:0.8", "--style", f"{RING}:0.5"]
+    (first,) = krea2(*line)
+    (again,) = krea2("again", first, "--output", "b.png")
+    assert first.read_bytes() == again.read_bytes()
+    (plain,) = krea2("a star", *small, "--output", "plain.png")
+    (words,) = krea2("a star", *small, "--style", "nano black ground", "--output", "words.png")
+    (same,) = krea2("a star, on a black background", *small, "--output", "same.png")
+    assert (np.asarray(Image.open(words)) == np.asarray(Image.open(same))).all()
+    assert (np.asarray(Image.open(first)) != np.asarray(Image.open(plain))).any()
+    kept = json.loads(read_texts(first)["krea2"])["settings"]
+    assert kept["style"] == [["nano notebook", 0.8], [RING, 0.5]] and kept["prompt"] == "a star"
+    (neighbour,) = krea2("vary", first, "--strength", 0, "--images", 1)
+    assert (np.asarray(Image.open(neighbour)) == np.asarray(Image.open(first))).all()
+    (folder,) = krea2("styles", "save", "Mine", "--from", first, "--words", "soft")
+    assert (folder / "thumbnail.webp").is_file()
+    krea2("styles", "save", "Board", "--style", "Mine:0.5", "--style", "Woodcut:0.4")
+    assert "soft" in str(krea2("styles", "show", "Board")[1])
+    assert any("Board" in str(line) for line in krea2("styles"))
+    (other,) = krea2("a star", *small, "--style", "Board", "--output", "c.png")
+    assert other.read_bytes() != first.read_bytes()
+
+
+@pytest_nano
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["x", "--style", "Wood"], "Did you mean Woodcut"),
+        (["x", "--style", "Woodcut:3"], "expected a style and a weight from 0 to 2"),
+        (["x", "--style", RING, "--style-image", "a.png"], "so does --style"),
+        (["x", "--style", "L"], "Style L needs a LoRA: There is no file or folder none"),
+        (["styles", "show"], "NAME is missing"),
+        (["styles", "save", "New"], "is empty"),
+        (["styles", "save", "../New", "--words", "x"], "name is '../New'"),
+        (["styles", "show", "Wood"], "There is no style 'Wood'"),
+        (["styles", "save", "New", "--from", "none.png"], "none.png"),
+    ],
+)
+def test_wrong_lines(krea2, library, tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    write(library, "L", loras=[["none.safetensors", 1]])
+    model = [] if line[0] == "styles" else ["--model", "nano"]
+    error = krea2(*line, *model, code=2)
+    assert words in error and "loading" not in error
