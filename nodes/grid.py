@@ -17,6 +17,7 @@ from .inputs import AUTO, TURBO_MU, check_limits, verdict
 from .latents import given_vae
 from .prompts import check_clip
 from .sampler_run import check_model
+from .style_library import mixed_styles
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def _values(letter: str, default: str):
         tooltip=(
             "A value a line. Numbers also as 1-4, or 4-12:4 in steps of 4. Prompt part: first the "
             "part as it stands in the prompt, then what takes its place. LoRAs: none, or FILE or "
-            "FILE:0.8."
+            "FILE:0.8. Styles: none, or NAME:0.7."
         ),
     )
 
@@ -158,6 +159,9 @@ class K2Grid(io.ComfyNode):
             paths = [model_files.find_lora(name) for name in sorted(names)]
             checkpoints = {cell.checkpoint for cell in cells if cell.checkpoint is not None}
             paths += [model_files.find_model(TRANSFORMER, name) for name in sorted(checkpoints)]
+            chosen_styles = sorted({cell.styles for cell in cells if cell.styles})
+            mixed = [style for text in chosen_styles for style, _ in mixed_styles(text).styles]
+            paths += [style.folder for style in mixed if style.folder is not None]
             return model_files.fingerprint(*paths)
         except (KeyError, ValueError, TypeError, OSError):
             return None  # linked, or refused anyway
@@ -196,7 +200,7 @@ class K2Grid(io.ComfyNode):
             prompt, negative, preset, seed, sampler=sampler, shift=shift, lora=lora, **numbers
         )
         cells = cells_of(read, base)
-        painter = Painter(model, clip, latent, base)
+        painter = Painter(model, clip, vae, latent, base)
         totals = painter.check(cells)
 
         hidden = cls.hidden

@@ -13,14 +13,15 @@ from ..krea2_model.images.grid_sheet import check_counts
 from ..krea2_model.images.sizes import MAX_SIZE, MULTIPLE
 from . import inputs, model_files
 from .layer_weights import LAYERS
+from .style_library import mixed_styles
 
 NONE = "none"
 PROMPT, PART, NEGATIVE = "prompt", "prompt part", "negative"
 SEED, STEPS, GUIDANCE, MU, DENOISE = "seed", "steps", "guidance", "mu", "denoise"
 SAMPLER, SIZE, LAYER_WEIGHTS = "sampler", "size", "layer weights"
-LORA, LORA_STRENGTH, CHECKPOINT = "lora", "lora strength", "checkpoint"
+LORA, LORA_STRENGTH, CHECKPOINT, STYLE = "lora", "lora strength", "checkpoint", "style"
 # Of these, those that change the MODEL, the slowest first.
-SLOW = (CHECKPOINT, LORA, LORA_STRENGTH)
+SLOW = (CHECKPOINT, STYLE, LORA, LORA_STRENGTH)
 LETTERS = ("x", "y", "z")
 MAX_STRENGTH = 100.0
 
@@ -252,6 +253,17 @@ def _checkpoint(line: str) -> Values:
     yield line, file_label(line)
 
 
+def _style(line: str) -> Values:
+    """NAME, NAME:WEIGHT, several with ; between them, or none; what Krea 2 Styles takes."""
+    if line == NONE:
+        yield "", NONE
+        return
+    mixed = mixed_styles("\n".join(line.split(";")))
+    named = [(style.name, weight) for style, weight in mixed.styles]
+    text = "\n".join(f"{name}: {weight:g}" for name, weight in named)
+    yield text, "; ".join(name if weight == 1 else f"{name} {weight:g}" for name, weight in named)
+
+
 KINDS: dict[str, Callable[[str], Values]] = {
     PROMPT: _text,
     PART: _text,
@@ -267,5 +279,6 @@ KINDS: dict[str, Callable[[str], Values]] = {
     LORA_STRENGTH: _strength,
     LAYER_WEIGHTS: _layer_weights,
     CHECKPOINT: _checkpoint,
+    STYLE: _style,
 }
 AXES = (NONE, *KINDS)

@@ -60,11 +60,18 @@ def cell_graph(graph: Mapping[str, Any], node: str, cell: Cell, run: Run, prefix
             clip_strength=strength,
         )  # fmt: skip
         model, clip = [lora, 0], [lora, 1]
-    prompt = add(
-        "K2TextEncode", clip=clip, prompt=cell.prompt, negative=cell.negative,
-        official_length=False, max_tokens=0, weights=True,
-    )  # fmt: skip
-    positive = [prompt, 0]
+    if cell.styles:
+        prompt = add(
+            "K2Styles", model=model, clip=clip, prompt=cell.prompt, styles=cell.styles,
+            negative=cell.negative, vae=links["vae"],
+        )  # fmt: skip
+        model, positive, negative = ([prompt, output] for output in range(3))
+    else:
+        prompt = add(
+            "K2TextEncode", clip=clip, prompt=cell.prompt, negative=cell.negative,
+            official_length=False, max_tokens=0, weights=True,
+        )  # fmt: skip
+        positive, negative = ([prompt, output] for output in range(2))
     if cell.weights is not None:
         layers = zip(LAYERS, cell.weights, strict=True)
         weights = {f"layer_{layer}": weight for layer, weight in layers}
@@ -80,7 +87,7 @@ def cell_graph(graph: Mapping[str, Any], node: str, cell: Cell, run: Run, prefix
     custom = preset_of(run.model, CUSTOM, steps, guidance)
     is_own = shift_exponent(custom, AUTO, 0.0, token_count(run.start)) == run.exponent
     sampler = add(
-        "K2Sampler", model=model, positive=positive, negative=[prompt, 1], latent=links["latent"],
+        "K2Sampler", model=model, positive=positive, negative=negative, latent=links["latent"],
         preset=CUSTOM, seed=cell.seed, steps=steps, guidance=guidance, denoise=cell.denoise,
         sampler=cell.sampler, shift=AUTO if is_own else FIXED, mu=run.exponent, seeds=ONE_STREAM,
         start_sigma=0.0,

@@ -24,6 +24,7 @@ from .managed.model import load_model
 from .prepared_run import Run, prepare
 from .prompts import encode
 from .sampler_run import check_mask, preset_of, start_of
+from .style_library import mixed_styles, styled
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Base:
 class Cell:
     """A cell. number: from 1, row by row and block by block. None is the preset's or the node's.
 
-    loras: of the axes, names and strengths. size: width and height.
+    loras: of the axes, names and strengths. size: width and height. styles: as Krea 2 Styles takes
+    them, "" for none.
     """
 
     place: Place
@@ -65,11 +67,20 @@ class Cell:
     loras: tuple[tuple[str, float], ...]
     weights: tuple[float, ...] | None
     checkpoint: str | None
+    styles: str = ""
 
     @property
     def model(self):
         """What of a cell changes the MODEL."""
-        return self.checkpoint, self.loras
+        return self.checkpoint, self.loras, self.styles
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Prompt and negative prompt with the words of styles."""
+        if not self.styles:
+            return self.prompt, self.negative
+        mixed = mixed_styles(self.styles)
+        return mixed.prompt(self.prompt.strip()), mixed.negative(self.negative)
 
 
 def cells_of(axes: Sequence[Axis], base: Base) -> list[Cell]:
@@ -105,20 +116,22 @@ def _cell(axes: Sequence[Axis], base: Base, place: Place, counts: Place) -> Cell
         loras=loras,
         weights=values.get(grid_axes.LAYER_WEIGHTS),
         checkpoint=values.get(grid_axes.CHECKPOINT),
+        styles=values.get(grid_axes.STYLE, ""),
     )
 
 
 class Painter:
     """Makes cells: one MODEL at a time, every different text encoded once."""
 
-    def __init__(self, model, clip, latent, base: Base):
+    def __init__(self, model, clip, vae, latent, base: Base):
         check_mask(latent)
         if len(latent["samples"]) != 1:
             raise ValueError(
                 f"The latent has {len(latent['samples'])} images; a cell has one. Set batch of "
                 "Krea 2 Size to 1, and make seeds an axis."
             )
-        self._wired, self._clip, self._latent, self._base = model, clip, latent, base
+        self._wired, self._clip, self._vae = model, clip, vae
+        self._latent, self._base = latent, base
         self._key: Any = None
         self._made: tuple[Any, Any] = (None, None)
         self._texts: dict[Any, Any] = {}
@@ -192,9 +205,9 @@ class Painter:
         for other in ahead:
             if other.model != cell.model:
                 break
-            self._encode(clip, other.prompt)
-            self._encode(clip, other.negative)
-        positive, negative = (self._encode(clip, text) for text in (cell.prompt, cell.negative))
+            for text in other.texts:
+                self._encode(clip, text)
+        positive, negative = (self._encode(clip, text) for text in cell.texts)
         if cell.weights is not None:
             layers = dict(zip(_LAYER_INPUTS, cell.weights, strict=True))
             (positive,) = K2TapWeights.execute(positive, **layers).result
@@ -212,6 +225,8 @@ class Painter:
             for name, strength in cell.loras:
                 path = model_files.find_lora(name)
                 model, clip, _ = apply_lora(model, clip, path, strength, strength)
+            if cell.styles:
+                model, clip, _ = styled(model, clip, self._vae, mixed_styles(cell.styles))
             self._key, self._made = cell.model, (model, clip)
         return self._made
 

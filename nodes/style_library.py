@@ -85,12 +85,12 @@ class K2Styles(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, styles=None):
-        return verdict(cls, lambda: None if styles is None else _mixed(styles))
+        return verdict(cls, lambda: None if styles is None else mixed_styles(styles))
 
     @classmethod
     def fingerprint_inputs(cls, styles=None, **others):
         try:
-            chosen = _mixed(styles).styles
+            chosen = mixed_styles(styles).styles
         except (StyleError, AttributeError):
             return None
         return model_files.fingerprint(*(s.folder for s, _ in chosen if s.folder is not None))
@@ -98,24 +98,12 @@ class K2Styles(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompt, styles="", negative="", vae=None):
         check_clip(clip)
-        mixed = _mixed(styles)
-        pictures = mixed.pictures()
-        if pictures and vae is None:
-            names = ", ".join(style.name for style, _ in mixed.active if style.pictures)
-            raise ValueError(
-                f"{names} has pictures, whose style needs the VAE to be read. Connect vae, or "
-                "choose styles without pictures."
-            )
-        loras = [(style, find_style_lora(style, file), s) for style, file, s in mixed.loras()]
-        report = [mixed.report()]
-        for _, path, strength in loras:
-            model, clip, found = apply_lora(model, clip, path, strength, strength)
-            report.append(str(found))
-        if pictures:
-            model = _with_pictures(model, clip, vae, pictures, mixed.picture_strength)
+        mixed = mixed_styles(styles)
+        model, clip, found = styled(model, clip, vae, mixed)
         text = mixed.prompt(prompt.strip())
         positive = encode(clip, [text])
         encoded_negative = encode(clip, [mixed.negative(negative)])
+        report = [mixed.report(), *found]
         values = {name: mixed.setting(name) for name in SETTINGS}
         if suggested := [f"{name} {v:g}" for name, v in values.items() if v is not None]:
             report.append(f"suggested: {', '.join(suggested)}")
@@ -265,7 +253,7 @@ def find_style_lora(style: SavedStyle, file: str) -> Path:
         raise StyleError(f"Style {style.name} needs a LoRA. {error}") from error
 
 
-def _mixed(styles: str) -> MixedStyle:
+def mixed_styles(styles: str) -> MixedStyle:
     """The styles of a text. Raises StyleError for none, unknown ones and bad weights."""
     chosen = read_choice(styles)
     if not chosen:
@@ -277,6 +265,25 @@ def _mixed(styles: str) -> MixedStyle:
     for style, file, _ in mixed.loras():
         find_style_lora(style, file)
     return mixed
+
+
+def styled(model, clip, vae, mixed: MixedStyle):
+    """A MODEL and CLIP with the LoRAs and pictures of styles, and the LoRAs' reports."""
+    pictures = mixed.pictures()
+    if pictures and vae is None:
+        names = ", ".join(style.name for style, _ in mixed.active if style.pictures)
+        raise ValueError(
+            f"{names} has pictures, whose style needs the VAE to be read. Connect vae, or choose "
+            "styles without pictures."
+        )
+    loras = [(find_style_lora(style, file), s) for style, file, s in mixed.loras()]
+    reports = []
+    for path, strength in loras:
+        model, clip, found = apply_lora(model, clip, path, strength, strength)
+        reports.append(str(found))
+    if pictures:
+        model = _with_pictures(model, clip, vae, pictures, mixed.picture_strength)
+    return model, clip, reports
 
 
 def _with_pictures(model, clip, vae, pictures: list[tuple[Path, float]], strength: float):

@@ -92,7 +92,7 @@ ROOM = {
     "K2Grid": 720,
     "K2Loader": 80,
     "K2Regions": 140,
-    "K2Sampler": 180,
+    "K2Sampler": 200,
     "K2TrainLora": 270,
     "K2TwoStage": 230,
     "K2Upscale": 180,

@@ -174,6 +174,10 @@ def test_values_of_an_axis_that_is_off_are_hidden_and_names_are_offered(grid):
     (node,) = [n for n in api_form(page).values() if n["class_type"] == "K2Grid"]
     assert node["inputs"]["z_values"] == "krea2-nano notebook (built in)\nnone"
     assert "pictures" not in node["inputs"]
+    page.evaluate(choose, ["z_axis", "style"])
+    offer.select_option(label="z style: Ink wash")
+    (node,) = [n for n in api_form(page).values() if n["class_type"] == "K2Grid"]
+    assert node["inputs"]["z_values"].endswith("\nInk wash")
     page.evaluate(choose, ["z_axis", "none"])
     page.wait_for_function(f"() => ({hidden})('z_values')")
     assert offer.is_hidden()

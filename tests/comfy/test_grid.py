@@ -55,7 +55,14 @@ def single(run, parts):
     """The picture (H, W, 3) of Krea 2 Sampler."""
 
     def call(
-        prompt=PROMPT, negative="", loras=(), weights=None, model=None, latent=None, **sampler
+        prompt=PROMPT,
+        negative="",
+        loras=(),
+        weights=None,
+        model=None,
+        latent=None,
+        styles="",
+        **sampler,
     ):
         wired, clip, vae, empty = parts
         wired = wired if model is None else run("K2ModelLoader", file=model)[0]
@@ -65,6 +72,11 @@ def single(run, parts):
                 clip_strength=strength,
             )  # fmt: skip
         positive, without = run("K2TextEncode", clip=clip, prompt=prompt, negative=negative)
+        if styles:
+            wired, positive, without, *_ = run(
+                "K2Styles", model=wired, clip=clip, vae=vae, prompt=prompt, negative=negative,
+                styles=styles,
+            )  # fmt: skip
         if weights:
             (positive,) = run("K2TapWeights", conditioning=positive, **weights)
         options = {"preset": "custom", "steps": 2, "guidance": 0.0, "seed": 3} | sampler
@@ -99,6 +111,10 @@ AXES = {
         [{"weights": {"layer_35": 4.0, "layer_2": 0.0}}, {"weights": {"layer_35": 2.0}}],
     ),
     "checkpoint": (f"{NANO_RAW}\n{NANO}", [{"model": NANO_RAW}, {}]),
+    "style": (
+        "none\nnano notebook:0.7; nano black ground",
+        [{}, {"styles": "nano notebook: 0.7\nnano black ground"}],
+    ),
 }  # fmt: skip
 
 
@@ -201,6 +217,8 @@ BAD = {
     "strength": ({"x_axis": "lora", "x_values": f"{STYLE}:1000"}, "a strength from -100 to 100"),
     "no lora": ({"x_axis": "lora strength", "x_values": "1"}, "lora strength without a LoRA"),
     "checkpoint": ({"x_axis": "checkpoint", "x_values": "none.gguf"}, "There is no 'none.gguf'"),
+    "style": ({"x_axis": "style", "x_values": "Ink wash:0.5;Ink was"}, "Ink was"),
+    "style weight": ({"x_axis": "style", "x_values": "Ink wash:3"}, "is 3.0; expected 0 (off)"),
     "part": ({"x_axis": "prompt part", "x_values": "Circle\nstar"},
              "x_values begins with 'Circle', which is not in the prompt"),
     "empty part": ({"x_axis": "prompt part", "x_values": '""\nstar'}, "is empty; expected a part"),
@@ -336,6 +354,9 @@ CELLS = {
                    "y_values": '""\nblue'},
     "layers and samplers": {"x_axis": "layer weights", "x_values": "35=4\n2=0", "shift": "fixed",
                             "mu": 0.7, "y_axis": "sampler", "y_values": "euler\ndpmpp_2m"},
+    "styles with words, a LoRA and a picture": {
+        "x_axis": "style", "x_values": "nano notebook:0.7;nano yellow ring:0.8\nnone",
+        "y_axis": "lora", "y_values": f"{STYLE}:0.5\nnone"},
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { Comparison, STYLE as COMPARISON, element } from "./compare.js";
+import { library } from "./styles.js";
 
 const NODE = "K2Grid";
 const EVENT = "krea2kit.grid";
@@ -243,11 +244,14 @@ class GridView {
     return made < this.state.count ? `${made} of ${this.state.count} pictures` : "Click two pictures.";
   }
 
-  // Names for axes whose values are files or samplers, which nobody knows by heart.
-  offerValues() {
+  // Names for axes whose values are files, samplers or styles, which nobody knows by heart.
+  async offerValues() {
     const loader = globalThis.LiteGraph?.registered_node_types?.K2ModelLoader?.nodeData?.input?.required?.file;
     const options = (name) => widgetOf(this.node, name)?.options?.values ?? [];
+    const isStyle = LETTERS.some((letter) => widgetOf(this.node, `${letter}_axis`)?.value === "style");
+    const styles = isStyle ? (await library()).styles.map((style) => style.name) : [];
     const names = {
+      style: ["none", ...styles],
       lora: options("lora"),
       sampler: options("sampler"),
       checkpoint: Array.isArray(loader?.[0]) ? loader[0] : (loader?.[1]?.options ?? []),

@@ -68,7 +68,7 @@ const write = (chosen) => chosen.map(([name, weight]) => `${name}: ${weight}`).j
 
 // Asked for once by all nodes, and again when the page refreshes its lists.
 let asked;
-const library = () => (asked ??= api.fetchApi("/krea2_kit/styles").then((answer) => answer.json())
+export const library = () => (asked ??= api.fetchApi("/krea2_kit/styles").then((answer) => answer.json())
   .catch(() => ({ styles: [], problems: ["The server does not answer."] })));
 
 function thumbnail(style) {
