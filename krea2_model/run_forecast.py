@@ -21,7 +21,7 @@ from .styles import PreparedStyle, StyleTransfer
 from .text.encoder import Qwen3VLTextEncoder
 from .text.prompt_tokens import tokenize_prompt
 from .tile_prompts import picture_tokens
-from .tiles import TileSettings, tiles_at
+from .tiles import TileSettings, still_tiles, tiles_at
 from .transformer.model import Krea2Transformer
 from .transformer.sparse_attention import SparseAttention
 from .upscaling import Upscale
@@ -110,6 +110,8 @@ def forecast(
         grid = height // MULTIPLE, width // MULTIPLE
         cut = [grid] if tiles is None else [tile.grid for tile, _ in tiles_at(grid, tiles, 1.0)]
         image = cut[0][0] * cut[0][1]
+        if tiles is not None and tiles.prompts is not None:
+            tiles.prompts.texts_of(still_tiles(grid, tiles), [])
         text += picture_tokens(tiles, grid)
         at_once = 1 if tiles is None else max(1, tiles.batch)
         styled = None if style is None else style.prepared(width, height)

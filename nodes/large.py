@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..krea2_model.config import RAW
+from ..krea2_model.images.resize import colours
 from ..krea2_model.images.sizes import MULTIPLE
 from ..krea2_model.tiles import MAX_BATCH, TileSettings
 from ..krea2_model.transformer.rotary_scaling import METHODS as ROTARY_METHODS
@@ -11,7 +12,15 @@ from ..krea2_model.transformer.sparse_attention import SparseAttention
 from . import inputs
 from .inputs import verdict
 from .managed.diffusion_model import ROTARY, SPARSE, TILES
+from .managed.tile_prompts import ModelTilePrompts, texts_of_prompt, with_tile_prompts
 from .sampler_run import check_ours
+from .tile_prompts import (
+    SEEN_PROMPT,
+    WHOLE_PROMPT,
+    chosen_prompts,
+    clip_input,
+    tile_prompt_inputs,
+)
 
 
 def overlap_input():
@@ -100,6 +109,16 @@ class K2TiledSampling(io.ComfyNode):
                         "whole image; off: all of them."
                     ),
                 ),
+                clip_input(),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "The picture that is sampled, whose parts the text encoder sees; resized "
+                        "to the run's size where it differs."
+                    ),
+                ),
+                *tile_prompt_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model, which denoises in tiles.")],
         )
@@ -122,11 +141,27 @@ class K2TiledSampling(io.ComfyNode):
         true_places=False,
         batch=1,
         cut_references=False,
+        clip=None,
+        image=None,
+        tile_prompt=WHOLE_PROMPT,
+        prompt="",
     ):
         check_ours(model, "which has no tiles")
+        prompts = chosen_prompts(clip, tile_prompt, prompt)
         side = tile or _size_of(model)
-        settings = TileSettings(side, overlap, move, true_places, batch, cut_references)
-        return io.NodeOutput(with_options(model, {TILES: settings}))
+        settings = TileSettings(side, overlap, move, true_places, batch, cut_references, prompts)
+        if prompts is None:
+            return io.NodeOutput(in_tiles(model, settings))
+        pictures = None
+        if prompts.see_picture:
+            if image is None:
+                raise ValueError(
+                    f"tile_prompt is {SEEN_PROMPT!r}, and there is no picture. Connect the one "
+                    f"that is sampled to image, or choose {WHOLE_PROMPT!r}."
+                )
+            pictures = colours(image)
+        own = ModelTilePrompts(clip, settings, pictures, texts_of_prompt(prompt))
+        return io.NodeOutput(in_tiles(model, settings, own))
 
 
 class K2RotaryScaling(io.ComfyNode):
@@ -277,6 +312,11 @@ class K2SparseAttention(io.ComfyNode):
 def _size_of(model) -> int:
     """The side in pixels of the squares that a MODEL was trained at."""
     return (getattr(model.model, "preset", None) or RAW).size
+
+
+def in_tiles(model, settings: TileSettings, prompts: ModelTilePrompts | None = None):
+    """A clone of a MODEL in these tiles, with prompts of theirs, in place of those that it has."""
+    return with_options(with_tile_prompts(model, prompts), {TILES: settings})
 
 
 def with_options(model, options: dict):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .managed.conditions import NEGATIVE_GUIDANCE
+from .managed.tile_prompts import tile_prompts_of, with_tile_prompts
 
 # Samplers that neither draw noise nor read the batch as a whole: their images are sampled together.
 # Unknown ones, of other packs or later versions, are sampled one by one.
@@ -63,7 +64,10 @@ def latent_of(latent: dict, index: int) -> dict:
 
 
 def model_of(model, index: int):
-    """The model for one image, with its row of the negative of NAG."""
+    """The model for one image, with its row of the negative of NAG and its picture of tiles."""
+    prompts = tile_prompts_of(model)
+    if prompts is not None:
+        model = with_tile_prompts(model, prompts.of_image(index))
     chosen = model.model_options.get("transformer_options", {}).get(NEGATIVE_GUIDANCE)
     if chosen is None or len(chosen[1]) < 2:
         return model

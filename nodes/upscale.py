@@ -10,17 +10,13 @@ from ..krea2_model.tiles import still_tiles
 from ..krea2_model.upscaling import LATENT, METHODS, PARTS, PIXELS, Upscale, enlarge_latents
 from . import inputs
 from .inputs import AUTO, check_limits, verdict
-from .large import batch_input, overlap_input, tile_input, with_options
+from .large import batch_input, in_tiles, overlap_input, tile_input
 from .latents import given_vae
-from .managed.diffusion_model import TILES
-from .managed.encode import own_tokenizer
 from .managed.lora import known_preset
-from .managed.tile_prompts import add_tile_texts, encode_tiles, prompts_of, texts_of_prompt
+from .managed.tile_prompts import add_tile_texts, encode_tiles, texts_of_prompt
 from .reports import upscale_report
 from .sampler_run import check_model, check_ours, noise_for, sample, start_of
-
-WHOLE_PROMPT, SEEN_PROMPT = "whole", "with the tile's picture"
-TILE_PROMPTS = (WHOLE_PROMPT, SEEN_PROMPT)
+from .tile_prompts import WHOLE_PROMPT, chosen_prompts, clip_input, tile_prompt_inputs
 
 
 class K2Upscale(io.ComfyNode):
@@ -119,34 +115,8 @@ class K2Upscale(io.ComfyNode):
                 tile_input(advanced=True),
                 overlap_input(),
                 batch_input(),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="The text encoder, for prompts of single tiles.",
-                ),
-                io.Combo.Input(
-                    "tile_prompt",
-                    options=list(TILE_PROMPTS),
-                    default=WHOLE_PROMPT,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "In tiles: positive for the whole, or the prompt below with each tile's "
-                        "part of the picture in front of it."
-                    ),
-                ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "With the tile's picture: the text behind it. Or a text for each tile, "
-                        "with lines of --- between them, from the top left row by row."
-                    ),
-                ),
+                clip_input(),
+                *tile_prompt_inputs(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The larger latent, to be decoded."),
@@ -191,7 +161,7 @@ class K2Upscale(io.ComfyNode):
     ):
         check_model(model)
         check_limits(cls, seed=seed, guidance=guidance)
-        prompts = _tile_prompts(clip, tile_prompt, prompt)
+        prompts = chosen_prompts(clip, tile_prompt, prompt)
         settings = Upscale(scale, sigma, method, parts, steps, tile, overlap, batch, prompts)
         if (image is None) == (latent is None):
             both = "both" if image is not None else "neither"
@@ -213,17 +183,19 @@ class K2Upscale(io.ComfyNode):
         tiles = settings.tiles(width, height, preset)
         if tiles is not None:
             check_ours(model, "which has no tiles")
-            model = with_options(model, {TILES: tiles})
+            model = in_tiles(model, tiles)
+        grid = height // MULTIPLE, width // MULTIPLE
         if tiles is not None and prompts is not None:
-            prompts.texts_of(still_tiles((height // MULTIPLE, width // MULTIPLE), tiles), [])
+            prompts.texts_of(still_tiles(grid, tiles), [])
         sigmas = torch.tensor(settings.sigmas(width, height, preset))
         mu = settings.mu(width, height, preset)
         vae = given_vae(vae)
         if method == PIXELS or (tiles is not None and prompts is not None):
             pixels = _enlarged(image, latent, vae, upscale_model, width, height)
             if tiles is not None and prompts is not None:
-                texts = encode_tiles(clip, tiles, pixels, texts_of_prompt(prompt), weighted=True)
-                positive = add_tile_texts(positive, texts)
+                texts = texts_of_prompt(prompt)
+                own = encode_tiles(clip, tiles, grid, pixels, texts, weighted=True)
+                positive = add_tile_texts(positive, own)
         if method == LATENT:
             samples = vae.encode(colours(image)) if latent is None else latent["samples"]
             larger = {"samples": enlarge_latents(samples, width, height)}
@@ -254,27 +226,6 @@ def _sides(image, latent) -> tuple[int, int]:
         return colours(image).shape[1], image.shape[2]
     height, width = latent["samples"].shape[-2:]
     return 8 * height, 8 * width
-
-
-def _tile_prompts(clip, tile_prompt: str, prompt: str):
-    """`TilePrompts` of the widgets, None for the prompt of the whole image."""
-    if tile_prompt not in TILE_PROMPTS:
-        raise ValueError(
-            f"tile_prompt is {tile_prompt!r}; expected one of {', '.join(TILE_PROMPTS)}."
-        )
-    prompts = prompts_of(prompt, tile_prompt == SEEN_PROMPT)
-    if prompts is None:
-        if prompt.strip():
-            raise ValueError(
-                "prompt is one text for all tiles, which is what positive says. Connect it to "
-                f"positive, choose {SEEN_PROMPT!r}, or give a text a tile with lines of --- "
-                "between them."
-            )
-        return None
-    if clip is None:
-        raise ValueError("Prompts of tiles need the text encoder: connect clip.")
-    own_tokenizer(clip)
-    return prompts
 
 
 def _enlarged(image, latent, vae, upscale_model, width: int, height: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ SIZES: dict[str, tuple[int | None, int]] = {
     "K2TwoStage": (None, 330),
     "K2RotaryScaling": (None, 162),
     "K2SparseAttention": (None, 154),
-    "K2TiledSampling": (None, 180),
+    "K2TiledSampling": (None, 290),
     "K2Upscale": (None, 560),
     "K2VAEDecode": (None, 46),
     "K2VAEEncode": (None, 46),

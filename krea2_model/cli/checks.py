@@ -50,6 +50,10 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
             "--upscale and --mask do not go together: the rest of the picture would change. Paint "
             "first, then upscale the result."
         )
+    if args.upscale_tile_prompt and args.upscale is None:
+        raise UsageError(
+            "--upscale-tile-prompt is the text of a tile of the second stage; give --upscale."
+        )
     if args.denoise == 0 and (args.upscale is None or args.start_image is None):
         raise UsageError(
             "--denoise 0 changes nothing; it goes with --start-image and --upscale, to make a "

@@ -235,5 +235,6 @@ def _upscale_of(args: Namespace) -> Upscale | None:
     """The second stage that options ask for."""
     if args.upscale is None:
         return None
-    prompts = TilePrompts() if args.upscale_see_tiles else None
+    sees, texts = args.upscale_see_tiles, args.upscale_tile_prompt or None
+    prompts = TilePrompts(sees, texts) if sees or texts else None
     return Upscale(args.upscale, args.upscale_sigma, prompts=prompts)

@@ -21,7 +21,7 @@ PICTURE = (
     "guidance", "guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale",
     "nag", "nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end",
     "start_image", "denoise", "mask", "mask_grow", "mask_feather", "mask_hard", "mask_fill",
-    "upscale", "upscale_sigma", "upscale_see_tiles", "sparse_above",
+    "upscale", "upscale_sigma", "upscale_see_tiles", "upscale_tile_prompt", "sparse_above",
     "reference", "reference_method", "image",
     "edit", "edit_family", "edit_task", "edit_boost",
     "control", "control_image", "control_strength", "control_start", "control_end",
@@ -43,6 +43,7 @@ REPEATED = (
     "control_mask",
     "vary",
     "style",
+    "upscale_tile_prompt",
 )
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
@@ -231,6 +232,11 @@ def add_picture_options(
     large.add_argument(
         "--upscale-see-tiles", action="store_true",
         help="the text encoder reads each tile's part of the picture beside the prompt",
+    )  # fmt: skip
+    large.add_argument(
+        "--upscale-tile-prompt", action="append", default=[], metavar="TEXT",
+        help="a tile's own text in place of the prompt; repeat it for each tile, from the top "
+        "left row by row",
     )  # fmt: skip
     large.add_argument(
         "--sparse-above", type=number(0, 1), metavar="SIGMA",

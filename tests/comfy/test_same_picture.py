@@ -215,6 +215,28 @@ def tiles(graph, krea2_model, **options):
     return {"tiles": krea2_model.TileSettings(64, 0.3), **size}
 
 
+def tiles_that_are_seen(graph, krea2_model, **options):
+    """A picture changed in four tiles, its parts read by the text encoder."""
+    picture, size = image(80, 96, 3), {"width": 96, "height": 80}
+    (graph.latent,) = graph.run("K2VAEEncode", pixels=picture, vae=graph.vae)[:1]
+    graph.sampler["denoise"] = 0.6
+    (graph.model,) = graph.run(
+        "K2TiledSampling", model=graph.model, tile=64, overlap=0.3, clip=graph.clip, image=picture,
+        tile_prompt="with the tile's picture", prompt=PROMPT, **options,
+    )[:1]  # fmt: skip
+    tiles = krea2_model.TileSettings(64, 0.3, prompts=krea2_model.TilePrompts())
+    return {"tiles": tiles, "start_image": picture[0].movedim(-1, 0), "denoise": 0.6, **size}
+
+
+def tiles_with_texts(graph, krea2_model):
+    """From noise, with guidance: a text for each tile, and no picture."""
+    texts = ["a red circle", "a (blue:1.3) star"]
+    options = {"clip": graph.clip, "prompt": "\n---\n".join(texts)}
+    others = guided(graph, krea2_model) | tiles(graph, krea2_model, **options)
+    prompts = krea2_model.TilePrompts(False, texts)
+    return others | {"tiles": krea2_model.TileSettings(64, 0.3, prompts=prompts)}
+
+
 def tiles_with_other_features(graph, krea2_model):
     mask = torch.zeros(80, 96)
     mask[:, 20:50] = 1
@@ -359,14 +381,14 @@ FEATURES = {
               references_at_the_step_s_time, weak_references, cached_references, edit,
               edit_with_cached_references, nag, start_image,
               inpaint, inpaint_some, control, control_with_other_features,
-              control_while_inpainting, tiles, tiles_with_other_features, rotary_scaling,
-              sparse_attention,
+              control_while_inpainting, tiles, tiles_that_are_seen, tiles_with_other_features,
+              rotary_scaling, sparse_attention,
               regions, regions_with_other_features, style, style_with_other_features,
               style_with_regions, vary, walk, walk_with_nag,
               styles,
               style_of_tiles_while_inpainting],
     "raw": [guided, guided_regions, guided_edit, guidance_schedule, step_skipping,
-            control_in_a_window, style_in_a_window, guided_walk],
+            control_in_a_window, style_in_a_window, guided_walk, tiles_with_texts],
 }  # fmt: skip
 
 

@@ -96,6 +96,7 @@ INPUTS = {
     ],
     "K2TiledSampling": [
         *("model", "tile", "overlap", "move", "true_places", "batch", "cut_references"),
+        *("clip", "image", "tile_prompt", "prompt"),
     ],
     "K2RotaryScaling": ["model", "method", "dynamic", "strength", "size"],
     "K2SparseAttention": ["model", "above", "block", "reach", "stride"],

@@ -94,7 +94,10 @@ def use_every_node(base: Path) -> set[str]:
         run("K2ControlLora", control=control, positive=positive, vae=vae, image=images)
         run("K2Regions", clip=clip, positive=positive, model=model)
         styled = run("K2StyleTransfer", model=model, vae=vae, image=images)[0]
-        tiled = run("K2TiledSampling", model=styled, tile=64)[0]
+        tiled = run(
+            "K2TiledSampling", model=styled, tile=64, clip=clip, image=images,
+            tile_prompt="with the tile's picture", prompt="a red star",
+        )[0]  # fmt: skip
         scaled = run("K2RotaryScaling", model=tiled)[0]
         scaled = run("K2SparseAttention", model=scaled, block=2)[0]
         run(

@@ -42,6 +42,24 @@ def test_tiles_are_seen_by_the_text_encoder(krea2, tmp_path):
     assert a == c == expected.tobytes() and a != b
 
 
+def test_tiles_have_texts_of_their_own(krea2, tmp_path):
+    """A picture keeps them, and a table has `;` between them."""
+    texts = ["a red circle, a star"] + ["a green star"] * 3
+    common = ("--model", "nano", "--upscale", "1.5", "--steps", "1")
+    own = [f"--upscale-tile-prompt={text}" for text in texts]
+    krea2("a green star", *common, *own, "--output", "a.png")
+    krea2("again", "a.png", "--output", "b.png")
+    rows = f'prompt,upscale_tile_prompt,output\na green star,"{";".join(texts)}",c.png\n'
+    (tmp_path / "rows.csv").write_text(rows, encoding="utf-8")
+    krea2("render", "rows.csv", *common, "--output", ".")
+    a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
+    prompts = TilePrompts(False, texts)
+    (expected,) = Krea2Pipeline.nano()(
+        "a green star", steps=1, upscale=Upscale(1.5, prompts=prompts)
+    )
+    assert a == b == c == expected.tobytes()
+
+
 def test_sparse_attention_above_a_sigma(krea2, tmp_path):
     """Only from 1,024 px on tokens see less than all with its defaults."""
     size = ("--width", "1040", "--height", "64", "--steps", "1")
@@ -61,6 +79,12 @@ def test_sparse_attention_above_a_sigma(krea2, tmp_path):
     [
         (("--denoise", "0"), "--denoise 0 changes nothing"),
         (("--upscale", "1"), "--upscale"),
+        (("--upscale-tile-prompt", "a fox"), "give --upscale"),
+        (("--upscale", "2", "--upscale-tile-prompt", "a fox"), "There are 1 texts for 9 tiles"),
+        (
+            ("--upscale", "2", "--upscale-tile-prompt", "a fox", "--dry-run"),
+            "There are 1 texts for 9 tiles",
+        ),
         (("--sparse-above", "2"), "--sparse-above is 2"),
         (("--upscale", "2", "--start-image", "a.png", "--mask", "a.png"), "do not go together"),
     ],
