@@ -8,10 +8,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.checkpoints.identify import TRANSFORMER
+from ..krea2_model.cli.kept import texts_of_graph
 from . import grid_axes, inputs, model_files
 from .grid_axes import AXES, LETTERS, NONE
 from .grid_files import KEY, GridFiles, check_prefix, sheet_texts
-from .grid_graph import cell_graph, texts_of
+from .grid_graph import cell_graph
 from .grid_run import Base, Cell, Painter, cells_of
 from .inputs import AUTO, TURBO_MU, check_limits, verdict
 from .latents import given_vae
@@ -257,7 +258,9 @@ def _decode(vae, samples) -> torch.Tensor:
 def _kept(graph, node, cell: Cell, run, prefix: str) -> dict[str, str]:
     """The texts of a cell; none where its graph cannot be told, as in a graph of loops."""
     try:
-        return texts_of(cell_graph(graph, node, cell, run, prefix), run)
+        own = cell_graph(graph, node, cell, run, prefix)
+        height, width = (8 * side for side in run.start.shape[-2:])
+        return texts_of_graph(own, width, height)
     except (KeyError, TypeError, IndexError):
         logger.warning("Krea 2 Grid: the picture of cell %d keeps no settings.", cell.number)
         return {}

@@ -1,13 +1,8 @@
 """The graph of a single cell of Krea 2 Grid, as its picture keeps it."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..krea2_model.cli.errors import UsageError
-from ..krea2_model.cli.graph import settings_of_graph
-from ..krea2_model.cli.picture_options import PICTURE
-from ..krea2_model.cli.settings import as_json, parameters_text
 from ..krea2_model.transformer.patches import token_count
 from .grid_run import Cell
 from .inputs import AUTO, CUSTOM, FIXED
@@ -16,18 +11,6 @@ from .prepared_run import Run
 from .sampler_run import ONE_STREAM, preset_of, shift_exponent
 
 Graph = dict[str, dict[str, Any]]
-
-
-def texts_of(graph: Graph, run: Run) -> dict[str, str]:
-    """The texts that a cell's picture keeps: its graph, and its settings where `krea2` has them."""
-    texts = {"prompt": json.dumps(graph)}
-    height, width = (8 * side for side in run.start.shape[-2:])
-    try:
-        found = settings_of_graph(graph) | {"width": width, "height": height}
-    except UsageError:
-        return texts  # nodes that the command line has no options for
-    settings = {name: found[name] for name in PICTURE if name in found}
-    return {"krea2": as_json(settings), "parameters": parameters_text(settings), **texts}
 
 
 def cell_graph(graph: Mapping[str, Any], node: str, cell: Cell, run: Run, prefix: str) -> Graph:

@@ -8,11 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..krea2_model.cli.errors import UsageError
-from ..krea2_model.cli.graph import ELSEWHERE, graph_of, not_in_graph
-from ..krea2_model.cli.kept import kept_in
-from ..krea2_model.cli.parser import command_parser
-from ..krea2_model.cli.settings import check_names, options_of
+from ..krea2_model.cli.kept import checked_in
 from ..krea2_model.images.picture_files import PICTURES
 from . import inputs, model_files
 from .inputs import AUTO, CUSTOM, FIXED, TURBO_MU
@@ -24,8 +20,6 @@ _DROP = "Drop the picture on the page to open its graph."
 # Values that ComfyUI's page puts behind the names of files.
 _FOLDER = " [input]"
 _SAMPLER = "K2Sampler"
-# Settings without which there is no graph.
-_OF_GRAPHS = {"prompt", "seed", "steps", "guidance", "width", "height"}
 
 
 class Found(NamedTuple):
@@ -145,41 +139,12 @@ def find_picture(name: str) -> Path:
 def read_picture(name: str) -> Found:
     """What a picture of the input folder says. Raises ValueError where it says nothing."""
     path = find_picture(name)
-    try:
-        kept = kept_in(path)
-        check_names(kept.settings, path)
-        settings = _checked(kept.settings, path)
-    except UsageError as error:
-        # In the words of the page, and without the folders of this machine.
-        message = str(error).replace(ELSEWHERE, _DROP).replace(str(path), name)
-        raise ValueError(message) from error
-    graph = kept.graph
-    known = {name: value for name, value in settings.items() if value is not None}
-    if graph is None and known.keys() >= _OF_GRAPHS and not not_in_graph(known):
-        graph = graph_of(known)
+    # In the words of the page, and without the folders of this machine.
+    kept = checked_in(path, name, _DROP)
     with Image.open(path) as picture:
         size = picture.size
     others = _checked_others(kept.others)
-    return Found(settings, others, nodes_of(graph or {}), size)
-
-
-def _checked(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Settings as the command line reads them, since a picture may come from anyone."""
-    prompt, negative = settings.get("prompt", ""), settings.get("negative", "")
-    if not isinstance(prompt, str) or not isinstance(negative, str):
-        raise UsageError(f"The settings in {path} are wrong: its prompts are no texts.")
-    try:
-        read = vars(command_parser("generate").parse_args([*options_of(settings), "--", prompt]))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"The settings in {path} are wrong: {error}") from error
-    found = {name: read[name] for name in settings if name in read}
-    files = {name: str(found[name]) for name in _FILES if found.get(name) is not None}
-    loras = [[str(name), scale] for name, scale in found.get("lora", ())]
-    found |= files | ({"lora": loras} if loras else {})
-    return found | {"prompt": prompt}
-
-
-_FILES = ("model", "transformer", "text_encoder", "vae", "tokenizer", "control")
+    return Found(kept.settings, others, nodes_of(kept.graph or {}), size)
 
 
 def _checked_others(others: Mapping[str, Any]) -> dict[str, Any]:
