@@ -26,6 +26,9 @@ from .styling import styled
 
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
+# Options of the second stage, and what they are where they are not given.
+_OF_UPSCALE = {"upscale_sigma": 0.3, "upscale_see_tiles": False, "upscale_tile_prompt": []}
+
 
 def check_machine(args: Namespace) -> Weights:
     """The weights of a run, whose files fit each other, and a device that is there."""
@@ -50,10 +53,12 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
             "--upscale and --mask do not go together: the rest of the picture would change. Paint "
             "first, then upscale the result."
         )
-    if args.upscale_tile_prompt and args.upscale is None:
-        raise UsageError(
-            "--upscale-tile-prompt is the text of a tile of the second stage; give --upscale."
-        )
+    for name, default in _OF_UPSCALE.items():
+        if args.upscale is None and getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is of the second stage, which there is not; give --upscale."
+            )
     if args.denoise == 0 and (args.upscale is None or args.start_image is None):
         raise UsageError(
             "--denoise 0 changes nothing; it goes with --start-image and --upscale, to make a "

@@ -80,6 +80,8 @@ def test_sparse_attention_above_a_sigma(krea2, tmp_path):
         (("--denoise", "0"), "--denoise 0 changes nothing"),
         (("--upscale", "1"), "--upscale"),
         (("--upscale-tile-prompt", "a fox"), "give --upscale"),
+        (("--upscale-sigma", "0.5"), "--upscale-sigma is of the second stage"),
+        (("--upscale-see-tiles",), "--upscale-see-tiles is of the second stage"),
         (("--upscale", "2", "--upscale-tile-prompt", "a fox"), "There are 1 texts for 9 tiles"),
         (
             ("--upscale", "2", "--upscale-tile-prompt", "a fox", "--dry-run"),

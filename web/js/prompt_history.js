@@ -11,8 +11,8 @@ const COMMAND = "Krea2Kit.OpenPromptHistory";
 const TITLE = "Prompt History";
 const NAMES = { prompt: "Prompts", negative: "Negatives" };
 // Widgets whose texts are kept, by type of node; their names are the kinds.
-const WITH_BOTH = ["K2TextEncode", "K2TextEncodeImages", "K2StyleMix", "K2Edit", "K2Grid"];
-const WITH_PROMPT = ["K2Regions", "K2PromptExpander", "K2StyleLora"];
+const WITH_BOTH = ["K2TextEncode", "K2TextEncodeImages", "K2StyleMix", "K2Edit", "K2Grid", "K2Styles"];
+const WITH_PROMPT = ["K2Regions", "K2PromptExpander", "K2StyleLora", "K2TiledSampling", "K2Upscale"];
 // Pixels of the menu, and between it and the edges of the page.
 const WIDTH = 380;
 const HEIGHT = 420;
