@@ -19,6 +19,7 @@ from nano_training.styles import (
     colour_moved,
     keeps_colour,
     keeps_layout,
+    keeps_layout_on_lines,
     leaks,
     style_exam,
     texture_moved,
@@ -68,20 +69,35 @@ def test_background_of_the_style_and_layout_of_the_prompt(turbo):
     assert max(colour_moved(p, white, c) for p, c in zip(plain, cases, strict=False)) < 0.1
 
 
-def test_texture_moves_where_the_model_knows_it(tokenizer_folder):
+def test_one_setting_brings_texture_and_colour_and_keeps_most_layouts(turbo, tokenizer_folder):
     """Ruled paper, of which a weak notebook LoRA alone draws a ninth. The base paints flat colours.
 
-    Layout is not asked for here: outlines, which are part of that style, change the things.
+    The setting was found on 60 other cases. Of the 40 above, 36 get the texture and 32 keep the
+    layout on paper, 30 of them both; all get the colour and 36 keep the layout on it.
     """
+    settings = StyleSettings(end=1.0, key_scale=0.8, value_statistics=0.65)
+    cases = some(style_exam())
     pipeline = Krea2Pipeline.nano()
     pipeline.load_lora(nano.LORA, 0.45)
-    cases = style_exam(6)
     plain = [texture_moved(picture) for picture in paint(pipeline, cases)]
-    settings = StyleSettings(end=1.0)
-    styled = [texture_moved(p) for p in paint(pipeline, cases, settings, notebook=True)]
     assert np.median(plain) < 0.2
+    pictures = paint(pipeline, cases, settings, notebook=True)
+    styled = [texture_moved(picture) for picture in pictures]
     moved = [(now - then) / (1 - then) for now, then in zip(styled, plain, strict=True)]
     assert share(each >= 0.5 for each in moved) >= 0.8
+    assert share(map(keeps_layout_on_lines, pictures, cases)) >= 0.7
+    white, flat = draw(Scene(())), paint(turbo, cases, settings)
+    assert share(colour_moved(p, white, c) >= 0.5 for p, c in zip(flat, cases, strict=True)) >= 0.95
+    assert share(map(keeps_layout, flat, cases)) >= 0.8
+    assert share(map(keeps_colour, flat, cases)) >= 0.8
+    assert share(map(leaks, flat, cases)) <= 0.1
+
+
+def test_layout_is_read_on_ruled_paper():
+    cases = some(style_exam())
+    assert all(keeps_layout_on_lines(draw(c.scene, notebook=True), c) for c in cases)
+    assert not any(keeps_layout_on_lines(draw(c.style, notebook=True), c) for c in cases)
+    assert not any(keeps_layout_on_lines(draw(Scene(()), notebook=True), c) for c in cases)
 
 
 def test_a_pipeline_takes_several_by_weights_and_a_mask(turbo):
