@@ -159,6 +159,16 @@ def bucket_size(width: float, height: float, side: int) -> tuple[int, int]:
     return size_for_area(2.0 ** (octaves / 2), 2.0 ** (-octaves / 2), (side / 1024) ** 2)
 
 
+def crop_to(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part of a picture that training sees in a bucket: left, top, width, height in pixels.
+
+    In its middle, and rounded to whole pixels: what is over is cut off at both ends alike.
+    """
+    scale = min(width / bucket[0], height / bucket[1])
+    across, down = min(width, round(scale * bucket[0])), min(height, round(scale * bucket[1]))
+    return (width - across) // 2, (height - down) // 2, across, down
+
+
 class Order:
     """The batches of a run: each step's can be computed by itself, so a run resumes anywhere.
 

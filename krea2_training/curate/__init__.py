@@ -17,7 +17,7 @@ from pathlib import Path
 from krea2_model.images.picture_files import PICTURES
 from krea2_model.replacing import replacing
 
-from ..data import Example, bucket_size, read_folder
+from ..data import Example, bucket_size, crop_to, read_folder
 from .duplicates import near_duplicates, same_files
 from .limits import EXACT, NEAR, REASONS, Limits
 from .measures import Measures, file_of, measure, thumbnail
@@ -187,9 +187,22 @@ def _decided(
     # A file equal to one that is a near duplicate itself stands beside the picture that is kept.
     final = {name: duplicates.get(of, of) for name, of in duplicates.items()}
     return [
-        Row(name, measured[name], not reasons[name], reasons[name], final.get(name))
+        Row(
+            name, measured[name], not reasons[name], reasons[name], final.get(name),
+            *(_buckets(measured[name], limits) if not reasons[name] else ()),
+        )
         for name in examples
-    ]
+    ]  # fmt: skip
+
+
+def _buckets(
+    one: Measures, limits: Limits
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int, int], ...]]:
+    """The buckets of a picture that is kept, and its crops there."""
+    large = [side for side in limits.resolution if limits.is_large_enough(one, side)]
+    sizes = [bucket_size(one.width, one.height, side) for side in large]
+    names = tuple(f"{width} x {height}" for width, height in sizes)
+    return names, tuple(crop_to(one.width, one.height, size) for size in sizes)
 
 
 def _write_list(path: Path, examples: Sequence[Example]) -> None:

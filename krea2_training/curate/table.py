@@ -24,6 +24,8 @@ _SCHEMA = pa.schema(
         ("kept", pa.bool_()),
         ("reasons", pa.list_(pa.string())),
         ("duplicate_of", pa.string()),
+        ("buckets", pa.list_(pa.string())),
+        ("crops", pa.list_(pa.list_(pa.int32()))),
     ],
     metadata={_MARK: _VERSION},
 )
@@ -34,7 +36,9 @@ class Row:
     """A picture of the table.
 
     file: relative to the folder, with forward slashes. kept: None where nothing is decided yet.
-    duplicate_of: the file that is kept in its place.
+    duplicate_of: the file that is kept in its place. buckets: width x height at which training
+    takes it, for each resolution that it is large enough for. crops: what it sees of the picture
+    there, left, top, width, height in pixels.
     """
 
     file: str
@@ -42,6 +46,8 @@ class Row:
     kept: bool | None = None
     reasons: tuple[str, ...] = ()
     duplicate_of: str | None = None
+    buckets: tuple[str, ...] = ()
+    crops: tuple[tuple[int, int, int, int], ...] = ()
 
 
 def read_measures(path: Path) -> dict[str, Measures]:
@@ -56,10 +62,11 @@ def read_measures(path: Path) -> dict[str, Measures]:
     except (pa.ArrowException, OSError) as error:
         raise _not_ours(path, f"it cannot be read: {error}") from error
     metadata = table.schema.metadata or {}
-    if metadata.get(_MARK) != _VERSION or not table.schema.equals(_SCHEMA):
+    names = ["file", *(field.name for field in fields(Measures))]
+    is_ours = metadata.get(_MARK) == _VERSION and set(names) <= set(table.column_names)
+    if not is_ours or any(table.schema.field(n).type != _SCHEMA.field(n).type for n in names):
         raise _not_ours(path, f"its columns are {', '.join(table.column_names[:5])}, ...")
-    names = [field.name for field in fields(Measures)]
-    rows = table.select(["file", *names]).to_pylist()
+    rows = table.select(names).to_pylist()
     return {row.pop("file"): Measures(**row) for row in rows}
 
 
@@ -79,6 +86,8 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
             "kept": row.kept,
             "reasons": list(row.reasons),
             "duplicate_of": row.duplicate_of,
+            "buckets": list(row.buckets),
+            "crops": [list(crop) for crop in row.crops],
         }
         for row in rows
     ]

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from krea2_model.cli.curate_options import _LIMITS
 from krea2_model.cli.main import main
@@ -244,6 +245,13 @@ def test_the_command(folder, tmp_path, capsys):
         {"image": "photos/more/b.png", "caption": "wide", "mask": "photos/more/b.mask.png",
          "references": ["photos/more/b.ref1.png"]},
     ]  # fmt: skip
+    table = parquet.read_table(folder / "curate.parquet").to_pylist()
+    found = {row["file"]: (row["buckets"], row["crops"]) for row in table}
+    assert found["a.png"] == (["128 x 128"], [[0, 0, 160, 160]])
+    # 2 to 1 goes into 1.83 to 1 without its ends, into 2.09 to 1 without two edges.
+    buckets = ["176 x 96", "368 x 176"]
+    assert found["more/b.png"] == (buckets, [[13, 0, 293, 160], [0, 3, 320, 153]])
+    assert found["a larger.png"] == ([], [])
     a, b = read_examples(Data(listing))
     assert a.captions == ("long", "short") and b.references and b.mask
 
