@@ -174,6 +174,8 @@ def test_workflows_give_pictures(server, file):
     if "K2ContactSheet" in kinds:
         sheet = images.pop()
         assert sheet.shape[0] > 2 * 96 and sheet.shape[1] > 2 * 128
+        if not images:
+            return  # the sheet is all that is saved
     cells = [cell for o in outputs.values() for s in o.get("k2_grid", ()) for cell in s["cells"]]
     if cells:
         sheet = images.pop()
