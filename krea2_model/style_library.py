@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -63,8 +64,10 @@ class SavedStyle:
         for what, text in (("words", self.words), ("negative", self.negative)):
             if not isinstance(text, str) or len(text) > _MAX_TEXT:
                 raise self._error(f"{what} is {text!r:.60}; expected a text")
-        if self.words.count(PLACE) > 1:
-            raise self._error(f"words has {PLACE} several times; expected it once at most")
+            if text.count(PLACE) > 1:
+                raise self._error(f"{what} has {PLACE} several times; expected it once at most")
+            if re.search("[\ud800-\udfff]", text):
+                raise self._error(f"{what} has half a character: {text!r:.60}; expected whole ones")
         self._check_pairs("pictures", self.pictures, 0, MAX_WEIGHT * 5)
         self._check_pairs("loras", self.loras, -MAX_LORA_STRENGTH, MAX_LORA_STRENGTH)
         if len(self.pictures) > MAX_PICTURES:
@@ -175,6 +178,7 @@ class StyleLibrary:
 
         pictures: PIL images or paths in place of the names in `style.pictures`; none copies those
             of `style.folder`. thumbnail: a PIL image or a path; None takes the first picture.
+            LoRAs of `style.folder` and of whole paths are copied too.
         replace: a style of this name may be there.
         """
         target = self.folder / style.name
@@ -204,7 +208,7 @@ class StyleLibrary:
                 "negative": style.negative,
                 "pictures": list(zip(names, weights, strict=True)),
                 "picture_strength": style.picture_strength,
-                "loras": list(style.loras),
+                "loras": _copy_loras(style, partial),
                 "settings": dict(style.settings),
             }
             text = json.dumps({name: v for name, v in kept.items() if v}, indent=2)
@@ -225,7 +229,7 @@ class StyleLibrary:
         new.rename(target)
         for path in old.iterdir():
             is_ours = path.name in (STYLE_FILE, THUMBNAIL) or _PICTURE.fullmatch(path.name)
-            if not is_ours:
+            if not is_ours and not (target / path.name).exists():
                 path.rename(target / path.name)
         _remove(old)
 
@@ -296,6 +300,26 @@ def _remove(folder: Path) -> None:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
+
+
+def _copy_loras(style: SavedStyle, folder: Path) -> list[tuple[str, float]]:
+    """Copy a style's LoRAs that are files beside it; all as the new style names them."""
+    copies: dict[Path, str] = {}
+    loras = []
+    for file, strength in style.loras:
+        source = Path(style.folder or "") / file
+        is_beside = style.folder is not None or source.is_absolute()
+        if is_beside and source.is_file():
+            if source not in copies:
+                taken = [name.casefold() for name in copies.values()]
+                name, number = source.name, 2
+                while name.casefold() in taken:  # LoRAs of several styles may have one name
+                    name, number = f"{source.stem}-{number}{source.suffix}", number + 1
+                shutil.copyfile(source, folder / name)
+                copies[source] = name
+            file = copies[source]
+        loras.append((file, strength))
+    return loras
 
 
 def _save_picture(image: Any, path: Path, side: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class MixedStyle:
             return chosen
         if isinstance(chosen, str):
             chosen = read_choice(chosen)
-        pairs = list(chosen.items() if isinstance(chosen, Mapping) else chosen)
+        pairs = _pairs(chosen)
         if not pairs:
             raise StyleError(
                 "No style is chosen; expected one or more, each with a weight, such as Ink wash: "
@@ -125,7 +125,7 @@ class MixedStyle:
         values = {key: self.setting(key) for key in SETTINGS}
         settings = {key: value for key, value in values.items() if value is not None}
         words = self.prompt(PLACE)
-        if words.startswith(PLACE):  # where they go without it
+        if words == PLACE or words.startswith(PLACE + _JOINT):  # where they go without it
             words = words.removeprefix(PLACE).lstrip(_LOOSE)
         return SavedStyle(
             name,
@@ -136,7 +136,7 @@ class MixedStyle:
                 *((f"{number}.png", 1.0) for number in range(more)),
             ),
             picture_strength=max(self.picture_strength, strength if more else 0.0) or 1.0,
-            loras=tuple((file, strength) for _, file, strength in self.loras()),
+            loras=tuple((_place_of(each, file), scale) for each, file, scale in self.loras()),
             settings=settings,
         )
 
@@ -147,6 +147,24 @@ class MixedStyle:
             state = style.summary() if weight > 0 else "off"
             lines.append(f"{style.name} {weight:g}: {state}")
         return "\n".join(lines)
+
+
+def _place_of(style: SavedStyle, file: str) -> str:
+    """A LoRA by its whole path where it lies beside the style, else by its name."""
+    beside = Path(style.folder or "") / file
+    return str(beside.absolute()) if style.folder is not None and beside.is_file() else file
+
+
+def _pairs(chosen: Any) -> list[tuple[str, float]]:
+    found = chosen.items() if isinstance(chosen, Mapping) else chosen
+    pairs = list(found) if isinstance(found, Iterable) else [found]
+    for pair in pairs:
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not (is_pair and isinstance(pair[0], str)):
+            raise StyleError(
+                f"styles has {pair!r:.80}; expected names and weights, such as {{'Ink wash': 0.7}}."
+            )
+    return pairs
 
 
 def read_choice(text: str) -> list[tuple[str, float]]:
