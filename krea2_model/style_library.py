@@ -33,6 +33,7 @@ _NAME = re.compile(r"[^\W_](?:[\w \-'&,+]{0,58}[\w'+])?")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 _PICTURE = re.compile(r"[\w \-]+\.(png|jpg|jpeg|webp)", re.IGNORECASE)
 _MAX_FILE, _MAX_TEXT, _THUMBNAIL_SIDE = 100_000, 10_000, 128
+_SMALLEST = 16  # side of a picture, as in styles.py, which imports torch
 
 
 class StyleError(ValueError):
@@ -63,7 +64,9 @@ class SavedStyle:
         check_name(self.name)
         for what, text in (("words", self.words), ("negative", self.negative)):
             if not isinstance(text, str) or len(text) > _MAX_TEXT:
-                raise self._error(f"{what} is {text!r:.60}; expected a text")
+                raise self._error(
+                    f"{what} is {text!r:.60}; expected a text of at most {_MAX_TEXT} characters"
+                )
             if text.count(PLACE) > 1:
                 raise self._error(f"{what} has {PLACE} several times; expected it once at most")
             if re.search("[\ud800-\udfff]", text):
@@ -71,7 +74,9 @@ class SavedStyle:
         self._check_pairs("pictures", self.pictures, 0, MAX_WEIGHT * 5)
         self._check_pairs("loras", self.loras, -MAX_LORA_STRENGTH, MAX_LORA_STRENGTH)
         if len(self.pictures) > MAX_PICTURES:
-            raise self._error(f"there are {len(self.pictures)} pictures; expected {MAX_PICTURES}")
+            raise self._error(
+                f"there are {len(self.pictures)} pictures; expected at most {MAX_PICTURES}"
+            )
         if not (is_number(self.picture_strength) and 0 <= self.picture_strength <= 10):
             raise self._error(f"picture_strength is {self.picture_strength!r}; expected 0 to 10")
         for name, value in self.settings.items():
@@ -199,7 +204,12 @@ class StyleLibrary:
             weights = [weight for _, weight in style.pictures]
             names = [f"picture-{number}.png" for number in range(1, len(images) + 1)]
             for image, name in zip(images, names, strict=True):
-                _save_picture(image, partial / name, 2048)
+                width, height = _save_picture(image, partial / name, 2048)
+                if min(width, height) < _SMALLEST:
+                    raise StyleError(
+                        f"Style {style.name}: a picture is {width} x {height} px; expected at "
+                        f"least {_SMALLEST} px a side. Give a larger one."
+                    )
             first = images[0] if images else style.thumbnail
             if (shown := first if thumbnail is None else thumbnail) is not None:
                 _save_picture(shown, partial / THUMBNAIL, _THUMBNAIL_SIDE)
@@ -207,11 +217,12 @@ class StyleLibrary:
                 "words": style.words,
                 "negative": style.negative,
                 "pictures": list(zip(names, weights, strict=True)),
-                "picture_strength": style.picture_strength,
+                "picture_strength": style.picture_strength if images else None,
                 "loras": _copy_loras(style, partial),
                 "settings": dict(style.settings),
             }
-            text = json.dumps({name: v for name, v in kept.items() if v}, indent=2)
+            given = {name: v for name, v in kept.items() if v or v == 0.0}  # a strength may be 0
+            text = json.dumps(given, indent=2)
             (partial / STYLE_FILE).write_text(text + "\n", encoding="utf-8")
             _read(partial, style.name)  # else it would be saved and then refused
             if target.exists():
@@ -322,11 +333,12 @@ def _copy_loras(style: SavedStyle, folder: Path) -> list[tuple[str, float]]:
     return loras
 
 
-def _save_picture(image: Any, path: Path, side: int) -> None:
-    """A PIL image, or that of a path, at most so many pixels a side."""
+def _save_picture(image: Any, path: Path, side: int) -> tuple[int, int]:
+    """A PIL image, or that of a path, at most so many pixels a side; returns its size."""
     from PIL import Image
 
     opened = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
     small = opened.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     small.save(path)
+    return small.size

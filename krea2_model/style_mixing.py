@@ -52,19 +52,21 @@ class MixedStyle:
                 "0.7."
             )
         library = library or StyleLibrary()
-        names = [name for name, _ in pairs]
+        names: set[str] = set()
         for name, weight in pairs:
             if not (is_number(weight) and 0 <= weight <= MAX_WEIGHT):
                 raise StyleError(
                     f"The weight of style {name} is {weight!r}; expected 0 (off) to {MAX_WEIGHT:g}."
                 )
-            if names.count(name) > 1:
+            if name in names:
                 raise StyleError(f"Style {name} is chosen twice; give it once, with one weight.")
+            names.add(name)
         mixed = cls(tuple((library.get(name), weight) for name, weight in pairs))
         if len(mixed.pictures()) > MAX_PICTURES:
+            together = ", ".join(name for name, _ in pairs)
             raise StyleError(
-                f"{', '.join(names)} have {len(mixed.pictures())} pictures together; expected at "
-                f"most {MAX_PICTURES}. Choose fewer styles with pictures."
+                f"{together} have {len(mixed.pictures())} pictures together; expected at most "
+                f"{MAX_PICTURES}. Choose fewer styles with pictures."
             )
         return mixed
 
@@ -124,6 +126,8 @@ class MixedStyle:
         """
         values = {key: self.setting(key) for key in SETTINGS}
         settings = {key: value for key, value in values.items() if value is not None}
+        strengths = [self.picture_strength] if self.pictures() else []
+        strengths += [strength] if more else []
         words = self.prompt(PLACE)
         if words == PLACE or words.startswith(PLACE + _JOINT):  # where they go without it
             words = words.removeprefix(PLACE).lstrip(_LOOSE)
@@ -135,7 +139,7 @@ class MixedStyle:
                 *((path.name, weight) for path, weight in self.pictures()),
                 *((f"{number}.png", 1.0) for number in range(more)),
             ),
-            picture_strength=max(self.picture_strength, strength if more else 0.0) or 1.0,
+            picture_strength=max(strengths, default=1.0),
             loras=tuple((_place_of(each, file), scale) for each, file, scale in self.loras()),
             settings=settings,
         )
@@ -219,7 +223,19 @@ def _weighted(words: str, weight: float) -> str:
     if weight == 1 or not middle:
         return words
     start = words.index(middle)
-    return f"{words[:start]}({middle}:{weight:g}){words[start + len(middle) :]}"
+    before, after = words[:start], words[start + len(middle) :]
+    if not _is_balanced(middle):  # its brackets would end those of the weight
+        middle = escaped(middle)
+    return f"{before}({middle}:{weight:g}){after}"
+
+
+def _is_balanced(words: str) -> bool:
+    depth = 0
+    for found in re.findall(r"\\.|[()]", words):
+        depth += {"(": 1, ")": -1}.get(found, 0)
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def escaped(prompt: str) -> str:

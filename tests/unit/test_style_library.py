@@ -139,6 +139,21 @@ def test_words_join_the_prompt_by_their_weight(library):
     assert mix(After=1).prompt("") == "ink"
 
 
+@pytest.mark.parametrize(
+    "words", ["smile :) ink", "(ink", "(ink {prompt} paper)", "an \\(ink", ")("]
+)
+def test_brackets_without_a_partner_leave_the_weight_alone(words):
+    found = parse_weights(MixedStyle(((SavedStyle("A", words), 0.5),)).prompt("fox"))
+    assert (
+        found.text == parse_weights(MixedStyle(((SavedStyle("A", words), 1),)).prompt("fox")).text
+    )
+    place = found.text.index("fox")
+    # Commas and spaces between are at weight 1, as the prompt is.
+    weights = found.weights[:place] + found.weights[place + 3 :]
+    assert set(found.weights[place : place + 3]) == {1.0} and set(weights) <= {0.5, 1.0}
+    assert weights.count(0.5) >= 2
+
+
 def test_a_moodboard_is_its_styles(library):
     write(library, "Ink", words="ink", negative="colour", loras=[[NOTEBOOK, 0.8]])
     mixed = MixedStyle.of({"Ink": 0.5, RING: 0.4}, library)
@@ -165,6 +180,20 @@ def test_a_moodboard_has_copies_of_the_loras_beside_its_styles(library):
     # The new files count where it takes the place of one of its parts.
     library.save(MixedStyle.of({"B": 1, "A": 1}, library).as_one("A"), replace=True)
     assert (library.folder / "A" / "own.safetensors").read_text() == "B"
+
+
+def test_a_strength_of_zero_stays_zero(library, tmp_path):
+    image = Image.new("RGB", (32, 32))
+    style = MixedStyle(()).as_one("Off", more=1, strength=0.0)
+    assert library.save(style, [image]).picture_strength == 0
+    assert MixedStyle.of({"Off": 1}, library).as_one("Copy").picture_strength == 0
+
+
+def test_pictures_that_could_not_be_used_are_not_saved(library):
+    for size in ((15, 40), (4096, 16)):
+        with pytest.raises(StyleError, match="expected at least 16 px a side"):
+            library.save(SavedStyle("A", pictures=(("a.png", 1.0),)), [Image.new("RGB", size)])
+    assert not list(library.folder.iterdir())
 
 
 def test_words_around_the_prompt_are_saved_as_they_are(library):
