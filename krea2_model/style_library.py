@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ _NAME = re.compile(r"[^\W_](?:[\w \-'&,+]{0,58}[\w'+])?")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 _PICTURE = re.compile(r"[\w \-]+\.(png|jpg|jpeg|webp)", re.IGNORECASE)
 _MAX_FILE, _MAX_TEXT, _THUMBNAIL_SIDE = 100_000, 10_000, 128
+_SMALLEST = 16  # side of a picture, as in styles.py, which imports torch
 
 
 class StyleError(ValueError):
@@ -62,13 +64,19 @@ class SavedStyle:
         check_name(self.name)
         for what, text in (("words", self.words), ("negative", self.negative)):
             if not isinstance(text, str) or len(text) > _MAX_TEXT:
-                raise self._error(f"{what} is {text!r:.60}; expected a text")
-        if self.words.count(PLACE) > 1:
-            raise self._error(f"words has {PLACE} several times; expected it once at most")
+                raise self._error(
+                    f"{what} is {text!r:.60}; expected a text of at most {_MAX_TEXT} characters"
+                )
+            if text.count(PLACE) > 1:
+                raise self._error(f"{what} has {PLACE} several times; expected it once at most")
+            if re.search("[\ud800-\udfff]", text):
+                raise self._error(f"{what} has half a character: {text!r:.60}; expected whole ones")
         self._check_pairs("pictures", self.pictures, 0, MAX_WEIGHT * 5)
         self._check_pairs("loras", self.loras, -MAX_LORA_STRENGTH, MAX_LORA_STRENGTH)
         if len(self.pictures) > MAX_PICTURES:
-            raise self._error(f"there are {len(self.pictures)} pictures; expected {MAX_PICTURES}")
+            raise self._error(
+                f"there are {len(self.pictures)} pictures; expected at most {MAX_PICTURES}"
+            )
         if not (is_number(self.picture_strength) and 0 <= self.picture_strength <= 10):
             raise self._error(f"picture_strength is {self.picture_strength!r}; expected 0 to 10")
         for name, value in self.settings.items():
@@ -175,6 +183,7 @@ class StyleLibrary:
 
         pictures: PIL images or paths in place of the names in `style.pictures`; none copies those
             of `style.folder`. thumbnail: a PIL image or a path; None takes the first picture.
+            LoRAs of `style.folder` and of whole paths are copied too.
         replace: a style of this name may be there.
         """
         target = self.folder / style.name
@@ -195,7 +204,12 @@ class StyleLibrary:
             weights = [weight for _, weight in style.pictures]
             names = [f"picture-{number}.png" for number in range(1, len(images) + 1)]
             for image, name in zip(images, names, strict=True):
-                _save_picture(image, partial / name, 2048)
+                width, height = _save_picture(image, partial / name, 2048)
+                if min(width, height) < _SMALLEST:
+                    raise StyleError(
+                        f"Style {style.name}: a picture is {width} x {height} px; expected at "
+                        f"least {_SMALLEST} px a side. Give a larger one."
+                    )
             first = images[0] if images else style.thumbnail
             if (shown := first if thumbnail is None else thumbnail) is not None:
                 _save_picture(shown, partial / THUMBNAIL, _THUMBNAIL_SIDE)
@@ -203,11 +217,12 @@ class StyleLibrary:
                 "words": style.words,
                 "negative": style.negative,
                 "pictures": list(zip(names, weights, strict=True)),
-                "picture_strength": style.picture_strength,
-                "loras": list(style.loras),
+                "picture_strength": style.picture_strength if images else None,
+                "loras": _copy_loras(style, partial),
                 "settings": dict(style.settings),
             }
-            text = json.dumps({name: v for name, v in kept.items() if v}, indent=2)
+            given = {name: v for name, v in kept.items() if v or v == 0.0}  # a strength may be 0
+            text = json.dumps(given, indent=2)
             (partial / STYLE_FILE).write_text(text + "\n", encoding="utf-8")
             _read(partial, style.name)  # else it would be saved and then refused
             if target.exists():
@@ -225,7 +240,7 @@ class StyleLibrary:
         new.rename(target)
         for path in old.iterdir():
             is_ours = path.name in (STYLE_FILE, THUMBNAIL) or _PICTURE.fullmatch(path.name)
-            if not is_ours:
+            if not is_ours and not (target / path.name).exists():
                 path.rename(target / path.name)
         _remove(old)
 
@@ -298,11 +313,32 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _save_picture(image: Any, path: Path, side: int) -> None:
-    """A PIL image, or that of a path, at most so many pixels a side."""
+def _copy_loras(style: SavedStyle, folder: Path) -> list[tuple[str, float]]:
+    """Copy a style's LoRAs that are files beside it; all as the new style names them."""
+    copies: dict[Path, str] = {}
+    loras = []
+    for file, strength in style.loras:
+        source = Path(style.folder or "") / file
+        is_beside = style.folder is not None or source.is_absolute()
+        if is_beside and source.is_file():
+            if source not in copies:
+                taken = [name.casefold() for name in copies.values()]
+                name, number = source.name, 2
+                while name.casefold() in taken:  # LoRAs of several styles may have one name
+                    name, number = f"{source.stem}-{number}{source.suffix}", number + 1
+                shutil.copyfile(source, folder / name)
+                copies[source] = name
+            file = copies[source]
+        loras.append((file, strength))
+    return loras
+
+
+def _save_picture(image: Any, path: Path, side: int) -> tuple[int, int]:
+    """A PIL image, or that of a path, at most so many pixels a side; returns its size."""
     from PIL import Image
 
     opened = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
     small = opened.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     small.save(path)
+    return small.size

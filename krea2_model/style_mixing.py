@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,26 +45,28 @@ class MixedStyle:
             return chosen
         if isinstance(chosen, str):
             chosen = read_choice(chosen)
-        pairs = list(chosen.items() if isinstance(chosen, Mapping) else chosen)
+        pairs = _pairs(chosen)
         if not pairs:
             raise StyleError(
                 "No style is chosen; expected one or more, each with a weight, such as Ink wash: "
                 "0.7."
             )
         library = library or StyleLibrary()
-        names = [name for name, _ in pairs]
+        names: set[str] = set()
         for name, weight in pairs:
             if not (is_number(weight) and 0 <= weight <= MAX_WEIGHT):
                 raise StyleError(
                     f"The weight of style {name} is {weight!r}; expected 0 (off) to {MAX_WEIGHT:g}."
                 )
-            if names.count(name) > 1:
+            if name in names:
                 raise StyleError(f"Style {name} is chosen twice; give it once, with one weight.")
+            names.add(name)
         mixed = cls(tuple((library.get(name), weight) for name, weight in pairs))
         if len(mixed.pictures()) > MAX_PICTURES:
+            together = ", ".join(name for name, _ in pairs)
             raise StyleError(
-                f"{', '.join(names)} have {len(mixed.pictures())} pictures together; expected at "
-                f"most {MAX_PICTURES}. Choose fewer styles with pictures."
+                f"{together} have {len(mixed.pictures())} pictures together; expected at most "
+                f"{MAX_PICTURES}. Choose fewer styles with pictures."
             )
         return mixed
 
@@ -124,8 +126,10 @@ class MixedStyle:
         """
         values = {key: self.setting(key) for key in SETTINGS}
         settings = {key: value for key, value in values.items() if value is not None}
+        strengths = [self.picture_strength] if self.pictures() else []
+        strengths += [strength] if more else []
         words = self.prompt(PLACE)
-        if words.startswith(PLACE):  # where they go without it
+        if words == PLACE or words.startswith(PLACE + _JOINT):  # where they go without it
             words = words.removeprefix(PLACE).lstrip(_LOOSE)
         return SavedStyle(
             name,
@@ -135,8 +139,8 @@ class MixedStyle:
                 *((path.name, weight) for path, weight in self.pictures()),
                 *((f"{number}.png", 1.0) for number in range(more)),
             ),
-            picture_strength=max(self.picture_strength, strength if more else 0.0) or 1.0,
-            loras=tuple((file, strength) for _, file, strength in self.loras()),
+            picture_strength=max(strengths, default=1.0),
+            loras=tuple((_place_of(each, file), scale) for each, file, scale in self.loras()),
             settings=settings,
         )
 
@@ -147,6 +151,24 @@ class MixedStyle:
             state = style.summary() if weight > 0 else "off"
             lines.append(f"{style.name} {weight:g}: {state}")
         return "\n".join(lines)
+
+
+def _place_of(style: SavedStyle, file: str) -> str:
+    """A LoRA by its whole path where it lies beside the style, else by its name."""
+    beside = Path(style.folder or "") / file
+    return str(beside.absolute()) if style.folder is not None and beside.is_file() else file
+
+
+def _pairs(chosen: Any) -> list[tuple[str, float]]:
+    found = chosen.items() if isinstance(chosen, Mapping) else chosen
+    pairs = list(found) if isinstance(found, Iterable) else [found]
+    for pair in pairs:
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not (is_pair and isinstance(pair[0], str)):
+            raise StyleError(
+                f"styles has {pair!r:.80}; expected names and weights, such as {{'Ink wash': 0.7}}."
+            )
+    return pairs
 
 
 def read_choice(text: str) -> list[tuple[str, float]]:
@@ -201,7 +223,19 @@ def _weighted(words: str, weight: float) -> str:
     if weight == 1 or not middle:
         return words
     start = words.index(middle)
-    return f"{words[:start]}({middle}:{weight:g}){words[start + len(middle) :]}"
+    before, after = words[:start], words[start + len(middle) :]
+    if not _is_balanced(middle):  # its brackets would end those of the weight
+        middle = escaped(middle)
+    return f"{before}({middle}:{weight:g}){after}"
+
+
+def _is_balanced(words: str) -> bool:
+    depth = 0
+    for found in re.findall(r"\\.|[()]", words):
+        depth += {"(": 1, ")": -1}.get(found, 0)
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def escaped(prompt: str) -> str:

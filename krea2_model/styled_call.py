@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from .parts import LoadedParts, lora_file
+from .regions import Regions
 from .style_library import StyleError
 from .style_mixing import MixedStyle, escaped
 from .styles import StyleTransfer
+from .variations import PromptBlend
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _SUGGESTED = ("steps", "guidance", "height", "width")
+# Arguments that say how large the picture is.
+_SIZES = ("height", "width", "start_image", "latents", "edit")
 
 
 def accept_styles(function: Callable[P, R]) -> Callable[P, R]:
@@ -49,21 +53,28 @@ def _arguments(mixed: MixedStyle, call: dict[str, Any]) -> dict[str, Any]:
     if prompt is None:
         raise StyleError("styles add words to a prompt; give prompt, no embeddings.")
     is_weighted = call.get("prompt_weights", False)
+    # Weights are read in all texts of a call: brackets of the caller's own stay brackets.
+    own = escaped if mixed.uses_weights and not is_weighted else str
 
     def with_style(text: str) -> str:
-        return mixed.prompt(text if is_weighted or not mixed.uses_weights else escaped(text))
+        return mixed.prompt(own(text))
 
     found = {
         **call,
         "prompt": _each(with_style, prompt),
-        "negative_prompt": _each(mixed.negative, negative or ""),
+        "negative_prompt": _each(lambda text: mixed.negative(own(text)), negative or ""),
         "prompt_weights": is_weighted or mixed.uses_weights,
     }
-    if (blend := call.get("blend")) is not None:
+    if (regions := Regions.of(call.get("regions"))) is not None:
+        each = [replace(region, prompt=own(region.prompt)) for region in regions.regions]
+        found["regions"] = replace(regions, regions=each)
+    if isinstance(blend := call.get("blend"), PromptBlend):  # else the call refuses it
         found["blend"] = replace(blend, prompt=with_style(blend.prompt))
+    has_size = any(call.get(name) is not None for name in _SIZES)
     for name in _SUGGESTED:
         value = mixed.setting(name)
-        if call.get(name) is None and value is not None:
+        is_free = not has_size if name in _SIZES else call.get(name) is None
+        if is_free and value is not None:
             found[name] = value
     if pictures := mixed.pictures():
         if call.get("style") is not None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import check_type, is_number, is_whole
 from .images.sizes import MAX_SIZE, MULTIPLE
 from .text.prompt_images import MAX_SIDE
 from .transformer.patches import PATCH, grid_size
@@ -55,8 +55,10 @@ class TilePrompts:
 
     def __post_init__(self):
         texts = self.texts
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts or ()):
+        is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+        if texts is not None and not (is_list and all(isinstance(text, str) for text in texts)):
             raise ValueError(f"The texts of tiles are {texts!r}; expected a list of texts.")
+        check_type("see_picture of tiles", self.see_picture, bool, "True or False")
         if not self.see_picture and not texts:
             raise ValueError(
                 "Prompts of tiles without texts and pictures are that of the whole image; expected "
@@ -126,6 +128,8 @@ class TileSettings:
                 f"The batch of tiles is {self.batch!r}; expected 1 to {MAX_BATCH} tiles in one "
                 "call, or 0 for as many as fit in memory."
             )
+        if self.prompts is not None:
+            check_type("prompts of tiles", self.prompts, TilePrompts, "TilePrompts, or None")
 
     def tokens(self, latents: Tensor) -> int:
         """Tokens of the largest tile of latents (..., h, w)."""

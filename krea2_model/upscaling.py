@@ -69,7 +69,7 @@ class Upscale:
                 )
         if not (is_whole(self.steps) and 0 <= self.steps <= 1000):
             raise ValueError(f"steps is {self.steps!r}; expected 0 (by the preset) to 1000.")
-        TileSettings(self.tile or 1024, self.overlap, batch=self.batch)
+        TileSettings(self.tile or 1024, self.overlap, batch=self.batch, prompts=self.prompts)
 
     @classmethod
     def of(cls, upscale: Upscale | float | None) -> Upscale | None:

@@ -110,6 +110,11 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
         return end
     one, other = start.double(), end.double()
     norms = one.norm(), other.norm()
+    if min(norms) == 0:
+        raise ValueError(
+            "A noise to vary is zero everywhere, so that no way leads from it. Use RandomNoise in "
+            "place of DisableNoise."
+        )
     one, other = one / norms[0], other / norms[1]
     angle = torch.acos((one * other).sum().clamp(-1, 1))
     sine = torch.sin(angle)

@@ -30,13 +30,13 @@ def styled(args: Namespace) -> Namespace:
         return args
     mixed, result = mixed_of(args), copy(args)
     result.style = []
-    prompts = [args.prompt, args.blend]
+    texts = [args.prompt, args.blend, args.negative]
     if mixed.uses_weights and not args.weights:
-        prompts = [prompt and escaped(prompt) for prompt in prompts]
+        texts = [text and escaped(text) for text in texts]
         result.weights = True
-    result.prompt = mixed.prompt(prompts[0])
-    result.blend = None if prompts[1] is None else mixed.prompt(prompts[1])
-    result.negative = mixed.negative(args.negative)
+    result.prompt = mixed.prompt(texts[0])
+    result.blend = None if texts[1] is None else mixed.prompt(texts[1])
+    result.negative = mixed.negative(texts[2])
     own = [(_lora_of(style, file, args), scale) for style, file, scale in mixed.loras()]
     result.lora = [*args.lora, *own]
     if pictures := mixed.pictures():

@@ -63,6 +63,10 @@ def walk(args: Namespace) -> Iterator[Path]:
         )
     if args.animation is not None:
         check_animation(args.animation)
+        if args.animation.resolve() in [file.resolve() for file in files]:
+            raise UsageError(
+                f"{args.animation} is one of the frames too; choose another --animation."
+            )
         if args.animation.exists() and not args.force:
             raise UsageError(
                 f"{args.animation} is there already; choose another --animation, or --force."
@@ -91,6 +95,8 @@ def _check_walk(args: Namespace) -> None:
         raise UsageError("The second prompt is empty; expected words, or leave it out.")
     if args.images != 1:
         raise UsageError(f"--images is {args.images}; --frames says how many there are.")
+    if args.back and args.animation is None:
+        raise UsageError("--back is of the animation; add --animation FILE, or leave it out.")
     if args.blend is not None:
         raise UsageError("--blend is set by the walk for each frame; give a second prompt.")
 

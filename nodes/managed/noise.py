@@ -43,12 +43,17 @@ class WalkNoise:
 
 
 def noise_of(noise, start, latent):
-    """What NOISE gives for the start (B, 16, 1, h, w) of a run. ValueError for another shape."""
+    """What NOISE gives for the start (B, 16, 1, h, w) of a run. ValueError for what is none."""
     found = noise.generate_noise({**latent, "samples": start})
-    if found.shape != start.shape:
+    shape = tuple(getattr(found, "shape", ()))
+    if not isinstance(found, torch.Tensor) or shape != tuple(start.shape):
         raise ValueError(
-            f"noise has shape {tuple(found.shape)}, and the latent {tuple(start.shape)}; expected "
-            "the same. Use Krea 2 Vary or RandomNoise."
+            f"noise has shape {shape}, and the latent {tuple(start.shape)}; expected the same. Use "
+            "Krea 2 Vary or RandomNoise."
+        )
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            "noise is NaN or infinite; expected numbers. Use Krea 2 Vary or RandomNoise."
         )
     return found.float()
 

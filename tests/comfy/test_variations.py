@@ -124,8 +124,15 @@ def test_bad_values_are_refused(run, texts, sampled):
     class Other:
         seed = 0
 
-        def generate_noise(self, latent):
-            return torch.zeros(1, 16, 8, 8)
+        def __init__(self, noise):
+            self.generate_noise = lambda latent: noise
 
-    with pytest.raises(ValueError, match=r"noise has shape \(1, 16, 8, 8\)"):
-        sampled(noise=Other())
+    for noise, words in (
+        (torch.zeros(1, 16, 8, 8), r"noise has shape \(1, 16, 8, 8\)"),
+        (torch.zeros(1, 16, 1, 8, 8).numpy(), "noise has shape"),
+        (torch.full((1, 16, 1, 8, 8), torch.nan), "noise is NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sampled(noise=Other(noise))
+    with pytest.raises(ValueError, match="zero everywhere"):
+        sampled(noise=vary(run, 1, 2, 0.5, noise=run("DisableNoise")[0]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_model import Krea2Pipeline, MixedStyle, SavedStyle, StyleError, StyleLibrary
+from krea2_model import Krea2Pipeline, MixedStyle, Region, SavedStyle, StyleError, StyleLibrary
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.style_library import BUILT_IN, default_folder
 from krea2_model.style_mixing import escaped, read_choice
@@ -84,7 +84,9 @@ def test_a_style_of_the_user_takes_the_place_of_a_built_in_one(library):
         ({}, "is empty; expected words"),
         ({"words": 3}, "words is 3"),
         ({"words": "x", "colour": 1}, "it has colour"),
-        ({"words": "{prompt} {prompt}"}, "several times"),
+        ({"words": "{prompt} {prompt}"}, "words has {prompt} several times"),
+        ({"words": "x", "negative": "{prompt} {prompt}"}, "negative has {prompt} several times"),
+        ({"words": "\ud83d"}, "words has half a character"),
         ({"pictures": [["../a.png", 1]]}, "it names the picture '../a.png'"),
         ({"pictures": [["a.png", -1]]}, "expected a name and a number from 0"),
         ({"pictures": [["a.png"]]}, "expected a name and a number"),
@@ -137,6 +139,21 @@ def test_words_join_the_prompt_by_their_weight(library):
     assert mix(After=1).prompt("") == "ink"
 
 
+@pytest.mark.parametrize(
+    "words", ["smile :) ink", "(ink", "(ink {prompt} paper)", "an \\(ink", ")("]
+)
+def test_brackets_without_a_partner_leave_the_weight_alone(words):
+    found = parse_weights(MixedStyle(((SavedStyle("A", words), 0.5),)).prompt("fox"))
+    assert (
+        found.text == parse_weights(MixedStyle(((SavedStyle("A", words), 1),)).prompt("fox")).text
+    )
+    place = found.text.index("fox")
+    # Commas and spaces between are at weight 1, as the prompt is.
+    weights = found.weights[:place] + found.weights[place + 3 :]
+    assert set(found.weights[place : place + 3]) == {1.0} and set(weights) <= {0.5, 1.0}
+    assert weights.count(0.5) >= 2
+
+
 def test_a_moodboard_is_its_styles(library):
     write(library, "Ink", words="ink", negative="colour", loras=[[NOTEBOOK, 0.8]])
     mixed = MixedStyle.of({"Ink": 0.5, RING: 0.4}, library)
@@ -147,6 +164,43 @@ def test_a_moodboard_is_its_styles(library):
     assert one.negative("x") == mixed.negative("x") == "x, colour"
     assert [(f, s) for _, f, s in one.loras()] == [(NOTEBOOK, 0.4)] and board.folder
     assert [w for _, w in one.pictures()] == [0.4] and one.picture_strength == 0.4
+
+
+def test_a_moodboard_has_copies_of_the_loras_beside_its_styles(library):
+    """Two of one name are both there, and one that lies elsewhere is named."""
+    for name in ("A", "B"):
+        folder = write(library, name, loras=[["own.safetensors", 1], [NOTEBOOK, 0.5]])
+        (folder / "own.safetensors").write_text(name)
+    board = library.save(MixedStyle.of({"A": 1, "B": 0.5}, library).as_one("Board"))
+    assert [file for file, _ in board.loras] == [
+        "own.safetensors", NOTEBOOK, "own-2.safetensors", NOTEBOOK
+    ]  # fmt: skip
+    first, second = (board.folder / board.loras[number][0] for number in (0, 2))
+    assert (first.read_text(), second.read_text()) == ("A", "B")
+    # The new files count where it takes the place of one of its parts.
+    library.save(MixedStyle.of({"B": 1, "A": 1}, library).as_one("A"), replace=True)
+    assert (library.folder / "A" / "own.safetensors").read_text() == "B"
+
+
+def test_a_strength_of_zero_stays_zero(library, tmp_path):
+    image = Image.new("RGB", (32, 32))
+    style = MixedStyle(()).as_one("Off", more=1, strength=0.0)
+    assert library.save(style, [image]).picture_strength == 0
+    assert MixedStyle.of({"Off": 1}, library).as_one("Copy").picture_strength == 0
+
+
+def test_pictures_that_could_not_be_used_are_not_saved(library):
+    for size in ((15, 40), (4096, 16)):
+        with pytest.raises(StyleError, match="expected at least 16 px a side"):
+            library.save(SavedStyle("A", pictures=(("a.png", 1.0),)), [Image.new("RGB", size)])
+    assert not list(library.folder.iterdir())
+
+
+def test_words_around_the_prompt_are_saved_as_they_are(library):
+    for words in ("{prompt} in blue", "{prompt}, in blue", "{prompt}. In blue"):
+        mixed = MixedStyle(((SavedStyle("A", words), 1.0),))
+        saved = library.save(mixed.as_one("A"), replace=True)
+        assert MixedStyle(((saved, 1.0),)).prompt("a fox") == mixed.prompt("a fox")
 
 
 def test_strength_of_pictures_of_several_styles(library):
@@ -168,6 +222,10 @@ def test_strength_of_pictures_of_several_styles(library):
         ({"Wood": 1}, "There is no style 'Wood'"),
         ("Woodcut: much", "styles has the line"),
         ("[3]", "styles is"),
+        (5, "styles has 5; expected names and weights"),
+        (["Woodcut"], "styles has 'Woodcut'; expected names and weights"),
+        ([("Woodcut", 1, 2)], "expected names and weights"),
+        ({5: 1}, "expected names and weights"),
     ],
 )
 def test_bad_choices(chosen, words):
@@ -238,6 +296,17 @@ def test_weights_and_brackets_of_prompts(nano):
     assert torch.equal(one, two)
 
 
+def test_brackets_of_other_texts_stay_brackets_beside_weighted_words(nano):
+    regions = [Region("a (blue:2) circle", (0, 0, 0.5, 1)), Region("a star", (0.5, 0, 0.5, 1))]
+    texts = {"negative_prompt": "(green:2) ground", "guidance": 2}
+    one = nano("x", styles={"nano black ground": 0.5}, regions=regions, **texts, **SMALL)
+    regions[0] = Region("a \\(blue:2\\) circle", (0, 0, 0.5, 1))
+    texts = {"negative_prompt": "\\(green:2\\) ground", "guidance": 2}
+    prompt = "x, (on a black background:0.5)"
+    two = nano(prompt, regions=regions, prompt_weights=True, **texts, **SMALL)
+    assert torch.equal(one, two)
+
+
 def test_a_walk_in_a_style_has_styled_ends(nano):
     options = SMALL | {"styles": {"nano black ground": 1}}
     frames = list(nano.walk("a red star", "a blue circle", frames=2, **options))
@@ -249,6 +318,13 @@ def test_suggestions_give_way_to_arguments(nano, library):
     options = {"seed": 1, "output_type": "pt", "styles": {"S": 1}}
     assert nano("a star", **options).shape[2:] == (48, 64)
     assert nano("a star", height=64, width=64, **options).shape[2:] == (64, 64)
+    # A picture that is there has a size, and half a size is not that of the style.
+    options |= {"start_image": torch.rand(3, 80, 96), "denoise": 0.5}
+    assert nano("a star", **options).shape[2:] == (80, 96)
+    latents = nano.prepare_latents(1, height=80, width=96, seed=1)
+    options = {"latents": latents, "output_type": "pt", "styles": {"S": 1}}
+    assert nano("a star", **options).shape[2:] == (80, 96)
+    assert nano("a star", width=64, styles={"S": 1})[0].size == (64, nano.preset.size)
 
 
 def test_what_does_not_go_together(nano, library, tmp_path):
@@ -256,6 +332,8 @@ def test_what_does_not_go_together(nano, library, tmp_path):
 
     with pytest.raises(StyleError, match="style gives pictures, and so do styles"):
         nano("x", styles={RING: 1}, style=StyleTransfer(Image.new("RGB", (32, 32))))
+    with pytest.raises(ValueError, match="expected a PromptBlend"):
+        nano("x", styles={RING: 1}, blend="y")
     with pytest.raises(StyleError, match="add words to a prompt"):
         nano(prompt_embeds=torch.zeros(1, 4, 12, 8), styles={RING: 1})
     write(library, "L", loras=[["none.safetensors", 1]])

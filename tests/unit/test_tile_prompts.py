@@ -206,9 +206,19 @@ def test_what_is_missing_is_named_before_anything_is_painted(nano, options, word
         ({"see_picture": False}, "are that of the whole image"),
         ({"texts": "a house"}, "expected a list of texts"),
         ({"texts": [1]}, "expected a list of texts"),
+        ({"texts": 5}, "expected a list of texts"),
+        ({"see_picture": "no"}, "see_picture of tiles is 'no'"),
         ({"max_side": 8}, "max_side of tiles' pictures is 8"),
     ],
 )
 def test_bad_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         TilePrompts(**options)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: Upscale(2, prompts=x), lambda x: TileSettings(prompts=x)]
+)
+def test_prompts_of_another_kind_are_refused(make):
+    with pytest.raises(ValueError, match="prompts of tiles is 'a house'; expected TilePrompts"):
+        make("a house")

@@ -46,6 +46,15 @@ def test_opposite_noise_has_no_arc():
     assert torch.isfinite(slerp(start, -start, 0.25)).all()
 
 
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_no_way_leads_from_noise_that_is_zero(share):
+    """It would give NaN, and the run an error that blames the weights."""
+    start = noise()[0]
+    for ends in ((start, 0 * start), (0 * start, start)):
+        with pytest.raises(ValueError, match="zero everywhere"):
+            slerp(*ends, share)
+
+
 def test_each_image_has_its_own_noise_whatever_the_batch():
     vary = Variation(seed=9, strength=0.4)
     together = noise(4, vary=[vary])

@@ -105,6 +105,11 @@ def test_options_and_graphs_have_variations():
         (["walk", "a star", "a circle", "--frames", "1"], "--frames is 1"),
         (["walk", "a star", " ", "--model", "nano"], "The second prompt is empty"),
         (["walk", "a", "b", "--model", "nano", "--animation", "w.jpg"], "expected a .webp, .gif"),
+        (
+            ["walk", "a", "b", "--model", "nano", "--animation", "walk/0001.png"],
+            "is one of the frames too",
+        ),
+        (["walk", "a", "b", "--model", "nano", "--back"], "--back is of the animation"),
         (["a star", "--blend", " ", "--model", "nano"], "--blend is empty"),
         (["walk", "a", "b", "--images", "2"], "--frames says how many"),
     ],
