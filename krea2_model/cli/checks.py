@@ -20,14 +20,35 @@ from ..text.wildcards import fill_in
 from .controls import check_controls, mask_paths
 from .errors import UsageError
 from .model_files import Weights, find_file, find_loras, find_weights
+from .picture_options import picture_defaults
 from .progress import Console
 from .regions import regions_of
 from .styling import styled
 
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
-# Options of the second stage, and what they are where they are not given.
-_OF_UPSCALE = {"upscale_sigma": 0.3, "upscale_see_tiles": False, "upscale_tile_prompt": []}
+# Options that say how another one acts, by that one.
+_BESIDE = {
+    "upscale": ("upscale_sigma", "upscale_see_tiles", "upscale_tile_prompt"),
+    "blend": ("blend_share",),
+    "mask": ("mask_grow", "mask_feather", "mask_hard", "mask_fill"),
+    "reference": ("reference_method",),
+    "edit": ("edit_family", "edit_task", "edit_boost"),
+    "control": ("control_strength", "control_start", "control_end", "control_mask"),
+    "style_image": ("style_strength", "style_start", "style_end"),
+}
+
+
+def _check_beside(args: Namespace) -> None:
+    """Refuse options that would do nothing, since what they are for is not there."""
+    default = picture_defaults()
+    for main, others in _BESIDE.items():
+        if getattr(args, main) != default[main]:
+            continue
+        for name in others:
+            if getattr(args, name) != default[name]:
+                option, needed = (f"--{one.replace('_', '-')}" for one in (name, main))
+                raise UsageError(f"{option} goes with {needed}; add it, or leave {option} out.")
 
 
 def check_machine(args: Namespace) -> Weights:
@@ -53,12 +74,7 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
             "--upscale and --mask do not go together: the rest of the picture would change. Paint "
             "first, then upscale the result."
         )
-    for name, default in _OF_UPSCALE.items():
-        if args.upscale is None and getattr(args, name) != default:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} is of the second stage, which there is not; give --upscale."
-            )
+    _check_beside(args)
     if args.denoise == 0 and (args.upscale is None or args.start_image is None):
         raise UsageError(
             "--denoise 0 changes nothing; it goes with --start-image and --upscale, to make a "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..guidance import RAMPS
 from ..images.sizes import MAX_SCALE, MAX_SIZE
@@ -46,6 +48,14 @@ REPEATED = (
     "upscale_tile_prompt",
 )
 WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
+
+
+@cache
+def picture_defaults() -> dict[str, Any]:
+    """What options of a picture are where they are not given, by name."""
+    parser = argparse.ArgumentParser()
+    add_picture_options(parser)
+    return vars(parser.parse_args([]))
 
 
 def add_picture_options(

@@ -79,9 +79,14 @@ def test_sparse_attention_above_a_sigma(krea2, tmp_path):
     [
         (("--denoise", "0"), "--denoise 0 changes nothing"),
         (("--upscale", "1"), "--upscale"),
-        (("--upscale-tile-prompt", "a fox"), "give --upscale"),
-        (("--upscale-sigma", "0.5"), "--upscale-sigma is of the second stage"),
-        (("--upscale-see-tiles",), "--upscale-see-tiles is of the second stage"),
+        (("--upscale-tile-prompt", "a fox"), "goes with --upscale"),
+        (("--blend-share", "0.2"), "--blend-share goes with --blend;"),
+        (("--mask-grow", "0"), "--mask-grow goes with --mask;"),
+        (("--style-end", "1"), "--style-end goes with --style-image;"),
+        (("--control-strength", "2"), "--control-strength goes with --control;"),
+        (("--edit-boost", "2"), "--edit-boost goes with --edit;"),
+        (("--upscale-sigma", "0.5"), "--upscale-sigma goes with --upscale"),
+        (("--upscale-see-tiles",), "--upscale-see-tiles goes with --upscale"),
         (("--upscale", "2", "--upscale-tile-prompt", "a fox"), "There are 1 texts for 9 tiles"),
         (
             ("--upscale", "2", "--upscale-tile-prompt", "a fox", "--dry-run"),
