@@ -25,6 +25,7 @@ from pathlib import Path
 # At the end: in a process with ComfyUI, `nodes` has to stay ComfyUI's.
 sys.path += [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
+
 import krea2_model  # noqa: E402
 from krea2_model import CheckpointError  # noqa: E402
 from reliability.fuzz_cases import CASES  # noqa: E402

@@ -2,6 +2,7 @@
 
 import pytest
 
+import page as pages
 from conftest import api_form, outputs_of_run, run, set_widgets
 
 ADD = """() => {
@@ -24,6 +25,14 @@ ADD = """() => {
 }"""
 TEXT = """() => app.rootGraph.nodes.find(node => node.type === 'K2Styles')
     .widgets.find(widget => widget.name === 'styles').value"""
+
+
+@pytest.fixture(scope="module")
+def page(new_page, server):
+    """A page of its own: at the end of all tests the shared one has dialogs over the node."""
+    page = new_page()
+    pages.open_page(page, server)
+    return page
 
 
 @pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
