@@ -25,6 +25,8 @@ from pathlib import Path
 # At the end: in a process with ComfyUI, `nodes` has to stay ComfyUI's.
 sys.path += [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
+# Some of torch's functions import it at their first call, 120 MB for which no file is to blame.
+import torch._dynamo  # noqa: E402, F401
 
 import krea2_model  # noqa: E402
 from krea2_model import CheckpointError  # noqa: E402
