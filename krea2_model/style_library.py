@@ -234,12 +234,16 @@ class StyleLibrary:
         return _read(target)
 
     def _replace(self, target: Path, new: Path) -> None:
-        """Put a new folder of a style in the place of the old one; files beside, as LoRAs, stay."""
+        """Put a new folder of a style in the place of the old one; other files of that stay."""
+        try:
+            named = {picture for picture, _ in _read(target).pictures}
+        except StyleError:
+            named = set()
         old = new.with_name(f"{new.name}-old")
         target.rename(old)
         new.rename(target)
         for path in old.iterdir():
-            is_ours = path.name in (STYLE_FILE, THUMBNAIL) or _PICTURE.fullmatch(path.name)
+            is_ours = path.name in {STYLE_FILE, THUMBNAIL, *named}
             if not is_ours and not (target / path.name).exists():
                 path.rename(target / path.name)
         _remove(old)

@@ -60,9 +60,12 @@ def test_a_style_is_saved_whole_and_read_again(library, tmp_path):
     with pytest.raises(StyleError, match="There is a style"):
         library.save(style, [tmp_path / "red.png"])
     # What is saved may be taken from what is replaced.
-    (saved.folder / "ink.safetensors").write_bytes(b"a LoRA")
+    others = ("ink.safetensors", "a photo of mine.png")
+    for name in others:
+        (saved.folder / name).write_bytes(b"not the style's")
     again = library.save(saved, replace=True)
-    assert again.picture_paths()[0].is_file() and (again.folder / "ink.safetensors").is_file()
+    assert again.picture_paths()[0].is_file()
+    assert all((again.folder / name).is_file() for name in others)
     assert [p.name for p in library.folder.iterdir()] == ["Größe & Ink"], "nothing is left beside"
 
 
