@@ -50,7 +50,8 @@ class Run:
             noise = noise_for(self.start, seed, self.latent, seeds)
         else:
             # What samplers draw during the run belongs to the picture that the noise is of.
-            seed = noise.seed
+            own = getattr(noise, "seed", None)
+            seed = seed if own is None else own
             image_seeds = [seed] * len(self.start)
             noise = noise_of(noise, self.start, self.latent)
         one_by_one = seeds == ONE_EACH and self.sampler not in SIDE_BY_SIDE

@@ -16,6 +16,7 @@ from .kept import settings_in
 from .model_files import take_from_models
 from .progress import Console
 from .settings import check_names
+from .vary_options import SECONDS
 
 _SEEDS = 2**64
 
@@ -95,8 +96,11 @@ def _check_walk(args: Namespace) -> None:
         raise UsageError("The second prompt is empty; expected words, or leave it out.")
     if args.images != 1:
         raise UsageError(f"--images is {args.images}; --frames says how many there are.")
-    if args.back and args.animation is None:
-        raise UsageError("--back is of the animation; add --animation FILE, or leave it out.")
+    for name, default in (("back", False), ("seconds", SECONDS)):
+        if args.animation is None and getattr(args, name) != default:
+            raise UsageError(
+                f"--{name} is of the animation; add --animation FILE, or leave it out."
+            )
     if args.blend is not None:
         raise UsageError("--blend is set by the walk for each frame; give a second prompt.")
 

@@ -10,6 +10,9 @@ from .choices import VARY_STRENGTH
 from .picture_options import add_picture_options, add_run_options
 from .values import number, whole
 
+# That each frame of an animation stays.
+SECONDS = 0.1
+
 _VARY = """\
 Each neighbour has the picture's settings, and noise on the way from its seed to another: seed N for
 the first, N + 1 for the second and so on. `krea2 again` remakes each, and `krea2 vary` of a
@@ -71,7 +74,7 @@ def add_walk_options(parser: argparse.ArgumentParser) -> None:
         "--animation", type=Path, metavar="FILE", help="one moving .webp, .gif or .png of all"
     )
     group.add_argument(
-        "--seconds", type=number(0.01, 60), default=0.1, metavar="X",
+        "--seconds", type=number(0.01, 60), default=SECONDS, metavar="X",
         help="that each of its frames stays; default: 0.1",
     )  # fmt: skip
     group.add_argument("--back", action="store_true", help="let it go back to its beginning")

@@ -110,6 +110,7 @@ def test_options_and_graphs_have_variations():
             "is one of the frames too",
         ),
         (["walk", "a", "b", "--model", "nano", "--back"], "--back is of the animation"),
+        (["walk", "a", "b", "--model", "nano", "--seconds", "1"], "--seconds is of the animation"),
         (["a star", "--blend", " ", "--model", "nano"], "--blend is empty"),
         (["walk", "a", "b", "--images", "2"], "--frames says how many"),
     ],
