@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ class Cell:
         """What of a cell changes the MODEL."""
         return self.checkpoint, self.loras, self.styles
 
-    @property
+    @cached_property
     def texts(self) -> tuple[str, str]:
-        """Prompt and negative prompt with the words of styles."""
+        """Prompt and negative prompt with the words of styles, whose files are read once."""
         if not self.styles:
             return self.prompt, self.negative
         mixed = mixed_styles(self.styles)
