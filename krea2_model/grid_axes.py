@@ -1,4 +1,4 @@
-"""What all grids share: ranges of numbers, parts of a prompt, labels, and the order of cells."""
+"""Shared parts of all grids: ranges of numbers, parts of a prompt, labels, the order of cells."""
 
 from __future__ import annotations
 

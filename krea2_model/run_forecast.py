@@ -174,7 +174,7 @@ def forecast(
 
 
 class _StyleCost(NamedTuple):
-    """What style pictures add: calls of the model, operations of a step with them and of a run."""
+    """The cost of style pictures: calls of the model, operations of a step with them and a run."""
 
     calls: int = 0
     step: int = 0

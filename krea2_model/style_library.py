@@ -125,7 +125,7 @@ class SavedStyle:
         return paths
 
     def summary(self) -> str:
-        """What it consists of, in a line."""
+        """A line that lists its parts."""
         parts = [self.words] if self.words else []
         if self.negative:
             parts.append(f"not {self.negative}")

@@ -116,7 +116,7 @@ class MixedStyle:
         return min(total, max((strength * max(1, weight) for strength, weight in own), default=0.0))
 
     def setting(self, name: str) -> Any:
-        """What the first style that suggests a setting suggests; None where none does."""
+        """The value of a setting that the first style with one suggests, else None."""
         return next((s.settings[name] for s, _ in self.active if name in s.settings), None)
 
     def as_one(self, name: str, more: int = 0, strength: float = 0.0) -> SavedStyle:

@@ -14,7 +14,7 @@ _OWN = ("vary", "blend", "num_images", "latents", "prompt_embeds")
 
 
 class Pipeline(Protocol):
-    """What of `Krea2Pipeline` a walk calls."""
+    """The methods of `Krea2Pipeline` that a walk calls."""
 
     def __call__(self, prompt: str, **options: Any) -> Any: ...
 

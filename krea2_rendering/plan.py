@@ -90,7 +90,7 @@ class Plan:
         self.ended = np.zeros(len(rows), dtype=bool)
 
     def take(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Those of jobs that had none, which `ended` notes."""
+        """The entries of jobs that had none, which `ended` notes."""
         new = []
         for entry in entries:
             at = self._place_of(entry["key"])

@@ -30,7 +30,7 @@ from .style_library import mixed_styles, styled
 
 @dataclass(frozen=True)
 class Base:
-    """What all cells share unless an axis says otherwise."""
+    """Settings of all cells unless an axis has others."""
 
     prompt: str
     negative: str
@@ -72,7 +72,7 @@ class Cell:
 
     @property
     def model(self):
-        """What of a cell changes the MODEL."""
+        """The values that change the MODEL."""
         return self.checkpoint, self.loras, self.styles
 
     @cached_property

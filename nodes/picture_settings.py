@@ -137,7 +137,7 @@ def find_picture(name: str) -> Path:
 
 
 def read_picture(name: str) -> Found:
-    """What a picture of the input folder says. Raises ValueError where it says nothing."""
+    """The settings in a picture of the input folder. Raises ValueError where there are none."""
     path = find_picture(name)
     # In the words of the page, and without the folders of this machine.
     kept = checked_in(path, name, _DROP)

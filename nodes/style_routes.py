@@ -1,4 +1,4 @@
-"""What the page asks for styles: their names, and their thumbnails."""
+"""Routes of the page for styles: their names, and their thumbnails."""
 
 from ..krea2_model.style_library import StyleError
 from .style_library import user_library

@@ -1,6 +1,6 @@
-"""What a picture's file keeps of how it was made: settings of `krea2`, or a graph of ComfyUI.
+"""The settings or the graph of ComfyUI that a picture's file keeps of how it was made.
 
-The nodes read and write it too, and import nothing else of the command line.
+The nodes read and write them too, and import nothing else of the command line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def settings_in(picture: Path) -> dict[str, Any]:
 
 
 def kept_in(picture: Path) -> Kept:
-    """What a picture's file keeps. Raises UsageError where it has nothing that we can read."""
+    """The settings in a picture's file. Raises UsageError for a file without any that we read."""
     try:
         texts = read_texts(picture)
     except ValueError as error:
@@ -68,7 +68,7 @@ def kept_in(picture: Path) -> Kept:
 
 
 def checked_in(picture: Path, name: str, remedy: str) -> Kept:
-    """What a picture's file keeps, checked, since it may come from anyone; with a graph if it can.
+    """The checked settings in a picture's file, which anyone may have made, with a graph.
 
     name, remedy: what messages call the picture, and what to do where the command line cannot.
     Raises ValueError.

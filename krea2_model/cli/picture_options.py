@@ -52,7 +52,7 @@ WEIGHTS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 
 @cache
 def picture_defaults() -> dict[str, Any]:
-    """What options of a picture are where they are not given, by name."""
+    """Defaults of the options of a picture, by name."""
     parser = argparse.ArgumentParser()
     add_picture_options(parser)
     return vars(parser.parse_args([]))

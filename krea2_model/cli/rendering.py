@@ -45,7 +45,7 @@ def serve(args: Namespace) -> Iterator[object]:
 
 @contextmanager
 def reading(args: Namespace, each: Each) -> Iterator[Each]:
-    """What reads the many files of `krea2 curate`: the plain way, or tasks of a Ray."""
+    """The function that reads the files of `krea2 curate`: the plain one, or tasks of a Ray."""
     if args.engine == CURATE_ENGINES[0]:
         if args.address is not None:
             raise UsageError("--address goes with --engine ray; add it, or leave --address out.")

@@ -43,7 +43,7 @@ class WalkNoise:
 
 
 def noise_of(noise, start, latent):
-    """What NOISE gives for the start (B, 16, 1, h, w) of a run. ValueError for what is none."""
+    """The noise of a NOISE for the start (B, 16, 1, h, w) of a run. ValueError for another type."""
     found = noise.generate_noise({**latent, "samples": start})
     shape = tuple(getattr(found, "shape", ()))
     if not isinstance(found, torch.Tensor) or shape != tuple(start.shape):
