@@ -4,6 +4,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { Comparison, STYLE as COMPARISON, element } from "./compare.js";
+import { addView, after, layOut, widgetOf } from "./dom_widget.js";
 import { library } from "./styles.js";
 
 const NODE = "K2Grid";
@@ -49,7 +50,6 @@ const STYLE = `
   border-radius: 3px; background: rgb(0 0 0 / 65%); color: white; }
 `;
 
-const widgetOf = (node, name) => node?.widgets?.find((each) => each.name === name);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const keyOf = (place) => place.join(",");
 const addressOf = (file) => api.apiURL(`/view?${new URLSearchParams(file)}`);
@@ -307,22 +307,11 @@ class GridView {
   // Size the node for the pictures too.
   layOut() {
     this.fit();
-    const [least, lowest] = this.node.computeSize();
-    this.node.setSize([Math.max(this.node.size[0], least), Math.max(this.node.size[1], lowest)]);
-    this.node.setDirtyCanvas?.(true, true);
+    layOut(this.node);
   }
 }
 
 const views = new WeakMap();
-
-function after(target, name, action) {
-  const before = target[name];
-  target[name] = function () {
-    const result = before?.apply(this, arguments);
-    action.apply(this, arguments);
-    return result;
-  };
-}
 
 // Values of an axis that is off take no room.
 function hideUnused(node) {
@@ -365,16 +354,7 @@ app.registerExtension({
     if (node?.comfyClass !== NODE) return;
     const view = new GridView(node);
     views.set(node, view);
-    const widget = node.addDOMWidget("pictures", "k2_grid", view.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => view.height,
-      getMaxHeight: () => view.height,
-    });
-    // Seen on the page only: neither in the saved workflow nor in the request.
-    widget.serialize = false;
-    // The page's side panel gives widgets of a chosen node its own width, on the node too.
-    Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
+    addView(node, "pictures", "k2_grid", view);
     // The pictures are shown above; the page would add the sheet and the steps below.
     node.hideOutputImages = true;
     node.onDrawBackground = () => {};

@@ -4,6 +4,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { show } from "./node_text.js";
+import { widgetOf } from "./dom_widget.js";
 
 const NODE = "K2PictureSettings";
 const SAMPLER = "K2Sampler";
@@ -14,7 +15,6 @@ const LOADERS = { K2Loader: "model", K2ModelLoader: "file" };
 // Without these the picture is another one, so a graph that has them is told.
 const CHANGING = ["K2LoraLoader", "K2StyleLora", "K2NegativeGuidance", "K2GuidanceSchedule", "K2Approximate", "K2TapWeights"];
 
-const widgetOf = (node, name) => node?.widgets?.find((each) => each.name === name);
 const titleOf = (type) => globalThis.LiteGraph?.registered_node_types?.[type]?.title ?? type;
 const isLinked = (node, name) => node.inputs?.find((each) => each.name === name)?.link != null;
 

@@ -5,6 +5,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { element } from "./compare.js";
 import { KINDS, add, clear, load, remove } from "./prompt_store.js";
+import { widgetOf } from "./dom_widget.js";
 
 const SETTING = "Krea2Kit.PromptHistory";
 const COMMAND = "Krea2Kit.OpenPromptHistory";
@@ -43,7 +44,6 @@ const STYLE = `
 .k2-history .none { color: #aaa; padding: 8px; }
 `;
 
-const widgetOf = (node, name) => node?.widgets?.find((each) => each.name === name);
 const isLinked = (node, name) => node.inputs?.find((each) => each.name === name)?.link != null;
 const isOn = () => app.extensionManager?.setting?.get(SETTING) !== false;
 

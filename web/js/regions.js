@@ -3,6 +3,8 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { element } from "./compare.js";
+import { addView, after, layOut, widgetOf } from "./dom_widget.js";
 
 const NODE = "K2Regions";
 const MAX_REGIONS = 8;
@@ -55,16 +57,9 @@ const STYLE = `
 .k2-regions .hint { flex: 1; color: #aaa; }
 `;
 
-const widgetOf = (node, name) => node?.widgets?.find((each) => each.name === name);
 const round = (value) => Math.round(value * 1000) / 1000;
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const isBox = (entry) => Array.isArray(entry.box) && entry.box.length === 4;
-
-function element(tag, options = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), options);
-  made.append(...children);
-  return made;
-}
 
 function nodeAt(node, name) {
   const slot = node.inputs?.findIndex((each) => each.name === name) ?? -1;
@@ -365,9 +360,7 @@ class RegionCanvas {
   // Size the node for the canvas too.
   layOut() {
     this.fit();
-    const [least, lowest] = this.node.computeSize();
-    this.node.setSize([Math.max(this.node.size[0], least), Math.max(this.node.size[1], lowest)]);
-    this.node.setDirtyCanvas?.(true, true);
+    layOut(this.node);
   }
 
   showText(isShown) {
@@ -379,15 +372,6 @@ class RegionCanvas {
 }
 
 const canvases = new WeakMap();
-
-function after(node, name, action) {
-  const before = node[name];
-  node[name] = function () {
-    const result = before?.apply(this, arguments);
-    action.apply(this, arguments);
-    return result;
-  };
-}
 
 app.registerExtension({
   name: "krea2kit.regions",
@@ -401,16 +385,7 @@ app.registerExtension({
     if (!text) return;
     const canvas = new RegionCanvas(node, text);
     canvases.set(node, canvas);
-    const widget = node.addDOMWidget("canvas", "k2_regions", canvas.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => canvas.height,
-      getMaxHeight: () => canvas.height,
-    });
-    // Seen on the page only: neither in the saved workflow nor in the request.
-    widget.serialize = false;
-    // The page's side panel gives widgets of a chosen node its own width, on the node too.
-    Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
+    addView(node, "canvas", "k2_regions", canvas);
     canvas.showText(false);
     node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
     const refresh = () => queueMicrotask(() => canvas.refresh());

@@ -3,6 +3,8 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { element } from "./compare.js";
+import { addView, after, layOut, widgetOf } from "./dom_widget.js";
 
 const NODE = "K2Styles";
 const WIDTH = 460;
@@ -41,14 +43,7 @@ const STYLE = `
 .k2-styles .hint { color: #aaa; flex: none; }
 `;
 
-const widgetOf = (node, name) => node?.widgets?.find((each) => each.name === name);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-
-function element(tag, options = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), options);
-  made.append(...children);
-  return made;
-}
 
 // [name, weight] of each line, or null for what the picker does not write, such as JSON.
 function read(text) {
@@ -221,9 +216,7 @@ class StylePicker {
 
   // Size the node for the picker too.
   layOut() {
-    const [least, lowest] = this.node.computeSize();
-    this.node.setSize([Math.max(this.node.size[0], least), Math.max(this.node.size[1], lowest)]);
-    this.node.setDirtyCanvas?.(true, true);
+    layOut(this.node);
   }
 
   showText(isShown) {
@@ -235,15 +228,6 @@ class StylePicker {
 }
 
 const pickers = new WeakMap();
-
-function after(node, name, action) {
-  const before = node[name];
-  node[name] = function () {
-    const result = before?.apply(this, arguments);
-    action.apply(this, arguments);
-    return result;
-  };
-}
 
 app.registerExtension({
   name: "krea2kit.styles",
@@ -257,16 +241,7 @@ app.registerExtension({
     if (!text) return;
     const picker = new StylePicker(node, text);
     pickers.set(node, picker);
-    const widget = node.addDOMWidget("picker", "k2_styles", picker.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => picker.height,
-      getMaxHeight: () => picker.height,
-    });
-    // Seen on the page only: neither in the saved workflow nor in the request.
-    widget.serialize = false;
-    // The page's side panel gives widgets of a chosen node its own width, on the node too.
-    Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
+    addView(node, "picker", "k2_styles", picker);
     picker.showText(false);
     node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
     const refresh = () => queueMicrotask(() => picker.refresh());
