@@ -9,24 +9,10 @@
 # in .gpu, with the packages that PYTHON (default python3) has.
 set -euo pipefail
 
-ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3}
-PACK=$ROOT/.gpu/pack.tar.xz
-
-if [[ ! ${COMFYUI_PATH:-} ]]; then
-  [[ -f $PACK ]] || { echo "There is no $PACK. Make it with: bash scripts/gpu_pack.sh" >&2; exit 1; }
-  unpacked=$(mktemp -d)
-  trap 'rm -rf "$unpacked"' EXIT
-  "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-    "$PACK" "$unpacked"
-  # Several processes import it; the repository's own files are few.
-  "$PYTHON" -m compileall -q -j 0 "$unpacked" >/dev/null || true
-  COMFYUI_PATH=$unpacked/comfyui
-  packages=$unpacked/packages
-fi
+# shellcheck source=scripts/gpu_environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/gpu_environment.sh"
 
 # ComfyUI first, so that `nodes` is its own, and the repository last.
-export PYTHONPATH=$COMFYUI_PATH${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}:$ROOT
-export COMFYUI_PATH HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$COMFYUI_PATH${PACKAGES:+:$PACKAGES}${PYTHONPATH:+:$PYTHONPATH}:$ROOT
 # The runner keeps to its deadline; this is for the case that it cannot.
 timeout --kill-after 10 "${GPU_CHECK_SECONDS:-475}" "$PYTHON" -P -m benchmarks.gpu "$@"

@@ -13,7 +13,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 LIMIT=$((64 * 1024 * 1024))
 PACKAGES=(comfy-kitchen==0.2.26 comfy-aimdo==0.4.11 torchsde==0.2.6 trampoline==0.1.2
-  diffusers==0.42.1 gguf==0.19.0)
+  diffusers==0.42.1 gguf==0.19.0 kornia==0.9.0 kornia-rs==0.2.0)
 WHEELS=$LOCAL/gpu-wheels
 PACK=$ROOT/.gpu/pack.tar.xz
 

@@ -1,9 +1,11 @@
 """A real ComfyUI in this process, on the CPU, with the pack and small checkpoints.
 
-Needs ComfyUI on PYTHONPATH and the repository root off it (see scripts/test.sh).
+Needs ComfyUI on PYTHONPATH and the repository root off it (see scripts/test.sh). On a GPU, without
+--cpu: KREA2_COMFY_FLAGS="--force-fp32 ..." (see scripts/gpu_tests.sh).
 """
 
 import atexit
+import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +22,7 @@ sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 import in_process  # noqa: E402
 import longest_first  # noqa: E402
 
-in_process.start(BASE)
+in_process.start(BASE, *os.environ.get("KREA2_COMFY_FLAGS", "--cpu").split())
 COMFYUI = Path(sys.modules["folder_paths"].__file__).parent
 
 
@@ -205,8 +207,9 @@ def velocity():
         if not as_loaded:
             comfy.model_management.load_models_gpu([patcher], force_full_load=True)
         x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
-        x = x.to(patcher.model.get_dtype_inference())
-        context = random_conditioning(6, 1)[0][0].to(x.dtype)
-        return patcher.model.diffusion_model(x, torch.tensor([0.6]), context).float()
+        x = x.to(patcher.load_device, patcher.model.get_dtype_inference())
+        context = random_conditioning(6, 1)[0][0].to(x)
+        time = torch.tensor([0.6], device=x.device)
+        return patcher.model.diffusion_model(x, time, context).float().cpu()
 
     return call

@@ -115,7 +115,7 @@ def fusion_replaced(model):
 
         def forward(x, mask=None, transformer_options=None):
             b, seq, taps, dim = x.shape
-            y = (x * torch.linspace(1, 3, taps).view(1, 1, -1, 1)).reshape(b * seq, taps, dim)
+            y = (x * torch.linspace(1, 3, taps).view(1, 1, -1, 1).to(x)).reshape(b * seq, taps, dim)
             for block in fusion.layerwise_blocks:
                 y = block(y, mask=None, transformer_options=transformer_options or {})
             y = y.reshape(b, seq, taps, dim).permute(0, 1, 3, 2)
@@ -142,15 +142,15 @@ def rebuilt(model):
             raise TypeError(f"this node is for SingleStreamDiT, not for {type(dit)}")
         batch, patch = x.shape[0], dit.patch
         x = x.reshape(batch, *x.shape[1:2], *x.shape[-2:])
-        images = [dit.process_img(x, 0), dit.process_img(source.repeat(batch, 1, 1, 1), 1)]
+        images = [dit.process_img(x, 0), dit.process_img(source.to(x).repeat(batch, 1, 1, 1), 1)]
         tokens = torch.cat([dit.first(img) for img, *_ in images], dim=1)
         t = dit.tmlp(timestep_embedding(timesteps, dit.tdim).unsqueeze(1).to(tokens.dtype))
         text = dit.txtmlp(dit.txtfusion(dit._unpack_context(context), mask=None,
                                         transformer_options=options))  # fmt: skip
-        places = [torch.zeros(batch, text.shape[1], 3), *(ids for _, ids, *_ in images)]
+        places = [torch.zeros(batch, text.shape[1], 3).to(x), *(ids for _, ids, *_ in images)]
         freqs, vec = dit.pe_embedder(torch.cat(places, dim=1)), dit.tproj(t)
         hidden = torch.cat((text, tokens), dim=1)
-        bias = torch.zeros(1, 1, hidden.shape[1], hidden.shape[1])
+        bias = hidden.new_zeros(1, 1, hidden.shape[1], hidden.shape[1])
         first = text.shape[1]
         target = slice(first, first + images[0][0].shape[1])
         bias[..., target, target.stop :] = math.log(3.0)
@@ -188,7 +188,7 @@ def input_layer_replaced(model):
             self.kept = [first]
 
         def forward(self, tokens):
-            return self.kept[0](tokens) + tokens.flip(1) @ weight.T
+            return self.kept[0](tokens) + tokens.flip(1) @ weight.T.to(tokens)
 
     def wrapper(executor, *args, **kwargs):
         dit = executor.class_obj
@@ -213,7 +213,7 @@ def layers_of_another_class(model):
         base = type(layer)
 
         def forward(self, x, base=base):
-            delta = x @ down.T @ up.T
+            delta = x @ down.T.to(x) @ up.T.to(x)
             delta[:, :6] = 0
             return base.forward(self, x) + 0.1 * delta
 
@@ -230,7 +230,7 @@ def masked_by_region(model):
         if length > 96:
             allowed = torch.ones(length, length, dtype=torch.bool)
             allowed[-40:, :3] = False
-            mask = torch.zeros(1, 1, length, length).masked_fill(~allowed, float("-inf"))
+            mask = torch.zeros(1, 1, length, length).masked_fill(~allowed, float("-inf")).to(q)
         return function(q, k, v, heads, mask=mask, **options)
 
     def wrapper(executor, x, timesteps, context, *rest, **kwargs):

@@ -440,9 +440,11 @@ def test_a_compiler_leaves_blocks_to_the_kernel(pack, monkeypatch):
     stored = operations.wrap(module.GGUFTensor(data, "Q4_K", (4, 256)), torch.float32)
     layer.weight = torch.nn.Parameter(stored, requires_grad=False)
     hidden = torch.randn(2, 256)
+    switched = pack("krea2_model.nn.switches").switched
     with torch.inference_mode(False), torch.no_grad():
-        expected = layer(hidden)
-        with pack("krea2_model.nn.switches").switched("gguf"):
+        with switched():
+            expected = layer(hidden)
+        with switched("gguf"):
             compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
             assert torch.equal(compiled(hidden), expected)
     assert read == [(torch.Tensor, "Q4_K")]

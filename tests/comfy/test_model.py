@@ -23,8 +23,8 @@ def velocity(patcher, conditioning, load=True):
         comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
     options = patcher.model_options["transformer_options"]
-    context = conditioning(6, 1)[0][0]
-    return patcher.model.diffusion_model(x, SIGMA, context, transformer_options=options)
+    inputs = [part.to(patcher.load_device) for part in (x, SIGMA, conditioning(6, 1)[0][0])]
+    return patcher.model.diffusion_model(*inputs, transformer_options=options).cpu()
 
 
 def full_difference(patcher, seed=0):
@@ -222,9 +222,10 @@ def test_stored_dtypes(run, turbo, models, conditioning, dtype):
         leaf = key.endswith((".scale.weight", ".lin.weight"))
         assert (weight.dtype == torch.float32) == leaf, key
     compute = model.model.get_dtype_inference()
-    x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0)).to(compute)
+    x = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+    x, context = (p.to(model.load_device, compute) for p in (x, conditioning(6, 1)[0][0]))
     comfy.model_management.load_models_gpu([model], force_full_load=True)
-    value = model.model.diffusion_model(x, SIGMA, conditioning(6, 1)[0][0].to(compute))
+    value = model.model.diffusion_model(x, SIGMA.to(x.device), context).cpu()
     limit = 0.5 if dtype.startswith("fp8") else 0.05
     assert relative_error(value.float(), velocity(turbo, conditioning)) < limit
 

@@ -57,9 +57,9 @@ def test_our_model_equals_core_in_one_step(turbo, core_turbo, conditioning):
 )
 @pytest.mark.parametrize("method", ["index_timestep_zero", "index"])
 def test_reference_latents_equal_core(turbo, core_turbo, conditioning, method):
-    x, sigma = torch.randn(1, 16, 1, 8, 12), torch.tensor([0.6])
-    references = [torch.randn(1, 16, 1, 4, 6), torch.randn(1, 16, 1, 8, 4)]
-    context = conditioning(7, 3)[0][0]
+    parts = torch.randn(1, 16, 1, 8, 12), torch.tensor([0.6]), conditioning(7, 3)[0][0]
+    x, sigma, context = (part.to(turbo.load_device) for part in parts)
+    references = [torch.randn(1, 16, 1, 4, 6).to(x), torch.randn(1, 16, 1, 8, 4).to(x)]
     ours, core = (
         patcher.model.diffusion_model(
             x, sigma, context, ref_latents=references, ref_latents_method=method
@@ -84,18 +84,18 @@ def test_reference_latents_of_the_conditioning(run, pack, turbo, conditioning, l
     one_step = {"preset": "custom", "steps": 1, "guidance": 0.0, "seed": 5}
     found = run("K2Sampler", model=turbo, positive=text, latent=latent, **one_step)[0]["samples"]
 
-    model = turbo.model
+    model, device = turbo.model, turbo.load_device
     transformer = model.diffusion_model
     noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(5))
     velocity = pack("krea2_model").Krea2Transformer.forward(
         transformer,
-        noise[:, :, 0],
-        torch.ones(1),
-        transformer.fuse_text(text[0][0].unflatten(-1, (12, 160))),
-        references=[model.process_latent_in(r)[:, :, 0] for r in references],
+        noise[:, :, 0].to(device),
+        torch.ones(1, device=device),
+        transformer.fuse_text(text[0][0].to(device).unflatten(-1, (12, 160))),
+        references=[model.process_latent_in(r)[:, :, 0].to(device) for r in references],
         reference_method=method or "index_timestep_zero",
     )
-    expected = model.process_latent_out(noise - velocity.unsqueeze(2))
+    expected = model.process_latent_out(noise - velocity.cpu().unsqueeze(2))
     assert_close(found, expected, 1e-5, f"a step with reference latents by {method}")
 
 
@@ -129,14 +129,17 @@ def official(pack, model, latent, texts, guidance, steps, seed=5):
         def __call__(self, latents, timestep, text, mask=None):
             return native.forward(transformer, latents, timestep, text, mask)
 
-    fused = [transformer.fuse_text(t[0][0].unflatten(-1, (12, 160))) for t in texts]
+    device = model.load_device
+    taps = [t[0][0].to(device).unflatten(-1, (12, 160)) for t in texts]
+    fused = [transformer.fuse_text(text) for text in taps]
     samples = latent["samples"]
     noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(seed))
     tokens = samples.shape[-2] * samples.shape[-1] // 4
     sigmas = schedule.sigma_schedule(steps, schedule.shift_mu(tokens))
-    run = sampling.denoise(Native(), noise[:, :, 0], *fused, sigmas=sigmas, guidance=guidance)
+    noise = noise[:, :, 0].to(device)
+    run = sampling.denoise(Native(), noise, *fused, sigmas=sigmas, guidance=guidance)
     *_, (_, latents, _) = run
-    return model.model.process_latent_out(latents.unsqueeze(2))
+    return model.model.process_latent_out(latents.cpu().unsqueeze(2))
 
 
 def test_our_sampler_on_raw_follows_the_official_schedule_where_core_does_not(

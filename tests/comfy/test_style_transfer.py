@@ -257,7 +257,7 @@ def test_a_call_without_the_sigmas_of_a_run_is_refused(nano, styled):
     comfy.model_management.load_models_gpu([model])
     inner.current_patcher = model
     conds = inner.extra_conds(
-        cross_attn=nano[3][0][0], noise=torch.zeros(1, 16, 1, 8, 12), device=torch.device("cpu")
+        cross_attn=nano[3][0][0], noise=torch.zeros(1, 16, 1, 8, 12), device=model.load_device
     )
     run = {name: cond.cond for name, cond in conds.items() if name != "c_crossattn"}
     with pytest.raises(ValueError, match="needs the sigmas of the run"):

@@ -265,7 +265,7 @@ def test_operations_of_a_step():
 
 def test_no_setting_of_the_card_is_changed():
     sources = "".join(p.read_text() for p in (ROOT / "benchmarks" / "gpu").glob("*.py"))
-    for scripts in ("gpu_check.sh", "gpu_pack.sh"):
+    for scripts in ("gpu_check.sh", "gpu_pack.sh", "gpu_environment.sh", "gpu_tests.sh"):
         sources += (ROOT / "scripts" / scripts).read_text()
     commands = re.findall(r"nvidia-smi[^\n]*", sources)
     assert any("--query-gpu" in command for command in commands)
