@@ -43,13 +43,21 @@ def run_candidates(worker) -> None:
                 continue
             if switch in ALONE:
                 worker.attempt(f"{switch} alone", partial(ALONE[switch], worker, switch, form))
-            for pixels in dict.fromkeys((worker.sizes.small_image, worker.sizes.image)):
+            for pixels in sizes_of(worker, switch):
                 what = f"{switch}, a step in {form}"
                 worker.attempt(what, partial(step, worker, switch, form, pixels))
             gc.collect()
         if not without_triton:
             for name in FORMATS:
                 worker.attempt(f"gguf, {name}", partial(same_bits, worker, name))
+
+
+def sizes_of(worker, switch: str) -> list[int]:
+    """In pixels; attention counts for more at the largest."""
+    sizes = [worker.sizes.small_image, worker.sizes.image]
+    if switch == "cudnn":
+        sizes.append(max(pixels for pixels, _ in worker.sizes.steps))
+    return list(dict.fromkeys(sizes))
 
 
 @contextlib.contextmanager
@@ -91,7 +99,7 @@ def reason_against(worker, switch: str, without_triton: str) -> str:
 def on(worker, switch: str) -> Iterator[None]:
     """The switch on; cuDNN at every length, so that the table learns where it begins to pay."""
     switches = in_process.pack_module("krea2_model.nn.switches")
-    with switches.switched(switch):
+    with switches.switched(*switches.DEFAULT, switch):
         if switch != "cudnn":
             yield
             return
@@ -106,22 +114,29 @@ def on(worker, switch: str) -> Iterator[None]:
             backends.TABLE = table
 
 
+def off(switch: str):
+    """The switch off, and the others as users have them."""
+    switches = in_process.pack_module("krea2_model.nn.switches")
+    return switches.switched(*switches.DEFAULT - {switch})
+
+
 def step(worker, switch: str, form: str, pixels: int) -> None:
     text = worker.sizes.steps[0][1]
     inputs = worker.models.inputs(pixels, text)
     call = models.our_call(worker.models.in_form(form)["ours"], inputs)
     results: dict[str, Tensor] = {}
 
-    def off() -> None:
-        results["off"] = call()
+    def without() -> None:
+        with off(switch):
+            results["off"] = call()
 
     def with_it() -> None:
         with on(worker, switch):
             results["on"] = call()
 
-    row = in_turns(worker, {"off": off, "on": with_it})
+    row = in_turns(worker, {"off": without, "on": with_it})
     if pixels <= worker.sizes.small_image:  # it does not grow with the size
-        for name, turn in (("off", off), ("on", with_it)):
+        for name, turn in (("off", without), ("on", with_it)):
             row[f"{name}_host_ms"] = measure.host_milliseconds(turn, 1 if worker.tiny else 3)
     error = measure.error_of(results["on"], results["off"])
     limit = 0.0 if switch in SAME_BITS else STEP_LIMIT
@@ -179,7 +194,8 @@ def compare(worker, switch: str, what: str, call: Callable[[], Tensor], moved: i
             exact: Tensor | None = None) -> None:  # fmt: skip
     """A kernel alone: its numbers first, then 20 launches a turn."""
     check = check or call
-    plain = check()
+    with off(switch):
+        plain = check()
     with on(worker, switch):
         result = check()
     error, limit = measure.error_of(result, plain), 0.0
@@ -189,15 +205,13 @@ def compare(worker, switch: str, what: str, call: Callable[[], Tensor], moved: i
     del plain, result, exact
     launches = 1 if worker.tiny else 20
 
-    def repeated() -> None:
-        for _ in range(launches):
-            call()
+    def repeated(switched) -> None:
+        with switched:
+            for _ in range(launches):
+                call()
 
-    def with_it() -> None:
-        with on(worker, switch):
-            repeated()
-
-    row = in_turns(worker, {"off": repeated, "on": with_it})
+    turns = {"off": lambda: repeated(off(switch)), "on": lambda: repeated(on(worker, switch))}
+    row = in_turns(worker, turns)
     row |= {name: row[name] / launches for name in ("off_ms", "on_ms")}
     for name in ("off", "on"):
         row[f"{name}_gb_s"] = moved / row[f"{name}_ms"] / 1e6
@@ -228,7 +242,8 @@ def same_bits(worker, name: str) -> None:
     dequantise = in_process.pack_module("krea2_model.checkpoints.gguf").dequantise
     shape, wrong = (count, form.block_values), []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        plain = dequantise(data, name, shape, dtype)
+        with off("gguf"):
+            plain = dequantise(data, name, shape, dtype)
         with on(worker, "gguf"):
             values = dequantise(data, name, shape, dtype)
         # Random scales may be no numbers, which are equal to nothing.

@@ -86,14 +86,14 @@ def counted(module) -> Iterator[list[int]]:
 
 def run_images(worker) -> None:
     pixels, text = worker.sizes.image, worker.sizes.steps[0][1]
-    steps = {"turbo": 2, "raw": 2} if worker.tiny else {"turbo": 8, "raw": 28}
+    steps = {"turbo": 2, "raw": 2} if worker.tiny else {"turbo": 8, "raw": 10}
     pair = worker.models.in_form("bf16")
     positive = conditioning(worker, text, 1)
     same, shorter = (conditioning(worker, count, 2) for count in (text, min(OTHER, text // 2)))
     rows = (
         ("Turbo, 8 steps", steps["turbo"], 0.0, same),
-        ("Raw, 28 steps guided, texts of one length", steps["raw"], 4.5, same),
-        ("Raw, 28 steps guided, texts of two lengths", steps["raw"], 4.5, shorter),
+        ("Raw, 10 steps guided, texts of one length", steps["raw"], 4.5, same),
+        ("Raw, 10 steps guided, texts of two lengths", steps["raw"], 4.5, shorter),
     )
     for what, count, guidance, negative in rows:
         texts = (positive, negative)

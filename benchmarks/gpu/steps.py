@@ -36,7 +36,9 @@ def step(worker, form: str, pixels: int, text: int, beside_bf16: bool = False) -
     calls = worker.models.calls(form, inputs)
     if beside_bf16:
         calls["bf16"] = worker.models.calls("bf16", inputs, diffusers=False)["ours"]
-    row = measure.compared(measure.in_turns(calls, worker.sizes.pairs))
+    # A second and more a call differs little from turn to turn.
+    pairs = worker.sizes.pairs if pixels <= worker.sizes.image else min(worker.sizes.pairs, 3)
+    row = measure.compared(measure.in_turns(calls, pairs))
     row["card"] = {name: card().get(name) for name in ("clocks.sm", "power.draw")}
     config = worker.sizes.transformer
     floor = rooflines.step_floor_ms(worker.ceilings, config, pixels, text, form)

@@ -182,6 +182,8 @@ def turn_on_dynamic_vram(headroom: float) -> None:
     import comfy.model_patcher
     import comfy_aimdo.control
 
+    # It logs every allocation until it is told not to.
+    comfy_aimdo.control.set_log_info()
     devices = management.get_all_torch_devices()
     if comfy_aimdo.control.init_devices((d.index, int(headroom * 1024**3)) for d in devices):
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic

@@ -1,8 +1,8 @@
 """The choice of torch's attention backend on a GPU, by a table of the fastest.
 
-Torch takes the first of its backends that supports a call, flash attention before all others, on
-every card. The table (switch `cudnn`) names a better one for some cards and lengths. A user who
-disables or reorders torch's backends keeps that choice.
+Torch takes the first of its backends that supports a call. ComfyUI has it try flash attention
+before all others, on every card. The table (switch `cudnn`) names a better one for some cards and
+lengths. A user who disables or reorders torch's backends keeps that choice.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class Lengths(NamedTuple):
     backend: SDPBackend
 
 
-# By compute capability and dtype, lengths rising. An estimate until scripts/gpu_check.sh has
-# measured: cuDNN's kernel is made for Hopper, torch's flash attention (FA2) for the card before it.
+# By compute capability and dtype, lengths rising. On an H200 cuDNN's kernel, which is made for
+# Hopper, takes 0.49 to 0.64 of the time of torch's flash attention (FA2, made for the card before
+# it) at all lengths from 1088 to 16448 in bf16: benchmarks/gpu/GPU.md.
 TABLE: dict[tuple[Capability, torch.dtype], tuple[Lengths, ...]] = {
-    ((9, 0), torch.bfloat16): (Lengths(2048, SDPBackend.CUDNN_ATTENTION),),
-    ((9, 0), torch.float16): (Lengths(2048, SDPBackend.CUDNN_ATTENTION),),
+    ((9, 0), torch.bfloat16): (Lengths(1024, SDPBackend.CUDNN_ATTENTION),),
+    ((9, 0), torch.float16): (Lengths(1024, SDPBackend.CUDNN_ATTENTION),),
 }
 
 # The backends that torch tries in turn where the chosen one does not support a call.
@@ -79,8 +80,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **
 
 
 def is_torchs_own_choice() -> bool:
-    """True if torch's backends are all on and in their usual order."""
-    return _settings() == _DEFAULTS
+    """True if torch's backends are all on, and in an order that torch itself gives them.
+
+    On a Hopper torch puts cuDNN first when attention is called for the first time.
+    """
+    return _settings() in (_DEFAULTS, _CUDNN_FIRST)
 
 
 def _settings() -> tuple:
@@ -97,7 +101,10 @@ def _settings() -> tuple:
 
 
 # Read before any user has a say, but a host may have been earlier: the flags are all on at first.
-_DEFAULTS = (True,) * 4 + _settings()[4:]
+_ORDER = _settings()[4:]
+_CUDNN = int(SDPBackend.CUDNN_ATTENTION.value)
+_DEFAULTS = (True,) * 4 + _ORDER
+_CUDNN_FIRST = (True,) * 4 + (_CUDNN, *(backend for backend in _ORDER if backend != _CUDNN))
 
 
 def _is_nvidia(query: Tensor) -> bool:

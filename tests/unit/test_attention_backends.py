@@ -55,12 +55,22 @@ def test_the_table_is_in_order():
         assert [e.least for e in lengths] == sorted(e.least for e in lengths)
 
 
+def test_the_order_that_torch_gives_a_hopper_is_no_choice_of_a_user(card):
+    """Torch puts cuDNN first there itself, with the first call."""
+    card(9, 0)
+    order = [CUDNN, FLASH, SDPBackend.EFFICIENT_ATTENTION, MATH]
+    with switches.switched("cudnn"), sdpa_kernel(order, set_priority=True):
+        assert preferred() is CUDNN
+
+
 def test_cudnn_on_hopper_for_long_sequences(card):
     card(9, 0)
-    assert preferred() is None, "the switch is off"
+    with switches.switched():
+        assert preferred() is None, "the switch is off"
     with switches.switched("cudnn"):
         assert preferred() is CUDNN
-        assert preferred(length=1088) is None
+        assert preferred(length=1088) is CUDNN
+        assert preferred(length=512) is None
         assert preferred(dtype=torch.float32) is None
         assert preferred(mask=torch.ones(1)) is None
         assert preferred(device="cpu") is None
@@ -97,7 +107,7 @@ def test_a_backend_that_cannot_do_the_call_is_left_alone(card, monkeypatch):
     [
         lambda: sdpa_kernel(FLASH),
         lambda: sdpa_kernel(
-            [CUDNN, FLASH, SDPBackend.EFFICIENT_ATTENTION, MATH], set_priority=True
+            [SDPBackend.EFFICIENT_ATTENTION, FLASH, CUDNN, MATH], set_priority=True
         ),
     ],
     ids=["one alone", "an order"],

@@ -1,4 +1,4 @@
-"""The switches of kernels that are off until a GPU has judged them."""
+"""The switches of kernels that a GPU has judged."""
 
 import importlib.util
 
@@ -8,14 +8,18 @@ from krea2_model.nn import switches
 from krea2_model.tools.self_check import versions
 
 
-def test_all_are_off_and_only_for_a_while_on():
-    assert not switches.active
+def test_others_are_on_for_a_while_only():
     with switches.switched("gguf", "gate"):
         assert switches.active == {"gate", "gguf"}
         with switches.switched():
             assert not switches.active
         assert switches.active == {"gate", "gguf"}
-    assert not switches.active
+    assert switches.active == switches.DEFAULT
+
+
+def test_what_is_on_without_a_word_has_the_bits_of_torch_or_another_order_alone():
+    """No kernel that rounds another way is on by itself."""
+    assert {"gguf", "quantise_once", "cudnn"} == switches.DEFAULT
 
 
 def test_the_variable_names_them():
@@ -28,7 +32,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         switches.parse("gguf,swigly")
     with pytest.raises(ValueError, match="'all'"), switches.switched("all"):
         pass
-    assert not switches.active
+    assert switches.active == switches.DEFAULT
 
 
 def test_the_environment_is_read(monkeypatch):
@@ -42,7 +46,8 @@ def test_the_environment_is_read(monkeypatch):
 
 
 def test_the_self_check_names_what_is_on():
-    assert not any("KREA2_KERNELS" in line for line in versions())
+    with switches.switched():
+        assert not any("KREA2_KERNELS" in line for line in versions())
     with switches.switched("swiglu", "gguf"):
         assert versions()[-2:] == ["KREA2_KERNELS: gguf", "KREA2_KERNELS: swiglu"]
 

@@ -20,7 +20,8 @@ ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu():
-    with interpreted(triton_kernels):
+    """Off until a test turns them on."""
+    with interpreted(triton_kernels), switches.switched():
         yield
 
 
