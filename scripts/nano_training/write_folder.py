@@ -1,4 +1,4 @@
-"""Scenes as plain training data: a folder of pictures with captions, for `krea2 pretrain` and others.
+"""Scenes as plain training data: a folder of pictures with captions, for `krea2 pretrain`.
 
     python scripts/nano_training/write_folder.py FOLDER --pictures 8000
 
@@ -66,9 +66,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128, help="in pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    write_folder(
-        options.folder, options.pictures, options.captions, options.side, options.workers
-    )
+    write_folder(options.folder, options.pictures, options.captions, options.side, options.workers)
 
 
 if __name__ == "__main__":
