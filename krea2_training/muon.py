@@ -7,7 +7,8 @@ a GPU waits on the host. States are torch's, so runs go on with either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Muon(torch.optim.Muon):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         """A step of all parameters that have a gradient; `closure` is torch's."""
         if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
             return super().step(closure)
