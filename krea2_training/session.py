@@ -163,7 +163,8 @@ class Session:
     def ahead(self, function: Callable[[int], Made]) -> Ahead[Made]:
         """What a function makes of the numbers of this process's batches, a batch ahead."""
         settings = self.config.training
-        return Ahead(function, settings.steps * settings.accumulate, self.world.shares)
+        end = settings.steps * settings.accumulate
+        return Ahead(function, end, self.world.shares, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A whole model's weights are float32; adapters are cast where they are used."""

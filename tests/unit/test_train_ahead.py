@@ -1,6 +1,7 @@
 """Batches ahead in a thread, and what was read in memory."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,3 +55,26 @@ def test_files_are_read_once_up_to_a_limit():
     # Both that fit stay, the third is read each time.
     assert read == ["a", "b", "c", "c"]
     assert Kept(0).get("a", load) and read[-1] == "a"
+
+
+def test_on_a_gpu_batches_are_made_in_a_stream_of_their_own(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, device):
+            log.append(f"stream on {device}")
+
+        def synchronize(self):
+            log.append("wait")
+
+    @contextmanager
+    def stream(which):
+        log.append("in")
+        yield
+        log.append("out")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    ahead = Ahead(lambda number: log.append(number) or number, 1, device=torch.device("cuda", 1))
+    assert ahead(0) == 0
+    assert log == ["stream on cuda:1", "in", 0, "out", "wait"]
