@@ -34,6 +34,7 @@ FILES = ("nano_raw.safetensors", "pretrain.json", "sheet.png", "loss.png", "log.
 EXAM_SECONDS = 20  # of a GPU, that the limit leaves for the exam
 STOP_SECONDS = 15  # in which an interrupted run ends its step and writes its files
 SHOWN = 24  # pictures of the sheet
+MEASURED = 20  # steps of each stage that show how long one takes
 
 
 class Pretraining:
@@ -64,6 +65,9 @@ class Pretraining:
             self.call("-c", "from krea2_model import nano; nano.text_encoder_file()")
         with self.part("cache"):
             self.call(script / "fill_cache.py", self.config, "--processes", options.processes)
+        if options.seconds:
+            with self.part("measuring"):
+                table = self.fitted(table)
         with self.part("training"):
             threading.Thread(target=import_exam, daemon=True).start()
             left = options.limit - (time.monotonic() - self.started) - EXAM_SECONDS
@@ -97,6 +101,30 @@ class Pretraining:
             raise SystemExit(f"{command} ended with {child.returncode}; {self.log} says why.")
         return False
 
+    def fitted(self, table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The settings with as many steps as the seconds have; writes them.
+
+        A run of a few steps of each stage shows how long one takes.
+        """
+        count = len(table["stages"]["steps"])
+        few = {**table["stages"], "steps": [MEASURED] * count}
+        probe = self.work / "probe.toml"
+        path = {"path": "probe.safetensors", "keep": 0}
+        probe.write_text(as_toml({**table, "stages": few, "output": path}), encoding="utf-8")
+        self.call("-m", "krea2_model", "pretrain", probe, "--quiet")
+        measured = log_summary(read_log(self.work / "probe"), few["steps"])
+        self.add("measured", measured)
+        per_step = [stage["seconds a step"] for stage in measured]
+        whole = sum(
+            steps * seconds
+            for steps, seconds in zip(table["stages"]["steps"], per_step, strict=True)
+        )
+        self.options.scale *= self.options.seconds / whole
+        table = settings(self.options)
+        self.config.write_text(as_toml(table), encoding="utf-8")
+        self.add("settings", table)
+        return table
+
     def collect(self, steps: list[int]) -> None:
         """The newest result, the curve, and numbers of the training's log."""
         folder = self.work / "nano_raw"
@@ -107,9 +135,7 @@ class Pretraining:
             self.add("result", results[-1].name)
         if (folder / "loss.png").is_file():
             shutil.copyfile(folder / "loss.png", self.output / "loss.png")
-        if (folder / "log.jsonl").is_file():
-            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            self.add("steps", log_summary([json.loads(line) for line in lines], steps))
+        self.add("steps", log_summary(read_log(folder), steps))
 
     def exam(self) -> None:
         """Pictures of prompts whose scenes training never showed, read back."""
@@ -177,6 +203,7 @@ def settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     with CONFIG.open("rb") as file:
         table = tomllib.load(file)
     stages, training = table["stages"], table["training"]
+    table["data"]["cache"] = "cache"  # which several runs share
     stages["steps"] = [max(1, round(options.scale * steps)) for steps in stages["steps"]]
     if options.batch:
         stages["batch"] = [options.batch] * len(stages["steps"])
@@ -191,6 +218,13 @@ def as_toml(table: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"[{section}]")
         lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; none where it has made no step."""
+    file = folder / "log.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def log_summary(records: list[dict[str, Any]], steps: list[int]) -> list[dict[str, Any]]:
@@ -227,6 +261,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--captions", type=int, default=2, help="of each picture")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps")
+    parser.add_argument(
+        "--seconds", type=float, help="of all steps, instead of --scale; measures a few first"
+    )
     parser.add_argument("--batch", type=int, help="of all stages, instead of the settings'")
     parser.add_argument("--limit", type=float, default=170.0, help="seconds of the whole run")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="that draw")
@@ -238,7 +275,7 @@ def main() -> None:
     if options.toy:
         toy = {
             "pictures": 200, "scale": 0.0065, "batch": 8, "limit": 600.0, "processes": 2,
-            "workers": 2, "exam": 6, "exam_steps": 4,
+            "workers": 2, "exam": 6, "exam_steps": 4, "seconds": None,
         }  # fmt: skip
         vars(options).update(toy)
     options.output = options.output.resolve()
