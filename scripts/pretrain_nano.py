@@ -81,7 +81,8 @@ class Pretraining:
     def call(self, *words: object, seconds: float | None = None) -> bool:
         """Run Python with some words; True if it had to be interrupted after so many seconds."""
         command = [sys.executable, *map(str, words)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         environment.setdefault("OMP_NUM_THREADS", "2")
         with self.log.open("a", encoding="utf-8") as log:
             child = subprocess.Popen(
