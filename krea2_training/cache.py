@@ -35,6 +35,7 @@ from krea2_model.replacing import replacing
 from krea2_model.text.prompt_images import PromptImage
 from krea2_model.transformer.references import Reference, ReferenceSettings
 
+from .ahead import Kept
 from .data import Draw, Example, Order, Sized, content_hash, opened
 from .sections import EDITS, NANO, Model
 from .world import ALONE, World
@@ -149,10 +150,16 @@ class Encoders:
 
 
 class Cache:
-    """Latents and taps of the pictures of a run."""
+    """Latents and taps of the pictures of a run.
 
-    def __init__(self, folder: Path, encoders: Encoders, references: str = EDITS[0]):
+    keep: gigabytes of what was read that stay in main memory.
+    """
+
+    def __init__(
+        self, folder: Path, encoders: Encoders, references: str = EDITS[0], keep: float = 0.0
+    ):
         self.folder, self.encoders = folder, encoders
+        self._kept = Kept(int(keep * 1e9))
         self.recipe = RECIPES[_FAMILIES[references]]
         self._hashes: dict[Path | bytes, str] = {}
 
@@ -327,6 +334,9 @@ class Cache:
             return False
 
     def _read(self, key: str) -> dict[str, Tensor]:
+        return self._kept.get(key, self._load)
+
+    def _load(self, key: str) -> dict[str, Tensor]:
         try:
             return load_file(self._path(key))
         except (OSError, SafetensorError) as error:
@@ -355,7 +365,9 @@ def padded(taps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Taps (L_i, T, D) as one (B, L, T, D), and its mask (B, L), None where all are as long."""
     lengths = [len(states) for states in taps]
     longest = max(lengths)
-    states = torch.stack([F.pad(s, (0, 0, 0, 0, 0, longest - len(s))) for s in taps])
+    states = taps[0].new_zeros(len(taps), longest, *taps[0].shape[1:])
+    for row, own in zip(states, taps, strict=True):
+        row[: len(own)] = own
     if min(lengths) == longest:
         return states, None
     return states, torch.arange(longest) < torch.tensor(lengths)[:, None]

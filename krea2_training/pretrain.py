@@ -21,12 +21,13 @@ from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.config import RAW
 
 from .base import checkpoint_file
-from .cache import Encoders
+from .cache import Batch, Encoders
 from .config import PretrainConfig
 from .data import Example, Order, digest, read_examples, sized
+from .flow import Noised
 from .rates import Rates
 from .session import OnStep, Parts, Session, machine_of
-from .train import pictures_loss
+from .train import pictures_loss, prepared
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None
     parameters = session.make_trainable()
     settings = config.training
 
+    def batch_of(number: int) -> tuple[Batch, Noised]:
+        stage = next(stage for stage in stages if number < stage.end * settings.accumulate)
+        place = number - stage.begin * settings.accumulate
+        return prepared(session, stage.order, number, stage.shift, place=place)
+
+    batches = session.ahead(batch_of)
+
     def loss_of(number: int) -> Tensor:
-        step, part = divmod(number, settings.accumulate)
-        stage = next(stage for stage in stages if step < stage.end)
-        place = (step - stage.begin) * settings.accumulate + part
-        draws = stage.order.batch(place)
-        return pictures_loss(session, draws, stage.order, number, stage.shift, train_text=True)
+        return pictures_loss(session, *batches(number), train_text=True)
 
     factors = config.stages.rate or (1.0,) * len(stages)
     by_stage = tuple((stage.end, rate) for stage, rate in zip(stages, factors, strict=True))

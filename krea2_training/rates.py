@@ -50,13 +50,13 @@ def optimisers_of(
         return [_eight_bit([p for _, p in parameters], rate, decay)]
     if settings.optimiser == "adamw":
         return [_adamw([p for _, p in parameters], rate, decay)]
+    from .muon import Muon  # not every torch has one
+
     inside = [p for name, p in parameters if "blocks." in name and p.ndim == 2]
     outside = [p for name, p in parameters if not ("blocks." in name and p.ndim == 2)]
     found: list[torch.optim.Optimizer] = []
     if inside:
-        found.append(
-            torch.optim.Muon(inside, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
+        found.append(Muon(inside, rate, decay))
     if outside:
         found.append(_adamw(outside, rate, decay))
     return found

@@ -190,6 +190,8 @@ class Memory:
     checkpointing: compute a block's activations again in the backward pass instead of holding them.
     offload: blocks' matrices stay in main memory and come to the device one at a time.
     dtype: of the calculation.
+    keep: gigabytes of encoded pictures and captions that stay in main memory once a step has read
+        them, in each process; 0 reads the files each time.
     """
 
     device: str = "auto"
@@ -197,12 +199,14 @@ class Memory:
     base: str = BASES[0]
     checkpointing: bool = True
     offload: bool = False
+    keep: float = 1.0
 
     def __post_init__(self):
         choice("memory.base", self.base, BASES)
         check(
             self.dtype in (None, "bf16", "fp32"), "memory.dtype", self.dtype, "bf16 or fp32"
         )  # fmt: skip
+        check(0 <= self.keep <= 10_000, "memory.keep", self.keep, "0 to 10000")
 
 
 @dataclass(frozen=True)

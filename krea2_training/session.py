@@ -22,6 +22,7 @@ from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
 from .adapters import AnyAdapter, add_adapters
+from .ahead import Ahead, Made
 from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
 from .cache import Cache, Encoders, OnEncoding
 from .config import RunConfig
@@ -90,7 +91,7 @@ class Session:
         if warning := shortage(config, self.model, self.device):
             logger.warning("%s", warning)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.cache = Cache(config.cache, encoders, config.references)
+        self.cache = Cache(config.cache, encoders, config.references, config.memory.keep)
         self.sampler = Sampler(config, self.cache, self.device, self.world)
 
     def check_run(self, dataset: str) -> None:
@@ -158,6 +159,12 @@ class Session:
     def backend(self) -> Backend:
         """How blocks are computed: with their activations again in the backward pass, or held."""
         return TrainingBackend() if self.config.memory.checkpointing else TORCH_BACKEND
+
+    def ahead(self, function: Callable[[int], Made]) -> Ahead[Made]:
+        """What a function makes of the numbers of this process's batches, a batch ahead."""
+        settings = self.config.training
+        end = settings.steps * settings.accumulate
+        return Ahead(function, end, self.world.shares, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A whole model's weights are float32; adapters are cast where they are used."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .cache import OnEncoding
+from .cache import Batch, OnEncoding
 from .config import TrainConfig
-from .data import Draw, Example, Order, Sized, digest, read_examples, sized
-from .flow import flow_loss, generator_of
+from .data import Example, Order, Sized, digest, read_examples, sized
+from .flow import Noised, flow_errors, generator_of, noised, predict
 from .loop import Measured
 from .session import OnStep, Parts, Session
 from .validation import Validator, hold_out
@@ -56,16 +56,19 @@ def train(
     # As the loop weighs the loss that it is given.
     weight = config.prior.weight * session.world.shares / settings.accumulate
 
+    own_batch = session.ahead(lambda number: prepared(session, order, number, settings.shift))
+    prior_batch = session.ahead(
+        lambda number: prepared(session, others, number, settings.shift, _PRIOR)
+    )
+
     def loss_of(number: int) -> Measured:
         numbers = {}
         if prior:
-            draws = others.batch(number)
-            loss = pictures_loss(session, draws, others, number, settings.shift, train_text, _PRIOR)
+            loss = pictures_loss(session, *prior_batch(number), train_text)
             # Here, so that activations of one batch are held at a time.
             (weight * loss).backward()
             numbers["prior loss"] = float(loss.detach())
-        draws = order.batch(number)
-        loss = pictures_loss(session, draws, order, number, settings.shift, train_text)
+        loss = pictures_loss(session, *own_batch(number), train_text)
         return Measured(loss, numbers)
 
     validator = Validator(config, session.cache, session.device, seen)
@@ -81,25 +84,31 @@ def prior_pictures(config: TrainConfig) -> list[Sized]:
     return sized(read_examples(data, "prior.caption for all"), data)
 
 
-def pictures_loss(
+def prepared(
     session: Session,
-    draws: Sequence[Draw],
     order: Order,
     number: int,
     shift: float | None,
-    train_text: bool,
     purpose: int = _NOISE,
-) -> Tensor:
-    """The flow loss of a batch of an order's pictures, with the noise of its number in the run."""
+    place: int | None = None,
+) -> tuple[Batch, Noised]:
+    """A batch of an order's pictures, with the noise of its number in the run.
+
+    place: of the batch in the order; None is its number.
+    """
     settings = session.config.training
+    draws = order.batch(number if place is None else place)
     batch = session.cache.batch(draws, order, session.device)
+    generator = generator_of(settings.seed, number, purpose)
+    patch = session.model.config.patch_size
+    return batch, noised(batch.latents, generator, shift, settings.spread, patch)
+
+
+def pictures_loss(session: Session, batch: Batch, noise: Noised, train_text: bool) -> Tensor:
+    """The flow loss of what `prepared` gives."""
     with session.autocast():
-        return flow_loss(
-            session.model,
-            batch,
-            generator_of(settings.seed, number, purpose),
-            shift=shift,
-            spread=settings.spread,
-            backend=session.backend,
-            train_text=train_text,
-        )
+        velocity = predict(
+            session.model, noise.latents, noise.times, batch,
+            backend=session.backend, train_text=train_text,
+        )  # fmt: skip
+        return flow_errors(velocity, noise, batch.weights).mean()

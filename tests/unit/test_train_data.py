@@ -173,6 +173,16 @@ def test_only_what_changed_is_encoded_again(folder, tmp_path):
     assert [batch.weights is not None for batch in batches].count(True) == 1
     for batch in batches:
         assert batch.latents.shape[:2] == (1, 16) and batch.taps.shape[2] == 12
+    keeping = Cache(tmp_path / "cache", encoders, keep=0.1)
+    first = [keeping.batch(order.batch(n), order, torch.device("cpu")) for n in range(3)]
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.unlink()
+    for number, (before, plain) in enumerate(zip(first, batches, strict=True)):
+        again = keeping.batch(order.batch(number), order, torch.device("cpu"))
+        assert torch.equal(again.latents, before.latents)
+        assert torch.equal(again.taps, plain.taps)
+    with pytest.raises(ValueError, match="gone or damaged"):
+        cache.batch(order.batch(0), order, torch.device("cpu"))
 
 
 def test_hidden_places_of_a_folder_are_left_out_and_its_own_place_may_be_hidden(tmp_path):

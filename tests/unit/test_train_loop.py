@@ -201,13 +201,13 @@ def test_full_training_writes_a_transformer(pictures, cache, tmp_path):
 
 def test_a_loss_that_is_not_finite_leaves_the_last_state(pictures, cache, tmp_path, monkeypatch):
     config = config_of(pictures, cache, tmp_path / "x.safetensors", output__save_every=1)
-    real, calls = train_module.flow_loss, []
+    real, calls = train_module.pictures_loss, []
 
     def broken(*arguments, **options):
         calls.append(1)
         return real(*arguments, **options) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(train_module, "flow_loss", broken)
+    monkeypatch.setattr(train_module, "pictures_loss", broken)
     with pytest.raises(TrainingStopped, match=r"at step 2.*Lower training.learning_rate"):
         train(config)
     step, _ = states.read_state_header(tmp_path / "x" / "state.safetensors")
