@@ -163,6 +163,18 @@ def image_table(rows: list[Row]) -> str:
     return table(["", "calls a step", "ours", "floor", "core", "diffusers", "finite"], lines)
 
 
+def sparse_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if "ours_ms" in row:
+            times = [number(row[f"{name}_ms"], ".1f", " ms") for name in ("ours", "exact")]
+            memory = [number(row[f"{name}_peak_gb"], ".2f", " GB") for name in ("ours", "exact")]
+            lines.append(
+                [str(row["pixels"]), *times, ratio(row["exact_ratio"]), " / ".join(memory)]
+            )
+    return table(["px", "sparse", "exact", "faster by", "peak"], lines)
+
+
 def candidate_table(rows: list[Row]) -> str:
     head = ["switch", "px", "off", "on", "faster by", "rate", "of copy", "host off / on",
             "difference", "limit", "verdict", "passed"]  # fmt: skip
@@ -250,6 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "step": ("A step in bf16", step_table),
     "fp8": ("A step in fp8_scaled", step_table),
     "formats": ("A step in int8 and GGUF", step_table),
+    "sparse": ("Sparse attention", sparse_table),
     "images": ("Whole runs of the sampler", image_table),
     "candidates": ("Switches, off and on", candidate_table),
     "pipeline": ("Whole images without ComfyUI, fp8", pipeline_table),

@@ -35,6 +35,7 @@ SECTIONS = (
     Section("nano", "nano", RESIDENT, 50),
     Section("step", "steps", RESIDENT, 100),
     Section("fp8", "steps", RESIDENT, 45),
+    Section("sparse", "sparse", RESIDENT, 30),
     Section("images", "images", RESIDENT, 60),
     Section("candidates", "candidates", RESIDENT, 60),
     Section("pipeline", "pipeline", RESIDENT, 60),
@@ -49,7 +50,7 @@ BY_NAME = {section.name: section for section in SECTIONS}
 
 # All of it, and what sections of later processes are sure to get of that.
 DEADLINE_S = 450
-RESERVED_S = {DYNAMIC: 60, STATIC: 60}
+RESERVED_S = {DYNAMIC: 40, STATIC: 40}
 # A section is not begun with less left.
 LEAST_S = 12
 

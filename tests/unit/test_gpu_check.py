@@ -59,6 +59,7 @@ def test_rows_have_their_numbers(tiny):
     assert all("core_ratio" in row for row in rows["fp8"])
     assert all(row["floor_ms"] > 0 for row in rows["vae"] + rows["encoder"] + rows["compile"])
     assert all(row["floor_s"] > 0 for row in rows["images"])
+    assert [len(row["exact_ratio"]) for row in rows["sparse"]] == [3]
     assert [row["mode"] for row in rows["pipeline"]] == ["auto", "parts", "blocks"]
     assert "blocks resident" in rows["pipeline"][2]["what"]
     assert {row["form"] for row in rows["formats"]} == {"int8", "Q8_0", "Q4_K"}
