@@ -13,7 +13,13 @@ from ...krea2_model.nn import switches
 from ...krea2_model.nn.attention import attend as attend_plainly
 from ...krea2_model.nn.attention import repeat_heads, takes_grouped_heads
 from ...krea2_model.nn.attention_backends import preferred
-from ...krea2_model.nn.kernels import apply_rope, keeping_inputs, modulated_norm, norm_and_rotate
+from ...krea2_model.nn.kernels import (
+    apply_rope,
+    keeping_inputs,
+    may_overwrite,
+    modulated_norm,
+    norm_and_rotate,
+)
 from ...krea2_model.nn.partial_attention import attend_partially
 from ...krea2_model.transformer.backend import Backend
 from ...krea2_model.transformer.extensions import AttentionExtensions
@@ -94,6 +100,8 @@ class ComfyBackend(Backend):
             if rope is not None:
                 query, key = apply_rope(query, rope), apply_rope(key, rope)
         elif rope is not None and query_slice is None and _has_kernels(query):
+            if not (may_overwrite() or torch.compiler.is_compiling()):
+                query, key = query.clone(), key.clone()
             kernels = comfy.quant_ops.ck
             query, key = kernels.rms_rope_(query, key, rope, norm.query, norm.key, norm.eps)
         else:

@@ -349,10 +349,13 @@ def own_way_with_references(monkeypatch):
         text = self.txtmlp(self.txtfusion(self._unpack_context(context), mask=None))
         hidden = torch.cat([text, *(self.first(img) for img, *_ in images)], dim=1)
         places = torch.cat(
-            [torch.zeros(1, text.shape[1], 3), *(ids[:1] for _, ids, *_ in images)], 1
+            [torch.zeros(1, text.shape[1], 3).to(x), *(ids[:1] for _, ids, *_ in images)], 1
         )
         freqs = self.pe_embedder(places.repeat(len(x), 1, 1))
-        bias, end = torch.zeros(1, 1, 1, hidden.shape[1]), text.shape[1] + images[0][0].shape[1]
+        bias, end = (
+            hidden.new_zeros(1, 1, 1, hidden.shape[1]),
+            text.shape[1] + images[0][0].shape[1],
+        )
         first = end
         for boost, (tokens, *_) in zip(boosts, images[1:], strict=True):
             bias[..., first : first + tokens.shape[1]] = math.log(boost)
@@ -395,8 +398,11 @@ def test_references_of_our_node_stay_ours(
     assert torch.equal(found, image(turbo, positive))
 
 
-def test_listeners_may_keep_what_they_see(image, turbo):
+@pytest.mark.parametrize("kernels", ["plain", "of ComfyUI"])
+def test_listeners_may_keep_what_they_see(image, turbo, pack, monkeypatch, kernels):
     """Forward hooks on layers hold tensors; nothing that went past them is overwritten."""
+    if kernels == "of ComfyUI":  # which a GPU has, and which write over queries and keys
+        monkeypatch.setattr(pack("nodes.managed.backend"), "_has_kernels", lambda tensor: True)
     seen, expected = [], image(turbo)
     dit = turbo.model.diffusion_model
     layers = [dit.blocks[0], dit.blocks[0].attn.gate, dit.blocks[1].attn.wq, dit.blocks[1].mlp.gate]
