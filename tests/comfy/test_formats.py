@@ -206,7 +206,8 @@ def test_low_rank_branches(run, models, written, velocity):
     expected = velocity(patcher)
     layer = patcher.model.diffusion_model.blocks[0].mlp.down
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
-    up, down = (stored[f"blocks.0.mlp.down.svdq_l{n}"].float() for n in (1, 2))
+    x = x.to(layer.weight.device)
+    up, down = (stored[f"blocks.0.mlp.down.svdq_l{n}"].to(x) for n in (1, 2))
     without = torch.nn.functional.linear(x, layer.weight)
     assert_close(layer(x), without + x @ down.T @ up.T, 1e-6, "a layer with its branch")
     keys = {key for *_, key, _, _ in patcher._load_list()}

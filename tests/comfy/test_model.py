@@ -62,7 +62,7 @@ def test_stock_lora_reaches_every_weight(run, base, turbo, conditioning):
     assert relative_error(after, before) > 1e-2
     weights = patched.model.state_dict()
     for key, difference in differences.items():
-        expected = original[key] + 0.5 * difference
+        expected = original[key].cpu() + 0.5 * difference
         assert_close(weights[key], expected, 1e-6, key)
     # And it comes off again.
     assert torch.equal(velocity(turbo, conditioning), before)
@@ -84,7 +84,7 @@ def test_stock_lora_by_matrices_and_every_prefix(run, base, turbo, conditioning)
         file = save_lora(base, f"low_rank_{number}.safetensors", lora)
         patched = run("LoraLoaderModelOnly", model=turbo, lora_name=file, strength_model=1.0)[0]
         velocity(patched, conditioning)
-        assert_close(patched.model.state_dict()[key], original + up @ down, 1e-5, name)
+        assert_close(patched.model.state_dict()[key], original.cpu() + up @ down, 1e-5, name)
 
 
 def test_a_lora_hook_on_conditioning_equals_the_lora(run, base, turbo, conditioning, latent):
@@ -142,7 +142,7 @@ def test_merge_of_two_of_ours(run, raw, turbo, conditioning, ratio):
     velocity(merged, conditioning)
     weights = merged.model.state_dict()
     for key in first:
-        expected = ratio * first[key] + (1 - ratio) * second[key]
+        expected = ratio * first[key].cpu() + (1 - ratio) * second[key].cpu()
         assert_close(weights[key], expected, 1e-6, key)
 
 
@@ -197,8 +197,7 @@ def test_partial_load_gives_the_same_image(turbo, conditioning, with_lora):
         patcher.add_patches({k: ("diff", (d,)) for k, d in differences.items()}, 0.3)
     expected = velocity(patcher, conditioning)
     patcher.detach()
-    cpu = torch.device("cpu")
-    patcher.load(cpu, lowvram_model_memory=patcher.model_size() // 3)
+    patcher.load(patcher.load_device, lowvram_model_memory=patcher.model_size() // 3)
     cast = [m for m in patcher.model.modules() if getattr(m, "comfy_cast_weights", False)]
     assert patcher.model.model_lowvram and len(cast) > 10
     if with_lora:

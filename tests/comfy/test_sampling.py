@@ -3,6 +3,7 @@
 import inspect
 
 import comfy.ldm.krea2.model
+import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_our_model_equals_core_in_one_step(turbo, core_turbo, conditioning):
 )
 @pytest.mark.parametrize("method", ["index_timestep_zero", "index"])
 def test_reference_latents_equal_core(turbo, core_turbo, conditioning, method):
+    comfy.model_management.load_models_gpu([turbo, core_turbo], force_full_load=True)
     parts = torch.randn(1, 16, 1, 8, 12), torch.tensor([0.6]), conditioning(7, 3)[0][0]
     x, sigma, context = (part.to(turbo.load_device) for part in parts)
     references = [torch.randn(1, 16, 1, 4, 6).to(x), torch.randn(1, 16, 1, 8, 4).to(x)]

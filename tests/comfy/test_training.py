@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import sys
 
+import comfy.model_management
 import numpy as np
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_the_node_trains_what_the_command_does(train, training, folder, tmp_path
         "data.trigger": "sks", "model.transformer": "nano", "adapter.method": method,
         "adapter.rank": 4, "training.steps": 3, "training.batch": 2, "training.warmup": 10,
         "training.learning_rate": 1e-3, "training.seed": 3, "samples.every": 0,
-        "memory.device": "cpu", "memory.dtype": "fp32",
+        "memory.device": str(comfy.model_management.get_torch_device()), "memory.dtype": "fp32",
         "output.path": tmp_path / "by_command.safetensors",
     })  # fmt: skip
     with torch.inference_mode(False):
@@ -255,7 +256,9 @@ def test_too_little_memory_is_warned_of_before_anything_is_encoded(
     monkeypatch.setattr(training.forecast, "free_device_bytes", lambda device: 10**8)
     with pytest.raises(AssertionError, match="encoding began"):
         train(name="large", trigger="no such memory", rank=8)
-    assert "The run needs about 1.3 GB, and 0.1 GB are free on cpu. Choose base 4bit" in caplog.text
+    device = comfy.model_management.get_torch_device()
+    said = f"The run needs about 1.{3 if device.type == 'cpu' else 2} GB, and 0.1 GB are free on "
+    assert f"{said}{device}. Choose base 4bit" in caplog.text
 
 
 def test_training_on_turbo_is_warned_of(run, train, caplog):

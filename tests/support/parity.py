@@ -11,7 +11,7 @@ logger = logging.getLogger("parity")
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected magnitude."""
     assert value.shape == expected.shape, (value.shape, expected.shape)
-    difference = (value.double() - expected.double()).abs().max()
+    difference = (value.cpu().double() - expected.cpu().double()).abs().max()
     return (difference / expected.double().abs().max()).item()
 
 
