@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from diffusers.pipelines.krea2 import Krea2Pipeline
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import in_process
 from krea2_model.transformer.model import patchify, unpatchify
@@ -44,6 +45,10 @@ def sharing_storage(device) -> Iterator[None]:
         yield
     finally:
         base.load_model_weights, management.unet_offload_device = load, offload_device
+
+
+# Compute capabilities, in torch's own rule.
+PREFER_CUDNN = ((9, 0), (10, 0))
 
 
 def as_checkpoint(tensors: dict[str, Any], name: Path = NAME):
@@ -144,9 +149,25 @@ def diffusers_call(model, inputs: Inputs) -> Callable[[], Tensor]:
     device = inputs.latents.device
     positions = Krea2Pipeline.prepare_position_ids(inputs.text, rows, rows, device)
     patches = patchify(inputs.latents, config.patch_size)
-    return lambda: unpatchify(
-        model(patches, taps, inputs.time, positions).sample, rows, rows, config.patch_size
-    )
+
+    def call() -> Tensor:
+        with attention_of_its_own(device):
+            tokens = model(patches, taps, inputs.time, positions).sample
+        return unpatchify(tokens, rows, rows, config.patch_size)
+
+    return call
+
+
+def attention_of_its_own(device: torch.device):
+    """Torch's order of backends as a process has it in which nobody sets one.
+
+    Torch moves cuDNN to the front on a Hopper with the first call, which ComfyUI undoes.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in PREFER_CUDNN:
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fmt: skip
+    return sdpa_kernel(order, set_priority=True)
 
 
 class Models:

@@ -1,5 +1,6 @@
 """The numbers of docs/ are those of RESULTS.md, which is written from the saved ones."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "benchmarks" / "RESULTS.md"
+GPU_RESULTS = ROOT / "benchmarks" / "gpu" / "results.json"
 
 
 def test_results_are_those_of_the_kept_numbers(tmp_path):
@@ -25,10 +27,22 @@ def test_pages_quote_the_results(page, least):
     """Every number in the tables of these pages, headings included."""
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-    numbers = re.findall(r"\d+(?:\.\d+)?", tables)
+    numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?", tables)  # not of names, such as fp8
     known = set(re.findall(r"\d+(?:\.\d+)?", REPORT.read_text(encoding="utf-8")))
+    known |= numbers_of_the_gpu()
     assert len(numbers) >= least
     assert [number for number in numbers if number not in known] == []
+
+
+def numbers_of_the_gpu() -> set[str]:
+    """Whole milliseconds, how many times as long core takes, and what these are of."""
+    sections = json.loads(GPU_RESULTS.read_text(encoding="utf-8"))["sections"].values()
+    values = [pair for section in sections for row in section["rows"] for pair in row.items()]
+    found = {f"{v:.0f}" for name, v in values if name.endswith("_ms") and v is not None}
+    ratios = {
+        f"{v[0]:.2f}" for name, v in values if isinstance(v, list) and name.endswith("_ratio")
+    }
+    return found | ratios | {str(v) for name, v in values if name == "pixels"}
 
 
 def test_the_readme_quotes_the_results():
