@@ -23,9 +23,14 @@ from krea2_model.checkpoints.gguf import GGUFTensor
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import INT8, SCALE, QuantisedWeight, eight_bits
 from krea2_model.checkpoints.transformer import VARIANT_KEY
+from krea2_model.nn.attention import attend
+from krea2_model.nn.kernels import norm_and_rotate
+from krea2_model.nn.partial_attention import attend_partially
 from krea2_model.transformer.backend import Backend
+from krea2_model.transformer.extensions import AttentionExtensions
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
+from krea2_model.transformer.token_groups import TokenGroups
 
 from .sections import BASES, NANO, Memory
 
@@ -113,23 +118,42 @@ class TrainingBackend(Backend):
 
     What stays in memory is a hidden state a block, and one block's activations.
     recomputing: a context for the second computation, where the model may be in another state.
+    groups: of tokens that see different keys, see `token_groups`. keeps: True for blocks that keep
+        their activations.
     """
 
-    def __init__(self, recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext):
-        self.recomputing = recomputing
+    def __init__(
+        self,
+        recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        groups: TokenGroups | None = None,
+        keeps: bool = False,
+    ):
+        self.recomputing, self.keeps = recomputing, keeps
+        self.extensions = None if groups is None else AttentionExtensions(groups=groups)
 
     def run_blocks(
         self, blocks, hidden, query_slice, vector, rope, mask, split, modulation=None
     ) -> Tensor:
+        if self.extensions is not None:
+            prepared = self.extensions.prepare(hidden, query_slice, rope, mask, split)
+            hidden, query_slice, rope, mask, split = prepared
         by_block, last = for_blocks(modulation, len(blocks)), len(blocks) - 1
         for index, block in enumerate(blocks):
             queries = query_slice if index == last else None
             inputs = (hidden, vector, rope, mask, split, self, queries, by_block[index])
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not self.keeps:
                 hidden = checkpoint(block, *inputs, use_reentrant=False, context_fn=self._contexts)
             else:
                 hidden = block(*inputs)
         return hidden
+
+    def attend(self, query, key, value, norm, rope, mask, query_slice=None):
+        if self.extensions is None:
+            return super().attend(query, key, value, norm, rope, mask, query_slice)
+        query, key = norm_and_rotate(query, key, norm, rope, query_slice)
+        # Attention to parts of the keys has no gradient of its log-sum-exp: masks have.
+        partial = None if torch.is_grad_enabled() else attend_partially
+        return self.extensions.attend(attend, partial, 0, query, key, value, mask, query_slice)
 
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), self.recomputing()

@@ -41,8 +41,9 @@ from .cache import Texts
 from .config import DistilConfig
 from .flow import generator_of
 from .loop import Measured, update
-from .prompts import COLUMN, digest_of, in_turn, read_prompts
+from .prompts import digest_of, in_turn, read_prompts
 from .rates import optimisers_of
+from .regional import PromptBatches, joined
 from .roles import BASE, Roles
 from .sections import Distil
 from .session import OnStep, Session
@@ -66,10 +67,10 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     """
     assert config.prompts.path is not None
     rows = read_prompts(config.prompts.path)
-    prompts = [row[COLUMN] for row in rows]
+    batches = PromptBatches(rows)
     session = Session(config)
     session.check_run(digest_of(rows))
-    session.encode(prompts=prompts)
+    session.encode(prompts=batches.texts)
     settings = config.distil
     model = session.model
     guidance = settings.guidance
@@ -98,11 +99,11 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     def begin(step: int, part: int) -> Batch:
         number = step * accumulate + part
         random = Random(f"dropout {seed} {number}")
-        chosen = [
-            "" if random.random() < settings.dropout else prompts[index]
-            for index in in_turn(len(prompts), batch, number, seed)
+        chosen = batches.draw(batch, number, seed)
+        prompts = [
+            "" if random.random() < settings.dropout else batches.prompts[row] for row in chosen
         ]
-        texts = session.cache.texts(chosen, session.device)
+        texts = batches.read(chosen, prompts, session.cache, session.device)
         random = Random(f"shape {seed} {number}")
         width, height = config.prompts.draw_size(side, random, ASPECTS)
         return matching.begin(number, (batch, 16, height // 8, width // 8), texts, step)
@@ -277,13 +278,14 @@ class TrajectoryMatching:
 
     def _velocity(self, role: str, latents: Tensor, times: Tensor, texts: Texts) -> Tensor:
         with self.roles.acting(role) as model:
-            # Blocks that are computed again in the backward pass are in the same role there.
-            backend: Backend = TORCH_BACKEND
-            if self.checkpointing:
-                backend = TrainingBackend(functools.partial(self.roles.acting, role))
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text):
-                states = texts.fuse(model)
-            return model(latents, times, states, texts.mask, backend=backend).float()
+                states, mask, groups = joined(texts, model, latents)
+            backend: Backend = TORCH_BACKEND
+            if self.checkpointing or groups is not None:
+                # Blocks that are computed again in the backward pass are in the same role there.
+                acting = functools.partial(self.roles.acting, role)
+                backend = TrainingBackend(acting, groups, keeps=not self.checkpointing)
+            return model(latents, times, states, mask, backend=backend).float()
 
 
 def _spread(times: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from .sections import check, check_side
 from .shapes import EXPECTED_ASPECT, Ratio, parse_aspect
 
 COLUMN = "prompt"
+REGIONS = "regions"
 
-# A prompt, at `COLUMN`, with the other columns of its table's row.
+# A prompt, at `COLUMN`, with the other columns of its table's row; regions are in `regional`.
 Row = dict[str, Any]
 
 
@@ -78,8 +79,8 @@ def read_prompts(path: Path) -> list[Row]:
         rows = [{COLUMN: line} for line in lines if line]
     if not rows:
         raise ValueError(f"{path} holds no prompts; expected at least one.")
-    counts = Counter(row[COLUMN] for row in rows)
-    twice = [f"{prompt!r}" for prompt, count in counts.items() if count > 1]
+    counts = Counter((row[COLUMN], json.dumps(row.get(REGIONS) or "")) for row in rows)
+    twice = [f"{prompt!r}" for (prompt, _), count in counts.items() if count > 1]
     if twice:
         raise ValueError(
             f"{path} has {len(twice)} prompts more than once: {some_of(twice)}. Remove the "
@@ -158,6 +159,9 @@ def _stripped(row: Row, number: int, path: Path) -> Row:
         columns = ", ".join(str(name) for name in row)
         raise ValueError(f"{path.name}, row {number} has no column {COLUMN}; it has {columns}.")
     prompt = row[COLUMN]
+    is_empty = prompt in (None, "") and row.get(REGIONS)  # these say what is in the picture
+    if is_empty:
+        return {**row, COLUMN: ""}
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(
             f"{path.name}, row {number}: {COLUMN} is {str(prompt)[:60]!r}; expected a text."

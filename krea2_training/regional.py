@@ -1,0 +1,136 @@
+"""Prompts with regions: texts for parts of the pictures that training paints.
+
+A row of a table names them in the column `regions`, as `krea2 generate --regions` takes them: a
+list, or its JSON. Without such rows a few-step student forgets what Raw does with regions, since
+tokens then see only a part of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from krea2_model.region_list import read_regions
+from krea2_model.regions import Region, Regions
+from krea2_model.transformer.model import Krea2Transformer, grid_size
+from krea2_model.transformer.patches import PATCH
+from krea2_model.transformer.regions import ActiveRegions, RegionPlan
+from krea2_model.transformer.text_attention import TextStates
+from krea2_model.transformer.token_groups import TokenGroups
+
+from .cache import Cache, Texts
+from .prompts import COLUMN, REGIONS, Row, in_turn
+
+
+@dataclass(frozen=True)
+class RegionalTexts(Texts):
+    """Prompts on the device, for pictures with regions at the same places.
+
+    regions: the texts of each region, one a picture. places: of the regions.
+    """
+
+    regions: tuple[Texts, ...] = ()
+    places: Regions | None = None
+
+    def active(self, model: Krea2Transformer, latents: Tensor) -> ActiveRegions:
+        """The regions with their texts fused, for a call with latents (B, 16, h, w)."""
+        assert self.places is not None
+        texts = [TextStates(own.fuse(model), own.mask) for own in self.regions]
+        settings = [region.settings for region in self.places.regions]
+        plan = RegionPlan(texts, settings, self.places.shapes.shares)
+        found = plan.at(1.0, grid_size(latents, PATCH), latents.device)
+        assert found is not None  # `regions_of` refuses regions that do not always act
+        return found
+
+
+def joined(
+    texts: Texts, model: Krea2Transformer, latents: Tensor
+) -> tuple[Tensor, Tensor | None, TokenGroups | None]:
+    """Fused text (B, L, D) and its mask for a call, and the groups of tokens that regions make."""
+    states = texts.fuse(model)
+    if not isinstance(texts, RegionalTexts):
+        return states, texts.mask, None
+    active = texts.active(model, latents)
+    return *active.join(states, texts.mask), active.groups
+
+
+def regions_of(row: Row, number: int) -> Regions | None:
+    """The regions of a row, None without any. Raises ValueError, with the row's number."""
+    found = row.get(REGIONS)
+    if found in (None, "", []):
+        return None
+    text = found if isinstance(found, str) else json.dumps(found)
+    try:
+        entries, options = read_regions(text)
+        for at, entry in enumerate(entries, start=1):
+            if named := [name for name in ("loras", "images", "mask") if entry.get(name)]:
+                raise ValueError(f"Region {at} has {named[0]}; training takes a prompt and a box.")
+        regions = Regions.read(entries, **options)
+        for at, region in enumerate(regions.regions, start=1):
+            _check(region, at)
+        if regions.separate:
+            raise ValueError(f"separate is {regions.separate:g}; expected 0 for training.")
+    except ValueError as error:
+        raise ValueError(f"Row {number}, {REGIONS}: {error}") from error
+    return regions
+
+
+def _check(region: Region, number: int) -> None:
+    if (region.start, region.end) != (0.0, 1.0) or not region.strength:
+        raise ValueError(f"Region {number} acts in a part of the run; training takes whole runs.")
+
+
+class PromptBatches:
+    """Which prompts a batch has: rows with regions at the same places, or rows without any."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.prompts = [row[COLUMN] for row in rows]
+        self.regions = [regions_of(row, number) for number, row in enumerate(rows, start=1)]
+        places = [None if own is None else _places(own) for own in self.regions]
+        self._alike: dict[Any, list[int]] = {}
+        for index, place in enumerate(places):
+            self._alike.setdefault(place, []).append(index)
+        self._group = [self._alike[place] for place in places]
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that have to be encoded."""
+        of_regions = (text for own in self.regions if own for text in own.prompts() if text)
+        return list(dict.fromkeys((*self.prompts, *of_regions)))
+
+    def draw(self, batch: int, number: int, seed: int) -> list[int]:
+        """The rows of a batch by its number. The first is the next in turn; it decides the rest."""
+        chosen = in_turn(len(self.prompts), batch, number, seed)
+        if len(self._alike) == 1:
+            return chosen
+        alike, random = self._group[chosen[0]], Random(f"regions {seed} {number}")
+        return [chosen[0], *random.choices(alike, k=batch - 1)]
+
+    def read(
+        self, rows: Sequence[int], prompts: Sequence[str], cache: Cache, device: torch.device
+    ) -> Texts:
+        """The texts of a batch. prompts: of the rows, some left empty."""
+        texts, first = cache.texts(prompts, device), self.regions[rows[0]]
+        if first is None:
+            return texts
+        own = [self.regions[row] for row in rows]
+        of_rows = [regions.prompts() for regions in own if regions is not None]
+        regions = tuple(
+            cache.texts([t or "" for t in column], device) for column in zip(*of_rows, strict=True)
+        )
+        return RegionalTexts(texts.taps, texts.mask, regions, first)
+
+
+def _places(regions: Regions) -> tuple:
+    """What regions at the same places share."""
+    places = tuple(
+        (region.box if isinstance(region.box, str) else tuple(region.box or ()), region.strength,
+         region.soft) for region in regions.regions
+    )  # fmt: skip
+    return places, regions.text_factor, regions.soft
