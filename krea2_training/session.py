@@ -17,6 +17,11 @@ import torch
 from torch import nn
 
 from krea2_model import Krea2Transformer, load_transformer
+from krea2_model.checkpoints.checkpoint import open_checkpoint
+from krea2_model.checkpoints.loading import load_part
+from krea2_model.checkpoints.quantised import is_quantised
+from krea2_model.checkpoints.transformer import read_transformer
+from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.config import TURBO
 from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
@@ -138,17 +143,18 @@ class Session:
 
     def _place(self) -> None:
         """Move the model to the device, in parts where it is sharded."""
+        dtype = torch.float32 if self.is_full else None
         if self._is_sharded:
             adapters = (
                 () if self.is_full else (p for p in self.model.parameters() if p.requires_grad)
             )
-            shard(self.model, self.world, self.device, adapters)
+            shard(self.model, self.world, self.device, adapters, dtype)
             if not self.is_full:
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.data = parameter.data.to(self.device)
         else:
-            self.model.to(self.device)
+            self.model.to(self.device, dtype)
         self.model.train()
 
     @property
@@ -261,11 +267,21 @@ class Session:
 def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     """The transformer that is trained on, in main memory; warns where it is a Turbo."""
     file = checkpoint_file(config.model.transformer, "raw")
-    full = config.adapter.method == FULL
-    model = load_transformer(file, dtype=torch.float32 if full else dtype, keep_quantised=not full)
+    if config.adapter.method == FULL:
+        # Mapped from the file where it holds one dtype, and float32 once on the device.
+        state = read_transformer(open_checkpoint(file, "transformer"))
+        model = load_part(state, dtype=_one_dtype(state.tensors) or torch.float32)
+    else:
+        model = load_transformer(file, dtype=dtype, keep_quantised=True)
     if model.variant == TURBO.name:
         logger.warning("%s %s", file.name, ON_TURBO)
     return model
+
+
+def _one_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of a file's matrices and biases, None where it has several or is quantised."""
+    found = {t.dtype for name, t in tensors.items() if not is_norm_or_table(name)}
+    return found.pop() if len(found) == 1 and not any(map(is_quantised, tensors.values())) else None
 
 
 def _unseen(step: int, record: dict[str, Any]) -> None:

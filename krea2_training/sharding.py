@@ -40,10 +40,12 @@ def shard(
     world: World,
     device: torch.device,
     whole: Iterable[nn.Parameter] = (),
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Move a model to the devices of all processes, in parts.
 
-    whole: parameters of which each process keeps all, such as adapters.
+    whole: parameters of which each process keeps all, such as adapters. dtype: of the weights from
+    then on, a part at a time; None leaves them.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
     from torch.distributed.tensor.parallel import (
@@ -54,7 +56,7 @@ def shard(
 
     ignored = set(whole)
     for block in model.blocks:
-        block.to(device)
+        block.to(device, dtype)
         if world.tensor is not None:
             # Each process's heads give the norms of queries and keys a part of their gradients.
             ignored |= set(block.get_submodule("attn.qknorm").parameters())
@@ -65,7 +67,7 @@ def shard(
         _shard(block, world, ignored)
     for name, part in model.named_children():
         if name != "blocks":
-            _shard(part.to(device), world, ignored)
+            _shard(part.to(device, dtype), world, ignored)
     _shard(model, world, ignored)
     # Called before the model itself, whose call begins and ends a pass otherwise.
     register_fsdp_forward_method(model, "fuse_text")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import krea2_training.train as train_module
 from diffusers_reference import TINY, load_from, run_reference
@@ -22,6 +22,7 @@ from krea2_training.config import read_config
 from krea2_training.flow import draw_times, flow_loss, generator_of, noised
 from krea2_training.loop import Run, TrainingStopped
 from krea2_training.rates import Rates
+from krea2_training.session import Session
 from krea2_training.train import train
 from nano_training.scenes import Scene, Thing, draw
 
@@ -213,6 +214,25 @@ def test_a_loss_that_is_not_finite_leaves_the_last_state(pictures, cache, tmp_pa
     step, _ = states.read_state_header(tmp_path / "x" / "state.safetensors")
     assert step == 2
     train(config)  # the same batch is fine now
+
+
+def test_a_whole_model_is_float32_once_on_the_device(pictures, cache, tmp_path):
+    """Until then its weights are the file's, which processes share; wider ones are not cut."""
+    file, mixed = nano.TRANSFORMERS["raw"], tmp_path / "mixed.safetensors"
+    tensors = load_file(file)
+    assert tensors["first.weight"].dtype == torch.bfloat16
+    exact = tensors["first.weight"].float() + 1e-6
+    save_file({**tensors, "first.weight": exact}, mixed)
+    for path, dtype in ((file, torch.bfloat16), (mixed, torch.float32)):
+        config = config_of(pictures, cache, tmp_path / "x.safetensors", adapter__method="full",
+                           model__transformer=str(path), model__vae=str(nano.VAE),
+                           model__text_encoder=str(nano.text_encoder_file()))  # fmt: skip
+        session = Session(config)
+        assert session.model.first.weight.dtype == dtype
+        trained = session.make_trainable()
+        assert {p.dtype for p in trained.values()} == {torch.float32}
+        expected = exact if path == mixed else tensors["first.weight"].float()
+        assert torch.equal(session.model.first.weight.detach(), expected)
 
 
 def test_a_full_disk_is_named_and_keeps_the_state(pictures, cache, tmp_path, monkeypatch):
