@@ -28,7 +28,8 @@ from krea2_model.vae.model import QwenImageVAE
 from .adapters import add_adapters
 from .base import checkpoint_file, stored_as
 from .cache import Encoders
-from .config import RewardConfig, RunConfig
+from .config import PretrainConfig, RewardConfig, RunConfig, TrainConfig
+from .data import read_examples
 from .prompts import read_prompts
 from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
 from .shapes import check_shapes, shape_of
@@ -270,7 +271,7 @@ def run_memory(
     if isinstance(config, RewardConfig):
         dtype = torch.float32 if itemsize == 4 else torch.bfloat16
         vae = _vae_without_content(config, device, dtype)
-    stages = []
+    stages, references = [], _most_references(config)
     for own, batch in config.batches:
         largest = own or side
         if isinstance(config, RewardConfig):
@@ -282,6 +283,7 @@ def run_memory(
                 memory=config.memory,
                 training=replace(config.training, batch=batch),
                 side=largest,
+                references=references,
                 adapter_sets=config.adapter_sets,
                 stored_bits=stored_bits,
                 itemsize=itemsize,
@@ -350,6 +352,16 @@ def _largest_side(config: RewardConfig, side: int) -> int:
     check_shapes(rows, config.prompts.path)
     ratios = config.prompts.ratios or [(1.0, 1.0)]
     return math.isqrt(max(math.prod(shape_of(row, side, one)) for row in rows for one in ratios))
+
+
+def _most_references(config: RunConfig) -> int:
+    """References of the picture that has most; each is counted at the picture's size."""
+    if not isinstance(config, (TrainConfig, PretrainConfig)) or config.data.path is None:
+        return 0
+    try:
+        return max(len(example.references) for example in read_examples(config.data))
+    except ValueError:  # which the run says when it reads its data
+        return 0
 
 
 def _vae_without_content(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from krea2_model import Krea2Transformer, TransformerConfig
@@ -139,6 +140,26 @@ def test_each_command_is_counted_at_its_largest(tmp_path):
     scored = {"prompts.path": prompts, "prompts.size": 64, "reward.rewards": ["a:b"]}
     reward = memory_of("reward", output, **scored, **{"reward.groups": 1})
     assert reward.size == "1254 px, batch 1" and reward.vae > 0
+
+
+def test_references_are_counted(tmp_path):
+    """Each is a picture more in the sequence."""
+    folder, output = tmp_path / "edits", tmp_path / "x.safetensors"
+    folder.mkdir()
+    settings = {"data.path": folder, "data.resolution": [1024]}
+    for name in ("cat", "cat.ref1", "dog"):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+    for name in ("cat", "dog"):
+        (folder / f"{name}.txt").write_text(name)
+    one = memory_of("train", output, **settings)
+    Image.new("RGB", (64, 64)).save(folder / "cat.ref2.png")
+    two = memory_of("train", output, **settings)
+    for file in folder.glob("*.ref*"):
+        file.unlink()
+    plain = memory_of("train", output, **settings)
+    step = one.activations - plain.activations
+    assert step > 0.8 * plain.activations
+    assert two.activations - one.activations == pytest.approx(step, rel=1e-3)
 
 
 @pytest.mark.parametrize("base, bits", [("bf16", 16), ("fp8", 8.01), ("4bit", 4.5)])
