@@ -68,12 +68,24 @@ def new_page(chromium, errors):
         context.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(new_page, server):
-    """One page for all tests, since a start takes seconds; each loads a workflow of its own."""
+    """One page for the tests of a file, since a start takes seconds; each loads a workflow.
+
+    Not for all: tests leave dialogs and panels open, which lie over the nodes of others.
+    """
     page = new_page()
     pages.open_page(page, server)
     return page
+
+
+@pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
+def both_kinds(page, request):
+    """The test runs with each of the two kinds of nodes that the page draws."""
+    use = "is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)"
+    page.evaluate(use, request.param)
+    yield
+    page.evaluate(use, False)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-import page as pages
 from conftest import api_form, run, set_widgets
 
 NANO = "krea2-nano (built in)"
@@ -20,24 +19,14 @@ VIEW = """() => {
     app.canvas.ds.offset = [120 - node.pos[0], 120 - node.pos[1]];
     app.canvas.setDirty(true, true);
 }"""
-KINDS = ("LiteGraph", "Vue nodes")
 NUMBERS = itertools.count(1)
 
 
-@pytest.fixture(scope="module")
-def page(new_page, server):
-    page = new_page()
-    page.set_viewport_size({"width": 1280, "height": 1200})
-    pages.open_page(page, server)
-    return page
-
-
-@pytest.fixture(params=[False, True], ids=KINDS)
-def grid(load_template, request):
+@pytest.fixture
+def grid(both_kinds, load_template):
     """The page with the template on krea2-nano, one step a picture."""
     page = load_template("krea2_grid")
-    use = "is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)"
-    page.evaluate(use, request.param)
+    page.set_viewport_size({"width": 1280, "height": 1200})
     set_widgets(page, "K2Loader", model=NANO)
     set_widgets(page, "K2EmptyLatent", aspect="custom", width=64, height=64)
     # Others for each test: ComfyUI has the last run's result already.
@@ -48,8 +37,7 @@ def grid(load_template, request):
         y_values="circle\nstar",
     )  # fmt: skip
     page.evaluate(VIEW)
-    yield page
-    page.evaluate(use, False)
+    return page
 
 
 def cells(page):

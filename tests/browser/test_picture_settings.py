@@ -5,7 +5,6 @@ import json
 import pytest
 from PIL import Image
 
-import page as pages
 from conftest import api_form, set_widgets
 from krea2_model.cli.graph import graph_of
 from krea2_model.cli.settings import as_json
@@ -34,21 +33,11 @@ REPORT = """() => app.rootGraph.nodes.find(node => node.type === 'K2PictureSetti
     .widgets.find(widget => widget.name === 'report')?.value ?? ''"""
 
 
-@pytest.fixture(scope="module")
-def page(new_page, server):
-    page = new_page()
-    pages.open_page(page, server)
-    return page
-
-
-@pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
-def graph(load_template, request):
+@pytest.fixture
+def graph(both_kinds, load_template):
     """The page with the first template and a picture to read."""
     page = load_template("krea2_nano_first_image")
-    page.evaluate("is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)",
-                  request.param)  # fmt: skip
-    yield page
-    page.evaluate("is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)", False)
+    return page
 
 
 @pytest.fixture

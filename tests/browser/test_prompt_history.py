@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import page as pages
 from conftest import run, set_widgets
 
 FILE = "user/default/krea2kit/prompt_history.json"
@@ -15,24 +14,14 @@ VALUE = f"name => {NODE}.widgets.find(widget => widget.name === name).value"
 OPEN = "() => app.extensionManager.command.execute('Krea2Kit.OpenPromptHistory')"
 
 
-@pytest.fixture(scope="module")
-def page(new_page, server):
-    page = new_page()
-    pages.open_page(page, server)
-    return page
-
-
-@pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
-def graph(load_template, server, request):
+@pytest.fixture
+def graph(both_kinds, load_template, server):
     page = load_template("krea2_nano_first_image")
-    page.evaluate("is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)",
-                  request.param)  # fmt: skip
     file = server.base / FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text('{"prompt": [], "negative": []}')
     set_widgets(page, "K2Sampler", preset="custom", steps=1, guidance=0.0)
-    yield page
-    page.evaluate("is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)", False)
+    return page
 
 
 @pytest.fixture

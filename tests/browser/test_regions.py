@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import page as pages
 from conftest import api_form, outputs_of_run, run, set_widgets
 
 ADD = """() => {
@@ -36,25 +35,14 @@ TEXT = """() => app.rootGraph.nodes.find(node => node.type === 'K2Regions')
     .widgets.find(widget => widget.name === 'regions').value"""
 
 
-@pytest.fixture(scope="module")
-def page(new_page, server):
-    """A page of its own: other tests open the side panel, which narrows the canvas."""
-    page = new_page()
-    pages.open_page(page, server)
-    return page
-
-
-@pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
-def canvas(load_template, request):
+@pytest.fixture
+def canvas(both_kinds, load_template):
     """The page with a Krea 2 Regions between prompt and sampler of the first template."""
     page = load_template("krea2_nano_first_image")
-    use = "is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)"
-    page.evaluate(use, request.param)
     page.evaluate(ADD)
     page.locator(".k2-regions .stage").wait_for()
     set_regions(page, [])
-    yield page
-    page.evaluate(use, False)
+    return page
 
 
 def set_regions(page, entries):

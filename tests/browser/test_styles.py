@@ -2,7 +2,6 @@
 
 import pytest
 
-import page as pages
 from conftest import api_form, outputs_of_run, run, set_widgets
 
 ADD = """() => {
@@ -27,24 +26,13 @@ TEXT = """() => app.rootGraph.nodes.find(node => node.type === 'K2Styles')
     .widgets.find(widget => widget.name === 'styles').value"""
 
 
-@pytest.fixture(scope="module")
-def page(new_page, server):
-    """A page of its own: at the end of all tests the shared one has dialogs over the node."""
-    page = new_page()
-    pages.open_page(page, server)
-    return page
-
-
-@pytest.fixture(params=[False, True], ids=["LiteGraph", "Vue nodes"])
-def picker(load_template, request):
+@pytest.fixture
+def picker(both_kinds, load_template):
     """The page with a Krea 2 Styles in front of the sampler of the first template."""
     page = load_template("krea2_nano_first_image")
-    use = "is => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', is)"
-    page.evaluate(use, request.param)
     page.evaluate(ADD)
     page.locator(".k2-styles .card").first.wait_for()
-    yield page
-    page.evaluate(use, False)
+    return page
 
 
 def card(page, name):
