@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from krea2_model.images.sizes import MULTIPLE
+from krea2_model.lora.names import KEY_STYLES, TARGETS
 
 FULL = "full"
 METHODS = ("lora", "dora", "lokr", FULL)
-TARGETS = ("blocks", "attention", "mlp", "blocks+text")
 OPTIMISERS = ("adamw", "adamw8bit", "muon")
 BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
-DIFFUSERS = "diffusers"
-KEY_STYLES = ("ai-toolkit", "kohya", DIFFUSERS)
 COLUMNS, ROWS = "columns", "rows"
 EDITS = ("references", "identity", "ai-toolkit")
 NANO = "nano"
