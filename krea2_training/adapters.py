@@ -73,9 +73,10 @@ class DoraLinear(LoraLinear):
     def __init__(self, layer: nn.Module, settings: Adapter):
         super().__init__(layer, settings)
         self.by_rows = settings.magnitude == ROWS
-        self.magnitude = nn.Parameter(self._norm(_weight(layer, self.down)))
+        self.magnitude = nn.Parameter(self.norm(frozen_weight(layer, self.down)))
 
-    def _norm(self, weight: Tensor) -> Tensor:
+    def norm(self, weight: Tensor) -> Tensor:
+        """The lengths of a weight's columns, or of its rows."""
         return weight.norm(dim=1 if self.by_rows else 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class DoraLinear(LoraLinear):
             return self.layer(hidden)
         with torch.no_grad():
             update = self.strength * self.scale * (self.up @ self.down)
-            norm = self._norm(_weight(self.layer, self.down) + update)
+            norm = self.norm(frozen_weight(self.layer, self.down) + update)
         factor = 1 + self.strength * (self.magnitude / norm.clamp_min(1e-12) - 1)
         if not self.by_rows:
             return super().forward(hidden * factor.to(hidden.dtype))
@@ -234,8 +235,8 @@ def _frozen(layer: Any) -> Any:
     return layer
 
 
-def _weight(layer: Any, example: Tensor) -> Tensor:
-    """A frozen layer's weight in float32."""
+def frozen_weight(layer: Any, example: Tensor) -> Tensor:
+    """The weight in float32 of a frozen layer, without the adapters beside it."""
     layer = _frozen(layer)
     weight = layer.weight_for(example) if isinstance(layer, FrozenLinear) else layer.weight
     return weight.detach().float()

@@ -41,7 +41,7 @@ def add_extract_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--targets", choices=EXTRACTED, default=EXTRACTED[0],
-        help="default: all",
+        help="default: all; blocks for what krea2 train --start goes on from by default",
     )  # fmt: skip
     parser.add_argument(
         "--with-differences", action="store_true",
