@@ -29,6 +29,7 @@ from .text.expander import PromptExpander
 from .text.prompt_images import PromptImage
 from .text.tokenizer import Krea2Tokenizer
 from .tiles import TilePrompts, TileSettings
+from .tools.extract import Extraction, extract_lora
 from .transformer.model import Krea2Transformer
 from .transformer.references import Reference, ReferenceSettings
 from .transformer.rotary_scaling import RotaryScaling

@@ -11,7 +11,6 @@ Their parameters are float32 and computed in the dtype of the model.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
-from krea2_model.checkpoints.transformer_keys import module_to_official, official_to_diffusers
+from krea2_model.lora.names import DIFFUSERS, is_target, layer_in_files
 from krea2_model.transformer.model import Krea2Transformer
 
 from .base import FrozenLinear
-from .sections import COLUMNS, DIFFUSERS, ROWS, Adapter
+from .sections import COLUMNS, ROWS, Adapter
 
 _LINEAR = (nn.Linear, FrozenLinear, QuantisedLinear)
 
@@ -74,9 +73,10 @@ class DoraLinear(LoraLinear):
     def __init__(self, layer: nn.Module, settings: Adapter):
         super().__init__(layer, settings)
         self.by_rows = settings.magnitude == ROWS
-        self.magnitude = nn.Parameter(self._norm(_weight(layer, self.down)))
+        self.magnitude = nn.Parameter(self.norm(frozen_weight(layer, self.down)))
 
-    def _norm(self, weight: Tensor) -> Tensor:
+    def norm(self, weight: Tensor) -> Tensor:
+        """The lengths of a weight's columns, or of its rows."""
         return weight.norm(dim=1 if self.by_rows else 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class DoraLinear(LoraLinear):
             return self.layer(hidden)
         with torch.no_grad():
             update = self.strength * self.scale * (self.up @ self.down)
-            norm = self._norm(_weight(self.layer, self.down) + update)
+            norm = self.norm(frozen_weight(self.layer, self.down) + update)
         factor = 1 + self.strength * (self.magnitude / norm.clamp_min(1e-12) - 1)
         if not self.by_rows:
             return super().forward(hidden * factor.to(hidden.dtype))
@@ -170,16 +170,7 @@ def add_adapters(model: Krea2Transformer, settings: Adapter, seed: int = 0) -> l
 def targeted(model: Krea2Transformer, targets: str) -> Iterator[str]:
     """Names of the layers that adapters go beside."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, _LINEAR):
-            continue
-        in_block = name.startswith("blocks.")
-        if in_block and targets in ("blocks", "blocks+text"):
-            yield name
-        elif in_block and targets in ("attention", "mlp"):
-            if (".attn." in name) == (targets == "attention"):
-                yield name
-        # The projector mixes twelve layers into one: a row that has no low rank.
-        elif targets == "blocks+text" and re.match(r"txtmlp|txtfusion(?!\.projector)", name):
+        if isinstance(layer, _LINEAR) and is_target(name, targets):
             yield name
 
 
@@ -212,11 +203,7 @@ def file_tensors(adapters: Mapping[str, AnyAdapter], key_style: str) -> dict[str
 def _named(
     name: str, tensors: dict[str, Tensor], adapter: AnyAdapter, key_style: str
 ) -> dict[str, Tensor]:
-    official = module_to_official(f"{name}.weight").removesuffix(".weight")
-    layer = {
-        "kohya": f"lora_unet_{official.replace('.', '_')}",
-        "diffusers": f"transformer.{official_to_diffusers(official)}",
-    }.get(key_style, f"diffusion_model.{official}")
+    layer = layer_in_files(name, key_style)
     if key_style == "kohya":
         scale, endings = {"alpha": torch.tensor(float(adapter.scale * adapter.rank))}, _KOHYA
     else:
@@ -248,8 +235,8 @@ def _frozen(layer: Any) -> Any:
     return layer
 
 
-def _weight(layer: Any, example: Tensor) -> Tensor:
-    """A frozen layer's weight in float32."""
+def frozen_weight(layer: Any, example: Tensor) -> Tensor:
+    """The weight in float32 of a frozen layer, without the adapters beside it."""
     layer = _frozen(layer)
     weight = layer.weight_for(example) if isinstance(layer, FrozenLinear) else layer.weight
     return weight.detach().float()

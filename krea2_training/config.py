@@ -13,12 +13,12 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from krea2_model.checks import is_number, is_whole
+from krea2_model.lora.names import DIFFUSERS
 
 from .pairs import Pairs
 from .prompts import Prompts
 from .sections import (
     COLUMNS,
-    DIFFUSERS,
     EDITS,
     FULL,
     ROWS,

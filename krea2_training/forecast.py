@@ -33,6 +33,7 @@ from .data import read_examples
 from .prompts import read_prompts
 from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
 from .shapes import check_shapes, shape_of
+from .start import Start
 from .world import processes
 
 # Tokens of a caption that is not read yet: the official length.
@@ -331,6 +332,7 @@ def forecast(config: RunConfig) -> str:
     """The forecast of a run, and what to change where it does not fit."""
     file = checkpoint_file(config.model.transformer, "raw")
     state = read_transformer(open_checkpoint(file, "transformer"))
+    Start(config, state.config)  # type: ignore[arg-type]  # what is refused is refused here too
     blocks = {n: t for n, t in state.tensors.items() if n.startswith("blocks.") and t.ndim == 2}
     values = sum(t.numel() for t in blocks.values())
     size = sum(getattr(t, "data", t).nbytes for t in blocks.values())

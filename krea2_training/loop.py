@@ -65,6 +65,12 @@ def check_state(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         )
 
 
+def begun(folder: Path) -> dict[str, Any] | None:
+    """What a folder's state says of its run; None where there is no state."""
+    found = _newest(folder)
+    return None if found is None else found[1]
+
+
 def _newest(folder: Path) -> tuple[Path | None, dict[str, Any]] | None:
     """A folder's newest state, or None: where it is sharded, and what it says of its run.
 

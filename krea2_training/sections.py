@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from krea2_model.images.sizes import MULTIPLE
+from krea2_model.lora.names import KEY_STYLES, TARGETS
 
 FULL = "full"
 METHODS = ("lora", "dora", "lokr", FULL)
-TARGETS = ("blocks", "attention", "mlp", "blocks+text")
 OPTIMISERS = ("adamw", "adamw8bit", "muon")
 BASES = ("as-is", "bf16", "fp8", "int8", "4bit")
-DIFFUSERS = "diffusers"
-KEY_STYLES = ("ai-toolkit", "kohya", DIFFUSERS)
 COLUMNS, ROWS = "columns", "rows"
 EDITS = ("references", "identity", "ai-toolkit")
 NANO = "nano"
@@ -119,6 +117,7 @@ class Adapter:
     factor: of LoKr, the size of its small Kronecker factor.
     magnitude: of DoRA, what has a length of its own: "columns" or "rows" of the weight. None is
         what readers of output.key_style expect: rows for diffusers, columns for the others.
+    start: a LoRA's file that the adapter begins as; None begins at zero.
     """
 
     method: str = "lora"
@@ -127,8 +126,14 @@ class Adapter:
     targets: str = TARGETS[0]
     factor: int = 16
     magnitude: str | None = None
+    start: Path | None = None
 
     def __post_init__(self):
+        whole = self.start is not None and self.method == FULL
+        check(
+            not whole, "adapter.start", self.start,
+            f"none with adapter.method {FULL}, which trains no adapter",
+        )  # fmt: skip
         if self.magnitude is not None:
             choice("adapter.magnitude", self.magnitude, (COLUMNS, ROWS))
         choice("adapter.method", self.method, METHODS)

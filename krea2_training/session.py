@@ -26,7 +26,7 @@ from krea2_model.config import TURBO
 from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .adapters import AnyAdapter, add_adapters
+from .adapters import AnyAdapter, adapters_of, add_adapters
 from .ahead import Ahead, Made
 from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
 from .cache import Cache, Encoders, OnEncoding
@@ -40,6 +40,7 @@ from .roles import Roles
 from .samples import Sampler
 from .sections import FULL
 from .sharding import check_tensor_parallel, shard
+from .start import START, Start
 from .validation import Validator
 from .watch import draw_curve, tensorboard
 from .world import StopTraining, local_device, world_of
@@ -85,6 +86,7 @@ class Session:
         self.world = world_of(self.device, config.ranks)
         config.check_shares(self.world.shares)
         check_optimiser(config.training)
+        self.start = Start(config, None if parts is None else parts.model.config)
         if parts is None:
             model = load_base(config, self.dtype)
             parts = Parts(model, Encoders(config.model, self.device, self.dtype), "")
@@ -126,13 +128,18 @@ class Session:
         else:
             self._freeze()
             add_adapters(self.model, self.config.adapter, self.config.training.seed)
+            self.start.fill(adapters_of(self.model))
         self._place()
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def make_roles(self, names: Sequence[str]) -> Roles:
-        """Freeze the model, give it adapters for several roles, and move all to the device."""
+        """Freeze the model, give it adapters for several roles, and move all to the device.
+
+        The first role begins as `adapter.start`, the others at zero.
+        """
         self._freeze()
         roles = Roles(self.model, self.config.adapter, names, self.config.training.seed)
+        self.start.fill(roles.adapters[names[0]])
         self._place()
         return roles
 
@@ -261,7 +268,9 @@ class Session:
         }
         model = {"model": self.model_name} if self.model_name else {}
         adapter = asdict(self.config.adapter)
-        return {"adapter": adapter, "training": training, "dataset": dataset, **own, **model}
+        del adapter["start"]  # its content counts, not its place
+        fingerprint = {"adapter": adapter, "training": training, "dataset": dataset}
+        return {**fingerprint, START: self.start.digest, **own, **model}
 
 
 def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:

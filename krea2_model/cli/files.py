@@ -1,4 +1,4 @@
-"""`krea2 inspect`, `check` and `convert`."""
+"""`krea2 inspect`, `check`, `convert` and `extract`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .choices import NANO
 from .errors import UsageError
 from .progress import Console
 
@@ -52,6 +53,43 @@ def convert(args: Namespace) -> Iterator[Path]:
             bars[-1].update(written - bars[-1].n)
 
         yield from convert(args.source, target, args.quantise, args.part, progress)
+
+
+def extract(args: Namespace) -> Iterator[Path]:
+    if args.output.exists() and not args.force:
+        raise UsageError(f"The output {args.output} exists; choose another name, or add --force.")
+    from ..tools.extract import extract_lora
+
+    console = Console(args.quiet)
+    with console.bar(None, args.output.name, unit=" weights") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = extract_lora(
+            _transformer(args.fine_tune),
+            _transformer(args.base),
+            args.output,
+            rank=args.rank,
+            keep=args.keep,
+            targets=args.targets,
+            key_style=args.key_style,
+            differences=args.with_differences,
+            dtype=args.dtype,
+            device=args.device,
+            progress=progress,
+        )
+    hint = "" if found.differences or not found.vectors else " (--with-differences stores them)"
+    console.note(f"{found}{hint}.")
+    yield found.path
+
+
+def _transformer(name: str) -> Path:
+    """The file that a word of the command line names."""
+    from .. import nano
+
+    return nano.TRANSFORMERS[NANO[name]] if name in NANO else Path(name)
 
 
 def _is_same(source: Path, target: Path) -> bool:

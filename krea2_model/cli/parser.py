@@ -13,6 +13,7 @@ from .. import __version__
 from .choices import CAPTION_LENGTHS, DTYPES, LENGTHS, OFFLOADS, PARTS, QUANTISATIONS
 from .curate_options import add_curate_options
 from .errors import UsageError, suggestion
+from .extract_options import add_extract_options
 from .picture_options import add_picture_options, add_run_options
 from .render_options import add_engine_options, add_serve_options
 from .style_options import add_styles_options
@@ -38,6 +39,7 @@ SUMMARIES = {
     "slider": "train a LoRA whose strength moves pictures between two descriptions",
     "pick": "make a page on which to pick the better pictures, for prefer",
     "merge": "merge fine-tuned transformers, or the LoRAs of one run",
+    "extract": "make a LoRA of the difference between two transformers",
     "models": "say which files to get for this machine, and fetch them",
     "expand": "write a detailed caption from a short prompt",
     "describe": "write captions of pictures",
@@ -405,6 +407,7 @@ _OPTIONS: dict[str, Callable[[Any], None]] = {
     "curate": add_curate_options,
     "pick": _pick,
     "merge": _merge,
+    "extract": add_extract_options,
     "models": _models,
     "expand": _expand,
     "describe": _describe,

@@ -97,6 +97,8 @@ _SHARED: dict[str, _Group] = {
         ("--targets", "adapter.targets",
          {"choices": ("blocks", "attention", "mlp", "blocks+text"),
           "help": "default: blocks; blocks+text adds the text fusion"}),
+        ("--start", "adapter.start",
+         {**_FILE, "help": "a LoRA to begin with, of this rank or a lower one; default: zero"}),
     ],
     "steps": [
         ("--steps", "training.steps", {**_COUNT, "help": "default: 1500"}),

@@ -2,6 +2,7 @@
 
 Trainers spell both in many ways. `split_key` takes the part off the end of a name, `Targets` knows
 the spellings of a model's layers, and `strip_prefix` takes off what stands before them.
+`layer_in_files` is how our own files spell a layer.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ _PARTS = {
     "set_weight": "set",
 }
 UNKNOWN_NAME = "not a name that any trainer is known to write"
+# How our own files may be spelled, after the trainers whose names they are.
+DIFFUSERS = "diffusers"
+KEY_STYLES = ("ai-toolkit", "kohya", DIFFUSERS)
+# Groups of layers that adapters go beside.
+TARGETS = ("blocks", "attention", "mlp", "blocks+text")
+
 _CONVOLUTIONS = "a Tucker core, which only convolutions have"
 # Endings that are recognised in order to say that they are not supported.
 _UNSUPPORTED = {
@@ -255,3 +262,21 @@ def strip_prefix(layer: str, targets: Targets) -> tuple[str, str]:
     while not targets.find(bare) and (found := _PREFIX.match(bare)):
         family, bare = family or _WRITERS[found[0]], bare[found.end() :]
     return bare, family or "bare names"
+
+
+def layer_in_files(layer: str, key_style: str) -> str:
+    """A layer of our module (`blocks.0.attn.wq`) as files of one of `KEY_STYLES` name it."""
+    official = module_to_official(f"{layer}.weight").removesuffix(".weight")
+    return {
+        "kohya": f"lora_unet_{official.replace('.', '_')}",
+        DIFFUSERS: f"transformer.{official_to_diffusers(official)}",
+    }.get(key_style, f"diffusion_model.{official}")
+
+
+def is_target(layer: str, targets: str) -> bool:
+    """True for a linear layer, by the module's name, that is in one of `TARGETS`."""
+    if layer.startswith("blocks."):
+        return targets.startswith("blocks") or (".attn." in layer) == (targets == "attention")
+    # The projector mixes twelve layers into one: a row that has no low rank.
+    is_text = re.match(r"txtmlp|txtfusion(?!\.projector)", layer) is not None
+    return is_text and targets == "blocks+text"

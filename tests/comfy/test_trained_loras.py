@@ -47,3 +47,30 @@ def test_core_and_our_loader_give_what_was_trained(
     ours.detach()
     assert relative_error(found, before) > 1e-3
     assert_close(found, expected, 1e-4, "beside core's model and loader")
+
+
+@pytest.mark.parametrize("style", ["ai-toolkit", "kohya"])
+def test_an_extracted_file_makes_one_model_the_other(
+    run, models, raw, turbo, core_turbo, velocity, style
+):
+    """Norms and tables too, by core's loader on core's Krea 2 and by ours on ours."""
+    from krea2_model import extract_lora
+
+    folder, name = models / "diffusion_models", f"extracted_{style}.safetensors"
+    with torch.inference_mode(False):
+        extract_lora(
+            folder / "krea2_tiny_raw.safetensors", folder / "krea2_tiny_turbo.safetensors",
+            models / "loras" / name, rank=4096, dtype="fp32", key_style=style, differences=True,
+        )  # fmt: skip
+    expected, before = velocity(raw), velocity(turbo)
+    for node, base in (("LoraLoaderModelOnly", core_turbo), ("LoraLoaderModelOnly", turbo)):
+        stock = run(node, model=base, lora_name=name, strength_model=1.0)[0]
+        found = velocity(stock)
+        stock.detach()
+        assert relative_error(found, before) > 0.1
+        assert relative_error(found, expected) < 1e-3, node
+    ours, _, report = run("K2LoraLoader", model=turbo, lora=name, strength=1.0)
+    assert "left out" not in report
+    found = velocity(ours)
+    ours.detach()
+    assert relative_error(found, expected) < 1e-3

@@ -20,12 +20,14 @@ from krea2_model.cli.main import main
 from krea2_model.cli.parser import COMMANDS, command_parser
 from krea2_model.edits import FAMILIES, TASKS
 from krea2_model.images.picture_texts import read_texts
+from krea2_model.lora.names import KEY_STYLES
 from krea2_model.memory.plan import OFFLOADS
 from krea2_model.pipeline import Krea2Pipeline
 from krea2_model.style_transfer import StyleSettings
 from krea2_model.text.describer import CAPTION_LENGTHS, CREATIVITY, DESCRIBED_SIDE
 from krea2_model.text.expander import LENGTHS, MAX_VARIANTS
 from krea2_model.tools.convert import PARTS, QUANTISATIONS
+from krea2_model.tools.extract import EXTRACTED
 from krea2_model.transformer.references import REFERENCE_METHODS
 from krea2_model.transformer.text_attention import NegativeGuidance
 from krea2_model.variations import STRENGTH
@@ -83,6 +85,7 @@ def test_words_and_defaults_in_help_are_those_of_the_code():
     written = command_parser("describe").parse_args(["a.png"])
     assert (written.creativity, written.max_side) == (CREATIVITY, DESCRIBED_SIDE)
     assert choices.PARTS == PARTS and choices.QUANTISATIONS == QUANTISATIONS
+    assert choices.EXTRACTED == EXTRACTED and choices.KEY_STYLES == KEY_STYLES
     assert choices.VARY_STRENGTH == STRENGTH
     assert choices.REFERENCE_METHODS == REFERENCE_METHODS
     assert choices.EDIT_FAMILIES == FAMILIES and tuple(TASKS) == choices.EDIT_TASKS

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from krea2_model import Krea2Transformer, save_transformer
+from krea2_model import Krea2Transformer, extract_lora, nano, save_transformer
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
@@ -62,13 +62,13 @@ def folder(tmp_path_factory):
         std = parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.1
         torch.nn.init.normal_(parameter, std=std)
     save_transformer(model, folder / "wide.safetensors")
+    extract_lora(nano.TRANSFORMERS["turbo"], nano.TRANSFORMERS["raw"],
+                 folder / "start.safetensors", rank=3, targets="blocks+text")  # fmt: skip
     return folder
 
 
 def runs_of(folder):
     """The settings of each run by its name, without its output."""
-    from krea2_model import nano
-
     pictures = {"data.path": str(folder / "pictures"), "data.resolution": [64]}
     prompts = {"prompts.path": str(folder / "prompts.txt"), "prompts.size": 64}
     wide = {
@@ -83,6 +83,7 @@ def runs_of(folder):
             {
                 **pictures, "memory.base": "4bit", "adapter.targets": "blocks+text",
                 "validation.share": 0.25, "validation.every": 9,
+                "adapter.start": str(folder / "start.safetensors"),
             },
         ),
         "dora": ("train", {**pictures, "adapter.method": "dora", "ranks.shard": False}),

@@ -1,0 +1,210 @@
+"""The LoRA that a run begins as, in place of zero: `adapter.start`.
+
+It is read and checked against the model's sizes before the model is loaded. A rank below that of
+the settings fills a part of the adapter and leaves the rest as it is in a new one, so that the
+adapter is the file's to the rounding of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from krea2_model import Krea2Transformer, TransformerConfig
+from krea2_model.checkpoints.checkpoint import open_checkpoint
+from krea2_model.checkpoints.transformer import read_transformer
+from krea2_model.lora.files import read_lora, read_lora_file
+from krea2_model.lora.names import TARGETS
+from krea2_model.lora.updates import Update
+
+from .adapters import (
+    AnyAdapter,
+    DoraLinear,
+    LoraLinear,
+    adapters_of,
+    add_adapters,
+    frozen_weight,
+    targeted,
+)
+from .base import checkpoint_file
+from .config import RunConfig
+from .data import content_hash
+from .loop import begun
+from .sections import COLUMNS, ROWS, Adapter
+
+# In a state's description of its run.
+START = "start"
+_HOLDS = {"lora": "a LoRA", "lokr": "a LoKr", "loha": "a LoHa", "diff": "full differences",
+          "set": "full weights", "oft": "OFT", "boft": "BOFT", "glora": "GLoRA"}  # fmt: skip
+_TAKES = {"lora": ("lora",), "dora": ("lora",), "lokr": ("lokr",)}
+
+
+class Start:
+    """The start of a run; empty where the settings name none, or its folder has a state.
+
+    digest: SHA-256 of the file, None without one; a resumed run has to share it. sizes: of the
+    model; None are those of its file. Raises ValueError for a file that cannot be a start.
+    """
+
+    def __init__(self, config: RunConfig, sizes: TransformerConfig | None = None):
+        path, run = config.adapter.start, begun(config.output.run_folder)
+        self.updates: dict[str, Update] = {}
+        self.digest: str | None = None
+        if path is None:
+            return
+        if run is not None and run.get(START) and not path.is_file():
+            # The state has what became of it.
+            self.digest = run[START]
+            return
+        if run is None or not path.is_file():
+            if sizes is None:
+                file = checkpoint_file(config.model.transformer, "raw")
+                sizes = read_transformer(open_checkpoint(file, "transformer")).config
+            self.updates = read_start(path, sizes, config.adapter)
+        self.digest = content_hash(path)
+
+    def fill(self, adapters: Mapping[str, AnyAdapter]) -> None:
+        """Make new adapters, by the names of their layers, what the file holds; once."""
+        fill(adapters, self.updates)
+        self.updates = {}
+
+
+def read_start(path: Path, sizes: TransformerConfig, settings: Adapter) -> dict[str, Update]:
+    """The updates of a LoRA's file by the names of the layers, which adapters can begin as.
+
+    Raises ValueError for a file of another model, for layers that the settings do not train, for
+    another method, and for a rank above that of the settings. Nothing of a file is left out.
+    """
+    with torch.device("meta"):
+        model = Krea2Transformer(sizes)
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        layers = {targets: set(targeted(model, targets)) for targets in TARGETS}
+        add_adapters(model, settings)
+    adapters = adapters_of(model)
+    tensors, metadata = read_lora_file(path)
+    updates, _, report = read_lora(tensors, shapes, path.name, None, metadata)
+    if report.unmatched:
+        name, reason = next(iter(report.unmatched.items()))
+        raise ValueError(
+            f"{path.name} has {len(report.unmatched)} tensors that cannot be trained on, such as "
+            f"{name} ({reason}). A run begins with the whole of a file: choose one for this "
+            "transformer alone."
+        )
+    found = {name.removesuffix(".weight"): own[0] for name, own in updates.items()}
+    if not found:
+        raise ValueError(
+            f"{path.name} changes nothing: its matrices are zeros. Leave adapter.start out."
+        )
+    if left := sorted(found.keys() - adapters.keys()):
+        wider = next((targets for targets, own in layers.items() if found.keys() <= own), None)
+        _raise_left_out(path, left, settings.targets, wider)
+    for layer, update in found.items():
+        if problem := _misfit(adapters[layer], update, settings):
+            raise ValueError(f"{path.name} holds {problem} (in {layer}).")
+    ranks = {layer: len(_matrices(update)[1]) for layer, update in found.items()}
+    higher = {layer: rank for layer, rank in ranks.items() if rank > adapters[layer].rank}
+    if higher:
+        layer, rank = max(higher.items(), key=lambda one: one[1])
+        raise ValueError(
+            f"{path.name} has rank {rank} (in {layer}), and adapter.rank is {settings.rank}. Raise "
+            "it, or take a file of a lower rank: krea2 extract makes one of any."
+        )
+    return found
+
+
+def _raise_left_out(path: Path, left: list[str], targets: str, wider: str | None) -> NoReturn:
+    """wider: targets that have all layers of the file."""
+    remedy = (
+        f"Set adapter.targets to {wider}."
+        if wider
+        else f"No other targets have all of them. A file of krea2 extract --targets {targets} has "
+        "only what these train."
+    )
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    raise ValueError(
+        f"{path.name} changes {', '.join(left[:3])}{more}, which adapter.targets = {targets} does "
+        f"not train. {remedy}"
+    )
+
+
+def _misfit(adapter: AnyAdapter, update: Update, settings: Adapter) -> str:
+    """What a file holds that an adapter cannot begin as, and the remedy; empty where it can."""
+    kind, method = update.kind, settings.method
+    if kind not in _TAKES[method]:
+        remedy = f"Set adapter.method to {kind}" if kind in _TAKES else "Choose a LoRA"
+        return f"{_HOLDS[kind]}, and adapter.method is {method}: another start. {remedy}"
+    if update.magnitude is not None and not isinstance(adapter, DoraLinear):
+        if kind == "lora":
+            return f"a DoRA, and adapter.method is {method}. Set it to dora"
+        return "a LoKr with lengths of its own, which is not trained here. Choose another start"
+    if update.magnitude is not None and isinstance(adapter, DoraLinear):
+        if update.needs_fused_weights:
+            return "a DoRA of a fused layer, which is not trained here. Choose another start"
+        if update.over_columns == adapter.by_rows:
+            own = COLUMNS if update.over_columns else ROWS
+            return f"a DoRA with lengths of {own}. Set adapter.magnitude to {own}"
+    if kind == "lokr":
+        if update.rows is not None:
+            return "a LoKr of a fused layer, which is not trained here. Choose another start"
+        small = update.parts["w1"] if "w1" in update.parts else update.parts["w1_a"]
+        columns = small.shape[1] if "w1" in update.parts else update.parts["w1_b"].shape[1]
+        size, own_size = (small.shape[0], columns), tuple(adapter.get_parameter("small").shape)
+        if size != own_size:
+            return (
+                f"a LoKr whose small factor is {size[0]}x{size[1]}, and adapter.factor "
+                f"{settings.factor} gives {own_size[0]}x{own_size[1]}. Set adapter.factor to "
+                f"{max(size)}"
+            )
+    return ""
+
+
+def _matrices(update: Update) -> tuple[Tensor, Tensor]:
+    """An update's low-rank factor as (outputs, rank) and (rank, inputs), in float32.
+
+    Of LoKr it is the large one. The rank is at most the smaller side.
+    """
+    parts = update.parts
+    if update.kind == "lokr" and "w2" in parts:
+        up, down = parts["w2"], torch.eye(parts["w2"].shape[1])
+    elif update.kind == "lokr":
+        up, down = parts["w2_a"], parts["w2_b"]
+    else:
+        rows = slice(None) if update.rows is None else slice(*update.rows)
+        up, down = parts["up"][rows].flatten(1), parts["down"].flatten(1)
+    up, down = up.float(), down.float()
+    outputs, inputs = len(up), down.shape[1]
+    if len(down) <= min(outputs, inputs):
+        return up, down
+    product = up @ down
+    return (product, torch.eye(inputs)) if inputs <= outputs else (torch.eye(outputs), product)
+
+
+@torch.no_grad()
+def fill(adapters: Mapping[str, AnyAdapter], updates: Mapping[str, Update]) -> None:
+    """Make adapters what updates hold, both by the names of layers."""
+    for layer, update in updates.items():
+        _fill(adapters[layer], update)
+
+
+def _fill(adapter: AnyAdapter, update: Update) -> None:
+    up, down = _matrices(update)
+    rank = len(down)
+    # The rest of `up` is zeros, so that the rest of `down`, drawn at random, does nothing yet.
+    adapter.up[:, :rank] = (up * (update.scale / adapter.scale)).to(adapter.up.device)
+    adapter.down[:rank] = down.to(adapter.down.device)
+    if not isinstance(adapter, LoraLinear):
+        adapter.small.copy_(update.factors()[0])
+    elif isinstance(adapter, DoraLinear):
+        if update.magnitude is None:
+            # Lengths of what the layer is with the LoRA: a DoRA that is the same as it.
+            change = adapter.scale * (adapter.up @ adapter.down)
+            adapter.magnitude.copy_(adapter.norm(frozen_weight(adapter, adapter.up) + change))
+        else:
+            magnitude = update.magnitude.flatten()
+            if update.rows is not None:
+                magnitude = magnitude[slice(*update.rows)]
+            adapter.magnitude.copy_(magnitude)
