@@ -115,6 +115,11 @@ class RunConfig:
         """Sets of adapters that are trained beside the model."""
         return 1
 
+    @property
+    def begins_as_turbo(self) -> bool:
+        """True where a Turbo is meant as the model that is trained on."""
+        return False
+
     @classmethod
     def sections(cls) -> dict[str, type]:
         """The kind of each section by its name."""
@@ -170,6 +175,10 @@ class DistilConfig(RunConfig):
     @property
     def adapter_sets(self) -> int:
         return 2
+
+    @property
+    def begins_as_turbo(self) -> bool:
+        return self.distil.teacher is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Distil Raw into a LoRA for few steps without guidance, by trajectory distribution matching.
 
 After Luo and others, 2025 (arXiv 2503.06674). Three models share one frozen base: the teacher is
-the base alone, the student and the fake model are adapters beside it. At a time sigma, with a
-velocity v, an image is predicted as x0 = x - sigma v. An iteration:
+the base alone, the student and the fake model are adapters beside it. Or the base is a few-step
+checkpoint, from which the student begins, and the teacher is the Raw it was made of. At a time
+sigma, with a velocity v, an image is predicted as x0 = x - sigma v. An iteration:
 
 1. The student walks its own steps from noise, without gradients.
 2. The fake model learns the flow-matching loss on the student's predictions x0, so that it knows
@@ -23,6 +24,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -30,13 +32,16 @@ from random import Random
 import torch
 from torch import Tensor
 
-from krea2_model.checkpoints.transformer import STEPS_KEY
-from krea2_model.config import RAW
+from krea2_model import Krea2Transformer
+from krea2_model.checkpoints.checkpoint import open_checkpoint
+from krea2_model.checkpoints.loading import load_part
+from krea2_model.checkpoints.transformer import STEPS_KEY, read_transformer
+from krea2_model.config import RAW, TURBO
 from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.schedule import sigma_schedule
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .base import TrainingBackend
+from .base import TrainingBackend, checkpoint_file, freeze_base
 from .cache import Texts
 from .config import DistilConfig
 from .flow import generator_of
@@ -70,13 +75,16 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     batches = PromptBatches(rows)
     session = Session(config)
     session.check_run(digest_of(rows))
-    session.encode(prompts=batches.texts)
     settings = config.distil
     model = session.model
+    teacher = None if settings.teacher is None else _read_teacher(settings.teacher, session)
+    session.encode(prompts=batches.texts)
     guidance = settings.guidance
-    guidance = (model.preset or RAW).guidance if guidance is None else guidance
+    guidance = ((teacher or model).preset or RAW).guidance if guidance is None else guidance
     session.sampler.preset = few_step_preset(max(settings.steps), model.preset)
     roles = session.make_roles((STUDENT, FAKE))
+    if teacher is not None:
+        freeze_base(teacher, config.memory, session.device)
     optimisers = {
         role: optimisers_of(roles.parameters(role).items(), config.training)
         for role in (STUDENT, FAKE)
@@ -90,6 +98,7 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
         checkpointing=config.memory.checkpointing,
         train_text="text" in config.adapter.targets,
         world=session.world,
+        teacher=teacher,
     )
     batch, seed = config.training.batch, config.training.seed
     accumulate, begun = config.training.accumulate, dict[int, Batch]()
@@ -127,6 +136,20 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
         shipped=roles.adapters[STUDENT],
         metadata={STEPS_KEY: str(max(settings.steps))},
     )
+
+
+def _read_teacher(name: str, session: Session) -> Krea2Transformer:
+    """The Raw that is distilled, in main memory. Raises ValueError for a file of another model."""
+    file = checkpoint_file(name, RAW.name)
+    state = read_transformer(open_checkpoint(file, "transformer"))
+    if state.config != session.model.config:
+        raise ValueError(
+            f"distil.teacher is {file}, which has other sizes than the model that the student "
+            "begins from. Name the Raw that it was made of."
+        )
+    if state.variant == TURBO.name:
+        raise ValueError(f"distil.teacher is {file}, a Turbo checkpoint; expected the Raw.")
+    return load_part(state, dtype=session.dtype, keep_quantised=True)
 
 
 @dataclass(frozen=True)
@@ -168,7 +191,8 @@ class Chosen:
 class TrajectoryMatching:
     """The student's loss of a step, after the fake model's updates.
 
-    guidance: of the teacher, in Krea's convention. optimisers: of the fake model.
+    guidance: of the teacher, in Krea's convention. optimisers: of the fake model. teacher: None is
+    the roles' base.
     """
 
     def __init__(
@@ -182,7 +206,9 @@ class TrajectoryMatching:
         checkpointing: bool = True,
         train_text: bool = False,
         world: World = ALONE,
+        teacher: Krea2Transformer | None = None,
     ):
+        self.teacher = teacher
         self.roles, self.settings, self.guidance, self.world = roles, settings, guidance, world
         self.optimisers, self.seed, self.checkpointing = optimisers, seed, checkpointing
         self.train_text = train_text
@@ -277,7 +303,8 @@ class TrajectoryMatching:
         return (fake - teacher) / scale
 
     def _velocity(self, role: str, latents: Tensor, times: Tensor, texts: Texts) -> Tensor:
-        with self.roles.acting(role) as model:
+        other = self.teacher if role == TEACHER else None
+        with self.roles.acting(role) if other is None else nullcontext(other) as model:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text):
                 states, mask, groups = joined(texts, model, latents)
             backend: Backend = TORCH_BACKEND

@@ -123,6 +123,7 @@ def training_memory(
     text: int = TEXT_TOKENS,
     references: int = 0,
     adapter_sets: int = 1,
+    teachers: int = 0,
     stored_bits: float = 16.0,
     itemsize: int = 2,
     vae: QwenImageVAE | None = None,
@@ -133,8 +134,8 @@ def training_memory(
 
     vae: one that stays loaded and decodes pictures of that area between steps, on any device.
     stored_bits: of a value in the file's blocks, for base "as-is". references: pictures of the same
-    size beside each. adapter_sets: beside one model, of which one acts at a time. itemsize: bytes
-    of a number in the calculation.
+    size beside each. adapter_sets: beside one model, of which one acts at a time. teachers: other
+    frozen models, whole in each process. itemsize: bytes of a number in the calculation.
     """
     count, ranks = _count(config, adapter), ranks or Ranks()
     parts = max(1, processes // ranks.copies)  # that the weights of a copy lie in
@@ -162,6 +163,7 @@ def training_memory(
             host = blocks
         else:
             frozen += blocks
+        frozen, host = (1 + teachers) * frozen, (1 + teachers) * host
         if bits < 16 or memory.offload:  # a matrix made or copied for its use, twice in backward
             frozen += 2 * count.largest * itemsize
     moments = {"adamw": 8, "muon": 4, "adamw8bit": 2}[training.optimiser]
@@ -286,6 +288,7 @@ def run_memory(
                 side=largest,
                 references=references,
                 adapter_sets=config.adapter_sets,
+                teachers=int(config.begins_as_turbo),
                 stored_bits=stored_bits,
                 itemsize=itemsize,
                 vae=vae,

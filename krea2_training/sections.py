@@ -327,6 +327,8 @@ class Distil:
     fake_updates: of the model that follows the student, before each of the student's.
     dropout: share of prompts that are replaced by the empty one, which pictures of regions and
     images without words are painted with.
+    teacher: file of the Raw that is distilled where `model.transformer` is a few-step checkpoint,
+        from which the student begins; None is the model itself. "nano" is the built-in one.
     """
 
     steps: tuple[int, ...] = (8,)
@@ -334,6 +336,7 @@ class Distil:
     guidance: float | None = None
     fake_updates: int = 4
     dropout: float = 0.05
+    teacher: str | None = None
 
     def __post_init__(self):
         steps = self.steps

@@ -282,7 +282,7 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
         model = load_part(state, dtype=_one_dtype(state.tensors) or torch.float32)
     else:
         model = load_transformer(file, dtype=dtype, keep_quantised=True)
-    if model.variant == TURBO.name:
+    if model.variant == TURBO.name and not config.begins_as_turbo:
         logger.warning("%s %s", file.name, ON_TURBO)
     return model
 

@@ -195,6 +195,10 @@ _DISTILLING: dict[str, _Group] = {
           "help": "steps of the LoRA's sampling, several in turn; default: 8"}),
         ("--guidance", "distil.guidance",
          {"type": number(0, 100), "metavar": "X", "help": "of the teacher; default: the model's"}),
+        ("--teacher", "distil.teacher",
+         {"metavar": "FILE",
+          "help": "the Raw that is distilled, where --model is its Turbo, from which the student "
+          "begins; default: --model"}),
         ("--fake-updates", "distil.fake_updates",
          {**_COUNT, "help": "of the model that follows the student; default: 4"}),
         *_PROMPTS,

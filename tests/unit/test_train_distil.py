@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_reference import TINY
-from krea2_model import Krea2Pipeline, Krea2Transformer
+from krea2_model import Krea2Pipeline, Krea2Transformer, nano
+from krea2_model.checkpoints.transformer import save_transformer
 from krea2_model.cli.main import main
 from krea2_training.base import TrainingBackend
 from krea2_training.cache import Cache, Texts
@@ -20,6 +21,7 @@ from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil
 from krea2_training.world import ALONE
+from parity import assert_close, relative_error
 
 
 @pytest.fixture(params=["lora", "dora", "lokr"])
@@ -185,6 +187,53 @@ def test_what_is_distilled_is_a_few_step_lora(prompts, tmp_path):
     pipeline = Krea2Pipeline.nano("raw")
     assert pipeline.load_lora(whole).is_complete
     assert (pipeline.preset.steps, pipeline.preset.guidance) == (4, 0)
+
+
+def of_turbo(tmp_path, **settings):
+    """Settings of a run whose student begins as nano's Turbo."""
+    files = {"transformer": nano.TRANSFORMERS["turbo"], "text_encoder": nano.text_encoder_file(),
+             "vae": nano.VAE}  # fmt: skip
+    files = {f"model__{name}": str(path) for name, path in files.items()}
+    return {**files, "distil__teacher": "nano", **settings}
+
+
+def test_a_student_that_begins_as_turbo_has_raw_for_its_teacher(prompts, tmp_path, caplog):
+    directions, begun = [], TrajectoryMatching._direction
+
+    def seen(matching, image, chosen, texts, empty):
+        times = chosen.tau[:, None, None, None]
+        noisy = torch.lerp(image, chosen.noise, times)
+        with torch.no_grad():
+            expected = raw(noisy, chosen.tau, texts.fuse(raw), texts.mask)
+            found = matching._velocity(TEACHER, noisy, chosen.tau, texts)
+            student = matching._velocity(STUDENT, noisy, chosen.tau, texts)
+        directions.append((found, expected.float(), student))
+        return begun(matching, image, chosen, texts, empty)
+
+    raw = Krea2Pipeline.nano("raw").transformer
+    output = tmp_path / "refined.safetensors"
+    settings = of_turbo(tmp_path, distil__guidance=0, memory__dtype="fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrajectoryMatching, "_direction", seen)
+        file = distil(config_of(prompts, output, **settings))
+    for found, expected, student in directions:
+        assert_close(found, expected, 1e-4, "the teacher's velocity")
+        assert relative_error(student, expected) > 0.01, "the student is another model"
+    assert "Train on Raw" not in caplog.text
+    pipeline = Krea2Pipeline.nano()
+    assert pipeline.load_lora(file).is_complete and pipeline.preset.guidance == 0
+
+
+@pytest.mark.parametrize(
+    "teacher, message", [("turbo", "a Turbo checkpoint; expected the Raw"), ("tiny", "other sizes")]
+)
+def test_a_teacher_has_to_be_the_raw_of_the_model(prompts, tmp_path, teacher, message):
+    file = nano.TRANSFORMERS["turbo"]
+    if teacher == "tiny":
+        save_transformer(Krea2Transformer(TINY), file := tmp_path / "tiny.safetensors")
+    settings = of_turbo(tmp_path, distil__teacher=str(file))
+    with pytest.raises(ValueError, match=message):
+        distil(config_of(prompts, tmp_path / "x.safetensors", **settings))
 
 
 def test_a_share_of_prompts_is_empty(prompts, tmp_path, monkeypatch):

@@ -142,6 +142,14 @@ def test_each_command_is_counted_at_its_largest(tmp_path):
     assert reward.size == "1254 px, batch 1" and reward.vae > 0
 
 
+def test_a_teacher_is_a_second_frozen_model(tmp_path):
+    (prompts := tmp_path / "prompts.txt").write_text("a red circle\n")
+    settings = {"prompts.path": prompts, "prompts.size": 512}
+    alone = memory_of("distil", tmp_path / "x.safetensors", **settings)
+    taught = memory_of("distil", tmp_path / "x.safetensors", **settings, **{"distil.teacher": "x"})
+    assert taught.frozen == 2 * alone.frozen and taught.activations == alone.activations
+
+
 def test_references_are_counted(tmp_path):
     """Each is a picture more in the sequence."""
     folder, output = tmp_path / "edits", tmp_path / "x.safetensors"
