@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checks import check_type, is_whole
+from .checks import check_type, counted, is_whole
 from .edits import Edit
 from .guidance import GuidanceSchedule
 from .images.pictures import Picture, pixels_of, reference_pixels
@@ -201,8 +201,8 @@ def negative_list(negative, embeds: Tensor | None, count: int) -> list[str] | No
     negatives = [negative] * count if isinstance(negative, str) else _entries(negative)
     if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
         raise ValueError(
-            f"negative_prompt is {negative!r}; expected a text or a list of {count} texts, one "
-            "per prompt."
+            f"negative_prompt is {negative!r}; expected a text or a list of "
+            f"{counted(count, 'text')}, one per prompt."
         )
     return negatives
 

@@ -21,6 +21,21 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """A count and its word, `1 tile` or `2 tiles`. several: where it is not `one` with an s."""
+    return f"{count} {by_count(count, one, several or one + 's')}"
+
+
+def there_are(count: int, one: str, several: str = "") -> str:
+    """`There is 1 tile`, or `There are 2 tiles`; see `counted`."""
+    return f"There {by_count(count, 'is', 'are')} {counted(count, one, several)}"
+
+
+def by_count(count: int, one: str, several: str) -> str:
+    """The word that goes with a count."""
+    return one if count == 1 else several
+
+
 def numbers(name: str, values: Any, expected: str) -> list[float]:
     """A sequence of numbers as floats. Raises ValueError for anything else."""
     entries = None if isinstance(values, str) or not isinstance(values, Iterable) else list(values)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .arguments import prompt_list, seed_list
-from .checks import check_type, is_number, is_whole
+from .checks import check_type, counted, is_number, is_whole, there_are
 from .config import Preset
 from .images.areas import (
     MAX_AREAS,
@@ -159,8 +159,8 @@ def detail(
     planned = chosen.plan(picture, self.preset)
     if len(prompts) not in (1, len(planned)):
         raise ValueError(
-            f"There are {len(prompts)} prompts for {len(planned)} areas; expected one for all, or "
-            "one for each."
+            f"{there_are(len(prompts), 'prompt')} for {counted(len(planned), 'area')}; expected "
+            "one for all, or one for each."
         )
     seeds = seed_list(seed, len(planned))
     positive = self.encode_prompt(prompts, weighted=prompt_weights)

@@ -13,7 +13,7 @@ from typing import cast
 
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import counted, is_number, is_whole
 from .config import Preset
 from .images.masks import mask_for
 from .images.pictures import Picture, fit, pixels_of, reference_pixels
@@ -305,8 +305,8 @@ def boosts_of(boost: float | Sequence[float], count: int) -> list[float]:
     boosts = list(boost) if one_each else [cast(float, boost)] * count  # type: ignore[arg-type]
     if len(boosts) != count or not all(is_number(b) and 0 <= b <= 1000 for b in boosts):
         raise ValueError(
-            f"boost is {boost!r}; expected a number from 0 to 1000, or one for each of {count} "
-            "pictures (1 changes nothing)."
+            f"boost is {boost!r}; expected a number from 0 to 1000, or one for each of "
+            f"{counted(count, 'picture')} (1 changes nothing)."
         )
     return boosts
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import is_number
+from .checks import counted, is_number, there_are
 from .guidance import NEVER, SigmaAt, StepWindow, check_window, unshifted
 from .lora.in_run import ShareAt
 from .tiles import Tile
@@ -109,8 +109,8 @@ def style_shares(weights: Sequence[float] | None, count: int) -> list[float]:
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
         raise ValueError(
-            f"There are {count} style pictures and {len(weights)} weights ({weights}); expected "
-            "one weight a picture."
+            f"{there_are(count, 'style picture')} and {counted(len(weights), 'weight')} "
+            f"({weights}); expected one weight a picture."
         )
     if not all(is_number(w) and math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
         raise ValueError(

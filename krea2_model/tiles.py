@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_type, is_number, is_whole
+from .checks import check_type, counted, is_number, is_whole, there_are
 from .images.sizes import MAX_SIZE, MULTIPLE
 from .text.prompt_images import MAX_SIDE
 from .transformer.patches import PATCH, grid_size
@@ -79,7 +79,8 @@ class TilePrompts:
         if len(self.texts) != len(tiles):
             rows = len({tile.rows for tile in tiles})
             raise ValueError(
-                f"There are {len(self.texts)} texts for {len(tiles)} tiles ({rows} rows of "
+                f"{there_are(len(self.texts), 'text')} for {counted(len(tiles), 'tile')} "
+                f"({counted(rows, 'row')} of "
                 f"{len(tiles) // rows}); expected one a tile, from the top left row by row."
             )
         return [[text] for text in self.texts]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_type, is_number, is_whole
+from .checks import check_type, counted, is_number, is_whole
 from .schedule import check_seed
 
 # Enough to change a picture visibly and keep what it shows.
@@ -59,8 +59,8 @@ class Variation:
             return found * batch
         if len(found) != batch:
             raise ValueError(
-                f"A variation has {len(found)} strengths; expected a number, or {batch}: one an "
-                "image."
+                f"A variation has {counted(len(found), 'strength')}; expected a number, or "
+                f"{batch}: one an image."
             )
         return found
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from krea2_model.checks import counted
 from krea2_model.cli.errors import UsageError
 from krea2_model.cli.jobs import check_name
 from krea2_model.cli.progress import Console
@@ -50,9 +51,9 @@ def render(args: Namespace) -> Iterator[object]:
     servers = Servers(args.server)
     if args.dry_run:
         yield (
-            f"{plan.rows} rows: {plan.jobs} pictures to make, {plan.made} made already, "
-            f"{plan.repeated} asked for twice, {len(plan.errors)} rows with errors; "
-            f"{len(args.server)} servers answer"
+            f"{counted(plan.rows, 'row')}: {counted(plan.jobs, 'picture')} to make, {plan.made} "
+            f"made already, {plan.repeated} asked for twice, {counted(len(plan.errors), 'row')} "
+            f"with errors; {counted(len(args.server), 'server')} there"
         )
         return
     output.check_writable()

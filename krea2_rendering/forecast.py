@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 
+from krea2_model.checks import counted
 from krea2_model.cli.progress import Console
 
 from .painting import JobPainter
@@ -21,26 +22,27 @@ _SHOWN = 5
 def forecast(plan: Plan, args: Namespace, output: Place, console: Console) -> str:
     """Text for a person. One call a size is made on this machine, after one to warm up."""
     lines = [
-        f"{plan.rows} rows: {plan.jobs} pictures to make, {plan.made} made already, "
-        f"{plan.repeated} asked for twice, {len(plan.errors)} rows with errors"
+        f"{counted(plan.rows, 'row')}: {counted(plan.jobs, 'picture')} to make, {plan.made} made "
+        f"already, {plan.repeated} asked for twice, {counted(len(plan.errors), 'row')} with errors"
     ]
     lines += [f"  row {e['row']}: {e['error']}" for e in plan.errors[:5]]
     if not plan.jobs:
         return "\n".join(lines)
     for (width, height, steps), count in plan.sizes.most_common(_SHOWN):
         size = "the checkpoint's size" if width is None else f"{width} x {height} px"
-        lines.append(f"  {count} of {size}, {steps or 'default'} steps")
+        taken = "default steps" if steps is None else counted(steps, "step")
+        lines.append(f"  {count} of {size}, {taken}")
     calls = sum(-(-count // args.batch) for count in plan.groups.values())
     if args.batch == 1:
         calls = plan.jobs
-    lines.append(f"{calls} calls of the model, {plan.jobs / calls:.1f} pictures each")
+    lines.append(f"{counted(calls, 'call')} of the model, {plan.jobs / calls:.1f} pictures each")
     seconds, bytes_each = _measure(plan, args, console)
     workers = args.workers or 1
     hours = plan.jobs * seconds / workers / 3600
     total = plan.jobs * bytes_each
     lines.append(
-        f"{seconds:.2f} s a picture on this machine: {hours:.2f} hours with {workers} "
-        f"{'worker' if workers == 1 else 'workers'} like it"
+        f"{seconds:.2f} s a picture on this machine: {hours:.2f} hours with "
+        f"{counted(workers, 'worker')} like it"
     )
     lines.append(f"{bytes_each / 1000:.0f} kB a picture: {total / 1e9:.3f} GB in {output}")
     if note := check_room(output, int(total)):

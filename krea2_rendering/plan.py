@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from krea2_model.checks import by_count
 from krea2_model.cli.errors import UsageError
 from krea2_model.cli.jobs import check_name, digest_of, message_of, pictures_of_row
 from krea2_model.cli.picture_options import PICTURES
@@ -119,7 +120,10 @@ class Plan:
             raise UsageError(f"{address} has no rows; expected at least one prompt.")
         if len(self.errors) == self.rows:
             row, error = (self.errors[0][name] for name in ("row", "error"))
-            raise UsageError(f"All {self.rows} rows of {address} have errors; row {row}: {error}")
+            raise UsageError(
+                f"{by_count(self.rows, 'The only row', f'All {self.rows} rows')} of {address} "
+                f"{by_count(self.rows, 'has', 'have')} errors; row {row}: {error}"
+            )
 
 
 class RowOptions:

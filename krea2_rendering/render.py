@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from krea2_model.checkpoints.text_encoder import find_tokenizer
+from krea2_model.checks import counted
 from krea2_model.cli.checks import check_machine
 from krea2_model.cli.errors import Failure, UsageError
 from krea2_model.cli.model_files import Weights, take_from_models
@@ -64,8 +65,8 @@ def finish(output: Place, run: str, failed: int, plan: Plan) -> Iterator[str]:
     total = plan.jobs + plan.made + len(plan.errors)
     if failed:
         raise Failure(
-            f"{failed} of {total} pictures were not made; {output}/{TABLE} says why. Mend the rows "
-            "and add --resume."
+            f"{failed} of {counted(total, 'picture')} not made; {output}/{TABLE} says why. Mend "
+            "the rows and add --resume."
         )
 
 
@@ -107,7 +108,7 @@ def _adopt_shards(output: Place, console: Console) -> None:
     with Ledger(output) as ledger:
         for name in found:
             ledger.add(records_of(output, name))
-    console.note(f"{len(found)} shards of a run that was killed are in the ledger now")
+    console.note(f"added to the ledger: {counted(len(found), 'shard')} of a run that was killed")
 
 
 def _tokens_of(args: Namespace, weights: Weights) -> TokensOf | None:
@@ -128,13 +129,13 @@ def note_plan(plan: Plan, console: Console) -> None:
     if plan.errors:
         first = plan.errors[0]
         console.note(
-            f"{len(plan.errors)} of {plan.rows} rows have errors; row {first['row']}: "
+            f"{len(plan.errors)} of {counted(plan.rows, 'row')} with errors; row {first['row']}: "
             f"{first['error']}"
         )
     if plan.repeated:
-        console.note(f"{plan.repeated} pictures are asked for twice and made once")
+        console.note(f"{counted(plan.repeated, 'picture')} asked for twice and made once")
     if plan.made:
-        console.note(f"{plan.made} of {plan.made + plan.jobs} pictures are made already")
+        console.note(f"{plan.made} of {counted(plan.made + plan.jobs, 'picture')} made already")
 
 
 def follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: Console) -> int:
@@ -148,14 +149,15 @@ def follow(entries: Iterator[list[Entry]], plan: Plan, ledger: Ledger, console: 
                 failed += sum("error" in entry for entry in new)
                 if stop := next((entry for entry in new if STOP in entry), None):
                     raise Failure(
-                        f"{stop['error']} {int(plan.ended.sum())} of {plan.jobs} pictures were "
-                        "tried; what is made stays. Make room and add --resume."
+                        f"{stop['error']} {int(plan.ended.sum())} of "
+                        f"{counted(plan.jobs, 'picture')} tried; what is made stays. Make room and "
+                        "add --resume."
                     )
                 bar.set_postfix(failed=failed, refresh=False)
                 bar.update(len(new))
         except KeyboardInterrupt:
             made = int(plan.ended.sum()) - failed
-            console.note(f"{made} of {plan.jobs} pictures are made; --resume makes the rest")
+            console.note(f"{made} of {counted(plan.jobs, 'picture')} made; --resume makes the rest")
             raise
         missing = lost(plan.left())
         ledger.add(missing)

@@ -24,6 +24,7 @@ from typing import Any
 from PIL import Image
 from PIL.Image import open as open_image
 
+from krea2_model.checks import counted
 from krea2_model.images.picture_files import COMPANION, PICTURES, pictures_in
 from krea2_model.images.sizes import size_for_area
 
@@ -102,8 +103,8 @@ def captioned(examples: Sequence[Example], data: Data, for_all: str = FOR_ALL) -
     bare = [one.name for one in examples if not one.captions]
     if bare and data.caption is None:
         raise ValueError(
-            f"{len(bare)} of {len(examples)} pictures have no caption: {some_of(bare)}. Write one "
-            f"beside each ({Path(bare[0]).stem}.txt), or set {for_all}."
+            f"{len(bare)} of {counted(len(examples), 'picture')} without a caption: "
+            f"{some_of(bare)}. Write one beside each ({Path(bare[0]).stem}.txt), or set {for_all}."
         )
     return [replace(one, captions=_captions_of(one, data)) for one in examples]
 
@@ -125,7 +126,8 @@ def sized(examples: Sequence[Example], data: Data) -> list[Sized]:
             found += [Sized(example, *bucket_size(width, height, side))] * data.repeats
     if broken:
         raise ValueError(
-            f"{len(broken)} pictures cannot be read: {some_of(broken)}. Replace or remove them."
+            f"{counted(len(broken), 'picture')} cannot be read: {some_of(broken)}. Replace or "
+            "remove them."
         )
     return found
 

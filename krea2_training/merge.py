@@ -14,6 +14,7 @@ from krea2_model.checkpoints.quantised import is_quantised
 from krea2_model.checkpoints.storage import Entry, write_safetensors
 from krea2_model.checkpoints.transformer import preset_metadata, read_transformer
 from krea2_model.checkpoints.transformer_keys import module_to_official
+from krea2_model.checks import counted
 
 
 def merge(
@@ -104,6 +105,7 @@ def _check_same(
     if different:
         name = different[0]
         raise CheckpointError(
-            f"{path.name} and {first.name} differ in {len(different)} tensors, such as {name} "
-            f"({others.get(name, 'none')} and {shapes.get(name, 'none')}); expected the same model."
+            f"{path.name} and {first.name} differ in {counted(len(different), 'tensor')}, such as "
+            f"{name} ({others.get(name, 'none')} and {shapes.get(name, 'none')}); expected the "
+            "same model."
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from krea2_model.checks import counted
 from krea2_model.images.picture_files import pictures_in
 
 from .data import (
@@ -99,8 +100,8 @@ def _read_folder(folder: Path) -> list[tuple[Example, Example]]:
     better, worse = by_side.values()
     if alone := sorted(str(stem.relative_to(folder)) for stem in better.keys() ^ worse.keys()):
         raise ValueError(
-            f"{len(alone)} pictures in {folder} have no other: {some_of(alone)}. Each needs "
-            "NAME.better.png and NAME.worse.png."
+            f"{counted(len(alone), 'picture')} in {folder} without the other: {some_of(alone)}. "
+            "Each needs NAME.better.png and NAME.worse.png."
         )
     found: list[tuple[Example, Example]] = []
     bare = []
@@ -114,8 +115,8 @@ def _read_folder(folder: Path) -> list[tuple[Example, Example]]:
         found.append((first, second))
     if bare:
         raise ValueError(
-            f"{len(bare)} pairs in {folder} have no prompt: {some_of(bare)}. Write it into "
-            f"{Path(bare[0]).name}.txt beside the pictures."
+            f"{counted(len(bare), 'pair')} in {folder} without a prompt: {some_of(bare)}. Write it "
+            f"into {Path(bare[0]).name}.txt beside the pictures."
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from krea2_model.checks import counted
 from krea2_model.images.picture_files import pictures_in
 from krea2_model.replacing import replacing
 
@@ -30,8 +31,9 @@ def write_page(folder: Path) -> Path:
     several = [{"prompt": p, "files": own} for p, own in groups.items() if len(own) > 1]
     if not several:
         raise ValueError(
-            f"{folder} has no two pictures of one prompt ({len(files)} pictures, {len(groups)} "
-            "prompts in them). Make several of each: krea2 render prompts.txt --images 4."
+            f"{folder} has no two pictures of one prompt ({counted(len(files), 'picture')}, "
+            f"{counted(len(groups), 'prompt')} in them). Make several of each: krea2 render "
+            "prompts.txt --images 4."
         )
     text = Path(__file__).with_name(PAGE).read_text(encoding="utf-8")
     # "<" would end the script element.

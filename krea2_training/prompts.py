@@ -12,6 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from krea2_model.checks import counted
+
 from .data import TABLES, bucket_size, read_folder, read_rows, read_text, some_of
 from .sections import check, check_side
 from .shapes import EXPECTED_ASPECT, Ratio, parse_aspect
@@ -83,8 +85,8 @@ def read_prompts(path: Path) -> list[Row]:
     twice = [f"{prompt!r}" for (prompt, _), count in counts.items() if count > 1]
     if twice:
         raise ValueError(
-            f"{path} has {len(twice)} prompts more than once: {some_of(twice)}. Remove the "
-            "repetitions: they would count more than the others."
+            f"{path} has {counted(len(twice), 'prompt')} more than once: {some_of(twice)}. Remove "
+            "the repetitions: they would count more than the others."
         )
     return rows
 
@@ -148,8 +150,9 @@ def _captions(folder: Path) -> list[Row]:
     bare = [one.name for one in examples if not one.captions]
     if bare:
         raise ValueError(
-            f"{len(bare)} of {len(examples)} pictures have no caption: {some_of(bare)}. Write one "
-            f"beside each ({Path(bare[0]).stem}.txt), or give a text file of prompts."
+            f"{len(bare)} of {counted(len(examples), 'picture')} without a caption: "
+            f"{some_of(bare)}. Write one beside each ({Path(bare[0]).stem}.txt), or give a text "
+            "file of prompts."
         )
     return [{COLUMN: text} for text in dict.fromkeys(c for one in examples for c in one.captions)]
 

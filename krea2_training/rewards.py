@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from krea2_model.checks import counted
 from krea2_model.images.output_files import to_picture
 
 from .prompts import Row
@@ -67,7 +68,7 @@ class Reward:
             raise ValueError(f"The reward {self.name} {error}") from error
         except Exception as error:
             raise ValueError(f"The reward {self.name} failed: {error!r}.") from error
-        expected = f"a finite number for each of {len(rows)} pictures"
+        expected = f"a finite number for each of {counted(len(rows), 'picture')}"
         try:
             scores = np.asarray(answer, dtype=np.float64)
         except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from krea2_model.checks import counted
 from krea2_model.images.sizes import MULTIPLE
 from krea2_model.lora.names import KEY_STYLES, TARGETS
 
@@ -312,7 +313,7 @@ class Stages:
         ):
             values = getattr(self, name)
             ok = len(values) == count or (not values and name != "steps")
-            expected = f"{count} numbers, one for each stage of stages.resolution"
+            expected = f"{counted(count, 'number')}, one for each stage of stages.resolution"
             check(ok, f"stages.{name}", list(values), expected)
             ok = all(low <= value <= high for value in values)
             check(ok, f"stages.{name}", list(values), f"numbers from {low} to {high}")
@@ -429,7 +430,7 @@ class Reward:
         right = len(weights) in (0, len(self.rewards)) and all(0 < abs(w) <= 1000 for w in weights)
         check(
             right, "reward.weights", list(weights),
-            f"{len(self.rewards)} numbers other than 0, one for each reward",
+            f"{counted(len(self.rewards), 'number')} other than 0, one for each reward",
         )  # fmt: skip
         for name, low, high in (
             ("group_size", 2, 1024), ("groups", 1, 4096), ("rollout_steps", 2, 100),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from krea2_model.checks import by_count, counted
 from krea2_model.replacing import replacing
 
 from .sharding import fill
@@ -116,8 +117,9 @@ def foreign_state(path: Path, expected: set[str], stored: set[str]) -> None:
     other = sorted(expected ^ {name for name in stored if not name.startswith(_OPTIMISER)})
     if other:
         raise ValueError(
-            f"{path} is a state of another run: {len(other)} weights differ, such as {other[0]}. "
-            "Choose another output.folder, or remove that one."
+            f"{path} is a state of another run: {counted(len(other), 'weight')} "
+            f"{by_count(len(other), 'differs', 'differ')}, such as {other[0]}. Choose another "
+            "output.folder, or remove that one."
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from krea2_model import Krea2Transformer
+from krea2_model.checks import counted
 
 from .cache import Cache
 from .config import TrainConfig
@@ -40,7 +41,7 @@ def hold_out(
     count = round(settings.share * len(examples))
     check(
         0 < count < len(examples), "validation.share", settings.share,
-        f"a share that is at least one of the {len(examples)} pictures",
+        f"a share that is at least one of {counted(len(examples), 'picture')}, and not all",
     )  # fmt: skip
     chosen = set(Random(f"validation {config.training.seed}").sample(range(len(examples)), count))
     parts: tuple[list[Example], list[Example]] = [], []

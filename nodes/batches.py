@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..krea2_model.checks import counted
 from ..krea2_model.images.contact_sheet import contact_sheet
 from ..krea2_model.text.wildcards import fill_in
 from . import inputs
@@ -78,8 +79,8 @@ class K2PromptBatch(io.ComfyNode):
         count = len(lines) * images_per_prompt
         if not 1 <= count <= MAX_IMAGES:
             raise ValueError(
-                f"{len(lines)} prompts with {images_per_prompt} images each are {count}; expected "
-                f"1 to {MAX_IMAGES} images."
+                f"{counted(len(lines), 'prompt')} with {counted(images_per_prompt, 'image')} each: "
+                f"{count}; expected 1 to {MAX_IMAGES} images."
             )
         line_of_image = [line for line in lines for _ in range(images_per_prompt)]
         texts = [fill_in(line, wildcard_seed + index) for index, line in enumerate(line_of_image)]

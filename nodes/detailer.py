@@ -5,6 +5,7 @@ import comfy.sample
 import torch
 from comfy_api.latest import io, ui
 
+from ..krea2_model.checks import counted
 from ..krea2_model.config import RAW
 from ..krea2_model.images.areas import (
     MAX_AREAS,
@@ -262,7 +263,7 @@ class K2Detailer(io.ComfyNode):
             canvas.paste(group, painted, blend)
         report = [sampling_report(preset, settings, exponent, sigmas), detail_report(areas, groups)]
         if len(lines) > len(areas):
-            report.append(f"not used: {len(lines) - len(areas)} of {len(lines)} prompts")
+            report.append(f"not used: {len(lines) - len(areas)} of {counted(len(lines), 'prompt')}")
         text = ui.PreviewText("\n".join(report))
         return io.NodeOutput(canvas.image, painted_mask(areas, width, height), ui=text)
 

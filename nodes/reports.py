@@ -5,6 +5,7 @@ Lines stay under 40 characters, for which web/js/node_text.js need not widen a n
 
 from collections.abc import Sequence
 
+from ..krea2_model.checks import counted
 from ..krea2_model.config import Preset
 from ..krea2_model.edits import EditTask
 from ..krea2_model.images.areas import Area
@@ -20,7 +21,7 @@ def prompt_report(name: str, conditioning, images: int = 0) -> str:
     images: tokens of images among them, for which there is `image_report`.
     """
     tokens = max(0, conditioning[0][0].shape[1] - SUFFIX_TOKENS - images)
-    count = f"{name}: {tokens} token{'' if tokens == 1 else 's'} of {PROMPT_BUDGET}"
+    count = f"{name}: {counted(tokens, 'token')} of {PROMPT_BUDGET}"
     return count if tokens <= PROMPT_BUDGET else f"{count},\nmore than the model was trained on"
 
 
@@ -29,13 +30,13 @@ def image_report(number: int, image: PromptImage) -> str:
     if image.strength == 0:
         return f"image {number}: left out, strength 0"
     height, width = image.pixels.shape[1:]
-    return f"image {number}: {width} x {height} px, {height * width // 32**2} tokens"
+    return f"image {number}: {width} x {height} px, {counted(height * width // 32**2, 'token')}"
 
 
 def sampling_report(choice: str, settings: Preset, mu: float, sigmas, guided: bool = True) -> str:
     """Preset, steps, shift, guidance and start; `choice` is the value of the preset input."""
     name = settings.name if choice == settings.name else f"{choice}: {settings.name}"
-    lines = [f"{name}, {settings.steps} steps, {shift_report(mu)}"]
+    lines = [f"{name}, {counted(settings.steps, 'step')}, {shift_report(mu)}"]
     if guided:
         lines.append(guidance_report(settings.guidance))
     if sigmas[0] < 1:
@@ -59,13 +60,13 @@ def shift_report(mu: float) -> str:
 
 def size_report(width: int, height: int, tokens: int, images: int = 1) -> str:
     batch = f"{images} images, each " if images > 1 else ""
-    return f"{batch}{width} x {height} px, {tokens} tokens"
+    return f"{batch}{width} x {height} px, {counted(tokens, 'token')}"
 
 
 def detail_report(areas: Sequence[Area], groups: Sequence[Sequence[Area]]) -> str:
     """The areas of a detailer, their sizes and runs."""
     count, runs = len(areas), len(groups)
-    lines = [f"{count} area{'s' * (count > 1)} in {runs} run{'s' * (runs > 1)}"]
+    lines = [f"{counted(count, 'area')} in {counted(runs, 'run')}"]
     for area in areas[:8]:
         box = area.box
         size = f"{box.width} x {box.height} to {area.width} x {area.height} px"
@@ -151,7 +152,7 @@ def upscale_report(
 ) -> str:
     """Size, schedule and tiles of the second stage."""
     lines = [
-        f"{preset.name}, {steps} steps from sigma {sigma:g}",
+        f"{preset.name}, {counted(steps, 'step')} from sigma {sigma:g}",
         shift_report(mu),
         size_report(width, height, image_tokens(width, height)),
     ]
@@ -174,4 +175,4 @@ def region_report(name: str, area: float, conditioning) -> str:
     """A region's share of the image, and the tokens that it adds to each step."""
     if conditioning is None:
         return f"{name}: {area:.0%} of the image, no prompt"
-    return f"{name}: {area:.0%} of the image, {conditioning[0][0].shape[1]} tokens"
+    return f"{name}: {area:.0%} of the image, {counted(conditioning[0][0].shape[1], 'token')}"

@@ -11,6 +11,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from ..krea2_model.checks import counted
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.images.sizes import is_far
@@ -141,7 +142,7 @@ def warn_of_size(model, samples, first_sigma: float = 1.0) -> str:
 def _measures(samples) -> str:
     """The images of a run, in words: "2 images of 1024 x 768 px"."""
     images, (rows, columns) = samples.shape[0], samples.shape[-2:]
-    return f"{images} image{'s' * (images > 1)} of {8 * columns} x {8 * rows} px"
+    return f"{counted(images, 'image')} of {8 * columns} x {8 * rows} px"
 
 
 def schedule(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..krea2_model.checks import counted, there_are
 from .managed.training import settings_of_device
 from .managed.training_package import training
 from .training_files import find_cache, find_picture_folder, relative_name
@@ -127,8 +128,8 @@ def examples_of(folder: str, images, captions, data) -> list:
     texts = _texts(captions, len(pictures))
     if data.caption is None and not all(texts):
         raise ValueError(
-            f"{texts.count('')} of {len(texts)} images have no caption. Connect captions, one per "
-            f"image, or set {_FOR_ALL}."
+            f"{texts.count('')} of {counted(len(texts), 'image')} without a caption. Connect "
+            f"captions, one per image, or set {_FOR_ALL}."
         )
     own = [
         training_data.Example(f"image {number}", _png(image), (text,) if text else ())
@@ -145,8 +146,8 @@ def _texts(captions, count: int) -> list[str]:
         texts = texts * count if len(lines) < 2 else lines
     if len(texts) != count:
         raise ValueError(
-            f"There are {count} images and {len(texts)} captions; expected as many captions as "
-            "images, or one for all."
+            f"{there_are(count, 'image')} and {counted(len(texts), 'caption')}; expected as many "
+            "captions as images, or one for all."
         )
     return texts
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import by_count
 from .gguf import GGUFTensor
 from .identify import CheckpointError
 from .quantised_weight import (
@@ -133,8 +134,9 @@ def check_quantised(
 def _check_scale(scale: Tensor, sizes: tuple[int, ...], weight: Tensor, what: str) -> None:
     if scale.numel() not in sizes or not scale.is_floating_point():
         raise CheckpointError(
-            f"{what} holds {scale.numel():,} numbers of {scale.dtype}; expected "
-            f"{' or '.join(map(str, sizes))}, floating. The file was quantised for another layer."
+            f"{what} holds {scale.numel():,} {by_count(scale.numel(), 'number', 'numbers')} of "
+            f"{scale.dtype}; expected {' or '.join(map(str, sizes))}, floating. The file was "
+            "quantised for another layer."
         )
     values = scale.float().flatten()
     wrong = ~(torch.isfinite(values) & (values > 0))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..checks import counted
 from ..config import TextEncoderConfig, VAEConfig
 from .identify import CheckpointError
 
@@ -86,8 +87,8 @@ def vae_settings(config: Mapping[str, Any], z_dim: int, file: str) -> dict[str, 
         count = len(statistics.get(name, default))
         if count != z_dim:
             raise CheckpointError(
-                f"{file} has {count} values of {name}; expected {z_dim}, one a latent channel. "
-                "Take the file from the folder that the weights are from."
+                f"{file} has {counted(count, 'value')} of {name}; expected {z_dim}, one a latent "
+                "channel. Take the file from the folder that the weights are from."
                 if name in statistics
                 else f"The VAE has {z_dim} latent channels, and no {file} gives their {name}; "
                 f"expected {len(default)} channels as the Qwen-Image VAE has, or that file."

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..checks import counted
 from .errors import explain
 from .generate import save
 from .jobs import is_disk_full, message_of
@@ -67,7 +68,7 @@ class Batch:
         self.files = [done.get(job.key) for job in jobs]
         self.painted = self.failed = 0
         if made := len(jobs) - self.files.count(None):
-            console.note(f"{made} of {len(jobs)} pictures are made already")
+            console.note(f"{made} of {counted(len(jobs), 'picture')} made already")
 
     def paint(self, errors: Sequence[dict[str, Any]] = ()) -> Iterator[Path]:
         """Make the pictures that are not there; yields each file as it is written.
@@ -101,7 +102,8 @@ class Batch:
                 except KeyboardInterrupt:
                     made = len(self.jobs) - self.files.count(None)
                     self._console.note(
-                        f"{made} of {len(self.jobs)} pictures are made; --resume makes the rest"
+                        f"{made} of {counted(len(self.jobs), 'picture')} made; --resume makes the "
+                        "rest"
                     )
                     raise
                 except Exception as error:

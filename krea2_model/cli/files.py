@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..checks import counted
 from .choices import NANO
 from .errors import UsageError
 from .progress import Console
@@ -28,7 +29,7 @@ def inspect(args: Namespace) -> Iterator[str]:
             errors.append(error)
             yield f"{path}: {error}"
     if errors:
-        raise UsageError(f"{len(errors)} of {len(args.files)} files cannot be read.")
+        raise UsageError(f"{len(errors)} of {counted(len(args.files), 'file')} cannot be read.")
 
 
 def check(args: Namespace) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..checks import counted
 from ..images.grid_sheet import Place, check_counts, grid_sheet, small_copy
 from ..images.output_files import check_outputs, image_format, numbered, save_image
 from .axes import Axis, Cell, cells_of, read_axes
@@ -66,8 +67,8 @@ def grid(args: Namespace, typed: list[str]) -> Iterator[Path]:
         yield sheet
     if batch.failed:
         raise Failure(
-            f"{batch.failed} of {len(batch.jobs)} pictures were not made; {folder / RESULTS} says "
-            "why. --resume makes them."
+            f"{batch.failed} of {counted(len(batch.jobs), 'picture')} not made; "
+            f"{folder / RESULTS} says why. --resume makes them."
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..checks import counted
 from ..images.contact_sheet import contact_sheet
 from ..images.output_files import check_outputs, numbered, save_image, to_picture
 from .batch import RESULTS, Batch, Job
@@ -44,8 +45,8 @@ def render(args: Namespace) -> Iterator[Path]:
         console.note(f"row {row.number}: {row.error}")
     if bad and (args.strict or len(bad) == len(rows)):
         raise UsageError(
-            f"{len(bad)} of {len(rows)} rows of {args.table} have errors; row {bad[0].number}: "
-            f"{bad[0].error}"
+            f"{len(bad)} of {counted(len(rows), 'row')} of {args.table} with errors; row "
+            f"{bad[0].number}: {bad[0].error}"
         )
     weights = check_machine(args)
     batch = Batch(args, [job for row in rows for job in _jobs(row, weights)], args.output, console)
@@ -56,7 +57,7 @@ def render(args: Namespace) -> Iterator[Path]:
         yield _save_sheet(args, files)
     if failed := batch.failed + len(bad):
         raise Failure(
-            f"{failed} of {len(batch.jobs) + len(bad)} pictures were not made; "
+            f"{failed} of {counted(len(batch.jobs) + len(bad), 'picture')} not made; "
             f"{args.output / RESULTS} says why. Mend the rows and add --resume."
         )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import is_number
+from ..checks import by_count, counted, is_number
 from .crop import Box, box_around, common_box_size, extent_of, paste
 from .masks import EMPTY, repaint_mask, without_noise
 from .resize import colours, resize, resize_mask
@@ -96,13 +96,15 @@ def masks_of(masks: Tensor, islands: bool = True) -> list[LocalMask]:
                 found.append(LocalMask(box, box.of(mask) * own.to(mask)))
     if not found and tiny:
         raise ValueError(
-            f"All {tiny} areas of the mask are smaller than {MIN_SIDE} x {MIN_SIDE} px: nothing "
+            f"{by_count(tiny, 'The area', f'All {tiny} areas')} of the mask "
+            f"{by_count(tiny, 'is', 'are')} smaller than {MIN_SIDE} x {MIN_SIDE} px: nothing "
             "would be painted. Grow or smooth the mask."
         )
     if not found:
         raise ValueError(f"{EMPTY}there is no area to paint. White in the mask is painted.")
     if tiny:
-        logger.warning("%d areas of less than %d x %d px are left out.", tiny, MIN_SIDE, MIN_SIDE)
+        areas = counted(tiny, "area")
+        logger.warning("Left out: %s of less than %d x %d px.", areas, MIN_SIDE, MIN_SIDE)
     return found
 
 

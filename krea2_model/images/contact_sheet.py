@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..checks import counted, there_are
+
 _PAPER, _INK = "white", "black"
 
 # Characters of a caption that are written; a longer one ends in dots. Captions of 200 words have
@@ -36,8 +38,8 @@ def contact_sheet(
         raise ValueError("There is no picture to put on the sheet; expected at least one.")
     if len(captions) > len(images):
         raise ValueError(
-            f"There are {len(captions)} captions for {len(images)} pictures; expected at most one "
-            "per picture, each on a line of its own."
+            f"{there_are(len(captions), 'caption')} for {counted(len(images), 'picture')}; "
+            "expected at most one per picture, each on a line of its own."
         )
     if columns < 0 or cell < 16 or text_size < 4:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import there_are
 from .masks import composite, mask_for
 from .resize import pad, resize, resize_mask
 from .sizes import ASPECTS, MULTIPLE, size_for_area, size_for_aspect
@@ -175,7 +176,7 @@ def stitch(cut: Crop, painted: Tensor, feather: int = 0, mask: Tensor | None = N
         boxes = boxes * len(painted)
     if len(painted) != len(images):
         raise ValueError(
-            f"There are {len(painted)} painted images for {len(images)} that were cropped; "
+            f"{there_are(len(painted), 'painted image')} for {len(images)} that were cropped; "
             "expected one for each."
         )
     painted = resize(painted, boxes[0].width, boxes[0].height).to(images)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import counted, there_are
+
 # A latent cell covers a square of this many pixels.
 CELL = 8
 
@@ -120,8 +122,8 @@ def composite(original: Tensor, painted: Tensor, mask: Tensor, feather: int = 0)
     counts = {len(original), len(painted), len(mask)} - {1}
     if len(counts) > 1:
         raise ValueError(
-            f"There are {len(original)} original and {len(painted)} painted images and "
-            f"{len(mask)} masks; expected one number, or one of a kind for all."
+            f"{there_are(len(original), 'original image')}, {counted(len(painted), 'painted one')} "
+            f"and {counted(len(mask), 'mask')}; expected one number, or one of a kind for all."
         )
     missing = original.shape[-1] - painted.shape[-1]
     if missing > 0:
@@ -199,7 +201,8 @@ def mask_for(mask: Tensor, image: Tensor) -> Tensor:
         mask = without_noise(mask)
     if len(mask) > 1 and len(image) > 1 and len(mask) != len(image):
         raise ValueError(
-            f"There are {len(mask)} masks for {len(image)} images; expected one, or one per image."
+            f"{there_are(len(mask), 'mask')} for {counted(len(image), 'image')}; expected one, or "
+            "one per image."
         )
     return mask
 

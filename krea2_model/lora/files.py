@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoints.identify import LORA, CheckpointError, identify, read_header
 from ..checkpoints.storage import read_safetensors, without_compile
 from ..checkpoints.transformer_keys import Shape
+from ..checks import counted
 from .control_files import is_widened
 from .edit_family import EditFamily, read_family
 from .few_steps import FULL_STRENGTH, read_steps
@@ -99,7 +100,7 @@ class LoraReport:
         rank = f", {_span('rank', self.ranks)}" if self.ranks else ""
         lines = [
             f"{self.name}: {' and '.join(self.kinds) or 'nothing'} of {self.family}{rank}",
-            f"{self.matched} weights of the transformer matched"
+            f"{counted(self.matched, 'weight')} of the transformer matched"
             + (f", {self.text_matched} of the text encoder" if self.text_matched else ""),
         ]
         if self.scales:
@@ -230,9 +231,10 @@ def _nothing_fits(tensors: Mapping[str, Tensor], report: LoraReport) -> ValueErr
     examples = ", ".join(list(tensors)[:3]) or "none"
     reasons = sorted(set(report.unmatched.values()))
     return CheckpointError(
-        f"{report.name} changes nothing in this model: none of its {len(tensors)} tensors (such "
-        f"as {examples}) fits{': ' + '; '.join(reasons[:3]) if reasons else ''}. Choose a LoRA "
-        "that was trained for Krea 2."
+        f"{report.name} changes nothing in this model: none of its "
+        f"{counted(len(tensors), 'tensor')} (such as {examples}) "
+        f"fits{': ' + '; '.join(reasons[:3]) if reasons else ''}. Choose a LoRA that was trained "
+        "for Krea 2."
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import there_are
 from .outputs import Change, output_change, plain, plain_weight
 from .updates import Update
 
@@ -165,7 +166,7 @@ class _TokenRows:
     def __init__(self, share: Tensor, layout: TokenLayout):
         if len(share) != layout.total:
             raise ValueError(
-                f"There are {len(share)} shares; expected {layout.total}, one a token."
+                f"{there_are(len(share), 'share')}; expected {layout.total}, one a token."
             )
         image = slice(layout.text, layout.text + layout.image)
         self._first = _rows(share[layout.text :])

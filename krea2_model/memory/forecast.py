@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checks import counted
 from ..config import TransformerConfig
 from .machine import GB
 from .plan import NONE, Plan
@@ -124,7 +125,7 @@ class Forecast:
         lines = [
             f"{images}{self.width} x {self.height} px{tiles}",
             f"tokens: {', '.join(tokens)}",
-            f"calls: {self.calls} in {self.steps} steps{own}",
+            f"calls: {self.calls} in {counted(self.steps, 'step')}{own}",
             f"operations: {_short(self.step_operations)} a step, {_short(self.operations)} in all",
             f"memory: at most {self.peak / GB:.1f} GB{free}; {self.plan.text}",
         ]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import counted
 from ..config import TextEncoderConfig
 from ..nn.attention import Attend, attend
 from ..nn.layers import TorchLayers
@@ -214,7 +215,8 @@ class Qwen3VLTextEncoder(nn.Module):
             )
         if images is not None and len(images) != len(prompts):
             raise ValueError(
-                f"images has {len(images)} lists; expected {len(prompts)}, one per prompt."
+                f"images has {counted(len(images), 'list')}; expected {len(prompts)}, one per "
+                "prompt."
             )
         tokenizer = self.get_tokenizer()
         tokens = [

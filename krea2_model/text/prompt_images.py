@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_type, is_number
+from ..checks import by_count, check_type, counted, is_number
 from ..images.resize import on_white
 from .prompt_weights import MAX_WEIGHT
 from .vision import resize_for_tower
@@ -105,8 +105,8 @@ def read_roles(text: str, count: int) -> list[str]:
 def _one_each(name: str, values: list, count: int, usual) -> list:
     if count and len(values) > count:
         raise ValueError(
-            f"{name} has {len(values)} entries for {count} images; expected at most one each. "
-            "Take the others out."
+            f"{name} has {len(values)} entries for {counted(count, 'image')}; expected at most one "
+            "each. Take the others out."
         )
     return [*values[:count], *[usual] * (count - len(values))]
 
@@ -152,8 +152,9 @@ def expand_image_tokens(tokens: Sequence[int], grids: Sequence[Grid]) -> list[in
     pads = sum(token == IMAGE_PAD for token in tokens)
     if pads != len(grids):
         raise ValueError(
-            f"The prompt has places for {pads} images ({IMAGE_PAD_TEXT}) and {len(grids)} images "
-            "are given; expected as many of each."
+            f"The prompt has places for {counted(pads, 'image')} ({IMAGE_PAD_TEXT}) and "
+            f"{counted(len(grids), 'image')} {by_count(len(grids), 'is', 'are')} given; expected "
+            "as many of each."
         )
     left, result = iter(grids), []
     for token in tokens:
@@ -218,7 +219,8 @@ def axis_positions(tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
         start, index = start + max(rows, columns), index + count
     if left:
         raise ValueError(
-            f"{len(grids)} images are given and {len(left)} of them have no tokens in the prompt."
+            f"{len(left)} of {counted(len(grids), 'image')} {by_count(len(left), 'has', 'have')} "
+            "no tokens in the prompt."
         )
     return torch.cat(parts, dim=1)
 

@@ -25,6 +25,7 @@ from ..checkpoints.text_encoder import read_text_encoder
 from ..checkpoints.transformer import TRAINING_LEFTOVERS, read_transformer, variant_of
 from ..checkpoints.transformer_keys import DIFFUSERS_MARKER, OFFICIAL_MARKER
 from ..checkpoints.vae import read_vae
+from ..checks import counted
 from ..config import TransformerConfig
 from ..lora.control_files import CHANNELS, REFERENCES, input_sizes, is_down, is_named_control
 from ..lora.files import read_lora
@@ -173,14 +174,14 @@ def _control_lines(checkpoint: Checkpoint) -> list[str]:
     if downs:
         ranks = sorted({shape[0] for shape in downs})
         text = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
-        lines.append(f"  LoRA of {len(downs)} layers of the blocks, rank {text}")
+        lines.append(f"  LoRA of {counted(len(downs), 'layer')} of the blocks, rank {text}")
     return lines
 
 
 def _unknown_lines(checkpoint: Checkpoint) -> list[str]:
     names = list(checkpoint.tensors)
     examples = ", ".join(names[:4])
-    lines = [f"  {len(names)} tensors, such as {examples}"]
+    lines = [f"  {counted(len(names), 'tensor')}, such as {examples}"]
     lines.append("  Krea 2 uses " + "; ".join(f"{kind}: {place}" for kind, place in WHERE.items()))
     return lines
 

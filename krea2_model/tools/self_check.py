@@ -26,6 +26,7 @@ from ..checkpoints.identify import (
     CheckpointError,
     identify,
 )
+from ..checks import counted
 from ..nn import switches
 from ..nn.attention import takes_grouped_heads
 from .describe import PARTS, describe, size_text
@@ -160,7 +161,7 @@ def survey(files: Iterable[ModelFile], report: Report, memory: int = 0) -> list[
                 f"to models/{FOLDERS[kinds[0]][0]}."
             )
     _check_parts(parts, report, memory)
-    return [*lines, f"{loras} LoRAs, {others} other files"]
+    return [*lines, f"{counted(loras, 'LoRA')}, {counted(others, 'other file')}"]
 
 
 def without_home(text: str) -> str:
@@ -191,7 +192,7 @@ def _devices(report: Report) -> Iterable[str]:
             report.notes.append(note)
     if torch.backends.mps.is_available():
         yield "mps, which shares the processor's memory"
-    yield f"cpu: {os.cpu_count()} cores, {main_memory_text()}"
+    yield f"cpu: {counted(os.cpu_count() or 1, 'core')}, {main_memory_text()}"
 
 
 def main_memory() -> int:

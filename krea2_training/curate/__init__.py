@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from krea2_model.checks import counted
 from krea2_model.images.picture_files import PICTURES
 from krea2_model.replacing import replacing
 
@@ -46,7 +47,7 @@ class Curated:
     def summary(self) -> str:
         """The pictures that go and why, and the buckets that are left at each resolution."""
         kept = [row.measures for row in self.rows if row.kept]
-        lines = [f"{len(kept)} of {len(self.rows)} pictures are kept."]
+        lines = [f"Kept: {len(kept)} of {counted(len(self.rows), 'picture')}."]
         counts = Counter(reason for row in self.rows for reason in row.reasons)
         lines += [f"  {reason}: {counts[reason]}" for reason in REASONS if counts[reason]]
         for side in self.limits.resolution:
@@ -86,8 +87,8 @@ def curate(
     known = read_measures(table)
     if known and known.keys().isdisjoint(examples):
         raise ValueError(
-            f"{table} has {len(known)} pictures, and none of them is in {folder}: it is another "
-            "folder's. Name another file with --table."
+            f"{table} has {counted(len(known), 'picture')}, and none of them is in {folder}: it is "
+            "another folder's. Name another file with --table."
         )
     measured = _measured(folder, list(examples), known, table, each, on_picture)
     curated = Curated(tuple(_decided(examples, measured, limits)), limits)

@@ -56,7 +56,7 @@ def test_wildcards_are_drawn_for_each_image(run, nano):
 @pytest.mark.parametrize("prompts, options, message", [
     (" \n ", {}, "prompts is empty"),
     ("a {red", {}, "brace at position 2"),
-    ("a", {"images_per_prompt": 5000}, "1 prompts with 5000 images each are 5000"),
+    ("a", {"images_per_prompt": 5000}, "1 prompt with 5000 images each: 5000"),
 ])  # fmt: skip
 def test_bad_prompts_are_named(run, nano, prompts, options, message):
     with pytest.raises(ValueError, match=message):

@@ -255,7 +255,7 @@ def test_text_encoder_layers(run, models, turbo, shapes, save):
     model, patched, report = run(
         "K2LoraLoader", model=turbo, clip=clip, lora=name, strength=1.0, clip_strength=-0.5
     )
-    assert "1 weights of the transformer matched, 1 of the text encoder" in report
+    assert "1 weight of the transformer matched, 1 of the text encoder" in report
     found = patched.encode_from_tokens(patched.tokenize("a fox"))
     changed = dict(stored)
     changed[f"model.{layer}.weight"] = weight - 0.5 * (up @ down)

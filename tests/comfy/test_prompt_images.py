@@ -253,9 +253,9 @@ def test_only_the_text_is_cut(encode):
     ({"image_1": image(2, 1000)}, "1000 x 2 px; expected one side at most 200 times"),
     ({"image_1": torch.zeros(64, 64, 3)}, "is .64, 64, 3.; expected .1 or more, height, width"),
     ({"image_1": image(), "strengths": "1, x"}, "strengths is '1, x'; expected numbers"),
-    ({"image_1": image(), "strengths": "1, 1"}, "strengths has 2 entries for 1 images"),
+    ({"image_1": image(), "strengths": "1, 1"}, "strengths has 2 entries for 1 image;"),
     ({"image_1": image(), "strengths": "nan"}, "strength of an image is nan; expected -10 to 10"),
-    ({"image_1": image(), "roles": "one\ntwo"}, "roles has 2 entries for 1 images"),
+    ({"image_1": image(), "roles": "one\ntwo"}, "roles has 2 entries for 1 image;"),
     ({"image_1": image(), "prompt": "a <|image_pad|>"}, "stands for an image; expected text"),
     ({"image_1": image(), "max_side": 16}, "max_side is 16; expected 32 to 2048"),
     ({"image_1": image(), "max_tokens": -1}, "max_tokens is -1; expected 0"),
@@ -267,7 +267,7 @@ def test_bad_input_is_named(run, clip, inputs, message):
 
 
 def test_images_without_a_place_are_named(clip):
-    with pytest.raises(ValueError, match="places for 1 images .* and 2 images are given"):
+    with pytest.raises(ValueError, match="places for 1 image .* and 2 images are given"):
         clip.tokenize(f"{BLOCK}a fox", images=[image(), image()])
     with pytest.raises(ValueError, match="places for 0 images"):
         clip.tokenize("a fox", image=image(), skip_template=True)

@@ -281,7 +281,7 @@ def test_core_s_nodes_take_the_lora(train, parts, velocity):
     ({"folder": "no/such"}, "There is no folder 'no/such'"),
     ({"folder": "../output"}, "folder is '../output'; expected a name in the input folder"),
     ({"folder": "training/empty"}, "holds no pictures"),
-    ({"folder": "training/bare"}, "1 of 1 pictures have no caption: a.png.*set caption, one"),
+    ({"folder": "training/bare"}, "1 of 1 picture without a caption: a.png.*set caption, one"),
     ({"folder": "the images input"}, "no images are connected"),
     ({"images": [torch.zeros(1, 64, 64, 3)]}, "images are connected too"),
     ({"name": "../../escape"}, "name is '../../escape'; expected"),
@@ -305,8 +305,8 @@ def test_bad_input_is_refused_before_anything_is_encoded(
 
 
 @pytest.mark.parametrize("captions, message", [
-    (["one", "two"], "3 images and 2 captions"), (None, "3 of 3 images have no caption"),
-    (["one", "", "three"], "1 of 3 images have no caption"),
+    (["one", "two"], "3 images and 2 captions"), (None, "3 of 3 images without a caption"),
+    (["one", "", "three"], "1 of 3 images without a caption"),
     (["one\ntwo"], "3 images and 2 captions"),
 ])  # fmt: skip
 def test_captions_have_to_be_as_many_as_images(train, monkeypatch, captions, message):

@@ -105,7 +105,7 @@ def test_large_pictures_shrink_and_small_ones_do_not_grow():
 
 @pytest.mark.parametrize("images, options, message", [
     ([], {}, "no picture"),
-    ([flat(COLOURS[0])], {"captions": ["a", "b"]}, "2 captions for 1 pictures"),
+    ([flat(COLOURS[0])], {"captions": ["a", "b"]}, "2 captions for 1 picture;"),
     ([flat(COLOURS[0])], {"cell": 2}, "cell 2"),
     ([flat(COLOURS[0])], {"columns": -1}, "columns is -1"),
 ])  # fmt: skip

@@ -236,7 +236,7 @@ def test_the_command(folder, tmp_path, capsys):
     out, err = capsys.readouterr()
     written = [folder / "curate.parquet", folder / "curate.html", listing]
     assert out.splitlines() == list(map(str, written))
-    assert "2 of 3 pictures are kept." in err and "near duplicate: 1" in err
+    assert "Kept: 2 of 3 pictures." in err and "near duplicate: 1" in err
     assert "128 px: 2 of them are large enough, by size:\n  128 x 128: 1\n  176 x 96: 1\n" in err
     assert "256 px: 1 of them are large enough, by size:\n  368 x 176: 1\n" in err
     rows = [json.loads(line) for line in listing.read_text().splitlines()]

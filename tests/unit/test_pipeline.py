@@ -223,7 +223,7 @@ def test_out_of_memory_decodes_in_tiles(pipeline, monkeypatch):
         ({"prompt": None}, "either prompt or prompt_embeds"),
         ({"prompt": []}, "expected a text or a list of texts"),
         ({"prompt": [3]}, "expected a text or a list of texts"),
-        ({"negative_prompt": ["a", "b"], "guidance": 1}, "a list of 1 texts"),
+        ({"negative_prompt": ["a", "b"], "guidance": 1}, "a list of 1 text,"),
         ({"height": 0}, "height is 0; expected"),
         ({"width": -16}, "width is -16; expected"),
         ({"width": 100_000}, "width is 100000; expected"),

@@ -184,7 +184,7 @@ def test_positions_go_on_behind_the_larger_side():
 @pytest.mark.parametrize("tokens, grids, message", [
     ([1, IMAGE_PAD, 2], [(2, 1)], "2 x 1 tokens has fewer places"),
     ([1, IMAGE_PAD], [], "more image tokens"),
-    ([1, 2], [(1, 1)], "1 of them have no tokens"),
+    ([1, 2], [(1, 1)], "1 of 1 image has no tokens"),
 ])  # fmt: skip
 def test_pads_that_do_not_fit_are_named(tokens, grids, message):
     with pytest.raises(ValueError, match=message):
@@ -287,7 +287,7 @@ def test_prompts_that_do_not_fit_their_images_are_named(encoder):
         encoder.encode(["a fox", "a badger"], images=[[image]])
     with pytest.raises(ValueError, match="stands for an image"):
         encoder.encode(["a <|image_pad|>"], images=[[image]])
-    with pytest.raises(ValueError, match="places for 0 images .* and 1 images are given"):
+    with pytest.raises(ValueError, match="places for 0 images .* and 1 image is given"):
         expand_image_tokens([1, 2], [(1, 1)])
 
 

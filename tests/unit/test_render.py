@@ -112,7 +112,7 @@ SAID = [
 
 def test_bad_rows_are_said_first_and_stop_nobody(render, painted, tmp_path):
     error = render("p.jsonl", BAD, code=1)
-    assert "11 of 12 pictures were not made" in error and error.count("\n") == 1
+    assert "11 of 12 pictures not made" in error and error.count("\n") == 1
     assert painted == [("a circle", 0)]
     *bad, good = results(tmp_path)
     assert good["file"] == "0001.png"

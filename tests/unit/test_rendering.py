@@ -404,7 +404,7 @@ def test_a_run_makes_what_is_missing(render, tmp_path):
 
 def test_jobs_without_a_result_are_errors(render, tmp_path):
     error, _ = render(["a", "killed"], code=1)
-    assert "1 of 2 pictures were not made" in error
+    assert "1 of 2 pictures not made" in error
     table = pq.read_table(tmp_path / "out" / "table.parquet").to_pylist()
     assert ["Its worker was killed" in (row["error"] or "") for row in table] == [False, True]
     assert [row["row"] for row in table] == [1, 2]
@@ -418,7 +418,7 @@ def test_a_stopped_run_goes_on(render, tmp_path):
 
 def test_a_full_disk_stops_and_loses_nothing(render, tmp_path):
     error, made = render(["a", "full", "b"], code=1)
-    assert "The disk is full. 2 of 3 pictures were tried" in error and made == ["a", "full"]
+    assert "The disk is full. 2 of 3 pictures tried" in error and made == ["a", "full"]
     (tmp_path / "p.txt").write_text("a\nb\n")
     assert render(["a", "b"], "--resume")[1][:1] == ["b"]
 
@@ -463,9 +463,9 @@ def test_a_dry_run_counts_and_keeps_nothing(nano_once, krea2, capsys, tmp_path):
     words = ["render", tmp_path / "p.jsonl", "--engine", "ray", *MODEL, "--dry-run", "--workers", 2]
     assert main([*map(str, words), "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "3 rows: 2 pictures to make" in out and "1 rows with errors" in out
+    assert "3 rows: 2 pictures to make" in out and "1 row with errors" in out
     assert (
-        "2 of 32 x 32 px, 1 steps" in out
+        "2 of 32 x 32 px, 1 step" in out
         and "2 calls of the model" in out
         and "hours with 2 workers" in out
     )

@@ -148,7 +148,7 @@ def test_rows_fill_the_graph_and_pictures_come_back(render, comfy, tmp_path):
 def test_errors_of_jobs_are_rows(render, comfy, tmp_path):
     server = comfy()
     error = render([{"prompt": p} for p in ("refused", "fails", "a star")], server, code=1)
-    assert "2 of 3 pictures were not made" in error
+    assert "2 of 3 pictures not made" in error
     found = table(tmp_path)
     assert found[1]["error"] == "K2TextEncode (node 2): Bad prompt"
     assert found[2]["error"] == "K2Sampler (node 4): no" and found[3]["file"]

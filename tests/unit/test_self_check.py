@@ -124,7 +124,7 @@ def test_a_pickle_of_krea_is_refused_and_another_s_ignored(models):
     report = check(models)
     (message,) = report.wrong
     assert "krea2_turbo.ckpt" in message and "as .safetensors" in message
-    assert lines_of(report, "Model files")[-1] == "0 LoRAs, 1 other files"
+    assert lines_of(report, "Model files")[-1] == "0 LoRAs, 1 other file"
 
 
 def test_gguf_without_its_package_is_wrong(models, monkeypatch):

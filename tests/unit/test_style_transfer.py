@@ -319,7 +319,7 @@ PICTURE = torch.rand(3, 32, 32)
         ([PICTURE] * 9, {}, "There are 9 style pictures; expected 1 to 8"),
         (None, {}, "images is None"),
         (torch.zeros(3, 1, 1), {}, "1 x 1 px; expected at least 16 px a side"),
-        ([PICTURE, PICTURE], {"weights": [1]}, "2 style pictures and 1 weights"),
+        ([PICTURE, PICTURE], {"weights": [1]}, "2 style pictures and 1 weight "),
         (PICTURE, {"weights": [0]}, "one of them above 0"),
         (PICTURE, {"mask": torch.zeros(32, 32)}, "mask is empty"),
         (PICTURE, {"mask": torch.ones(32, 64)}, "mask is 64 x 32 px, for an image of 64 x 64 px"),

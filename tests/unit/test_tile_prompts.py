@@ -180,7 +180,10 @@ def test_the_forecast_counts_pictures_and_texts_of_tiles(nano):
     ("options", "words"),
     [
         ({"tiles": TileSettings(64, prompts=SEEN)}, "Give start_image"),
-        ({"tiles": TileSettings(64, prompts=TilePrompts(False, ["a"]))}, "1 texts for 6 tiles"),
+        (
+            {"tiles": TileSettings(64, prompts=TilePrompts(False, ["a"]))},
+            "There is 1 text for 6 tiles",
+        ),
         ({"upscale": Upscale(2, tile=64, prompts=TilePrompts(True, ["a", "b"]))}, "2 texts for"),
         ({"images": [picture(32, 32)] * 8, "upscale": Upscale(2, tile=64, prompts=SEEN)}, "most 7"),
     ],

@@ -81,7 +81,7 @@ def test_what_cannot_be_used_is_named(tmp_path, folder):
     with pytest.raises(ValueError, match="holds no pictures"):
         read_examples(Data(empty))
     (folder / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 pictures have no caption: a.png.*--caption"):
+    with pytest.raises(ValueError, match=r"1 of 3 pictures without a caption: a.png.*--caption"):
         read_examples(Data(folder))
     assert read_examples(Data(folder, caption=""))[0].captions == ("",)
     (folder / "a.png").write_bytes(b"no picture")

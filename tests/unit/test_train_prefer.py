@@ -67,9 +67,9 @@ def test_pairs_that_are_refused(pairs, tmp_path):
             read_pairs(Pairs(path, 64))
 
     picture(pairs / "owl.better.png", "white")
-    fails(pairs, r"1 pictures in .* have no other: owl\. Each needs NAME.better.png and")
+    fails(pairs, r"1 picture in .* without the other: owl\. Each needs NAME.better.png and")
     picture(pairs / "owl.worse.png", "white", size=(128, 64))
-    fails(pairs, r"1 pairs in .* have no prompt: owl\. Write it into owl.txt")
+    fails(pairs, r"1 pair in .* without a prompt: owl\. Write it into owl.txt")
     (pairs / "owl.txt").write_text("an owl")
     fails(pairs, r"owl.better.png are 64 x 64 and 128 x 64 px; expected one shape")
     (pairs / "owl.worse.png").write_bytes(b"no picture")

@@ -35,7 +35,7 @@ def test_a_folder_gives_its_captions_once(tmp_path):
         (tmp_path / f"{name}.txt").write_text(caption)
     assert [row["prompt"] for row in read_prompts(tmp_path)] == ["one", "short", "two"]
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 pictures have no caption: b.png.*text file"):
+    with pytest.raises(ValueError, match=r"1 of 3 pictures without a caption: b.png.*text file"):
         read_prompts(tmp_path)
 
 
@@ -43,7 +43,7 @@ def test_a_folder_gives_its_captions_once(tmp_path):
     "name, content, expected",
     [
         ("a.txt", "\n \n", r"a.txt holds no prompts"),
-        ("a.txt", "one\ntwo\none\n", r"1 prompts more than once: 'one'"),
+        ("a.txt", "one\ntwo\none\n", r"1 prompt more than once: 'one'"),
         ("a.jsonl", '{"text": "one"}', r"row 1 has no column prompt; it has text"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": 3}', r"prompt is '3'; expected a text"),
         ("a.csv", "prompt,shape\n ,star\n", r"row 1: prompt is ' '; expected a text"),

@@ -144,7 +144,7 @@ def test_a_row_with_regions_needs_no_prompt(tmp_path):
     file.write_text("".join(json.dumps({"prompt": "", **row}) + "\n" for row in ROWS))
     assert [row["prompt"] for row in read_prompts(file)][:2] == ["", "a grey background"]
     file.write_text(json.dumps(ROWS[0]) * 1 + "\n" + json.dumps(ROWS[0]) + "\n")
-    with pytest.raises(ValueError, match="1 prompts more than once"):
+    with pytest.raises(ValueError, match="1 prompt more than once"):
         read_prompts(file)
     file.write_text(json.dumps({"prompt": ""}) + "\n")
     with pytest.raises(ValueError, match="row 1: prompt is ''"):

@@ -66,7 +66,7 @@ def test_a_share_is_held_out_and_never_trained(folders, cache, tmp_path):
     assert len(seen) == 10 and len(trained) == 30
     assert {one.name for one in (*trained, *seen)} == {one.name for one in examples}
     assert hold_out(examples, config)[1] == seen
-    with pytest.raises(ValueError, match=r"validation.share is 0.25; expected .*one of the 1 pict"):
+    with pytest.raises(ValueError, match=r"validation.share is 0.25; expected .*one of 1 picture,"):
         hold_out(examples[:1], config)
 
 
@@ -182,7 +182,7 @@ def test_prior_pictures_have_captions_of_their_own(folders, cache, tmp_path):
     Image.new("RGB", (64, 64)).save(bare / "a.png")
     settings = {"data__caption": "mine", "prior__path": bare}
     config = config_of(folders, cache, tmp_path / "x.safetensors", **settings)
-    with pytest.raises(ValueError, match="1 of 1 pictures have no caption.*prior.caption for all"):
+    with pytest.raises(ValueError, match="1 of 1 picture without a caption.*prior.caption for all"):
         prior_pictures(config)
     config = config_of(
         folders, cache, tmp_path / "x.safetensors", **settings, prior__caption="a thing"

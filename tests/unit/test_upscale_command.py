@@ -87,10 +87,10 @@ def test_sparse_attention_above_a_sigma(krea2, tmp_path):
         (("--edit-boost", "2"), "--edit-boost goes with --edit;"),
         (("--upscale-sigma", "0.5"), "--upscale-sigma goes with --upscale"),
         (("--upscale-see-tiles",), "--upscale-see-tiles goes with --upscale"),
-        (("--upscale", "2", "--upscale-tile-prompt", "a fox"), "There are 1 texts for 9 tiles"),
+        (("--upscale", "2", "--upscale-tile-prompt", "a fox"), "There is 1 text for 9 tiles"),
         (
             ("--upscale", "2", "--upscale-tile-prompt", "a fox", "--dry-run"),
-            "There are 1 texts for 9 tiles",
+            "There is 1 text for 9 tiles",
         ),
         (("--sparse-above", "2"), "--sparse-above is 2"),
         (("--upscale", "2", "--start-image", "a.png", "--mask", "a.png"), "do not go together"),
