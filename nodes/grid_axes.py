@@ -143,9 +143,9 @@ def _check_parts(axes: Sequence[Axis], prompt: str) -> None:
         for each in prompts if axis.kind == PART else ():
             if axis.part not in each:
                 raise ValueError(
-                    f"{axis.letter}_values begins with {axis.part!r}, which is not in the prompt "
-                    f"{each!r}; expected a part of it in the same letters, then what takes its "
-                    "place, a line each."
+                    f"{axis.letter}_values begins with {axis.part!r:.200}, which is not in the "
+                    f"prompt {each!r:.200}; expected a part of it in the same letters, then what "
+                    "takes its place, a line each."
                 )
 
 

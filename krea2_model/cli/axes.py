@@ -20,8 +20,7 @@ LORA_STRENGTH = "lora_strength"
 NAMES = (*(name for name in PICTURE if name != "dtype"), LORA_STRENGTH)
 # metavars of options that are numbers, which take ranges.
 _NUMBERS = ("N", "PX", "X")
-# A bar between values, and not one of {red|blue}, which is a wildcard.
-_BAR = re.compile(r"\|(?![^{}]*\})")
+_MARK = re.compile(r"[{|}]")
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,21 @@ def _read_axis(letter: str, text: str) -> Axis:
     return Axis(letter, name, part if tilde else None, tuple(values), tuple(labels))
 
 
+def between_bars(text: str) -> list[str]:
+    """What bars part; those of {red|blue}, which is a wildcard, part nothing."""
+    parts, last, is_inside = [], len(text), False
+    for mark in reversed(list(_MARK.finditer(text))):
+        if mark[0] != "|":
+            is_inside = mark[0] == "}"
+        elif not is_inside:
+            parts.append(text[mark.end() : last])
+            last = mark.start()
+    return [text[:last], *reversed(parts)]
+
+
 def _values(letter: str, text: str, name: str, listed: str) -> list[Any]:
     """Values as columns of a table hold them; lists of files for options that repeat."""
-    bars = _BAR.split(listed)
+    bars = between_bars(listed)
     parts = bars if len(bars) > 1 else listed.split(",")
     parts = [part.strip() for part in parts]
     is_text = name in ("prompt", "negative")

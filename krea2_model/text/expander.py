@@ -63,6 +63,8 @@ LENGTHS = {
 }
 
 MAX_VARIANTS = 16
+# Characters of a text to expand, which is repeated in the caption.
+MAX_TEXT = 10_000
 
 # Requests of the variants after the first, for what the prompt leaves open.
 DIRECTIONS = (
@@ -161,6 +163,11 @@ def expand(
     prompt, style, language = (_plain(text) for text in (marked.text, style, language))
     if not prompt:
         raise ValueError("prompt is empty; expected a few words about the picture.")
+    for name, text in (("prompt", prompt), ("style", style), ("language", language)):
+        if len(text) > MAX_TEXT:
+            raise ValueError(
+                f"{name} has {len(text)} characters; expected at most {MAX_TEXT}. Shorten it."
+            )
     if length not in LENGTHS:
         raise ValueError(f"length is {length!r}; expected one of {', '.join(LENGTHS)}.")
     if not 1 <= variants <= MAX_VARIANTS:

@@ -29,6 +29,9 @@ SUFFIX_TOKENS = 5
 # Kept tokens of the official layout: up to 507 of the prompt, then the suffix.
 OFFICIAL_LENGTH = 512
 PROMPT_BUDGET = OFFICIAL_LENGTH - SUFFIX_TOKENS
+# Tokens of a text that is read at all. Attention grows with their square: a file that was pasted by
+# accident would take hours.
+MAX_TOKENS = 10_000
 
 # The padding token of the official layout. Nothing is padded here; hosts that batch tokens need it.
 PAD_TOKEN = 151643
@@ -123,7 +126,8 @@ class Krea2Tokenizer:
         before: stands in front of the prompt and is neither cut nor counted, such as images
             (`prompt_images.image_text`). Nothing or what ends in a special token.
 
-        Raises ValueError for a prompt that is no text and for a length without room for a prompt.
+        Raises ValueError for a prompt that is no text or keeps more than `MAX_TOKENS`, and for a
+        length without room for a prompt.
         """
         _check_length(max_sequence_length)
         ids = self._with_prefix(prompt, before)
@@ -138,7 +142,8 @@ class Krea2Tokenizer:
                 limit,
             )
             ids = ids[: first + limit]
-        elif used > PROMPT_BUDGET:
+        check_tokens(min(used, limit))
+        if PROMPT_BUDGET < used <= limit:
             logger.warning(
                 "The prompt uses %d tokens; the model was trained on up to %d. Shorten it, or cut "
                 "it with max_sequence_length=%d.",
@@ -219,6 +224,16 @@ def _read_tokenizer(folder: Path, files: tuple):
     return AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )
+
+
+def check_tokens(count: int) -> None:
+    """Raise ValueError for more tokens of a text than are read at all."""
+    if count > MAX_TOKENS:
+        raise ValueError(
+            f"The prompt uses {count} tokens; expected at most {MAX_TOKENS}, and the model was "
+            f"trained on up to {PROMPT_BUDGET}. Shorten it, or cut it with "
+            f"max_sequence_length={OFFICIAL_LENGTH} (official_length of Krea 2 Prompt)."
+        )
 
 
 def _check_length(value: int | None) -> None:

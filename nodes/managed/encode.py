@@ -8,6 +8,7 @@ from ...krea2_model.text.prompt_tokens import (
     weigh_tokens,
 )
 from ...krea2_model.text.prompt_weights import parse_weights
+from ...krea2_model.text.tokenizer import PREFIX_TOKENS, SUFFIX_TOKENS, check_tokens
 from .conditions import TOKEN_WEIGHTS
 from .tokenizer import Krea2ClipTokenizer
 
@@ -21,6 +22,8 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
     texts = [prompt.text for prompt in marked] or list(prompts)
     tokens = clip.tokenize(texts[0] if len(texts) == 1 else texts, always_wrap=True, **options)
+    longest = max((len(row) for rows in tokens.values() for row in rows), default=0)
+    check_tokens(longest - PREFIX_TOKENS - SUFFIX_TOKENS)  # core's CLIP does not
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if not any(prompt.is_weighted for prompt in marked):
         return conditioning

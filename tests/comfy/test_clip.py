@@ -106,6 +106,15 @@ def test_five_thousand_words_with_a_warning_or_cut(run, clip, caplog):
     assert cut.shape[1] == 512
 
 
+def test_a_text_that_would_take_hours_is_refused_before_it_is_encoded(run, clip, core_clip):
+    prompt = "abcdefghij" * 20_000
+    for each in (clip, core_clip):
+        with pytest.raises(ValueError, match="tokens; expected at most 10000"):
+            run("K2TextEncode", clip=each, prompt="a fox", negative=prompt)
+    with pytest.raises(ValueError, match="tokens; expected at most 10000"):
+        run("CLIPTextEncode", clip=clip, text=prompt)
+
+
 def test_a_list_of_texts_gives_each_image_its_own(run, clip, turbo):
     texts = ["a fox", "a much longer description of a badger in the rain"]
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(texts))

@@ -268,6 +268,8 @@ def test_inputs_that_do_not_fit_are_refused_before_sampling(
             grid(x_axis="checkpoint", x_values=f"{NANO}\n{wide.name}")
     finally:
         wide.unlink()
+    with pytest.raises(ValueError, match="tokens; expected at most 10000"):
+        grid(negative="red fox " * 25_000, **seeds)
     with pytest.raises(ValueError, match="vae is empty"):
         grid(vae=None, **seeds)
     with pytest.raises(ValueError, match="max_cells is 1001"):

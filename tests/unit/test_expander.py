@@ -216,6 +216,8 @@ def test_an_empty_answer_is_tried_again_and_then_refused():
     "options, message",
     [
         ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": "a fox " * 5000}, "prompt has 29999 characters; expected at most 10000"),
+        ({"style": "x" * 10_001}, "style has 10001 characters"),
         ({"length": "huge"}, "length is 'huge'; expected one of short, medium, long"),
         ({"variants": 0}, "variants is 0; expected 1 to 16"),
         ({"variants": 17}, "variants is 17"),

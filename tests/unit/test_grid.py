@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from krea2_model import Krea2Pipeline, PictureGrid, nano
+from krea2_model.cli.axes import between_bars
 from krea2_model.cli.painter import Painter
 from krea2_model.cli.parser import command_parser
 from krea2_model.cli.table import options_of_row
 from krea2_model.images.grid_sheet import MAX_SHEET, check_counts, grid_sheet
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.text.encoder import Qwen3VLTextEncoder
+from work import assert_linear
 
 pytestmark = pytest.mark.usefixtures("nano_once")
 SIZE = ["--steps", "1", "--width", "32", "--height", "32"]
@@ -264,6 +266,12 @@ def test_switches_of_rows_are_on_and_off():
 
 def flat(colour, width=40, height=30):
     return Image.new("RGB", (width, height), colour)
+
+
+def test_bars_of_wildcards_part_no_values_and_many_take_linear_time():
+    assert between_bars("{a|b} c|d|{e}") == ["{a|b} c", "d", "{e}"]
+    assert between_bars("a|b}|c{|d") == ["a|b}", "c{", "d"]
+    assert_linear(lambda n: between_bars("|" * n), 2_000)
 
 
 def test_the_sheet_has_a_place_for_every_cell():

@@ -16,6 +16,7 @@ from krea2_model import nano
 from krea2_model.checkpoints.text_encoder import find_tokenizer
 from krea2_model.text import tokenizer as module
 from krea2_model.text.tokenizer import (
+    MAX_TOKENS,
     OFFICIAL_LENGTH,
     PAD_TOKEN,
     PREFIX_TOKENS,
@@ -189,6 +190,15 @@ def test_too_long_prompts_are_reported(tokenizer, caplog):
     caplog.clear()
     tokenizer.tokenize(" fox" * 510, max_sequence_length=1024)
     assert "up to 507" in caplog.text and "dropped" not in caplog.text
+
+
+def test_texts_that_would_take_hours_are_refused(tokenizer):
+    """Attention grows with the square of their length."""
+    assert len(tokenizer.tokenize(" fox" * MAX_TOKENS)) > MAX_TOKENS
+    for prompt in (" fox" * (MAX_TOKENS + 1), "abcdefghij" * 20_000, "(" * 200_000):
+        with pytest.raises(ValueError, match=f"tokens; expected at most {MAX_TOKENS}.* cut it"):
+            tokenizer.tokenize(prompt)
+        assert len(tokenizer.tokenize(prompt, max_sequence_length=512)) == 34 + 512
 
 
 @pytest.mark.parametrize("length", [5, 0, -1, 512.0, "512", True])
