@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.checkpoints.identify import TRANSFORMER
+from ..krea2_model.checks import counted
 from ..krea2_model.cli.kept import texts_of_graph
 from . import grid_axes, inputs, model_files
 from .grid_axes import AXES, LETTERS, NONE
@@ -189,6 +190,9 @@ class K2Grid(io.ComfyNode):
         max_cells=100,
         **axes,
     ):
+        texts = {"prompt": prompt, "negative": negative, "filename_prefix": filename_prefix}
+        choices = {"preset": preset, "sampler": sampler, "shift": shift}
+        check_limits(cls, **texts, **choices, **axes)
         if lora != NONE:
             model_files.find_lora(lora)
         check_model(model)
@@ -207,7 +211,7 @@ class K2Grid(io.ComfyNode):
         hidden = cls.hidden
         graph, node = (None, None) if hidden is None else (hidden.prompt, hidden.unique_id)
         files = GridFiles(filename_prefix, read, node)
-        texts = sheet_texts(graph, None if hidden is None else hidden.extra_pnginfo)
+        kept_texts = sheet_texts(graph, None if hidden is None else hidden.extra_pnginfo)
         images: dict[int, torch.Tensor] = {}
         lines: dict[int, str] = {}
         far = ""
@@ -225,13 +229,13 @@ class K2Grid(io.ComfyNode):
                 lines[cell.number] = f"{cell.number}: {', '.join(cell.labels)}"
                 far = far or run.far
         except BaseException:
-            note = f"{files.made} of {len(cells)} pictures, the run was stopped"
-            if files.finish(texts, note) is not None:
+            note = f"{files.made} of {counted(len(cells), 'picture')}, the run was stopped"
+            if files.finish(kept_texts, note) is not None:
                 logger.info("Krea 2 Grid: %s: %s", note, files.place)
             raise
-        sheet = files.finish(texts)
+        sheet = files.finish(kept_texts)
         assert sheet is not None, "there is at least one cell"
-        summary = [f"{len(cells)} pictures", files.place, *([far] if far else [])]
+        summary = [counted(len(cells), "picture"), files.place, *([far] if far else [])]
         report = "\n".join([*summary, *(lines[number] for number in sorted(lines))])
         shown = ui.PreviewText("\n".join(summary)).as_dict()
         shown |= {"images": [files.state["sheet"]], KEY: [files.state]}

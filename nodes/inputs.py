@@ -254,25 +254,33 @@ def feather(tooltip: str, default: int = 8, highest: int = MAX_PIXELS):
 
 
 def limit_error(node, **values) -> str | None:
-    """The error for the first value outside of its input's limits, or None.
+    """The error for the first value of another type than its input's or outside its limits.
 
     node: the node's class. values: by input id; None for a linked input, not known yet.
     """
     # Not GET_SCHEMA, which writes to the class: ComfyUI runs nodes on a locked copy of it.
     for entry in node.define_schema().inputs:
         value = values.get(entry.id)
+        if value is None:
+            continue
+        if isinstance(entry, io.String.Input) and not isinstance(value, str):
+            return f"{entry.id} is {value!r:.80}; expected a text."
+        if isinstance(entry, io.Combo.Input) and entry.options and value not in entry.options:
+            return f"{entry.id} is {value!r:.80}; expected one of {', '.join(entry.options)}."
         low, high = (getattr(entry, limit, None) for limit in ("min", "max"))
-        if not isinstance(value, (int, float)) or (low is None and high is None):
+        if low is None and high is None:
             continue
         low, high = -math.inf if low is None else low, math.inf if high is None else high
-        if not low <= value <= high:  # NaN too
-            kind = "a whole number" if isinstance(entry.default, int) else "a number"
-            return f"{entry.id} is {value!r}; expected {kind} from {low} to {high}."
+        is_whole = isinstance(entry, io.Int.Input)
+        kinds = int if is_whole else (int, float)
+        if not isinstance(value, kinds) or not low <= value <= high:  # NaN too
+            kind = "a whole number" if is_whole else "a number"
+            return f"{entry.id} is {value!r:.80}; expected {kind} from {low} to {high}."
     return None
 
 
 def check_limits(node, **values) -> None:
-    """Raise ValueError for a value outside of its input's limits."""
+    """Raise ValueError for a value of another type than its input's, or outside its limits."""
     if (error := limit_error(node, **values)) is not None:
         raise ValueError(error)
 

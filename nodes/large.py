@@ -10,7 +10,7 @@ from ..krea2_model.transformer.rotary_scaling import METHODS as ROTARY_METHODS
 from ..krea2_model.transformer.rotary_scaling import RotaryScaling
 from ..krea2_model.transformer.sparse_attention import SparseAttention
 from . import inputs
-from .inputs import verdict
+from .inputs import check_limits, verdict
 from .managed.diffusion_model import ROTARY, SPARSE, TILES
 from .managed.tile_prompts import ModelTilePrompts, texts_of_prompt, with_tile_prompts
 from .sampler_run import check_ours
@@ -147,6 +147,8 @@ class K2TiledSampling(io.ComfyNode):
         prompt="",
     ):
         check_ours(model, "which has no tiles")
+        numbers = {"tile": tile, "overlap": overlap, "batch": batch}
+        check_limits(cls, tile_prompt=tile_prompt, prompt=prompt, **numbers)
         prompts = chosen_prompts(clip, tile_prompt, prompt)
         side = tile or _size_of(model)
         settings = TileSettings(side, overlap, move, true_places, batch, cut_references, prompts)
@@ -233,6 +235,7 @@ class K2RotaryScaling(io.ComfyNode):
     @classmethod
     def execute(cls, model, method="yarn", dynamic=True, strength=2.0, size=0):
         check_ours(model, "which has no scaled rotary positions")
+        check_limits(cls, method=method, strength=strength, size=size)
         scaling = RotaryScaling(size or _size_of(model), method, dynamic, strength)
         return io.NodeOutput(with_options(model, {ROTARY: scaling}))
 
@@ -305,6 +308,7 @@ class K2SparseAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, above=0.6, block=16, reach=1, stride=4):
         check_ours(model, "which has no sparse attention")
+        check_limits(cls, above=above, block=block, reach=reach, stride=stride)
         settings = SparseAttention(above, block, reach, stride)
         return io.NodeOutput(with_options(model, {SPARSE: settings}))
 

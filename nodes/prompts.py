@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model.text.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
 from . import inputs
-from .inputs import MAX_TOKENS
+from .inputs import MAX_TOKENS, check_limits
 from .managed.encode import encode_prompts
 from .managed.memory import advise
 from .reports import prompt_report
@@ -53,6 +53,7 @@ class K2TextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, prompt, negative="", official_length=False, max_tokens=0, weights=True):
+        check_limits(cls, prompt=prompt, negative=negative, max_tokens=max_tokens)
         options = length_options(official_length, max_tokens)
         encoded = [encode(clip, [text], weights, **options) for text in (prompt, negative)]
         names = ("prompt", "negative") if negative else ("prompt",)

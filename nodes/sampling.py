@@ -113,7 +113,8 @@ class K2Sampler(io.ComfyNode):
     ):
         check_model(model)
         numbers = {"steps": steps, "guidance": guidance, "denoise": denoise, "mu": mu}
-        check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers)
+        choices = {"preset": preset, "sampler": sampler, "shift": shift, "seeds": seeds}
+        check_limits(cls, seed=seed, start_sigma=start_sigma, **numbers, **choices)
         check_mask(latent)
         settings = preset_of(model, preset, steps, guidance)
         check_negative(settings, preset, negative)
@@ -181,7 +182,8 @@ class K2Sigmas(io.ComfyNode):
         start_sigma=0.0,
     ):
         check_model(model)
-        check_limits(cls, steps=steps, denoise=denoise, mu=mu, start_sigma=start_sigma)
+        numbers = {"steps": steps, "denoise": denoise, "mu": mu, "start_sigma": start_sigma}
+        check_limits(cls, preset=preset, shift=shift, **numbers)
         settings = preset_of(model, preset, steps)
         start = start_of(model, latent)
         exponent = shift_exponent(settings, shift, mu, token_count(start))

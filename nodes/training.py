@@ -266,7 +266,8 @@ class K2TrainLora(io.ComfyNode):
         schema = cls.define_schema()
         values: dict[str, Any] = {e.id: getattr(e, "default", None) for e in schema.inputs}
         values |= {name: _only(value) for name, value in widgets.items()}
-        inputs.check_limits(cls, **values)
+        # The folder is looked up below: it may be newer than the list of choices.
+        inputs.check_limits(cls, **values | {"folder": None})
         model, clip, vae = model[0], clip[0], given_vae(vae[0])
         check_parts(model, clip, vae)
         result, run_folder = find_output(values["name"])

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import pytest
 
@@ -89,3 +90,50 @@ def test_comfyui_itself_refuses_them(models):
     assert "steps is 10000; expected a whole number from 1 to 1000" in str(errors)
     graph["3"]["inputs"]["steps"] = 1000
     assert asyncio.run(execution.validate_prompt("1", graph, None))[0]
+
+
+# Inputs of other types than numbers, texts and choices, by node.
+TYPED = {
+    "K2Vary": {}, "K2Walk": {"start": []}, "K2PictureSettings": {},
+    "K2SparseAttention": {"model": 0}, "K2TiledSampling": {"model": 0, "clip": 1},
+    "K2RotaryScaling": {"model": 0}, "K2Styles": {"model": 0, "clip": 1, "vae": 2},
+    "K2SaveStyle": {}, "K2Grid": {"model": 0, "clip": 1, "vae": 2},
+    "K2Sampler": {"model": 0, "positive": []}, "K2Sigmas": {"model": 0},
+    "K2TextEncode": {"clip": 1},
+}  # fmt: skip
+WRONG = {
+    "INT": ["7", 2.5, [1], math.nan], "FLOAT": ["0.5", [1.0], math.nan],
+    "STRING": [5, ["x"], 1.5], "COMBO": [5, ["x"], "no such"],
+}  # fmt: skip
+GOOD = {
+    "K2Vary": {"seed": 1, "variation_seed": 2}, "K2SaveStyle": {"words": "x"},
+    "K2Styles": {"styles": "Woodcut", "prompt": "a star"}, "K2TextEncode": {"prompt": "a star"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nano(run):
+    return run("K2Loader", model="krea2-nano (built in)")
+
+
+@pytest.mark.parametrize(
+    "name, entry",
+    [
+        pytest.param(name, entry, id=f"{name}-{entry.id}")
+        for name in TYPED
+        for entry in NODES[name].GET_SCHEMA().inputs
+        if entry.get_io_type() in WRONG
+    ],
+)
+def test_linked_values_of_another_type_are_named(run, nano, latent, name, entry):
+    """ComfyUI checks no type where an output is of any; not even that a choice is one."""
+    options = {
+        key: nano[part] if isinstance(part, int) else part for key, part in TYPED[name].items()
+    } | GOOD.get(name, {})  # fmt: skip
+    if name in ("K2Grid", "K2Sampler", "K2Sigmas"):
+        options["latent"] = latent
+    if name == "K2Grid":
+        options |= {"prompt": "a red star", "x_axis": "seed", "x_values": "1"}
+    for value in WRONG[entry.get_io_type()]:
+        with pytest.raises(ValueError, match=rf"^{entry.id}\b|{re.escape(repr(value))}"):
+            run(name, **options | {entry.id: value})
