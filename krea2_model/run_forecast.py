@@ -25,6 +25,7 @@ from .tiles import TileSettings, still_tiles, tiles_at
 from .transformer.model import Krea2Transformer
 from .transformer.sparse_attention import SparseAttention
 from .upscaling import Upscale
+from .variations import PromptBlend
 
 
 class Parts(Protocol):
@@ -62,12 +63,13 @@ def forecast(
     style: StyleTransfer | None = None,
     denoise: float = 1.0,
     sparse: SparseAttention | None = None,
+    blend: PromptBlend | None = None,
 ) -> Forecast:
     """What a run with these arguments of a call will take; nothing is computed or moved.
 
     references: width and height of each reference image, as `References` encodes it.
     text_tokens: of a prompt; the official length where it is not known yet.
-    regions, control, upscale, style, denoise, sparse: as in a call. The second stage is the
+    regions, control, upscale, style, denoise, sparse, blend: as in a call. The second stage is the
         `second` of the result, or with denoise=0 the result.
     """
     preset = self.preset
@@ -95,6 +97,13 @@ def forecast(
         prompts = [prompt for prompt in places.prompts() if prompt is not None]
         text += sum(len(tokenize_prompt(tokenizer, one).weight_row) for one in prompts)
     controls = Controls.of(control, self._loras[0].shapes)
+    if blend is not None:
+        check_type("blend", blend, PromptBlend, "a PromptBlend")
+    others: list[int] = []  # tokens of the other prompt, which has calls of its own
+    if blend is not None and blend.share > 0:
+        others = [len(tokenize_prompt(tokenizer, blend.prompt).weight_row)]
+        if blend.share == 1:  # and is the only one
+            text, text_tokens, others = text - text_tokens + others[0], others[0], []
 
     def stage(
         width: int,
@@ -113,12 +122,14 @@ def forecast(
         if tiles is not None and tiles.prompts is not None:
             tiles.prompts.texts_of(still_tiles(grid, tiles), [])
         text += picture_tokens(tiles, grid)
+        texts = [text, *(each + text - text_tokens for each in others), *[text_tokens] * guided]
+        longest = max(texts)
         at_once = 1 if tiles is None else max(1, tiles.batch)
         styled = None if style is None else style.prepared(width, height)
         shown_styles = [] if styled is None else styled.tokens
         # The negative text has no regions, and takes no more than the positive.
         one, both = (
-            self._activations(count * at_once * num_images, image, text, extra, shown_styles)
+            self._activations(count * at_once * num_images, image, longest, extra, shown_styles)
             for count in (1, 2)
         )
         # Both texts in one call, as a run decides it.
@@ -126,9 +137,8 @@ def forecast(
         if tiles is not None and tiles.prompts is not None:  # whose texts are held
             held = len(cut) * num_images * text * self.transformer.config.hidden_size
             needed[TRANSFORMER] += held * self.transformer.compute_dtype.itemsize
-        needed[VAE] = self._activations(1, grid[0] * grid[1], text, 0, shown_styles)[VAE]
+        needed[VAE] = self._activations(1, grid[0] * grid[1], longest, 0, shown_styles)[VAE]
         plan, peak, free = self._offload.forecast(needed)
-        texts = [text, text_tokens] if guided else [text]
         config = self.transformer.config
         operations = len(cut) * sum(
             call_operations(config, image, each, extra, num_images) for each in texts

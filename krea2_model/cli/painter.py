@@ -181,6 +181,7 @@ class Painter:
             style=pictures["style"],
             denoise=args.denoise,
             sparse=_sparse_of(args),
+            blend=_blend_of(args),
         )
 
     def _options(
@@ -213,7 +214,7 @@ class Painter:
             "upscale": _upscale_of(args),
             "sparse": _sparse_of(args),
             "regions": regions_of(args),
-            "blend": None if args.blend is None else PromptBlend(args.blend, args.blend_share),
+            "blend": _blend_of(args),
         }
 
     def _use_loras(self, loras: list[tuple[Path, float]]) -> None:
@@ -229,6 +230,10 @@ class Painter:
 
 def _sparse_of(args: Namespace) -> SparseAttention | None:
     return None if args.sparse_above is None else SparseAttention(args.sparse_above)
+
+
+def _blend_of(args: Namespace) -> PromptBlend | None:
+    return None if args.blend is None else PromptBlend(args.blend, args.blend_share)
 
 
 def _upscale_of(args: Namespace) -> Upscale | None:

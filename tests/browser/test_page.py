@@ -185,6 +185,20 @@ def test_the_forecast_counts_tiles(load_template, size, tile, overlap, move):
     assert "tiles" not in page.evaluate(REPORT, "K2Sampler")
 
 
+def test_the_forecast_counts_both_prompts_of_a_walk(load_template):
+    page = load_template("krea2_walk")
+    pick_model(page, NANO)
+    report = page.evaluate(REPORT, "K2Sampler").split("\n")
+    assert "a frame between the two prompts:" in report
+    assert any(" tokens, 16 calls, " in line for line in report), report
+    page.evaluate("""() => {
+        const walk = app.rootGraph.nodes.find(node => node.type === 'K2Walk');
+        walk.disconnectInput(walk.findInputSlot('end'));
+    }""")
+    report = page.evaluate(REPORT, "K2Sampler").split("\n")
+    assert len(report) == 4 and any(" tokens, 8 calls, " in line for line in report), report
+
+
 def test_the_sampler_shows_the_steps_of_a_few_step_lora(load_template):
     page = load_template("krea2_lora")
     choose(page, "K2LoraLoader", "lora", "krea2_turbo_distill_4step.safetensors")

@@ -9,6 +9,7 @@ from krea2_model import (
     Control,
     Krea2Pipeline,
     Krea2Transformer,
+    PromptBlend,
     Region,
     StyleTransfer,
     TileSettings,
@@ -82,6 +83,39 @@ def test_calls_follow_steps_guidance_and_tiles(turbo):
     text = str(turbo.forecast(num_images=2, references=[(128, 64)]))
     for words in ("2 images of 128 x 128 px", "64 of the image", "32 of references", "8 steps"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    "options, calls",
+    [
+        ({"blend": PromptBlend("a blue circle", 0.4)}, 4),
+        ({"blend": PromptBlend("a blue circle", 0.4), "guidance": 2.0}, 6),
+        ({"blend": PromptBlend("a blue circle", 1.0)}, 2),
+        ({"blend": PromptBlend("a blue circle", 0.0)}, 2),
+        ({"blend": PromptBlend("a blue circle", 0.4), "upscale": Upscale(2, parts="whole")}, 12),
+    ],
+)
+def test_calls_for_the_other_prompt_of_a_blend_are_counted(turbo, options, calls):
+    made = []
+    hook = turbo.transformer.register_forward_hook(lambda *_: made.append(1))
+    try:
+        turbo("a red star", width=64, height=64, steps=2, output_type="pt", **options)
+    finally:
+        hook.remove()
+    found = turbo.forecast(64, 64, steps=2, text_tokens=4, **options)
+    assert len(made) == calls == found.calls + (found.second.calls if found.second else 0)
+
+
+def test_a_blend_takes_the_operations_of_both_texts_and_the_memory_of_the_longer(turbo):
+    options = {"text_tokens": 9}
+    long = "a red star, " * 40
+    one, other = (turbo.forecast(blend=PromptBlend(long, share), **options) for share in (0, 1))
+    both = turbo.forecast(blend=PromptBlend(long, 0.5), **options)
+    assert one.operations == turbo.forecast(**options).operations
+    assert both.operations == one.operations + other.operations
+    assert both.activations == other.activations and other.text > 9 == both.text
+    with pytest.raises(ValueError, match="expected a PromptBlend"):
+        turbo.forecast(blend="a star")
 
 
 def test_a_run_that_will_not_fit_says_what_to_change(turbo, monkeypatch):

@@ -74,15 +74,21 @@ export function tilesOf(sides, tiles, side) {
 }
 
 // The lines for a run. settings: steps and guidance. known: the loader's numbers. file: its choice.
-// tiles: values of Krea 2 Tiled Sampling, or undefined.
-export function forecastLines(size, settings, known, file, tiles) {
+// tiles: values of Krea 2 Tiled Sampling, or undefined. isBlended: between two prompts, which both
+// have a call.
+export function forecastLines(size, settings, known, file, tiles, isBlended) {
   const config = file?.startsWith("krea2-nano") ? known.nano : known.released;
   const sides = [size.width, size.height].map((side) => Math.ceil(side / PIXELS));
   const [image, count] = tilesOf(sides, tiles, config.side);
-  const calls = settings.steps * (settings.guidance > 0 ? 2 : 1) * count;
+  const texts = (isBlended ? 2 : 1) + (settings.guidance > 0 ? 1 : 0);
+  const calls = settings.steps * texts * count;
   const operations = size.batch * calls * callOperations(config, image, TEXT);
-  const lines = [`${image} tokens, ${calls} calls, ${short(operations)}`];
+  const counted = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+  const lines = [
+    `${counted(image, "token")}, ${counted(calls, "call")}, ${short(operations)}`,
+  ];
   if (count > 1) lines.unshift(`${count} tiles, each of`);
+  if (isBlended) lines.unshift("a frame between the two prompts:");
   const weights = known.files[file];
   if (weights === undefined) return lines;
   const needed = callBytes(config, image, TEXT, size.batch * (tiles?.batch || 1));

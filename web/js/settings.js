@@ -18,6 +18,7 @@ const FORECAST = "krea2_forecast";
 // Nodes without guidance show the first line only.
 const SAMPLER = "K2Sampler";
 const TILED = "K2TiledSampling";
+const WALK = "K2Walk";
 // Below this strength a few-step LoRA leaves the checkpoint's settings (krea2_model/lora).
 const FULL_STRENGTH = 0.8;
 const FARTHEST = 50;
@@ -94,6 +95,16 @@ function tilesAsked(node) {
   return { tile: value("tile", 0), overlap: value("overlap", 0.25), move: value("move", true), batch: value("batch", 1) };
 }
 
+// True where the positive prompt comes from a Krea 2 Walk between two prompts.
+function isBlended(node) {
+  let source = upstream(node, "positive", "CONDITIONING");
+  for (let step = 0; source && step < FARTHEST; step++) {
+    if (source.comfyClass === WALK && source.mode === ALWAYS) return isLinked(source, "end");
+    source = upstream(source, "conditioning", "CONDITIONING");
+  }
+  return false;
+}
+
 // What the sampler will take, where size, steps and model are known.
 function forecast(node, settings) {
   const source = upstream(node, "latent", "LATENT");
@@ -104,7 +115,8 @@ function forecast(node, settings) {
   for (let step = 0; loader && step < FARTHEST; step++) {
     for (const name of ["model", "file"]) {
       const known = optionOf(loader, name, FORECAST);
-      if (known) return forecastLines(size, settings, known, widgetOf(loader, name)?.value, tiles);
+      const file = widgetOf(loader, name)?.value;
+      if (known) return forecastLines(size, settings, known, file, tiles, isBlended(node));
     }
     if (loader.comfyClass === TILED && loader.mode === ALWAYS) tiles ??= tilesAsked(loader);
     loader = upstream(loader, "model", "MODEL");
