@@ -8,6 +8,7 @@ Several are mixed by weights, see `style_mixing`. Those that come with the packa
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import is_number, is_whole
+from .checks import counted, is_number, is_whole
 
 STYLE_FILE, THUMBNAIL = "style.json", "thumbnail.webp"
 BUILT_IN = Path(__file__).parent / "styles_built_in"
@@ -130,7 +131,7 @@ class SavedStyle:
         if self.negative:
             parts.append(f"not {self.negative}")
         if count := len(self.pictures):
-            parts.append(f"{count} picture{'s' * (count > 1)} at {self.picture_strength:g}")
+            parts.append(f"{counted(count, 'picture')} at {self.picture_strength:g}")
         parts += [f"LoRA {name}:{strength:g}" for name, strength in self.loras]
         parts += [f"{name} {value:g}" for name, value in self.settings.items()]
         return "; ".join(parts)
@@ -146,15 +147,21 @@ class StyleLibrary:
         self.folder = default_folder() if folder is None else Path(folder)
 
     def names(self) -> list[str]:
-        """The names of all styles, broken ones too, in order."""
+        """The names of all styles, broken ones too, in order. Raises StyleError for no folder."""
         return sorted(self._places(), key=str.casefold)
 
     def styles(self) -> tuple[list[SavedStyle], list[str]]:
         """All styles that can be used, and what is wrong with the others."""
-        found, problems = [], []
-        for name in self.names():
+        found: list[SavedStyle] = []
+        problems: list[str] = []
+        try:
+            places = self._places()
+        except StyleError as error:  # those of the package are there all the same
+            problems.append(str(error))
+            places = _folders(BUILT_IN)
+        for name in sorted(places, key=str.casefold):
             try:
-                found.append(self.get(name))
+                found.append(_read(places[name]))
             except StyleError as error:
                 problems.append(str(error))
         return found, problems
@@ -181,11 +188,12 @@ class StyleLibrary:
     ) -> SavedStyle:
         """Write a style, whole or not at all; returns it with its folder.
 
-        pictures: PIL images or paths in place of the names in `style.pictures`; none copies those
-            of `style.folder`. thumbnail: a PIL image or a path; None takes the first picture.
-            LoRAs of `style.folder` and of whole paths are copied too.
+        pictures: in place of the names in `style.pictures`, each as `images.pictures.pixels_of`
+            takes it; none copies those of `style.folder`. thumbnail: likewise; None takes the first
+            picture. LoRAs of `style.folder` and of whole paths are copied too.
         replace: a style of this name may be there.
         """
+        self._places()  # says what is wrong with the folder
         target = self.folder / style.name
         if target.exists() and not replace:
             raise StyleError(
@@ -195,24 +203,31 @@ class StyleLibrary:
         images = list(pictures) or style.picture_paths()
         if len(images) != len(style.pictures):
             raise StyleError(
-                f"Style {style.name}: there are {len(images)} pictures for {len(style.pictures)} "
-                "weights; expected one each."
+                f"Style {style.name}: {counted(len(images), 'picture')} for "
+                f"{counted(len(style.pictures), 'weight')}; expected one each."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=self.folder, prefix="."))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=self.folder, prefix="."))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise self._error("cannot be written", error) from error
         try:
             weights = [weight for _, weight in style.pictures]
             names = [f"picture-{number}.png" for number in range(1, len(images) + 1)]
-            for image, name in zip(images, names, strict=True):
-                width, height = _save_picture(image, partial / name, 2048)
+            for number, (image, name) in enumerate(zip(images, names, strict=True), 1):
+                title = f"Style {style.name}: picture {number}"
+                width, height = _save_picture(image, partial / name, 2048, title)
                 if min(width, height) < _SMALLEST:
                     raise StyleError(
-                        f"Style {style.name}: a picture is {width} x {height} px; expected at "
-                        f"least {_SMALLEST} px a side. Give a larger one."
+                        f"{title} is {width} x {height} px; expected at least {_SMALLEST} px a "
+                        "side. Give a larger one."
                     )
             first = images[0] if images else style.thumbnail
             if (shown := first if thumbnail is None else thumbnail) is not None:
-                _save_picture(shown, partial / THUMBNAIL, _THUMBNAIL_SIDE)
+                title = f"Style {style.name}: the thumbnail"
+                _save_picture(shown, partial / THUMBNAIL, _THUMBNAIL_SIDE, title)
             kept = {
                 "words": style.words,
                 "negative": style.negative,
@@ -250,14 +265,34 @@ class StyleLibrary:
 
     def _places(self) -> dict[str, Path]:
         """Folders of styles by name; the user's take the place of those of the package."""
-        places: dict[str, Path] = {}
-        for root in (BUILT_IN, self.folder):
-            try:
-                folders = [path for path in root.iterdir() if (path / STYLE_FILE).is_file()]
-            except OSError:
-                continue  # not there, or not ours to read
-            places |= {path.name: path for path in folders if not path.name.startswith(".")}
-        return places
+        try:
+            own = _folders(self.folder)
+        except FileNotFoundError:
+            own = {}
+        except OSError as error:
+            raise self._error("cannot be read", error) from error
+        return _folders(BUILT_IN) | own
+
+    def _error(self, problem: str, error: OSError) -> StyleError:
+        return StyleError(
+            f"The folder of styles {self.folder} {problem} ({error.strerror or error}); expected a "
+            "folder of yours. Choose another one (--style-folder, or KREA2_STYLES), or change its "
+            "rights."
+        )
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """The folders of styles below another one, by name. Raises OSError."""
+    paths = [path for path in root.iterdir() if not path.name.startswith(".")]
+    return {path.name: path for path in paths if _may_be_style(path)}
+
+
+def _may_be_style(path: Path) -> bool:
+    """True for a folder with the file of a style, or one that cannot be looked into."""
+    try:
+        return (path / STYLE_FILE).is_file()
+    except OSError:
+        return True
 
 
 def check_name(name: object) -> None:
@@ -337,12 +372,17 @@ def _copy_loras(style: SavedStyle, folder: Path) -> list[tuple[str, float]]:
     return loras
 
 
-def _save_picture(image: Any, path: Path, side: int) -> tuple[int, int]:
-    """A PIL image, or that of a path, at most so many pixels a side; returns its size."""
+def _save_picture(image: Any, path: Path, side: int, name: str) -> tuple[int, int]:
+    """Write a picture at most so many pixels a side; returns its size. StyleError for none."""
     from PIL import Image
 
-    opened = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
-    small = opened.convert("RGB")
+    from .images.output_files import to_picture
+    from .images.pictures import pixels_of
+
+    try:
+        small = to_picture(pixels_of(image, name).movedim(0, -1).cpu().numpy())
+    except ValueError as error:
+        raise StyleError(str(error)) from error
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     small.save(path)
     return small.size

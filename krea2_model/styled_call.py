@@ -15,10 +15,13 @@ from .regions import Regions
 from .style_library import StyleError
 from .style_mixing import MixedStyle, escaped
 from .styles import StyleTransfer
+from .tiles import TileSettings
+from .upscaling import Upscale
 from .variations import PromptBlend
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T", TileSettings, Upscale)
 
 _SUGGESTED = ("steps", "guidance", "height", "width")
 # Arguments that say how large the picture is.
@@ -66,8 +69,11 @@ def _arguments(mixed: MixedStyle, call: dict[str, Any]) -> dict[str, Any]:
         "prompt_weights": is_weighted or mixed.uses_weights,
     }
     if (regions := Regions.of(call.get("regions"))) is not None:
-        each = [replace(region, prompt=own(region.prompt)) for region in regions.regions]
-        found["regions"] = replace(regions, regions=each)
+        found["regions"] = with_texts(regions, own)
+    if isinstance(tiles := call.get("tiles"), TileSettings):
+        found["tiles"] = _with_tile_texts(tiles, own)
+    if isinstance(upscale := call.get("upscale"), Upscale):
+        found["upscale"] = _with_tile_texts(upscale, own)
     if isinstance(blend := call.get("blend"), PromptBlend):  # else the call refuses it
         found["blend"] = replace(blend, prompt=with_style(blend.prompt))
     has_size = any(call.get(name) is not None for name in _SIZES)
@@ -88,6 +94,20 @@ def _arguments(mixed: MixedStyle, call: dict[str, Any]) -> dict[str, Any]:
             weights=[weight for _, weight in pictures],
         )
     return found
+
+
+def with_texts(regions: Regions, change: Callable[[str], str]) -> Regions:
+    """Regions with their prompts changed."""
+    each = [replace(region, prompt=change(region.prompt)) for region in regions.regions]
+    return replace(regions, regions=each)
+
+
+def _with_tile_texts(parts: T, change: Callable[[str], str]) -> T:
+    """Tiles, or a second stage, with the prompts of single tiles changed."""
+    prompts = parts.prompts
+    if prompts is None or prompts.texts is None:
+        return parts
+    return replace(parts, prompts=replace(prompts, texts=[change(text) for text in prompts.texts]))
 
 
 def _each(change: Callable[[str], str], texts: Any) -> Any:

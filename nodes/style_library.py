@@ -7,7 +7,6 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model import nano
 from ..krea2_model.checkpoints.identify import CheckpointError
-from ..krea2_model.images.output_files import to_picture
 from ..krea2_model.images.pictures import pixels_of
 from ..krea2_model.style_library import (
     MAX_LORA_STRENGTH,
@@ -98,6 +97,7 @@ class K2Styles(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompt, styles="", negative="", vae=None):
         check_clip(clip)
+        check_limits(cls, prompt=prompt, styles=styles, negative=negative)
         mixed = mixed_styles(styles)
         model, clip, found = styled(model, clip, vae, mixed)
         text = mixed.prompt(prompt.strip())
@@ -226,20 +226,30 @@ class K2SaveStyle(io.ComfyNode):
         thumbnail=None,
         replace=False,
     ):
-        check_limits(cls, picture_strength=picture_strength, lora_strength=lora_strength)
+        texts = {"name": name, "words": words, "negative": negative, "styles": styles}
+        check_limits(cls, picture_strength=picture_strength, lora_strength=lora_strength, **texts)
         library, chosen = user_library(), read_choice(styles)
         mixed = MixedStyle.of(chosen, library).styles if chosen else ()
         loras = () if lora == NONE else ((_kept_name(lora), lora_strength),)
         name = name.strip()
         if words.strip() or negative.strip() or loras:
             mixed = (*mixed, (SavedStyle(name, words, negative, loras=loras), 1.0))
-        pictures = [] if images is None else [to_picture(each.cpu().numpy()) for each in images]
+        pictures = [] if images is None else _pictures(images, "images")
         together = MixedStyle(mixed)
         style = together.as_one(name, len(pictures), picture_strength)
         files = [*(path for path, _ in together.pictures()), *pictures]
-        shown = None if thumbnail is None else to_picture(thumbnail[0].cpu().numpy())
+        shown = None if thumbnail is None else _pictures(thumbnail, "thumbnail")[0]
         saved = library.save(style, files, shown, replace)
         return io.NodeOutput(saved.name, ui=ui.PreviewText(f"{saved.name}: {saved.summary()}"))
+
+
+def _pictures(images, name: str):
+    """The images of a batch as (3, H, W). Raises ValueError that names the one without pixels, or
+    with values that are no colours."""
+    if len(images) == 0:
+        raise ValueError(f"{name} has no image; expected one or more. Connect another, or none.")
+    numbered = enumerate(images, 1)
+    return [pixels_of(each.cpu().movedim(-1, 0), f"Image {n} of {name}") for n, each in numbered]
 
 
 def find_style_lora(style: SavedStyle, file: str) -> Path:

@@ -16,9 +16,10 @@ from ..images.pictures import pixels_of
 from ..inpainting import Canvas, Inpaint
 from ..memory.plan import check_offload
 from ..styles import StyleTransfer, check_pictures
+from ..text.tokenizer import MAX_TOKENS, Krea2Tokenizer
 from ..text.wildcards import fill_in
 from .controls import check_controls, mask_paths
-from .errors import UsageError
+from .errors import UsageError, goes_with
 from .model_files import Weights, find_file, find_loras, find_weights
 from .picture_options import picture_defaults
 from .progress import Console
@@ -48,7 +49,7 @@ def _check_beside(args: Namespace) -> None:
         for name in others:
             if getattr(args, name) != default[name]:
                 option, needed = (f"--{one.replace('_', '-')}" for one in (name, main))
-                raise UsageError(f"{option} goes with {needed}; add it, or leave {option} out.")
+                raise goes_with(option, needed)
 
 
 def check_machine(args: Namespace) -> Weights:
@@ -56,8 +57,16 @@ def check_machine(args: Namespace) -> Weights:
     weights = find_weights(args)
     check_parts(weights.transformer, weights.text_encoder, weights.vae)
     check_offload(args.device, args.offload, args.max_memory)
-    find_tokenizer(weights.text_encoder, weights.tokenizer)
+    _check_lengths(args, find_tokenizer(weights.text_encoder, weights.tokenizer))
     return weights
+
+
+def _check_lengths(args: Namespace, tokenizer: Path) -> None:
+    """Refuse texts that the text encoder would refuse once it is loaded."""
+    for name in ("prompt", "negative", "blend"):
+        text = getattr(args, name, None) or ""
+        if len(text.encode(errors="replace")) > MAX_TOKENS:  # else it has no more tokens than that
+            Krea2Tokenizer(tokenizer).tokenize(text, getattr(args, "max_sequence_length", None))
 
 
 def check_picture(args: Namespace) -> list[tuple[Path, float]]:

@@ -34,6 +34,11 @@ class UsageError(ValueError):
     """A command line that is wrong: what was typed, what was expected, what to do."""
 
 
+def goes_with(option: str, needed: str) -> UsageError:
+    """The error for an option that would do nothing without another."""
+    return UsageError(f"{option} goes with {needed}; add it, or leave {option} out.")
+
+
 class Failure(RuntimeError):
     """A run that could not be completed, with the remedy."""
 

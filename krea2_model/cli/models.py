@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..catalogue import RAW, TURBO, ModelFile, card_for, files_for, files_in
-from .errors import UsageError
+from .errors import UsageError, goes_with
 from .model_files import models_folder
 
 
 def models(args: Namespace) -> Iterator[str]:
     """Lines on the files for a card, and with --fetch their downloads."""
+    if args.yes and not args.fetch:
+        raise goes_with("--yes", "--fetch")
     folder = args.models or models_folder(None) or Path("models")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--models is {folder}, which is a file; expected a folder.")

@@ -28,9 +28,13 @@ def regions_of(args: Namespace) -> Regions | None:
     # Imported here, since they import torch.
     from ..region_list import read_regions
     from ..regions import Regions
+    from ..style_mixing import escaped
+    from ..styled_call import with_texts
 
     entries, options = read_regions(_text_of(args))
     regions = Regions.read([_with_paths(entry, args) for entry in entries], **options)
+    if getattr(args, "escape_regions", False):  # see `styled`
+        regions = with_texts(regions, escaped)
     grid = _LARGE
     if args.width is not None and args.height is not None:
         grid = (-(-args.height // 16), -(-args.width // 16))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .curate_options import ENGINES as CURATE_ENGINES
-from .errors import Failure, UsageError
+from .errors import Failure, UsageError, goes_with
 from .render_options import ENGINE_OPTIONS
 
 Each = Callable[..., Iterator[Any]]
@@ -48,7 +48,7 @@ def reading(args: Namespace, each: Each) -> Iterator[Each]:
     """The function that reads the files of `krea2 curate`: the plain one, or tasks of a Ray."""
     if args.engine == CURATE_ENGINES[0]:
         if args.address is not None:
-            raise UsageError("--address goes with --engine ray; add it, or leave --address out.")
+            raise goes_with("--address", "--engine ray")
         yield each
         return
     try:
@@ -75,9 +75,7 @@ def check_plain(args: Namespace) -> None:
         if getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             engine = "comfyui" if name in ("server", "workflow") else "ray"
-            raise UsageError(
-                f"{option} goes with --engine {engine}; add it, or leave {option} out."
-            )
+            raise goes_with(option, f"--engine {engine}")
     for option, place in (("FILE", args.table), ("--output", args.output)):
         if isinstance(place, str):
             raise UsageError(f"{option} is {place}; addresses go with --engine ray.")

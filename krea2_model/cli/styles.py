@@ -8,15 +8,25 @@ from pathlib import Path
 
 from ..style_library import SavedStyle, StyleLibrary
 from ..style_mixing import MixedStyle
-from .errors import UsageError
+from .errors import UsageError, goes_with
 from .model_files import KEYS, name_in_models
 from .progress import Console
+
+# Options of save alone: their names in `args`, and as they are typed.
+_OF_SAVE = {
+    name: f"--{name}" for name in ("words", "negative", "reference", "lora", "style", "force")
+} | {"source": "--from"}
 
 
 def styles(args: Namespace) -> Iterator[object]:
     """Lines of a list, of one style, or the folder of the one that was saved."""
     library = StyleLibrary(args.style_folder)
+    if args.action != "save":
+        for name, option in _OF_SAVE.items():
+            if getattr(args, name) not in (None, "", [], False):
+                raise goes_with(option, "krea2 styles save NAME")
     if args.action == "list":
+        library.names()  # says what is wrong with the folder
         if args.name is not None:
             raise UsageError(f"{args.name} is too much; krea2 styles show {args.name} shows it.")
         found, problems = library.styles()

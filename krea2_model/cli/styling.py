@@ -32,8 +32,10 @@ def styled(args: Namespace) -> Namespace:
     result.style = []
     texts = [args.prompt, args.blend, args.negative]
     if mixed.uses_weights and not args.weights:
+        # Weights are then read in all texts: brackets of the user's own stay brackets.
         texts = [text and escaped(text) for text in texts]
-        result.weights = True
+        result.upscale_tile_prompt = [escaped(text) for text in args.upscale_tile_prompt]
+        result.weights = result.escape_regions = True
     result.prompt = mixed.prompt(texts[0])
     result.blend = None if texts[1] is None else mixed.prompt(texts[1])
     result.negative = mixed.negative(texts[2])

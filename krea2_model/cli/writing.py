@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..checks import counted
 from .choices import NANO
-from .errors import UsageError
+from .errors import UsageError, goes_with
 from .progress import Console
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def describe(args: Namespace) -> Iterator[object]:
 
     A picture that cannot be read is named, and the others go on.
     """
+    if args.force and not args.write:
+        raise goes_with("--force", "--write")
     files = _pictures(args.pictures)
     targets: dict[Path, Path] = {}
     console = Console(args.quiet)
@@ -55,7 +58,9 @@ def describe(args: Namespace) -> Iterator[object]:
         if not args.force:
             files = [file for file in files if not targets[file].exists()]
         if there := len(targets) - len(files):
-            console.note(f"{there} of {len(targets)} pictures have a caption, which is left.")
+            console.note(
+                f"{there} of {counted(len(targets), 'picture')} with a caption, which is left."
+            )
         if not files:
             return
     from ..images.pictures import pixels_of
@@ -89,7 +94,7 @@ def describe(args: Namespace) -> Iterator[object]:
             else:
                 yield from captions
     if errors:
-        raise UsageError(f"{len(errors)} of {len(files)} pictures cannot be read.")
+        raise UsageError(f"{len(errors)} of {counted(len(files), 'picture')} cannot be read.")
 
 
 def _pictures(paths: Sequence[Path]) -> list[Path]:

@@ -77,6 +77,24 @@ def test_a_style_is_saved_and_used(run, nano, folder):
     assert styles(run, nano, "Dots")[-1] == "a red star, other"
 
 
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.full((1, 32, 32, 3), float("nan")), "Image 1 of {} has values from nan to nan"),
+        (torch.stack([torch.zeros(32, 32, 3), torch.full((32, 32, 3), 7.0)]), "has values from"),
+        (torch.zeros(1, 0, 32, 3), "Image 1 of {} has shape"),
+        (torch.zeros(0, 32, 32, 3), "{} has no image"),
+        (torch.zeros(1, 32, 32, 1), "Image 1 of {} is .1, 32, 32.; expected an image"),
+    ],
+)
+def test_what_is_no_picture_is_not_saved(run, folder, images, words):
+    with pytest.raises(ValueError, match=words.format("images")):
+        run("K2SaveStyle", name="A", words="x", images=images)
+    with pytest.raises(ValueError, match=words.format("thumbnail")):
+        run("K2SaveStyle", name="A", words="x", thumbnail=images)
+    assert not folder.exists()
+
+
 def test_a_moodboard_is_saved_from_styles_and_own_words(run, nano, folder):
     shown = torch.zeros(1, 16, 16, 3)
     lines = f"nano black ground: 0.5\nnano notebook: 0.5\n{RING}: 0.4"

@@ -234,11 +234,16 @@ def test_pictures_with_a_caption_are_left(run, photos, brief, capsys):
     assert run(photos, "--write") == 0
     out, error = capsys.readouterr()
     assert out.splitlines() == [str(photos / "more" / "b.txt")]
-    assert "1 of 2 pictures have a caption, which is left." in error
+    assert "1 of 2 pictures with a caption, which is left." in error
     assert (photos / "a.txt").read_text() == "mine"
     assert run(photos, "--write", "--text-encoder", "nowhere.safetensors") == 0, "nothing to do"
     assert run(photos / "a.png", "--write", "--force") == 0
     assert (photos / "a.txt").read_text(encoding="utf-8") not in ("mine", "")
+
+
+def test_force_without_write_is_refused(run, photos, capsys):
+    assert run(photos, "--force", "--text-encoder", "nowhere.safetensors") == 2
+    assert "--force goes with --write; add it, or leave --force out." in capsys.readouterr().err
 
 
 def test_a_broken_picture_keeps_no_other_from_its_caption(run, photos, brief, capsys):

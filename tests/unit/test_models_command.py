@@ -169,6 +169,11 @@ def test_the_row_of_the_tables_for_a_card(gigabytes, card):
         assert all(f.variant in (variant, None) for f in files["transformer"])
 
 
+def test_an_answer_without_a_question_is_refused(capsys):
+    assert main(["models", "--memory", "24", "--yes"]) == 2
+    assert "--yes goes with --fetch" in capsys.readouterr().err
+
+
 def test_a_folder_that_does_not_exist_is_made_by_fetch_alone(tmp_path, capsys):
     assert main(["models", "--memory", "8", "--models", str(tmp_path / "models")]) == 2
     assert "which does not exist" in capsys.readouterr().err

@@ -1,13 +1,26 @@
 """Styles as files, several mixed by weights, and what they do to krea2-nano's pictures."""
 
+import errno
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from krea2_model import Krea2Pipeline, MixedStyle, Region, SavedStyle, StyleError, StyleLibrary
+from krea2_model import (
+    Krea2Pipeline,
+    MixedStyle,
+    Region,
+    SavedStyle,
+    StyleError,
+    StyleLibrary,
+    TilePrompts,
+    TileSettings,
+    Upscale,
+)
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.style_library import BUILT_IN, default_folder
 from krea2_model.style_mixing import escaped, read_choice
@@ -199,6 +212,70 @@ def test_pictures_that_could_not_be_used_are_not_saved(library):
     assert not list(library.folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (torch.full((3, 32, 32), float("nan")), "picture 2 has values from nan to nan"),
+        (torch.full((3, 32, 32), 2.0), "picture 2 has values from 2 to 2"),
+        (np.full((32, 32, 3), -1.0), "picture 2 has values from -1 to -1"),
+        (torch.zeros(3, 0, 32), "picture 2 has shape .*; expected at least one pixel"),
+        (Image.fromarray(np.full((32, 32), np.inf, np.float32)), "picture 2 has values from inf"),
+        (Image.new("RGB", (0, 4)), "picture 2 is 0 x 4 px"),
+        (5, "picture 2 is int; expected an image"),
+    ],
+)
+def test_what_is_no_picture_is_named_and_not_saved(library, picture, words):
+    style = SavedStyle("A", pictures=(("a.png", 1.0), ("b.png", 1.0)))
+    with pytest.raises(StyleError, match=f"Style A: {words}"):
+        library.save(style, [Image.new("RGB", (32, 32)), picture])
+    with pytest.raises(StyleError, match="Style A: the thumbnail"):
+        library.save(SavedStyle("A", "x"), thumbnail=picture)
+    assert not list(library.folder.iterdir())
+
+
+def test_pictures_are_saved_as_they_are_read(library, tmp_path):
+    """White behind what is transparent, and as their EXIF says."""
+    clear = Image.new("RGBA", (32, 48), (255, 0, 0, 0))
+    clear.save(
+        tmp_path / "a.png",
+        exif=bytes.fromhex("4d4d002a00000008000101120003000000010006000000000000"),
+    )
+    saved = library.save(SavedStyle("A", pictures=(("a.png", 1.0),)), [tmp_path / "a.png"])
+    kept = np.asarray(Image.open(saved.picture_paths()[0]))
+    assert kept.shape == (32, 48, 3) and (kept == 255).all()
+
+
+def test_a_library_that_cannot_be_read_or_written_says_so(library, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    write(library, "Mine", words="x")
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", refuse)
+        with pytest.raises(StyleError, match=r"styles cannot be written \(Permission denied\)"):
+            library.save(SavedStyle("A", "x"))
+        iterdir = Path.iterdir
+        patch.setattr(Path, "iterdir", lambda path: (
+            refuse() if path == library.folder else iterdir(path)))  # fmt: skip
+        for call in (library.names, lambda: library.get("Woodcut")):
+            with pytest.raises(StyleError, match="styles cannot be read .*--style-folder"):
+                call()
+        found, problems = library.styles()
+        assert len(found) >= 12 and "cannot be read (Permission denied)" in problems[0]
+    # One style of others' does not hide the rest.
+    locked, is_file = write(library, "Locked", words="x") / "style.json", Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: refuse() if path == locked else is_file(path))
+    stat = Path.stat
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **o: refuse() if path == locked else stat(path, **o)
+    )
+    found, problems = library.styles()
+    assert "Mine" in {style.name for style in found}
+    assert problems == [
+        f"Style Locked cannot be read (Permission denied). Mend {locked}, or remove it."
+    ]
+
+
 def test_words_around_the_prompt_are_saved_as_they_are(library):
     for words in ("{prompt} in blue", "{prompt}, in blue", "{prompt}. In blue"):
         mixed = MixedStyle(((SavedStyle("A", words), 1.0),))
@@ -310,6 +387,23 @@ def test_brackets_of_other_texts_stay_brackets_beside_weighted_words(nano):
     assert torch.equal(one, two)
 
 
+def test_brackets_of_tiles_stay_brackets_beside_weighted_words(nano):
+    def enlarged(text):
+        prompts = TilePrompts(False, [text, "a star", "a star", "a star"])
+        return Upscale(2, parts="tiles", tile=64, overlap=0, prompts=prompts)
+
+    options = SMALL | {"steps": 1, "start_image": torch.full((3, 64, 64), 0.5), "denoise": 0}
+    tiles = TileSettings(64, 0.0, prompts=TilePrompts(False, ["a (blue:2) circle"]))
+    one = nano("x", styles={"nano black ground": 0.5}, upscale=enlarged("(blue:2)"), **options)
+    prompt = "x, (on a black background:0.5)"
+    weighted = {"prompt_weights": True, **options}
+    assert torch.equal(one, nano(prompt, upscale=enlarged("\\(blue:2\\)"), **weighted))
+    assert not torch.equal(one, nano(prompt, upscale=enlarged("(blue:2)"), **weighted))
+    one = nano("x", styles={"nano black ground": 0.5}, tiles=tiles, **SMALL)
+    tiles = TileSettings(64, 0.0, prompts=TilePrompts(False, ["a \\(blue:2\\) circle"]))
+    assert torch.equal(one, nano(prompt, tiles=tiles, prompt_weights=True, **SMALL))
+
+
 def test_a_walk_in_a_style_has_styled_ends(nano):
     options = SMALL | {"styles": {"nano black ground": 1}}
     frames = list(nano.walk("a red star", "a blue circle", frames=2, **options))
@@ -374,6 +468,29 @@ def test_the_command_line(krea2, tmp_path, monkeypatch):
 
 
 @pytest_nano
+def test_without_weights_brackets_of_all_texts_stay_brackets_in_a_style(krea2, tmp_path):
+    """Also where words of the style have a weight, which is read."""
+
+    def picture(number, prompt, circle, *options):
+        regions = [
+            {"prompt": circle, "box": [0, 0, 0.5, 1]},
+            {"prompt": "a star", "box": [0.5, 0, 0.5, 1]},
+        ]
+        (file,) = krea2(
+            prompt, "--model", "nano", "--width", 64, "--height", 64, "--steps", 1, "--regions",
+            json.dumps(regions), *options, "--output", tmp_path / f"{number}.png",
+        )  # fmt: skip
+        return np.asarray(Image.open(file))
+
+    style = ["--style", "nano black ground:0.5"]
+    found = picture(1, "x", "a (blue:2) circle", "--no-weights", *style)
+    words = "x, (on a black background:0.5)"
+    assert (found == picture(2, words, "a \\(blue:2\\) circle")).all()
+    assert (found != picture(3, words, "a (blue:2) circle")).any()
+    assert (picture(4, "x", "a (blue:2) circle", *style) != found).any()
+
+
+@pytest_nano
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -382,6 +499,23 @@ def test_the_command_line(krea2, tmp_path, monkeypatch):
         (["x", "--style", RING, "--style-image", "a.png"], "so does --style"),
         (["x", "--style", "L"], "Style L needs a LoRA: There is no file or folder none"),
         (["styles", "show"], "NAME is missing"),
+        (["styles", "list", "--words", "x"], "--words goes with krea2 styles save NAME"),
+        (["styles", "--from", "a.png"], "--from goes with krea2 styles save NAME"),
+        (["styles", "show", "Woodcut", "--force"], "--force goes with krea2 styles save NAME"),
+        (
+            ["styles", "show", "Woodcut", "--style", "Woodcut"],
+            "--style goes with krea2 styles save",
+        ),
+        (["styles", "list", "--lora", "a:1"], "--lora goes with krea2 styles save NAME"),
+        (["styles", "list", "--reference", "a.png"], "--reference goes with krea2 styles save"),
+        (["styles", "list", "--style-folder", "a file"], "a file cannot be read (Not a directory)"),
+        (["styles", "show", "Woodcut", "--style-folder", "a file"], "cannot be read (Not a dir"),
+        (["styles", "save", "A", "--words", "x", "--style-folder", "a file"], "expected a folder"),
+        (
+            ["styles", "save", "A", "--words", "x", "--style-folder", "a file/b"],
+            "expected a folder",
+        ),
+        (["x", "--style", "Woodcut", "--style-folder", "a file"], "expected a folder of yours"),
         (["styles", "save", "New"], "is empty"),
         (["styles", "save", "../New", "--words", "x"], "name is '../New'"),
         (["styles", "show", "Wood"], "There is no style 'Wood'"),
@@ -391,6 +525,7 @@ def test_the_command_line(krea2, tmp_path, monkeypatch):
 def test_wrong_lines(krea2, library, tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
     write(library, "L", loras=[["none.safetensors", 1]])
+    (tmp_path / "a file").write_text("no folder")
     model = [] if line[0] == "styles" else ["--model", "nano"]
     error = krea2(*line, *model, code=2)
     assert words in error and "loading" not in error
