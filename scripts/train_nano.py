@@ -7,8 +7,9 @@ The shipped files were made so. `train_nano_256.py` is the recipe of their succe
 
 An interrupted run goes on where it was saved last (every two minutes, in .local/nano/<stage>).
 Losses are in log.jsonl there. Each stage ends by writing its file into krea2_model/nano and starts
-from the files of the stages before it. Takes hours on two CPU cores and minutes on a GPU, which is
-used where there is one. A ComfyUI has to be found for its tokenizer: set COMFYUI_PATH.
+from the files of the stages before it; `refine` goes on from the Turbo that is there. Takes hours
+on two CPU cores and minutes on a GPU, which is used where there is one. A ComfyUI has to be found
+for its tokenizer: set COMFYUI_PATH.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 from krea2_model.vae.model import QwenImageVAE  # noqa: E402
 from nano_training.examples import Examples  # noqa: E402
 from nano_training.files import write_lora, write_transformer, write_vae  # noqa: E402
+from nano_training.refine_turbo import refine_turbo  # noqa: E402
 from nano_training.train_control import OutlineExamples, train_control  # noqa: E402
 from nano_training.train_lora import train_lora  # noqa: E402
 from nano_training.train_raw import train_raw  # noqa: E402
@@ -41,7 +43,7 @@ from nano_training.train_reference import ReferenceExamples, train_reference  # 
 from nano_training.train_turbo import train_turbo  # noqa: E402
 from nano_training.train_vae import train_vae  # noqa: E402
 
-STAGES = ("vae", "raw", "turbo", "lora", "reference", "control")
+STAGES = ("vae", "raw", "turbo", "refine", "lora", "reference", "control")
 
 
 def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None:
@@ -55,6 +57,8 @@ def run_stage(stage: str, folder: Path, steps: int | None, onward: bool) -> None
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         start = load_transformer(nano.TRANSFORMERS["turbo"]) if onward else None
         save(train_turbo(folder, examples(folder), raw, start=start, **options))
+    elif stage == "refine":
+        save(refine_turbo(folder, **options))
     elif stage == "lora":
         raw = load_transformer(nano.TRANSFORMERS["raw"], dtype=torch.float32)
         write_lora(train_lora(folder, examples(folder, notebook=True), raw, **options), nano.LORA)

@@ -151,7 +151,7 @@ def _brief(scene: Scene, random: Random) -> str:
     return random.choice((
         thing.colour,
         thing.shape,
-        _article(thing.shape),
+        with_article(thing.shape),
         f"{thing.colour} on {scene.background}",
         f"{scene.background} background",
         "two shapes" if len(scene.things) == 2 else "one shape",
@@ -219,14 +219,14 @@ def _name(thing: Thing, random: Random) -> str:
     wording = random.random()
     if thing.outlined:
         if wording < 0.3:
-            return f"the outline of {_article(f'{size} {colour} {shape}')}"
+            return f"the outline of {with_article(f'{size} {colour} {shape}')}"
         hollow = random.choice(("outlined", "hollow"))
-        return _article(f"{size} {hollow} {colour} {shape}")
+        return with_article(f"{size} {hollow} {colour} {shape}")
     if colour and wording < 0.08:
-        return _article(f"{size} {shape} in {colour}")
+        return with_article(f"{size} {shape} in {colour}")
     if colour and wording < 0.14:
-        return _article(f"{size} {shape} that is {colour}")
-    return _article(f"{size} {colour} {shape}")
+        return with_article(f"{size} {shape} that is {colour}")
+    return with_article(f"{size} {colour} {shape}")
 
 
 def _with_background(text: str, colour: str, random: Random) -> str:
@@ -243,14 +243,14 @@ def _with_background(text: str, colour: str, random: Random) -> str:
         "{0} in front of {2} wall",
         "on {2} background, {0}",
     ))  # fmt: skip
-    return wording.format(text, colour, _article(colour))
+    return wording.format(text, colour, with_article(colour))
 
 
 def _word(word: str, random: Random) -> str:
     return SYNONYMS[word] if word in SYNONYMS and random.random() < 0.1 else word
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
     words = " ".join(words.split())
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
