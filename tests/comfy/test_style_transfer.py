@@ -207,7 +207,7 @@ def test_pictures_by_weight(styled, sample):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"weights": "1, 2"}, "There are 1 style pictures and 2 weights"),
+        ({"weights": "1, 2"}, "1 style picture"),
         ({"weights": "much"}, "weights is 'much'; expected numbers"),
         ({"weights": "0"}, "one of them above 0"),
         ({"image": torch.zeros(1, 8, 8, 3)}, "8 x 8 px; expected at least 16 px"),
