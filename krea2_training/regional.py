@@ -14,13 +14,14 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_model.region_list import read_regions
 from krea2_model.regions import Region, Regions
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 from krea2_model.transformer.patches import PATCH
-from krea2_model.transformer.regions import ActiveRegions, RegionPlan
+from krea2_model.transformer.regions import RegionPlan
 from krea2_model.transformer.text_attention import TextStates
 from krea2_model.transformer.token_groups import TokenGroups
 
@@ -38,26 +39,50 @@ class RegionalTexts(Texts):
     regions: tuple[Texts, ...] = ()
     places: Regions | None = None
 
-    def active(self, model: Krea2Transformer, latents: Tensor) -> ActiveRegions:
-        """The regions with their texts fused, for a call with latents (B, 16, h, w)."""
+    def fused(
+        self, model: Krea2Transformer, latents: Tensor
+    ) -> tuple[Tensor, Tensor | None, TokenGroups | None]:
+        """As `joined`.
+
+        All texts are fused in one call, as one without regions is: processes that share the weights
+        call the model as often as each other, whatever their batches have.
+        """
         assert self.places is not None
-        texts = [TextStates(own.fuse(model), own.mask) for own in self.regions]
+        texts = (Texts(self.taps, self.mask), *self.regions)
+        longest = max(map(_length, texts))
+        everything = Texts(
+            torch.cat([F.pad(one.taps, (0, 0, 0, 0, 0, longest - _length(one))) for one in texts]),
+            torch.cat([F.pad(_mask(one), (0, longest - _length(one))) for one in texts]),
+        )
+        parts = everything.fuse(model).chunk(len(texts))
+        states = [part[:, : _length(one)] for part, one in zip(parts, texts, strict=True)]
+        own = [
+            TextStates(part, one.mask) for part, one in zip(states[1:], self.regions, strict=True)
+        ]
         settings = [region.settings for region in self.places.regions]
-        plan = RegionPlan(texts, settings, self.places.shapes.shares)
-        found = plan.at(1.0, grid_size(latents, PATCH), latents.device)
-        assert found is not None  # `regions_of` refuses regions that do not always act
-        return found
+        plan = RegionPlan(own, settings, self.places.shapes.shares)
+        active = plan.at(1.0, grid_size(latents, PATCH), latents.device)
+        assert active is not None  # `regions_of` refuses regions that do not always act
+        return *active.join(states[0], self.mask), active.groups
+
+
+def _length(texts: Texts) -> int:
+    return texts.taps.shape[1]
+
+
+def _mask(texts: Texts) -> Tensor:
+    if texts.mask is not None:
+        return texts.mask
+    return torch.ones(texts.taps.shape[:2], dtype=torch.bool, device=texts.taps.device)
 
 
 def joined(
     texts: Texts, model: Krea2Transformer, latents: Tensor
 ) -> tuple[Tensor, Tensor | None, TokenGroups | None]:
     """Fused text (B, L, D) and its mask for a call, and the groups of tokens that regions make."""
-    states = texts.fuse(model)
-    if not isinstance(texts, RegionalTexts):
-        return states, texts.mask, None
-    active = texts.active(model, latents)
-    return *active.join(states, texts.mask), active.groups
+    if isinstance(texts, RegionalTexts):
+        return texts.fused(model, latents)
+    return texts.fuse(model), texts.mask, None
 
 
 def regions_of(row: Row, number: int) -> Regions | None:

@@ -49,6 +49,11 @@ def folder(tmp_path_factory):
             )
         (folder / "pairs" / f"{better}.txt").write_text("a background")
     (folder / "prompts.txt").write_text("a red circle\na blue star\na white star\na green square\n")
+    box = {"prompt": "a red circle", "box": [0, 0, 0.5, 1]}
+    other = {"prompt": "a star", "box": [0.5, 0, 0.5, 1]}
+    rows = [{"prompt": "a"}, {"prompt": "b", "regions": [box]}, {"prompt": "c", "regions": [box]},
+            {"prompt": "", "regions": [box, other]}]  # fmt: skip
+    (folder / "regions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "score.py").write_text(REWARD)
     from dataclasses import replace
 
@@ -100,6 +105,13 @@ def runs_of(folder):
         ),
         "prefer": ("prefer", {"pairs.path": str(folder / "pairs"), "pairs.resolution": 64}),
         "distil": ("distil", {**prompts, "distil.steps": [1, 2, 3, 4], "distil.fake_updates": 2}),
+        "regions": (
+            "distil",
+            {
+                **prompts, "prompts.path": str(folder / "regions.jsonl"), "distil.steps": [2],
+                "distil.fake_updates": 1,
+            },
+        ),
         "slider": (
             "slider",
             {**prompts, "slider.positive": "red", "slider.negative": "blue", "slider.steps": 4},
@@ -180,7 +192,19 @@ def losses(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["killed", "lora", "dora", "parted", "pretrain", "prefer", "distil", "slider", "reward"]
+    "name",
+    [
+        "killed",
+        "lora",
+        "dora",
+        "parted",
+        "pretrain",
+        "prefer",
+        "distil",
+        "regions",
+        "slider",
+        "reward",
+    ],
 )
 def test_two_processes_are_one(both, name):
     two, one = (losses(both[side], name) for side in ("two", "one"))

@@ -11,7 +11,7 @@ from krea2_training.cache import Cache, Encoders
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
 from krea2_training.prompts import in_turn, read_prompts
-from krea2_training.regional import PromptBatches, RegionalTexts
+from krea2_training.regional import PromptBatches, RegionalTexts, joined
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil, Model
 from parity import assert_close
@@ -85,6 +85,15 @@ def test_velocities_are_those_of_a_run(raw, roles, texts):
     with torch.no_grad():
         found = matching(roles)._velocity(TEACHER, latents, torch.ones(2), texts)
     assert_close(found, expected, 1e-4, "a velocity with regions")
+
+
+def test_texts_of_regions_are_fused_in_one_call(roles, texts, monkeypatch):
+    """Processes that share the weights gather them as often as each other."""
+    calls, fuse = [], roles.model.fuse_text
+    monkeypatch.setattr(roles.model, "fuse_text", lambda *a, **n: calls.append(1) or fuse(*a, **n))
+    with torch.no_grad():
+        joined(texts, roles.model, torch.zeros(2, 16, 8, 8))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
