@@ -56,6 +56,12 @@ class Start:
         self.digest: str | None = None
         if path is None:
             return
+        output = config.output.path
+        if output is not None and output.exists() and path.exists() and output.samefile(path):
+            raise ValueError(
+                f"adapter.start and output.path are both {path}: the run would write over what it "
+                "begins with, and not go on once stopped. Name another output."
+            )
         if run is not None and run.get(START) and not path.is_file():
             # The state has what became of it.
             self.digest = run[START]

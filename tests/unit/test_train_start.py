@@ -299,6 +299,14 @@ def test_a_file_of_another_model_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_run_does_not_write_over_what_it_begins_with(data, tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(content := (data / "turbo.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="are both .*a.safetensors.*Name another output"):
+        run_command(config_of(data, "train", file, adapter__start=file), lambda *_: None)
+    assert file.read_bytes() == content and not (tmp_path / "a").exists()
+
+
 def test_settings_in_a_file_and_in_the_result(data, tmp_path):
     (tmp_path / "run.toml").write_text(
         f'[data]\npath = "{(data / "pictures").as_posix()}"\n[model]\ntransformer = "nano"\n'
