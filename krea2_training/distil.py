@@ -41,7 +41,7 @@ from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.schedule import sigma_schedule
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .base import TrainingBackend, checkpoint_file, freeze_base
+from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
 from .cache import Texts
 from .config import DistilConfig
 from .flow import generator_of
@@ -149,7 +149,12 @@ def _read_teacher(name: str, session: Session) -> Krea2Transformer:
         )
     if state.variant == TURBO.name:
         raise ValueError(f"distil.teacher is {file}, a Turbo checkpoint; expected the Raw.")
-    return load_part(state, dtype=session.dtype, keep_quantised=True)
+    teacher = load_part(state, dtype=session.dtype, keep_quantised=True)
+    try:
+        check_base(teacher, session.config.memory.base)
+    except ValueError as error:
+        raise ValueError(f"distil.teacher is {file}: {error}") from error
+    return teacher
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from krea2_training.flow import generator_of
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil
+from krea2_training.session import Session
 from krea2_training.world import ALONE
 from parity import assert_close, relative_error
 
@@ -222,6 +223,17 @@ def test_a_student_that_begins_as_turbo_has_raw_for_its_teacher(prompts, tmp_pat
     assert "Train on Raw" not in caplog.text
     pipeline = Krea2Pipeline.nano()
     assert pipeline.load_lora(file).is_complete and pipeline.preset.guidance == 0
+
+
+def test_a_quantised_teacher_is_not_quantised_again(prompts, tmp_path, monkeypatch):
+    file = tmp_path / "fp8.safetensors"
+    assert main(["convert", str(nano.TRANSFORMERS["raw"]), str(file), "--quantise", "fp8"]) == 0
+    monkeypatch.setattr(Session, "encode", None)  # before anything is encoded
+    settings = of_turbo(tmp_path, distil__teacher=str(file), memory__base="4bit")
+    with pytest.raises(
+        ValueError, match="distil.teacher is .*fp8.safetensors: memory.base is 4bit"
+    ):
+        distil(config_of(prompts, tmp_path / "x.safetensors", **settings))
 
 
 @pytest.mark.parametrize(
