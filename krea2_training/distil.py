@@ -71,7 +71,7 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     TrainingStopped for a loss that is not finite.
     """
     assert config.prompts.path is not None
-    rows = read_prompts(config.prompts.path)
+    rows = read_prompts(config.prompts.path, regions=True)
     batches = PromptBatches(rows)
     session = Session(config)
     session.check_run(digest_of(rows))

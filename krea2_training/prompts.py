@@ -61,11 +61,12 @@ class Prompts:
         return bucket_size(*random.choice(self.ratios or default), side)
 
 
-def read_prompts(path: Path) -> list[Row]:
+def read_prompts(path: Path, regions: bool = False) -> list[Row]:
     """The rows of a file, each with its prompt and what else its row holds.
 
-    A caption that several pictures of a folder share comes once. Raises ValueError for a file
-    without prompts, rows without one, and prompts that a file has twice.
+    regions: True where regions are painted: a row with some may have no prompt, and one prompt
+    comes with several. A caption that several pictures of a folder share comes once. Raises
+    ValueError for a file without prompts, rows without one, and prompts that a file has twice.
     """
     if path.is_dir():
         return _captions(path)
@@ -75,13 +76,16 @@ def read_prompts(path: Path) -> list[Row]:
             "line, a .jsonl, .csv or .parquet table, or a folder of captioned pictures."
         )
     if path.suffix.lower() in TABLES:
-        rows = [_stripped(row, number, path) for number, row in enumerate(read_rows(path), start=1)]
+        numbered = enumerate(read_rows(path), start=1)
+        rows = [_stripped(row, number, path, regions) for number, row in numbered]
     else:
         lines = (line.strip() for line in read_text(path).splitlines())
         rows = [{COLUMN: line} for line in lines if line]
     if not rows:
         raise ValueError(f"{path} holds no prompts; expected at least one.")
-    counts = Counter((row[COLUMN], json.dumps(row.get(REGIONS) or "")) for row in rows)
+    counts = Counter(
+        (row[COLUMN], json.dumps(regions and row.get(REGIONS) or "", default=str)) for row in rows
+    )
     twice = [f"{prompt!r}" for (prompt, _), count in counts.items() if count > 1]
     if twice:
         raise ValueError(
@@ -89,6 +93,12 @@ def read_prompts(path: Path) -> list[Row]:
             "the repetitions: they would count more than the others."
         )
     return rows
+
+
+def has_regions(row: Row) -> bool:
+    """True unless a row's cell of regions is empty, as a table of any kind has it."""
+    cell = row.get(REGIONS)
+    return cell.strip() not in ("", "[]") if isinstance(cell, str) else cell not in (None, [])
 
 
 def digest_of(rows: Sequence[Row]) -> str:
@@ -157,13 +167,13 @@ def _captions(folder: Path) -> list[Row]:
     return [{COLUMN: text} for text in dict.fromkeys(c for one in examples for c in one.captions)]
 
 
-def _stripped(row: Row, number: int, path: Path) -> Row:
+def _stripped(row: Row, number: int, path: Path, regions: bool) -> Row:
     if COLUMN not in row:
         columns = ", ".join(str(name) for name in row)
         raise ValueError(f"{path.name}, row {number} has no column {COLUMN}; it has {columns}.")
     prompt = row[COLUMN]
-    is_empty = prompt in (None, "") and row.get(REGIONS)  # these say what is in the picture
-    if is_empty:
+    # These say what is in the picture.
+    if regions and prompt in (None, "") and has_regions(row):
         return {**row, COLUMN: ""}
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(

@@ -26,7 +26,7 @@ from krea2_model.transformer.text_attention import TextStates
 from krea2_model.transformer.token_groups import TokenGroups
 
 from .cache import Cache, Texts
-from .prompts import COLUMN, REGIONS, Row, in_turn
+from .prompts import COLUMN, REGIONS, Row, has_regions, in_turn
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def joined(
 
 def regions_of(row: Row, number: int) -> Regions | None:
     """The regions of a row, None without any. Raises ValueError, with the row's number."""
-    found = row.get(REGIONS)
-    if found in (None, "", []):
+    if not has_regions(row):
         return None
-    text = found if isinstance(found, str) else json.dumps(found)
+    found = row[REGIONS]
+    text = found if isinstance(found, str) else json.dumps(_without_nulls(found), default=str)
     try:
         entries, options = read_regions(text)
         for at, entry in enumerate(entries, start=1):
@@ -106,9 +106,23 @@ def regions_of(row: Row, number: int) -> Regions | None:
     return regions
 
 
+def _without_nulls(value: Any) -> Any:
+    """A cell of a table without what it lacks: Parquet gives all regions the keys of any."""
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(own) for key, own in value.items() if own is not None}
+    return value
+
+
 def _check(region: Region, number: int) -> None:
-    if (region.start, region.end) != (0.0, 1.0) or not region.strength:
-        raise ValueError(f"Region {number} acts in a part of the run; training takes whole runs.")
+    if not region.strength:
+        raise ValueError(f"Region {number} has strength 0, which does nothing. Leave it out.")
+    if (region.start, region.end) != (0.0, 1.0):
+        raise ValueError(
+            f"Region {number} acts in a part of the run, from {region.start:g} to {region.end:g}; "
+            "training takes whole runs. Leave start and end out."
+        )
 
 
 class PromptBatches:

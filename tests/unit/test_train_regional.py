@@ -135,7 +135,9 @@ def test_a_batch_has_regions_at_the_same_places(batches):
 @pytest.mark.parametrize(
     "regions, message",
     [
-        ([{"prompt": "a", "box": LEFT, "end": 0.5}], "Row 2, regions: Region 1 acts in a part"),
+        ([{"prompt": "a", "box": LEFT, "end": 0.5}], "Row 2, regions: Region 1 .* from 0 to 0.5"),
+        ([{"prompt": "a", "box": LEFT, "strength": 0}], "Region 1 has strength 0"),
+        (b"regions", "regions is .*; expected a JSON list"),
         ([{"prompt": "a", "box": LEFT, "loras": [["x", 1]]}], "Region 1 has loras"),
         ([{"prompt": "a", "mask": "m.png"}], "training takes a prompt and a box"),
         ([{"prompt": " ", "box": LEFT}], "Row 2, regions: Region 1"),
@@ -151,13 +153,26 @@ def test_regions_that_training_cannot_paint_are_refused(regions, message):
 def test_a_row_with_regions_needs_no_prompt(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "", **row}) + "\n" for row in ROWS))
-    assert [row["prompt"] for row in read_prompts(file)][:2] == ["", "a grey background"]
+    rows = read_prompts(file, regions=True)
+    assert [row["prompt"] for row in rows][:2] == ["", "a grey background"]
     file.write_text(json.dumps(ROWS[0]) * 1 + "\n" + json.dumps(ROWS[0]) + "\n")
     with pytest.raises(ValueError, match="1 prompt more than once"):
-        read_prompts(file)
-    file.write_text(json.dumps({"prompt": ""}) + "\n")
+        read_prompts(file, regions=True)
     with pytest.raises(ValueError, match="row 1: prompt is ''"):
-        read_prompts(file)
+        read_prompts(file)  # as commands do that paint no regions
+    file.write_text(json.dumps({"prompt": "", "regions": "[]"}) + "\n")
+    with pytest.raises(ValueError, match="row 1: prompt is ''"):
+        read_prompts(file, regions=True)
+
+
+def test_cells_of_other_tables():
+    """A cell of CSV is a text, and Parquet fills what an entry lacks with nulls."""
+    rows = [{"prompt": "a", "regions": cell} for cell in ("[]", " ", [], None, "")]
+    assert PromptBatches(rows).regions == [None] * len(rows)
+    entries = [{"prompt": "a", "box": LEFT, "strength": 0.5},
+               {"prompt": "b", "box": RIGHT, "strength": None}]  # fmt: skip
+    (regions,) = PromptBatches([{"prompt": "", "regions": entries}]).regions
+    assert regions is not None and [one.strength for one in regions.regions] == [0.5, 1.0]
 
 
 def test_a_run_on_a_table_with_regions(tmp_path):
