@@ -289,8 +289,10 @@ def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
 
 def _one_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype of a file's matrices and biases, None where it has several or is quantised."""
+    if any(map(is_quantised, tensors.values())):  # tensors of GGUF have no dtype
+        return None
     found = {t.dtype for name, t in tensors.items() if not is_norm_or_table(name)}
-    return found.pop() if len(found) == 1 and not any(map(is_quantised, tensors.values())) else None
+    return found.pop() if len(found) == 1 else None
 
 
 def _unseen(step: int, record: dict[str, Any]) -> None:

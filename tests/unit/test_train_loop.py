@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import krea2_training.train as train_module
 from diffusers_reference import TINY, load_from, run_reference
+from formats import gguf_file
 from krea2_model import Krea2Pipeline, Krea2Transformer, load_transformer, nano
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.cli.main import main
@@ -233,6 +234,18 @@ def test_a_whole_model_is_float32_once_on_the_device(pictures, cache, tmp_path):
         assert {p.dtype for p in trained.values()} == {torch.float32}
         expected = exact if path == mixed else tensors["first.weight"].float()
         assert torch.equal(session.model.first.weight.detach(), expected)
+
+
+def test_a_whole_model_begins_as_a_quantised_file(pictures, cache, tmp_path):
+    tensors, file = load_file(nano.TRANSFORMERS["raw"]), tmp_path / "raw.gguf"
+    name = "blocks.0.attn.wq.weight"
+    expected = gguf_file(tensors, file, "Q8_0")[name]
+    assert not torch.equal(expected, tensors[name].float())
+    config = config_of(pictures, cache, tmp_path / "x.safetensors", adapter__method="full",
+                       model__transformer=str(file), model__vae=str(nano.VAE),
+                       model__text_encoder=str(nano.text_encoder_file()))  # fmt: skip
+    found = Session(config).model.get_parameter(name)
+    assert found.dtype == torch.float32 and torch.equal(found.detach(), expected)
 
 
 def test_a_full_disk_is_named_and_keeps_the_state(pictures, cache, tmp_path, monkeypatch):
