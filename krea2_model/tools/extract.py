@@ -209,6 +209,8 @@ def _check_settings(
 ) -> None:
     if output.suffix != ".safetensors":
         raise ValueError(f"output is {output}; expected a name that ends in .safetensors.")
+    if output.is_dir():
+        raise ValueError(f"output is {output}, a folder; expected the name of a file.")
     if not is_whole(rank) or not 1 <= rank <= _MOST:
         raise ValueError(f"rank is {rank!r}; expected a whole number from 1 to {_MOST}.")
     if keep is not None and not (is_number(keep) and 0 < keep <= 1):
@@ -231,6 +233,10 @@ def _paths(fine_tune: Path, base: Path, output: Path) -> tuple[Path, Path]:
     for path in (fine_tune, base):
         if output.exists() and path.exists() and output.samefile(path):
             raise ValueError(f"{output} is one of the two files; name another output.")
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"{output} lies in {path}, one of the two models; name another output."
+            )
     return fine_tune, base
 
 

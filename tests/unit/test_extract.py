@@ -213,6 +213,9 @@ def test_files_that_do_not_belong_together_are_refused(files, tmp_path, capsys):
     save_file({"diffusion_model.blocks.0.attn.wq.lora_A.weight": torch.zeros(2, 2)},
               tmp_path / "lora.safetensors")  # fmt: skip
     out = str(tmp_path / "out.safetensors")
+    assert main(["convert", base, str(tmp_path / "folder"), "--quiet"]) == 0
+    inside = "folder/transformer/diffusion_pytorch_model.safetensors"
+    (tmp_path / "taken.safetensors").mkdir()
 
     def beside(name):
         return str(tmp_path / name)
@@ -227,7 +230,9 @@ def test_files_that_do_not_belong_together_are_refused(files, tmp_path, capsys):
         ([beside("none.safetensors"), "--base", base, "--output", out], "There is no file"),
         ([tuned, "--base", base, "--output", beside("copy.safetensors")], "exists"),
         ([tuned, "--base", base, "--output", base, "--force"], "one of the two files"),
+        ([tuned, "--base", beside("folder"), "--output", beside(inside), "--force"], "lies in"),
         ([tuned, "--base", base, "--output", beside("out.pt")], "ends in .safetensors"),
+        ([tuned, "--base", base, "--output", beside("taken.safetensors"), "--force"], "a folder"),
         ([tuned, "--base", base, "--output", out, "--keep", "1.5"], "--keep is 1.5"),
         ([tuned, "--base", base, "--output", out, "--with-differences", "--key-style",
           "diffusers"], "diffusers reads none"),
