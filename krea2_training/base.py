@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from krea2_model import load_transformer, nano
-from krea2_model.checkpoints.checkpoint import Checkpoint
+from krea2_model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from krea2_model.checkpoints.gguf import GGUFTensor
+from krea2_model.checkpoints.loading import PartState
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import INT8, SCALE, QuantisedWeight, eight_bits
-from krea2_model.checkpoints.transformer import VARIANT_KEY
+from krea2_model.checkpoints.transformer import VARIANT_KEY, read_transformer
+from krea2_model.config import RAW, TURBO
 from krea2_model.nn.attention import attend
 from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.nn.partial_attention import attend_partially
@@ -162,6 +164,33 @@ class TrainingBackend(Backend):
 def checkpoint_file(name: str | None, variant: str) -> Path:
     """The file that a setting names; "nano" is the built-in model's of a variant."""
     return nano.TRANSFORMERS[variant] if name == NANO else Path(str(name))
+
+
+def teacher_state(name: str, sizes: Any, variant: str | None) -> PartState:
+    """The Raw that a few-step model is refined by, from its header.
+
+    sizes, variant: of that model. Raises ValueError for a file that is no Raw of it, and for a
+    model that is a Raw itself.
+    """
+    # Its name on the command line, beside that of settings.
+    file = checkpoint_file(NANO if name == f"{NANO}-{RAW.name}" else name, RAW.name)
+    try:
+        state = read_transformer(open_checkpoint(file, "transformer"))
+    except ValueError as error:
+        raise ValueError(f"distil.teacher is {name!r}. {error}") from error
+    if state.config != sizes:
+        raise ValueError(
+            f"distil.teacher is {file}, which has other sizes than the model that the student "
+            "begins from. Name the Raw that it was made of."
+        )
+    if state.variant == TURBO.name:
+        raise ValueError(f"distil.teacher is {file}, a Turbo checkpoint; expected the Raw.")
+    if variant == RAW.name:
+        raise ValueError(
+            "distil.teacher is for a few-step checkpoint, and model.transformer is a Raw, which is "
+            "its own teacher. Leave the teacher out, or name the Turbo as the model."
+        )
+    return state
 
 
 def base_of_tensors(

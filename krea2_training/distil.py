@@ -33,15 +33,14 @@ import torch
 from torch import Tensor
 
 from krea2_model import Krea2Transformer
-from krea2_model.checkpoints.checkpoint import open_checkpoint
 from krea2_model.checkpoints.loading import load_part
-from krea2_model.checkpoints.transformer import STEPS_KEY, read_transformer
-from krea2_model.config import RAW, TURBO
+from krea2_model.checkpoints.transformer import STEPS_KEY
+from krea2_model.config import RAW
 from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.schedule import sigma_schedule
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
+from .base import TrainingBackend, check_base, freeze_base, teacher_state
 from .cache import Texts
 from .config import DistilConfig
 from .flow import generator_of
@@ -140,20 +139,13 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
 
 def _read_teacher(name: str, session: Session) -> Krea2Transformer:
     """The Raw that is distilled, in main memory. Raises ValueError for a file of another model."""
-    file = checkpoint_file(name, RAW.name)
-    state = read_transformer(open_checkpoint(file, "transformer"))
-    if state.config != session.model.config:
-        raise ValueError(
-            f"distil.teacher is {file}, which has other sizes than the model that the student "
-            "begins from. Name the Raw that it was made of."
-        )
-    if state.variant == TURBO.name:
-        raise ValueError(f"distil.teacher is {file}, a Turbo checkpoint; expected the Raw.")
+    model = session.model
+    state = teacher_state(name, model.config, model.variant)
     teacher = load_part(state, dtype=session.dtype, keep_quantised=True)
     try:
         check_base(teacher, session.config.memory.base)
     except ValueError as error:
-        raise ValueError(f"distil.teacher is {file}: {error}") from error
+        raise ValueError(f"distil.teacher is {state.path}: {error}") from error
     return teacher
 
 

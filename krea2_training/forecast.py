@@ -26,11 +26,12 @@ from krea2_model.memory.plan import check_offload
 from krea2_model.vae.model import QwenImageVAE
 
 from .adapters import add_adapters
-from .base import checkpoint_file, stored_as
+from .base import checkpoint_file, stored_as, teacher_state
 from .cache import Encoders
-from .config import PretrainConfig, RewardConfig, RunConfig, TrainConfig
+from .config import DistilConfig, PretrainConfig, RewardConfig, RunConfig, TrainConfig
 from .data import read_examples
 from .prompts import read_prompts
+from .regional import PromptBatches
 from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
 from .shapes import check_shapes, shape_of
 from .start import Start
@@ -335,7 +336,13 @@ def forecast(config: RunConfig) -> str:
     """The forecast of a run, and what to change where it does not fit."""
     file = checkpoint_file(config.model.transformer, "raw")
     state = read_transformer(open_checkpoint(file, "transformer"))
-    Start(config, state.config)  # type: ignore[arg-type]  # what is refused is refused here too
+    # What a run refuses is refused here too.
+    Start(config, state.config)  # type: ignore[arg-type]
+    if isinstance(config, DistilConfig):
+        assert config.prompts.path is not None
+        PromptBatches(read_prompts(config.prompts.path, regions=True))
+        if config.distil.teacher is not None:
+            teacher_state(config.distil.teacher, state.config, state.variant)
     blocks = {n: t for n, t in state.tensors.items() if n.startswith("blocks.") and t.ndim == 2}
     values = sum(t.numel() for t in blocks.values())
     size = sum(getattr(t, "data", t).nbytes for t in blocks.values())

@@ -37,12 +37,22 @@ pytest_for() {
   timeout --signal INT --kill-after 15 "${SECONDS_EACH:-110}" "$PYTHON" -P -c "$RUN_PYTEST" -q \
     --tb=short -p no:cacheprovider -n "$WORKERS" --dist loadfile --no-loadscope-reorder \
     --continue-on-collection-errors "$@" >"$LOGS/tests-$name.log" 2>&1
+  local status=$?
   echo "$name: $(tail -n 1 "$LOGS/tests-$name.log")"
+  return "$status"
 }
 
 cd -- "$ROOT" || exit 1
 mkdir -p "$LOGS"
-for name in "${@:-comfy unit}"; do
-  for part in $name; do "$part" & done
+[[ $# -gt 0 ]] || set -- comfy unit
+for part in "$@"; do
+  [[ $part == comfy || $part == unit ]] ||
+    { echo "There are no tests named $part; expected comfy or unit." >&2; exit 2; }
 done
-wait
+jobs=() status=0
+for part in "$@"; do
+  "$part" &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job" || status=1; done
+exit "$status"

@@ -52,4 +52,4 @@ def switched(*names: str) -> Iterator[None]:
 
 
 # The switches that are on. Read in every layer of every step, so it is no function.
-active = parse(os.environ[VARIABLE]) if VARIABLE in os.environ else DEFAULT
+active = parse(os.environ[VARIABLE]) if os.environ.get(VARIABLE, "").strip() else DEFAULT

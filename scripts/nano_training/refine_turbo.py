@@ -7,6 +7,7 @@ on Raw act as before. So a part of it is merged: the one that is best on prompts
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -90,13 +91,15 @@ def regional(random: Random, boxes: list[Box]) -> Row:
 
 def refine_turbo(folder: Path, steps: int = STEPS) -> Krea2Transformer:
     """nano's Turbo as its file has it, with a part of what it learns from nano's Raw."""
-    folder = folder / "refine"
+    # Of this Turbo: another one begins anew.
+    file = nano.TRANSFORMERS["turbo"]
+    folder = folder / f"refine_{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "prompts.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in prompts()), encoding="utf-8")
     config = read_config(None, {
         "prompts.path": table, "prompts.size": 128,
-        "model.transformer": str(nano.TRANSFORMERS["turbo"]), "model.vae": str(nano.VAE),
+        "model.transformer": str(file), "model.vae": str(nano.VAE),
         "model.text_encoder": str(nano.text_encoder_file()), "distil.teacher": "nano",
         "distil.steps": [4, 8], "distil.guidance": 3.5, "distil.fake_updates": 2,
         "distil.dropout": 0.06, "adapter.rank": 64, "training.steps": steps, "training.batch": 8,

@@ -39,6 +39,8 @@ def test_the_environment_is_read(monkeypatch):
     monkeypatch.setenv(switches.VARIABLE, "gate,gguf")
     assert anew().active == {"gate", "gguf"}
     monkeypatch.setenv(switches.VARIABLE, "")
+    assert anew().active == switches.DEFAULT, "as where it is not set"
+    monkeypatch.setenv(switches.VARIABLE, "none")
     assert not anew().active
     monkeypatch.setenv(switches.VARIABLE, "cuDNN")
     with pytest.raises(ValueError, match="'cuDNN'"):

@@ -17,6 +17,7 @@ from krea2_training.cache import Cache, Texts
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import ASPECTS, FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
 from krea2_training.flow import generator_of
+from krea2_training.forecast import forecast
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil
@@ -237,15 +238,32 @@ def test_a_quantised_teacher_is_not_quantised_again(prompts, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "teacher, message", [("turbo", "a Turbo checkpoint; expected the Raw"), ("tiny", "other sizes")]
+    "teacher, message",
+    [
+        ("turbo", "a Turbo checkpoint; expected the Raw"),
+        ("tiny", "other sizes"),
+        ("nope.safetensors", "distil.teacher is 'nope.safetensors'. There is no file"),
+        ("raw as the model", "model.transformer is a Raw, which is its own teacher"),
+    ],
 )
 def test_a_teacher_has_to_be_the_raw_of_the_model(prompts, tmp_path, teacher, message):
-    file = nano.TRANSFORMERS["turbo"]
-    if teacher == "tiny":
-        save_transformer(Krea2Transformer(TINY), file := tmp_path / "tiny.safetensors")
-    settings = of_turbo(tmp_path, distil__teacher=str(file))
-    with pytest.raises(ValueError, match=message):
-        distil(config_of(prompts, tmp_path / "x.safetensors", **settings))
+    """In the forecast too."""
+    files = {"turbo": nano.TRANSFORMERS["turbo"], "tiny": tmp_path / "tiny.safetensors",
+             "raw as the model": "nano-raw"}  # fmt: skip
+    save_transformer(Krea2Transformer(TINY), files["tiny"])
+    settings = of_turbo(tmp_path, distil__teacher=str(files.get(teacher, teacher)))
+    if teacher == "raw as the model":
+        settings["model__transformer"] = "nano"
+    config = config_of(prompts, tmp_path / "x.safetensors", **settings)
+    for call in (distil, forecast):
+        with pytest.raises(ValueError, match=message):
+            call(config)
+
+
+def test_a_forecast_refuses_regions_that_a_run_refuses(tmp_path):
+    (file := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "regions": [{"prompt": "b"}]}')
+    with pytest.raises(ValueError, match="Row 1, regions"):
+        forecast(config_of(file, tmp_path / "x.safetensors"))
 
 
 def test_a_share_of_prompts_is_empty(prompts, tmp_path, monkeypatch):
