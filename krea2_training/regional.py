@@ -7,9 +7,10 @@ tokens then see only a part of the others.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -47,7 +48,6 @@ class RegionalTexts(Texts):
         All texts are fused in one call, as one without regions is: processes that share the weights
         call the model as often as each other, whatever their batches have.
         """
-        assert self.places is not None
         texts = (Texts(self.taps, self.mask), *self.regions)
         longest = max(map(_length, texts))
         everything = Texts(
@@ -59,11 +59,19 @@ class RegionalTexts(Texts):
         own = [
             TextStates(part, one.mask) for part, one in zip(states[1:], self.regions, strict=True)
         ]
-        settings = [region.settings for region in self.places.regions]
-        plan = RegionPlan(own, settings, self.places.shapes.shares)
-        active = plan.at(1.0, grid_size(latents, PATCH), latents.device)
+        active = self._plan.at(1.0, grid_size(latents, PATCH), latents.device)
         assert active is not None  # `regions_of` refuses regions that do not always act
+        active = replace(active, texts=tuple(own))
         return *active.join(states[0], self.mask), active.groups
+
+    @functools.cached_property
+    def _plan(self) -> RegionPlan:
+        """Kept for all calls of a batch: what sees what depends on the lengths of texts alone."""
+        assert self.places is not None
+        unfused = [TextStates(one.taps.flatten(2), one.mask) for one in self.regions]
+        settings = [region.settings for region in self.places.regions]
+        shares, factor = self.places.shapes.shares, self.places.text_factor
+        return RegionPlan(unfused, settings, shares, text_factor=factor)
 
 
 def _length(texts: Texts) -> int:

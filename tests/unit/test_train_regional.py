@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from krea2_model import Krea2Pipeline, Region
+from krea2_model import Krea2Pipeline, Region, Regions
 from krea2_training.cache import Cache, Encoders
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
@@ -94,6 +94,19 @@ def test_texts_of_regions_are_fused_in_one_call(roles, texts, monkeypatch):
     with torch.no_grad():
         joined(texts, roles.model, torch.zeros(2, 16, 8, 8))
     assert len(calls) == 1
+
+
+def test_options_of_regions_count(raw, roles, cache):
+    """The factor of the prompt of all of the picture, as in a run."""
+    row = {**ROWS[0], "regions": {"regions": ROWS[0]["regions"], "text_factor": 0.2}}
+    texts = PromptBatches([row]).read([0], [row["prompt"]], cache, torch.device("cpu"))
+    regions = Regions([Region(**entry) for entry in ROWS[0]["regions"]], text_factor=0.2)
+    noise = raw.prepare_latents(1, width=64, height=64, seed=4)
+    end = raw(row["prompt"], regions=regions, latents=noise, width=64, height=64, guidance=0,
+              sigmas=[1.0, 0.0], output_type="latent")  # fmt: skip
+    with torch.no_grad():
+        found = matching(roles)._velocity(TEACHER, noise, torch.ones(1), texts)
+    assert_close(found, noise - end, 1e-4, "a velocity with a factor")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
