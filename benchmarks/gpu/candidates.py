@@ -91,7 +91,7 @@ def reason_against(worker, switch: str, without_triton: str) -> str:
         )  # fmt: skip
         with on(worker, switch):
             if backends.preferred(query, key, key, None) is None:
-                return "cuDNN does not take this model's grouped heads"
+                return "the table of attention backends does not choose cuDNN"
     return ""
 
 

@@ -25,6 +25,8 @@ from . import weights
 
 # The file name tells the variant.
 NAME = Path("krea2_turbo_random.safetensors")
+# Compute capabilities on which torch tries cuDNN's attention first.
+PREFER_CUDNN = ((9, 0), (10, 0))
 
 
 @contextlib.contextmanager
@@ -45,10 +47,6 @@ def sharing_storage(device) -> Iterator[None]:
         yield
     finally:
         base.load_model_weights, management.unet_offload_device = load, offload_device
-
-
-# Compute capabilities, in torch's own rule.
-PREFER_CUDNN = ((9, 0), (10, 0))
 
 
 def as_checkpoint(tensors: dict[str, Any], name: Path = NAME):
