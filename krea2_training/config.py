@@ -219,10 +219,9 @@ class PretrainConfig(PicturesConfig):
 
     @property
     def batches(self) -> list[tuple[int | None, int]]:
-        sides = self.stages.resolution
-        return list(
-            zip(sides, self.stages.batch or [self.training.batch] * len(sides), strict=True)
-        )
+        sides, draws = self.stages.resolution, self.stages.draws
+        pictures = self.stages.batch or [self.training.batch] * len(sides)
+        return [(side, draws * batch) for side, batch in zip(sides, pictures, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,16 +66,25 @@ def predict(
 ) -> Tensor:
     """The model's velocity for a batch's prompts, in float32.
 
+    latents: one for each prompt, or as many for each, one after the other.
     train_text: differentiate through the text fusion too.
     """
+    mask, references = batch.mask, batch.references
     with torch.set_grad_enabled(train_text and torch.is_grad_enabled()):
-        text = model.fuse_text(batch.taps, batch.mask)
+        text = model.fuse_text(batch.taps, mask)
+    draws = len(latents) // len(text)
+    if draws > 1:
+        text = text.repeat_interleave(draws, 0)
+        mask = None if mask is None else mask.repeat_interleave(draws, 0)
+        references = [
+            replace(one, latents=one.latents.repeat_interleave(draws, 0)) for one in references
+        ]
     velocity = model(
         latents,
         times,
         text,
-        batch.mask,
-        references=batch.references,
+        mask,
+        references=references,
         reference_method=batch.reference_method or TIME_ZERO,
         backend=backend,
     )

@@ -38,6 +38,7 @@ class Stage:
     end: int
     order: Order
     shift: float | None
+    mask: float = 1.0
 
 
 def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None) -> Path:
@@ -61,7 +62,10 @@ def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None
     def batch_of(number: int) -> tuple[Batch, Noised]:
         stage = next(stage for stage in stages if number < stage.end * settings.accumulate)
         place = number - stage.begin * settings.accumulate
-        return prepared(session, stage.order, number, stage.shift, place=place)
+        return prepared(
+            session, stage.order, number, stage.shift,
+            place=place, draws=config.stages.draws, mask=stage.mask,
+        )  # fmt: skip
 
     batches = session.ahead(batch_of)
 
@@ -87,7 +91,8 @@ def stages_of(config: PretrainConfig, examples: list[Example]) -> list[Stage]:
             config.training.seed + index,
         )
         shift = config.stages.shift[index] if config.stages.shift else config.training.shift
-        found.append(Stage(begin, end, order, shift))
+        mask = config.stages.mask[index] if config.stages.mask else 1.0
+        found.append(Stage(begin, end, order, shift, mask))
     return found
 
 

@@ -293,7 +293,9 @@ class Stages:
 
     resolution: side of a square of the pictures' area. steps: of the optimiser. batch: pictures in
     a step; none is training.batch for all. shift: exponent mu of the times' shift; none is that of
-    the pictures' size. rate: factor on the learning rate; none is 1.
+    the pictures' size. rate: factor on the learning rate; none is 1. mask: how far pictures' masks
+    weigh the loss, from 0, not at all, to 1; none is 1.
+    draws: of noise for each picture of a batch, whose caption is fused once for all of them.
     """
 
     resolution: tuple[int, ...] = (256, 512, 1024)
@@ -301,6 +303,8 @@ class Stages:
     batch: tuple[int, ...] = ()
     shift: tuple[float, ...] = ()
     rate: tuple[float, ...] = ()
+    mask: tuple[float, ...] = ()
+    draws: int = 1
 
     def __post_init__(self):
         count = len(self.resolution)
@@ -310,6 +314,7 @@ class Stages:
             ("batch", 1, 4096),
             ("shift", -100, 100),
             ("rate", 0, 100),
+            ("mask", 0, 1),
         ):
             values = getattr(self, name)
             ok = len(values) == count or (not values and name != "steps")
@@ -317,6 +322,7 @@ class Stages:
             check(ok, f"stages.{name}", list(values), expected)
             ok = all(low <= value <= high for value in values)
             check(ok, f"stages.{name}", list(values), f"numbers from {low} to {high}")
+        check(1 <= self.draws <= 4096, "stages.draws", self.draws, "1 to 4096")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .cache import Batch, OnEncoding
@@ -91,17 +92,24 @@ def prepared(
     shift: float | None,
     purpose: int = _NOISE,
     place: int | None = None,
+    draws: int = 1,
+    mask: float = 1.0,
 ) -> tuple[Batch, Noised]:
     """A batch of an order's pictures, with the noise of its number in the run.
 
-    place: of the batch in the order; None is its number.
+    place: of the batch in the order; None is its number. draws: of noise for each picture.
+    mask: how far the pictures' masks weigh the loss, from 0 to 1.
     """
     settings = session.config.training
-    draws = order.batch(number if place is None else place)
-    batch = session.cache.batch(draws, order, session.device)
+    drawn = order.batch(number if place is None else place)
+    batch = session.cache.batch(drawn, order, session.device)
+    if batch.weights is not None:
+        weights = torch.lerp(torch.ones_like(batch.weights), batch.weights, mask)
+        batch.weights = weights.repeat_interleave(draws, 0) if mask else None
     generator = generator_of(settings.seed, number, purpose)
     patch = session.model.config.patch_size
-    return batch, noised(batch.latents, generator, shift, settings.spread, patch)
+    latents = batch.latents.repeat_interleave(draws, 0)
+    return batch, noised(latents, generator, shift, settings.spread, patch)
 
 
 def pictures_loss(session: Session, batch: Batch, noise: Noised, train_text: bool) -> Tensor:

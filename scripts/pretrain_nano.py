@@ -59,7 +59,7 @@ class Pretraining:
             self.call(
                 script / "write_folder.py", self.work / "pictures",
                 "--pictures", options.pictures, "--captions", options.captions,
-                "--workers", options.workers,
+                "--workers", options.workers, "--masks",
             )  # fmt: skip
         with self.part("text encoder"):  # made once, before processes would do it at once
             self.call("-c", "from krea2_model import nano; nano.text_encoder_file()")
@@ -259,7 +259,7 @@ def main() -> None:
     output = Path(os.environ.get("OUT") or ROOT / ".local" / "pretrain_nano")
     parser.add_argument("--output", type=Path, default=output)
     parser.add_argument("--work", type=Path, help="folder of pictures, cache and states; kept")
-    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--captions", type=int, default=2, help="of each picture")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps")
     parser.add_argument(

@@ -18,7 +18,7 @@ from krea2_model.vae.model import QwenImageVAE
 from krea2_training.cache import padded
 
 from .loop import DEVICE, autocast
-from .scenes import PICTURE_SIZES, caption, draw, random_scene
+from .scenes import PICTURE_SIZES, caption, draw, random_scene, tokens_of_things
 from .train_vae import to_tensor
 
 logger = logging.getLogger(__name__)
@@ -130,11 +130,8 @@ def texts_of(taps: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def where_things_are(picture: np.ndarray) -> Tensor:
-    """Latent cells (1, h, w) bool of those tokens (16 px a side) that show more than background."""
-    contrast = np.abs(picture - picture[0, 0]).max(axis=2) > 0.1
-    rows, columns = contrast.shape[0] // 16, contrast.shape[1] // 16
-    tokens = contrast.reshape(rows, 16, columns, 16).any(axis=(1, 3))
-    return torch.from_numpy(tokens.repeat(2, axis=0).repeat(2, axis=1))[None]
+    """Latent cells (1, h, w) bool of the tokens that `tokens_of_things` gives."""
+    return torch.from_numpy(tokens_of_things(picture).repeat(2, axis=0).repeat(2, axis=1))[None]
 
 
 def _parts(keys: list, most: int) -> Iterator[list[int]]:

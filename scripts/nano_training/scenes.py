@@ -287,6 +287,14 @@ def draw(
     return picture
 
 
+def tokens_of_things(picture: np.ndarray) -> np.ndarray:
+    """Tokens (rows, columns) bool, 16 px a side, of a picture (H, W, 3) in [0, 1]: those that show
+    more than background."""
+    contrast = np.abs(picture - picture[0, 0]).max(axis=2) > 0.1
+    rows, columns = contrast.shape[0] // 16, contrast.shape[1] // 16
+    return contrast.reshape(rows, 16, columns, 16).any(axis=(1, 3))
+
+
 def rgb(colour: str) -> np.ndarray:
     """A colour by its name or as "#rrggbb": (3,) float32 in [0, 1]."""
     values = COLOURS[colour] if colour in COLOURS else tuple(bytes.fromhex(colour[1:]))

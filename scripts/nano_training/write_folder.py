@@ -23,22 +23,29 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from nano_training.scenes import caption, draw, random_scene  # noqa: E402
+from nano_training.scenes import PICTURE_SIZES, caption, draw, random_scene, tokens_of_things  # noqa: E402
 
 CAPTIONS = 2
 CHUNK = 100  # pictures that a process draws at a time
+BACKGROUND = 64  # of 255 in masks: things weigh four times as much
 
 
 def write_folder(
-    folder: Path, pictures: int, captions: int = CAPTIONS, side: int = 128, workers: int = 0
+    folder: Path,
+    pictures: int,
+    captions: int = CAPTIONS,
+    side: int = 128,
+    workers: int = 0,
+    masks: bool = False,
 ) -> None:
-    """Write so many pictures (PNG, side x side) with so many captions each, on all cores.
+    """Write so many pictures (PNG) with so many captions each, on all cores.
 
-    workers: processes that draw; 0 draws in this one.
+    side: of the square ones; others have nearly their area. workers: processes that draw; 0 draws
+        in this one. masks: a mask beside each picture, for a loss that leans towards things.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, pictures, CHUNK)
-    write = partial(_write_chunk, folder, pictures, captions, side)
+    write = partial(_write_chunk, folder, pictures, captions, side, masks)
     if workers < 2:
         list(map(write, starts))
         return
@@ -46,15 +53,24 @@ def write_folder(
         list(pool.map(write, starts))
 
 
-def _write_chunk(folder: Path, pictures: int, captions: int, side: int, start: int) -> None:
+def _write_chunk(
+    folder: Path, pictures: int, captions: int, side: int, masks: bool, start: int
+) -> None:
     for number in range(start, min(start + CHUNK, pictures)):
         random = Random(f"folder {number}")
         scene = random_scene(random)
-        pixels = (draw(scene, side, side, random) * 255).round().astype(np.uint8)
         texts = [caption(scene, random) for _ in range(captions)]
+        size = random.choices(list(PICTURE_SIZES), weights=PICTURE_SIZES.values())[0]
+        width, height = (side * pixels // 128 for pixels in size)
+        picture = draw(scene, width, height, random)
+        pixels = (picture * 255).round().astype(np.uint8)
         stem = folder / f"{number:06}"
         # Flat colours are small at any level; a low one is the fastest.
         Image.fromarray(pixels).save(stem.with_suffix(".png"), compress_level=1)
+        if masks:
+            tokens = np.where(tokens_of_things(picture), 255, BACKGROUND).astype(np.uint8)
+            mask = tokens.repeat(16, axis=0).repeat(16, axis=1)
+            Image.fromarray(mask).save(f"{stem}.mask.png", compress_level=1)
         stem.with_suffix(".txt").write_text("\n---\n".join(texts), encoding="utf-8")
 
 
@@ -65,8 +81,12 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="of each picture")
     parser.add_argument("--side", type=int, default=128, help="in pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--masks", action="store_true", help="that lean towards things")
     options = parser.parse_args()
-    write_folder(options.folder, options.pictures, options.captions, options.side, options.workers)
+    write_folder(
+        options.folder, options.pictures, options.captions, options.side, options.workers,
+        options.masks,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

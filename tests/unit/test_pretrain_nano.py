@@ -3,6 +3,7 @@
 import argparse
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from krea2_training.data import read_examples
 from krea2_training.pretrain import stages_of
 from krea2_training.session import machine_of
 from nano_training.fill_cache import fill_cache
+from nano_training.scenes import PICTURE_SIZES
 from nano_training.write_folder import write_folder
 
 
@@ -24,7 +26,7 @@ def options_of(**given):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "pictures"
-    write_folder(folder, 3)
+    write_folder(folder, 3, masks=True)
     return folder
 
 
@@ -35,8 +37,17 @@ def test_pictures_have_captions_and_do_not_depend_on_their_number(folder, tmp_pa
     data = read_config(None, SETTINGS | {"data.path": folder}, PretrainConfig).data
     examples = read_examples(data)
     assert [len(one.captions) for one in examples] == [2, 2, 2]
-    with Image.open(folder / "000002.png") as image:
-        assert image.size == (128, 128) and len(image.getcolors(2**14)) > 1
+    sizes = set()
+    for one in examples:
+        with Image.open(one.image) as image, Image.open(one.mask) as mask:
+            assert image.size == mask.size and len(image.getcolors(2**14)) > 1
+            sizes.add(image.size)
+            pixels, weights = np.asarray(image), np.asarray(mask)
+        assert set(np.unique(weights)) == {64, 255}
+        background = np.abs(pixels.astype(int) - pixels[0, 0]).max(axis=2) == 0
+        assert background[weights == 64].mean() > 0.9
+        assert background[weights == 255].mean() < 0.9
+    assert sizes <= set(PICTURE_SIZES)
 
 
 SETTINGS = {
@@ -47,7 +58,7 @@ SETTINGS = {
 
 def test_the_cache_is_what_a_run_makes_itself(folder):
     table = pretrain_nano.settings(options_of(scale=0.001, batch=2))
-    table["memory"]["device"] = "cpu"
+    table["memory"] |= {"device": "cpu", "dtype": "fp32"}
     file = folder.parent / "run.toml"
     file.write_text(pretrain_nano.as_toml(table))
     made = fill_cache(file)

@@ -1,6 +1,7 @@
 """Pretraining: a new transformer, stages in one run, `krea2 pretrain`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from PIL import Image
 from krea2_model import load_transformer
 from krea2_model.cli.main import main
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
+from krea2_model.transformer.references import Reference
+from krea2_training.cache import Batch
 from krea2_training.config import PretrainConfig, read_config
 from krea2_training.data import read_examples
+from krea2_training.flow import predict
 from krea2_training.pretrain import new_transformer, pretrain, stages_of
 from krea2_training.rates import Rates
 
@@ -86,6 +90,58 @@ def test_a_run_through_all_stages_is_a_raw_checkpoint(pictures, tmp_path):
     lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 5 and losses[2] < losses[0]
+
+
+def test_draws_of_noise_share_the_fusion_of_a_caption():
+    torch.manual_seed(0)
+    model = new_transformer(TRANSFORMER_CONFIG, seed=3)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    batch = Batch(
+        torch.zeros(2, 16, 8, 8), torch.randn(2, 6, 12, 160), mask,
+        references=[Reference(torch.randn(2, 16, 4, 6))],
+    )  # fmt: skip
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    reference = Reference(batch.references[0].latents[rows])
+    repeated = Batch(batch.latents[rows], batch.taps[rows], mask[rows], references=[reference])
+    latents, times = torch.randn(6, 16, 8, 8), torch.rand(6)
+    found = predict(model, latents, times, batch, train_text=True)
+    expected = predict(model, latents, times, repeated, train_text=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    name = "txtfusion.projector.weight"
+    gradients = [
+        torch.autograd.grad(one.square().mean(), model.get_parameter(name))[0]
+        for one in (found, expected)
+    ]
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_masks_weigh_as_far_as_a_stage_says(pictures, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    mask = Image.new("L", (128, 96), 255)
+    mask.paste(0, (0, 0, 64, 96))
+    for picture in pictures.glob("*.png"):
+        mask.save(folder / f"{picture.stem}.mask.png")
+
+    def first_loss(data, **settings):
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        stage = {"stages__resolution": [64], "stages__steps": [1], "stages__batch": [3]}
+        config = config_of(data, output, **stage, stages__draws=2, **settings)
+        assert config.batches == [(64, 6)]
+        losses = []
+        pretrain(config, lambda step, record: losses.append(record["loss"]))
+        return losses[0]
+
+    plain = first_loss(pictures)
+    assert first_loss(folder, stages__mask=[0.0]) == plain
+    whole = first_loss(folder, stages__mask=[1.0])
+    half = first_loss(folder, stages__mask=[0.5])
+    assert whole != plain and half == pytest.approx((plain * 2 + whole) / 3, rel=1e-4)
+    assert first_loss(folder) == whole
 
 
 def test_the_command_refuses_and_forecasts(pictures, tmp_path, capsys):
