@@ -25,15 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT)]
 
 from krea2_model.config import TransformerConfig  # noqa: E402
+from krea2_model.features.control_run import RunControl  # noqa: E402
+from krea2_model.features.run_features import RunFeatures, StepFeatures  # noqa: E402
+from krea2_model.features.style_transfer import StylePictures, StyleRun, StyleSettings  # noqa: E402
 from krea2_model.guidance import unshifted  # noqa: E402
 from krea2_model.images.region_shapes import RegionShape, RegionShapes  # noqa: E402
-from krea2_model.lora.control_run import RunControl  # noqa: E402
 from krea2_model.lora.in_run import RunLora  # noqa: E402
 from krea2_model.lora.live import LiveLora  # noqa: E402
 from krea2_model.lora.updates import Update  # noqa: E402
 from krea2_model.nn.attention import attend  # noqa: E402
-from krea2_model.run_features import RunFeatures, StepFeatures  # noqa: E402
-from krea2_model.style_transfer import StylePictures, StyleRun, StyleSettings  # noqa: E402
 from krea2_model.transformer.backend import ExtendedBackend  # noqa: E402
 from krea2_model.transformer.model import Krea2Transformer  # noqa: E402
 from krea2_model.transformer.patches import grid_size, token_count  # noqa: E402

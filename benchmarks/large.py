@@ -26,9 +26,9 @@ from krea2_model import (  # noqa: E402
     TransformerConfig,
     VAEConfig,
 )
+from krea2_model.features.tiles import tiles_at  # noqa: E402
 from krea2_model.memory import activations  # noqa: E402
 from krea2_model.memory.forecast import call_operations, pair_operations  # noqa: E402
-from krea2_model.tiles import tiles_at  # noqa: E402
 from krea2_model.vae.model import tiled_bytes  # noqa: E402
 
 SIZES = (1024, 2048, 4096, 8192)

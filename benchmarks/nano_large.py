@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from krea2_model import Krea2Pipeline, Preset, RotaryScaling, SparseAttention, Upscale  # noqa: E402
+from krea2_model.features.tiles import tiles_at  # noqa: E402
 from krea2_model.images.contact_sheet import contact_sheet  # noqa: E402
-from krea2_model.tiles import tiles_at  # noqa: E402
 from nano_training.judge import background_colour, judge, seam_step  # noqa: E402
 from nano_training.scenes import Scene, held_out_prompts  # noqa: E402
 

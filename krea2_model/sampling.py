@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .extrapolation import VelocityExtrapolation
+from .features.inpainting import LatentMask, MaskedVelocity
+from .features.run_features import RunFeatures, StepFeatures
+from .features.style_transfer import StyleRun
+from .features.tiles import Tile, fuse
 from .guidance import ALWAYS, NEVER, GuidanceSchedule, SigmaAt, rescaled
-from .inpainting import LatentMask, MaskedVelocity
-from .run_features import RunFeatures, StepFeatures
 from .schedule import check_guidance, check_sigmas, schedule_of
-from .style_transfer import StyleRun
-from .tiles import Tile, fuse
 from .transformer.backend import ExtendedBackend
 from .transformer.model import Krea2Transformer
 from .transformer.modulation import RunModulation

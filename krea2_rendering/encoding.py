@@ -15,7 +15,7 @@ from krea2_model.checkpoints.text_encoder import load_text_encoder
 from krea2_model.cli.checks import check_machine
 from krea2_model.cli.model_files import take_from_models
 from krea2_model.devices import find_device
-from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
+from krea2_model.features.prompt_embeds import PromptEmbeds, encode_prompts
 
 from .plan import ENCODED_JOB, RowOptions
 

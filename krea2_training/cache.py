@@ -27,10 +27,10 @@ from krea2_model import Krea2Transformer, load_text_encoder, load_vae, nano
 from krea2_model.checkpoints.checkpoint import open_checkpoint
 from krea2_model.checkpoints.text_encoder import read_text_encoder
 from krea2_model.checkpoints.vae import read_vae
-from krea2_model.edits import RECIPES, plan_edit
+from krea2_model.features.edits import RECIPES, plan_edit
+from krea2_model.features.prompt_embeds import PromptEmbeds, encode_prompts
 from krea2_model.images.pictures import fit, pixels_of
 from krea2_model.memory.machine import empty_cache
-from krea2_model.prompt_embeds import PromptEmbeds, encode_prompts
 from krea2_model.replacing import replacing
 from krea2_model.text.prompt_images import PromptImage
 from krea2_model.transformer.references import Reference, ReferenceSettings

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from krea2_model.region_list import read_regions
-from krea2_model.regions import Region, Regions
+from krea2_model.features.region_list import read_regions
+from krea2_model.features.regions import Region, Regions
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 from krea2_model.transformer.patches import PATCH
 from krea2_model.transformer.regions import RegionPlan

@@ -3,11 +3,11 @@
 from comfy_api.latest import io, ui
 
 from ..krea2_model.checkpoints.identify import read_header
-from ..krea2_model.controls import REFERENCE_MEGAPIXELS, check_images, check_mask
+from ..krea2_model.features.control_run import ControlSettings
+from ..krea2_model.features.controls import REFERENCE_MEGAPIXELS, check_images, check_mask
 from ..krea2_model.images.pictures import reference_pixels
 from ..krea2_model.lora.control import AUTO, form_of
 from ..krea2_model.lora.control_files import CHANNELS, MAX_STRENGTH, REFERENCES
-from ..krea2_model.lora.control_run import ControlSettings
 from ..krea2_model.transformer.references import SHARED_TIME, TIME_ZERO, ReferenceSettings
 from . import inputs, model_files
 from .inputs import check_limits, verdict

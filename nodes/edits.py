@@ -7,7 +7,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.edits import (
+from ..krea2_model.features.edits import (
     AUTO,
     EDIT,
     FAMILIES,

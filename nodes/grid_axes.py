@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..krea2_model.checkpoints.identify import TRANSFORMER
-from ..krea2_model.grid_axes import file_label, number_range, replace_parts
 from ..krea2_model.images.grid_sheet import check_counts
 from ..krea2_model.images.sizes import MAX_SIZE, MULTIPLE
+from ..krea2_model.pipeline.grid_axes import file_label, number_range, replace_parts
 from . import inputs, model_files
 from .layer_weights import LAYERS
 from .style_library import mixed_styles

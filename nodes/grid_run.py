@@ -11,9 +11,9 @@ import torch
 from ..krea2_model.checkpoints.identify import TRANSFORMER, CheckpointError
 from ..krea2_model.checkpoints.pairing import text_width, wrong_pair
 from ..krea2_model.config import Preset
-from ..krea2_model.grid_axes import paint_order
 from ..krea2_model.images.grid_sheet import Place
 from ..krea2_model.lora.few_steps import FULL_STRENGTH
+from ..krea2_model.pipeline.grid_axes import paint_order
 from . import grid_axes, model_files
 from .file_kinds import preset_of_file
 from .grid_axes import Axis

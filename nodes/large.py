@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..krea2_model.config import RAW
+from ..krea2_model.features.tiles import MAX_BATCH, TileSettings
 from ..krea2_model.images.resize import colours
 from ..krea2_model.images.sizes import MULTIPLE
-from ..krea2_model.tiles import MAX_BATCH, TileSettings
 from ..krea2_model.transformer.rotary_scaling import METHODS as ROTARY_METHODS
 from ..krea2_model.transformer.rotary_scaling import RotaryScaling
 from ..krea2_model.transformer.sparse_attention import SparseAttention

@@ -3,14 +3,14 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.arguments import PromptImages
+from ..krea2_model.features.arguments import PromptImages
+from ..krea2_model.features.region_list import EXAMPLE, read_regions
+from ..krea2_model.features.regions import SEPARATE, SOFT, TEXT_FACTOR
+from ..krea2_model.features.regions import Regions as RegionArguments
 from ..krea2_model.images.masks import without_noise
 from ..krea2_model.images.region_picture import draw_regions
 from ..krea2_model.images.region_shapes import MAX_SOFT
 from ..krea2_model.lora.live_files import read_live_lora
-from ..krea2_model.region_list import EXAMPLE, read_regions
-from ..krea2_model.regions import SEPARATE, SOFT, TEXT_FACTOR
-from ..krea2_model.regions import Regions as RegionArguments
 from ..krea2_model.text.prompt_images import MAX_SIDE, PromptImage
 from ..krea2_model.transformer.patches import PATCH, grid_size
 from . import inputs, model_files

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from ..krea2_model.checks import counted
 from ..krea2_model.config import Preset
-from ..krea2_model.edits import EditTask
+from ..krea2_model.features.edits import EditTask
+from ..krea2_model.features.tiles import TileSettings
 from ..krea2_model.images.areas import Area
 from ..krea2_model.images.sizes import image_tokens
 from ..krea2_model.text.prompt_images import PromptImage
 from ..krea2_model.text.tokenizer import PROMPT_BUDGET, SUFFIX_TOKENS
-from ..krea2_model.tiles import TileSettings
 
 
 def prompt_report(name: str, conditioning, images: int = 0) -> str:

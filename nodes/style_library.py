@@ -7,15 +7,15 @@ from comfy_api.latest import io, ui
 
 from ..krea2_model import nano
 from ..krea2_model.checkpoints.identify import CheckpointError
-from ..krea2_model.images.pictures import pixels_of
-from ..krea2_model.style_library import (
+from ..krea2_model.features.style_library import (
     MAX_LORA_STRENGTH,
     SETTINGS,
     SavedStyle,
     StyleError,
     StyleLibrary,
 )
-from ..krea2_model.style_mixing import MixedStyle, read_choice
+from ..krea2_model.features.style_mixing import MixedStyle, read_choice
+from ..krea2_model.images.pictures import pixels_of
 from . import inputs, model_files
 from .inputs import check_limits, verdict
 from .managed.lora import apply_lora

@@ -1,6 +1,6 @@
 """Routes of the page for styles: their names, and their thumbnails."""
 
-from ..krea2_model.style_library import StyleError
+from ..krea2_model.features.style_library import StyleError
 from .style_library import user_library
 
 LIST, PICTURE = "/krea2_kit/styles", "/krea2_kit/styles/thumbnail"

@@ -3,9 +3,9 @@
 import torch
 from comfy_api.latest import io, ui
 
+from ..krea2_model.features.style_transfer import MAX_STRENGTH, StyleSettings, style_shares
+from ..krea2_model.features.styles import check_pictures, style_mask
 from ..krea2_model.images.pictures import reference_pixels
-from ..krea2_model.style_transfer import MAX_STRENGTH, StyleSettings, style_shares
-from ..krea2_model.styles import check_pictures, style_mask
 from . import inputs
 from .inputs import check_limits, verdict
 from .latents import given_vae

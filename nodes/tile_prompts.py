@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..krea2_model.tiles import TilePrompts
+from ..krea2_model.features.tiles import TilePrompts
 from .managed.encode import own_tokenizer
 from .managed.tile_prompts import prompts_of
 

@@ -4,10 +4,17 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..krea2_model.config import RAW
+from ..krea2_model.features.tiles import still_tiles
+from ..krea2_model.features.upscaling import (
+    LATENT,
+    METHODS,
+    PARTS,
+    PIXELS,
+    Upscale,
+    enlarge_latents,
+)
 from ..krea2_model.images.resize import colours, resize
 from ..krea2_model.images.sizes import MULTIPLE
-from ..krea2_model.tiles import still_tiles
-from ..krea2_model.upscaling import LATENT, METHODS, PARTS, PIXELS, Upscale, enlarge_latents
 from . import inputs
 from .inputs import AUTO, check_limits, verdict
 from .large import batch_input, in_tiles, overlap_input, tile_input

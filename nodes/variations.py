@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
+from ..krea2_model.features.variations import STRENGTH, frame_shares
 from ..krea2_model.schedule import MAX_SEED
-from ..krea2_model.variations import STRENGTH, frame_shares
 from . import inputs
 from .inputs import check_limits, verdict
 from .managed.noise import NeighbourNoise, WalkNoise

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from krea2_model import Krea2Pipeline
-from krea2_model.style_library import BUILT_IN, THUMBNAIL
+from krea2_model.features.style_library import BUILT_IN, THUMBNAIL
 from nano_training.landscapes.drawing import draw
 from nano_training.landscapes.scene import Landscape, Part
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..grid_axes import file_label, number_range, replace_parts
+from ..pipeline.grid_axes import file_label, number_range, replace_parts
 from .errors import UsageError, suggestion
 from .picture_options import PICTURE, REPEATED
 from .table import options_of_row

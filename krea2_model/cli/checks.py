@@ -9,13 +9,13 @@ from typing import Any
 
 from ..checkpoints.pairing import check_parts
 from ..checkpoints.text_encoder import find_tokenizer
-from ..edits import MAX_PICTURES, Edit
+from ..features.edits import MAX_PICTURES, Edit
+from ..features.inpainting import Canvas, Inpaint
+from ..features.styles import StyleTransfer, check_pictures
 from ..guidance import GuidanceSchedule
 from ..images.output_files import check_outputs, numbered
 from ..images.pictures import pixels_of
-from ..inpainting import Canvas, Inpaint
 from ..memory.plan import check_offload
-from ..styles import StyleTransfer, check_pictures
 from ..text.tokenizer import MAX_TOKENS, Krea2Tokenizer
 from ..text.wildcards import fill_in
 from .controls import check_controls, mask_paths

@@ -13,7 +13,7 @@ from .model_files import find_controls
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..controls import Control
+    from ..features.controls import Control
 
 # Options with a value for each control, or one for all; and what holds without any.
 _VALUES: dict[str, Any] = {
@@ -33,9 +33,9 @@ def check_controls(
 
     Raises UsageError, CheckpointError or ValueError.
     """
-    from ..controls import check_images, check_mask
-    from ..inpainting import mask_pixels
-    from ..lora.control_run import ControlSettings
+    from ..features.control_run import ControlSettings
+    from ..features.controls import check_images, check_mask
+    from ..features.inpainting import mask_pixels
 
     count = len(args.control)
     if count != len(args.control_image):
@@ -63,7 +63,7 @@ def controls_of(
     args: Namespace, images: Sequence[Tensor], masks: Sequence[Tensor | None]
 ) -> list[Control]:
     """The controls of a picture, checked before by `check_controls`."""
-    from ..controls import Control
+    from ..features.controls import Control
 
     each = zip(
         find_controls(args),

@@ -12,18 +12,18 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..arguments import PromptImages, ReferencePicture, References
+from ..features.arguments import PromptImages, ReferencePicture, References
+from ..features.tiles import TilePrompts
+from ..features.upscaling import Upscale
+from ..features.variations import PromptBlend, Variation
 from ..guidance import GuidanceSchedule
 from ..images.pictures import fit
 from ..memory.forecast import Forecast
-from ..pipeline import Krea2Pipeline
+from ..pipeline.pipeline import Krea2Pipeline
 from ..schedule import sigma_schedule
 from ..text.prompt_tokens import tokenize_prompt
-from ..tiles import TilePrompts
 from ..transformer.sparse_attention import SparseAttention
 from ..transformer.text_attention import NegativeGuidance
-from ..upscaling import Upscale
-from ..variations import PromptBlend, Variation
 from .checks import find_input_pictures, nag_settings, note_unused
 from .controls import controls_of
 from .model_files import Weights, find_loras

@@ -12,7 +12,7 @@ from .errors import UsageError
 from .model_files import KEYS, find_file, find_lora, models_folder, name_in_models
 
 if TYPE_CHECKING:
-    from ..regions import Regions
+    from ..features.regions import Regions
 
 # Rows and columns of tokens of a large image, for checks where the size is not known yet.
 _LARGE = (256, 256)
@@ -26,10 +26,10 @@ def regions_of(args: Namespace) -> Regions | None:
     if args.regions is None:
         return None
     # Imported here, since they import torch.
-    from ..region_list import read_regions
-    from ..regions import Regions
-    from ..style_mixing import escaped
-    from ..styled_call import with_texts
+    from ..features.region_list import read_regions
+    from ..features.regions import Regions
+    from ..features.style_mixing import escaped
+    from ..pipeline.styled_call import with_texts
 
     entries, options = read_regions(_text_of(args))
     regions = Regions.read([_with_paths(entry, args) for entry in entries], **options)

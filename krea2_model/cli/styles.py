@@ -6,8 +6,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..style_library import SavedStyle, StyleLibrary
-from ..style_mixing import MixedStyle
+from ..features.style_library import SavedStyle, StyleLibrary
+from ..features.style_mixing import MixedStyle
 from .errors import UsageError, goes_with
 from .model_files import KEYS, name_in_models
 from .progress import Console

@@ -9,8 +9,8 @@ from argparse import Namespace
 from copy import copy
 from pathlib import Path
 
-from ..style_library import SavedStyle, StyleLibrary
-from ..style_mixing import MixedStyle, escaped
+from ..features.style_library import SavedStyle, StyleLibrary
+from ..features.style_mixing import MixedStyle, escaped
 from .errors import UsageError
 from .model_files import find_lora, models_folder
 

@@ -7,7 +7,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
-from ..style_library import MAX_WEIGHT
+from ..features.style_library import MAX_WEIGHT
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

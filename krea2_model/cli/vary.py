@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 
+from ..features.variations import frame_shares
 from ..images.output_files import check_animation, save_animation
-from ..variations import frame_shares
 from .checks import check_folder, check_machine, check_output, check_picture
 from .errors import UsageError
 from .generate import drawn, merged, named_options, save

@@ -60,8 +60,15 @@ __all__ = [
     "VAE",
     "VARIANTS",
     "VISION_CONFIG",
+    "lora_file",
     "text_encoder_file",
 ]
+
+
+def lora_file(path: Path) -> Path:
+    """A LoRA's path, or krea2-nano's own by its name alone."""
+    built_in = {file.name: file for file in (LORA, REFERENCE_LORA)}
+    return path if path.exists() else built_in.get(str(path), path)
 
 
 def text_encoder_file() -> Path:

@@ -13,8 +13,8 @@ import comfy.conds
 import torch
 import torch.nn.functional as F
 
+from ...krea2_model.features.run_features import RunFeatures
 from ...krea2_model.guidance import StepWindow
-from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.transformer.references import ReferencePlan
 from ...krea2_model.transformer.text_attention import NegativeGuidance
 from .run_cache import RunCache

@@ -15,11 +15,11 @@ import comfy.utils
 import torch
 
 from ...krea2_model.config import TransformerConfig
-from ...krea2_model.controls import PreparedControl, check_images, check_mask
+from ...krea2_model.features.control_run import ControlSettings
+from ...krea2_model.features.controls import PreparedControl, check_images, check_mask
+from ...krea2_model.features.run_features import ControlPair, RunFeatures
 from ...krea2_model.lora.control import AUTO, ControlLora, read_control_lora
 from ...krea2_model.lora.control_files import CHANNELS, REFERENCES
-from ...krea2_model.lora.control_run import ControlSettings
-from ...krea2_model.run_features import ControlPair, RunFeatures
 from ...krea2_model.transformer.model import Krea2Transformer
 
 # Key of the controls of a call in what `get_control` returns, beside core's.

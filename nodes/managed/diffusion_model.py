@@ -7,9 +7,9 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.features.regions import fuse_regions
+from ...krea2_model.features.tiles import ENOUGH, fuse
 from ...krea2_model.lora.live import live_loras_of_text
-from ...krea2_model.regions import fuse_regions
-from ...krea2_model.tiles import ENOUGH, fuse
 from ...krea2_model.transformer.extensions import AttentionExtensions
 from ...krea2_model.transformer.patches import grid_size, token_count
 from ...krea2_model.transformer.references import ReferenceKVCache

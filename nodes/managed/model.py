@@ -25,11 +25,11 @@ from ...krea2_model.checkpoints.transformer_keys import (
     official_to_module,
 )
 from ...krea2_model.config import Preset
+from ...krea2_model.features.regions import fuse_regions
+from ...krea2_model.features.run_features import RunFeatures
+from ...krea2_model.features.style_transfer import StyleRun
+from ...krea2_model.features.tiles import TileTexts
 from ...krea2_model.images.sizes import MULTIPLE
-from ...krea2_model.regions import fuse_regions
-from ...krea2_model.run_features import RunFeatures
-from ...krea2_model.style_transfer import StyleRun
-from ...krea2_model.tiles import TileTexts
 from ...krea2_model.tools.convert import STORED_FORMATS, quantise_blocks
 from ...krea2_model.transformer.model import Krea2Transformer
 from ...krea2_model.transformer.patches import PATCH, grid_size, token_count

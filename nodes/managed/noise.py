@@ -3,8 +3,8 @@
 import comfy.sample
 import torch
 
+from ...krea2_model.features.variations import slerp
 from ...krea2_model.schedule import MAX_SEED
-from ...krea2_model.variations import slerp
 
 
 class NeighbourNoise:

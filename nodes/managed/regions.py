@@ -6,10 +6,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ...krea2_model.features.regions import region_features
+from ...krea2_model.features.run_features import RunFeatures
 from ...krea2_model.guidance import SigmaAt
 from ...krea2_model.lora.live import LiveLora
-from ...krea2_model.regions import region_features
-from ...krea2_model.run_features import RunFeatures
 from ...krea2_model.transformer.regions import RegionSettings, SharesAt
 from ...krea2_model.transformer.text_attention import TextStates
 from .conditions import weights_of

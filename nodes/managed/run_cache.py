@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ...krea2_model.style_transfer import StyleRun
+from ...krea2_model.features.style_transfer import StyleRun
 from ...krea2_model.transformer.modulation import RunModulation
 from .graphs import BlockGraphs
 

@@ -4,9 +4,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...krea2_model.features.style_transfer import (
+    Inversions,
+    StylePictures,
+    StyleRun,
+    StyleSettings,
+)
 from ...krea2_model.guidance import SigmaAt
 from ...krea2_model.lora.in_run import ShareAt
-from ...krea2_model.style_transfer import Inversions, StylePictures, StyleRun, StyleSettings
 from ...krea2_model.transformer.patches import token_count
 from ...krea2_model.transformer.text_attention import TextStates
 from .backend import OVERRIDE

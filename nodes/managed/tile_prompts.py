@@ -7,10 +7,10 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ...krea2_model.features.tiles import Tile, TilePrompts, TileSettings, TileTexts, still_tiles
 from ...krea2_model.images.resize import resize
 from ...krea2_model.images.sizes import MULTIPLE
 from ...krea2_model.text.prompt_images import PromptImage
-from ...krea2_model.tiles import Tile, TilePrompts, TileSettings, TileTexts, still_tiles
 from ...krea2_model.transformer.patches import PATCH, grid_size
 from ...krea2_model.transformer.text_attention import TextStates
 from .conditions import TOKEN_WEIGHTS, weights_of

@@ -9,8 +9,8 @@ from playwright.sync_api import expect
 
 from conftest import ROOT, api_form, outputs_of_run, read_json, run, set_widgets
 from krea2_model import TransformerConfig, load_transformer, nano
+from krea2_model.features.tiles import TileSettings, tiles_at
 from krea2_model.memory.forecast import call_operations
-from krea2_model.tiles import TileSettings, tiles_at
 from nano_templates import NANO, NANO_RAW, nano_graph
 from page import PACK_FOLDER, open_template
 

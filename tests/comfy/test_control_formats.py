@@ -114,7 +114,7 @@ def test_a_tile_gets_what_the_whole_gets_at_its_place(run, pack, nano, sample):
     finally:
         hook.remove()
     whole, *parts = seen
-    tiles = pack("krea2_model.tiles")
+    tiles = pack("krea2_model.features.tiles")
     expected = tiles.tiles_at((5, 7), tiles.TileSettings(64), 1.0)
     assert len(parts) == len(expected) > 1
     image = whole[:, -35:].movedim(1, 2)

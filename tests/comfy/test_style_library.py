@@ -51,7 +51,7 @@ def test_words_loras_and_pictures_are_those_of_the_nodes_by_hand(run, nano, pain
     assert "nano notebook 0.8: LoRA" in report and f"{RING} 0.6: 1 picture" in report
     by_hand = run("K2LoraLoader", model=nano[0], clip=nano[1], lora=NOTEBOOK, strength=0.8,
                   clip_strength=0.8)  # fmt: skip
-    file = pack("krea2_model.style_library").BUILT_IN / RING / "picture-1.png"
+    file = pack("krea2_model.features.style_library").BUILT_IN / RING / "picture-1.png"
     image = pack("krea2_model.images.pictures").pixels_of(file, "it").movedim(0, -1)[None]
     other = run(
         "K2StyleTransfer", model=by_hand[0], vae=nano[2], clip=by_hand[1], image=image, strength=0.6

@@ -145,7 +145,7 @@ def nano_once(monkeypatch, nano_pipelines):
     import torch
 
     from krea2_model import nano
-    from krea2_model.pipeline import Krea2Pipeline
+    from krea2_model.pipeline.pipeline import Krea2Pipeline
 
     load = Krea2Pipeline.from_files
 

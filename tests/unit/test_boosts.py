@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffusers_reference import TINY, random_transformer
+from krea2_model.features.run_features import RunFeatures
 from krea2_model.nn.attention import attend
-from krea2_model.run_features import RunFeatures
 from krea2_model.sampling import denoise
 from krea2_model.transformer.backend import ExtendedBackend
 from krea2_model.transformer.extensions import AttentionExtensions

@@ -83,7 +83,7 @@ def test_no_picture_is_said_before_weights_are_read(tmp_path, capsys, monkeypatc
     if content is not None:
         Image.effect_noise((64, 64), 90).save(path)
         path.write_bytes(path.read_bytes()[:300] if content == "cut" else content)
-    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", None)
+    monkeypatch.setattr("krea2_model.pipeline.pipeline.Krea2Pipeline.from_files", None)
     assert main(["a fox", "--model", "nano", option, str(path)]) == 2
     error = capsys.readouterr().err
     assert (
@@ -95,7 +95,7 @@ def test_no_picture_is_said_before_weights_are_read(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("option, value", [("--seed", str(2**64)), ("--guidance", "1e30")])
 def test_bad_numbers_are_said_before_weights_are_read(capsys, monkeypatch, option, value):
-    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", None)
+    monkeypatch.setattr("krea2_model.pipeline.pipeline.Krea2Pipeline.from_files", None)
     assert main(["a fox", "--model", "nano", option, value]) == 2
     assert f"error: {option} is " in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import formats
 from krea2_model import Control, Krea2Pipeline, TileSettings, nano
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
-from krea2_model.tiles import tiles_at
+from krea2_model.features.tiles import tiles_at
 from parity import assert_close, relative_error
 
 LORA = nano.CONTROL_LORA.name

@@ -11,13 +11,13 @@ from diffusers_reference import TINY, diffusers_arguments, diffusers_transformer
 from krea2_model import Control, denoise
 from krea2_model.checkpoints.identify import CONTROL_LORA, LORA, CheckpointError, identify
 from krea2_model.checkpoints.transformer_keys import module_to_official, official_to_diffusers
-from krea2_model.controls import Controls, check_images, share_of
+from krea2_model.features.control_run import ControlSettings, RunControl
+from krea2_model.features.controls import Controls, check_images, share_of
+from krea2_model.features.run_features import RunFeatures
 from krea2_model.lora.control import control_lora, read_control_lora
 from krea2_model.lora.control_files import CHANNELS, REFERENCES, control_form
-from krea2_model.lora.control_run import ControlSettings, RunControl
 from krea2_model.lora.files import read_lora
 from krea2_model.lora.in_run import RunLora
-from krea2_model.run_features import RunFeatures
 from krea2_model.transformer.model import Krea2Transformer, grid_size, patchify, unpatchify
 from krea2_model.transformer.references import Reference
 from parity import assert_close
@@ -308,8 +308,8 @@ def test_reference_tokens_act_on_text_and_references_in_their_window(model, tens
     """A LoRA of all layers, text fusion too, by steps, against merged weights."""
     import copy
 
+    from krea2_model.features.prompt_embeds import PromptEmbeds, StepTexts
     from krea2_model.lora.updates import LoraStack
-    from krea2_model.prompt_embeds import PromptEmbeds, StepTexts
 
     name = "txtfusion.refiner_blocks.0.attn.wq.weight"
     rows, columns = shapes[name]

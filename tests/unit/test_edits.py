@@ -7,7 +7,7 @@ import torch
 
 from krea2_model import Edit, Krea2Pipeline, PromptImages, Reference, References, ReferenceSettings
 from krea2_model.config import RAW, TURBO
-from krea2_model.edits import (
+from krea2_model.features.edits import (
     OUTPAINTING,
     PERSON,
     RECIPES,

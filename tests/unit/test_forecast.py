@@ -16,12 +16,12 @@ from krea2_model import (
     TransformerConfig,
     Upscale,
 )
+from krea2_model.features.tiles import tiles_at
 from krea2_model.memory.forecast import call_operations
 from krea2_model.memory.machine import GB
 from krea2_model.memory.plan import TRANSFORMER, VAE
 from krea2_model.nn import partial_attention
 from krea2_model.text.prompt_tokens import tokenize_prompt
-from krea2_model.tiles import tiles_at
 from krea2_model.transformer import backend
 from live_bytes import LiveBytes
 from samples import picture

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from krea2_model import Inpaint, Krea2Pipeline
-from krea2_model.inpainting import Canvas
+from krea2_model.features.inpainting import Canvas
 from samples import picture
 
 

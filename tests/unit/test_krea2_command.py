@@ -18,19 +18,19 @@ from krea2_model import nano, public
 from krea2_model.cli import choices
 from krea2_model.cli.main import main
 from krea2_model.cli.parser import COMMANDS, command_parser
-from krea2_model.edits import FAMILIES, TASKS
+from krea2_model.features.edits import FAMILIES, TASKS
+from krea2_model.features.style_transfer import StyleSettings
+from krea2_model.features.variations import STRENGTH
 from krea2_model.images.picture_texts import read_texts
 from krea2_model.lora.names import KEY_STYLES
 from krea2_model.memory.plan import OFFLOADS
-from krea2_model.pipeline import Krea2Pipeline
-from krea2_model.style_transfer import StyleSettings
+from krea2_model.pipeline.pipeline import Krea2Pipeline
 from krea2_model.text.describer import CAPTION_LENGTHS, CREATIVITY, DESCRIBED_SIDE
 from krea2_model.text.expander import LENGTHS, MAX_VARIANTS
 from krea2_model.tools.convert import PARTS, QUANTISATIONS
 from krea2_model.tools.extract import EXTRACTED
 from krea2_model.transformer.references import REFERENCE_METHODS
 from krea2_model.transformer.text_attention import NegativeGuidance
-from krea2_model.variations import STRENGTH
 
 ROOT = Path(krea2_model.__file__).parents[1]
 

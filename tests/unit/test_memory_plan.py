@@ -16,6 +16,7 @@ from krea2_model import (
 )
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import QuantisedWeight
+from krea2_model.features.style_transfer import StylePictures, StyleRun, StyleSettings
 from krea2_model.guidance import unshifted
 from krea2_model.memory.activations import activations
 from krea2_model.memory.block_stream import PLACES, BlockStream
@@ -33,7 +34,6 @@ from krea2_model.memory.plan import (
     plan_for,
 )
 from krea2_model.nn.partial_attention import Partial
-from krea2_model.style_transfer import StylePictures, StyleRun, StyleSettings
 from krea2_model.transformer.backend import ExtendedBackend
 from krea2_model.transformer.text_attention import TextStates
 from live_bytes import LiveBytes

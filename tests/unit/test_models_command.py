@@ -221,7 +221,7 @@ def test_only_fetching_reaches_the_network():
                 if is_ours and "nodes" in file.relative_to(ROOT).parts and "cli" in parts:
                     # What pictures keep; it imports neither of the two below.
                     assert node.module == "krea2_model.cli.kept", file
-                for module, importer in (("fetch", "cli/models.py"), ("hub", "parts.py")):
+                for module, importer in (("fetch", "cli/models.py"), ("hub", "pipeline/parts.py")):
                     if is_ours and module in parts:
                         assert file == ROOT / "krea2_model" / importer
         expected = file in (ROOT / "krea2_model/cli/fetch.py", ROOT / "krea2_model/hub.py")

@@ -10,11 +10,11 @@ import torch
 
 from exam_cases import some
 from krea2_model import Control, Krea2Pipeline, nano
-from krea2_model.controls import PreparedControl
+from krea2_model.features.control_run import ControlSettings
+from krea2_model.features.controls import PreparedControl
+from krea2_model.features.prompt_embeds import StepTexts
+from krea2_model.features.run_features import RunFeatures
 from krea2_model.lora.control import read_control_lora
-from krea2_model.lora.control_run import ControlSettings
-from krea2_model.prompt_embeds import StepTexts
-from krea2_model.run_features import RunFeatures
 from krea2_model.sampling import denoise
 from krea2_model.schedule import schedule_of
 from nano_training.judge import background_colour, is_colour, read_thing

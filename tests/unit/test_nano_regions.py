@@ -7,7 +7,7 @@ import pytest
 
 from exam_cases import some
 from krea2_model import Krea2Pipeline, Region, nano
-from krea2_model.region_places import with_place
+from krea2_model.features.region_places import with_place
 from nano_training.judge import background_colour, read_thing
 from nano_training.scenes import COLOURS, SHAPES
 

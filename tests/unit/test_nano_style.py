@@ -8,11 +8,11 @@ import torch
 
 from exam_cases import some
 from krea2_model import Krea2Pipeline, StyleTransfer, nano
-from krea2_model.prompt_embeds import StepTexts
-from krea2_model.run_features import RunFeatures
+from krea2_model.features.prompt_embeds import StepTexts
+from krea2_model.features.run_features import RunFeatures
+from krea2_model.features.style_transfer import StylePictures, StyleRun, StyleSettings
 from krea2_model.sampling import denoise
 from krea2_model.schedule import schedule_of
-from krea2_model.style_transfer import StylePictures, StyleRun, StyleSettings
 from nano_training.judge import background_colour
 from nano_training.scenes import Scene, draw, rgb
 from nano_training.styles import (

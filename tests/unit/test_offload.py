@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from krea2_model import Control, Krea2Pipeline, Region, load_transformer, nano
-from krea2_model.arguments import References
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
+from krea2_model.features.arguments import References
 from krea2_model.memory import block_stream, device_weights
 from krea2_model.memory import plan as memory_plan
 from krea2_model.memory.activations import activations

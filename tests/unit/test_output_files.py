@@ -106,7 +106,7 @@ def test_what_cannot_be_written_to_is_refused_before_weights_are_read(
     before = sorted(places.rglob("*"))
     with pytest.raises(ValueError, match=message):
         check_outputs([path])
-    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", None)
+    monkeypatch.setattr("krea2_model.pipeline.pipeline.Krea2Pipeline.from_files", None)
     assert main(["a fox", "--model", "nano", "--output", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("krea2: error: ") and error.count("\n") == 1
@@ -131,7 +131,7 @@ def test_names_of_several_images_are_checked(places, capsys, monkeypatch):
         "a.b-2.png",
         "a.b-3.png",
     ]
-    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", None)
+    monkeypatch.setattr("krea2_model.pipeline.pipeline.Krea2Pipeline.from_files", None)
     fox = places / "fox.png"
     (places / "fox-3.png").mkdir()
     assert [p.name for p in numbered(fox, 3, overwrite=False)] == [
@@ -149,7 +149,7 @@ def test_a_cancel_is_one_line(monkeypatch, capsys, tmp_path):
     def cancel(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("krea2_model.pipeline.Krea2Pipeline.from_files", cancel)
+    monkeypatch.setattr("krea2_model.pipeline.pipeline.Krea2Pipeline.from_files", cancel)
     options = ["--output", str(tmp_path / "fox.png"), "--quiet"]
     assert main(["a fox", "--model", "nano", *options]) == 130
     assert capsys.readouterr().err == "krea2: stopped\n"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline
-from krea2_model.arguments import References
 from krea2_model.checkpoints.transformer import save_transformer
 from krea2_model.config import RAW, TURBO
+from krea2_model.features.arguments import References
 from krea2_model.images.pictures import fit
 from krea2_model.images.sizes import is_far
 from krea2_model.schedule import shift_mu, sigma_schedule
@@ -165,7 +165,7 @@ def test_presets_fill_in_steps_guidance_and_shift(pipeline, monkeypatch):
         seen.update(sigmas=sigmas, guidance=guidance, negative=negative)
         return iter([(1, noise, noise)])
 
-    monkeypatch.setattr("krea2_model.stages.denoising_steps", spy)
+    monkeypatch.setattr("krea2_model.pipeline.stages.denoising_steps", spy)
     for preset, mu in ((RAW, shift_mu(24)), (TURBO, 1.15)):
         monkeypatch.setattr(pipeline.transformer, "preset", preset)
         pipeline("a fox", output_type="latent", **SIZE)

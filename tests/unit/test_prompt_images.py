@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import formats
 from krea2_model import Krea2Pipeline
-from krea2_model.arguments import PromptImages
 from krea2_model.checkpoints.identify import CheckpointError
 from krea2_model.checkpoints.text_encoder import load_text_encoder, load_vision_tower
 from krea2_model.cli.main import main
 from krea2_model.config import TextEncoderConfig
+from krea2_model.features.arguments import PromptImages
+from krea2_model.features.prompt_embeds import encode_prompts
 from krea2_model.images.resize import on_white
-from krea2_model.prompt_embeds import encode_prompts
 from krea2_model.text.decoder import rotation_table
 from krea2_model.text.encoder import text_encoder_keys
 from krea2_model.text.prompt_images import (

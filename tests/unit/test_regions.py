@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from krea2_model import Krea2Pipeline, NegativeGuidance, Region, Regions, nano
 from krea2_model.checkpoints.identify import CheckpointError
+from krea2_model.features.region_list import read_regions
+from krea2_model.features.region_places import place_of
 from krea2_model.images.region_picture import COLOURS, draw_regions
 from krea2_model.images.region_shapes import RegionShape, RegionShapes
-from krea2_model.region_list import read_regions
-from krea2_model.region_places import place_of
 
 LEFT, RIGHT, WHOLE = (0, 0, 0.5, 1), (0.5, 0, 0.5, 1), (0, 0, 1, 1)
 OPTIONS = {"height": 64, "width": 64, "steps": 2, "output_type": "np"}

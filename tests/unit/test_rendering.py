@@ -17,7 +17,7 @@ from PIL import Image
 from krea2_model import nano
 from krea2_model.cli.errors import UsageError
 from krea2_model.cli.main import main, parse
-from krea2_model.pipeline import Krea2Pipeline
+from krea2_model.pipeline.pipeline import Krea2Pipeline
 from krea2_rendering import render as many
 from krea2_rendering.encoding import JobEncoder
 from krea2_rendering.ledger import (

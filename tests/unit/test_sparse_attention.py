@@ -17,11 +17,11 @@ from krea2_model import (
     StyleTransfer,
     TransformerConfig,
 )
+from krea2_model.features.run_features import RunFeatures
 from krea2_model.memory.forecast import call_operations, pair_operations
 from krea2_model.memory.plan import TRANSFORMER
 from krea2_model.nn.attention import attend
 from krea2_model.nn.partial_attention import Partial, attend_partially
-from krea2_model.run_features import RunFeatures
 from krea2_model.transformer.backend import Backend, ExtendedBackend
 from krea2_model.transformer.token_groups import RegionTokens, TokenGroups
 from parity import assert_close, relative_error

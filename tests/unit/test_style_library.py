@@ -21,9 +21,9 @@ from krea2_model import (
     TileSettings,
     Upscale,
 )
+from krea2_model.features.style_library import BUILT_IN, default_folder
+from krea2_model.features.style_mixing import escaped, read_choice
 from krea2_model.images.picture_texts import read_texts
-from krea2_model.style_library import BUILT_IN, default_folder
-from krea2_model.style_mixing import escaped, read_choice
 from krea2_model.text.prompt_weights import parse_weights
 
 RING = "nano yellow ring"

@@ -10,21 +10,21 @@ import torch
 
 from diffusers_reference import TINY, random_transformer
 from krea2_model import StyleTransfer
-from krea2_model.guidance import unshifted
-from krea2_model.nn.attention import attend
-from krea2_model.nn.kernels import apply_rope
-from krea2_model.nn.partial_attention import attend_partially
-from krea2_model.run_features import RunFeatures
-from krea2_model.sampling import denoise
-from krea2_model.style_transfer import (
+from krea2_model.features.run_features import RunFeatures
+from krea2_model.features.style_transfer import (
     StylePictures,
     StyleRun,
     StyleSettings,
     Trajectory,
     style_shares,
 )
-from krea2_model.styles import style_mask
-from krea2_model.tiles import TileSettings
+from krea2_model.features.styles import style_mask
+from krea2_model.features.tiles import TileSettings
+from krea2_model.guidance import unshifted
+from krea2_model.nn.attention import attend
+from krea2_model.nn.kernels import apply_rope
+from krea2_model.nn.partial_attention import attend_partially
+from krea2_model.sampling import denoise
 from krea2_model.transformer.extensions import AttentionExtensions
 from krea2_model.transformer.references import ReferenceKVCache
 from krea2_model.transformer.style_attention import StyleKeys, StyleRecorder

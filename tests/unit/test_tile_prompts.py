@@ -15,11 +15,11 @@ from krea2_model import (
     TileSettings,
     Upscale,
 )
+from krea2_model.features.prompt_embeds import PromptEmbeds, stack_embeds
+from krea2_model.features.tiles import TileTexts, still_tiles, tiles_at
 from krea2_model.images.resize import resize
 from krea2_model.memory.plan import TRANSFORMER
-from krea2_model.prompt_embeds import PromptEmbeds, stack_embeds
 from krea2_model.text.encoder import Qwen3VLTextEncoder
-from krea2_model.tiles import TileTexts, still_tiles, tiles_at
 from nano_training.judge import background_colour, is_colour, read_thing
 from parity import assert_close
 from samples import picture, random

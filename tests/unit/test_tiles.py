@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krea2_model import Control, Krea2Pipeline, NegativeGuidance, References, Region
-from krea2_model.tiles import Tile, TileSettings, fuse, tiles_at
+from krea2_model.features.tiles import Tile, TileSettings, fuse, tiles_at
 from samples import picture, random
 
 SIGMAS = [1.0, 0.93, 0.8, 0.61, 0.35, 0.12]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from krea2_model.config import RAW, TURBO
+from krea2_model.features.upscaling import Upscale, check_stages, enlarge_latents
 from krea2_model.schedule import resolve_mu, shift_time
-from krea2_model.upscaling import Upscale, check_stages, enlarge_latents
 
 
 def test_sizes_are_whole_tokens():

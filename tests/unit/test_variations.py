@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline, PromptBlend, Upscale, Variation
-from krea2_model.arguments import start_noise
-from krea2_model.variations import slerp
+from krea2_model.features.arguments import start_noise
+from krea2_model.features.variations import slerp
 
 RED, BLUE = "a red circle on a white background", "a large blue square on a black background"
 SMALL = {"height": 64, "width": 64, "steps": 4, "output_type": "pt"}
@@ -129,7 +129,7 @@ def test_a_blend_with_guidance_is_the_same_where_texts_could_share_a_call(nano, 
     options = SMALL | {"seed": 3, "guidance": 1.5, "blend": PromptBlend(BLUE)}
     found = []
     for shares in (False, True):
-        monkeypatch.setattr("krea2_model.stages.pays_to_share", lambda *sizes, s=shares: s)
+        monkeypatch.setattr("krea2_model.pipeline.stages.pays_to_share", lambda *sizes, s=shares: s)
         found.append(nano(RED, **options))
     assert torch.allclose(*found, atol=1e-4)
 

@@ -6,7 +6,7 @@
 const TEXT = 512;
 const PIXELS = 16;
 const MEGAPIXEL = 1024 * 1024;
-// Least room for a tile to move, as a share of it (krea2_model/tiles.py).
+// Least room for a tile to move, as a share of it (krea2_model/features/tiles.py).
 const ROOM = 1 / 8;
 const GB = 1e9;
 
@@ -58,7 +58,7 @@ function rounded(number) {
   return number % 1 === 0.5 && up % 2 ? up - 1 : up;
 }
 
-// Length and number of the tiles along a side of so many tokens, as krea2_model/tiles.py has them.
+// Length and number of the tiles along a side of so many tokens, as krea2_model/features/tiles.py has them.
 function tilesAlong(length, tile, shared) {
   if (tile >= length) return [length, 1];
   return [tile, Math.ceil((length - tile) / (tile - shared)) + 1];

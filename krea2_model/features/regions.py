@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import nn
 
+from .. import nano
+from ..checkpoints.transformer_keys import Shape
+from ..checks import as_path, check_type, is_number
+from ..guidance import SigmaAt
+from ..images.pictures import Picture
+from ..images.region_shapes import MAX_SOFT, RegionShape, RegionShapes
+from ..lora.in_run import RunLora, ShareAt
+from ..lora.live import LiveLora, live_loras_of_text
+from ..lora.live_files import read_live_lora
+from ..text.prompt_images import PromptImage
+from ..transformer.regions import RegionPlan, RegionSettings, SharesAt, check_region_options
+from ..transformer.text_attention import TextStates
 from .arguments import PromptImages
-from .checkpoints.transformer_keys import Shape
-from .checks import as_path, check_type, is_number
-from .guidance import SigmaAt
-from .images.pictures import Picture
-from .images.region_shapes import MAX_SOFT, RegionShape, RegionShapes
 from .inpainting import mask_pixels
-from .lora.in_run import RunLora, ShareAt
-from .lora.live import LiveLora, live_loras_of_text
-from .lora.live_files import read_live_lora
-from .parts import lora_file
 from .region_places import with_place, with_regions
 from .run_features import RunFeatures
-from .text.prompt_images import PromptImage
-from .transformer.regions import RegionPlan, RegionSettings, SharesAt, check_region_options
-from .transformer.text_attention import TextStates
 
 # Defaults of `Regions`, by which krea2-nano keeps two and three things apart.
 TEXT_FACTOR, SEPARATE, SOFT = 1.0, 0.0, 0.0
@@ -169,7 +169,7 @@ class Regions:
         for number, region in enumerate(self.regions, start=1):
             own = []
             for file, scale in region.loras:
-                path = lora_file(as_path(file, "A region's lora"))
+                path = nano.lora_file(as_path(file, "A region's lora"))
                 lora, report = read_live_lora(path, shapes)
                 own.append((lora, scale))
                 reports.append(f"Region {number}: {report}")

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import prompt_list, seed_list
-from .checks import check_type, counted, is_number, is_whole, there_are
-from .config import Preset
-from .images.areas import (
+from ..checks import check_type, counted, is_number, is_whole, there_are
+from ..config import Preset
+from ..features.arguments import prompt_list, seed_list
+from ..features.inpainting import LatentMask, mask_pixels
+from ..features.prompt_embeds import PromptEmbeds
+from ..images.areas import (
     MAX_AREAS,
     Area,
     AreaCanvas,
@@ -23,12 +25,10 @@ from .images.areas import (
     masks_of_boxes,
     plan_areas,
 )
-from .images.masks import cell_mask, mask_for
-from .images.pictures import OUTPUT_TYPES, Images, Picture, pixels_of, to_output
-from .images.sizes import image_tokens
-from .inpainting import LatentMask, mask_pixels
-from .prompt_embeds import PromptEmbeds
-from .schedule import check_guidance, resolve_mu, sigma_schedule, unshift_time
+from ..images.masks import cell_mask, mask_for
+from ..images.pictures import OUTPUT_TYPES, Images, Picture, pixels_of, to_output
+from ..images.sizes import image_tokens
+from ..schedule import check_guidance, resolve_mu, sigma_schedule, unshift_time
 from .stages import Callback
 
 

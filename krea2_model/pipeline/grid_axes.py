@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from .images.grid_sheet import Place
+from ..images.grid_sheet import Place
 
 _RANGE = re.compile(r"(-?\d+(?:\.\d+)?)-(-?\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?")
 _MAX_VALUES = 100_000

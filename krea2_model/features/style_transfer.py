@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import counted, is_number, there_are
-from .guidance import NEVER, SigmaAt, StepWindow, check_window, unshifted
-from .lora.in_run import ShareAt
+from ..checks import counted, is_number, there_are
+from ..guidance import NEVER, SigmaAt, StepWindow, check_window, unshifted
+from ..lora.in_run import ShareAt
+from ..transformer.model import Krea2Transformer
+from ..transformer.patches import PATCH, grid_size, token_count
+from ..transformer.style_attention import BlockStyle, StyleKeys, StyleRecorder
+from ..transformer.text_attention import TextStates
 from .tiles import Tile
-from .transformer.model import Krea2Transformer
-from .transformer.patches import PATCH, grid_size, token_count
-from .transformer.style_attention import BlockStyle, StyleKeys, StyleRecorder
-from .transformer.text_attention import TextStates
 
 # A call of the model with a style picture's own text: latents, sigma, and a recorder of its keys
 # and values or None -> velocity in float32.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..checks import is_number
 from ..guidance import ALL_STEPS, NEVER, SigmaAt, StepWindow, check_window, unshifted
-from ..tiles import Tile
+from ..lora.control_files import MAX_STRENGTH
+from ..lora.in_run import ShareAt
 from ..transformer.patches import grid_size, patchify
-from .control_files import MAX_STRENGTH
-from .in_run import ShareAt
+from .tiles import Tile
 
 
 @dataclass(frozen=True)

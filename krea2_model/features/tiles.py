@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_type, counted, is_number, is_whole, there_are
-from .images.sizes import MAX_SIZE, MULTIPLE
-from .text.prompt_images import MAX_SIDE
-from .transformer.patches import PATCH, grid_size
-from .transformer.text_attention import TextStates
-from .vae.tiling import plan_tiles
+from ..checks import check_type, counted, is_number, is_whole, there_are
+from ..images.sizes import MAX_SIZE, MULTIPLE
+from ..text.prompt_images import MAX_SIDE
+from ..transformer.patches import PATCH, grid_size
+from ..transformer.text_attention import TextStates
+from ..vae.tiling import plan_tiles
 
 # Successive multiples of it spread evenly over [0, 1).
 _GOLDEN = (math.sqrt(5) - 1) / 2

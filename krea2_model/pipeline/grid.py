@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from .checks import check_type
+from ..checks import check_type
+from ..images.grid_sheet import Place, check_counts, grid_sheet, small_copy
 from .grid_axes import paint_order
-from .images.grid_sheet import Place, check_counts, grid_sheet, small_copy
 from .pipeline import Krea2Pipeline
 
 LORAS = "loras"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import (
+from ..checks import check_type, is_number, is_whole
+from ..features.arguments import (
     PromptImages,
     ReferencePicture,
     References,
@@ -21,29 +22,28 @@ from .arguments import (
     start_noise,
     start_sides,
 )
-from .checks import check_type, is_number, is_whole
-from .controls import NO_CONTROLS, Control, Controls
-from .images.pictures import Picture, fit, pixels_of
-from .images.sizes import image_tokens, is_far
-from .inpainting import LatentMask
+from ..features.controls import NO_CONTROLS, Control, Controls
+from ..features.inpainting import LatentMask
+from ..features.prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
+from ..features.regions import PreparedRegions, fuse_regions
+from ..features.styles import PreparedStyle
+from ..features.tiles import ENOUGH, TileSettings, TileTexts, still_tiles
+from ..features.variations import Variation
+from ..images.pictures import Picture, fit, pixels_of
+from ..images.sizes import image_tokens, is_far
+from ..memory.activations import WHOLE_PIXELS, activations
+from ..memory.plan import ENCODER, TRANSFORMER, VAE
+from ..sampling import denoise as denoising_steps
+from ..schedule import resolve_mu, schedule_of, sigma_schedule
+from ..text.prompt_images import PromptImage
+from ..transformer.patches import PATCH, grid_size, token_count
+from ..transformer.references import Reference
+from ..transformer.rotary_scaling import RotaryScaling
+from ..transformer.shared_calls import pays_to_share
+from ..transformer.sparse_attention import SparseAttention
+from ..transformer.text_attention import TextStates
 from .kept_texts import KeptTexts
-from .memory.activations import WHOLE_PIXELS, activations
-from .memory.plan import ENCODER, TRANSFORMER, VAE
 from .parts import LoadedParts, device_of
-from .prompt_embeds import PromptEmbeds, StepTexts, encode_prompts
-from .regions import PreparedRegions, fuse_regions
-from .sampling import denoise as denoising_steps
-from .schedule import resolve_mu, schedule_of, sigma_schedule
-from .styles import PreparedStyle
-from .text.prompt_images import PromptImage
-from .tiles import ENOUGH, TileSettings, TileTexts, still_tiles
-from .transformer.patches import PATCH, grid_size, token_count
-from .transformer.references import Reference
-from .transformer.rotary_scaling import RotaryScaling
-from .transformer.shared_calls import pays_to_share
-from .transformer.sparse_attention import SparseAttention
-from .transformer.text_attention import TextStates
-from .variations import Variation
 
 logger = logging.getLogger(__name__)
 

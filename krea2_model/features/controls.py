@@ -9,20 +9,20 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import nano
-from .checkpoints.transformer_keys import Shape
-from .checks import as_path, check_type
-from .guidance import SigmaAt
-from .images.masks import mask_for
-from .images.pictures import Picture, fit, pixels_of, reference_pixels
-from .images.resize import resize_and_crop
+from .. import nano
+from ..checkpoints.transformer_keys import Shape
+from ..checks import as_path, check_type
+from ..guidance import SigmaAt
+from ..images.masks import mask_for
+from ..images.pictures import Picture, fit, pixels_of, reference_pixels
+from ..images.resize import resize_and_crop
+from ..lora.control import AUTO, ControlLora, read_control_lora
+from ..lora.control_files import CHANNELS, REFERENCES
+from ..lora.in_run import RunLora, ShareAt
+from ..transformer.references import REFERENCE_METHODS, TIME_ZERO, Reference, ReferenceSettings
+from .control_run import ControlSettings, RunControl
 from .inpainting import mask_pixels
-from .lora.control import AUTO, ControlLora, read_control_lora
-from .lora.control_files import CHANNELS, REFERENCES
-from .lora.control_run import ControlSettings, RunControl
-from .lora.in_run import RunLora, ShareAt
 from .run_features import ControlPair, RunFeatures
-from .transformer.references import REFERENCE_METHODS, TIME_ZERO, Reference, ReferenceSettings
 
 # A token covers so many pixels a side: smaller pictures hold nothing to follow.
 SMALLEST = 16

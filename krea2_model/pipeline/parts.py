@@ -12,29 +12,29 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from . import nano
-from .checkpoints.quantised_layers import quantisation_of
-from .checkpoints.text_encoder import load_text_encoder
-from .checkpoints.transformer import load_transformer
-from .checkpoints.vae import load_vae
-from .checks import as_path, check_type, is_number
-from .config import RAW, Preset
-from .diffusers_names import AnswersDiffusersMethods, accept_diffusers_names
-from .images.pictures import Picture, pixels_of
-from .lora.edit_family import EditFamily
-from .lora.few_steps import FULL_STRENGTH, few_step_preset
-from .lora.files import LoraReport, read_lora, read_lora_file
-from .lora.updates import LoraStack
-from .memory.device_weights import bytes_of
-from .memory.machine import GB
-from .memory.offload import offload_parts
-from .memory.plan import ENCODER, NONE, check_offload
-from .text.describer import CREATIVITY, DESCRIBED_SIDE, Describer, check_lengths
-from .text.encoder import Qwen3VLTextEncoder
-from .text.expander import Expansion, PromptExpander
-from .text.writer import OnText
-from .transformer.model import Krea2Transformer
-from .vae.model import QwenImageVAE
+from .. import nano
+from ..checkpoints.quantised_layers import quantisation_of
+from ..checkpoints.text_encoder import load_text_encoder
+from ..checkpoints.transformer import load_transformer
+from ..checkpoints.vae import load_vae
+from ..checks import as_path, check_type, is_number
+from ..config import RAW, Preset
+from ..diffusers_names import AnswersDiffusersMethods, accept_diffusers_names
+from ..images.pictures import Picture, pixels_of
+from ..lora.edit_family import EditFamily
+from ..lora.few_steps import FULL_STRENGTH, few_step_preset
+from ..lora.files import LoraReport, read_lora, read_lora_file
+from ..lora.updates import LoraStack
+from ..memory.device_weights import bytes_of
+from ..memory.machine import GB
+from ..memory.offload import offload_parts
+from ..memory.plan import ENCODER, NONE, check_offload
+from ..text.describer import CREATIVITY, DESCRIBED_SIDE, Describer, check_lengths
+from ..text.encoder import Qwen3VLTextEncoder
+from ..text.expander import Expansion, PromptExpander
+from ..text.writer import OnText
+from ..transformer.model import Krea2Transformer
+from ..vae.model import QwenImageVAE
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class LoadedParts(AnswersDiffusersMethods):
         folder = as_path(path)
         if not folder.exists():
             # Only this, and only here, reaches the network: ComfyUI's nodes never import it.
-            from .hub import fetch_folder
+            from ..hub import fetch_folder
 
             folder = fetch_folder(
                 str(path),
@@ -388,13 +388,7 @@ def _lora_files(loras: Sequence[tuple[str | Path, float]]) -> list[tuple[Path, f
     for _, scale in entries:
         if not is_number(scale):
             raise ValueError(f"The LoRA's scale is {scale!r}; expected a finite number.")
-    return [(lora_file(as_path(path, "A LoRA's path")), scale) for path, scale in entries]
-
-
-def lora_file(path: Path) -> Path:
-    """A LoRA's path, or krea2-nano's own by its name alone."""
-    built_in = {file.name: file for file in (nano.LORA, nano.REFERENCE_LORA)}
-    return path if path.exists() else built_in.get(str(path), path)
+    return [(nano.lora_file(as_path(path, "A LoRA's path")), scale) for path, scale in entries]
 
 
 def _weights(module: nn.Module) -> str:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_type, counted, is_number, is_whole
-from .schedule import check_seed
+from ..checks import check_type, counted, is_number, is_whole
+from ..schedule import check_seed
 
 # Enough to change a picture visibly and keep what it shows.
 STRENGTH = 0.3

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .guidance import SigmaAt, fraction_at, unshifted
-from .images.crop import align_to_original
-from .images.masks import (
+from ..guidance import SigmaAt, fraction_at, unshifted
+from ..images.crop import align_to_original
+from ..images.masks import (
     EMPTY,
     cell_mask,
     composite,
@@ -25,8 +25,8 @@ from .images.masks import (
     remaining_mask,
     repaint_mask,
 )
-from .images.pictures import Picture, pixels_of
-from .images.resize import pad_to_tokens
+from ..images.pictures import Picture, pixels_of
+from ..images.resize import pad_to_tokens
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lora.live import live_loras_of_text
+from ..lora.live import live_loras_of_text
+from ..text.encoder import Qwen3VLTextEncoder
+from ..text.layer_weights import weigh_taps
+from ..text.prompt_images import PromptImage
+from ..text.prompt_tokens import stack_weights, tokenize_prompt
+from ..transformer.model import Krea2Transformer
+from ..transformer.text_attention import TextStates
 from .run_features import RunFeatures
-from .text.encoder import Qwen3VLTextEncoder
-from .text.layer_weights import weigh_taps
-from .text.prompt_images import PromptImage
-from .text.prompt_tokens import stack_weights, tokenize_prompt
-from .transformer.model import Krea2Transformer
-from .transformer.text_attention import TextStates
 
 
 @dataclass(frozen=True)

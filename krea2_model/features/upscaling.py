@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_type, is_number, is_whole
-from .config import Preset
-from .images.sizes import MAX_SCALE, MAX_SIZE, MULTIPLE, image_tokens, is_far
-from .schedule import resolve_mu, sigma_schedule, unshift_time
+from ..checks import check_type, is_number, is_whole
+from ..config import Preset
+from ..images.sizes import MAX_SCALE, MAX_SIZE, MULTIPLE, image_tokens, is_far
+from ..schedule import resolve_mu, sigma_schedule, unshift_time
+from ..transformer.rotary_scaling import RotaryScaling
 from .tiles import TilePrompts, TileSettings
-from .transformer.rotary_scaling import RotaryScaling
 
 PIXELS, LATENT = "pixels", "latent"
 METHODS = (PIXELS, LATENT)

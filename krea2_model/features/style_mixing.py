@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import is_number
+from ..checks import is_number
 from .style_library import (
     MAX_PICTURES,
     MAX_WEIGHT,

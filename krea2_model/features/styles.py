@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .checks import check_type, is_number
-from .guidance import SigmaAt
-from .images.pictures import Picture, pixels_of, reference_pixels
+from ..checks import check_type, is_number
+from ..guidance import SigmaAt
+from ..images.pictures import Picture, pixels_of, reference_pixels
+from ..lora.in_run import ShareAt
+from ..transformer.text_attention import TextStates
 from .inpainting import mask_pixels
-from .lora.in_run import ShareAt
 from .style_transfer import StylePictures, StyleRun, StyleSettings, style_shares
-from .transformer.text_attention import TextStates
 
 # A token covers so many pixels a side: a smaller picture has no style to speak of.
 SMALLEST = 16

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from .checks import check_type
-from .schedule import check_seed
+from ..checks import check_type
+from ..schedule import check_seed
 from .variations import PromptBlend, Variation, frame_shares
 
 _OWN = ("vary", "blend", "num_images", "latents", "prompt_embeds")

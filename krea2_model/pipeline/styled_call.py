@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from .parts import LoadedParts, lora_file
-from .regions import Regions
-from .style_library import StyleError
-from .style_mixing import MixedStyle, escaped
-from .styles import StyleTransfer
-from .tiles import TileSettings
-from .upscaling import Upscale
-from .variations import PromptBlend
+from .. import nano
+from ..features.regions import Regions
+from ..features.style_library import StyleError
+from ..features.style_mixing import MixedStyle, escaped
+from ..features.styles import StyleTransfer
+from ..features.tiles import TileSettings
+from ..features.upscaling import Upscale
+from ..features.variations import PromptBlend
+from .parts import LoadedParts
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,7 +128,7 @@ def _loras_of(pipeline: LoadedParts, mixed: MixedStyle) -> Iterator[None]:
 
 def find_lora(style: str, folder: Path | None, file: str) -> Path:
     """The LoRA of a style: in its folder, one of krea2-nano's, or a path from here."""
-    places = [Path(folder or "") / file, lora_file(Path(file))]
+    places = [Path(folder or "") / file, nano.lora_file(Path(file))]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise StyleError(

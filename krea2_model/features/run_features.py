@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lora.control_run import RunControl, live_controls
-from .lora.in_run import RunLora
-from .lora.live import LoraUse, TokenLayout, live_loras
+from ..lora.in_run import RunLora
+from ..lora.live import LoraUse, TokenLayout, live_loras
+from ..transformer.model import Krea2Transformer
+from ..transformer.references import Reference, ReferencePlan, boost_factors
+from ..transformer.regions import ActiveRegions, RegionPlan
+from ..transformer.rotary_scaling import RotaryScaling, Stretch
+from ..transformer.sparse_attention import ImageGroup, SparseAttention
+from ..transformer.style_attention import StyleKeys
+from ..transformer.text_attention import TextStates
+from ..transformer.token_groups import TokenGroups
+from .control_run import RunControl, live_controls
 from .style_transfer import StyleRun
 from .tiles import Tile, TileSettings, TileTexts, tiles_at
-from .transformer.model import Krea2Transformer
-from .transformer.references import Reference, ReferencePlan, boost_factors
-from .transformer.regions import ActiveRegions, RegionPlan
-from .transformer.rotary_scaling import RotaryScaling, Stretch
-from .transformer.sparse_attention import ImageGroup, SparseAttention
-from .transformer.style_attention import StyleKeys
-from .transformer.text_attention import TextStates
-from .transformer.token_groups import TokenGroups
 
 # A control LoRA in a run: its control channels, and the LoRA beside them, each or None.
 ControlPair = tuple[RunControl | None, RunLora | None]

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checks import check_type, counted, is_whole
+from ..checks import check_type, counted, is_whole
+from ..guidance import GuidanceSchedule
+from ..images.pictures import Picture, pixels_of, reference_pixels
+from ..images.sizes import round_size
+from ..schedule import MAX_SEED, check_seed
+from ..text.prompt_images import MAX_SIDE, PromptImage, nonzero_images
+from ..transformer.references import TIME_ZERO, Reference, ReferenceSettings
+from ..transformer.text_attention import NegativeGuidance
 from .edits import Edit
-from .guidance import GuidanceSchedule
-from .images.pictures import Picture, pixels_of, reference_pixels
-from .images.sizes import round_size
 from .inpainting import Canvas, Inpaint
-from .schedule import MAX_SEED, check_seed
-from .text.prompt_images import MAX_SIDE, PromptImage, nonzero_images
-from .transformer.references import TIME_ZERO, Reference, ReferenceSettings
-from .transformer.text_attention import NegativeGuidance
 from .variations import Variation, slerp_each
 
 

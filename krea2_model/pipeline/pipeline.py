@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import (
+from ..checks import check_type, is_whole
+from ..diffusers_names import accept_diffusers_names
+from ..features.arguments import (
     PromptImages,
     ReferencePicture,
     References,
@@ -23,35 +25,33 @@ from .arguments import (
     prompt_list,
     start_noise,
 )
-from .checks import check_type, is_whole
-from .controls import Control, Controls
+from ..features.controls import Control, Controls
+from ..features.edits import Edit, EditPlan
+from ..features.inpainting import Inpaint, LatentMask
+from ..features.prompt_embeds import PromptEmbeds
+from ..features.regions import Region, Regions
+from ..features.style_mixing import MixedStyle
+from ..features.styles import StyleTransfer
+from ..features.tile_prompts import TileEncoder
+from ..features.tiles import TileSettings
+from ..features.upscaling import LATENT, Upscale, check_stages, enlarge_latents
+from ..features.variations import PromptBlend, Variation
+from ..features.walk import walk
+from ..guidance import ALWAYS, GuidanceSchedule
+from ..images.pictures import OUTPUT_TYPES, Images, Picture, to_output
+from ..images.resize import resize
+from ..memory.activations import TEXT_TOKENS
+from ..schedule import check_guidance, check_sigmas
+from ..text.prompt_images import PromptImage, grid_of
+from ..transformer.patches import PATCH, grid_size
+from ..transformer.references import Reference
+from ..transformer.rotary_scaling import RotaryScaling
+from ..transformer.sparse_attention import SparseAttention
+from ..transformer.text_attention import NegativeGuidance
 from .detail import detail
-from .diffusers_names import accept_diffusers_names
-from .edits import Edit, EditPlan
-from .guidance import ALWAYS, GuidanceSchedule
-from .images.pictures import OUTPUT_TYPES, Images, Picture, to_output
-from .images.resize import resize
-from .inpainting import Inpaint, LatentMask
-from .memory.activations import TEXT_TOKENS
-from .prompt_embeds import PromptEmbeds
-from .regions import Region, Regions
-from .run_forecast import forecast
-from .schedule import check_guidance, check_sigmas
+from .forecast import forecast
 from .stages import Callback, PipelineStages
-from .style_mixing import MixedStyle
 from .styled_call import accept_styles
-from .styles import StyleTransfer
-from .text.prompt_images import PromptImage, grid_of
-from .tile_prompts import TileEncoder
-from .tiles import TileSettings
-from .transformer.patches import PATCH, grid_size
-from .transformer.references import Reference
-from .transformer.rotary_scaling import RotaryScaling
-from .transformer.sparse_attention import SparseAttention
-from .transformer.text_attention import NegativeGuidance
-from .upscaling import LATENT, Upscale, check_stages, enlarge_latents
-from .variations import PromptBlend, Variation
-from .walk import walk
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import counted, is_number, is_whole
+from ..checks import counted, is_number, is_whole
 
 STYLE_FILE, THUMBNAIL = "style.json", "thumbnail.webp"
 BUILT_IN = Path(__file__).parent / "styles_built_in"
@@ -376,8 +376,8 @@ def _save_picture(image: Any, path: Path, side: int, name: str) -> tuple[int, in
     """Write a picture at most so many pixels a side; returns its size. StyleError for none."""
     from PIL import Image
 
-    from .images.output_files import to_picture
-    from .images.pictures import pixels_of
+    from ..images.output_files import to_picture
+    from ..images.pictures import pixels_of
 
     try:
         small = to_picture(pixels_of(image, name).movedim(0, -1).cpu().numpy())

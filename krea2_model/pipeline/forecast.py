@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
-from .checks import check_type, is_whole
-from .config import Preset, TransformerConfig
-from .controls import Control, Controls
-from .guidance import SigmaAt
-from .images.sizes import MULTIPLE, image_tokens, round_size
-from .memory.activations import TEXT_TOKENS
-from .memory.forecast import Forecast, call_operations, pair_operations, style_operations
-from .memory.offload import Offload
-from .memory.plan import TRANSFORMER, VAE
-from .regions import Region, Regions
-from .schedule import check_guidance, resolve_mu, schedule_of, sigma_schedule
-from .styles import PreparedStyle, StyleTransfer
-from .text.encoder import Qwen3VLTextEncoder
-from .text.prompt_tokens import tokenize_prompt
-from .tile_prompts import picture_tokens
-from .tiles import TileSettings, still_tiles, tiles_at
-from .transformer.model import Krea2Transformer
-from .transformer.sparse_attention import SparseAttention
-from .upscaling import Upscale
-from .variations import PromptBlend
+from ..checks import check_type, is_whole
+from ..config import Preset, TransformerConfig
+from ..features.controls import Control, Controls
+from ..features.regions import Region, Regions
+from ..features.styles import PreparedStyle, StyleTransfer
+from ..features.tile_prompts import picture_tokens
+from ..features.tiles import TileSettings, still_tiles, tiles_at
+from ..features.upscaling import Upscale
+from ..features.variations import PromptBlend
+from ..guidance import SigmaAt
+from ..images.sizes import MULTIPLE, image_tokens, round_size
+from ..memory.activations import TEXT_TOKENS
+from ..memory.forecast import Forecast, call_operations, pair_operations, style_operations
+from ..memory.offload import Offload
+from ..memory.plan import TRANSFORMER, VAE
+from ..schedule import check_guidance, resolve_mu, schedule_of, sigma_schedule
+from ..text.encoder import Qwen3VLTextEncoder
+from ..text.prompt_tokens import tokenize_prompt
+from ..transformer.model import Krea2Transformer
+from ..transformer.sparse_attention import SparseAttention
 
 
 class Parts(Protocol):

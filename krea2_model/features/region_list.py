@@ -17,8 +17,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .checks import is_number, is_whole
-from .images.region_shapes import check_count
+from ..checks import is_number, is_whole
+from ..images.region_shapes import check_count
 
 # Options of `regions.Regions` that a file may hold.
 _OPTIONS = ("text_factor", "separate", "places", "soft", "in_prompt")

@@ -13,13 +13,12 @@ from typing import cast
 
 from torch import Tensor
 
-from .checks import counted, is_number, is_whole
-from .config import Preset
-from .images.masks import mask_for
-from .images.pictures import Picture, fit, pixels_of, reference_pixels
-from .images.sizes import MULTIPLE, limit_area, size_for_area
-from .inpainting import mask_pixels
-from .lora.edit_family import (
+from ..checks import counted, is_number, is_whole
+from ..config import Preset
+from ..images.masks import mask_for
+from ..images.pictures import Picture, fit, pixels_of, reference_pixels
+from ..images.sizes import MULTIPLE, limit_area, size_for_area
+from ..lora.edit_family import (
     AI_TOOLKIT,
     FAMILIES,
     IDENTITY,
@@ -27,9 +26,10 @@ from .lora.edit_family import (
     EditFamily,
     likeliest,
 )
-from .text.prompt_images import PromptImage
-from .text.vision import resize_for_tower, resize_to_longest
-from .transformer.references import SHARED_TIME, TIME_ZERO, BoostMask, ReferenceSettings
+from ..text.prompt_images import PromptImage
+from ..text.vision import resize_for_tower, resize_to_longest
+from ..transformer.references import SHARED_TIME, TIME_ZERO, BoostMask, ReferenceSettings
+from .inpainting import mask_pixels
 
 AUTO = "auto"
 MAX_PICTURES = 2

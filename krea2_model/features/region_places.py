@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .images.region_shapes import RegionShape
+from ..images.region_shapes import RegionShape
 
 # Fractions of the image between which a region's middle is in neither half.
 _MIDDLE = (0.4, 0.6)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from .prompt_embeds import PromptEmbeds
+from ..features.prompt_embeds import PromptEmbeds
 
 
 class KeptTexts:

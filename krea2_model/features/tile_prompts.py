@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..images.sizes import MULTIPLE
+from ..text.prompt_images import MAX_IMAGES, PromptImage, grid_of
+from ..transformer.patches import PATCH, grid_size
 from .arguments import PromptImages
-from .images.sizes import MULTIPLE
 from .prompt_embeds import PromptEmbeds, stack_embeds
-from .text.prompt_images import MAX_IMAGES, PromptImage, grid_of
 from .tiles import Tile, TileSettings, still_tiles
-from .transformer.patches import PATCH, grid_size
 
 # Of images that are at the size that the tower reads already.
 _UNLIMITED = 8192

@@ -1,0 +1,1 @@
+"""What a run takes beside prompt and size: checked, prepared, and applied in its steps."""
