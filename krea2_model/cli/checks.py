@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,29 @@ def _check_beside(args: Namespace) -> None:
             if getattr(args, name) != default[name]:
                 option, needed = (f"--{one.replace('_', '-')}" for one in (name, main))
                 raise goes_with(option, needed)
+
+
+def check_folders(args: Namespace, rows: Iterable[Namespace]) -> None:
+    """Refuse folders to look in where none of a run's pictures looks there.
+
+    rows: the options of the pictures; they share the folders of `args`.
+    """
+    if args.style_folder is not None and not any(row.style for row in rows):
+        raise goes_with("--style-folder", "--style")
+    folder = args.wildcard_folder
+    if folder is None:
+        return
+    if not args.wildcards:
+        raise UsageError(
+            f"--wildcard-folder is {folder}, but no wildcards are drawn: with --no-wildcards they "
+            "are text, and a picture that is made again has its words already. Leave "
+            "--wildcard-folder out, or give another prompt."
+        )
+    if not folder.is_dir():
+        raise UsageError(
+            f"--wildcard-folder is {folder}, which is no folder; expected one with a .txt file for "
+            "each wildcard, such as colour.txt for __colour__."
+        )
 
 
 def check_machine(args: Namespace) -> Weights:

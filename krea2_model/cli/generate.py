@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..images.output_files import numbered, save_image
 from ..text.wildcards import fill_in
-from .checks import check_machine, check_output, check_picture
+from .checks import check_folders, check_machine, check_output, check_picture
 from .errors import UsageError
 from .graph import graph_of, not_in_graph
 from .kept import settings_in
@@ -30,6 +30,7 @@ def generate(args: Namespace) -> Iterator[Path | str]:
     console = Console(args.quiet)
     take_from_models(args)
     check_output(args)
+    check_folders(args, [args])
     check_picture(args)
     weights = check_machine(args)
     from .painter import Painter

@@ -16,7 +16,7 @@ from ..images.grid_sheet import Place, check_counts, grid_sheet, small_copy
 from ..images.output_files import check_outputs, image_format, numbered, save_image
 from .axes import Axis, Cell, cells_of, read_axes
 from .batch import RESULTS, Batch, Job
-from .checks import check_folder, check_machine
+from .checks import check_folder, check_folders, check_machine
 from .errors import Failure, UsageError
 from .generate import named_options, pictures_of
 from .jobs import check_row, key_of, message_of
@@ -52,6 +52,7 @@ def grid(args: Namespace, typed: list[str]) -> Iterator[Path]:
     check_counts(*_counts(axes))
     check_folder(folder)
     cells = list(cells_of(axes, args))
+    check_folders(args, [cell.args for cell in cells])
     jobs = _jobs(cells, folder, args.format)
     batch = Batch(args, _in_order(list(jobs.values())), folder, console, _KEPT_TEXTS)
     try:

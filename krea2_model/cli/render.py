@@ -13,7 +13,7 @@ from ..checks import counted
 from ..images.contact_sheet import contact_sheet
 from ..images.output_files import check_outputs, numbered, save_image, to_picture
 from .batch import RESULTS, Batch, Job
-from .checks import check_folder, check_machine
+from .checks import check_folder, check_folders, check_machine
 from .errors import Failure, UsageError
 from .jobs import check_name, check_row, key_of, message_of, pictures_of_row
 from .model_files import Weights, take_from_models
@@ -37,6 +37,7 @@ def render(args: Namespace) -> Iterator[Path]:
     if args.grid is not None:
         check_outputs([args.grid])
     rows = read_rows(args.table, args)
+    check_folders(args, [row.args for row in rows if row.args is not None])
     checked: set[str] = set()
     for row in rows:
         _check_row(row, checked)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..features.variations import frame_shares
 from ..images.output_files import check_animation, save_animation
-from .checks import check_folder, check_machine, check_output, check_picture
+from .checks import check_folder, check_folders, check_machine, check_output, check_picture
 from .errors import UsageError
 from .generate import drawn, merged, named_options, save
 from .kept import settings_in
@@ -26,7 +26,9 @@ def vary(args: Namespace, typed: list[str]) -> Iterator[Path]:
     settings = settings_in(args.picture)
     named = named_options(typed, "vary")
     check_names({n: v for n, v in settings.items() if n not in named}, args.picture)
-    base = drawn(merged(settings, typed, args, "vary"))
+    base = merged(settings, typed, args, "vary")
+    check_folders(base, [base])
+    base = drawn(base)
     first = args.variation_seed
     if first is None:
         first = max([base.seed, *(seed for seed, _ in base.vary)]) + 1
@@ -55,6 +57,7 @@ def walk(args: Namespace) -> Iterator[Path]:
     """Make the frames; yields each file as it is written, and the animation at the end."""
     console = Console(args.quiet)
     _check_walk(args)
+    check_folders(args, [args])
     take_from_models(args)
     files = [args.output / f"{n:04d}.{args.format}" for n in range(1, args.frames + 1)]
     check_folder(args.output)

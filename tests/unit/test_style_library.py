@@ -516,6 +516,12 @@ def test_without_weights_brackets_of_all_texts_stay_brackets_in_a_style(krea2, t
             "expected a folder",
         ),
         (["x", "--style", "Woodcut", "--style-folder", "a file"], "expected a folder of yours"),
+        (["x", "--style-folder", "styles"], "--style-folder goes with --style;"),
+        (["walk", "x", "y", "--style-folder", "styles"], "--style-folder goes with --style;"),
+        (["grid", "x", "--x", "seed=1,2", "--style-folder", "s"], "--style-folder goes with"),
+        (["render", "rows.txt", "--style-folder", "styles"], "--style-folder goes with"),
+        (["x", "--wildcard-folder", "none"], "--wildcard-folder is none, which is no folder"),
+        (["x", "--wildcard-folder", ".", "--no-wildcards"], "no wildcards are drawn"),
         (["styles", "save", "New"], "is empty"),
         (["styles", "save", "../New", "--words", "x"], "name is '../New'"),
         (["styles", "show", "Wood"], "There is no style 'Wood'"),
@@ -526,6 +532,7 @@ def test_wrong_lines(krea2, library, tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
     write(library, "L", loras=[["none.safetensors", 1]])
     (tmp_path / "a file").write_text("no folder")
+    (tmp_path / "rows.txt").write_text("a fox")
     model = [] if line[0] == "styles" else ["--model", "nano"]
     error = krea2(*line, *model, code=2)
     assert words in error and "loading" not in error
