@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from ..checks import check_type, counted, is_number, is_whole, there_are
 from ..config import Preset
-from ..features.arguments import prompt_list, seed_list
+from ..features.arguments import check_options, prompt_list, seed_list
 from ..features.inpainting import LatentMask, mask_pixels
 from ..features.prompt_embeds import PromptEmbeds
+from ..guidance import ALWAYS
 from ..images.areas import (
     MAX_AREAS,
     Area,
@@ -134,8 +135,10 @@ def detail(
     max_batch: areas of one size in a run of the model; None for as many as fit in memory.
     callback: called as `callback(step, latents, predicted)` after each step, counted over all runs;
         raise in it to cancel.
+    prompt_weights: read `(word:1.3)` as weights, in the prompts of areas and in the negative one.
     progress: show a bar of the steps on stderr.
-    options: of a run, such as guidance_schedule or evaluate_every, see `denoise`.
+    options: of a run, such as guidance_schedule, negative_guidance or evaluate_every, see
+        `denoise`.
 
     Returns the picture as a list of one ("pil"), or (1, H, W, 3) and (1, 3, H, W).
     Raises ValueError that names the argument, what was expected and the remedy.
@@ -146,8 +149,8 @@ def detail(
         raise ValueError(
             f"max_batch is {max_batch!r}; expected a whole number from 1 to {MAX_AREAS}, or None."
         )
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback is {callback!r}; expected callback(step, latents, predicted).")
+    nag, schedule = options.get("negative_guidance"), options.get("guidance_schedule", ALWAYS)
+    check_options(callback, nag, schedule)
     check_type("negative_prompt", negative_prompt, str, "a text, which holds for all areas")
     steps = self.preset.steps if steps is None else steps
     guidance = check_guidance(self.preset.guidance if guidance is None else guidance)
@@ -164,7 +167,11 @@ def detail(
         )
     seeds = seed_list(seed, len(planned))
     positive = self.encode_prompt(prompts, weighted=prompt_weights)
-    negative = self.encode_prompt(negative_prompt) if guidance > 0 else None
+    if nag is not None and nag.is_off:
+        options["negative_guidance"] = nag = None
+    negative = None
+    if guidance > 0 or nag is not None:
+        negative = self.encode_prompt(negative_prompt, weighted=prompt_weights)
     text_tokens = positive.taps.shape[1]
 
     def most(width: int, height: int) -> int:

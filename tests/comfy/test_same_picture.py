@@ -421,15 +421,16 @@ def test_the_detailer_gives_one_picture(run, pack, loaded):
     krea2_model, original = pack("krea2_model"), image(180, 200, 3)
     masks = torch.zeros(3, 180, 200)
     masks[0, 20:60, 20:60] = masks[1, 30:70, 120:160] = masks[2, 50:90, 50:90] = 1
-    positive = run("K2TextEncode", clip=clip, prompt=PROMPT, negative="")[0]
-    options = {"denoise": 0.7, "seed": SEED, "steps": STEPS, "guidance": 0.0}
+    against, own = "a (red:1.6) (circle:-1)", "a (green:1.3) star"
+    positive, negative = run("K2TextEncode", clip=clip, prompt=PROMPT, negative=against)[:2]
+    options = {"denoise": 0.7, "seed": SEED, "steps": STEPS, "guidance": 2.0}
     found = run(
-        "K2Detailer", model=model, positive=positive, vae=vae, image=original, mask=masks,
-        clip=clip, prompts="\na green star", preset="custom", **options,
+        "K2Detailer", model=model, positive=positive, negative=negative, vae=vae, image=original,
+        mask=masks, clip=clip, prompts=f"\n{own}", preset="custom", **options,
     )[0]  # fmt: skip
     expected = pipeline.detail(
-        original[0].movedim(-1, 0), [PROMPT, "a green star", PROMPT],
-        krea2_model.DetailAreas(masks), prompt_weights=True, output_type="pt", **options,
+        original[0].movedim(-1, 0), [PROMPT, own, PROMPT], krea2_model.DetailAreas(masks),
+        negative_prompt=against, prompt_weights=True, output_type="pt", **options,
     )  # fmt: skip
     assert_close(found.movedim(-1, 1), expected, 1e-3, "graph and Python")
     assert not torch.allclose(found, original, atol=1e-2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_model import DetailAreas, Krea2Pipeline
+from krea2_model import DetailAreas, Krea2Pipeline, NegativeGuidance
 from samples import picture
 
 BOXES = [(20, 20, 60, 60), (120, 30, 160, 70), (50, 100, 90, 140)]
@@ -50,6 +50,22 @@ def test_one_batch_or_one_by_one_is_one_picture_and_one_bar_counts_all(turbo):
     assert (first[:, box] - alone[0][:, box]).abs().max() < 1e-3, "its prompt and seed are its own"
 
 
+def test_weights_of_the_negative_are_read_with_those_of_the_prompt(turbo):
+    original, areas = picture(180, 200), DetailAreas(boxes=BOXES[:1])
+
+    def detail(negative, **options):
+        options = {"negative_prompt": negative, **FAST, **options}
+        return turbo.detail(original, "a red star", areas, denoise=1.0, **options)
+
+    for how in ({"guidance": 3.0}, {"negative_guidance": NegativeGuidance()}):
+        weighted = detail("a (red:2) circle", prompt_weights=True, **how)
+        assert (weighted != detail("a red circle", prompt_weights=True, **how)).any()
+        assert (weighted != detail("a (red:2) circle", **how)).any()
+        plain = detail("a \\(red:2\\) circle", prompt_weights=True, **how)
+        assert (plain == detail("a (red:2) circle", **how)).all()
+    assert (detail("a blue", negative_guidance=NegativeGuidance(scale=0)) == detail("")).all()
+
+
 def test_a_later_area_sees_the_earlier_one(turbo):
     original = picture(180, 200)
     boxes = [(20, 20, 100, 100), (60, 60, 140, 140)]
@@ -92,6 +108,7 @@ def test_masks_come_alone_in_a_list_or_as_a_batch(turbo):
         ({"start_sigma": 2}, "start_sigma is 2"),
         ({"max_batch": 0}, "max_batch is 0"),
         ({"seed": [1, 2]}, "list of 3"),
+        ({"negative_guidance": 4}, "negative_guidance is 4"),
         ({"output_type": "latent"}, "expected pil, np or pt"),
         ({"image": 5}, "image is int"),
     ],
