@@ -52,6 +52,15 @@ def check_type(name: str, value: object, kind: type, expected: str) -> None:
         raise ValueError(f"{name} is {shown}; expected {expected}.")
 
 
+def check_finite(values: Any, name: str) -> None:
+    """Raise ValueError where a tensor, of an image or of latents, has NaN or infinity."""
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{name} has NaN or infinite values; expected numbers. What made it failed, often a "
+            "model or a VAE in fp16: run that in bf16 or fp32."
+        )
+
+
 def as_path(path: str | PathLike[str], name: str = "The path") -> Path:
     """A path. Raises ValueError for what is none."""
     if not isinstance(path, (str, PathLike)):

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..krea2_model.checks import counted
+from ..krea2_model.checks import check_finite, counted
 from ..krea2_model.images.contact_sheet import contact_sheet
 from ..krea2_model.text.wildcards import fill_in
 from . import inputs
@@ -136,8 +136,11 @@ class K2ContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, captions=("",), columns=(0,), cell=(512,), text_size=(16,)):
+        pictures = [image for batch in images for image in batch]
+        for number, picture in enumerate(pictures, 1):
+            check_finite(picture, f"Image {number}")
         sheet = contact_sheet(
-            [image.cpu().numpy() for batch in images for image in batch],
+            [picture.cpu().numpy() for picture in pictures],
             [line for text in captions for line in text.splitlines()],
             columns=columns[0],
             cell=cell[0],

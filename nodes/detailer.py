@@ -5,7 +5,7 @@ import comfy.sample
 import torch
 from comfy_api.latest import io, ui
 
-from ..krea2_model.checks import counted
+from ..krea2_model.checks import check_finite, counted
 from ..krea2_model.config import RAW
 from ..krea2_model.images.areas import (
     MAX_AREAS,
@@ -276,6 +276,7 @@ def _one_image(image) -> tuple[int, int]:
             "whose areas these are. Take the images of a batch one by one (Rebatch Images, or a "
             "list)."
         )
+    check_finite(image, "image")
     return image.shape[1], image.shape[2]
 
 

@@ -209,7 +209,7 @@ class K2Edit(io.ComfyNode):
             cls, boost=boost, boost_2=boost_2, megapixels=megapixels, encoder_side=encoder_side
         )
         recipe, source = recipe_for(family, model.model_options.get(EDIT_FAMILIES, ()), cache)
-        groups = [pictures(image) for image in (image_1, image_2)]
+        groups = [pictures(image_1, "image_1"), pictures(image_2, "image_2")]
         shown = [picture.cpu() for group in groups for picture in group]
         check_picture_count(len(shown))
         boosts = [boost] * len(groups[0]) + [boost_2] * len(groups[1])

@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
+from ..krea2_model.checks import check_finite
 from ..krea2_model.images.crop import align_to_original, crop
 from ..krea2_model.images.crop import stitch as stitch_crop
 from ..krea2_model.images.masks import (
@@ -145,7 +146,8 @@ class K2Composite(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, painted, mask, feather=8):
-        painted = colours(painted).to(original.device)
+        check_finite(original, "original")
+        painted = colours(painted, "painted").to(original.device)
         painted, mask = align_to_original(original, painted, _painted_mask(mask, original))
         return io.NodeOutput(composite(original, painted, mask, feather))
 
@@ -226,7 +228,7 @@ class K2Stitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, stitch, painted, mask=None, feather=8):
-        painted = colours(painted)
+        painted = colours(painted, "painted")
         if mask is not None:
             mask = _painted_mask(mask, painted)
         return io.NodeOutput(stitch_crop(stitch, painted, feather, mask))

@@ -4,6 +4,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
+from ..krea2_model.checks import check_finite
 from ..krea2_model.images.sizes import (
     ASPECTS,
     MULTIPLE,
@@ -115,7 +116,9 @@ class K2VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae):
-        images = given_vae(vae).decode(samples["samples"])
+        vae = given_vae(vae)
+        check_finite(samples["samples"], "samples")
+        images = vae.decode(samples["samples"])
         # Core's own VAE object for this file keeps a frame axis.
         return io.NodeOutput(images.flatten(0, 1) if images.ndim == 5 else images)
 
@@ -140,7 +143,9 @@ class K2VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae):
-        return io.NodeOutput({"samples": given_vae(vae).encode(pixels)})
+        vae = given_vae(vae)
+        check_finite(pixels, "pixels")
+        return io.NodeOutput({"samples": vae.encode(pixels)})
 
 
 def given_vae(vae):

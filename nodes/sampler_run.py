@@ -11,7 +11,7 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ..krea2_model.checks import counted
+from ..krea2_model.checks import check_finite, counted
 from ..krea2_model.config import PRESETS, Preset
 from ..krea2_model.images.masks import EMPTY, NOISE, ROUNDING, remaining_mask, without_noise
 from ..krea2_model.images.sizes import is_far
@@ -183,7 +183,10 @@ def shifted(model, mu: float):
 
 
 def start_of(model, latent):
-    """The latent image as the sampler takes it: (B, 16, 1, h, w)."""
+    """The latent image as the sampler takes it: (B, 16, 1, h, w).
+
+    Raises ValueError for a latent of another model, and for NaN.
+    """
     samples = comfy.sample.fix_empty_latent_channels(
         model,
         latent["samples"],
@@ -195,6 +198,7 @@ def start_of(model, latent):
             f"The latent has shape {tuple(latent['samples'].shape)}; Krea 2 needs (batch, 16, 1, "
             "height / 8, width / 8). Use Krea 2 Size, or encode the image with the Krea 2 VAE."
         )
+    check_finite(samples, "The latent")
     return samples
 
 

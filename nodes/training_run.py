@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..krea2_model.checks import counted, there_are
+from ..krea2_model.checks import check_finite, counted, there_are
 from .managed.training import settings_of_device
 from .managed.training_package import training
 from .training_files import find_cache, find_picture_folder, relative_name
@@ -125,6 +125,8 @@ def examples_of(folder: str, images, captions, data) -> list:
             f"folder is {FROM_INPUT!r}, but no images are connected. Choose a folder of pictures "
             "in ComfyUI's input folder, or connect images and captions."
         )
+    for number, picture in enumerate(pictures, start=1):
+        check_finite(picture, f"Image {number}")
     texts = _texts(captions, len(pictures))
     if data.caption is None and not all(texts):
         raise ValueError(

@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
+from ..krea2_model.checks import check_finite
 from ..krea2_model.config import RAW
 from ..krea2_model.features.tiles import still_tiles
 from ..krea2_model.features.upscaling import (
@@ -231,6 +232,7 @@ def _sides(image, latent) -> tuple[int, int]:
     """Height and width in pixels."""
     if image is not None:
         return colours(image).shape[1], image.shape[2]
+    check_finite(latent["samples"], "The latent")
     height, width = latent["samples"].shape[-2:]
     return 8 * height, 8 * width
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import check_type, counted, is_whole
+from ..checks import check_finite, check_type, counted, is_whole
 from ..guidance import GuidanceSchedule
 from ..images.pictures import Picture, pixels_of, reference_pixels
 from ..images.sizes import round_size
@@ -141,8 +141,9 @@ def check_edit(edit: Edit, prompts, images: PromptImages, references: References
 
 
 def check_latents(latents: object) -> None:
-    """Raise ValueError for what is no tensor."""
+    """Raise ValueError for what is no tensor, and for NaN."""
     check_type("latents", latents, Tensor, "a tensor (B, 16, height / 8, width / 8)")
+    check_finite(latents, "latents")
 
 
 def check_options(callback, negative_guidance, guidance_schedule) -> None:
@@ -260,6 +261,7 @@ def start_noise(
             f"latents has shape {tuple(latents.shape)}; expected {expected}: {batch} images of "
             f"{height} x {width} px."
         )
+    check_finite(latents, "latents")
     return _varied(latents.float(), vary)
 
 

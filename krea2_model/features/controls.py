@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import nano
 from ..checkpoints.transformer_keys import Shape
-from ..checks import as_path, check_type
+from ..checks import as_path, check_finite, check_type
 from ..guidance import SigmaAt
 from ..images.masks import mask_for
 from ..images.pictures import Picture, fit, pixels_of, reference_pixels
@@ -187,6 +187,7 @@ def check_images(pixels: Tensor, mask: Tensor | None) -> Tensor | None:
 
     Raises ValueError for an image or a mask that cannot be used.
     """
+    check_finite(pixels, "The control image")
     height, width = pixels.shape[-2:]
     if min(height, width) < SMALLEST:
         raise ValueError(

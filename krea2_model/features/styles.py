@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_type, is_number
 from ..guidance import SigmaAt
+from ..images.masks import without_noise
 from ..images.pictures import Picture, pixels_of, reference_pixels
 from ..lora.in_run import ShareAt
 from ..transformer.text_attention import TextStates
@@ -131,6 +132,7 @@ def style_mask(mask: Tensor) -> ShareAt:
 
     Raises ValueError for an empty mask, and when used for an image of another shape.
     """
+    mask = without_noise(mask)
     if not mask.any():
         raise ValueError(
             "The style's mask is empty, so the style would act nowhere. Paint it white where the "

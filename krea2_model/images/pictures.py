@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from PIL.Image import open as open_image
 from torch import Tensor
 
+from ..checks import check_finite
 from .output_files import to_picture
 from .resize import on_white, resize_and_crop
 from .sizes import MAX_SIZE, limit_area
@@ -159,8 +160,9 @@ def _numbers(image: Image.Image, sixteen: bool, name: str) -> Tensor:
 
 def _in_range(values: Tensor, name: str, kind: str) -> Tensor:
     """Values within [0, 1], but for what scaling oversteps; Raises ValueError for others."""
+    check_finite(values, name)
     low, high = (value.item() for value in values.aminmax())
-    if not (low >= -0.1 and high <= 1.1):  # NaN too
+    if low < -0.1 or high > 1.1:
         raise ValueError(
             f"{name} has values from {low:g} to {high:g} ({kind}); expected 0 (black) to 1 (white)."
             f" Scale it to that, or: {_REMEDY[0].lower()}{_REMEDY[1:]}"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_finite
 from .masks import repaint_mask
 from .sizes import ASPECTS, MULTIPLE, check_size, size_for_area
 
@@ -17,18 +18,19 @@ PADDINGS = ("edge", "grey")
 FROM_IMAGE = "image"
 
 
-def colours(image: Tensor) -> Tensor:
+def colours(image: Tensor, name: str = "The image") -> Tensor:
     """The three colours of images (B, H, W, C): alpha is left out, grey becomes red, green, blue.
 
-    Raises ValueError for anything that is no batch of images with at least one pixel.
+    Raises ValueError for anything that is no batch of images with at least one pixel, and for NaN.
     """
     if image.ndim != 4 or min(image.shape) < 1 or image.shape[-1] == 2:
         raise ValueError(
-            f"The image has shape {tuple(image.shape)}; expected (batch, height, width, channels) "
+            f"{name} has shape {tuple(image.shape)}; expected (batch, height, width, channels) "
             "of at least one pixel, with 1, 3 or 4 channels."
         )
-    image = image.float()
-    return image.expand(*image.shape[:3], 3) if image.shape[-1] == 1 else image[..., :3]
+    image = image.float()[..., :3]
+    check_finite(image, name)
+    return image.expand(*image.shape[:3], 3)
 
 
 def resize(image: Tensor, width: int, height: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import check_type, is_number, is_whole
+from ..checks import check_finite, check_type, is_number, is_whole
 from ..features.arguments import (
     PromptImages,
     ReferencePicture,
@@ -197,6 +197,7 @@ class PipelineStages(LoadedParts):
         check_type("images", images, Tensor, "a tensor (B, 3, H, W) in [0, 1]")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; expected floating numbers in [0, 1].")
+        check_finite(images, "images")
         with self._offload.use(VAE):
             weight = next(self.vae.parameters())
             images = images.to(weight) * 2 - 1

@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ...krea2_model.checks import check_finite
 from ...krea2_model.config import TransformerConfig
 from ...krea2_model.features.control_run import ControlSettings
 from ...krea2_model.features.controls import PreparedControl, check_images, check_mask
@@ -93,6 +94,7 @@ class Krea2Control(comfy.controlnet.ControlBase):
         super().set_cond_hint(cond_hint, strength, timestep_percent_range, None, list(extra_concat))
         self.vae = vae
         self.mask = check_images(cond_hint[0], self.mask)
+        check_finite(cond_hint, "The control image")
         ControlSettings(strength, *timestep_percent_range)
         if vae is None:
             raise ValueError(

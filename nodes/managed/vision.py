@@ -6,6 +6,7 @@ ComfyUI keeps images as (B, H, W, C) with values from 0 to 1.
 import torch
 
 from ...krea2_model.checkpoints.text_encoder import read_vision_tower
+from ...krea2_model.checks import check_finite
 from ...krea2_model.images.resize import on_white
 from ...krea2_model.text.vision import resize_for_tower
 from .lazy_parts import LazyPart
@@ -25,14 +26,15 @@ class LazyVision(LazyPart):
         return tensors | {name: tensors[name].reshape(-1, *patch)}
 
 
-def pictures(images) -> list[torch.Tensor]:
+def pictures(images, name: str = "") -> list[torch.Tensor]:
     """Each image of batches (B, H, W, C) as (3, H, W); transparent ones on white.
 
-    images: a batch, a list of batches, or None for none. Raises ValueError for what is no image.
+    images: a batch, a list of batches, or None for none. name: of the input, for errors.
+    Raises ValueError for what is no image, and for one with NaN, by its number.
     """
     if images is None:
         return []
-    result = []
+    result: list[torch.Tensor] = []
     for batch in [images] if isinstance(images, torch.Tensor) else images:
         is_batch = isinstance(batch, torch.Tensor) and batch.ndim == 4 and 0 not in batch.shape
         if not is_batch or batch.shape[-1] not in (3, 4):
@@ -40,7 +42,10 @@ def pictures(images) -> list[torch.Tensor]:
             raise ValueError(
                 f"The image is {shape}; expected (1 or more, height, width, 3 or 4 channels)."
             )
-        result += [on_white(image.movedim(-1, 0).float()) for image in batch]
+        for image in batch:
+            pixels = on_white(image.movedim(-1, 0).float())
+            check_finite(pixels, f"Image {len(result) + 1}{name and f' of {name}'}")
+            result.append(pixels)
     return result
 
 

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 
 from in_process import NODES
 
@@ -137,3 +138,79 @@ def test_linked_values_of_another_type_are_named(run, nano, latent, name, entry)
     for value in WRONG[entry.get_io_type()]:
         with pytest.raises(ValueError, match=rf"^{entry.id}\b|{re.escape(repr(value))}"):
             run(name, **options | {entry.id: value})
+
+
+# Inputs that are images or latents, and the others that a call needs, by node.
+BROKEN = {
+    "K2FitImage": ("image", ""), "K2Outpaint": ("image", ""), "K2ContactSheet": ("images", ""),
+    "K2CropForInpaint": ("image", "mask"), "K2Inpaint": ("image", "vae mask"),
+    "K2Composite": ("original painted", "mask"), "K2Stitch": ("painted", "stitch"),
+    "K2VAEEncode": ("pixels", "vae"), "K2VAEDecode": ("samples", "vae"),
+    "K2Detailer": ("image", "model positive vae mask"),
+    "K2Upscale": ("image latent", "model positive vae"),
+    "K2TiledSampling": ("image", "model clip tile_prompt"),
+    "K2StyleTransfer": ("image image_2", "model vae"), "K2StyleMix": ("image_1", "clip vae prompt"),
+    "K2TextEncodeImages": ("image_1", "clip prompt"), "K2Reference": ("image", "positive vae"),
+    "K2Edit": ("image_1 image_2", "model clip vae prompt family"),
+    "K2ControlLora": ("image", "control positive vae"),
+    "K2Regions": ("picture images", "clip positive regions"),
+    "K2SaveStyle": ("images thumbnail", "words"), "K2Sampler": ("latent", "model positive"),
+    "K2TwoStage": ("latent", "raw turbo positive negative"),
+    "K2Grid": ("latent", "model clip vae prompt x_axis x_values"),
+}  # fmt: skip
+# K2Sigmas reads a size alone. The other two take pictures by the functions of those above, after
+# an encoder that can write, and settings of training.
+ELSEWHERE = {"K2Sigmas", "K2Describe", "K2TrainLora"}
+
+
+@pytest.fixture(scope="module")
+def pieces(run, nano):
+    """Good values of inputs, by name."""
+    model, clip, vae = nano
+    raw = run("K2ModelLoader", file="krea2-nano Raw (built in)")[0]
+    positive, negative = run("K2TextEncode", clip=clip, prompt="a red star")[:2]
+    image, mask = torch.rand(1, 64, 64, 3), torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    latent = {"samples": torch.zeros(1, 16, 1, 8, 8)}
+    images = {entry.id: image for _, entry in inputs_of("IMAGE")}
+    stitch = run("K2CropForInpaint", image=image, mask=mask)[2]
+    return images | {
+        "model": model, "raw": raw, "turbo": model, "clip": clip, "vae": vae, "mask": mask,
+        "positive": positive, "negative": negative, "prompt": "a star", "words": "soft",
+        "samples": latent, "latent": latent, "stitch": stitch,
+        "tile_prompt": "with the tile's picture", "control": "krea2-nano outlines (built in)",
+        "family": "identity", "regions": '[{"prompt": "x", "box": [0, 0, 1, 1], "images": [1]}]',
+        "x_axis": "seed", "x_values": "1",
+    }  # fmt: skip
+
+
+def inputs_of(*kinds):
+    for node in NODES.values():
+        for entry in node.GET_SCHEMA().inputs:
+            if entry.get_io_type() in kinds:
+                yield node.__name__, entry
+
+
+def test_all_that_take_images_or_latents_are_listed():
+    assert {name for name, _ in inputs_of("IMAGE", "LATENT")} == {*BROKEN, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_images_and_latents_with_nan_are_refused_before_a_run(run, pieces, name):
+    """One pixel is enough for a black image, or for an error that blames the model."""
+    broken, others = (names.split() for names in BROKEN[name])
+    for one in broken:
+        # Of an image and a latent a node takes one.
+        used = [one] if "latent" in broken else broken
+        options = {key: pieces[key] for key in (*used, *others)}
+        if isinstance(options[one], dict):
+            samples = options[one]["samples"].clone()
+            samples[..., 3, 5] = -math.inf
+            options[one] = {"samples": samples}
+        else:
+            options[one] = options[one].clone()
+            options[one][..., 3, 5, 1] = math.nan
+        if name == "K2ContactSheet":
+            options[one] = [options[one]]
+        with pytest.raises(ValueError, match="NaN or infinite values; expected"):
+            run(name, **options)

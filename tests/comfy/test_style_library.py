@@ -80,7 +80,7 @@ def test_a_style_is_saved_and_used(run, nano, folder):
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (torch.full((1, 32, 32, 3), float("nan")), "Image 1 of {} has values from nan to nan"),
+        (torch.full((1, 32, 32, 3), float("nan")), "Image 1 of {} has NaN or infinite values"),
         (torch.stack([torch.zeros(32, 32, 3), torch.full((32, 32, 3), 7.0)]), "has values from"),
         (torch.zeros(1, 0, 32, 3), "Image 1 of {} has shape"),
         (torch.zeros(0, 32, 32, 3), "{} has no image"),

@@ -242,6 +242,7 @@ def test_out_of_memory_decodes_in_tiles(pipeline, monkeypatch):
         ({"latents": torch.zeros(2, 16, 8, 8)}, "latents has shape"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape"),
         ({"latents": torch.zeros(1, 16, 8, 8), "height": 96}, "latents has shape"),
+        ({"latents": torch.full((1, 16, 8, 8), torch.nan)}, "latents has NaN or infinite values"),
         ({"sigmas": [1.0, 0.5]}, "end in 0"),
         ({"max_sequence_length": 3}, "max_sequence_length is 3"),
         ({"output_type": "jpg"}, "output_type is 'jpg'"),

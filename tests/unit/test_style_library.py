@@ -215,11 +215,11 @@ def test_pictures_that_could_not_be_used_are_not_saved(library):
 @pytest.mark.parametrize(
     ("picture", "words"),
     [
-        (torch.full((3, 32, 32), float("nan")), "picture 2 has values from nan to nan"),
+        (torch.full((3, 32, 32), float("nan")), "picture 2 has NaN or infinite values"),
         (torch.full((3, 32, 32), 2.0), "picture 2 has values from 2 to 2"),
         (np.full((32, 32, 3), -1.0), "picture 2 has values from -1 to -1"),
         (torch.zeros(3, 0, 32), "picture 2 has shape .*; expected at least one pixel"),
-        (Image.fromarray(np.full((32, 32), np.inf, np.float32)), "picture 2 has values from inf"),
+        (Image.fromarray(np.full((32, 32), np.inf, np.float32)), "picture 2 has NaN or infinite"),
         (Image.new("RGB", (0, 4)), "picture 2 is 0 x 4 px"),
         (5, "picture 2 is int; expected an image"),
     ],

@@ -338,3 +338,7 @@ def test_shares_and_masks():
     assert torch.equal(shares, torch.tensor([[1, 0.5, 0], [0, 0, 0]]))
     # Of a size that is rounded to whole tokens.
     assert style_mask(torch.ones(100, 70))(7, 5).mean() == 1
+    mask[40, 40], mask[63, 90] = torch.nan, 2 / 255  # nobody painted there
+    assert torch.equal(style_mask(mask)(2, 3).unflatten(0, (2, 3)), shares)
+    with pytest.raises(ValueError, match="mask is empty"):
+        style_mask(torch.full((32, 48), 1 / 255))
