@@ -30,6 +30,8 @@ MAX_WEIGHT, MAX_LORA_STRENGTH, MAX_PICTURES = 2.0, 100.0, 8
 # Settings that a style may suggest, each with its least value.
 SETTINGS = {"steps": 1, "guidance": 0, "width": 16, "height": 16}
 
+# Of style.json.
+_ENTRIES = ("words", "negative", "pictures", "picture_strength", "loras", "settings")
 _NAME = re.compile(r"[^\W_](?:[\w \-'&,+]{0,58}[\w'+])?")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 _PICTURE = re.compile(r"[\w \-]+\.(png|jpg|jpeg|webp)", re.IGNORECASE)
@@ -80,6 +82,8 @@ class SavedStyle:
             )
         if not (is_number(self.picture_strength) and 0 <= self.picture_strength <= 10):
             raise self._error(f"picture_strength is {self.picture_strength!r}; expected 0 to 10")
+        if not isinstance(self.settings, Mapping):
+            raise self._error(f"settings is {self.settings!r:.80}; expected names and numbers")
         for name, value in self.settings.items():
             kind = is_number if name == "guidance" else is_whole
             if name not in SETTINGS or not kind(value) or not SETTINGS[name] <= value <= 16384:
@@ -326,14 +330,16 @@ def _read(folder: Path, name: str = "") -> SavedStyle:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError("it is no object")
-        known = {"words", "negative", "pictures", "picture_strength", "loras", "settings"}
-        if unknown := found.keys() - known:
-            raise ValueError(f"it has {', '.join(sorted(unknown))}")
+        if unknown := sorted(found.keys() - set(_ENTRIES)):
+            raise ValueError(f"it has {', '.join(unknown)}; {_expected(unknown[0])}")
         for entry in ("pictures", "loras"):
-            found[entry] = tuple(map(tuple, found.get(entry, ())))
-        for picture, *_ in found["pictures"]:
-            if not _PICTURE.fullmatch(str(picture)):
-                raise ValueError(f"it names the picture {picture!r:.80}")
+            found[entry] = _pairs_in(found, entry)
+        for pair in found["pictures"]:
+            if isinstance(pair, tuple) and pair and not _PICTURE.fullmatch(str(pair[0])):
+                raise ValueError(
+                    f"it names the picture {pair[0]!r:.80}; expected a file beside it that ends in "
+                    ".png, .jpg or .webp"
+                )
         return SavedStyle(name, **found, folder=folder)
     except StyleError as error:
         raise StyleError(f"{error} Mend {file}, or remove it.") from error
@@ -342,6 +348,23 @@ def _read(folder: Path, name: str = "") -> SavedStyle:
         raise StyleError(
             f"Style {name} cannot be read ({reason}). Mend {file}, or remove it."
         ) from error
+
+
+def _expected(entry: str) -> str:
+    """What a style may have in place of an entry that is unknown."""
+    near = difflib.get_close_matches(entry, [*_ENTRIES], 1, 0.7)
+    hint = f", perhaps {near[0]} for {entry}" if near else ""
+    if entry.startswith("reference"):
+        hint = "; references of a LoRA are given beside a style, not in it"
+    return f"expected {', '.join(_ENTRIES)}{hint}"
+
+
+def _pairs_in(found: Mapping[str, Any], entry: str) -> tuple:
+    """The pairs of an entry, each as it is where it is none, for `SavedStyle` to refuse."""
+    pairs = found.get(entry, [])
+    if not isinstance(pairs, list):
+        raise ValueError(f'{entry} is {pairs!r:.80}; expected a list such as [["name", 1.0]]')
+    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
 
 
 def _remove(folder: Path) -> None:
