@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..krea2_model.cli.kept import checked_in
+from ..krea2_model.cli.values import text_of
 from ..krea2_model.images.picture_files import PICTURES
 from . import inputs, model_files
 from .inputs import AUTO, CUSTOM, FIXED, TURBO_MU
@@ -107,7 +108,7 @@ class K2PictureSettings(io.ComfyNode):
             settings.get("height") or found.size[1],
             others.get("sampler", "euler"),
             CUSTOM if is_known else AUTO,
-            "\n".join(f"{name}:{scale:g}" for name, scale in settings.get("lora", ())),
+            "\n".join(map(text_of, settings.get("lora", ()))),
             report,
             ui=ui.PreviewText(report).as_dict() | {KEY: [{"nodes": found.nodes}]},
         )
@@ -198,13 +199,13 @@ def report_of(found: Found) -> str:
         for name, value in values.items()
         if value is not None and (text := _text(value))
     ]
-    lines += [f"lora: {name}:{scale:g}" for name, scale in loras]
+    lines += [f"lora: {text_of(lora)}" for lora in loras]
     return "\n".join([*lines, f"picture: {width} x {height} px"])
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return ", ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return text_of(value)

@@ -116,14 +116,16 @@ def variation(text: str) -> tuple[int, float]:
     return value
 
 
+def _exact(value: float) -> str:
+    """A number as short as it can be, with every digit that counts."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def text_of(value: object) -> str:
     """A value as it is typed: the other way round."""
     if isinstance(value, (list, tuple)):
-        if len(value) == 2 and isinstance(value[0], str):
-            return f"{value[0]}:{value[1]:g}"
-        if len(value) == 2:  # of which every digit counts
-            return f"{value[0]}:{value[1]!r}"
-        return ",".join(f"{part:g}" for part in value)
-    if isinstance(value, float):
-        return repr(value)
-    return str(value)
+        if len(value) == 2 and isinstance(value[0], (str, int)):
+            return f"{value[0]}:{_exact(value[1])}"
+        return ",".join(map(_exact, value))
+    return _exact(value) if isinstance(value, float) else str(value)

@@ -104,10 +104,19 @@ def test_what_cannot_be_set_is_said(graph, keep):
     ).splitlines()
     assert "- Load Krea 2 LoRA, lora: mine.safetensors is not here" in said
     assert nodes(page)["K2LoraLoader"]["strength"] == 0.8
-    use(page, keep("lora.png", SETTINGS | {"lora": [[STYLE, 0.5]]}))
+    page.evaluate(ADD, ["K2Vary", {"strength": 0.9, "variation_seed": 1}])
+    page.evaluate("""() => {
+        const [vary, sampler] = ['K2Vary', 'K2Sampler'].map(
+            type => app.rootGraph.nodes.find(node => node.type === type));
+        vary.connect(0, sampler, sampler.findInputSlot('noise'));
+    }""")
+    use(page, keep("lora.png", SETTINGS | {"lora": [[STYLE, 0.5]], "vary": [[77, 0.25]]}))
+    vary = {"seed": 99, "variation_seed": 77, "strength": 0.25}
+    assert vary.items() <= nodes(page)["K2Vary"].items()
     assert nodes(page)["K2LoraLoader"]["lora"] == "krea2-nano notebook (built in)"
     said = use(page, keep("plain.png", SETTINGS)).splitlines()
-    assert "- Load Krea 2 LoRA stays: the picture has none" in said
+    kinds = ("Load Krea 2 LoRA", "Krea 2 Vary")
+    assert {f"- {title} stays: the picture has none" for title in kinds} <= set(said)
 
 
 def test_pictures_and_graphs_without_are_refused(graph, keep, server):

@@ -98,6 +98,14 @@ def test_settings_that_no_graph_has_are_told_all_the_same(keep, read, pack):
     settings = SETTINGS | {"style_image": ["style.png"]}
     name = keep({"krea2": pack("krea2_model.cli.settings").as_json(settings)})
     assert "style_image: style.png" in read(name)["settings"] and shown(name) == []
+    # Pairs are as they are typed.
+    settings |= {"vary": [[6, 0.25], [7, 1 / 3]], "style": [["Ink wash", 0.5], ["Woodcut", 1]]}
+    settings |= {"blend": "a star", "blend_share": 0.25}
+    lines = read(keep({"krea2": pack("krea2_model.cli.settings").as_json(settings)}))["settings"]
+    assert {
+        f"vary: 6:0.25, 7:{1 / 3!r}", "style: Ink wash:0.5, Woodcut:1", "blend: a star",
+        "blend_share: 0.25",
+    } <= set(lines.splitlines())  # fmt: skip
     # Of a picture without all of them, the rest is what the inputs have.
     name = keep({"krea2": '{"settings": {"prompt": "a star", "model": "nano"}}'})
     found = read(name)

@@ -13,7 +13,10 @@ const CONTROL = "control_after_generate";
 // The loader of the transformer alone has its name in a widget of another name.
 const LOADERS = { K2Loader: "model", K2ModelLoader: "file" };
 // Without these the picture is another one, so a graph that has them is told.
-const CHANGING = ["K2LoraLoader", "K2StyleLora", "K2NegativeGuidance", "K2GuidanceSchedule", "K2Approximate", "K2TapWeights"];
+const CHANGING = [
+  ...["K2LoraLoader", "K2StyleLora", "K2NegativeGuidance", "K2GuidanceSchedule", "K2Approximate", "K2TapWeights"],
+  ...["K2Vary", "K2Walk", "K2Styles", "K2StyleTransfer", "K2StyleMix", "K2Regions", "K2Reference", "K2ControlLora"],
+];
 
 const titleOf = (type) => globalThis.LiteGraph?.registered_node_types?.[type]?.title ?? type;
 const isLinked = (node, name) => node.inputs?.find((each) => each.name === name)?.link != null;
