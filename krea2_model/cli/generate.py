@@ -131,6 +131,7 @@ def merged(
     # The prompt in the file is drawn already.
     result.wildcards = args.wildcards and args.prompt is not None
     result.beside = (args.picture.parent,)
+    result.is_again = True
     return result
 
 

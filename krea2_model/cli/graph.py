@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..checks import is_number
 from ..config import PRESETS
+from ..features.style_mixing import read_choice
 from .choices import NANO, VARY_STRENGTH
 from .errors import UsageError
 from .settings import preset_settings
@@ -30,6 +32,11 @@ _OTHER_NODES = (
     *("start_image", "mask", "reference", "image", "edit", "control_image"),
     *("style_image", "tokenizer", "upscale", "regions", "blend", "style"),
 )
+# Nodes that paint on after the sampler, with a value that tells how, and its default.
+_PAINTERS = {
+    "K2Upscale": ("Krea 2 Upscale", "scale", 2.0),
+    "K2Detailer": ("Krea 2 Detailer", "denoise", 0.5),
+}
 _LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 _EVERY = {1: "every step", 2: "every 2nd step", 3: "every 3rd step"}
 _OFFICIAL_LENGTH, _SUFFIX_TOKENS = 512, 5
@@ -139,8 +146,12 @@ class _Reader:
 
     def __init__(self, graph: Mapping[str, Any]):
         self.graph = graph
+        self._left = 3 * len(graph)  # as often as a node is asked for at most
 
     def inputs(self, link: Any, *kinds: str) -> tuple[str, dict[str, Any]]:
+        self._left -= 1
+        if self._left < 0:
+            raise UsageError(f"The graph in the picture goes in a circle. {ELSEWHERE}")
         node = self.graph.get(str(link[0])) if isinstance(link, list) and link else None
         kind = node.get("class_type") if isinstance(node, dict) else None
         if not isinstance(node, dict) or kind not in kinds:
@@ -149,6 +160,21 @@ class _Reader:
                 f"expected. Only graphs of these nodes can be made again here. {ELSEWHERE}"
             )
         return kind, dict(node.get("inputs") or {})
+
+    def follows(self, key: str, first: str) -> bool:
+        """True for a node that has what another one made among its inputs, or theirs."""
+        seen: set[str] = set()
+        waiting = [key]
+        while waiting:
+            node = self.graph.get(waiting.pop())
+            inputs = node.get("inputs") if isinstance(node, dict) else None
+            values = inputs.values() if isinstance(inputs, dict) else ()
+            links = {str(value[0]) for value in values if isinstance(value, list) and value}
+            if first in links:
+                return True
+            waiting += links - seen
+            seen |= links
+        return False
 
 
 def settings_of_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,6 +234,12 @@ def _settings_of(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
         ("batch", latent.get("batch", 1), 1),
     )
     others = {name: value for name, value, usual in found if value != usual}
+    for key, node in graph.items():
+        kind = node.get("class_type") if isinstance(node, dict) else None
+        if kind in _PAINTERS and reader.follows(key, samplers[0]):
+            title, name, usual = _PAINTERS[kind]
+            value = node["inputs"].get(name, usual)
+            others[title] = value if is_number(value) else usual
     settings: dict[str, Any] = {"seed": sampler.get("seed", 0), **_size(latent)}
     settings |= _noise(reader, sampler.get("noise"))
     preset = sampler.get("preset", "auto")
@@ -217,9 +249,14 @@ def _settings_of(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
         settings |= {"steps": sampler.get("steps", 28), "guidance": sampler.get("guidance", 4.5)}
     if sampler.get("shift") == "fixed":
         settings["mu"] = sampler.get("mu", 1.15)
-    settings |= _prompt(reader, sampler.get("positive"))
-    settings |= _model(reader, sampler.get("model"))
-    return settings, others
+    prompt, styled = _prompt(reader, sampler.get("positive"))
+    model, through = _model(reader, sampler.get("model"))
+    if through != ([] if styled is None else [styled]):
+        raise UsageError(
+            "The model and the prompt of the graph in the picture come from different nodes Krea "
+            f"2 Styles. {ELSEWHERE}"
+        )
+    return settings | prompt | model, others
 
 
 def _noise(reader: _Reader, link: Any) -> dict[str, Any]:
@@ -245,33 +282,46 @@ def _size(latent: Mapping[str, Any]) -> dict[str, int]:
     return {"width": width, "height": height}
 
 
-def _prompt(reader: _Reader, link: Any) -> dict[str, Any]:
+def _prompt(reader: _Reader, link: Any) -> tuple[dict[str, Any], str | None]:
+    """Settings of the nodes of a prompt, and the key of the one with styles."""
     settings: dict[str, Any] = {}
-    kind, inputs = reader.inputs(link, "K2TextEncode", "K2TapWeights")
+    kinds = ("K2TextEncode", "K2Styles")
+    kind, inputs = reader.inputs(link, *kinds, "K2TapWeights")
     if kind == "K2TapWeights":
         settings["layer_weights"] = [inputs.get(f"layer_{layer}", 1.0) for layer in _LAYERS]
-        kind, inputs = reader.inputs(inputs.get("conditioning"), "K2TextEncode")
+        link = inputs.get("conditioning")
+        kind, inputs = reader.inputs(link, *kinds)
     limits = [_OFFICIAL_LENGTH] if inputs.get("official_length") else []
     limits += [inputs["max_tokens"] + _SUFFIX_TOKENS] if inputs.get("max_tokens") else []
     if limits:
         settings["max_sequence_length"] = min(limits)
     if not isinstance(inputs.get("prompt"), str) or not isinstance(inputs.get("negative", ""), str):
         raise UsageError(f"The prompt in the picture comes from another node. {ELSEWHERE}")
+    prompt, styled = inputs["prompt"], None
+    if kind == "K2Styles":
+        if not isinstance(inputs.get("styles"), str):
+            raise UsageError(f"The styles in the picture come from another node. {ELSEWHERE}")
+        settings["style"] = [list(chosen) for chosen in read_choice(inputs["styles"])]
+        prompt, styled = prompt.strip(), str(link[0])
     return settings | {
-        "prompt": inputs["prompt"],
+        "prompt": prompt,
         "negative": inputs.get("negative", ""),
         "weights": inputs.get("weights", True),
-    }
+    }, styled
 
 
-def _model(reader: _Reader, link: Any) -> dict[str, Any]:
-    """Settings of the nodes from a sampler's model back to the loader."""
+def _model(reader: _Reader, link: Any) -> tuple[dict[str, Any], list[str]]:
+    """Settings of the nodes from a sampler's model back to the loader.
+
+    And the keys of those with styles.
+    """
     settings: dict[str, Any] = {}
+    styled: list[str] = []
     loras: list[list[Any]] = []
     while True:
         kind, inputs = reader.inputs(
             link, "K2Loader", "K2ModelLoader", "K2LoraLoader", "K2GuidanceSchedule",
-            "K2NegativeGuidance", "K2Approximate",
+            "K2NegativeGuidance", "K2Approximate", "K2Styles",
         )  # fmt: skip
         if kind in ("K2Loader", "K2ModelLoader"):
             break
@@ -286,6 +336,8 @@ def _model(reader: _Reader, link: Any) -> dict[str, Any]:
             found = {f"nag_{ours}": inputs[theirs] for ours, theirs in _NAG.items()
                      if theirs in inputs}  # fmt: skip
             settings |= {"nag": True, **found}
+        elif kind == "K2Styles":
+            styled.append(str(link[0]))
         elif inputs.get("attention", "exact") != "exact":
             raise UsageError("The picture was made with 8-bit attention, which krea2 has not.")
         else:
@@ -294,7 +346,7 @@ def _model(reader: _Reader, link: Any) -> dict[str, Any]:
         link = inputs.get("model")
     if loras:
         settings["lora"] = loras
-    return settings | _files(reader, kind, inputs)
+    return settings | _files(reader, kind, inputs), styled
 
 
 def _files(reader: _Reader, kind: str, loader: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,11 +73,11 @@ def _style_of(args: Namespace, pictures: list, loras: list) -> SavedStyle:
 
 def _loras_in(picture: Path) -> list[tuple[str, float]]:
     """The LoRAs in the settings of a picture; none where it has no settings."""
-    from .generate import settings_in
+    from .kept import kept_in
 
     _check_picture(picture)
     try:
-        found = settings_in(picture)
+        found = kept_in(picture).settings
     except UsageError:
         return []
     return [(str(name), float(scale)) for name, scale in found.get("lora", ())]

@@ -50,6 +50,8 @@ def styled(args: Namespace) -> Namespace:
         result.style_image = [path for path, _ in pictures]
         result.style_weights = [weight for _, weight in pictures]
         result.style_strength = mixed.picture_strength * args.style_strength
+    if getattr(args, "is_again", False):
+        return result  # what the picture leaves open, the checkpoint says
     has_size = args.width is not None or args.height is not None or args.start_image is not None
     for name in _SUGGESTED:
         is_size = name in ("width", "height")

@@ -163,14 +163,18 @@ def test_what_no_graph_expresses_is_named():
     assert not_in_graph(FULL | extra) == ["--start-image", "--reference", "--evaluate-every"]
 
 
-@pytest.mark.parametrize("name", ["nano_first_image", "lora", "turbo_negative", "raw_faster"])
+@pytest.mark.parametrize(
+    "name", ["nano_first_image", "lora", "turbo_negative", "raw_faster", "styles"]
+)
 def test_graphs_of_the_templates_are_understood(name):
     root = Path(__file__).resolve().parents[1] / "workflows" / f"krea2_{name}.json"
     found = settings_of_graph(json.loads(root.read_text(encoding="utf-8")))
     assert found["prompt"] and ("model" in found or "transformer" in found)
 
 
-@pytest.mark.parametrize("name", ["inpaint", "raw_then_turbo", "image_to_image", "stock_nodes"])
+@pytest.mark.parametrize(
+    "name", ["inpaint", "raw_then_turbo", "image_to_image", "stock_nodes", "upscale"]
+)
 def test_graphs_that_no_options_express_are_refused(name, krea2, tmp_path):
     root = Path(__file__).resolve().parents[1] / "workflows" / f"krea2_{name}.json"
     chunks = PngInfo()
@@ -178,6 +182,63 @@ def test_graphs_that_no_options_express_are_refused(name, krea2, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
     error = krea2("again", tmp_path / "a.png", code=2)
     assert "The graph in the picture has" in error and error.count("\n") == 1
+
+
+SIZE = {"aspect": "custom", "width": 48, "height": 32}
+
+
+def keep_graph(path, **nodes):
+    """A picture with a graph from a loader to a sampler, with Krea 2 Styles between them."""
+    styles = {"prompt": " a star ", "styles": "Bold: 0.333333333\nPixel art", "model": ["load", 0]}
+    sampler = {"model": ["style", 0], "positive": ["style", 1], "latent": ["size", 0], "seed": 3}
+    graph = {
+        "load": ("K2Loader", {"model": "krea2-nano (built in)", "dtype": "fp32"}),
+        "style": ("K2Styles", styles), "size": ("K2EmptyLatent", SIZE),
+        "sample": ("K2Sampler", sampler), **nodes,
+    }  # fmt: skip
+    chunks = PngInfo()
+    graph = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
+    chunks.add_text("prompt", json.dumps(graph))
+    Image.new("RGB", (48, 32)).save(path, pnginfo=chunks)
+    return path
+
+
+def test_a_graph_with_styles_again(krea2, tmp_path, monkeypatch):
+    monkeypatch.setenv("KREA2_STYLES", str(tmp_path))
+    (tmp_path / "Bold").mkdir()
+    entries = {"words": "bold", "loras": [[STYLE, 1]], "settings": {"steps": 2, "width": 64}}
+    (tmp_path / "Bold" / "style.json").write_text(json.dumps(entries))
+    (again,) = krea2("again", keep_graph(tmp_path / "a.png"), "--output", tmp_path / "b.png")
+    found = settings(again)
+    assert (found["prompt"], found["seed"]) == ("a star", 3)
+    assert found["style"] == [["Bold", 0.333333333], ["Pixel art", 1.0]]
+    # What a style suggests is for new pictures: the node leaves this to the checkpoint.
+    assert (found["steps"], found["width"], found["height"]) == (8, 48, 32)
+    (other,) = krea2("again", again, "--style", "Bold", "--output", tmp_path / "c.png")
+    assert settings(other)["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ({"load": ("K2LoraLoader", {"lora": "a", "model": ["load", 0]})}, "goes in a circle"),
+        ({"sample": ("K2Sampler", {"model": ["load", 0], "positive": ["style", 1],
+                                   "latent": ["size", 0]})}, "different nodes Krea 2 Styles"),
+        ({"style": ("K2Styles", {"prompt": "a", "styles": ["b", 0], "model": ["load", 0]})},
+         "The styles in the picture come from another node"),
+        ({"fix": ("K2VAEDecode", {"samples": ["sample", 0]}),
+          "more": ("K2Detailer", {"image": ["fix", 0], "denoise": 0.4})}, "Krea 2 Detailer 0.4"),
+    ],
+)  # fmt: skip
+def test_graphs_that_only_look_as_if_are_refused(krea2, tmp_path, nodes, words):
+    error = krea2("again", keep_graph(tmp_path / "a.png", **nodes), code=2)
+    assert words in error and "Open the picture in ComfyUI" in error
+
+
+def test_a_graph_of_another_branch_does_not_count(tmp_path):
+    other = ("K2Upscale", {"image": ["photo", 0], "scale": 2.0})
+    path = keep_graph(tmp_path / "a.png", more=other)
+    assert settings_of_graph(json.loads(read_texts(path)["prompt"]))["prompt"] == "a star"
 
 
 HOSTILE = [
