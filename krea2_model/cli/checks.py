@@ -8,17 +8,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.identify import read_header
 from ..checkpoints.pairing import check_parts
 from ..checkpoints.text_encoder import find_tokenizer
-from ..features.edits import MAX_PICTURES, Edit
+from ..config import PRESETS
+from ..features.edits import AUTO, MAX_PICTURES, Edit
 from ..features.inpainting import Canvas, Inpaint
+from ..features.regions import Regions
 from ..features.styles import StyleTransfer, check_pictures
+from ..features.upscaling import Upscale
 from ..guidance import GuidanceSchedule
-from ..images.output_files import check_outputs, numbered
+from ..images.output_files import check_outputs, image_format, numbered
 from ..images.pictures import pixels_of
+from ..images.sizes import round_size
+from ..lora.edit_family import FAMILIES, likeliest, read_family
 from ..memory.plan import check_offload
+from ..schedule import check_sigmas, sigma_schedule
+from ..text.prompt_images import MAX_IMAGES
+from ..text.prompt_weights import parse_weights
 from ..text.tokenizer import MAX_TOKENS, Krea2Tokenizer
 from ..text.wildcards import fill_in
+from ..transformer.text_attention import NegativeGuidance
 from .controls import check_controls, mask_paths
 from .errors import UsageError, goes_with
 from .model_files import Weights, find_file, find_loras, find_weights
@@ -27,6 +37,7 @@ from .progress import Console
 from .regions import regions_of
 from .styling import styled
 
+_FEWEST = PRESETS["turbo"].steps
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
 # Options that say how another one acts, by that one.
@@ -124,10 +135,14 @@ def check_picture(args: Namespace) -> list[tuple[Path, float]]:
     if args.start_image is not None and (args.width is None) != (args.height is None):
         raise UsageError("Give both --width and --height with --start-image, or neither.")
     check_edit(args)
-    regions_of(args)
+    _check_numbers(args)
+    _check_weights(args, regions_of(args))
     pictures = find_input_pictures(args)
     check_controls(args, pictures["control_image"], pictures["control_mask"])
-    return find_loras(args)
+    loras = find_loras(args)
+    if args.edit and args.edit_family == AUTO:
+        _check_family([path for path, scale in loras if scale])
+    return loras
 
 
 def check_edit(args: Namespace) -> None:
@@ -141,6 +156,49 @@ def check_edit(args: Namespace) -> None:
             raise UsageError(
                 f"--edit gives its pictures to the model itself; leave --{option} out."
             )
+
+
+def _check_family(loras: list[Path]) -> None:
+    """Refuse an edit whose LoRAs do not tell how they were trained."""
+    families = [read_family(path.name, read_header(path).metadata) for path in loras]
+    known = [family for family in families if family is not None]
+    if likeliest(known) is None:
+        reason = "the LoRAs are of different families" if known else "no --lora tells its family"
+        raise UsageError(
+            f"--edit needs to know how its LoRA was trained: --edit-family is auto, but {reason}. "
+            f"Give an edit LoRA with --lora FILE, or choose --edit-family: {', '.join(FAMILIES)}."
+        )
+
+
+def _check_numbers(args: Namespace) -> None:
+    """Refuse values that a run would refuse once its weights are loaded."""
+    if args.layer_weights is not None and not any(args.layer_weights):
+        raise UsageError("--layer-weights are all 0; expected one at least that is not.")
+    if len(args.image) > MAX_IMAGES:
+        raise UsageError(
+            f"There are {len(args.image)} pictures of --image; expected at most {MAX_IMAGES}."
+        )
+    if args.upscale is not None and None not in (args.width, args.height):
+        sides = [round_size(name, getattr(args, name)) for name in ("width", "height")]
+        Upscale(args.upscale).size(*sides)
+    if args.mu is not None and args.denoise > 0:
+        steps = _FEWEST if args.steps is None else args.steps
+        try:
+            check_sigmas(sigma_schedule(steps, args.mu, args.denoise))
+        except ValueError as error:
+            raise UsageError(
+                f"--mu is {args.mu:g}, at which steps of a run have the same noise; expected a "
+                f"value nearer to 0, such as {PRESETS['turbo'].mu} (Turbo)."
+            ) from error
+
+
+def _check_weights(args: Namespace, regions: Regions | None) -> None:
+    """Refuse prompt weights that the text encoder would refuse."""
+    if not args.weights:
+        return
+    own = [] if regions is None else [region.prompt for region in regions.regions]
+    for text in (args.prompt, args.negative, args.blend, *args.upscale_tile_prompt, *own):
+        parse_weights(text or "")
 
 
 def check_text(args: Namespace) -> None:
@@ -158,6 +216,13 @@ def nag_settings(args: Namespace) -> dict[str, float] | None:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if not args.nag and not chosen:
         return None
+    usual = NegativeGuidance()
+    start, end = chosen.get("start", usual.start), chosen.get("end", usual.end)
+    if chosen.keys() & {"start", "end"} and start >= end:
+        raise UsageError(
+            f"--nag-start is {start:g} and --nag-end {end:g}, so that it would never act; expected "
+            "a start below the end."
+        )
     return chosen
 
 
@@ -214,6 +279,8 @@ def style_of(args: Namespace, pictures: list) -> StyleTransfer | None:
 def check_output(args: Namespace) -> None:
     """Check the names that the pictures of `args` would be written to."""
     is_odd = args.output.exists() and not args.output.is_file()
+    if not is_odd:
+        image_format(args.output)  # in the name that was typed
     check_outputs([args.output] if is_odd else numbered(args.output, args.images, args.force))
 
 

@@ -130,7 +130,7 @@ def add_picture_options(
         help="colour.txt there has the choices of __colour__, a line each",
     )  # fmt: skip
     prompt.add_argument(
-        "--max-sequence-length", type=whole(1), metavar="N", help="cut the prompt; 512 is official"
+        "--max-sequence-length", type=whole(6), metavar="N", help="cut the prompt; 512 is official"
     )
     prompt.add_argument(
         "--layer-weights", type=numbers(12), metavar="W,W,...",

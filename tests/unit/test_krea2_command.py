@@ -156,6 +156,16 @@ def test_a_word_near_a_command_is_a_prompt_beside_weights(tmp_path, capsys, monk
         (["--offload", "none", "--max-memory", "5"], "--max-memory is 5.0, and offload 'none'"),
         (["--guidance-start", "0.9", "--guidance-end", "0.1"], "start 0.9 and end 0.1"),
         (["--tokenizer", "{folder}"], "is no tokenizer folder"),
+        (["--negative", "(a:99)"], "The prompt has the weight 99 in '(a:99)'"),
+        (["--blend", "(a:99)"], "The prompt has the weight 99 in '(a:99)'"),
+        (["--regions", '[{{"prompt": "(a:99)", "box": [0, 0, 1, 1]}}]'], "has the weight 99"),
+        (["--max-sequence-length", "5"], "--max-sequence-length is 5; expected a whole number"),
+        (["--layer-weights", ",".join("0" * 12)], "--layer-weights are all 0"),
+        (["--mu", "99"], "--mu is 99, at which steps of a run have the same noise"),
+        (["--nag-start", "0.8"], "--nag-start is 0.8 and --nag-end 0.75, so that it would never"),
+        (["--image", "{square}"] * 9, "There are 9 pictures of --image; expected at most 8"),
+        (["--edit", "{square}"], "no --lora tells its family. Give an edit LoRA with --lora"),
+        (["--width", "9000", "--height", "64", "--upscale", "4"], "at most 16384 a side"),
         (["--style-image", "nowhere.png"], "--style-image is nowhere.png, which is not there"),
         (["--style-image", "{pixel}"], "A style picture is 1 x 1 px; expected at least 16 px"),
     ],
@@ -166,6 +176,8 @@ def test_everything_is_checked_before_weights_are_loaded(
     places = {"vae": models / "vae/qwen_image_vae_tiny.safetensors", "folder": tmp_path}
     places["pixel"] = models / "pixel.png"
     Image.new("RGB", (1, 1)).save(places["pixel"])
+    places["square"] = models / "square.png"
+    Image.new("RGB", (64, 64)).save(places["square"])
     places["encoder"] = models / "narrow_encoder.safetensors"
     names = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
     names += ("layers.0.self_attn.q_norm.weight",)
