@@ -193,6 +193,8 @@ def run(args: Namespace) -> Iterator[str]:
     """Serve until it is stopped; gives the address."""
     take_from_models(args)
     check_machine(args)
+    if not args.host.strip():
+        raise UsageError("--host is empty, which is every network; expected a name or an address.")
     if args.token is not None and not args.token.strip():
         raise UsageError("--token is empty; expected a secret, or leave it out.")
     console = Console(args.quiet)

@@ -17,6 +17,20 @@ from .train_options import TRAINING
 # For a closed pipe, as a shell reports a command that SIGPIPE ended.
 _PIPE_CLOSED = 141
 
+# Options of other programs, and what we have in their place.
+OTHERS = {
+    **dict.fromkeys(("--cfg", "--cfg-scale", "--guidance-scale"), "--guidance, CFG scale less 1"),
+    **dict.fromkeys(("--num-inference-steps", "--num-steps"), "--steps"),
+    "--negative-prompt": "--negative",
+    **dict.fromkeys(("-n", "--n", "--n-iter", "--num-images", "--batch-size"), "--images"),
+    **dict.fromkeys(("--init-image", "--init-img", "--input-image"), "--start-image"),
+    **dict.fromkeys(("--ckpt", "--checkpoint", "--unet"), "--transformer, or --model"),
+    **dict.fromkeys(("-W", "-H", "--size", "--resolution"), "--width and --height"),
+    "--strength": "--denoise",
+    **dict.fromkeys(("--sampler", "--sampler-name", "--scheduler"), "always Euler"),
+    **dict.fromkeys(("-p", "--prompt"), "the first word after krea2, in quotes"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. 0: done, 1: failed, 2: wrong, 130: stopped."""
@@ -140,7 +154,11 @@ def _unknown(words: list[str], command: str) -> str:
         )
     option = options[0].partition("=")[0]
     known = command_parser(command)._option_string_actions
-    return f"There is no option {option} of {command}.{suggestion(option, known)}"
+    ours = OTHERS.get(option.replace("_", "-"), "")
+    if ours and (not ours.startswith("--") or ours.split()[0].strip(",") in known):
+        return f"There is no option {option} of {command}; here it is {ours}."
+    hint = suggestion(option, known) or f" krea2 {command} --help lists them."
+    return f"There is no option {option} of {command}.{hint}"
 
 
 def _close_option(word: str) -> str:

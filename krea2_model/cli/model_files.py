@@ -177,11 +177,19 @@ def find_lora(name: str | Path, models: Path | None, beside: Sequence[Path] = ()
     """A LoRA file, see `find_file`. Raises UsageError for another file."""
     from ..checkpoints.identify import CONTROL_LORA, LORA, identify, read_header
 
-    path = find_file("lora", name, models, beside)
+    path = _file_of("lora", name, models, beside)
     kind = identify(read_header(path).tensors)
     if LORA not in kind or CONTROL_LORA in kind:
         remedy = " Give it to --control." if kind == CONTROL_LORA else ""
         raise UsageError(f"--lora {name} is {kind}; expected a LoRA as .safetensors.{remedy}")
+    return path
+
+
+def _file_of(option: str, name: str | Path, models: Path | None, beside: Sequence[Path]) -> Path:
+    """As `find_file`, for what is no folder. Raises UsageError for one."""
+    path = find_file(option, name, models, beside)
+    if path.is_dir():
+        raise UsageError(f"--{option} is {name}, a folder; expected a .safetensors file in it.")
     return path
 
 
@@ -193,7 +201,7 @@ def find_controls(args: Namespace) -> list[tuple[Path, str]]:
     models, beside = models_folder(args.models), getattr(args, "beside", ())
     found = []
     for name in args.control:
-        path = find_file("control", name, models, beside)
+        path = _file_of("control", name, models, beside)
         header = read_header(path)
         found.append((path, form_of(header.shapes, path.name, header.metadata)))
     return found

@@ -426,7 +426,8 @@ def _sentence(message: str, parser: argparse.ArgumentParser) -> str:
     if named is None:
         if message.startswith("the following arguments are required: "):
             missing = message.rpartition(": ")[2]
-            return f"{missing} is missing. See {parser.prog} --help."
+            verb = "are" if ", " in missing else "is"
+            return f"{missing} {verb} missing. See {parser.prog} --help."
         return f"{message[0].upper()}{message[1:]}. See {parser.prog} --help."
     option, problem = named.groups()
     if choice := _CHOICE.match(problem):

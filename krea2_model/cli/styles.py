@@ -52,11 +52,12 @@ def _save(args: Namespace, library: StyleLibrary) -> SavedStyle:
     pictures = [(Path(file), weight) for file, weight in args.reference]
     loras = [(name_in_models(file, KEYS["lora"]), scale) for file, scale in args.lora]
     if args.source is not None:
+        _check_picture(args.source, "--from")
         loras = loras or _loras_in(args.source)
         if not (args.words or args.negative or pictures or loras or args.style):
             pictures = [(args.source, 1.0)]
     for path, _ in pictures:
-        _check_picture(path)
+        _check_picture(path, "--reference")
     own: tuple[tuple[SavedStyle, float], ...] = ()
     if args.words or args.negative or pictures or loras or not args.style:
         own = ((_style_of(args, pictures, loras), 1.0),)
@@ -75,7 +76,6 @@ def _loras_in(picture: Path) -> list[tuple[str, float]]:
     """The LoRAs in the settings of a picture; none where it has no settings."""
     from .kept import kept_in
 
-    _check_picture(picture)
     try:
         found = kept_in(picture).settings
     except UsageError:
@@ -83,7 +83,7 @@ def _loras_in(picture: Path) -> list[tuple[str, float]]:
     return [(str(name), float(scale)) for name, scale in found.get("lora", ())]
 
 
-def _check_picture(path: Path) -> None:
+def _check_picture(path: Path, option: str) -> None:
     from ..images.pictures import pixels_of
 
-    pixels_of(path, "the picture")
+    pixels_of(path, option)

@@ -63,7 +63,6 @@ def check_outputs(paths: Sequence[Path]) -> None:
     that does not take files.
     """
     for path in paths:
-        image_format(path)
         if len(os.fsencode(path.name)) > 255:
             raise ValueError(
                 f"The name of the output has {len(os.fsencode(path.name))} bytes; expected at most "
@@ -74,6 +73,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
                 f"The output {path} is a folder; expected the name of a file, such as "
                 f"{path / 'fox.png'}."
             )
+        image_format(path)
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
             raise ValueError(
                 f"The output {path} cannot be written over; expected a new name, or a file that "

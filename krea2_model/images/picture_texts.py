@@ -63,6 +63,8 @@ def read_texts(path: Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise ValueError(f"There is no picture {path}. Check the name and the folder.") from error
     except Exception as error:  # decoders of damaged files raise whatever comes
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; expected a picture in it.") from error
         raise ValueError(f"{path} cannot be read as a picture ({error}).") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,6 +105,8 @@ def _opened(path: PathLike[str] | str, name: str) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{name} is {path}, which is not there; expected a picture.") from error
     except Exception as error:  # decoders of damaged files raise whatever comes
+        if Path(path).is_dir():
+            raise ValueError(f"{name} is {path}, a folder; expected a picture in it.") from error
         raise ValueError(
             f"{name} is {path}, which cannot be read as a picture ({error}). Expected PNG, JPEG, "
             "WebP or another kind that Pillow reads."

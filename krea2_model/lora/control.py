@@ -118,7 +118,7 @@ def form_of(
             raise CheckpointError(
                 f"{name} is no control LoRA: it does not widen the input layer, and its name does "
                 "not say that it was trained with control images as references. Apply a plain LoRA "
-                f"with Load Krea 2 LoRA, or choose form {REFERENCES!r}."
+                f"with Load Krea 2 LoRA (krea2: --lora), or choose form {REFERENCES!r}."
             )
         return found
     if (form == CHANNELS) != is_widened(shapes):

@@ -169,7 +169,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
             pixels_of(tmp_path / name, "picture")
     with pytest.raises(ValueError, match="which is not there"):
         pixels_of(tmp_path / "none.png", "picture")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="a folder; expected a picture in it"):
         pixels_of(tmp_path, "picture")
     shapes = (4, 4), (3, 0, 4), (5, 4, 3)
     for given in (None, 5, "fox.png", [1], *map(torch.zeros, shapes)):
