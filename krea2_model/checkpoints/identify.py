@@ -69,6 +69,8 @@ def read_header(path: str | Path) -> Header:
     broken, and CheckpointNotFoundError where there is none.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointNotFoundError(f"{path} is a folder; expected a .safetensors file in it.")
     if not path.is_file():
         raise CheckpointNotFoundError(f"There is no file {path}. Check the name and the folder.")
     size = path.stat().st_size

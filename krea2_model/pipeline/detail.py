@@ -87,6 +87,13 @@ class DetailAreas:
         return masks_of(torch.cat([mask_for(each, image) for each in pixels]), self.islands)
 
 
+# Of a run, which `detail` passes on.
+_OPTIONS = (
+    *("guidance_schedule", "negative_guidance", "evaluate_every", "references", "control"),
+    *("tiles", "rotary", "sparse"),
+)
+
+
 class Stages(Protocol):
     """The stages of a pipeline that the detailer uses; see `Krea2Pipeline`."""
 
@@ -143,6 +150,10 @@ def detail(
     Returns the picture as a list of one ("pil"), or (1, H, W, 3) and (1, 3, H, W).
     Raises ValueError that names the argument, what was expected and the remedy.
     """
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise TypeError(
+            f"detail has no argument {unknown[0]}; options of it: {', '.join(_OPTIONS)}."
+        )
     if output_type not in OUTPUT_TYPES or output_type == "latent":
         raise ValueError(f"output_type is {output_type!r}; expected pil, np or pt.")
     if max_batch is not None and not (is_whole(max_batch) and 1 <= max_batch <= MAX_AREAS):

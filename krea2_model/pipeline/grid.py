@@ -38,6 +38,7 @@ class PictureGrid:
 
     def __init__(self, pipeline: Krea2Pipeline, axes: Mapping[str, Sequence[Any]], **options: Any):
         check_type("pipeline", pipeline, Krea2Pipeline, "a Krea2Pipeline")
+        check_type("axes", axes, Mapping, 'arguments and their values, as in {"seed": [1, 2]}')
         known = inspect.signature(Krea2Pipeline.__call__).parameters
         names = [*(name for name in known if name not in _OTHERS), LORAS]
         if not 1 <= len(axes) <= len(_LETTERS):

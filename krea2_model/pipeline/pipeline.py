@@ -42,6 +42,7 @@ from ..images.pictures import OUTPUT_TYPES, Images, Picture, to_output
 from ..images.resize import resize
 from ..memory.activations import TEXT_TOKENS
 from ..schedule import check_guidance, check_sigmas
+from ..text.layer_weights import check_layer_weights
 from ..text.prompt_images import PromptImage, grid_of
 from ..transformer.patches import PATCH, grid_size
 from ..transformer.references import Reference
@@ -174,6 +175,8 @@ class Krea2Pipeline(PipelineStages):
         if blend is not None:
             check_type("blend", blend, PromptBlend, "a PromptBlend")
         check_options(callback, negative_guidance, guidance_schedule)
+        if layer_weights is not None:
+            check_layer_weights(layer_weights, self.transformer.config.num_text_layers)
         check_embeds("prompt_embeds", prompt_embeds, prompt_embeds_mask)
         check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask)
         prompts = prompt_list(prompt, prompt_embeds)

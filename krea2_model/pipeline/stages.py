@@ -34,7 +34,7 @@ from ..images.sizes import image_tokens, is_far
 from ..memory.activations import WHOLE_PIXELS, activations
 from ..memory.plan import ENCODER, TRANSFORMER, VAE
 from ..sampling import denoise as denoising_steps
-from ..schedule import resolve_mu, schedule_of, sigma_schedule
+from ..schedule import check_guidance, resolve_mu, schedule_of, sigma_schedule
 from ..text.prompt_images import PromptImage
 from ..transformer.patches import PATCH, grid_size, token_count
 from ..transformer.references import Reference
@@ -164,6 +164,7 @@ class PipelineStages(LoadedParts):
         for name, text in (("positive", positive), ("negative", negative)):
             if text is not None or name == "positive":
                 check_type(name, text, PromptEmbeds, "what encode_prompt() returns")
+        guidance = check_guidance(guidance)
         group = References.of(references)
         prepared = group.prepared()
         controls = Controls.of(control, self._loras[0].shapes)

@@ -16,16 +16,22 @@ from torch import Tensor
 from ..checks import numbers
 
 
+def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
+    """The weights of so many taps. Raises ValueError unless they are finite and not all 0."""
+    expected = f"{count} numbers, not all of them 0"
+    values = numbers("layer_weights", weights, expected)
+    if len(values) != count or not all(map(math.isfinite, values)) or not any(values):
+        raise ValueError(f"The weights of the taps are {values}; expected {expected}.")
+    return values
+
+
 def weigh_taps(taps: Tensor, weights: Sequence[float]) -> Tensor:
     """Taps (B, L, T, D) times one weight per tap, every token brought back to the RMS it had.
 
     Equal weights change nothing, and `taps` itself comes back.
-    Raises ValueError unless there are T finite weights, not all of them 0.
+    Raises ValueError as `check_layer_weights`.
     """
-    expected = f"{taps.shape[2]} numbers, not all of them 0"
-    values = numbers("layer_weights", weights, expected)
-    if len(values) != taps.shape[2] or not all(map(math.isfinite, values)) or not any(values):
-        raise ValueError(f"The weights of the taps are {values}; expected {expected}.")
+    values = check_layer_weights(weights, taps.shape[2])
     if len(set(values)) == 1 and values[0] > 0:
         return taps
     original = taps.float()

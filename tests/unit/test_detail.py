@@ -94,6 +94,11 @@ def test_masks_come_alone_in_a_list_or_as_a_batch(turbo):
         assert torch.equal(turbo.detail(original, "a star", same, **FAST), expected)
 
 
+def test_unknown_arguments_are_refused_first(turbo):
+    with pytest.raises(TypeError, match="detail has no argument width; options of it: guidance_"):
+        turbo.detail(picture(64, 64), "a star", DetailAreas(), width=64)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

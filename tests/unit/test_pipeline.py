@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from krea2_model import Krea2Pipeline
+from krea2_model import Krea2Pipeline, PictureGrid
 from krea2_model.checkpoints.transformer import save_transformer
 from krea2_model.config import RAW, TURBO
 from krea2_model.features.arguments import References
@@ -244,6 +245,7 @@ def test_out_of_memory_decodes_in_tiles(pipeline, monkeypatch):
         ({"latents": torch.zeros(1, 16, 8, 8), "height": 96}, "latents has shape"),
         ({"latents": torch.full((1, 16, 8, 8), torch.nan)}, "latents has NaN or infinite values"),
         ({"sigmas": [1.0, 0.5]}, "end in 0"),
+        ({"layer_weights": [1, 2]}, r"taps are \[1.0, 2.0\]; expected 12 numbers"),
         ({"max_sequence_length": 3}, "max_sequence_length is 3"),
         ({"output_type": "jpg"}, "output_type is 'jpg'"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 12, 60)}, "needs .* 12, 64"),
@@ -253,6 +255,22 @@ def test_bad_arguments(pipeline, options, message):
     arguments = {"prompt": "a fox", "steps": 1, "guidance": 0, **options}
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
+
+
+def test_what_costs_time_comes_after_the_checks(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "encode_prompt", None)
+    with pytest.raises(ValueError, match="expected 12 numbers, not all of them 0"):
+        pipeline("a fox", layer_weights=[0] * 12, **SIZE)
+
+
+def test_stages_and_grids_name_bad_arguments(pipeline):
+    text = pipeline.encode_prompt("a fox")
+    with pytest.raises(ValueError, match="guidance is '1'; expected 0 .off. or more"):
+        pipeline.denoise(torch.zeros(1, 16, 8, 8), text, sigmas=[1, 0], guidance="1")
+    with pytest.raises(ValueError, match="axes is 'seed'; expected arguments and their values"):
+        PictureGrid(pipeline, "seed")
+    with pytest.raises(ValueError, match="is a folder; expected a .safetensors file in it"):
+        pipeline.load_lora(Path(__file__).parent)
 
 
 def test_mask_of_another_shape(pipeline):

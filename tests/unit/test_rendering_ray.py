@@ -363,3 +363,8 @@ def test_requests_of_one_setting_share_a_call():
     *found, refused = asyncio.run(ask())
     assert found == [0, 1, 2] and calls == [[0, 2], [1]]
     assert "without a picture to change" in str(refused)
+
+
+def test_an_empty_host_is_refused(krea2):
+    """Sockets take it for every network."""
+    assert "--host is empty" in krea2("serve", "--model", "nano", "--host", " ", code=2)
