@@ -27,7 +27,7 @@ from ..schedule import check_sigmas, sigma_schedule
 from ..text.prompt_images import MAX_IMAGES
 from ..text.prompt_weights import parse_weights
 from ..text.tokenizer import MAX_TOKENS, Krea2Tokenizer
-from ..text.wildcards import fill_in
+from ..text.wildcards import file_wildcard, fill_in
 from ..transformer.text_attention import NegativeGuidance
 from .controls import check_controls, mask_paths
 from .errors import UsageError, goes_with
@@ -38,6 +38,7 @@ from .regions import regions_of
 from .styling import styled
 
 _FEWEST = PRESETS["turbo"].steps
+_GUIDANCE = ("guidance_start", "guidance_end", "guidance_ramp", "guidance_rescale")
 _NAG = ("nag_scale", "nag_blend", "nag_limit", "nag_start", "nag_end")
 
 # Options that say how another one acts, by that one.
@@ -292,7 +293,16 @@ def check_folder(path: Path) -> None:
 
 
 def note_unused(args: Namespace, guidance: float, console: Console) -> None:
-    """Say where a negative prompt has no effect."""
+    """Say what has no effect: a negative prompt, a window of guidance, a name of wildcards."""
+    default = picture_defaults()
+    own = [name for name in _GUIDANCE if getattr(args, name) != default[name]]
+    if own and guidance == 0:
+        option = f"--{own[0].replace('_', '-')}"
+        console.note(f"note: {option} has no effect at guidance 0; add --guidance")
+    if args.wildcards and args.wildcard_folder is None and (found := file_wildcard(args.prompt)):
+        console.note(
+            f"note: {found} stays in the prompt as text; --wildcard-folder draws from files"
+        )
     if args.negative and guidance == 0 and nag_settings(args) is None:
         console.note(
             "note: --negative has no effect at guidance 0; add --nag (Turbo) or --guidance"

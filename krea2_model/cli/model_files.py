@@ -11,6 +11,7 @@ from pathlib import Path
 from ..catalogue import RAW, TURBO, files_in
 from .choices import NANO
 from .errors import UsageError, suggestion
+from .picture_options import WEIGHTS
 
 # ComfyUI's model folders that may hold the file of an option.
 KEYS = {
@@ -74,7 +75,9 @@ def find_file(
     looked = f", nor in {models}" if models is not None and KEYS.get(option) else ""
     # A path has folders or an ending; a bare word may be a built-in model.
     is_word = option == "model" and path.name == str(name) and not path.suffix
-    hint = suggestion(path.name, NANO, 0.5) if is_word else ""
+    hint = suggestion(path.name.lower(), NANO, 0.5) if is_word else ""
+    if not hint and option in WEIGHTS:
+        hint = " `krea2 models` says which files to get, and fetches them."
     raise UsageError(
         f"There is no file or folder {name} (--{option.replace('_', '-')}){looked}. Check the name "
         f"and the folder.{hint}"

@@ -9,7 +9,7 @@ from argparse import Namespace
 from copy import copy
 from pathlib import Path
 
-from ..features.style_library import SavedStyle, StyleLibrary
+from ..features.style_library import SavedStyle, StyleError, StyleLibrary
 from ..features.style_mixing import MixedStyle, escaped
 from .errors import UsageError
 from .model_files import find_lora, models_folder
@@ -18,7 +18,15 @@ _SUGGESTED = ("steps", "guidance", "width", "height")
 
 
 def mixed_of(args: Namespace) -> MixedStyle:
-    return MixedStyle.of(args.style, StyleLibrary(args.style_folder))
+    try:
+        return MixedStyle.of(args.style, StyleLibrary(args.style_folder))
+    except StyleError as error:
+        if not getattr(args, "is_again", False) or args.style_folder is not None:
+            raise
+        raise UsageError(
+            f"{error} The picture's styles may lie in another library, such as "
+            "ComfyUI/user/krea2_styles: --style-folder FOLDER."
+        ) from error
 
 
 def styled(args: Namespace) -> Namespace:

@@ -38,6 +38,12 @@ def fill_in(prompt: str, seed: int, folder: Path | None = None) -> str:
     return text
 
 
+def file_wildcard(prompt: str) -> str | None:
+    """The first wildcard of a prompt that a file would be for, such as `__colour__`."""
+    found = _FILE.search(prompt)
+    return None if found is None else found[0]
+
+
 def _from_files(prompt: str, folder: Path, draw: random.Random) -> str:
     lines: dict[str, list[str]] = {}
 

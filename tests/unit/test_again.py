@@ -216,6 +216,10 @@ def test_a_graph_with_styles_again(krea2, tmp_path, monkeypatch):
     assert (found["steps"], found["width"], found["height"]) == (8, 48, 32)
     (other,) = krea2("again", again, "--style", "Bold", "--output", tmp_path / "c.png")
     assert settings(other)["steps"] == 8
+    monkeypatch.setenv("KREA2_STYLES", str(tmp_path / "another"))
+    assert "--style-folder FOLDER" in krea2("again", again, code=2)
+    krea2("again", again, "--style-folder", tmp_path, "--output", tmp_path / "d.png")
+    assert (pixels(tmp_path / "d.png") == pixels(again)).all()
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,8 @@ def test_a_word_near_a_command_is_a_prompt_beside_weights(tmp_path, capsys, monk
         (["--transformer", "{vae}"], "is a Qwen-Image VAE; expected a Krea 2 transformer"),
         (["--text-encoder", "{encoder}"], "gives text of width 64; krea2_nano_turbo"),
         (["--model", "krea2-nano"], "Check the name and the folder. Did you mean nano?"),
+        (["--model", "NANO"], "Check the name and the folder. Did you mean nano?"),
+        (["--model", "krea/Krea-2-Turbo"], "`krea2 models` says which files to get"),
         (["--models", "nowhere"], "--models is nowhere, which is no folder"),
         (["--offload", "none", "--max-memory", "5"], "--max-memory is 5.0, and offload 'none'"),
         (["--guidance-start", "0.9", "--guidance-end", "0.1"], "start 0.9 and end 0.1"),
@@ -269,6 +271,11 @@ def test_notes_on_stderr_and_files_on_stdout(tmp_path, capsys):
     out, error = capsys.readouterr()
     assert out == f"{output}\n"
     assert "--negative has no effect at guidance 0; add --nag" in error
+    assert main([*words, "--guidance-start", "0.1"]) == 0
+    assert "--guidance-start has no effect at guidance 0" in capsys.readouterr().err
+    assert main(["a __colour__ star", *words[1:], "--guidance", "1", "--guidance-end", "0.5"]) == 0
+    error = capsys.readouterr().err
+    assert "__colour__ stays in the prompt as text" in error and "has no effect" not in error
     assert "a.png: 100%" in error and "loading the model" in error
     assert main([*words, "--negative", "blue", "--nag"]) == 0
     assert "no effect" not in capsys.readouterr().err
