@@ -14,7 +14,6 @@ from ..krea2_model.config import PRESETS
 from ..krea2_model.images.sizes import MAX_SIZE, MULTIPLE
 from ..krea2_model.schedule import MAX_GUIDANCE, MAX_SEED
 from ..krea2_model.text.prompt_images import MAX_IMAGES, MAX_SIDE
-from ..krea2_model.text.tokenizer import MAX_TOKENS
 from .reports import settings_report
 
 # Choices of preset and shift.
@@ -27,8 +26,9 @@ TURBO_MU = cast(float, PRESETS["turbo"].mu)
 # page (web/js/settings.js) shows them on the sampler before a run.
 SETTINGS = "krea2_settings"
 
-# The highest max_side, and distance in pixels.
+# The highest max_side, max_tokens, and distance in pixels.
 MAX_MAX_SIDE = 2048
+MAX_TOKENS = 100_000
 MAX_PIXELS = 1024
 
 

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..krea2_model.text.tokenizer import MAX_TOKENS, OFFICIAL_LENGTH, SUFFIX_TOKENS
+from ..krea2_model.text.tokenizer import OFFICIAL_LENGTH, SUFFIX_TOKENS
 from . import inputs
-from .inputs import check_limits
+from .inputs import MAX_TOKENS, check_limits
 from .managed.encode import encode_prompts
 from .managed.memory import advise
 from .reports import prompt_report
@@ -64,10 +64,7 @@ class K2TextEncode(io.ComfyNode):
 def length_options(official_length: bool, max_tokens: int) -> dict[str, int]:
     """Options of the CLIP's tokenizer for the length of prompts."""
     if not 0 <= max_tokens <= MAX_TOKENS:
-        raise ValueError(
-            f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}, the longest text that "
-            "is read."
-        )
+        raise ValueError(f"max_tokens is {max_tokens}; expected 0 (all) to {MAX_TOKENS}.")
     limits = [OFFICIAL_LENGTH] if official_length else []
     if max_tokens:
         limits.append(max_tokens + SUFFIX_TOKENS)

@@ -156,7 +156,5 @@ def test_prompts_are_cut_where_asked(run, models):
     whole, empty = tokens()
     assert tokens(max_tokens=4) == [9, empty]
     assert tokens(max_tokens=400) == [whole, empty] == tokens(max_tokens=4000, official_length=True)
-    assert tokens(max_tokens=10_000) == [whole, empty]
-    for wrong in (-1, 10_001):  # more are refused, so that a limit above would be none
-        with pytest.raises(ValueError, match=f"max_tokens is {wrong}; expected .* 0 to 10000"):
-            tokens(max_tokens=wrong)
+    with pytest.raises(ValueError, match="max_tokens is -1"):
+        tokens(max_tokens=-1)
