@@ -34,6 +34,7 @@ from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
 from krea2_model.transformer.token_groups import TokenGroups
 
+from .config import RunConfig
 from .sections import BASES, NANO, Memory
 
 FP8 = "float8_e4m3fn"
@@ -164,6 +165,12 @@ class TrainingBackend(Backend):
 def checkpoint_file(name: str | None, variant: str) -> Path:
     """The file that a setting names; "nano" is the built-in model's of a variant."""
     return nano.TRANSFORMERS[variant] if name == NANO else Path(str(name))
+
+
+def base_state(config: RunConfig) -> PartState:
+    """The model that a run trains on, from its header."""
+    file = checkpoint_file(config.model.transformer, RAW.name)
+    return read_transformer(open_checkpoint(file, "transformer"))
 
 
 def teacher_state(name: str, sizes: Any, variant: str | None) -> PartState:

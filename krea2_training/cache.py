@@ -7,10 +7,9 @@ something is missing, one after the other, and freed again.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from krea2_model import Krea2Transformer, load_text_encoder, load_vae, nano
-from krea2_model.checkpoints.checkpoint import open_checkpoint
-from krea2_model.checkpoints.text_encoder import read_text_encoder
-from krea2_model.checkpoints.vae import read_vae
+from krea2_model import Krea2Transformer
 from krea2_model.features.edits import RECIPES, plan_edit
-from krea2_model.features.prompt_embeds import PromptEmbeds, encode_prompts
+from krea2_model.features.prompt_embeds import PromptEmbeds
 from krea2_model.images.pictures import fit, pixels_of
-from krea2_model.memory.machine import empty_cache
 from krea2_model.replacing import replacing
-from krea2_model.text.prompt_images import PromptImage
 from krea2_model.transformer.references import Reference, ReferenceSettings
 
 from .ahead import Kept
 from .data import Draw, Example, Order, Sized, content_hash, opened
-from .sections import EDITS, NANO, Model
+from .encoders import Encoders
+from .sections import EDITS
 from .world import ALONE, World
 
 # Family of edit LoRAs for each way to show references.
@@ -86,69 +81,6 @@ class Texts:
 OnEncoding = Callable[[int, int], None]
 
 
-class Encoders:
-    """Text encoder and VAE of a run, loaded when they are first needed.
-
-    A host with encoders of its own overrides all that is public here.
-    """
-
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None):
-        self.model, self.device, self.dtype = model, device, dtype
-        is_nano, whole = model.transformer == NANO, Path(str(model.transformer))
-        self.text_path = model.text_encoder or (nano.text_encoder_file() if is_nano else whole)
-        self.vae_path = model.vae or (nano.VAE if is_nano else whole)
-        self._names: dict[str, str] = {}
-
-    def check(self, transformer: Krea2Transformer) -> None:
-        """Raise ValueError for files of another model, by their headers."""
-        encoder = read_text_encoder(open_checkpoint(self.text_path, "text_encoder"))
-        read_vae(open_checkpoint(self.vae_path, "vae"))
-        width, expected = encoder.config.hidden_size, transformer.config.text_hidden_dim
-        if width != expected:
-            raise ValueError(
-                f"{self.text_path} is a text encoder of width {width}; this transformer needs "
-                f"{expected}. Name the encoder that belongs to it (Qwen3-VL-4B for Krea 2)."
-            )
-
-    def text(self) -> Any:
-        """The text encoder, for `taps`."""
-        return load_text_encoder(
-            self.text_path,
-            tokenizer=self.model.tokenizer,
-            device=self.device,
-            dtype=self.dtype,
-            keep_quantised=True,
-        )
-
-    def vae(self) -> Any:
-        """The VAE, for `latents`."""
-        return load_vae(self.vae_path, device=self.device, dtype=self.dtype)
-
-    def taps(
-        self, encoder: Any, prompt: str, images: Sequence[PromptImage] = (), labels: bool = True
-    ) -> Tensor:
-        """Taps (L, T, D) of a prompt."""
-        return encode_prompts(encoder, [prompt], images=images, labels=labels).taps[0]
-
-    @torch.no_grad()
-    def latents(self, vae: Any, pixels: Tensor) -> Tensor:
-        """Normalised latents (16, h, w) of a picture (3, H, W) in [0, 1]."""
-        weight = next(vae.parameters())
-        return vae.encode(pixels[None].to(weight) * 2 - 1)[0]
-
-    def release(self) -> None:
-        """Free the memory of what was encoded with last."""
-        gc.collect()
-        empty_cache(self.device)
-
-    def name(self, part: str) -> str:
-        """A hash that tells one model file from another."""
-        if part not in self._names:
-            path = Path(self.text_path if part == "text" else self.vae_path)
-            self._names[part] = f"{_fingerprint(path)} {self.dtype}"
-        return self._names[part]
-
-
 class Cache:
     """Latents and taps of the pictures of a run.
 
@@ -169,11 +101,12 @@ class Cache:
         prompts: Sequence[str] = (),
         on_encoding: OnEncoding = lambda made, of: None,
         world: World = ALONE,
+        quiet: bool = False,
     ) -> int:
         """Encode what is missing of pictures and captions; returns how much that was.
 
         prompts: of samples, which `prompt` gives back as they were encoded. world: processes that
-        share the work in one folder; each does its part.
+        share the work in one folder; each does its part. quiet: no bars.
         """
         latents = {self._picture_key(one): one for one in pictures}
         texts: dict[str, tuple[Sized | None, str]] = {}
@@ -186,7 +119,7 @@ class Cache:
         own = {key for key in own if not self._is_intact(key)}
         missing = {key: one for key, one in latents.items() if key in own}
         unread = {key: text for key, text in texts.items() if key in own}
-        total, made, is_quiet = len(own), 0, not world.is_first
+        total, made, is_quiet = len(own), 0, quiet or not world.is_first
 
         def save(key: str, tensors: Mapping[str, Tensor]) -> None:
             nonlocal made
@@ -398,17 +331,3 @@ def _cropped(images: Sequence[Tensor]) -> list[Tensor]:
 
 def _key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> str:
-    """A hash of a file's size and of parts spread over it; of a folder, those of its files."""
-    total = hashlib.sha256()
-    files: Iterable[Path] = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    for file in files:
-        size = file.stat().st_size
-        total.update(f"{file.name if path.is_dir() else ''} {size}".encode())
-        with file.open("rb") as opened_file:
-            for start in range(0, size, max(1, size // 64)):
-                opened_file.seek(start)
-                total.update(opened_file.read(4096))
-    return total.hexdigest()

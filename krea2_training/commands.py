@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from .config import (
     DistilConfig,
@@ -23,7 +22,7 @@ from .session import OnStep
 from .slider import slider
 from .train import train
 
-_COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
+_COMMANDS: dict[type[RunConfig], Callable[..., Path]] = {
     TrainConfig: train,
     DistilConfig: distil,
     PreferConfig: prefer,
@@ -33,6 +32,9 @@ _COMMANDS: dict[type[RunConfig], Callable[[Any, OnStep], Path]] = {
 }
 
 
-def run_command(config: RunConfig, on_step: OnStep) -> Path:
-    """Run the command that the settings are of; returns the file of the result."""
-    return _COMMANDS[type(config)](config, on_step)
+def run_command(config: RunConfig, on_step: OnStep, *, quiet: bool = False) -> Path:
+    """Run the command that the settings are of; returns the file of the result.
+
+    quiet: no bars while pictures and texts are encoded.
+    """
+    return _COMMANDS[type(config)](config, on_step, quiet=quiet)

@@ -51,6 +51,7 @@ from .regional import PromptBatches, joined
 from .roles import BASE, Roles
 from .sections import Distil
 from .session import OnStep, Session
+from .texts import prompts_of
 from .world import ALONE, World
 
 STUDENT, FAKE, TEACHER = "student", "fake", BASE
@@ -63,7 +64,9 @@ _OTHERS = ((3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
 ASPECTS = ((1, 1),) * len(_OTHERS) + _OTHERS
 
 
-def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) -> Path:
+def distil(
+    config: DistilConfig, on_step: OnStep = lambda step, record: None, *, quiet: bool = False
+) -> Path:
     """Distil as the settings say, or go on where the run's folder ends; returns the LoRA's file.
 
     Raises ValueError for prompts or files that cannot be used, before anything is loaded, and
@@ -72,7 +75,8 @@ def distil(config: DistilConfig, on_step: OnStep = lambda step, record: None) ->
     assert config.prompts.path is not None
     rows = read_prompts(config.prompts.path, regions=True)
     batches = PromptBatches(rows)
-    session = Session(config)
+    texts = [*prompts_of(rows, config.prompts.path), *batches.named]
+    session = Session(config, texts=texts, quiet=quiet)
     session.check_run(digest_of(rows))
     settings = config.distil
     model = session.model

@@ -17,7 +17,6 @@ from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.checkpoints.checkpoint import open_checkpoint
 from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import QuantisedWeight
-from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.checkpoints.vae import read_vae
 from krea2_model.config import RAW
 from krea2_model.memory.activations import vae_bytes
@@ -26,10 +25,10 @@ from krea2_model.memory.plan import check_offload
 from krea2_model.vae.model import QwenImageVAE
 
 from .adapters import add_adapters
-from .base import checkpoint_file, stored_as, teacher_state
-from .cache import Encoders
+from .base import base_state, stored_as, teacher_state
 from .config import DistilConfig, PretrainConfig, RewardConfig, RunConfig, TrainConfig
 from .data import read_examples
+from .encoders import Encoders
 from .prompts import read_prompts
 from .regional import PromptBatches
 from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
@@ -334,8 +333,7 @@ def lacking(result: Forecast, device: torch.device) -> str:
 
 def forecast(config: RunConfig) -> str:
     """The forecast of a run, and what to change where it does not fit."""
-    file = checkpoint_file(config.model.transformer, "raw")
-    state = read_transformer(open_checkpoint(file, "transformer"))
+    state = base_state(config)
     # What a run refuses is refused here too.
     Start(config, state.config)  # type: ignore[arg-type]
     if isinstance(config, DistilConfig):

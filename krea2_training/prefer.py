@@ -33,19 +33,22 @@ from .loop import Measured
 from .pairs import read_pairs
 from .sections import Prefer
 from .session import OnStep, Session
+from .texts import captions_of
 
 # Of the random numbers, beside those of other purposes.
 _PREFER = 4
 
 
-def prefer(config: PreferConfig, on_step: OnStep = lambda step, record: None) -> Path:
+def prefer(
+    config: PreferConfig, on_step: OnStep = lambda step, record: None, *, quiet: bool = False
+) -> Path:
     """Learn as the settings say, or go on where the run's folder ends; returns the LoRA's file.
 
     Raises ValueError for pairs or files that cannot be used, before anything is loaded, and
     TrainingStopped for a loss that is not finite.
     """
     pairs = read_pairs(config.pairs)
-    session = Session(config)
+    session = Session(config, texts=captions_of(pair.chosen.example for pair in pairs), quiet=quiet)
     pictures = [picture for pair in pairs for picture in (pair.chosen, pair.rejected)]
     dataset = digest([picture.example for picture in pictures], session.cache.hash_of)
     session.check_run(dataset)

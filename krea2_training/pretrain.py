@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from krea2_model import Krea2Transformer, TransformerConfig
-from krea2_model.checkpoints.checkpoint import open_checkpoint
-from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.config import RAW
 
-from .base import checkpoint_file
-from .cache import Batch, Encoders
+from .base import base_state
+from .cache import Batch
 from .config import PretrainConfig
 from .data import Example, Order, digest, read_examples, sized
+from .encoders import Encoders
 from .flow import Noised
 from .rates import Rates
 from .session import OnStep, Parts, Session, machine_of
+from .texts import captions_of, check_texts
 from .train import pictures_loss, prepared
 
 
@@ -41,7 +41,9 @@ class Stage:
     mask: float = 1.0
 
 
-def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None) -> Path:
+def pretrain(
+    config: PretrainConfig, on_step: OnStep = lambda step, record: None, *, quiet: bool = False
+) -> Path:
     """Train as the settings say, or go on where the run's folder ends; returns the file.
 
     Raises ValueError for data or files that cannot be used, before anything is loaded, and
@@ -49,10 +51,12 @@ def pretrain(config: PretrainConfig, on_step: OnStep = lambda step, record: None
     """
     examples = read_examples(config.data)
     stages = stages_of(config, examples)
+    encoders = Encoders(config.model, *machine_of(config))
+    check_texts(captions_of(examples), config, encoders)
     model = new_transformer(architecture(config), config.training.seed)
     model.variant = RAW.name
     model.preset = replace(RAW, mu=None, size=config.stages.resolution[-1])
-    session = Session(config, Parts(model, Encoders(config.model, *machine_of(config)), ""))
+    session = Session(config, Parts(model, encoders, ""), quiet=quiet)
     dataset = digest(examples, session.cache.hash_of)
     session.check_run(dataset)
     session.encode([picture for stage in stages for picture in stage.order.pictures])
@@ -98,8 +102,7 @@ def stages_of(config: PretrainConfig, examples: list[Example]) -> list[Stage]:
 
 def architecture(config: PretrainConfig) -> TransformerConfig:
     """The sizes of the checkpoint that `model.transformer` names; none of its weights are read."""
-    file = checkpoint_file(config.model.transformer, RAW.name)
-    found = read_transformer(open_checkpoint(file, "transformer")).config
+    found = base_state(config).config
     assert isinstance(found, TransformerConfig)
     return found
 

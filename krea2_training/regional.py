@@ -148,8 +148,17 @@ class PromptBatches:
     @property
     def texts(self) -> list[str]:
         """All texts that have to be encoded."""
-        of_regions = (text for own in self.regions if own for text in own.prompts() if text)
-        return list(dict.fromkeys((*self.prompts, *of_regions)))
+        return list(dict.fromkeys((*self.prompts, *(text for _, text in self.named))))
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """The texts of regions, each after the words for where it stands."""
+        return [
+            (f"region {at} of row {number}", text)
+            for number, own in enumerate(self.regions, start=1)
+            for at, text in enumerate(own.prompts() if own else (), start=1)
+            if text
+        ]
 
     def draw(self, batch: int, number: int, seed: int) -> list[int]:
         """The rows of a batch by its number. The first is the next in turn; it decides the rest."""

@@ -25,6 +25,7 @@ from .rewards import Reward
 from .roles import Roles
 from .session import OnStep, Session
 from .shapes import Ratio, check_shapes, shape_of
+from .texts import prompts_of
 
 # Of the random numbers, beside those of other purposes.
 _ROLLOUT, _GROUP = 3, 5
@@ -32,7 +33,9 @@ _ROLLOUT, _GROUP = 3, 5
 _SQUARE = (1.0, 1.0)
 
 
-def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) -> Path:
+def reward(
+    config: RewardConfig, on_step: OnStep = lambda step, record: None, *, quiet: bool = False
+) -> Path:
     """Train as the settings say, or go on where the run's folder ends; returns the result's file.
 
     Raises ValueError for prompts, rewards or files that cannot be used, before anything is loaded,
@@ -47,7 +50,8 @@ def reward(config: RewardConfig, on_step: OnStep = lambda step, record: None) ->
             f"of {config.prompts.path}."
         )
     rewards = [Reward(name) for name in config.reward.rewards]
-    session = Session(config)
+    texts = prompts_of(rows, config.prompts.path)
+    session = Session(config, texts=texts, quiet=quiet)
     session.check_run(digest_of(rows))
     session.encode(prompts=[row[COLUMN] for row in rows])
     learner = Learner(config, session, session.make_roles(("policy",)), rows, rewards)

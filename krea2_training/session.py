@@ -7,7 +7,7 @@ calls `Session.run`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +17,8 @@ import torch
 from torch import nn
 
 from krea2_model import Krea2Transformer, load_transformer
-from krea2_model.checkpoints.checkpoint import open_checkpoint
-from krea2_model.checkpoints.loading import load_part
+from krea2_model.checkpoints.loading import PartState, load_part
 from krea2_model.checkpoints.quantised import is_quantised
-from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.config import TURBO
 from krea2_model.memory.plan import check_offload
@@ -28,10 +26,11 @@ from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
 from .adapters import AnyAdapter, adapters_of, add_adapters
 from .ahead import Ahead, Made
-from .base import TrainingBackend, check_base, checkpoint_file, freeze_base
-from .cache import Cache, Encoders, OnEncoding
+from .base import TrainingBackend, base_state, check_base, checkpoint_file, freeze_base
+from .cache import Cache, OnEncoding
 from .config import RunConfig
 from .data import Sized
+from .encoders import Encoders
 from .forecast import shortage
 from .loop import Loss, Run, check_state
 from .rates import Rates, check_optimiser, optimisers_of
@@ -41,6 +40,7 @@ from .samples import Sampler
 from .sections import FULL
 from .sharding import check_tensor_parallel, shard
 from .start import START, Start
+from .texts import Named, check_texts
 from .validation import Validator
 from .watch import draw_curve, tensorboard
 from .world import StopTraining, local_device, world_of
@@ -76,23 +76,33 @@ class Parts:
 class Session:
     """Model, encoders, cache and samples of a run. Raises ValueError for files that do not fit.
 
-    The model is in main memory until `make_trainable` or `make_roles` moves it.
+    texts: that the run will encode, which are refused before anything is loaded. quiet: no bars
+    while it encodes. The model is in main memory until `make_trainable` or `make_roles` moves it.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts | None = None):
-        self.config, self.folder = config, config.output.run_folder
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts | None = None,
+        texts: Iterable[Named] = (),
+        *,
+        quiet: bool = False,
+    ):
+        self.config, self.folder, self.quiet = config, config.output.run_folder, quiet
         self.device, self.dtype = machine_of(config)
         self.is_full = config.adapter.method == FULL
         self.world = world_of(self.device, config.ranks)
         config.check_shares(self.world.shares)
         check_optimiser(config.training)
-        self.start = Start(config, None if parts is None else parts.model.config)
+        sizes = read_base(config).config if parts is None else parts.model.config
+        self.start = Start(config, sizes)
+        encoders = Encoders(config.model, *machine_of(config)) if parts is None else parts.encoders
+        check_texts(texts, config, encoders)
+        encoders.check(sizes)
+        check_tensor_parallel(sizes, config.ranks.tensor)
         if parts is None:
-            model = load_base(config, self.dtype)
-            parts = Parts(model, Encoders(config.model, self.device, self.dtype), "")
-        self.model, self.model_name, encoders = parts.model, parts.name, parts.encoders
-        encoders.check(self.model)
-        check_tensor_parallel(self.model.config, config.ranks.tensor)
+            parts = Parts(load_base(config, self.dtype), encoders, "")
+        self.model, self.model_name = parts.model, parts.name
         if not self.is_full:
             check_base(self.model, config.memory.base)
         if warning := shortage(config, self.model, self.device):
@@ -118,7 +128,7 @@ class Session:
         prompts = [*prompts, *self.sampler.prompts]
         prompts = ["", *prompts] if prompts else ()
         with self.world.together():
-            made = self.cache.fill(pictures, prompts, on_encoding, self.world)
+            made = self.cache.fill(pictures, prompts, on_encoding, self.world, self.quiet)
         logger.info("%d encodings made, the others were there.", made)
 
     def make_trainable(self) -> dict[str, nn.Parameter]:
@@ -273,18 +283,22 @@ class Session:
         return {**fingerprint, START: self.start.digest, **own, **model}
 
 
+def read_base(config: RunConfig) -> PartState:
+    """The transformer that is trained on, from its header; warns where it is a Turbo."""
+    state = base_state(config)
+    if state.variant == TURBO.name and not config.begins_as_turbo:
+        logger.warning("%s %s", state.path.name, ON_TURBO)
+    return state
+
+
 def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
-    """The transformer that is trained on, in main memory; warns where it is a Turbo."""
-    file = checkpoint_file(config.model.transformer, "raw")
+    """The transformer that is trained on, in main memory."""
     if config.adapter.method == FULL:
         # Mapped from the file where it holds one dtype, and float32 once on the device.
-        state = read_transformer(open_checkpoint(file, "transformer"))
-        model = load_part(state, dtype=_one_dtype(state.tensors) or torch.float32)
-    else:
-        model = load_transformer(file, dtype=dtype, keep_quantised=True)
-    if model.variant == TURBO.name and not config.begins_as_turbo:
-        logger.warning("%s %s", file.name, ON_TURBO)
-    return model
+        state = base_state(config)
+        return load_part(state, dtype=_one_dtype(state.tensors) or torch.float32)
+    file = checkpoint_file(config.model.transformer, "raw")
+    return load_transformer(file, dtype=dtype, keep_quantised=True)
 
 
 def _one_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:

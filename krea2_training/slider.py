@@ -35,6 +35,7 @@ from .flow import generator_of
 from .loop import Measured
 from .prompts import COLUMN, digest_of, in_turn, read_prompts
 from .session import OnStep, Session
+from .texts import prompts_of
 
 # Of the random numbers, beside those of other purposes.
 _SLIDER = 8
@@ -43,7 +44,9 @@ _PLACE = "{}"
 _ASPECTS = ((1, 1),)
 
 
-def slider(config: SliderConfig, on_step: OnStep = lambda step, record: None) -> Path:
+def slider(
+    config: SliderConfig, on_step: OnStep = lambda step, record: None, *, quiet: bool = False
+) -> Path:
     """Train as the settings say, or go on where the run's folder ends; returns the LoRA's file.
 
     Raises ValueError for prompts or files that cannot be used, before anything is loaded, and
@@ -53,10 +56,12 @@ def slider(config: SliderConfig, on_step: OnStep = lambda step, record: None) ->
     rows = read_prompts(config.prompts.path)
     prompts = [row[COLUMN] for row in rows]
     settings, training = config.slider, config.training
-    session = Session(config)
-    session.check_run(digest_of(rows))
     wordings = (_PLACE, settings.positive, settings.negative)
-    session.encode(prompts=[worded(one, prompt) for one in wordings for prompt in prompts])
+    texts = prompts_of(rows, config.prompts.path)
+    texts = [(where, worded(one, prompt)) for one in wordings for where, prompt in texts]
+    session = Session(config, texts=texts, quiet=quiet)
+    session.check_run(digest_of(rows))
+    session.encode(prompts=[text for _, text in texts])
     parameters = session.make_trainable()
     model, cache, device = session.model, session.cache, session.device
     side = config.prompts.size or (model.preset or RAW).size

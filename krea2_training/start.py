@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from krea2_model import Krea2Transformer, TransformerConfig
-from krea2_model.checkpoints.checkpoint import open_checkpoint
-from krea2_model.checkpoints.transformer import read_transformer
 from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.names import TARGETS
 from krea2_model.lora.updates import Update
@@ -30,7 +28,6 @@ from .adapters import (
     frozen_weight,
     targeted,
 )
-from .base import checkpoint_file
 from .config import RunConfig
 from .data import content_hash
 from .loop import begun
@@ -47,10 +44,10 @@ class Start:
     """The start of a run; empty where the settings name none, or its folder has a state.
 
     digest: SHA-256 of the file, None without one; a resumed run has to share it. sizes: of the
-    model; None are those of its file. Raises ValueError for a file that cannot be a start.
+    model. Raises ValueError for a file that cannot be a start.
     """
 
-    def __init__(self, config: RunConfig, sizes: TransformerConfig | None = None):
+    def __init__(self, config: RunConfig, sizes: TransformerConfig):
         path, run = config.adapter.start, begun(config.output.run_folder)
         self.updates: dict[str, Update] = {}
         self.digest: str | None = None
@@ -67,9 +64,6 @@ class Start:
             self.digest = run[START]
             return
         if run is None or not path.is_file():
-            if sizes is None:
-                file = checkpoint_file(config.model.transformer, "raw")
-                sizes = read_transformer(open_checkpoint(file, "transformer")).config
             self.updates = read_start(path, sizes, config.adapter)
         self.digest = content_hash(path)
 

@@ -15,6 +15,7 @@ from .data import Example, Order, Sized, digest, read_examples, sized
 from .flow import Noised, flow_errors, generator_of, noised, predict
 from .loop import Measured
 from .session import OnStep, Parts, Session
+from .texts import captions_of
 from .validation import Validator, hold_out
 
 # Of random numbers, beside those of other purposes: the loss, and that of prior pictures.
@@ -28,6 +29,7 @@ def train(
     on_encoding: OnEncoding = lambda made, of: None,
     parts: Callable[[], Parts] | None = None,
     examples: Sequence[Example] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Train as the settings say, or go on where the run's folder ends; returns the result's file.
 
@@ -36,6 +38,7 @@ def train(
     on_encoding: called after each picture and caption that is encoded.
     parts, examples: model and encoders, and pictures, of a host's own, in place of those that
         `config.model` and `config.data` name. parts is called once the data has been read.
+    quiet: no bars while pictures and captions are encoded.
     Raises ValueError for data or files that cannot be used, before anything is loaded, and
     TrainingStopped for a loss that is not finite.
     """
@@ -44,9 +47,10 @@ def train(
     pictures = sized(examples, config.data)
     seen = sized(held_out, replace(config.data, repeats=1))
     prior = prior_pictures(config)
-    session = Session(config, None if parts is None else parts())
-    hash_of = session.cache.hash_of
-    dataset = digest([*examples, *dict.fromkeys(one.example for one in prior)], hash_of)
+    known = list(dict.fromkeys(one.example for one in prior))
+    texts = captions_of([*examples, *held_out, *known])
+    session = Session(config, None if parts is None else parts(), texts, quiet=quiet)
+    dataset = digest([*examples, *known], session.cache.hash_of)
     session.check_run(dataset)
     session.encode([*pictures, *seen, *prior], on_encoding=on_encoding)
     parameters = session.make_trainable()

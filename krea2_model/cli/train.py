@@ -56,7 +56,7 @@ def train(args: Namespace) -> Iterator[object]:
                 raise KeyboardInterrupt
 
         try:
-            path = run_command(config, on_step)
+            path = run_command(config, on_step, quiet=args.quiet)
         except (TrainingStopped, OtherProcess) as error:
             raise Failure(str(error)) from error
         if is_first():

@@ -22,8 +22,7 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
     marked = [parse_weights(prompt) for prompt in prompts] if weighted else []
     texts = [prompt.text for prompt in marked] or list(prompts)
     tokens = clip.tokenize(texts[0] if len(texts) == 1 else texts, always_wrap=True, **options)
-    longest = max((len(row) for rows in tokens.values() for row in rows), default=0)
-    check_tokens(longest - PREFIX_TOKENS - SUFFIX_TOKENS)  # core's CLIP does not
+    check_tokens(_longest(tokens))  # core's CLIP does not
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if not any(prompt.is_weighted for prompt in marked):
         return conditioning
@@ -34,6 +33,19 @@ def encode_prompts(clip, prompts: list[str], *, weighted: bool, **options):
         tokenizer, limit = Krea2ClipTokenizer().tokenizer, None
     rows = [weigh_tokens(tokenizer, prompt, max_sequence_length=limit) for prompt in marked]
     return _with_weights(conditioning, rows)
+
+
+def count_tokens(clip, prompt: str) -> int:
+    """Tokens of a prompt, of any length."""
+    if isinstance(clip.tokenizer, Krea2ClipTokenizer):
+        return clip.tokenizer.tokenizer.count(prompt)
+    return _longest(clip.tokenize(prompt, always_wrap=True))
+
+
+def _longest(tokens: dict) -> int:
+    """Tokens of the longest of a CLIP's prompts."""
+    rows = (len(row) for rows in tokens.values() for row in rows)
+    return max(rows, default=0) - PREFIX_TOKENS - SUFFIX_TOKENS
 
 
 def encode_with_images(

@@ -22,7 +22,7 @@ from ...krea2_model.checkpoints.quantised import FLOAT8, layer_settings
 from ...krea2_model.checkpoints.quantised_weight import INT8
 from ...krea2_model.checkpoints.transformer_keys import module_to_official
 from ...krea2_model.transformer.model import Krea2Transformer
-from .encode import encode_prompts
+from .encode import count_tokens, encode_prompts
 from .gguf import is_gguf
 from .lora import known_preset
 from .svdquant import file_name
@@ -160,8 +160,11 @@ class ManagedEncoders:
         self.model, self._clip, self._vae = model.model, clip, vae
         self._names: dict[str, str] = {}
 
-    def check(self, transformer) -> None:
+    def check(self, sizes) -> None:
         """`check_parts` has."""
+
+    def count_tokens(self, text: str) -> int:
+        return count_tokens(self._clip, text)
 
     def text(self):
         return self._clip

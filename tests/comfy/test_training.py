@@ -315,6 +315,13 @@ def test_captions_have_to_be_as_many_as_images(train, monkeypatch, captions, mes
         train(folder="the images input", images=[torch.zeros(3, 64, 64, 3)], captions=captions)
 
 
+def test_a_caption_that_is_too_long_is_named(train, monkeypatch):
+    _refuse_encoding(monkeypatch)
+    with pytest.raises(ValueError, match=r"the caption of image 1 \(12,00\d\)"):
+        train(folder="the images input", images=[torch.zeros(1, 64, 64, 3)],
+              captions=["a red star " * 4000])  # fmt: skip
+
+
 def test_parts_of_other_models_are_refused(run, train, models, monkeypatch, parts, pack):
     import types
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import pretrain_nano
-from krea2_training.cache import Cache, Encoders
+from krea2_training.cache import Cache
 from krea2_training.config import PretrainConfig, read_config
 from krea2_training.data import read_examples
+from krea2_training.encoders import Encoders
 from krea2_training.pretrain import stages_of
 from krea2_training.session import machine_of
 from nano_training.fill_cache import fill_cache

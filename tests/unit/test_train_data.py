@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_training.cache import Cache, Encoders
+from krea2_training.cache import Cache
 from krea2_training.data import Order, bucket_size, read_examples, sized, split_captions
+from krea2_training.encoders import Encoders
 from krea2_training.sections import Data, Model
 
 

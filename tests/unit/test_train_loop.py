@@ -9,6 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import krea2_training.encoders as encoders_module
+import krea2_training.pretrain as pretrain_module
+import krea2_training.session as session_module
 import krea2_training.train as train_module
 from diffusers_reference import TINY, load_from, run_reference
 from formats import gguf_file
@@ -315,3 +318,49 @@ def test_what_is_shipped_is_the_average(tmp_path):
     second = first + (-2 - first) * (1 - 2 / 12)
     assert weight.tolist() == [-2, -2]
     assert run.values()["weight"].tolist() == pytest.approx([second] * 2)
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain", "prefer", "slider"])
+def test_a_text_that_is_too_long_is_named_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, command
+):
+    from PIL import Image
+
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    for module in (session_module, encoders_module, pretrain_module):
+        for name in ("load_transformer", "load_text_encoder", "load_vae", "new_transformer"):
+            monkeypatch.setattr(module, name, load, raising=False)
+    stems = ("one.better", "one.worse") if command == "prefer" else ("one", "two")
+    for stem in stems:
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{stem}.png")
+        (tmp_path / f"{stem}.txt").write_text(stem)
+    (tmp_path / "one.txt").write_text("a red star " * 4000)
+    more = {"pretrain": ["--stage-steps", "1"],
+            "slider": ["--positive", "big", "--negative", "small"]}  # fmt: skip
+    words = [command, str(tmp_path), "--model", "nano", "--device", "cpu",
+             "--output", str(tmp_path / "x.safetensors"), *more.get(command, ())]  # fmt: skip
+    if command != "slider":
+        words += ["--resolution", "64"]
+    assert main(words) == 2
+    where = (
+        f"prompt 1 of {tmp_path.name}" if command == "slider" else f"the caption of {stems[0]}.png"
+    )
+    assert f"1 text of more than 10,000 tokens: {where} (12,00" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_quiet_command_says_nothing(pictures, tmp_path, capsys):
+    words = ["train", str(pictures), "--model", "nano", "--device", "cpu", "--resolution", "64",
+             "--steps", "1", "--output", str(tmp_path / "x.safetensors"), "--quiet"]  # fmt: skip
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_half_a_character_is_named(tmp_path, pictures, cache):
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"image": str(pictures / "0.png"), "caption": "a \ud83d cat"})
+    )
+    with pytest.raises(ValueError, match=r"The caption of .*0.png has half a character .*ud83d"):
+        train(config_of(tmp_path / "rows.jsonl", cache, tmp_path / "x.safetensors"))

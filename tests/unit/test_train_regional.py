@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from krea2_model import Krea2Pipeline, Region, Regions
-from krea2_training.cache import Cache, Encoders
+from krea2_training.cache import Cache
 from krea2_training.config import DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
+from krea2_training.encoders import Encoders
 from krea2_training.prompts import in_turn, read_prompts
 from krea2_training.regional import PromptBatches, RegionalTexts, joined
 from krea2_training.roles import Roles

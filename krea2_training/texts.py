@@ -1,0 +1,54 @@
+"""Texts that a text encoder refuses, found and named before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from krea2_model.checks import counted
+from krea2_model.text.tokenizer import MAX_TOKENS, PROMPT_BUDGET
+
+from .config import RunConfig
+from .data import Example, some_of
+from .encoders import Encoders
+from .prompts import COLUMN, Row
+
+# A text, after words that say where it stands.
+Named = tuple[str, str]
+
+
+def check_texts(texts: Iterable[Named], config: RunConfig, encoders: Encoders) -> None:
+    """Raise ValueError, naming them, for texts and samples' prompts that cannot be encoded.
+
+    Only what may be too long is read by the tokenizer: a token has at least a byte.
+    """
+    prompts = config.samples.prompts if config.samples.every else ()
+    samples = [(f"samples.prompts, number {n}", text) for n, text in enumerate(prompts, start=1)]
+    long: dict[str, int] = {}
+    for where, text in dict.fromkeys((*texts, *samples)):
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where[0].upper()}{where[1:]} has half a character "
+                f"(\\u{ord(text[error.start]):04x}, at position {error.start}); expected whole "
+                "ones. Write it uncut."
+            ) from error
+        if size > MAX_TOKENS and (tokens := encoders.count_tokens(text)) > MAX_TOKENS:
+            long.setdefault(where, tokens)
+    if long:
+        named = some_of([f"{where} ({tokens:,})" for where, tokens in long.items()])
+        raise ValueError(
+            f"{counted(len(long), 'text')} of more than {MAX_TOKENS:,} tokens: {named}. Shorten "
+            f"what is too long; the model was trained on up to {PROMPT_BUDGET} tokens."
+        )
+
+
+def captions_of(examples: Iterable[Example]) -> list[Named]:
+    """The captions of pictures."""
+    return [(f"the caption of {one.name}", text) for one in examples for text in one.captions]
+
+
+def prompts_of(rows: Sequence[Row], path: Path) -> list[Named]:
+    """The prompts of a file."""
+    return [(f"prompt {n} of {path.name}", row[COLUMN]) for n, row in enumerate(rows, start=1)]
