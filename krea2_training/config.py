@@ -59,10 +59,15 @@ class RunConfig:
             ok = self.adapter.method == FULL
             expected = "1 for an adapter: tensor parallelism is for a model that is trained whole"
             check(ok, "ranks.tensor", self.ranks.tensor, expected)
+        style = self.output.key_style
+        read = ROWS if style == DIFFUSERS else COLUMNS
         if self.adapter.magnitude is None:
-            by_rows = self.output.key_style == DIFFUSERS
-            adapter = replace(self.adapter, magnitude=ROWS if by_rows else COLUMNS)
-            object.__setattr__(self, "adapter", adapter)
+            object.__setattr__(self, "adapter", replace(self.adapter, magnitude=read))
+        if self.adapter.method == "dora":
+            check(
+                self.adapter.magnitude == read, "adapter.magnitude", self.adapter.magnitude,
+                f"{read}, or none: readers of output.key_style {style} take lengths for those",
+            )  # fmt: skip
 
     def _refuse_full(self, why: str) -> None:
         """Raise ValueError where the whole model would be trained."""

@@ -32,7 +32,7 @@ from .sections import MAX_REFERENCES, Data
 
 TABLES = frozenset((".jsonl", ".csv", ".parquet"))
 # The setting of a caption for all pictures, in messages.
-FOR_ALL = 'data.caption for all (--caption "a photo of sks dog"; "" trains without words)'
+FOR_ALL = 'data.caption for all ("a photo of sks dog"; "" trains without words)'
 # Between captions of one picture.
 PARTING = "---"
 # Widest and tallest picture, as width to height; others are cropped to it.

@@ -56,13 +56,22 @@ def check_state(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     if found is None:
         return
     _, extra = found
-    differing = [n for n, v in fingerprint.items() if extra.get(n) != v]
+    differing = [text for n, v in fingerprint.items() for text in _differences(n, extra.get(n), v)]
     if differing:
         raise ValueError(
-            f"{folder} has a run with other settings: {', '.join(differing)} "
-            f"({extra.get(differing[0])!r} there, {fingerprint[differing[0]]!r} now). "
-            "Choose another output.folder, or remove that one."
+            f"{folder} has a run with other settings: {', '.join(differing)}. Choose another "
+            "output.folder, or remove that one."
         )
+
+
+def _differences(name: str, there: Any, now: Any) -> list[str]:
+    """Settings that differ between a state and a run, with both values; of files, that they do."""
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        names = [entry for entry in {**there, **now} if there.get(entry) != now.get(entry)]
+        return [f"{name}.{n} ({there.get(n)!r} there, {now.get(n)!r} now)" for n in names]
+    if there == now:
+        return []
+    return [f"{name} ({'none there' if not there else 'another' if now else 'none now'})"]
 
 
 def begun(folder: Path) -> dict[str, Any] | None:

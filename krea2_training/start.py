@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from krea2_model import Krea2Transformer, TransformerConfig
+from krea2_model.checks import by_count, counted
 from krea2_model.lora.files import read_lora, read_lora_file
-from krea2_model.lora.names import TARGETS
+from krea2_model.lora.names import DIFFUSERS, KEY_STYLES, TARGETS
 from krea2_model.lora.updates import Update
 
 from .adapters import (
@@ -33,11 +34,12 @@ from .data import content_hash
 from .loop import begun
 from .sections import COLUMNS, ROWS, Adapter
 
-# In a state's description of its run.
-START = "start"
+# In a state's description of its run, and the setting's name.
+START, SETTING = "start", "adapter.start"
 _HOLDS = {"lora": "a LoRA", "lokr": "a LoKr", "loha": "a LoHa", "diff": "full differences",
           "set": "full weights", "oft": "OFT", "boft": "BOFT", "glora": "GLoRA"}  # fmt: skip
 _TAKES = {"lora": ("lora",), "dora": ("lora",), "lokr": ("lokr",)}
+_EXPECTED = {"lora": "a LoRA", "dora": "a LoRA or a DoRA", "lokr": "a LoKr"}
 
 
 class Start:
@@ -85,38 +87,54 @@ def read_start(path: Path, sizes: TransformerConfig, settings: Adapter) -> dict[
         layers = {targets: set(targeted(model, targets)) for targets in TARGETS}
         add_adapters(model, settings)
     adapters = adapters_of(model)
-    tensors, metadata = read_lora_file(path)
-    updates, _, report = read_lora(tensors, shapes, path.name, None, metadata)
+    given = f"{SETTING} is {path}"
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not there"
+        raise ValueError(
+            f"{given}, which is {kind}; expected the .safetensors file of a LoRA. Check the name "
+            "and the folder."
+        )
+    try:
+        tensors, metadata = read_lora_file(path)
+        updates, _, report = read_lora(tensors, shapes, path.name, None, metadata)
+    except ValueError as error:
+        raise ValueError(f"{given}. {error}") from error
     if report.unmatched:
         name, reason = next(iter(report.unmatched.items()))
+        count = len(report.unmatched)
         raise ValueError(
-            f"{path.name} has {len(report.unmatched)} tensors that cannot be trained on, such as "
-            f"{name} ({reason}). A run begins with the whole of a file: choose one for this "
-            "transformer alone."
+            f"{given}, which has {counted(count, 'tensor')} that cannot be trained on, such as "
+            f"{name} ({reason}); expected a LoRA of this transformer alone. A run begins with the "
+            "whole of a file: choose another."
         )
     found = {name.removesuffix(".weight"): own[0] for name, own in updates.items()}
     if not found:
         raise ValueError(
-            f"{path.name} changes nothing: its matrices are zeros. Leave adapter.start out."
+            f"{given}, which changes nothing: its matrices are zeros. Choose another file, or "
+            f"leave {SETTING} out."
         )
     if left := sorted(found.keys() - adapters.keys()):
         wider = next((targets for targets, own in layers.items() if found.keys() <= own), None)
-        _raise_left_out(path, left, settings.targets, wider)
+        _raise_left_out(given, left, settings.targets, wider)
     for layer, update in found.items():
-        if problem := _misfit(adapters[layer], update, settings):
-            raise ValueError(f"{path.name} holds {problem} (in {layer}).")
+        if misfit := _misfit(adapters[layer], update, settings):
+            raise ValueError(
+                f"{given}, which holds {misfit.holds} (in {layer}); adapter.method is "
+                f"{settings.method}, which begins as {misfit.expected}. {misfit.remedy}."
+            )
     ranks = {layer: len(_matrices(update)[1]) for layer, update in found.items()}
     higher = {layer: rank for layer, rank in ranks.items() if rank > adapters[layer].rank}
     if higher:
         layer, rank = max(higher.items(), key=lambda one: one[1])
         raise ValueError(
-            f"{path.name} has rank {rank} (in {layer}), and adapter.rank is {settings.rank}. Raise "
-            "it, or take a file of a lower rank: krea2 extract makes one of any."
+            f"{given}, which has rank {rank} (in {layer}); expected at most adapter.rank, "
+            f"{settings.rank}. Set adapter.rank to {rank}, or take a file of a lower rank: "
+            "krea2 extract makes one of any."
         )
     return found
 
 
-def _raise_left_out(path: Path, left: list[str], targets: str, wider: str | None) -> NoReturn:
+def _raise_left_out(given: str, left: list[str], targets: str, wider: str | None) -> NoReturn:
     """wider: targets that have all layers of the file."""
     remedy = (
         f"Set adapter.targets to {wider}."
@@ -126,40 +144,55 @@ def _raise_left_out(path: Path, left: list[str], targets: str, wider: str | None
     )
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     raise ValueError(
-        f"{path.name} changes {', '.join(left[:3])}{more}, which adapter.targets = {targets} does "
-        f"not train. {remedy}"
+        f"{given}, which changes {', '.join(left[:3])}{more}; adapter.targets is {targets}, which "
+        f"does not train {by_count(len(left), 'it', 'them')}. {remedy}"
     )
 
 
-def _misfit(adapter: AnyAdapter, update: Update, settings: Adapter) -> str:
-    """What a file holds that an adapter cannot begin as, and the remedy; empty where it can."""
+class Misfit(NamedTuple):
+    """Of what a file holds that an adapter cannot begin as: the words for it, and the remedy."""
+
+    holds: str
+    expected: str
+    remedy: str
+
+
+def _misfit(adapter: AnyAdapter, update: Update, settings: Adapter) -> Misfit | None:
+    """Why an adapter cannot begin as a layer of a file; None where it can."""
     kind, method = update.kind, settings.method
+    expected, other = _EXPECTED[method], "Choose another file"
     if kind not in _TAKES[method]:
-        remedy = f"Set adapter.method to {kind}" if kind in _TAKES else "Choose a LoRA"
-        return f"{_HOLDS[kind]}, and adapter.method is {method}: another start. {remedy}"
+        fits = f"Set adapter.method to {kind}, or choose another file"
+        return Misfit(_HOLDS[kind], expected, fits if kind in _TAKES else other)
     if update.magnitude is not None and not isinstance(adapter, DoraLinear):
         if kind == "lora":
-            return f"a DoRA, and adapter.method is {method}. Set it to dora"
-        return "a LoKr with lengths of its own, which is not trained here. Choose another start"
+            fits = "Set adapter.method to dora, or choose another file"
+            return Misfit("a DoRA", expected, fits)
+        return Misfit("a LoKr with lengths of its own", "one without", other)
     if update.magnitude is not None and isinstance(adapter, DoraLinear):
         if update.needs_fused_weights:
-            return "a DoRA of a fused layer, which is not trained here. Choose another start"
+            return Misfit("a DoRA of a fused layer", "one of each layer by itself", other)
         if update.over_columns == adapter.by_rows:
-            own = COLUMNS if update.over_columns else ROWS
-            return f"a DoRA with lengths of {own}. Set adapter.magnitude to {own}"
+            own, needed = (COLUMNS, ROWS) if update.over_columns else (ROWS, COLUMNS)
+            style = KEY_STYLES[0] if update.over_columns else DIFFUSERS
+            return Misfit(
+                f"a DoRA with lengths of {own}",
+                f"a DoRA with lengths of {needed} for this output.key_style",
+                f"Set output.key_style to {style}, or choose another file",
+            )
     if kind == "lokr":
         if update.rows is not None:
-            return "a LoKr of a fused layer, which is not trained here. Choose another start"
+            return Misfit("a LoKr of a fused layer", "one of each layer by itself", other)
         small = update.parts["w1"] if "w1" in update.parts else update.parts["w1_a"]
         columns = small.shape[1] if "w1" in update.parts else update.parts["w1_b"].shape[1]
         size, own_size = (small.shape[0], columns), tuple(adapter.get_parameter("small").shape)
         if size != own_size:
-            return (
-                f"a LoKr whose small factor is {size[0]}x{size[1]}, and adapter.factor "
-                f"{settings.factor} gives {own_size[0]}x{own_size[1]}. Set adapter.factor to "
-                f"{max(size)}"
+            return Misfit(
+                f"a LoKr whose small factor is {size[0]} x {size[1]}",
+                f"one of {own_size[0]} x {own_size[1]} by adapter.factor {settings.factor}",
+                f"Set adapter.factor to {max(size)} in a .toml file, or choose another file",
             )
-    return ""
+    return None
 
 
 def _matrices(update: Update) -> tuple[Tensor, Tensor]:

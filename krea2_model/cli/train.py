@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,9 @@ def train(args: Namespace) -> Iterator[object]:
     is_file = args.source.suffix.lower() == ".toml"
     if not is_file:
         settings[TRAINING[args.command].source] = args.source
-    try:
+    words = partial(_in_options, args.command, settings if is_file else None)
+    with _explained(words):
         config = read_config(args.source if is_file else None, settings, KINDS[args.command])
-    except ValueError as error:
-        raise UsageError(_in_options(args.command, str(error))) from error
 
     from krea2_training.commands import run_command
     from krea2_training.forecast import forecast
@@ -42,7 +41,9 @@ def train(args: Namespace) -> Iterator[object]:
 
     if args.dry_run:
         if is_first():
-            yield forecast(config)
+            with _explained(words):
+                told = forecast(config)
+            yield told
         return
     if not is_first():
         logging.disable(logging.INFO)
@@ -56,9 +57,10 @@ def train(args: Namespace) -> Iterator[object]:
                 raise KeyboardInterrupt
 
         try:
-            path = run_command(config, on_step, quiet=args.quiet)
+            with _explained(words):
+                path = run_command(config, on_step, quiet=args.quiet)
         except (TrainingStopped, OtherProcess) as error:
-            raise Failure(str(error)) from error
+            raise Failure(words(str(error))) from error
         if is_first():
             yield path
 
@@ -144,8 +146,25 @@ def _stopping() -> Iterator[list[bool]]:
             signal.signal(kind, handler)
 
 
-def _in_options(command: str, message: str) -> str:
-    """A message about a setting, with the option that sets it."""
-    found = re.match(r"([a-z]+\.[a-z_]+) is ", message)
-    option = option_of(command, found[1]) if found else None
-    return message if option is None else message.replace(found[1], option, 1)  # type: ignore
+@contextmanager
+def _explained(words: Callable[[str], str]) -> Iterator[None]:
+    """Errors of settings in the words of the command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(words(str(error))) from error
+
+
+def _in_options(command: str, typed: Collection[str] | None, message: str) -> str:
+    """A message with options in place of the settings that they set.
+
+    typed: settings that options gave beside a file of others; None where there is no file.
+    """
+
+    def option(match: re.Match) -> str:
+        name = match[0]
+        if typed is not None and name not in typed:
+            return name
+        return option_of(command, name) or name
+
+    return re.sub(r"\b[a-z]+\.[a-z_]+\b", option, message)

@@ -352,7 +352,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def option_of(command: str, setting: str) -> str | None:
-    """A command's option for a setting, for messages."""
+    """A command's option or argument for a setting, for messages."""
+    if setting == TRAINING[command].source:
+        return "SOURCE"
     for options in TRAINING[command].groups.values():
         for words, name, _ in options:
             if name == setting:

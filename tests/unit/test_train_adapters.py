@@ -149,6 +149,9 @@ def test_a_dora_has_the_lengths_that_readers_of_its_file_expect(model):
                     "model.transformer": "nano"}  # fmt: skip
         chosen[style] = read_config(None, settings).adapter.magnitude
     assert chosen == {"ai-toolkit": "columns", "kohya": "columns", "diffusers": "rows"}
+    wrong = {**settings, "adapter.magnitude": "columns"}  # of the last style, before any step
+    with pytest.raises(ValueError, match="adapter.magnitude is columns; expected rows, or none"):
+        read_config(None, wrong)
     trained(model, Adapter("dora", rank=4, magnitude="rows"))
     with pytest.raises(ValueError, match="Train with adapter.magnitude columns"):
         file_tensors(adapters_of(model), "kohya")

@@ -273,7 +273,7 @@ def test_another_run_s_folder_is_refused_before_anything_is_encoded(
     train(config_of(pictures, cache, tmp_path / "x.safetensors", training__steps=1))
     other = config_of(pictures, cache, tmp_path / "x.safetensors", adapter__rank=8)
     monkeypatch.setattr(Cache, "fill", lambda *arguments: pytest.fail("encoding began"))
-    with pytest.raises(ValueError, match=r"has a run with other settings: adapter"):
+    with pytest.raises(ValueError, match=r"settings: adapter.rank \(4 there, 8 now\). Choose"):
         train(other)
 
 

@@ -142,14 +142,14 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     zeros = {f"{query}.lora_A.weight": torch.ones(2, side),
              f"{query}.lora_B.weight": torch.zeros(side, 2)}  # fmt: skip
     for path, settings, expected in (
-        (lora, Adapter(rank=2), "has rank 4 .*adapter.rank is 2"),
+        (lora, Adapter(rank=2), "has rank 4 .*at most adapter.rank, 2. Set adapter.rank to 4"),
         (lora, Adapter(rank=4, targets="mlp"), "blocks.0.attn.*Set adapter.targets to blocks"),
         (text, Adapter(rank=4), "txtfusion.*Set adapter.targets to blocks.text"),
         (lora, Adapter("lokr", rank=4), "holds a LoRA.*Set adapter.method to lora"),
         (lokr, Adapter(rank=4), "holds a LoKr.*Set adapter.method to lokr"),
-        (lokr, Adapter("lokr", rank=4, factor=8), "small factor is 4x4.*8x8.*adapter.factor to 4"),
-        (dora, Adapter(rank=4), "holds a DoRA.*Set it to dora"),
-        (dora, Adapter("dora", rank=4, magnitude="rows"), "Set adapter.magnitude to columns"),
+        (lokr, Adapter("lokr", rank=4, factor=8), "is 4 x 4.*8 x 8.*adapter.factor to 4"),
+        (dora, Adapter(rank=4), "holds a DoRA.*Set adapter.method to dora"),
+        (dora, Adapter("dora", rank=4, magnitude="rows"), "key_style to ai-toolkit"),
         (file("more", Adapter(rank=2), more=encoder), Adapter(rank=4), "q_proj.*text encoder"),
         (file("norm", Adapter(rank=2), more=norm), Adapter(rank=4), "prenorm.scale.*--targets"),
         (file("blocks", Adapter(rank=2), rename=("blocks.1.", "blocks.77.")), Adapter(rank=4),
@@ -158,9 +158,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         (nano.LORA, Adapter(rank=8), "made for"),
         (nano.CONTROL_LORA, Adapter(rank=8), "control LoRA"),
         (nano.TRANSFORMERS["raw"], Adapter(rank=8), "expected a LoRA"),
-        (tmp_path / "none.safetensors", Adapter(), "There is no file"),
+        (tmp_path / "none.safetensors", Adapter(), "is not there; expected the"),
+        (tmp_path, Adapter(), "is a folder; expected the"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(ValueError, match=f"adapter.start is .*{path.name}.*{expected}"):
             read_start(path, TINY, settings)
 
 
@@ -269,12 +270,12 @@ def test_a_run_that_goes_on_reads_no_start(data, tmp_path, monkeypatch):
         assert all(torch.equal(parts[name], whole[name]) for name in whole)
         (tmp_path / "start.safetensors").unlink()
         run_command(config(3), lambda *_: None)
-    with pytest.raises(ValueError, match="There is no file"):
+    with pytest.raises(ValueError, match="is not there"):
         run_command(config(3, "b.safetensors"), lambda *_: None)
     # Nor does a state of a run without a start stand for one.
     zero = config_of(data, "train", tmp_path / "b.safetensors", adapter__start=None)
     run_command(zero, lambda *_: None)
-    with pytest.raises(ValueError, match="There is no file"):
+    with pytest.raises(ValueError, match="is not there"):
         run_command(config(3, "b.safetensors"), lambda *_: None)
 
 
@@ -296,7 +297,22 @@ def test_a_file_of_another_model_is_refused_before_anything_is_loaded(
         assert "tiny.safetensors" in capsys.readouterr().err
     assert main([*words, str(nano.LORA), "--method", "full"]) == 2
     assert "--start is" in capsys.readouterr().err
+    turbo = str(data / "turbo.safetensors")
+    for more, expected in (
+        (["nope.safetensors"], "--start is nope.safetensors, which is not there; expected"),
+        ([turbo, "--rank", "4"], "expected at most --rank, 4. Set --rank to 16"),
+        ([turbo, "--method", "lokr"], "--method is lokr, which begins as a LoKr. Set --method to"),
+    ):
+        assert main([*words, *more]) == 2
+        assert expected in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+    (tmp_path / "run.toml").write_text(
+        f'[data]\npath = "{(data / "pictures").as_posix()}"\n[model]\ntransformer = "nano"\n'
+        '[adapter]\nstart = "nope.safetensors"\n[output]\npath = "x.safetensors"\n'
+    )
+    for more, expected in ([], "adapter.start is "), (["--start", "no"], "--start is no, which"):
+        assert main(["train", str(tmp_path / "run.toml"), *more]) == 2
+        assert expected in capsys.readouterr().err, "the name of what the user wrote"
 
 
 def test_a_run_does_not_write_over_what_it_begins_with(data, tmp_path):

@@ -197,6 +197,4 @@ def test_the_options(folders, tmp_path, capsys):
     assert main([*words, "--validation-share", "0.25", "--validation-every", "5", *prior]) == 0
     share = ["--validation-share", "0.25", "--validation", str(folders["seen"])]
     assert main([*words, *share]) == 2
-    assert (
-        "--validation-share is 0.25; expected 0 beside validation.path" in capsys.readouterr().err
-    )
+    assert "--validation-share is 0.25; expected 0 beside --validation" in capsys.readouterr().err
