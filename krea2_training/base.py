@@ -25,6 +25,7 @@ from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.checkpoints.quantised_weight import INT8, SCALE, QuantisedWeight, eight_bits
 from krea2_model.checkpoints.transformer import VARIANT_KEY, read_transformer
 from krea2_model.config import RAW, TURBO
+from krea2_model.memory.plan import check_offload
 from krea2_model.nn.attention import attend
 from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.nn.partial_attention import attend_partially
@@ -36,10 +37,12 @@ from krea2_model.transformer.token_groups import TokenGroups
 
 from .config import RunConfig
 from .sections import BASES, NANO, Memory
+from .world import local_device
 
 FP8 = "float8_e4m3fn"
 FOUR_BITS = "Q4_0"
 _BLOCK = 32  # values of a block of Q4_0
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Floats of the same size, whose bytes hold whole numbers.
 _FLOATS = {torch.uint8: torch.float8_e4m3fn, torch.int8: torch.float8_e4m3fn}
 
@@ -167,10 +170,42 @@ def checkpoint_file(name: str | None, variant: str) -> Path:
     return nano.TRANSFORMERS[variant] if name == NANO else Path(str(name))
 
 
+def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device of a run, and the dtype of its calculation."""
+    device = local_device(check_offload(config.memory.device, None, None)[0])
+    if config.memory.dtype is not None:
+        return device, _DTYPES[config.memory.dtype]
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def base_state(config: RunConfig) -> PartState:
     """The model that a run trains on, from its header."""
     file = checkpoint_file(config.model.transformer, RAW.name)
     return read_transformer(open_checkpoint(file, "transformer"))
+
+
+def teacher_file(name: str) -> Path:
+    """The file that `distil.teacher` names."""
+    # The built-in one's name on the command line, beside that of settings.
+    return checkpoint_file(NANO if name == f"{NANO}-{RAW.name}" else name, RAW.name)
+
+
+def check_turbo(name: str, sizes: Any) -> None:
+    """Raise ValueError for a Turbo of samples that cannot take what is trained, by its header."""
+    file = checkpoint_file(name, TURBO.name)
+    if _named_state("samples.turbo", name, file).config != sizes:
+        raise ValueError(
+            f"samples.turbo is {file}, which has other sizes than the model that is trained. Name "
+            "a Turbo of the same model, or leave it out."
+        )
+
+
+def _named_state(setting: str, name: str, file: Path) -> PartState:
+    """A transformer that a setting names, from its header."""
+    try:
+        return read_transformer(open_checkpoint(file, "transformer"))
+    except ValueError as error:
+        raise ValueError(f"{setting} is {name!r}. {error}") from error
 
 
 def teacher_state(name: str, sizes: Any, variant: str | None) -> PartState:
@@ -179,12 +214,8 @@ def teacher_state(name: str, sizes: Any, variant: str | None) -> PartState:
     sizes, variant: of that model. Raises ValueError for a file that is no Raw of it, and for a
     model that is a Raw itself.
     """
-    # Its name on the command line, beside that of settings.
-    file = checkpoint_file(NANO if name == f"{NANO}-{RAW.name}" else name, RAW.name)
-    try:
-        state = read_transformer(open_checkpoint(file, "transformer"))
-    except ValueError as error:
-        raise ValueError(f"distil.teacher is {name!r}. {error}") from error
+    file = teacher_file(name)
+    state = _named_state("distil.teacher", name, file)
     if state.config != sizes:
         raise ValueError(
             f"distil.teacher is {file}, which has other sizes than the model that the student "

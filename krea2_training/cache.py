@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from krea2_model import Krea2Transformer
-from krea2_model.features.edits import RECIPES, plan_edit
+from krea2_model.features.edits import RECIPES, EditRecipe, plan_edit
 from krea2_model.features.prompt_embeds import PromptEmbeds
 from krea2_model.images.pictures import fit, pixels_of
 from krea2_model.replacing import replacing
@@ -37,6 +37,11 @@ from .world import ALONE, World
 
 # Family of edit LoRAs for each way to show references.
 _FAMILIES = dict(zip(EDITS, ("references-only", "identity", "ai-toolkit"), strict=True))
+
+
+def recipe_of(references: str) -> EditRecipe:
+    """How references are given, by one of `EDITS`."""
+    return RECIPES[_FAMILIES[references]]
 
 
 @dataclass
@@ -92,7 +97,7 @@ class Cache:
     ):
         self.folder, self.encoders = folder, encoders
         self._kept = Kept(int(keep * 1e9))
-        self.recipe = RECIPES[_FAMILIES[references]]
+        self.recipe = recipe_of(references)
         self._hashes: dict[Path | bytes, str] = {}
 
     def fill(

@@ -121,9 +121,9 @@ class RunConfig:
         return 1
 
     @property
-    def begins_as_turbo(self) -> bool:
-        """True where a Turbo is meant as the model that is trained on."""
-        return False
+    def teacher(self) -> str | None:
+        """The model that one which begins as a Turbo learns from; None where a Raw is trained."""
+        return None
 
     @classmethod
     def sections(cls) -> dict[str, type]:
@@ -182,8 +182,8 @@ class DistilConfig(RunConfig):
         return 2
 
     @property
-    def begins_as_turbo(self) -> bool:
-        return self.distil.teacher is not None
+    def teacher(self) -> str | None:
+        return self.distil.teacher
 
 
 @dataclass(frozen=True, kw_only=True)

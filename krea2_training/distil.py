@@ -33,24 +33,25 @@ import torch
 from torch import Tensor
 
 from krea2_model import Krea2Transformer
-from krea2_model.checkpoints.loading import load_part
+from krea2_model.checkpoints.loading import PartState, load_part
 from krea2_model.checkpoints.transformer import STEPS_KEY
 from krea2_model.config import RAW
 from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.schedule import sigma_schedule
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .base import TrainingBackend, check_base, freeze_base, teacher_state
+from .base import TrainingBackend, base_state, check_base, freeze_base, teacher_state
 from .cache import Texts
 from .config import DistilConfig
 from .flow import generator_of
 from .loop import Measured, update
-from .prompts import digest_of, in_turn, read_prompts
+from .prompts import digest_of, in_turn
 from .rates import optimisers_of
-from .regional import PromptBatches, joined
+from .regional import joined, read_batches
 from .roles import BASE, Roles
 from .sections import Distil
 from .session import OnStep, Session
+from .shapes import ASPECTS
 from .texts import prompts_of
 from .world import ALONE, World
 
@@ -59,9 +60,6 @@ STUDENT, FAKE, TEACHER = "student", "fake", BASE
 _DISTIL = 2
 # The shortest time within an interval, as a share of it: at 0 there is no noise to judge by.
 _LEAST_SHARE = 0.02
-# Width to height of the pictures where no setting says it: half of them are square.
-_OTHERS = ((3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
-ASPECTS = ((1, 1),) * len(_OTHERS) + _OTHERS
 
 
 def distil(
@@ -73,14 +71,16 @@ def distil(
     TrainingStopped for a loss that is not finite.
     """
     assert config.prompts.path is not None
-    rows = read_prompts(config.prompts.path, regions=True)
-    batches = PromptBatches(rows)
-    texts = [*prompts_of(rows, config.prompts.path), *batches.named]
+    state, settings = base_state(config), config.distil
+    batches = read_batches(config, state)
+    source = None
+    if settings.teacher is not None:
+        source = teacher_state(settings.teacher, state.config, state.variant)
+    texts = [*prompts_of(batches.rows, config.prompts.path), *batches.named]
     session = Session(config, texts=texts, quiet=quiet)
-    session.check_run(digest_of(rows))
-    settings = config.distil
+    session.check_run(digest_of(batches.rows))
     model = session.model
-    teacher = None if settings.teacher is None else _read_teacher(settings.teacher, session)
+    teacher = None if source is None else _load_teacher(source, session)
     session.encode(prompts=batches.texts)
     guidance = settings.guidance
     guidance = ((teacher or model).preset or RAW).guidance if guidance is None else guidance
@@ -133,7 +133,7 @@ def distil(
     return session.run(
         roles.parameters(STUDENT) | roles.parameters(FAKE),
         loss_of,
-        digest_of(rows),
+        digest_of(batches.rows),
         on_step,
         optimisers=[*optimisers[STUDENT], *optimisers[FAKE]],
         shipped=roles.adapters[STUDENT],
@@ -141,10 +141,8 @@ def distil(
     )
 
 
-def _read_teacher(name: str, session: Session) -> Krea2Transformer:
-    """The Raw that is distilled, in main memory. Raises ValueError for a file of another model."""
-    model = session.model
-    state = teacher_state(name, model.config, model.variant)
+def _load_teacher(state: PartState, session: Session) -> Krea2Transformer:
+    """The Raw that is distilled, in main memory. Raises ValueError for one in other bits."""
     teacher = load_part(state, dtype=session.dtype, keep_quantised=True)
     try:
         check_base(teacher, session.config.memory.base)

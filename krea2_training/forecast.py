@@ -21,19 +21,19 @@ from krea2_model.checkpoints.vae import read_vae
 from krea2_model.config import RAW
 from krea2_model.memory.activations import vae_bytes
 from krea2_model.memory.machine import GB, free_device_bytes
-from krea2_model.memory.plan import check_offload
 from krea2_model.vae.model import QwenImageVAE
 
 from .adapters import add_adapters
-from .base import base_state, stored_as, teacher_state
-from .config import DistilConfig, PretrainConfig, RewardConfig, RunConfig, TrainConfig
+from .base import base_state, check_turbo, machine_of, stored_as, teacher_state
+from .config import PretrainConfig, RewardConfig, RunConfig, TrainConfig
 from .data import read_examples
+from .encoded import encoded_bytes, read_encoded
 from .encoders import Encoders
 from .prompts import read_prompts
-from .regional import PromptBatches
 from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
 from .shapes import check_shapes, shape_of
 from .start import Start
+from .texts import check_texts
 from .world import processes
 
 # Tokens of a caption that is not read yet: the official length.
@@ -57,11 +57,11 @@ _BITS = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "4bit": 4.5}
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes on the device, by part, and in main memory for offloaded blocks.
+    """Bytes on the device, by part, and in main memory for offloaded blocks and for kept data.
 
     activations: those of whatever needs most, beside the other parts. vae: of a VAE that stays.
     gathered: of sharded weights while they are in use. traffic: bytes that each process sends for
-    a batch and its update.
+    a batch and its update. kept: at most, of encoded data in main memory.
     """
 
     frozen: int
@@ -75,6 +75,7 @@ class Forecast:
     gathered: int = 0
     processes: int = 1
     traffic: int = 0
+    kept: int = 0
 
     @property
     def total(self) -> int:
@@ -104,6 +105,11 @@ class Forecast:
         ]
         if self.main_memory:
             lines.append(f"and {self.main_memory / GB:.2f} GB of main memory for the blocks")
+        if self.kept >= 0.005 * GB:
+            lines.append(
+                f"and up to {self.kept / GB:.2f} GB of main memory for what steps have read "
+                "(memory.keep)"
+            )
         if self.processes > 1:
             lines.append(
                 f"on each of {self.processes} processes, which sends {self.traffic / GB:.2f} GB "
@@ -288,7 +294,7 @@ def run_memory(
                 side=largest,
                 references=references,
                 adapter_sets=config.adapter_sets,
-                teachers=int(config.begins_as_turbo),
+                teachers=int(config.teacher is not None),
                 stored_bits=stored_bits,
                 itemsize=itemsize,
                 vae=vae,
@@ -335,23 +341,26 @@ def forecast(config: RunConfig) -> str:
     """The forecast of a run, and what to change where it does not fit."""
     state = base_state(config)
     # What a run refuses is refused here too.
-    Start(config, state.config)  # type: ignore[arg-type]
-    if isinstance(config, DistilConfig):
-        assert config.prompts.path is not None
-        PromptBatches(read_prompts(config.prompts.path, regions=True))
-        if config.distil.teacher is not None:
-            teacher_state(config.distil.teacher, state.config, state.variant)
+    Start(config, state.config)
+    if config.teacher is not None:
+        teacher_state(config.teacher, state.config, state.variant)
+    if config.samples.turbo is not None and config.adapter.method != FULL:
+        check_turbo(config.samples.turbo, state.config)
+    device, dtype = machine_of(config)
+    encoded = read_encoded(config, state)
+    check_texts(encoded.texts, config, Encoders(config.model, device, dtype))
     blocks = {n: t for n, t in state.tensors.items() if n.startswith("blocks.") and t.ndim == 2}
     values = sum(t.numel() for t in blocks.values())
     size = sum(getattr(t, "data", t).nbytes for t in blocks.values())
-    device = check_offload(config.memory.device, None, None)[0]
     result = run_memory(
         config,
-        state.config,  # type: ignore[arg-type]
+        state.config,
         side=(state.preset or RAW).size,
         stored_bits=8 * size / values,
         device=device,
     )
+    most = encoded_bytes(encoded, config, state.config, dtype.itemsize)
+    result = replace(result, kept=min(round(config.memory.keep * 1e9), most))
     return "\n".join(filter(None, (str(result), lacking(result, device))))
 
 

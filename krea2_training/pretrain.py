@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.config import RAW
 
-from .base import base_state
+from .base import base_state, machine_of
 from .cache import Batch
 from .config import PretrainConfig
 from .data import Example, Order, digest, read_examples, sized
 from .encoders import Encoders
 from .flow import Noised
 from .rates import Rates
-from .session import OnStep, Parts, Session, machine_of
+from .session import OnStep, Parts, Session
 from .texts import captions_of, check_texts
 from .train import pictures_loss, prepared
 

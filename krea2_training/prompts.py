@@ -53,6 +53,10 @@ class Prompts:
         """The aspects as numbers."""
         return [ratio for aspect in self.aspects if (ratio := parse_aspect(aspect)) is not None]
 
+    def sizes(self, side: int, default: Sequence[Ratio]) -> list[tuple[int, int]]:
+        """All that `draw_size` draws."""
+        return list(dict.fromkeys(bucket_size(*one, side) for one in self.ratios or default))
+
     def draw_size(self, side: int, random: Random, default: Sequence[Ratio]) -> tuple[int, int]:
         """Width and height in pixels of a batch, of the area side x side.
 
@@ -66,7 +70,8 @@ def read_prompts(path: Path, regions: bool = False) -> list[Row]:
 
     regions: True where regions are painted: a row with some may have no prompt, and one prompt
     comes with several. A caption that several pictures of a folder share comes once. Raises
-    ValueError for a file without prompts, rows without one, and prompts that a file has twice.
+    ValueError for a file without prompts, rows without one, prompts that a file has twice, and
+    regions where none are painted.
     """
     if path.is_dir():
         return _captions(path)
@@ -171,6 +176,12 @@ def _stripped(row: Row, number: int, path: Path, regions: bool) -> Row:
     if COLUMN not in row:
         columns = ", ".join(str(name) for name in row)
         raise ValueError(f"{path.name}, row {number} has no column {COLUMN}; it has {columns}.")
+    if not regions and has_regions(row):
+        raise ValueError(
+            f"{path.name}, row {number} has {REGIONS}, which this command does not paint (krea2 "
+            "distil does); expected prompts of whole pictures. Leave the column empty, or give it "
+            "another name where it is for rewards."
+        )
     prompt = row[COLUMN]
     # These say what is in the picture.
     if regions and prompt in (None, "") and has_regions(row):

@@ -8,8 +8,9 @@ tokens then see only a part of the others.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -18,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from krea2_model.checkpoints.loading import PartState
+from krea2_model.config import RAW
 from krea2_model.features.region_list import read_regions
 from krea2_model.features.regions import Region, Regions
+from krea2_model.images.region_shapes import RegionShapes
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 from krea2_model.transformer.patches import PATCH
 from krea2_model.transformer.regions import RegionPlan
@@ -27,7 +31,12 @@ from krea2_model.transformer.text_attention import TextStates
 from krea2_model.transformer.token_groups import TokenGroups
 
 from .cache import Cache, Texts
-from .prompts import COLUMN, REGIONS, Row, has_regions, in_turn
+from .config import DistilConfig
+from .prompts import COLUMN, REGIONS, Row, has_regions, in_turn, read_prompts
+from .shapes import ASPECTS
+
+# Pixels along the side of a token.
+_TOKEN = 8 * PATCH
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,7 @@ class PromptBatches:
     """Which prompts a batch has: rows with regions at the same places, or rows without any."""
 
     def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
         self.prompts = [row[COLUMN] for row in rows]
         self.regions = [regions_of(row, number) for number, row in enumerate(rows, start=1)]
         places = [None if own is None else _places(own) for own in self.regions]
@@ -144,6 +154,24 @@ class PromptBatches:
         for index, place in enumerate(places):
             self._alike.setdefault(place, []).append(index)
         self._group = [self._alike[place] for place in places]
+
+    def check_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Raise ValueError, with the row's number, for regions without a place in a picture.
+
+        sizes: of the pictures, width and height in pixels. The rule is that of a run.
+        """
+        firsts = [rows[0] for rows in self._alike.values()]
+        for (width, height), row in itertools.product(sizes, firsts):
+            if (own := self.regions[row]) is None:
+                continue
+            try:
+                # By shapes that keep none of what they compute.
+                RegionShapes(own.shapes.shapes).shares(height // _TOKEN, width // _TOKEN)
+            except ValueError as error:
+                raise ValueError(
+                    f"Row {row + 1}, {REGIONS}: {error} Or paint larger pictures (prompts.size) or "
+                    "other shapes (prompts.aspects)."
+                ) from error
 
     @property
     def texts(self) -> list[str]:
@@ -181,6 +209,19 @@ class PromptBatches:
             cache.texts([t or "" for t in column], device) for column in zip(*of_rows, strict=True)
         )
         return RegionalTexts(texts.taps, texts.mask, regions, first)
+
+
+def read_batches(config: DistilConfig, state: PartState) -> PromptBatches:
+    """The prompts of distillation, for a model by its header.
+
+    Raises ValueError for prompts that cannot be used, and for regions without a place in one of the
+    pictures.
+    """
+    assert config.prompts.path is not None
+    batches = PromptBatches(read_prompts(config.prompts.path, regions=True))
+    side = config.prompts.size or (state.preset or RAW).size
+    batches.check_sizes(config.prompts.sizes(side, ASPECTS))
+    return batches
 
 
 def _places(regions: Regions) -> tuple:

@@ -21,16 +21,24 @@ from krea2_model.checkpoints.loading import PartState, load_part
 from krea2_model.checkpoints.quantised import is_quantised
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.config import TURBO
-from krea2_model.memory.plan import check_offload
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
 from .adapters import AnyAdapter, adapters_of, add_adapters
 from .ahead import Ahead, Made
-from .base import TrainingBackend, base_state, check_base, checkpoint_file, freeze_base
+from .base import (
+    TrainingBackend,
+    base_state,
+    check_base,
+    check_turbo,
+    checkpoint_file,
+    freeze_base,
+    machine_of,
+    teacher_file,
+)
 from .cache import Cache, OnEncoding
 from .config import RunConfig
 from .data import Sized
-from .encoders import Encoders
+from .encoders import Encoders, file_fingerprint
 from .forecast import shortage
 from .loop import Loss, Run, check_state
 from .rates import Rates, check_optimiser, optimisers_of
@@ -43,13 +51,14 @@ from .start import START, Start
 from .texts import Named, check_texts
 from .validation import Validator
 from .watch import draw_curve, tensorboard
-from .world import StopTraining, local_device, world_of
+from .world import StopTraining, world_of
 
 logger = logging.getLogger(__name__)
 
 # A section of how a run is watched, beside those of `RunConfig`.
 _WATCHING = "validation"
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# In a state's description of its run, and in the section of `krea2 distil`.
+TEACHER = "teacher"
 
 # Of a file or a model that is trained on.
 ON_TURBO = (
@@ -96,9 +105,13 @@ class Session:
         check_optimiser(config.training)
         sizes = read_base(config).config if parts is None else parts.model.config
         self.start = Start(config, sizes)
+        teacher = config.teacher
+        self._teacher = None if teacher is None else file_fingerprint(teacher_file(teacher))
         encoders = Encoders(config.model, *machine_of(config)) if parts is None else parts.encoders
         check_texts(texts, config, encoders)
         encoders.check(sizes)
+        if config.samples.turbo is not None and not self.is_full:
+            check_turbo(config.samples.turbo, sizes)
         check_tensor_parallel(sizes, config.ranks.tensor)
         if parts is None:
             parts = Parts(load_base(config, self.dtype), encoders, "")
@@ -271,22 +284,22 @@ class Session:
         table = self.config.as_table()
         shared = RunConfig.sections()
         own = {
-            # The dataset's hash stands for the files; the cache may lie anywhere.
-            name: {k: v for k, v in table[name].items() if k not in ("path", "cache")}
+            # The dataset's hash and the teacher's stand for files; the cache may lie anywhere.
+            name: {k: v for k, v in table[name].items() if k not in ("path", "cache", TEACHER)}
             for name in self.config.sections()
             if name not in (*shared, _WATCHING)
         }
         model = {"model": self.model_name} if self.model_name else {}
         adapter = asdict(self.config.adapter)
         del adapter["start"]  # its content counts, not its place
-        fingerprint = {"adapter": adapter, "training": training, "dataset": dataset}
-        return {**fingerprint, START: self.start.digest, **own, **model}
+        files = {"dataset": dataset, START: self.start.digest, TEACHER: self._teacher}
+        return {"adapter": adapter, "training": training, **files, **own, **model}
 
 
 def read_base(config: RunConfig) -> PartState:
     """The transformer that is trained on, from its header; warns where it is a Turbo."""
     state = base_state(config)
-    if state.variant == TURBO.name and not config.begins_as_turbo:
+    if state.variant == TURBO.name and config.teacher is None:
         logger.warning("%s %s", state.path.name, ON_TURBO)
     return state
 
@@ -311,11 +324,3 @@ def _one_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:
 
 def _unseen(step: int, record: dict[str, Any]) -> None:
     """In place of a watch."""
-
-
-def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """The device of a run, and the dtype of its calculation."""
-    device = local_device(check_offload(config.memory.device, None, None)[0])
-    if config.memory.dtype is not None:
-        return device, _DTYPES[config.memory.dtype]
-    return device, torch.float32 if device.type == "cpu" else torch.bfloat16

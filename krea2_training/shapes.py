@@ -17,6 +17,9 @@ EXPECTED_ASPECT = (
 
 # Width and height, as a ratio.
 Ratio = tuple[float, float]
+# Of the pictures that distillation paints where no setting says it: half of them are square.
+_OTHERS = ((3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
+ASPECTS = ((1, 1),) * len(_OTHERS) + _OTHERS
 
 
 def parse_aspect(value: Any) -> Ratio | None:

@@ -35,11 +35,10 @@ from .flow import generator_of
 from .loop import Measured
 from .prompts import COLUMN, digest_of, in_turn, read_prompts
 from .session import OnStep, Session
-from .texts import prompts_of
+from .texts import PLACE, worded, worded_prompts
 
 # Of the random numbers, beside those of other purposes.
 _SLIDER = 8
-_PLACE = "{}"
 # Width to height of the pictures where no setting says it.
 _ASPECTS = ((1, 1),)
 
@@ -56,9 +55,8 @@ def slider(
     rows = read_prompts(config.prompts.path)
     prompts = [row[COLUMN] for row in rows]
     settings, training = config.slider, config.training
-    wordings = (_PLACE, settings.positive, settings.negative)
-    texts = prompts_of(rows, config.prompts.path)
-    texts = [(where, worded(one, prompt)) for one in wordings for where, prompt in texts]
+    wordings = (PLACE, settings.positive, settings.negative)
+    texts = worded_prompts(config, rows)
     session = Session(config, texts=texts, quiet=quiet)
     session.check_run(digest_of(rows))
     session.encode(prompts=[text for _, text in texts])
@@ -93,11 +91,6 @@ def slider(
         return slide.loss(latents, sigmas[count - 1], *texts)
 
     return session.run(parameters, loss_of, digest_of(rows), on_step)
-
-
-def worded(wording: str, prompt: str) -> str:
-    """A wording with the prompt at its place, or after the prompt."""
-    return wording.replace(_PLACE, prompt) if _PLACE in wording else f"{prompt}, {wording}"
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from pathlib import Path
 from krea2_model.checks import counted
 from krea2_model.text.tokenizer import MAX_TOKENS, PROMPT_BUDGET
 
-from .config import RunConfig
+from .config import RunConfig, SliderConfig
 from .data import Example, some_of
 from .encoders import Encoders
 from .prompts import COLUMN, Row
 
+# Of a prompt, in a wording.
+PLACE = "{}"
 # A text, after words that say where it stands.
 Named = tuple[str, str]
 
@@ -47,6 +49,19 @@ def check_texts(texts: Iterable[Named], config: RunConfig, encoders: Encoders) -
 def captions_of(examples: Iterable[Example]) -> list[Named]:
     """The captions of pictures."""
     return [(f"the caption of {one.name}", text) for one in examples for text in one.captions]
+
+
+def worded(wording: str, prompt: str) -> str:
+    """A wording with the prompt at its place, or after the prompt."""
+    return wording.replace(PLACE, prompt) if PLACE in wording else f"{prompt}, {wording}"
+
+
+def worded_prompts(config: SliderConfig, rows: Sequence[Row]) -> list[Named]:
+    """The prompts of a slider: as they are, and in both of its wordings."""
+    assert config.prompts.path is not None
+    texts = prompts_of(rows, config.prompts.path)
+    wordings = (PLACE, config.slider.positive, config.slider.negative)
+    return [(where, worded(one, prompt)) for one in wordings for where, prompt in texts]
 
 
 def prompts_of(rows: Sequence[Row], path: Path) -> list[Named]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .cache import Batch, OnEncoding
 from .config import TrainConfig
-from .data import Example, Order, Sized, digest, read_examples, sized
+from .data import Example, Order, digest, read_examples, sized
+from .encoded import prior_pictures
 from .flow import Noised, flow_errors, generator_of, noised, predict
 from .loop import Measured
 from .session import OnStep, Parts, Session
@@ -78,15 +79,6 @@ def train(
 
     validator = Validator(config, session.cache, session.device, seen)
     return session.run(parameters, loss_of, dataset, on_step, validator=validator)
-
-
-def prior_pictures(config: TrainConfig) -> list[Sized]:
-    """Pictures that keep what the model knows; none are none."""
-    settings = config.prior
-    if settings.path is None:
-        return []
-    data = replace(config.data, path=settings.path, caption=settings.caption, trigger="")
-    return sized(read_examples(data, "prior.caption for all"), data)
 
 
 def prepared(

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_reference import TINY
 from krea2_model import Krea2Pipeline, Krea2Transformer, nano
@@ -15,13 +15,14 @@ from krea2_model.cli.main import main
 from krea2_training.base import TrainingBackend
 from krea2_training.cache import Cache, Texts
 from krea2_training.config import DistilConfig, read_config
-from krea2_training.distil import ASPECTS, FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
+from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
 from krea2_training.flow import generator_of
 from krea2_training.forecast import forecast
 from krea2_training.loop import TrainingStopped
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil
 from krea2_training.session import Session
+from krea2_training.shapes import ASPECTS
 from krea2_training.world import ALONE
 from parity import assert_close, relative_error
 
@@ -258,6 +259,24 @@ def test_a_teacher_has_to_be_the_raw_of_the_model(prompts, tmp_path, teacher, me
     for call in (distil, forecast):
         with pytest.raises(ValueError, match=message):
             call(config)
+
+
+def test_a_teacher_s_content_counts_and_not_its_place(prompts, tmp_path):
+    def run(teacher, steps):
+        settings = of_turbo(tmp_path, distil__teacher=str(teacher), training__steps=steps)
+        return distil(config_of(prompts, tmp_path / "x.safetensors", **settings))
+
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    here.write_bytes(nano.TRANSFORMERS["raw"].read_bytes())
+    run(here, 1)
+    there.write_bytes(here.read_bytes())
+    tensors = load_file(here)
+    with safe_open(here, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, here, metadata)
+    with pytest.raises(ValueError, match="has a run with other settings: teacher .another"):
+        run(here, 2)
+    run(there, 2)
 
 
 def test_a_forecast_refuses_regions_that_a_run_refuses(tmp_path):

@@ -15,7 +15,13 @@ import krea2_training.session as session_module
 import krea2_training.train as train_module
 from diffusers_reference import TINY, load_from, run_reference
 from formats import gguf_file
-from krea2_model import Krea2Pipeline, Krea2Transformer, load_transformer, nano
+from krea2_model import (
+    Krea2Pipeline,
+    Krea2Transformer,
+    load_transformer,
+    nano,
+    save_transformer,
+)
 from krea2_model.checkpoints.transformer_keys import diffusers_to_official, official_to_module
 from krea2_model.cli.main import main
 from krea2_model.cli.parser import command_parser
@@ -24,6 +30,7 @@ from krea2_training import states
 from krea2_training.cache import Batch, Cache
 from krea2_training.config import read_config
 from krea2_training.flow import draw_times, flow_loss, generator_of, noised
+from krea2_training.forecast import forecast
 from krea2_training.loop import Run, TrainingStopped
 from krea2_training.rates import Rates
 from krea2_training.session import Session
@@ -349,6 +356,22 @@ def test_a_text_that_is_too_long_is_named_before_anything_is_loaded(
     )
     assert f"1 text of more than 10,000 tokens: {where} (12,00" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "turbo, message",
+    [("nope.safetensors", "samples.turbo is 'nope.safetensors'. There is no file"),
+     ("tiny", "tiny.safetensors, which has other sizes"), (nano.VAE, "expected .*transformer")],
+)  # fmt: skip
+def test_a_turbo_of_samples_is_read_before_the_run(pictures, cache, tmp_path, turbo, message):
+    if turbo == "tiny":
+        turbo = tmp_path / "tiny.safetensors"
+        save_transformer(Krea2Transformer(TINY), turbo)
+    settings = {"samples__turbo": str(turbo), "samples__prompts": ["a star"], "samples__every": 9}
+    config = config_of(pictures, cache, tmp_path / "x.safetensors", **settings)
+    for call in (train, forecast):
+        with pytest.raises(ValueError, match=message):
+            call(config)
 
 
 def test_a_quiet_command_says_nothing(pictures, tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from krea2_model import Krea2Transformer, TransformerConfig
@@ -17,9 +19,19 @@ from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.transformer.backend import Backend
 from krea2_model.vae.model import QwenImageVAE
 from krea2_training.adapters import add_adapters
-from krea2_training.base import TrainingBackend, freeze_base, stored_as
+from krea2_training.base import TrainingBackend, base_state, freeze_base, stored_as
+from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
-from krea2_training.forecast import RESERVE, TEXT_TOKENS, run_memory, shortage, training_memory
+from krea2_training.encoded import encoded_bytes, read_encoded
+from krea2_training.forecast import (
+    RESERVE,
+    TEXT_TOKENS,
+    Forecast,
+    forecast,
+    run_memory,
+    shortage,
+    training_memory,
+)
 from krea2_training.sections import Adapter, Memory, Steps
 from live_bytes import LiveBytes
 
@@ -148,6 +160,42 @@ def test_a_teacher_is_a_second_frozen_model(tmp_path):
     alone = memory_of("distil", tmp_path / "x.safetensors", **settings)
     taught = memory_of("distil", tmp_path / "x.safetensors", **settings, **{"distil.teacher": "x"})
     assert taught.frozen == 2 * alone.frozen and taught.activations == alone.activations
+
+
+@pytest.mark.parametrize("command", ["train", "slider", "without words"])
+def test_what_stays_in_main_memory_is_bounded(tmp_path, command):
+    """All that a run has encoded, and no more of it than memory.keep."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, size in (("a", (64, 64)), ("b", (64, 96)), ("a.mask", (64, 64))):
+        Image.new("RGB", size, "red").save(folder / f"{name}.png")
+    for name, text in (("a", "a red square"), ("b", "a wall\n---\na tall red wall")):
+        if command != "without words":
+            (folder / f"{name}.txt").write_text(text)
+    data = {"data.path": folder, "data.resolution": [64, 96], "data.caption": ""}
+    own = {"train": data, "without words": data,
+           "slider": {"prompts.path": folder, "prompts.size": 64, "slider.positive": "big",
+                      "slider.negative": "small"}}[command]  # fmt: skip
+    config = read_config(None, {
+        "model.transformer": "nano", "output.path": tmp_path / "x.safetensors", "adapter.rank": 2,
+        "training.steps": 1, "memory.device": "cpu", **own
+    }, KINDS["slider" if command == "slider" else "train"])  # fmt: skip
+    run_command(config, lambda *_: None)
+    files = (tmp_path / "x" / "cache").rglob("*.safetensors")
+    made = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    state = base_state(config)
+    told = encoded_bytes(read_encoded(config, state), config, state.config, 4)
+    # Without words all tokens are those of the template, which are known.
+    assert made <= told < (8 if command != "without words" else 1.001) * made
+    small = replace(config, memory=replace(config.memory, keep=0.0))
+    assert "memory.keep" not in forecast(small)
+
+
+def test_the_forecast_says_what_stays_in_main_memory():
+    parts = (0,) * 6
+    told = str(Forecast(*parts, size="64 px, batch 1", kept=round(0.5 * GB)))
+    assert "up to 0.50 GB of main memory for what steps have read (memory.keep)" in told
+    assert "main memory" not in str(Forecast(*parts, size="64 px, batch 1"))
 
 
 def test_references_are_counted(tmp_path):

@@ -8,13 +8,16 @@ from safetensors.torch import load_file
 
 from krea2_model import Krea2Pipeline, Region, Regions
 from krea2_training.cache import Cache
-from krea2_training.config import DistilConfig, read_config
+from krea2_training.commands import run_command
+from krea2_training.config import KINDS, DistilConfig, read_config
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
 from krea2_training.encoders import Encoders
+from krea2_training.forecast import forecast
 from krea2_training.prompts import in_turn, read_prompts
 from krea2_training.regional import PromptBatches, RegionalTexts, joined
 from krea2_training.roles import Roles
 from krea2_training.sections import Adapter, Distil, Model
+from krea2_training.session import Session
 from parity import assert_close
 
 LEFT, RIGHT, ABOVE = [0, 0, 0.5, 1], [0.5, 0, 0.5, 1], [0, 0, 1, 0.6]
@@ -172,8 +175,15 @@ def test_a_row_with_regions_needs_no_prompt(tmp_path):
     file.write_text(json.dumps(ROWS[0]) * 1 + "\n" + json.dumps(ROWS[0]) + "\n")
     with pytest.raises(ValueError, match="1 prompt more than once"):
         read_prompts(file, regions=True)
-    with pytest.raises(ValueError, match="row 1: prompt is ''"):
-        read_prompts(file)  # as commands do that paint no regions
+    for command in ("slider", "reward"):  # which paint no regions
+        own = {"slider": {"slider.positive": "a", "slider.negative": "b"},
+               "reward": {"reward.rewards": ["http://localhost:1"]}}[command]  # fmt: skip
+        config = read_config(None, {
+            "prompts.path": file, "model.transformer": "nano", "output.path": "x.safetensors", **own
+        }, KINDS[command])  # fmt: skip
+        for call in (run_command, forecast):
+            with pytest.raises(ValueError, match="row 1 has regions, which this command does not"):
+                call(config, *[lambda *_: None][: call is run_command])
     file.write_text(json.dumps({"prompt": "", "regions": "[]"}) + "\n")
     with pytest.raises(ValueError, match="row 1: prompt is ''"):
         read_prompts(file, regions=True)
@@ -189,15 +199,31 @@ def test_cells_of_other_tables():
     assert regions is not None and [one.strength for one in regions.regions] == [0.5, 1.0]
 
 
-def test_a_run_on_a_table_with_regions(tmp_path):
+def config_of(rows, tmp_path, **more):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    config = read_config(None, {
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_config(None, {
         "prompts.path": file, "prompts.size": 64, "model.transformer": "nano",
         "output.path": tmp_path / "x.safetensors", "adapter.rank": 2, "distil.steps": [2],
         "distil.fake_updates": 1, "training.steps": 3, "training.batch": 2,
-        "samples.every": 0, "memory.device": "cpu",
+        "samples.every": 0, "memory.device": "cpu", **more,
     }, DistilConfig)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [distil, forecast])
+def test_a_region_without_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, call):
+    """By the rule of a run; a larger picture has a place for it."""
+    row = {"prompt": "a", "regions": [{"prompt": "b", "box": [0.1, 0.1, 0.15, 0.15]}]}
+    config = config_of([ROWS[3], row], tmp_path)
+    monkeypatch.setattr(Session, "__init__", lambda *_, **__: pytest.fail("loaded"))
+    message = "Row 2, regions: Region 1 covers less than half a token .*larger pictures"
+    with pytest.raises(ValueError, match=message):
+        call(config)
+    PromptBatches([ROWS[3], row]).check_sizes([(128, 128)])
+
+
+def test_a_run_on_a_table_with_regions(tmp_path):
+    config = config_of(ROWS, tmp_path)
     losses = []
     tensors = load_file(distil(config, lambda step, record: losses.append(record["loss"])))
     assert len(losses) == 3 and all(loss > 0 for loss in losses)

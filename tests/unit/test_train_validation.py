@@ -17,8 +17,9 @@ from krea2_training import validation
 from krea2_training.cache import Batch
 from krea2_training.config import TrainConfig, read_config
 from krea2_training.data import Example, Sized, read_examples
+from krea2_training.encoded import prior_pictures
 from krea2_training.flow import flow_loss, generator_of
-from krea2_training.train import prior_pictures, train
+from krea2_training.train import train
 from krea2_training.validation import Validator, hold_out
 
 LOSS = "validation loss"
