@@ -26,6 +26,7 @@ from krea2_model import Krea2Transformer
 from krea2_model.features.edits import RECIPES, EditRecipe, plan_edit
 from krea2_model.features.prompt_embeds import PromptEmbeds
 from krea2_model.images.pictures import fit, pixels_of
+from krea2_model.lora.edit_family import AI_TOOLKIT, IDENTITY, REFERENCES_ONLY
 from krea2_model.replacing import replacing
 from krea2_model.transformer.references import Reference, ReferenceSettings
 
@@ -36,12 +37,17 @@ from .sections import EDITS
 from .world import ALONE, World
 
 # Family of edit LoRAs for each way to show references.
-_FAMILIES = dict(zip(EDITS, ("references-only", "identity", "ai-toolkit"), strict=True))
+_FAMILIES = dict(zip(EDITS, (REFERENCES_ONLY, IDENTITY, AI_TOOLKIT), strict=True))
 
 
 def recipe_of(references: str) -> EditRecipe:
     """How references are given, by one of `EDITS`."""
-    return RECIPES[_FAMILIES[references]]
+    return RECIPES[family_of(references)]
+
+
+def family_of(references: str) -> str:
+    """The family of edit LoRAs that is trained by one of `EDITS`."""
+    return _FAMILIES[references]
 
 
 @dataclass

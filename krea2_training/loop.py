@@ -31,7 +31,7 @@ from .world import ALONE, World, is_sharded
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
-_NOTES, _LOSS = "notes", "loss"
+NOTES, _LOSS = "notes", "loss"
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Run:
             self.step = load_state(self.state_file, *own)
         else:
             self.step = load_sharded(sharded, self.world, *own)
-        self.notes.update(extra.get(_NOTES, {}))
+        self.notes.update(extra.get(NOTES, {}))
         with self.world.together():
             if self.world.is_first:
                 self._cut_log()
@@ -270,7 +270,7 @@ class Run:
 
     def save(self) -> None:
         """Write the state, then what `on_save` writes."""
-        extra = {**self.fingerprint, _NOTES: self.notes}
+        extra = {**self.fingerprint, NOTES: self.notes}
         own = self.step, self.parameters, self.averages, self.optimisers, extra
         if any(map(is_sharded, self.parameters.values())):
             save_sharded(self.folder, self.world, *own)

@@ -13,23 +13,28 @@ from torch import Tensor
 
 from krea2_model import Krea2Transformer, save_transformer
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
-from krea2_model.lora.edit_family import AI_TOOLKIT
+from krea2_model.lora.edit_family import FAMILIES, family_header
 from krea2_model.replacing import replacing
 
 from .adapters import AnyAdapter, adapters_of, file_tensors
+from .cache import family_of
 from .config import RunConfig, TrainConfig
 from .samples import holding
 from .sections import EDITS, FULL
 from .sharding import whole_tensor
 from .world import ALONE, World
 
+# Of a file's metadata, what tells the family of an edit LoRA.
+_FAMILY = {name for family in FAMILIES for name in family_header(family)}
+
 
 class Result:
     """The file of what was trained, and those on the way.
 
     dataset: a hash of what was learned from, for the metadata. shipped: adapters of the file by
-    their layers' names; None is all there are. extra: more metadata. world: its first process
-    writes; all ask for it together, since weights may be sharded over them.
+    their layers' names; None is all there are. extra: more metadata. usage: metadata of a start,
+    which stands where the run says nothing else. world: its first process writes; all ask for it
+    together, since weights may be sharded over them.
     """
 
     def __init__(
@@ -40,7 +45,9 @@ class Result:
         shipped: Mapping[str, AnyAdapter] | None = None,
         extra: Mapping[str, str] | None = None,
         world: World = ALONE,
+        usage: Mapping[str, str] | None = None,
     ):
+        self.usage = dict(usage or {})
         self.model, self.config, self.dataset, self.world = model, config, dataset, world
         self.shipped, self.extra = shipped, dict(extra or {})
 
@@ -115,9 +122,13 @@ class Result:
             "krea2.dataset": self.dataset,
             "krea2.training": json.dumps(_without_folders(table)),
         }
+        own = self.extra
         if isinstance(config, TrainConfig):
-            metadata |= _data_metadata(config)
-        return metadata | self.extra
+            own = _data_metadata(config) | own
+        usage = self.usage
+        if own.keys() & _FAMILY:
+            usage = {name: text for name, text in usage.items() if name not in _FAMILY}
+        return metadata | usage | own
 
 
 def _without_folders(table: Any) -> Any:
@@ -135,8 +146,6 @@ def _data_metadata(config: TrainConfig) -> dict[str, str]:
     data, metadata = config.data, {}
     if data.trigger:
         metadata["modelspec.trigger_phrase"] = data.trigger
-    if data.references == EDITS[1]:
-        metadata["ss_base_model_version"] = "krea2_edit"
-    elif data.references == AI_TOOLKIT:
-        metadata["training_info"] = json.dumps({"model_kwargs": {"edit": True}})
+    if data.references != EDITS[0]:
+        metadata |= family_header(family_of(data.references))
     return metadata

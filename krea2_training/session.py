@@ -21,6 +21,7 @@ from krea2_model.checkpoints.loading import PartState, load_part
 from krea2_model.checkpoints.quantised import is_quantised
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.config import TURBO
+from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
 from .adapters import AnyAdapter, adapters_of, add_adapters
@@ -123,6 +124,8 @@ class Session:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(config.cache, encoders, config.references, config.memory.keep)
         self.sampler = Sampler(config, self.cache, self.device, self.world)
+        if (steps := self.start.steps) is not None:
+            self.sampler.preset = few_step_preset(steps, self.model.preset)
 
     def check_run(self, dataset: str) -> None:
         """Raise ValueError where the folder has a run with other settings, or other data."""
@@ -231,7 +234,8 @@ class Session:
         Raises TrainingStopped for a loss that is not finite.
         """
         config, settings = self.config, self.config.training
-        result = Result(self.model, config, dataset, shipped, metadata, self.world)
+        usage = self.start.usage
+        result = Result(self.model, config, dataset, shipped, metadata, self.world, usage)
         run = Run(
             self.folder,
             parameters,
@@ -244,7 +248,7 @@ class Session:
             on_save=lambda step: result.write_step(step, run.values()),
             prepare=prepare,
             fingerprint=self._fingerprint(dataset),
-            notes={} if notes is None else notes,
+            notes=self.start.noted({} if notes is None else notes),
             world=self.world,
         )
         watch = tensorboard(self.folder) if self.world.is_first else _unseen

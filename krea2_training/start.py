@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from krea2_model import Krea2Transformer, TransformerConfig
+from krea2_model.checkpoints.identify import read_header
+from krea2_model.checkpoints.transformer import STEPS_KEY
 from krea2_model.checks import by_count, counted
+from krea2_model.lora.edit_family import family_header, read_family
+from krea2_model.lora.few_steps import read_steps
 from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.names import DIFFUSERS, KEY_STYLES, TARGETS
 from krea2_model.lora.updates import Update
@@ -31,11 +35,14 @@ from .adapters import (
 )
 from .config import RunConfig
 from .data import content_hash
-from .loop import begun
+from .loop import NOTES, begun
 from .sections import COLUMNS, ROWS, Adapter
 
 # In a state's description of its run, and the setting's name.
 START, SETTING = "start", "adapter.start"
+# In the notes of a state.
+_USAGE = "use of the start"
+_WORDS = ("modelspec.trigger_phrase", "modelspec.usage_hint")
 _HOLDS = {"lora": "a LoRA", "lokr": "a LoKr", "loha": "a LoHa", "diff": "full differences",
           "set": "full weights", "oft": "OFT", "boft": "BOFT", "glora": "GLoRA"}  # fmt: skip
 _TAKES = {"lora": ("lora",), "dora": ("lora",), "lokr": ("lokr",)}
@@ -45,13 +52,15 @@ _EXPECTED = {"lora": "a LoRA", "dora": "a LoRA or a DoRA", "lokr": "a LoKr"}
 class Start:
     """The start of a run; empty where the settings name none, or its folder has a state.
 
-    digest: SHA-256 of the file, None without one; a resumed run has to share it. sizes: of the
-    model. Raises ValueError for a file that cannot be a start.
+    digest: SHA-256 of the file, None without one; a resumed run has to share it. usage: metadata
+    that says how the file is used. sizes: of the model. Raises ValueError for a file that cannot be
+    a start.
     """
 
     def __init__(self, config: RunConfig, sizes: TransformerConfig):
         path, run = config.adapter.start, begun(config.output.run_folder)
         self.updates: dict[str, Update] = {}
+        self.usage: dict[str, str] = {}
         self.digest: str | None = None
         if path is None:
             return
@@ -63,16 +72,43 @@ class Start:
             )
         if run is not None and run.get(START) and not path.is_file():
             # The state has what became of it.
-            self.digest = run[START]
+            self.digest, self.usage = run[START], run.get(NOTES, {}).get(_USAGE, {})
             return
         if run is None or not path.is_file():
             self.updates = read_start(path, sizes, config.adapter)
         self.digest = content_hash(path)
+        self.usage = usage_of(path)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of a few-step LoRA; None for others."""
+        return int(self.usage[STEPS_KEY]) if STEPS_KEY in self.usage else None
+
+    def noted(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """Notes of a run, to which what the file says of its use is added: it may go."""
+        if self.usage:
+            notes[_USAGE] = self.usage
+        return notes
 
     def fill(self, adapters: Mapping[str, AnyAdapter]) -> None:
         """Make new adapters, by the names of their layers, what the file holds; once."""
         fill(adapters, self.updates)
         self.updates = {}
+
+
+def usage_of(path: Path) -> dict[str, str]:
+    """What a LoRA's file says of how it is used, by its header or name, as metadata of another.
+
+    The steps of a few-step LoRA, the family of an edit LoRA, and the words that call it.
+    """
+    metadata = read_header(path).metadata
+    usage = {name: metadata[name] for name in _WORDS if metadata.get(name)}
+    if (steps := read_steps(path.name, metadata)) is not None:
+        usage[STEPS_KEY] = str(steps)
+    family = read_family(path.name, metadata)
+    if family is not None and family.is_edit:
+        usage |= family_header(family.name, family.cache)
+    return usage
 
 
 def read_start(path: Path, sizes: TransformerConfig, settings: Adapter) -> dict[str, Update]:

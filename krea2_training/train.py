@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cache import Batch, OnEncoding
+from krea2_model.lora.edit_family import family_header
+
+from .cache import Batch, OnEncoding, family_of
 from .config import TrainConfig
 from .data import Example, Order, digest, read_examples, sized
 from .encoded import prior_pictures
@@ -78,7 +80,12 @@ def train(
         return Measured(loss, numbers)
 
     validator = Validator(config, session.cache, session.device, seen)
-    return session.run(parameters, loss_of, dataset, on_step, validator=validator)
+    # Pictures with references make an edit LoRA, of the first family if the settings name none.
+    edits = any(example.references for example in examples)
+    metadata = family_header(family_of(config.data.references)) if edits else {}
+    return session.run(
+        parameters, loss_of, dataset, on_step, metadata=metadata, validator=validator
+    )
 
 
 def prepared(

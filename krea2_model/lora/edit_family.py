@@ -28,6 +28,8 @@ _NAMES = (
     (AI_TOOLKIT, re.compile(r"style[-_ ]?reference|ostris")),
     (REFERENCES_ONLY, re.compile(r"krea2_nano_reference")),
 )
+# This package's own sign, where trainers have none.
+FAMILY_KEY = "krea2.edit"
 _NAME_KEYS = ("ss_output_name", "name", "modelspec.title")
 # Longer texts in a header are captions and the like.
 _LONGEST = 1_000_000
@@ -59,6 +61,8 @@ class EditFamily:
 def read_family(name: str, metadata: Mapping[str, str] | None = None) -> EditFamily | None:
     """The family of an edit LoRA by its file's header and name; None where nothing tells."""
     metadata = metadata or {}
+    if (named := metadata.get(FAMILY_KEY)) in FAMILIES:
+        return EditFamily(named, f"{FAMILY_KEY} in its header", _SETTINGS)
     settings = list(_settings(dict(metadata)))
     for key, value in settings:
         if key in ("arch", "ss_base_model_version") and value == "krea2_edit":
@@ -74,6 +78,19 @@ def read_family(name: str, metadata: Mapping[str, str] | None = None) -> EditFam
     if any(key == "software" and "ai-toolkit" in str(value) for key, value in settings):
         return EditFamily(AI_TOOLKIT, "software in its header, a guess", _TRAINER)
     return None
+
+
+def family_header(family: str, cache: bool = False) -> dict[str, str]:
+    """What the header of an edit LoRA says of its family, as the family's own trainer does.
+
+    cache: trained with references that attend only to themselves.
+    """
+    if family == IDENTITY:
+        return {"ss_base_model_version": "krea2_edit"}
+    if family == AI_TOOLKIT:
+        kwargs = {"edit": True, **({"kv_cache": True} if cache else {})}
+        return {"training_info": json.dumps({"model_kwargs": kwargs})}
+    return {FAMILY_KEY: family}
 
 
 def likeliest(families: Sequence[EditFamily]) -> EditFamily | None:

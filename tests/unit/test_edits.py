@@ -18,7 +18,13 @@ from krea2_model.features.edits import (
     plan_edit,
     recipe_for,
 )
-from krea2_model.lora.edit_family import AI_TOOLKIT, IDENTITY, REFERENCES_ONLY, read_family
+from krea2_model.lora.edit_family import (
+    AI_TOOLKIT,
+    IDENTITY,
+    REFERENCES_ONLY,
+    family_header,
+    read_family,
+)
 from krea2_model.text.vision import resize_for_tower, resize_to_longest
 from parity import assert_close
 from samples import image
@@ -47,6 +53,9 @@ def picture(width, height, seed=1):
          (AI_TOOLKIT, True, True)),
         ("remove.safetensors", {"software": SOFTWARE}, (AI_TOOLKIT, False, False)),
         ("krea2_nano_reference_lora.safetensors", {}, (REFERENCES_ONLY, False, True)),
+        *(("x.safetensors", family_header(family, cache), (family, cache, True))
+          for family, cache in ((IDENTITY, False), (AI_TOOLKIT, False), (AI_TOOLKIT, True),
+                                (REFERENCES_ONLY, False))),
         ("krea2_editorial_photo.safetensors", {"format": "pt"}, None),
         ("style.safetensors", {"x": "{" * 5000, "y": '{"model_kwargs": [1]}'}, None),
     ],

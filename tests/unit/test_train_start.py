@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from diffusers_reference import TINY, random_transformer
 from krea2_model import Krea2Pipeline, Krea2Transformer, extract_lora, load_transformer, nano
 from krea2_model.cli.main import main
-from krea2_model.lora.files import read_lora
+from krea2_model.lora.edit_family import (
+    AI_TOOLKIT,
+    IDENTITY,
+    REFERENCES_ONLY,
+    family_header,
+    read_family,
+)
+from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.updates import LoraStack
 from krea2_training import start as start_module
 from krea2_training.adapters import adapters_of, add_adapters, file_tensors
@@ -313,6 +320,49 @@ def test_a_file_of_another_model_is_refused_before_anything_is_loaded(
     for more, expected in ([], "adapter.start is "), (["--start", "no"], "--start is no, which"):
         assert main(["train", str(tmp_path / "run.toml"), *more]) == 2
         assert expected in capsys.readouterr().err, "the name of what the user wrote"
+
+
+def test_what_a_start_says_of_its_use_is_in_the_result(data, tmp_path):
+    """Unless the run says otherwise; also where the file is gone when the run goes on."""
+    words = {"krea2.steps": "4", "modelspec.trigger_phrase": "sks"}
+    words |= family_header(AI_TOOLKIT, cache=True)
+    start = tmp_path / "start.safetensors"
+    save_file(load_file(data / "turbo.safetensors"), start, words)
+
+    def run(name, command="train", **more):
+        config = config_of(data, command, tmp_path / name, adapter__start=start, **more)
+        return read_lora_file(run_command(config, lambda *_: None))[1]
+
+    first = run("a.safetensors")
+    assert words.items() <= first.items() and first["ss_steps"] == "1"
+    other = run("b.safetensors", data__trigger="dog", data__references="identity")
+    assert other["modelspec.trigger_phrase"] == "dog" and other["krea2.steps"] == "4"
+    assert read_family("b", other).name == IDENTITY, "the run's own"
+    few = run("c.safetensors", "distil")
+    assert few["krea2.steps"] == "2" and few["training_info"] == words["training_info"]
+    start.unlink()
+    assert words.items() <= run("a.safetensors", training__steps=2).items()
+
+
+def test_pictures_with_references_make_an_edit_lora(data, tmp_path):
+    """And a style that goes on from one stays one, by the file's name too."""
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    for name in ("one", "one.ref1"):
+        Image.new("RGB", (64, 64), "red").save(folder / f"{name}.png")
+    (folder / "one.txt").write_text("a wall")
+    for name, more, start in (
+        ("edit", {"data__path": folder}, None),
+        ("style", {}, nano.REFERENCE_LORA),
+        ("both", {"data__path": folder}, nano.REFERENCE_LORA),
+        ("plain", {}, None),
+    ):
+        own = {**more, "adapter__start": start, "adapter__targets": "blocks+text"}
+        file = run_command(config_of(data, "train", tmp_path / f"{name}.safetensors", **own),
+                           lambda *_: None)  # fmt: skip
+        family = read_family(file.name, read_lora_file(file)[1])
+        assert (family is None) == (name == "plain")
+        assert family is None or family.name == REFERENCES_ONLY
 
 
 def test_a_run_does_not_write_over_what_it_begins_with(data, tmp_path):
