@@ -11,20 +11,14 @@
 # 45 seconds on, so that a run that is stopped leaves the newest.
 set -euo pipefail
 
-ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3}
-PACK=$ROOT/.gpu/pack.tar.xz
+# ComfyUI's own modules are not imported, so its folder is not on the path.
+COMFYUI_OPTIONAL=1
+# shellcheck source=scripts/gpu_environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/gpu_environment.sh"
 OUTPUT=${OUT:-$ROOT/.local/nano256}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-
-# ComfyUI's own modules are not imported, so its folder is not on the path.
-if [[ ! ${COMFYUI_PATH:-} && -f $PACK ]]; then
-  "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-    "$PACK" "$work"
-  export COMFYUI_PATH=$work/comfyui
-fi
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 XDG_CACHE_HOME=$work/cache
+trap 'rm -rf "$work" ${unpacked:+"$unpacked"}' EXIT
+export XDG_CACHE_HOME=$work/cache
 # One thread for each worker that draws; the training itself is on the GPU.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 

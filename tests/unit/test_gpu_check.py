@@ -266,7 +266,8 @@ def test_operations_of_a_step():
 
 def test_no_setting_of_the_card_is_changed():
     sources = "".join(p.read_text() for p in (ROOT / "benchmarks" / "gpu").glob("*.py"))
-    for scripts in ("gpu_check.sh", "gpu_pack.sh", "gpu_environment.sh", "gpu_tests.sh"):
+    names = ("check", "pack", "environment", "tests", "train_nano")
+    for scripts in (f"gpu_{name}.sh" for name in names):
         sources += (ROOT / "scripts" / scripts).read_text()
     commands = re.findall(r"nvidia-smi[^\n]*", sources)
     assert any("--query-gpu" in command for command in commands)

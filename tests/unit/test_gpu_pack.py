@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -120,3 +124,32 @@ def test_the_archive_holds_comfyui_and_packages(tmp_path):
 def test_the_folder_is_ignored_by_git_and_by_the_registry():
     for file in (".gitignore", ".comfyignore"):
         assert ".gpu/" in (ROOT / file).read_text().splitlines()
+
+
+@pytest.mark.parametrize("has_pack, given", [(True, ""), (False, ""), (False, "/a/comfyui")])
+def test_nano_is_trained_with_the_pack_and_without(tmp_path, has_pack, given):
+    """The pack's ComfyUI while the run lasts, one that is named, or none."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("gpu_train_nano.sh", "gpu_environment.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    if has_pack:
+        (tmp_path / ".gpu").mkdir()
+        (tmp_path / "main.py").write_text("")
+        with tarfile.open(tmp_path / ".gpu" / "pack.tar.xz", "w:xz") as file:
+            file.add(tmp_path / "main.py", "comfyui/main.py")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in *train_nano_256.py) mkdir -p "$3"; cd "$COMFYUI_PATH" 2>&1\n'
+        f'echo "$COMFYUI_PATH" >"$3/place"; ls >"$3/files";; *) exec {sys.executable} "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("COMFYUI_PATH", "OUT")}
+    environment |= {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "TMPDIR": str(tmp_path)}
+    environment |= {"COMFYUI_PATH": given} if given else {}
+    script = ["bash", str(tmp_path / "scripts" / "gpu_train_nano.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    place = (tmp_path / "out" / "place").read_text().strip()
+    assert done.returncode == 0, done.stderr
+    assert place.endswith("/comfyui") == (has_pack or bool(given)) and (place or not given)
+    assert ("main.py" in (tmp_path / "out" / "files").read_text()) == has_pack
+    assert not list(tmp_path.glob("tmp.*")), "what was unpacked is gone"
