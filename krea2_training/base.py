@@ -180,8 +180,8 @@ def machine_of(config: RunConfig) -> tuple[torch.device, torch.dtype]:
 
 def base_state(config: RunConfig) -> PartState:
     """The model that a run trains on, from its header."""
-    file = checkpoint_file(config.model.transformer, RAW.name)
-    return read_transformer(open_checkpoint(file, "transformer"))
+    name = config.model.transformer
+    return _named_state("model.transformer", str(name), checkpoint_file(name, RAW.name))
 
 
 def teacher_file(name: str) -> Path:

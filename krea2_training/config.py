@@ -59,6 +59,12 @@ class RunConfig:
             ok = self.adapter.method == FULL
             expected = "1 for an adapter: tensor parallelism is for a model that is trained whole"
             check(ok, "ranks.tensor", self.ranks.tensor, expected)
+        steps, guidance, output = self.samples.steps, self.samples.guidance, self.output.path
+        check(steps is None or 1 <= steps <= 10_000, "samples.steps", steps, "1 to 10000")
+        ok = guidance is None or 0 <= guidance <= 100
+        check(ok, "samples.guidance", guidance, "0 to 100")
+        is_folder = output is not None and output.is_dir()
+        check(not is_folder, "output.path", output, "a file, and this is a folder")
         style = self.output.key_style
         read = ROWS if style == DIFFUSERS else COLUMNS
         if self.adapter.magnitude is None:

@@ -73,10 +73,10 @@ class Draw:
     caption: str | None
 
 
-def read_examples(data: Data, for_all: str = FOR_ALL) -> list[Example]:
+def read_examples(data: Data, for_all: str = FOR_ALL, setting: str = "data.path") -> list[Example]:
     """The examples of a folder or table. Raises ValueError, naming rows, for those without use.
 
-    for_all: as `captioned` takes it.
+    for_all: as `captioned` takes it. setting: that names the folder or table.
     """
     path = data.path
     assert path is not None
@@ -86,7 +86,7 @@ def read_examples(data: Data, for_all: str = FOR_ALL) -> list[Example]:
         examples = [_row(row, index, path) for index, row in enumerate(read_rows(path), start=1)]
     else:
         raise ValueError(
-            f"data.path is {path}, which is no folder and no table; expected a folder of pictures, "
+            f"{setting} is {path}, which is no folder and no table; expected a folder of pictures, "
             "or a .jsonl, .csv or .parquet file."
         )
     if not examples:
@@ -112,13 +112,15 @@ def captioned(examples: Sequence[Example], data: Data, for_all: str = FOR_ALL) -
 def sized(examples: Sequence[Example], data: Data) -> list[Sized]:
     """Every example at each resolution, at the size of its own shape; opens each picture's header.
 
-    Raises ValueError for pictures that cannot be opened, naming them.
+    Raises ValueError for pictures that cannot be opened, or whose mask or references cannot, naming
+    them.
     """
     found: list[Sized] = []
     broken = []
     for example in examples:
         try:
             width, height = example_size(example)
+            _check_companions(example)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             broken.append(f"{example.name} ({error})")
             continue
@@ -144,6 +146,17 @@ def example_size(example: Example) -> tuple[int, int]:
     if min(left, top) < 0 or min(across, down) < 1 or left + across > width or top + down > height:
         raise ValueError(f"crop {example.crop} lies outside of {width} x {height} px")
     return across, down
+
+
+def _check_companions(example: Example) -> None:
+    """Raise ValueError for a mask or a reference that is no picture, by its header."""
+    references = enumerate(example.references, start=1)
+    for name, source in (("mask", example.mask), *((f"reference {n}", s) for n, s in references)):
+        try:
+            if source is not None:
+                open_image(opened(source)).close()
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"its {name}: {error}") from error
 
 
 def opened(source: Path | bytes) -> Path | io.BytesIO:
@@ -297,7 +310,11 @@ def read_rows(path: Path) -> Iterable[dict[str, Any]]:
             raise ValueError(
                 f"{path.name} is a Parquet file, which needs pyarrow: pip install pyarrow."
             ) from error
-        for batch in parquet.ParquetFile(path).iter_batches(256):
+        try:
+            file = parquet.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet ({error}).") from error
+        for batch in file.iter_batches(256):
             yield from batch.to_pylist()
         return
     text = read_text(path)

@@ -80,7 +80,7 @@ def prior_pictures(config: TrainConfig) -> list[Sized]:
     if settings.path is None:
         return []
     data = replace(config.data, path=settings.path, caption=settings.caption, trigger="")
-    return sized(read_examples(data, "prior.caption for all"), data)
+    return sized(read_examples(data, "prior.caption for all", "prior.path"), data)
 
 
 def encoded_bytes(

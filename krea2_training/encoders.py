@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ from krea2_model.text.tokenizer import Krea2Tokenizer
 from .sections import NANO, Model
 
 
+@contextmanager
+def _named(setting: str, value: Path | None) -> Iterator[None]:
+    """Errors of a file, after the setting that names it."""
+    try:
+        yield
+    except ValueError as error:
+        given = f"is {value}" if value else "is not set, and model.transformer does not hold it"
+        raise ValueError(f"{setting} {given}. {error}") from error
+
+
 class Encoders:
     """Text encoder and VAE of a run, loaded when they are first needed.
 
@@ -38,8 +49,12 @@ class Encoders:
 
     def check(self, sizes: TransformerConfig) -> None:
         """Raise ValueError for files of another model than one of these sizes, by their headers."""
-        encoder = read_text_encoder(open_checkpoint(self.text_path, "text_encoder"))
-        read_vae(open_checkpoint(self.vae_path, "vae"))
+        with _named("model.text_encoder", self.model.text_encoder):
+            encoder = read_text_encoder(open_checkpoint(self.text_path, "text_encoder"))
+        with _named("model.vae", self.model.vae):
+            read_vae(open_checkpoint(self.vae_path, "vae"))
+        with _named("model.tokenizer", self.model.tokenizer):
+            find_tokenizer(Path(self.text_path), self.model.tokenizer)
         width, expected = encoder.config.hidden_size, sizes.text_hidden_dim
         if width != expected:
             raise ValueError(

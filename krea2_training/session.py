@@ -121,7 +121,9 @@ class Session:
             check_base(self.model, config.memory.base)
         if warning := shortage(config, self.model, self.device):
             logger.warning("%s", warning)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        assert config.output.path is not None
+        for folder in (config.output.path.parent, self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(config.cache, encoders, config.references, config.memory.keep)
         self.sampler = Sampler(config, self.cache, self.device, self.world)
         if (steps := self.start.steps) is not None:

@@ -35,7 +35,7 @@ def hold_out(
     settings = config.validation
     if settings.path is not None:
         data = replace(config.data, path=settings.path)
-        return list(examples), read_examples(data)
+        return list(examples), read_examples(data, setting="validation.path")
     if not settings.share:
         return list(examples), []
     count = round(settings.share * len(examples))

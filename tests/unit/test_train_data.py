@@ -82,12 +82,21 @@ def test_what_cannot_be_used_is_named(tmp_path, folder):
     with pytest.raises(ValueError, match="holds no pictures"):
         read_examples(Data(empty))
     (folder / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 pictures without a caption: a.png.*--caption"):
+    with pytest.raises(ValueError, match=r"1 of 3 pictures without a caption: a.png.*data.caption"):
         read_examples(Data(folder))
     assert read_examples(Data(folder, caption=""))[0].captions == ("",)
     (folder / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"cannot be read: a.png"):
         sized(read_examples(Data(folder, caption="x")), Data(folder))
+    picture(folder / "a.png")
+    for name, what in (("b.mask", "its mask"), ("b.ref2", "its reference 1")):
+        (folder / f"{name}.png").write_bytes(b"no picture")
+        with pytest.raises(ValueError, match=rf"cannot be read: b.jpg \({what}: .*{name}.png"):
+            sized(read_examples(Data(folder, caption="x")), Data(folder))
+        (folder / f"{name}.png").unlink()
+    (folder / "bad.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="bad.parquet cannot be read as Parquet"):
+        read_examples(Data(folder / "bad.parquet"))
     (folder / "bad.jsonl").write_text('{"image": "a.png", "caption": "x"}\nnot json\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2"):
         read_examples(Data(folder / "bad.jsonl"))

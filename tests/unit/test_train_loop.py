@@ -374,6 +374,37 @@ def test_a_turbo_of_samples_is_read_before_the_run(pictures, cache, tmp_path, tu
             call(config)
 
 
+def test_files_are_refused_before_anything_is_loaded(pictures, tmp_path, monkeypatch, capsys):
+    """By the options that name them, or would."""
+
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(session_module, "load_transformer", load)
+    (tmp_path / "folder.safetensors").mkdir()
+    raw, vae = nano.TRANSFORMERS["raw"], nano.VAE
+    words = ["train", str(pictures), "--model", "nano", "--device", "cpu", "--resolution", "64",
+             "--output", str(tmp_path / "x.safetensors")]  # fmt: skip
+    for more, expected in (
+        (["--model", "nope"], "--model is 'nope'. There is no file"),
+        (["--model", str(raw)], "--text-encoder is not set, and --model does not hold it"),
+        (["--text-encoder", str(vae)], f"--text-encoder is {vae}. "),
+        (["--vae", "nope.safetensors"], "--vae is nope.safetensors. There is no file"),
+        (["--tokenizer", "nope"], "--tokenizer is nope. nope is no tokenizer folder"),
+        (["--prior", "nope"], "--prior is nope, which is no folder"),
+        (["--validation", "nope"], "--validation is nope, which is no folder"),
+        (["--output", str(tmp_path / "folder.safetensors")], "expected a file, and this is a f"),
+    ):
+        assert main([*words, *more]) == 2
+        assert expected in capsys.readouterr().err
+    words[1] = str(tmp_path / "nowhere")
+    assert main(words) == 2
+    assert f"SOURCE is {words[1]}, which is no folder" in capsys.readouterr().err
+    for name, value in (("steps", 0), ("guidance", -1)):
+        with pytest.raises(ValueError, match=f"samples.{name} is {value}"):
+            config_of(pictures, None, tmp_path / "x.safetensors", **{f"samples__{name}": value})
+
+
 def test_a_quiet_command_says_nothing(pictures, tmp_path, capsys):
     words = ["train", str(pictures), "--model", "nano", "--device", "cpu", "--resolution", "64",
              "--steps", "1", "--output", str(tmp_path / "x.safetensors"), "--quiet"]  # fmt: skip
