@@ -21,7 +21,7 @@ from .config import (
 )
 from .data import Sized, read_examples, sized
 from .pairs import read_pairs
-from .prompts import read_prompts
+from .prompts import Row, read_prompts
 from .regional import read_batches
 from .shapes import check_shapes
 from .texts import Named, captions_of, prompts_of, worded_prompts
@@ -67,11 +67,23 @@ def _prompts(config: RunConfig, state: PartState) -> list[Named]:
     if isinstance(config, DistilConfig):
         batches = read_batches(config, state)
         return [*prompts_of(batches.rows, path), *batches.named]
-    rows = read_prompts(path)
     if isinstance(config, RewardConfig):
-        check_shapes(rows, path)
-        return prompts_of(rows, path)
-    return worded_prompts(config, rows)
+        return prompts_of(reward_rows(config), path)
+    return worded_prompts(config, read_prompts(path))
+
+
+def reward_rows(config: RewardConfig) -> list[Row]:
+    """The rows of a run with rewards. Raises ValueError for those that cannot be painted."""
+    path = config.prompts.path
+    assert path is not None
+    rows = read_prompts(path)
+    check_shapes(rows, path)
+    if config.reward.groups > len(rows):
+        raise ValueError(
+            f"reward.groups is {config.reward.groups}; expected at most {len(rows)}, the prompts "
+            f"of {path}."
+        )
+    return rows
 
 
 def prior_pictures(config: TrainConfig) -> list[Sized]:

@@ -75,7 +75,10 @@ def read_pairs(pairs: Pairs) -> list[Pair]:
             "NAME.better.png and NAME.worse.png, or a .jsonl, .csv or .parquet file."
         )
     if not examples:
-        raise ValueError(f"{path} holds no pairs; expected at least one.")
+        raise ValueError(
+            f"{path} holds no pairs; expected NAME.better.png and NAME.worse.png of each, or a row "
+            "of a table. krea2 pick makes one by clicks."
+        )
     return [_sized(*one, pairs.resolution) for one in examples]
 
 

@@ -16,15 +16,16 @@ from krea2_model.schedule import resolve_mu, sigma_schedule
 from krea2_model.transformer.patches import token_count
 
 from .config import RewardConfig
+from .encoded import reward_rows
 from .flow import generator_of
 from .grpo import Policy, Rollout, Step, advantages_of, diversity_of, random_steps
 from .loop import Measured, update
-from .prompts import COLUMN, Row, Selection, digest_of, read_prompts
+from .prompts import COLUMN, Row, Selection, digest_of
 from .rates import optimisers_of
 from .rewards import Reward
 from .roles import Roles
 from .session import OnStep, Session
-from .shapes import Ratio, check_shapes, shape_of
+from .shapes import Ratio, shape_of
 from .texts import prompts_of
 
 # Of the random numbers, beside those of other purposes.
@@ -42,13 +43,7 @@ def reward(
     and TrainingStopped for a loss that is not finite.
     """
     assert config.prompts.path is not None
-    rows = read_prompts(config.prompts.path)
-    check_shapes(rows, config.prompts.path)
-    if config.reward.groups > len(rows):
-        raise ValueError(
-            f"reward.groups is {config.reward.groups}; expected at most {len(rows)}, the prompts "
-            f"of {config.prompts.path}."
-        )
+    rows = reward_rows(config)
     rewards = [Reward(name) for name in config.reward.rewards]
     texts = prompts_of(rows, config.prompts.path)
     session = Session(config, texts=texts, quiet=quiet)

@@ -93,8 +93,8 @@ def _function(name: str) -> Function:
     place, _, attribute = name.rpartition(":")
     if not place or not attribute.isidentifier():
         raise ValueError(
-            f"The reward is {name!r}; expected file.py:function, package.module:function, or an "
-            "address that begins with http:// or https://."
+            f"reward.rewards has {name!r}; expected file.py:function, package.module:function, or "
+            "an address that begins with http:// or https://."
         )
     module = _module(place)
     function = getattr(module, attribute, None)
@@ -110,7 +110,10 @@ def _module(place: str) -> ModuleType:
         return sys.modules[place]
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():
-        raise ValueError(f"The reward's file {place} is not there.")
+        raise ValueError(
+            f"reward.rewards has {place}, which is not there; expected a Python file. Check the "
+            "name and the folder."
+        )
     # Under a name of its own: score.py may be a module's name too.
     name = f"krea2_reward_{Path(place).stem}" if is_file else place
     try:

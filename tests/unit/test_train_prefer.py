@@ -76,7 +76,7 @@ def test_pairs_that_are_refused(pairs, tmp_path):
     fails(pairs, r"owl.worse.png cannot be read as a picture")
     fails(tmp_path / "nothing", "which is no folder and no table")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "holds no pairs; expected at least one")
+    fails(tmp_path / "empty", "holds no pairs; expected NAME.better.png")
     (pairs / "rows.jsonl").write_text('{"prompt": "a fox", "chosen": "fox.better.png"}\n')
     fails(pairs / "rows.jsonl", r"rows.jsonl, row 1 has no rejected; expected columns")
 

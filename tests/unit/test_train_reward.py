@@ -268,9 +268,9 @@ def test_wrong_answers_are_named(scores, name, expected):
 
 def test_rewards_that_are_not_there(tmp_path):
     for name, expected in (
-        (f"{tmp_path / 'gone.py'}:score", r"file .*gone.py is not there"),
+        (f"{tmp_path / 'gone.py'}:score", r"reward.rewards has .*gone.py, which is not there"),
         ("no_such_module:score", r"no_such_module cannot be loaded: .*No module named"),
-        ("score", r"The reward is 'score'; expected file.py:function"),
+        ("score", r"reward.rewards has 'score'; expected file.py:function"),
     ):
         with pytest.raises(ValueError, match=expected):
             Reward(name)
@@ -454,11 +454,11 @@ def test_the_command(tmp_path, scores, capsys):
     capsys.readouterr()
     prompts = tmp_path / "prompts.csv"
     for extra, expected in (
-        (["--reward", "score", "--weights", "1"], "The reward is 'score'; expected file.py"),
+        (["--reward", "score", "--weights", "1"], "--reward has 'score'; expected file.py"),
         (["--weights", "1"], "--weights is [1.0]; expected 2 numbers other than 0"),
         (["--method", "full"], "--method is full; expected lora, dora or lokr"),
         (["--random-steps", "2"], "--random-steps is 2; expected 1 to 1"),
-        (["--groups", "3"], f"reward.groups is 3; expected at most 2, the prompts of {prompts}"),
+        (["--groups", "3"], f"--groups is 3; expected at most 2, the prompts of {prompts}"),
         (["--updates", "2"], "--updates is 2; expected at most reward.groups, 1"),
     ):
         output.unlink(missing_ok=True)
