@@ -9,10 +9,8 @@ mask, references.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,8 +27,8 @@ from krea2_model.images.picture_files import COMPANION, PICTURES, pictures_in
 from krea2_model.images.sizes import size_for_area
 
 from .sections import MAX_REFERENCES, Data
+from .tables import TABLES, read_rows, read_text, source_of
 
-TABLES = frozenset((".jsonl", ".csv", ".parquet"))
 # The setting of a caption for all pictures, in messages.
 FOR_ALL = 'data.caption for all ("a photo of sks dog"; "" trains without words)'
 # Between captions of one picture.
@@ -136,10 +134,7 @@ def sized(examples: Sequence[Example], data: Data) -> list[Sized]:
 
 def example_size(example: Example) -> tuple[int, int]:
     """Width and height of a picture as it will be trained, upright and cropped."""
-    with open_image(opened(example.image)) as image:
-        width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # lying on its side
-            width, height = height, width
+    width, height = _upright_size(example.image)
     if example.crop is None:
         return width, height
     left, top, across, down = example.crop
@@ -148,8 +143,15 @@ def example_size(example: Example) -> tuple[int, int]:
     return across, down
 
 
+def _upright_size(source: Path | bytes) -> tuple[int, int]:
+    with open_image(opened(source)) as image:
+        width, height = image.size
+        is_lying = image.getexif().get(0x0112, 1) >= 5
+    return (height, width) if is_lying else (width, height)
+
+
 def _check_companions(example: Example) -> None:
-    """Raise ValueError for a mask or a reference that is no picture, by its header."""
+    """Raise ValueError for a mask or a reference that cannot be used, by its header."""
     references = enumerate(example.references, start=1)
     for name, source in (("mask", example.mask), *((f"reference {n}", s) for n, s in references)):
         try:
@@ -157,6 +159,14 @@ def _check_companions(example: Example) -> None:
                 open_image(opened(source)).close()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"its {name}: {error}") from error
+    if example.crop is None or example.mask is None:
+        return
+    size, expected = (_upright_size(source) for source in (example.mask, example.image))
+    if size != expected:
+        raise ValueError(
+            f"its mask of {size[0]} x {size[1]} px is cropped with it, and it has {expected[0]} x "
+            f"{expected[1]} px"
+        )
 
 
 def opened(source: Path | bytes) -> Path | io.BytesIO:
@@ -292,61 +302,13 @@ def split_captions(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def read_text(path: Path) -> str:
-    """A text file's content. Raises ValueError where it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-
-
-def read_rows(path: Path) -> Iterable[dict[str, Any]]:
-    """The rows of a table of `TABLES`, by the names of its columns."""
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError(
-                f"{path.name} is a Parquet file, which needs pyarrow: pip install pyarrow."
-            ) from error
-        try:
-            file = parquet.ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet ({error}).") from error
-        for batch in file.iter_batches(256):
-            yield from batch.to_pylist()
-        return
-    text = read_text(path)
-    if kind == ".csv":
-        for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):
-            if None in row:  # DictReader's name of fields beyond the header's
-                raise ValueError(
-                    f"{path.name}, row {number} has more fields than the header. A text with "
-                    'commas needs quotation marks: "a star, blue".'
-                )
-            yield row
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path.name}, line {number}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path.name}, line {number}: expected an object.")
-            yield row
-
-
 def _row(row: Mapping[str, Any], number: int, path: Path) -> Example:
     where = f"{path.name}, row {number}"
     source = _first(row, "image", "file_name", "path")
     if source is None:
         raise ValueError(f"{where} has no picture; expected a column image (or file_name).")
-    captions = _first(row, "captions", "caption", "text", "prompt")
-    captions = [captions] if isinstance(captions, str) else captions or []
-    references = _first(row, "references", "reference") or []
-    references = [references] if isinstance(references, (str, bytes, dict)) else references
+    captions = _several(row, where, "a text", str, "captions", "caption", "text", "prompt")
+    references = _several(row, where, "a picture", (str, bytes, dict), "references", "reference")
     if len(references) > MAX_REFERENCES:
         raise ValueError(
             f"{where} has {len(references)} references; expected at most {MAX_REFERENCES}."
@@ -355,31 +317,33 @@ def _row(row: Mapping[str, Any], number: int, path: Path) -> Example:
     return Example(
         f"row {number}" if not isinstance(source, str) else source,
         source_of(source, where, path),
-        tuple(str(text).strip() for text in captions if str(text).strip()),
+        tuple(text.strip() for text in captions if text.strip()),
         _crop(row.get("crop"), where),
         None if mask in (None, "") else source_of(mask, where, path),
         tuple(source_of(one, where, path) for one in references),
     )
 
 
+def _several(
+    row: Mapping[str, Any], where: str, what: str, kind: type | tuple[type, ...], *names: str
+) -> list[Any]:
+    """The entries of the first of some columns that has any: one, or a list of them.
+
+    what: one is, for messages. Empty entries are left out.
+    """
+    value = _first(row, *names)
+    entries = [value] if isinstance(value, kind) or not isinstance(value, list) else value
+    entries = [entry for entry in entries if entry is not None]
+    if wrong := [entry for entry in entries if not isinstance(entry, kind)]:
+        name = next(name for name in names if row.get(name) is value)
+        raise ValueError(
+            f"{where}: {name} has {str(wrong[0])[:60]}; expected {what}, or a list of them."
+        )
+    return entries
+
+
 def _first(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
-
-
-def source_of(value: Any, where: str, table: Path) -> Path | bytes:
-    """A path, relative to the table's folder, or the bytes that Parquet tables hold."""
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return value["bytes"]
-    if isinstance(value, dict):
-        value = value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {str(value)[:60]!r} is no picture; expected a path or bytes.")
-    path = table.parent / value
-    if not path.is_file():
-        raise ValueError(f"{where}: {path} is not there.")
-    return path
 
 
 def _crop(value: Any, where: str) -> tuple[int, int, int, int] | None:

@@ -15,17 +15,14 @@ from krea2_model.checks import counted
 from krea2_model.images.picture_files import pictures_in
 
 from .data import (
-    TABLES,
     Example,
     Sized,
     bucket_size,
     example_size,
-    read_rows,
-    read_text,
     some_of,
-    source_of,
 )
 from .sections import check, check_side
+from .tables import TABLES, read_rows, read_text, source_of
 
 BETTER, WORSE = ".better", ".worse"
 # Widths to heights of a pair may differ by so much: both are cropped to one.
@@ -130,7 +127,9 @@ def _row(row: dict[str, Any], where: str, table: Path) -> tuple[Example, Example
         raise ValueError(
             f"{where} has no {', '.join(missing)}; expected columns prompt, chosen and rejected."
         )
-    prompt = str(row["prompt"]).strip()
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"{where}: prompt is {str(row['prompt'])[:60]}; expected a text.")
+    prompt = row["prompt"].strip()
     chosen, rejected = (source_of(row[name], where, table) for name in ("chosen", "rejected"))
     return (
         Example(f"{where}, chosen", chosen, (prompt,)),

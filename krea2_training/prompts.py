@@ -14,9 +14,10 @@ from typing import Any
 
 from krea2_model.checks import counted
 
-from .data import TABLES, bucket_size, read_folder, read_rows, read_text, some_of
+from .data import bucket_size, read_folder, some_of
 from .sections import check, check_side
 from .shapes import EXPECTED_ASPECT, Ratio, parse_aspect
+from .tables import TABLES, read_rows, read_text
 
 COLUMN = "prompt"
 REGIONS = "regions"

@@ -100,6 +100,19 @@ def test_what_cannot_be_used_is_named(tmp_path, folder):
     (folder / "bad.jsonl").write_text('{"image": "a.png", "caption": "x"}\nnot json\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2"):
         read_examples(Data(folder / "bad.jsonl"))
+    rows = (
+        ({"caption": 7}, "row 1: caption has 7; expected a text"),
+        ({"captions": ["x", ["y"]]}, r"row 1: captions has \['y'\]; expected a text"),
+        ({"caption": "x", "references": 3}, "row 1: references has 3; expected a picture"),
+        ({"caption": "x", "crop": [0, 0, 64, 64], "mask": "b.jpg"},
+         "a.png .its mask of 160 x 96 px is cropped with it, and it has 80 x 64 px"),
+    )  # fmt: skip
+    for row, expected in rows:
+        (folder / "row.jsonl").write_text(json.dumps({"image": "a.png", **row}))
+        with pytest.raises(ValueError, match=expected):
+            sized(read_examples(Data(folder / "row.jsonl")), Data(folder))
+    (folder / "row.jsonl").write_text('{"image": "a.png", "captions": ["x", null, " "]}')
+    assert read_examples(Data(folder / "row.jsonl"))[0].captions == ("x",), "and no word None"
     (folder / "gone.jsonl").write_text('{"image": "gone.png", "caption": "x"}\n')
     with pytest.raises(ValueError, match=r"row 1: .*gone.png is not there"):
         read_examples(Data(folder / "gone.jsonl"))

@@ -79,6 +79,9 @@ def test_pairs_that_are_refused(pairs, tmp_path):
     fails(tmp_path / "empty", "holds no pairs; expected NAME.better.png")
     (pairs / "rows.jsonl").write_text('{"prompt": "a fox", "chosen": "fox.better.png"}\n')
     fails(pairs / "rows.jsonl", r"rows.jsonl, row 1 has no rejected; expected columns")
+    row = {"prompt": ["owl"], "chosen": "owl.better.png", "rejected": "owl.worse.png"}
+    (pairs / "rows.jsonl").write_text(json.dumps(row))
+    fails(pairs / "rows.jsonl", r"row 1: prompt is \['owl'\]; expected a text")
 
 
 @pytest.fixture
