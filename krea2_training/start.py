@@ -7,6 +7,7 @@ adapter is the file's to the rounding of float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -38,6 +39,8 @@ from .data import content_hash
 from .loop import NOTES, begun
 from .sections import COLUMNS, ROWS, Adapter
 
+logger = logging.getLogger(__name__)
+
 # In a state's description of its run, and the setting's name.
 START, SETTING = "start", "adapter.start"
 # In the notes of a state.
@@ -64,6 +67,7 @@ class Start:
         self.digest: str | None = None
         if path is None:
             return
+        self._name = path.name
         output = config.output.path
         if output is not None and output.exists() and path.exists() and output.samefile(path):
             raise ValueError(
@@ -83,6 +87,26 @@ class Start:
     def steps(self) -> int | None:
         """Steps of a few-step LoRA; None for others."""
         return int(self.usage[STEPS_KEY]) if STEPS_KEY in self.usage else None
+
+    def warn(self, family: str | None) -> None:
+        """Warn where a run on pictures goes against what the file is for.
+
+        family: of the edit LoRA that the run trains, None for others.
+        """
+        if self.steps is not None:
+            logger.warning(
+                "%s is a LoRA for %d steps. Training on pictures undoes its distillation, and "
+                "pictures in so few steps become soft: train without it and use both, or distil "
+                "the result.",
+                self._name, self.steps,
+            )  # fmt: skip
+        own = read_family("", self.usage)
+        if family is not None and own is not None and own.name != family:
+            logger.warning(
+                "%s is an edit LoRA of family %s, and this run shows references as %s does. Set "
+                "data.references (--references) if it is to go on as the first.",
+                self._name, own.name, family,
+            )  # fmt: skip
 
     def noted(self, notes: dict[str, Any]) -> dict[str, Any]:
         """Notes of a run, to which what the file says of its use is added: it may go."""

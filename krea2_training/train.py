@@ -56,6 +56,11 @@ def train(
     dataset = digest([*examples, *known], session.cache.hash_of)
     session.check_run(dataset)
     session.encode([*pictures, *seen, *prior], on_encoding=on_encoding)
+    # Pictures with references make an edit LoRA, of the first family if the settings name none.
+    edits = any(example.references for example in examples)
+    family = family_of(config.data.references) if edits else None
+    metadata = {} if family is None else family_header(family)
+    session.start.warn(family)
     parameters = session.make_trainable()
     settings = config.training
     order = Order(pictures, settings.batch, config.data.caption_dropout, settings.seed)
@@ -80,9 +85,6 @@ def train(
         return Measured(loss, numbers)
 
     validator = Validator(config, session.cache, session.device, seen)
-    # Pictures with references make an edit LoRA, of the first family if the settings name none.
-    edits = any(example.references for example in examples)
-    metadata = family_header(family_of(config.data.references)) if edits else {}
     return session.run(
         parameters, loss_of, dataset, on_step, metadata=metadata, validator=validator
     )

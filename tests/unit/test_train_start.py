@@ -322,7 +322,7 @@ def test_a_file_of_another_model_is_refused_before_anything_is_loaded(
         assert expected in capsys.readouterr().err, "the name of what the user wrote"
 
 
-def test_what_a_start_says_of_its_use_is_in_the_result(data, tmp_path):
+def test_what_a_start_says_of_its_use_is_in_the_result(data, tmp_path, caplog):
     """Unless the run says otherwise; also where the file is gone when the run goes on."""
     words = {"krea2.steps": "4", "modelspec.trigger_phrase": "sks"}
     words |= family_header(AI_TOOLKIT, cache=True)
@@ -335,6 +335,7 @@ def test_what_a_start_says_of_its_use_is_in_the_result(data, tmp_path):
 
     first = run("a.safetensors")
     assert words.items() <= first.items() and first["ss_steps"] == "1"
+    assert "start.safetensors is a LoRA for 4 steps" in caplog.text and "family" not in caplog.text
     other = run("b.safetensors", data__trigger="dog", data__references="identity")
     assert other["modelspec.trigger_phrase"] == "dog" and other["krea2.steps"] == "4"
     assert read_family("b", other).name == IDENTITY, "the run's own"
@@ -344,7 +345,7 @@ def test_what_a_start_says_of_its_use_is_in_the_result(data, tmp_path):
     assert words.items() <= run("a.safetensors", training__steps=2).items()
 
 
-def test_pictures_with_references_make_an_edit_lora(data, tmp_path):
+def test_pictures_with_references_make_an_edit_lora(data, tmp_path, caplog):
     """And a style that goes on from one stays one, by the file's name too."""
     folder = tmp_path / "edits"
     folder.mkdir()
@@ -363,6 +364,16 @@ def test_pictures_with_references_make_an_edit_lora(data, tmp_path):
         family = read_family(file.name, read_lora_file(file)[1])
         assert (family is None) == (name == "plain")
         assert family is None or family.name == REFERENCES_ONLY
+    assert "family" not in caplog.text
+    Image.new("RGB", (64, 64)).save(data / "pictures" / "red.ref1.png")
+    start = tmp_path / "edit.safetensors"
+    config = config_of(data, "train", tmp_path / "other.safetensors", adapter__start=start,
+                       adapter__targets="blocks+text", data__references="identity")  # fmt: skip
+    run_command(config, lambda *_: None)
+    (data / "pictures" / "red.ref1.png").unlink()
+    assert "an edit LoRA of family references-only, and this run shows references as identity" in (
+        caplog.text
+    )
 
 
 def test_a_run_does_not_write_over_what_it_begins_with(data, tmp_path):
