@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from krea2_model import TransformerConfig  # noqa: E402
 from krea2_model.memory.machine import GB  # noqa: E402
 from krea2_training.forecast import Forecast, training_memory  # noqa: E402
-from krea2_training.sections import FULL, Adapter, Memory, Ranks, Steps  # noqa: E402
+from krea2_training.settings.sections import FULL, Adapter, Memory, Ranks, Steps  # noqa: E402
 
 CARDS = (12, 16, 24, 48, 80)
 SIDES = (512, 768, 1024)

@@ -15,30 +15,25 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from krea2_model.checks import is_number, is_whole
 from krea2_model.lora.names import DIFFUSERS
 
-from .pairs import Pairs
-from .prompts import Prompts
-from .sections import (
+from .data.pairs import Pairs
+from .data.prompts import Prompts
+from .settings.checks import check, expected_one_of
+from .settings.methods import Distil, Prefer, Reward, Slider, Stages
+from .settings.sections import (
     COLUMNS,
     EDITS,
     FULL,
     ROWS,
     Adapter,
     Data,
-    Distil,
     Memory,
     Model,
     Output,
-    Prefer,
     Prior,
     Ranks,
-    Reward,
     Samples,
-    Slider,
-    Stages,
     Steps,
     Validation,
-    check,
-    expected_one_of,
 )
 
 
@@ -59,10 +54,7 @@ class RunConfig:
             ok = self.adapter.method == FULL
             expected = "1 for an adapter: tensor parallelism is for a model that is trained whole"
             check(ok, "ranks.tensor", self.ranks.tensor, expected)
-        steps, guidance, output = self.samples.steps, self.samples.guidance, self.output.path
-        check(steps is None or 1 <= steps <= 10_000, "samples.steps", steps, "1 to 10000")
-        ok = guidance is None or 0 <= guidance <= 100
-        check(ok, "samples.guidance", guidance, "0 to 100")
+        output = self.output.path
         is_folder = output is not None and output.is_dir()
         check(not is_folder, "output.path", output, "a file, and this is a folder")
         style = self.output.key_style

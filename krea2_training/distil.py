@@ -40,20 +40,20 @@ from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.schedule import sigma_schedule
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .base import TrainingBackend, base_state, check_base, freeze_base, teacher_state
-from .cache import Texts
 from .config import DistilConfig
+from .data.cache import Texts
+from .data.prompts import digest_of, in_turn
+from .data.regional import joined, read_batches
+from .data.shapes import ASPECTS
+from .data.texts import prompts_of
+from .engine.loop import Measured, update
+from .engine.rates import optimisers_of
+from .engine.world import ALONE, World
 from .flow import generator_of
-from .loop import Measured, update
-from .prompts import digest_of, in_turn
-from .rates import optimisers_of
-from .regional import joined, read_batches
-from .roles import BASE, Roles
-from .sections import Distil
 from .session import OnStep, Session
-from .shapes import ASPECTS
-from .texts import prompts_of
-from .world import ALONE, World
+from .settings.methods import Distil
+from .weights.base import TrainingBackend, base_state, check_base, freeze_base, teacher_state
+from .weights.roles import BASE, Roles
 
 STUDENT, FAKE, TEACHER = "student", "fake", BASE
 # Of the random numbers, beside those of other purposes.
@@ -72,7 +72,7 @@ def distil(
     """
     assert config.prompts.path is not None
     state, settings = base_state(config), config.distil
-    batches = read_batches(config, state)
+    batches = read_batches(config.prompts, state)
     source = None
     if settings.teacher is not None:
         source = teacher_state(settings.teacher, state.config, state.variant)

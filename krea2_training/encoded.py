@@ -9,7 +9,6 @@ from krea2_model.checkpoints.loading import PartState
 from krea2_model.features.edits import EditRecipe
 from krea2_model.text.tokenizer import SUFFIX_TOKENS
 
-from .cache import recipe_of
 from .config import (
     DistilConfig,
     PreferConfig,
@@ -19,12 +18,13 @@ from .config import (
     SliderConfig,
     TrainConfig,
 )
-from .data import Sized, read_examples, sized
-from .pairs import read_pairs
-from .prompts import Row, read_prompts
-from .regional import read_batches
-from .shapes import check_shapes
-from .texts import Named, captions_of, prompts_of, worded_prompts
+from .data.cache import recipe_of
+from .data.examples import Sized, read_examples, sized
+from .data.pairs import read_pairs
+from .data.prompts import Row, read_prompts
+from .data.regional import read_batches
+from .data.shapes import check_shapes
+from .data.texts import Named, captions_of, prompts_of, worded_prompts
 from .validation import hold_out
 
 # Sides of a cell of latents and of a token of an image that the text encoder reads, in pixels.
@@ -65,11 +65,11 @@ def _prompts(config: RunConfig, state: PartState) -> list[Named]:
     path = config.prompts.path
     assert path is not None
     if isinstance(config, DistilConfig):
-        batches = read_batches(config, state)
+        batches = read_batches(config.prompts, state)
         return [*prompts_of(batches.rows, path), *batches.named]
     if isinstance(config, RewardConfig):
         return prompts_of(reward_rows(config), path)
-    return worded_prompts(config, read_prompts(path))
+    return worded_prompts(read_prompts(path), path, config.slider)
 
 
 def reward_rows(config: RewardConfig) -> list[Row]:

@@ -13,7 +13,7 @@ from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 from krea2_model.transformer.model import Krea2Transformer, grid_size
 from krea2_model.transformer.references import TIME_ZERO
 
-from .cache import Batch
+from .data.cache import Batch
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,18 @@ from krea2_model.memory.activations import vae_bytes
 from krea2_model.memory.machine import GB, free_device_bytes
 from krea2_model.vae.model import QwenImageVAE
 
-from .adapters import add_adapters
-from .base import base_state, check_turbo, machine_of, stored_as, teacher_state
 from .config import PretrainConfig, RewardConfig, RunConfig, TrainConfig
-from .data import read_examples
+from .data.encoders import Encoders
+from .data.examples import read_examples
+from .data.prompts import read_prompts
+from .data.shapes import check_shapes, shape_of
+from .data.texts import check_texts
 from .encoded import encoded_bytes, read_encoded
-from .encoders import Encoders
-from .prompts import read_prompts
-from .sections import BASES, FULL, Adapter, Memory, Ranks, Steps
-from .shapes import check_shapes, shape_of
-from .start import Start
-from .texts import check_texts
-from .world import processes
+from .engine.world import processes
+from .settings.sections import BASES, FULL, Adapter, Memory, Ranks, Steps
+from .weights.adapters import add_adapters
+from .weights.base import base_state, check_turbo, machine_of, stored_as, teacher_state
+from .weights.start import Start
 
 # Tokens of a caption that is not read yet: the official length.
 TEXT_TOKENS = 512
@@ -348,7 +348,7 @@ def forecast(config: RunConfig) -> str:
         check_turbo(config.samples.turbo, state.config)
     device, dtype = machine_of(config)
     encoded = read_encoded(config, state)
-    check_texts(encoded.texts, config, Encoders(config.model, device, dtype))
+    check_texts(encoded.texts, config.samples, Encoders(config.model, device, dtype))
     blocks = {n: t for n, t in state.tensors.items() if n.startswith("blocks.") and t.ndim == 2}
     values = sum(t.numel() for t in blocks.values())
     size = sum(getattr(t, "data", t).nbytes for t in blocks.values())

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .cache import Texts
-from .roles import BASE, Roles
+from .data.cache import Texts
+from .weights.roles import BASE, Roles
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from krea2_model.checks import counted
 from krea2_model.images.picture_files import pictures_in
 from krea2_model.replacing import replacing
 
-from .pairs import prompt_in
+from .data.pairs import prompt_in
 
 PAGE = "pick.html"
 

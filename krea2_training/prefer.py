@@ -24,16 +24,16 @@ from torch import Tensor
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 from krea2_model.transformer.model import Krea2Transformer
 
-from .adapters import set_strength
-from .cache import Batch, Texts
 from .config import PreferConfig
-from .data import Order, digest
+from .data.cache import Batch, Texts
+from .data.examples import Order, digest
+from .data.pairs import read_pairs
+from .data.texts import captions_of
+from .engine.loop import Measured
 from .flow import generator_of, noised, predict
-from .loop import Measured
-from .pairs import read_pairs
-from .sections import Prefer
 from .session import OnStep, Session
-from .texts import captions_of
+from .settings.methods import Prefer
+from .weights.adapters import set_strength
 
 # Of the random numbers, beside those of other purposes.
 _PREFER = 4

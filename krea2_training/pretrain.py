@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from krea2_model import Krea2Transformer, TransformerConfig
 from krea2_model.config import RAW
 
-from .base import base_state, machine_of
-from .cache import Batch
 from .config import PretrainConfig
-from .data import Example, Order, digest, read_examples, sized
-from .encoders import Encoders
+from .data.cache import Batch
+from .data.encoders import Encoders
+from .data.examples import Example, Order, digest, read_examples, sized
+from .data.texts import captions_of, check_texts
+from .engine.rates import Rates
 from .flow import Noised
-from .rates import Rates
 from .session import OnStep, Parts, Session
-from .texts import captions_of, check_texts
 from .train import pictures_loss, prepared
+from .weights.base import base_state, machine_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def pretrain(
     examples = read_examples(config.data)
     stages = stages_of(config, examples)
     encoders = Encoders(config.model, *machine_of(config))
-    check_texts(captions_of(examples), config, encoders)
+    check_texts(captions_of(examples), config.samples, encoders)
     model = new_transformer(architecture(config), config.training.seed)
     model.variant = RAW.name
     model.preset = replace(RAW, mu=None, size=config.stages.resolution[-1])

@@ -16,17 +16,17 @@ from krea2_model.schedule import resolve_mu, sigma_schedule
 from krea2_model.transformer.patches import token_count
 
 from .config import RewardConfig
+from .data.prompts import COLUMN, Row, Selection, digest_of
+from .data.shapes import Ratio, shape_of
+from .data.texts import prompts_of
 from .encoded import reward_rows
+from .engine.loop import Measured, update
+from .engine.rates import optimisers_of
 from .flow import generator_of
 from .grpo import Policy, Rollout, Step, advantages_of, diversity_of, random_steps
-from .loop import Measured, update
-from .prompts import COLUMN, Row, Selection, digest_of
-from .rates import optimisers_of
 from .rewards import Reward
-from .roles import Roles
 from .session import OnStep, Session
-from .shapes import Ratio, shape_of
-from .texts import prompts_of
+from .weights.roles import Roles
 
 # Of the random numbers, beside those of other purposes.
 _ROLLOUT, _GROUP = 3, 5

@@ -32,7 +32,7 @@ import numpy as np
 from krea2_model.checks import counted
 from krea2_model.images.output_files import to_picture
 
-from .prompts import Row
+from .data.prompts import Row
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from krea2_model.memory.machine import empty_cache
 from krea2_model.schedule import resolve_mu
 from krea2_model.transformer.patches import token_count
 
-from .adapters import adapters_of, add_adapters
-from .base import checkpoint_file, freeze_base
-from .cache import Cache
 from .config import RunConfig
-from .sections import FULL
-from .world import ALONE, World, is_sharded
+from .data.cache import Cache
+from .engine.world import ALONE, World, is_sharded
+from .settings.sections import FULL
+from .weights.adapters import adapters_of, add_adapters
+from .weights.base import checkpoint_file, freeze_base
 
 
 class Sampler:

@@ -24,9 +24,23 @@ from krea2_model.config import TURBO
 from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
-from .adapters import AnyAdapter, adapters_of, add_adapters
-from .ahead import Ahead, Made
-from .base import (
+from .config import RunConfig
+from .data.cache import Cache, OnEncoding
+from .data.encoders import Encoders, file_fingerprint
+from .data.examples import Sized
+from .data.texts import Named, check_texts
+from .engine.ahead import Ahead, Made
+from .engine.loop import Loss, Run, check_state
+from .engine.rates import Rates, check_optimiser, optimisers_of
+from .engine.sharding import check_tensor_parallel, shard
+from .engine.watch import draw_curve, tensorboard
+from .engine.world import StopTraining, world_of
+from .forecast import shortage
+from .samples import Sampler
+from .settings.sections import FULL
+from .validation import Validator
+from .weights.adapters import AnyAdapter, adapters_of, add_adapters
+from .weights.base import (
     TrainingBackend,
     base_state,
     check_base,
@@ -36,23 +50,9 @@ from .base import (
     machine_of,
     teacher_file,
 )
-from .cache import Cache, OnEncoding
-from .config import RunConfig
-from .data import Sized
-from .encoders import Encoders, file_fingerprint
-from .forecast import shortage
-from .loop import Loss, Run, check_state
-from .rates import Rates, check_optimiser, optimisers_of
-from .results import Result
-from .roles import Roles
-from .samples import Sampler
-from .sections import FULL
-from .sharding import check_tensor_parallel, shard
-from .start import START, Start
-from .texts import Named, check_texts
-from .validation import Validator
-from .watch import draw_curve, tensorboard
-from .world import StopTraining, world_of
+from .weights.results import Result
+from .weights.roles import Roles
+from .weights.start import START, Start
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Session:
         teacher = config.teacher
         self._teacher = None if teacher is None else file_fingerprint(teacher_file(teacher))
         encoders = Encoders(config.model, *machine_of(config)) if parts is None else parts.encoders
-        check_texts(texts, config, encoders)
+        check_texts(texts, config.samples, encoders)
         encoders.check(sizes)
         if config.samples.turbo is not None and not self.is_full:
             check_turbo(config.samples.turbo, sizes)

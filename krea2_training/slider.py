@@ -27,15 +27,15 @@ from krea2_model.schedule import resolve_mu, sigma_schedule
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 from krea2_model.transformer.patches import token_count
 
-from .adapters import set_strength
-from .base import TrainingBackend
-from .cache import Texts
 from .config import SliderConfig
+from .data.cache import Texts
+from .data.prompts import COLUMN, digest_of, in_turn, read_prompts
+from .data.texts import PLACE, worded, worded_prompts
+from .engine.loop import Measured
 from .flow import generator_of
-from .loop import Measured
-from .prompts import COLUMN, digest_of, in_turn, read_prompts
 from .session import OnStep, Session
-from .texts import PLACE, worded, worded_prompts
+from .weights.adapters import set_strength
+from .weights.base import TrainingBackend
 
 # Of the random numbers, beside those of other purposes.
 _SLIDER = 8
@@ -56,7 +56,7 @@ def slider(
     prompts = [row[COLUMN] for row in rows]
     settings, training = config.slider, config.training
     wordings = (PLACE, settings.positive, settings.negative)
-    texts = worded_prompts(config, rows)
+    texts = worded_prompts(rows, config.prompts.path, config.slider)
     session = Session(config, texts=texts, quiet=quiet)
     session.check_run(digest_of(rows))
     session.encode(prompts=[text for _, text in texts])

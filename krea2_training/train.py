@@ -11,14 +11,14 @@ from torch import Tensor
 
 from krea2_model.lora.edit_family import family_header
 
-from .cache import Batch, OnEncoding, family_of
 from .config import TrainConfig
-from .data import Example, Order, digest, read_examples, sized
+from .data.cache import Batch, OnEncoding, family_of
+from .data.examples import Example, Order, digest, read_examples, sized
+from .data.texts import captions_of
 from .encoded import prior_pictures
+from .engine.loop import Measured
 from .flow import Noised, flow_errors, generator_of, noised, predict
-from .loop import Measured
 from .session import OnStep, Parts, Session
-from .texts import captions_of
 from .validation import Validator, hold_out
 
 # Of random numbers, beside those of other purposes: the loss, and that of prior pictures.

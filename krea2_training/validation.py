@@ -12,12 +12,12 @@ from torch import Tensor
 from krea2_model import Krea2Transformer
 from krea2_model.checks import counted
 
-from .cache import Cache
 from .config import TrainConfig
-from .data import Draw, Example, Order, Sized, read_examples
+from .data.cache import Cache
+from .data.examples import Draw, Example, Order, Sized, read_examples
 from .flow import flow_loss, generator_of
 from .samples import holding
-from .sections import check
+from .settings.checks import check
 
 # Its name in the log.
 LOSS = "validation loss"

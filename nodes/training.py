@@ -30,7 +30,7 @@ from .training_run import (
     in_inputs,
 )
 
-# Of krea2_training.sections, which is not imported at start; tests/comfy/test_training.py compares.
+# Of krea2_training.settings, which is not imported at start; tests/comfy/test_training.py compares.
 TARGETS = ("blocks", "attention", "mlp", "blocks+text")
 OPTIMISERS = ("adamw", "adamw8bit", "muon")
 BASES = ("as-is", "bf16", "fp8", "int8", "4bit")

@@ -42,7 +42,7 @@ class Watch:
     def losses(self) -> list[tuple[int, float]]:
         """Steps and losses, those before a resumed run too."""
         if self._losses is None:
-            records = training().watch.read_log(self.folder)
+            records = training().engine.watch.read_log(self.folder)
             self._losses = [(record["step"], record["loss"]) for record in records]
         return self._losses
 
@@ -64,14 +64,14 @@ class Watch:
             comfy.model_management.throw_exception_if_processing_interrupted()
         except comfy.model_management.InterruptProcessingException as error:
             self.interrupted = error
-            raise training().world.StopTraining from error
+            raise training().engine.world.StopTraining from error
 
     def picture(self) -> torch.Tensor:
         """The curve as an IMAGE (1, H, W, 3)."""
         return torch.from_numpy(np.array(self._draw()))[None] / 255
 
     def _draw(self) -> Image.Image:
-        return training().curve.draw_curves({"loss": self.losses}, self.steps)
+        return training().engine.curve.draw_curves({"loss": self.losses}, self.steps)
 
 
 def config_of(values: dict[str, Any], result: Path, run_folder: Path):
@@ -111,7 +111,7 @@ def config_of(values: dict[str, Any], result: Path, run_folder: Path):
 
 def examples_of(folder: str, images, captions, data) -> list:
     """The pictures and captions of a run; of a folder, or of the inputs."""
-    training_data = training().data
+    training_data = training().data.examples
     pictures = [image for batch in images or () for image in batch]
     if folder != FROM_INPUT:
         if pictures:
@@ -164,7 +164,7 @@ def _png(image: torch.Tensor) -> bytes:
 
 def check_name(resume: bool, result: Path, run_folder: Path) -> None:
     """Begin anew if told to. Raises ValueError for a name that another file has."""
-    loop = training().loop
+    loop = training().engine.loop
     has_run = (run_folder / loop.STATE).is_file() or (run_folder / loop.LOG).is_file()
     if result.exists() and not has_run:
         raise ValueError(

@@ -113,11 +113,11 @@ def fp8(worker) -> None:
 
 def run_training(worker) -> None:
     """Gradients of adapters beside each frozen base, with activations computed again."""
-    from krea2_training.adapters import add_adapters
-    from krea2_training.base import TrainingBackend, base_of_tensors, freeze_base
-    from krea2_training.cache import Batch
+    from krea2_training.data.cache import Batch
     from krea2_training.flow import flow_loss, generator_of
-    from krea2_training.sections import BASES, Adapter, Memory
+    from krea2_training.settings.sections import BASES, Adapter, Memory
+    from krea2_training.weights.adapters import add_adapters
+    from krea2_training.weights.base import TrainingBackend, base_of_tensors, freeze_base
 
     def gradients(base: str, device: torch.device, offload: bool) -> Tensor:
         model = base_of_tensors(tensors, torch.float32, None)

@@ -25,7 +25,7 @@ def train(args: Namespace) -> Iterator[object]:
     The first Ctrl+C ends the run after its step, with its state saved; a second one at once.
     """
     from krea2_training.config import KINDS, read_config
-    from krea2_training.loop import TrainingStopped
+    from krea2_training.engine.loop import TrainingStopped
 
     settings = settings_of(args)
     is_file = args.source.suffix.lower() == ".toml"
@@ -36,8 +36,8 @@ def train(args: Namespace) -> Iterator[object]:
         config = read_config(args.source if is_file else None, settings, KINDS[args.command])
 
     from krea2_training.commands import run_command
+    from krea2_training.engine.world import OtherProcess, is_first
     from krea2_training.forecast import forecast
-    from krea2_training.world import OtherProcess, is_first
 
     if args.dry_run:
         if is_first():
@@ -113,7 +113,7 @@ def merge(args: Namespace) -> Iterator[object]:
     """Merge files by weights, or their differences from a base; gives the file of the result."""
     if args.output.exists() and not args.force:
         raise UsageError(f"The output {args.output} exists; choose another name, or add --force.")
-    from krea2_training.merge import merge
+    from krea2_training.weights.merge import merge
 
     models = [(Path(name), weight) for name, weight in args.files]
     with Console(args.quiet).bar(None, args.output.name, unit="B", unit_scale=True) as bar:

@@ -18,7 +18,7 @@ from krea2_model.checks import counted
 from krea2_model.images.picture_files import PICTURES
 from krea2_model.replacing import replacing
 
-from ..data import Example, bucket_size, crop_to, read_folder
+from ..data.examples import Example, bucket_size, crop_to, read_folder
 from .duplicates import near_duplicates, same_files
 from .limits import EXACT, NEAR, REASONS, Limits
 from .measures import Measures, file_of, measure, thumbnail

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..data import MAX_ASPECT
-from ..sections import check, check_side
+from ..data.examples import MAX_ASPECT
+from ..settings.checks import check, check_side
 from .measures import HASH_BITS, Measures
 
 # Reasons of pictures that go, in the order in which they are shown.

@@ -85,7 +85,7 @@ def parts_of(model, clip, vae, dtype: torch.dtype):
     tensors = _file_tensors(model, dtype)
     named = {n: t[0] if isinstance(t, tuple) else t for n, t in tensors.items()}
     variant = "turbo" if is_turbo(model) else "raw"
-    base = training().base.base_of_tensors(tensors, dtype, variant)
+    base = training().weights.base.base_of_tensors(tensors, dtype, variant)
     return training().session.Parts(base, ManagedEncoders(model, clip, vae), _hash_of(named))
 
 

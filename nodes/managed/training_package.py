@@ -17,7 +17,7 @@ def training() -> Any:
     sys.path.insert(0, str(_ROOT))
     try:
         import krea2_model
-        import krea2_training.curve
+        import krea2_training.engine.curve
         import krea2_training.train
     finally:
         sys.path.remove(str(_ROOT))

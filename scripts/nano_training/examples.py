@@ -15,7 +15,7 @@ from torch import Tensor
 
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.vae.model import QwenImageVAE
-from krea2_training.cache import padded
+from krea2_training.data.cache import padded
 
 from .loop import DEVICE, autocast
 from .scenes import PICTURE_SIZES, caption, draw, random_scene, tokens_of_things

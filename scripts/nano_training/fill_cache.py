@@ -35,12 +35,12 @@ def _fill(config_file: Path, processes: int, index: int) -> int:
     import torch
 
     from krea2_model import load_text_encoder, load_vae
-    from krea2_training.base import machine_of
-    from krea2_training.cache import Cache
     from krea2_training.config import PretrainConfig, read_config
-    from krea2_training.data import read_examples
-    from krea2_training.encoders import Encoders
+    from krea2_training.data.cache import Cache
+    from krea2_training.data.encoders import Encoders
+    from krea2_training.data.examples import read_examples
     from krea2_training.pretrain import stages_of
+    from krea2_training.weights.base import machine_of
     from nano_training.recipe.pool import encode_captions
 
     if processes > 1:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from krea2_training.loop import Run, TrainingStopped
-from krea2_training.rates import Rates
-from krea2_training.world import StopTraining
+from krea2_training.engine.loop import Run, TrainingStopped
+from krea2_training.engine.rates import Rates
+from krea2_training.engine.world import StopTraining
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.model import Krea2Transformer, patchify
 from krea2_model.vae.model import QwenImageVAE
-from krea2_training.adapters import adapters_of
-from krea2_training.rates import Rates
+from krea2_training.engine.rates import Rates
 from krea2_training.samples import holding
+from krea2_training.weights.adapters import adapters_of
 
 from .examples import (
     LENGTH_STEP,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from krea2_model.transformer.model import Krea2Transformer
-from krea2_training.adapters import adapters_of, add_adapters, file_tensors
-from krea2_training.rates import Rates
+from krea2_training.engine.rates import Rates
 from krea2_training.samples import holding
-from krea2_training.sections import KEY_STYLES, Adapter
+from krea2_training.settings.sections import KEY_STYLES, Adapter
+from krea2_training.weights.adapters import adapters_of, add_adapters, file_tensors
 
 from .examples import Examples
 from .loop import Stage

@@ -14,8 +14,8 @@ from krea2_model.config import Preset
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_model.schedule import shift_mu, shift_time
 from krea2_model.transformer.model import Krea2Transformer, grid_size
+from krea2_training.engine.rates import Rates
 from krea2_training.pretrain import new_transformer
-from krea2_training.rates import Rates
 
 from .examples import Batch, Examples
 from .loop import Stage, autocast

@@ -17,7 +17,7 @@ from torch import Tensor
 from krea2_model.text.encoder import Qwen3VLTextEncoder
 from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.vae.model import QwenImageVAE
-from krea2_training.rates import Rates
+from krea2_training.engine.rates import Rates
 
 from .examples import (
     LENGTH_STEP,

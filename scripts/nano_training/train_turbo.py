@@ -20,8 +20,8 @@ from torch import Tensor
 from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_time
 from krea2_model.transformer.model import Krea2Transformer
+from krea2_training.engine.rates import Rates
 from krea2_training.pretrain import new_transformer
-from krea2_training.rates import Rates
 
 from .examples import Batch, Examples
 from .loop import DEVICE, Stage, autocast

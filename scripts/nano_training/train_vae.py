@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from krea2_model.config import VAEConfig
 from krea2_model.vae.model import QwenImageVAE
-from krea2_training.rates import Rates
+from krea2_training.engine.rates import Rates
 
 from .loop import DEVICE, Stage, autocast
 from .practice import practice_picture

@@ -5,7 +5,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from krea2_model.cli.settings import as_json
-from krea2_training.pairs import Pairs, read_pairs
+from krea2_training.data.pairs import Pairs, read_pairs
 from krea2_training.pick import write_page
 
 

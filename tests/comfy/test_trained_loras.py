@@ -21,8 +21,8 @@ def test_core_and_our_loader_give_what_was_trained(
 ):
     # Importable once `models` has put the repository on the path.
     from krea2_model import load_transformer
-    from krea2_training.adapters import adapters_of, file_tensors
-    from krea2_training.sections import KEY_STYLES, Adapter
+    from krea2_training.settings.sections import KEY_STYLES, Adapter
+    from krea2_training.weights.adapters import adapters_of, file_tensors
     from trained_adapters import trained
 
     assert {style for _, style in CASES} == set(KEY_STYLES)

@@ -65,11 +65,11 @@ def training(pack):
 
 
 def test_choices_are_those_of_the_package(pack, training):
-    sections, node = training.sections, pack("nodes.training")
+    sections, node = training.settings.sections, pack("nodes.training")
     assert (*node.METHODS, "full") == sections.METHODS
     assert sections.TARGETS == node.TARGETS and sections.OPTIMISERS == node.OPTIMISERS
     assert sections.BASES == node.BASES
-    assert pack("nodes.training_files").PICTURES == training.data.PICTURES
+    assert pack("nodes.training_files").PICTURES == training.data.examples.PICTURES
 
 
 @pytest.mark.parametrize("method", ["dora"])
@@ -87,7 +87,7 @@ def test_the_node_trains_what_the_command_does(train, training, folder, tmp_path
     })  # fmt: skip
     with torch.inference_mode(False):
         expected = load_file(training.train.train(config))
-    log = training.watch.read_log(config.output.run_folder)
+    log = training.engine.watch.read_log(config.output.run_folder)
     assert losses["loss"] == pytest.approx([line["loss"] for line in log], rel=1e-4)
     assert lora.keys() == expected.keys()
     for name in lora:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
-from krea2_training.world import StopTraining
+from krea2_training.engine.world import StopTraining
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from krea2_model import Krea2Transformer
-from krea2_training.adapters import adapters_of, add_adapters
-from krea2_training.sections import Adapter
+from krea2_training.settings.sections import Adapter
+from krea2_training.weights.adapters import adapters_of, add_adapters
 
 
 def trained(model: Krea2Transformer, settings: Adapter) -> Krea2Transformer:

@@ -17,8 +17,8 @@ from krea2_training.curate import Limits, curate, read_measures
 from krea2_training.curate.duplicates import near_duplicates
 from krea2_training.curate.measures import COLOUR_SHARES, HASH_BITS, Measures, border_share
 from krea2_training.curate.workers import each
-from krea2_training.data import read_examples
-from krea2_training.sections import Data
+from krea2_training.data.examples import read_examples
+from krea2_training.settings.sections import Data
 from nano_training.scenes import SHAPES, outline, paint, signed_distance
 
 SIZES = ((192, 192), (256, 160), (144, 224), (320, 240))

@@ -21,8 +21,8 @@ from krea2_model.text.expander import chat, sampling_for
 from krea2_model.text.generation import STOP_TOKENS
 from krea2_model.text.prompt_images import IMAGE_BLOCK, IMAGE_PAD
 from krea2_model.text.tokenizer import Krea2Tokenizer
-from krea2_training.data import read_examples
-from krea2_training.sections import Data
+from krea2_training.data.examples import read_examples
+from krea2_training.settings.sections import Data
 from qwen3vl_writer import random_model
 from samples import picture
 

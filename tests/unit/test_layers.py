@@ -10,6 +10,7 @@ import pytest
 import krea2_model
 
 ROOT = Path(krea2_model.__file__).parent
+TRAINING = ROOT.parent / "krea2_training"
 # Modules that every folder may import, and what each may besides itself.
 BELOW_ALL = {"checks", "config", "devices", "replacing"}
 MAY_IMPORT = {
@@ -54,9 +55,17 @@ MAY_IMPORT = {
 }
 
 
-def imported(file: Path) -> set[str]:
+TRAINING_MAY_IMPORT = {
+    "settings": set(),
+    "engine": {"settings"},
+    "data": {"settings", "engine"},
+    "weights": {"settings", "engine", "data", "config", "samples"},
+}
+
+
+def imported(file: Path, root: Path = ROOT) -> set[str]:
     """Folders and modules of the package that a file imports, for types only too."""
-    tree, here = ast.parse(file.read_text(encoding="utf-8")), file.relative_to(ROOT).parts
+    tree, here = ast.parse(file.read_text(encoding="utf-8")), file.relative_to(root).parts
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == len(here):
@@ -73,15 +82,24 @@ def test_a_folder_imports_only_what_is_below_it(folder):
         assert not others, f"{file.relative_to(ROOT)} imports {', '.join(sorted(others))}"
 
 
+@pytest.mark.parametrize("folder", TRAINING_MAY_IMPORT)
+def test_a_folder_of_the_training_imports_only_what_is_below_it(folder):
+    files = sorted((TRAINING / folder).glob("*.py"))
+    assert len(files) > 1
+    for file in files:
+        others = imported(file, TRAINING) - {folder} - TRAINING_MAY_IMPORT[folder]
+        assert not others, f"{file.relative_to(TRAINING)} imports {', '.join(sorted(others))}"
+
+
 def test_the_command_line_is_above_everything():
     files = [file for file in ROOT.rglob("*.py") if file.parent != ROOT / "cli"]
     above = {file.name for file in files if "cli" in imported(file)}
     assert above == {"__main__.py"}
 
 
-def modules_imported(file: Path) -> set[str]:
+def modules_imported(file: Path, root: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it, by their dotted names."""
-    here, names = file.relative_to(ROOT).parts[:-1], set()
+    here, names = file.relative_to(root).parts[:-1], set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
@@ -89,16 +107,17 @@ def modules_imported(file: Path) -> set[str]:
                 name = alias.name
                 # A module, a package, or what a module or a package has.
                 for parts in ([*base, name], [*base, name, "__init__"], base, [*base, "__init__"]):
-                    path = ROOT.joinpath(*filter(None, parts))
+                    path = root.joinpath(*filter(None, parts))
                     if path.with_suffix(".py").is_file():
                         names.add(".".join(filter(None, parts)))
                         break
     return names
 
 
-def test_no_module_imports_itself_through_others():
-    files = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py")}
-    left = {name: modules_imported(file) - {name} for name, file in files.items()}
+@pytest.mark.parametrize("root", [ROOT, TRAINING], ids=lambda root: root.name)
+def test_no_module_imports_itself_through_others(root):
+    files = {".".join(f.relative_to(root).with_suffix("").parts): f for f in root.rglob("*.py")}
+    left = {name: modules_imported(file, root) - {name} for name, file in files.items()}
     assert any(left.values())
     while left:
         free = [name for name, imports in left.items() if not imports & left.keys()]
@@ -118,9 +137,6 @@ def users_of(package: str) -> set[str]:
 def test_only_the_command_line_knows_the_rendering():
     """Which needs packages that nodes and training do without."""
     assert users_of("krea2_rendering") == {"cli/rendering.py"}
-
-
-TRAINING = ROOT.parent / "krea2_training"
 
 
 def test_only_the_command_line_knows_the_training():

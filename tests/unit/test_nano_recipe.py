@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from krea2_model import Krea2Pipeline, load_text_encoder, load_transformer, nano
-from krea2_training.loop import TrainingStopped
+from krea2_training.engine.loop import TrainingStopped
+from krea2_training.engine.rates import Rates
 from krea2_training.pretrain import new_transformer
-from krea2_training.rates import Rates
 from nano_training.loop import DEVICE, Stage, TimedRates, Timer
 from nano_training.recipe.drawn import Artists, draw_chunk
 from nano_training.recipe.plan import SHARES, TINY, Clock

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krea2_model import Krea2Pipeline, nano
-from krea2_training.regional import PromptBatches
+from krea2_training.data.regional import PromptBatches
 from nano_training import refine_turbo
 from nano_training.scenes import held_out_prompts
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import pretrain_nano
-from krea2_training.base import machine_of
-from krea2_training.cache import Cache
 from krea2_training.config import PretrainConfig, read_config
-from krea2_training.data import read_examples
-from krea2_training.encoders import Encoders
+from krea2_training.data.cache import Cache
+from krea2_training.data.encoders import Encoders
+from krea2_training.data.examples import read_examples
 from krea2_training.pretrain import stages_of
+from krea2_training.weights.base import machine_of
 from nano_training.fill_cache import fill_cache
 from nano_training.scenes import PICTURE_SIZES
 from nano_training.write_folder import write_folder

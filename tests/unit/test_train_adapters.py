@@ -6,10 +6,16 @@ import torch
 from diffusers_reference import TINY, diffusers_transformer, random_transformer
 from krea2_model.lora.files import read_lora
 from krea2_model.lora.updates import LoraStack
-from krea2_training.adapters import adapters_of, add_adapters, file_tensors, set_strength, targeted
-from krea2_training.base import FrozenLinear, TrainingBackend, four_bits, freeze_base
 from krea2_training.config import read_config
-from krea2_training.sections import KEY_STYLES, Adapter, Memory
+from krea2_training.settings.sections import KEY_STYLES, Adapter, Memory
+from krea2_training.weights.adapters import (
+    adapters_of,
+    add_adapters,
+    file_tensors,
+    set_strength,
+    targeted,
+)
+from krea2_training.weights.base import FrozenLinear, TrainingBackend, four_bits, freeze_base
 from trained_adapters import trained
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from krea2_training.ahead import Ahead, Kept
+from krea2_training.engine.ahead import Ahead, Kept
 
 
 def test_the_next_number_is_made_while_the_last_is_used():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from krea2_training.curve import draw_curves, moving_means
+from krea2_training.engine.curve import draw_curves, moving_means
 
 BLUE = (31, 111, 180)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from krea2_training.cache import Cache
-from krea2_training.data import Order, bucket_size, read_examples, sized, split_captions
-from krea2_training.encoders import Encoders
-from krea2_training.sections import Data, Model
+from krea2_training.data.cache import Cache
+from krea2_training.data.encoders import Encoders
+from krea2_training.data.examples import Order, bucket_size, read_examples, sized, split_captions
+from krea2_training.settings.sections import Data, Model
 
 
 def picture(path, size=(80, 64), colour="red"):

@@ -12,18 +12,19 @@ from diffusers_reference import TINY
 from krea2_model import Krea2Pipeline, Krea2Transformer, nano
 from krea2_model.checkpoints.transformer import save_transformer
 from krea2_model.cli.main import main
-from krea2_training.base import TrainingBackend
-from krea2_training.cache import Cache, Texts
 from krea2_training.config import DistilConfig, read_config
+from krea2_training.data.cache import Cache, Texts
+from krea2_training.data.shapes import ASPECTS
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
+from krea2_training.engine.loop import TrainingStopped
+from krea2_training.engine.world import ALONE
 from krea2_training.flow import generator_of
 from krea2_training.forecast import forecast
-from krea2_training.loop import TrainingStopped
-from krea2_training.roles import Roles
-from krea2_training.sections import Adapter, Distil
 from krea2_training.session import Session
-from krea2_training.shapes import ASPECTS
-from krea2_training.world import ALONE
+from krea2_training.settings.methods import Distil
+from krea2_training.settings.sections import Adapter
+from krea2_training.weights.base import TrainingBackend
+from krea2_training.weights.roles import Roles
 from parity import assert_close, relative_error
 
 

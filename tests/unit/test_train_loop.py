@@ -4,12 +4,12 @@ import errno
 import json
 import sys
 
+import krea2_training.data.encoders as encoders_module
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import krea2_training.encoders as encoders_module
 import krea2_training.pretrain as pretrain_module
 import krea2_training.session as session_module
 import krea2_training.train as train_module
@@ -26,13 +26,13 @@ from krea2_model.checkpoints.transformer_keys import diffusers_to_official, offi
 from krea2_model.cli.main import main
 from krea2_model.cli.parser import command_parser
 from krea2_model.cli.train_options import TRAINING
-from krea2_training import states
-from krea2_training.cache import Batch, Cache
 from krea2_training.config import read_config
+from krea2_training.data.cache import Batch, Cache
+from krea2_training.engine import states
+from krea2_training.engine.loop import Run, TrainingStopped
+from krea2_training.engine.rates import Rates
 from krea2_training.flow import draw_times, flow_loss, generator_of, noised
 from krea2_training.forecast import forecast
-from krea2_training.loop import Run, TrainingStopped
-from krea2_training.rates import Rates
 from krea2_training.session import Session
 from krea2_training.train import train
 from nano_training.scenes import Scene, Thing, draw
@@ -100,8 +100,8 @@ def test_the_command_offers_what_the_settings_take():
     """Their modules are apart, since help imports no training."""
     from dataclasses import fields
 
-    from krea2_training import sections
     from krea2_training.config import KINDS
+    from krea2_training.settings import sections
 
     assert TRAINING.keys() == KINDS.keys()
     for name, command in TRAINING.items():

@@ -18,8 +18,6 @@ from krea2_model.memory.machine import GB
 from krea2_model.nn.kernels import norm_and_rotate
 from krea2_model.transformer.backend import Backend
 from krea2_model.vae.model import QwenImageVAE
-from krea2_training.adapters import add_adapters
-from krea2_training.base import TrainingBackend, base_state, freeze_base, stored_as
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
 from krea2_training.encoded import encoded_bytes, read_encoded
@@ -32,7 +30,9 @@ from krea2_training.forecast import (
     shortage,
     training_memory,
 )
-from krea2_training.sections import Adapter, Memory, Steps
+from krea2_training.settings.sections import Adapter, Memory, Steps
+from krea2_training.weights.adapters import add_adapters
+from krea2_training.weights.base import TrainingBackend, base_state, freeze_base, stored_as
 from live_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from krea2_training import muon
-from krea2_training.muon import Muon
+from krea2_training.engine import muon
+from krea2_training.engine.muon import Muon
 
 SHAPES = [(24, 16), (24, 16), (16, 24), (16, 16), (24, 16)]
 

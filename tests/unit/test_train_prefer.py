@@ -12,13 +12,14 @@ from diffusers_reference import TINY, random_transformer
 from krea2_model import Krea2Pipeline
 from krea2_model.cli.main import main
 from krea2_model.cli.settings import as_json
-from krea2_training.adapters import adapters_of, add_adapters, set_strength
-from krea2_training.cache import Texts
 from krea2_training.config import PreferConfig, read_config
+from krea2_training.data.cache import Texts
+from krea2_training.data.pairs import Pairs, read_pairs
 from krea2_training.flow import generator_of, noised
-from krea2_training.pairs import Pairs, read_pairs
 from krea2_training.prefer import prefer, preference_loss
-from krea2_training.sections import Adapter, Prefer
+from krea2_training.settings.methods import Prefer
+from krea2_training.settings.sections import Adapter
+from krea2_training.weights.adapters import adapters_of, add_adapters, set_strength
 
 
 def picture(file, colour, size=(64, 64), texts=None):

@@ -11,12 +11,12 @@ from krea2_model import load_transformer
 from krea2_model.cli.main import main
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_model.transformer.references import Reference
-from krea2_training.cache import Batch
 from krea2_training.config import PretrainConfig, read_config
-from krea2_training.data import read_examples
+from krea2_training.data.cache import Batch
+from krea2_training.data.examples import read_examples
+from krea2_training.engine.rates import Rates
 from krea2_training.flow import predict
 from krea2_training.pretrain import new_transformer, pretrain, stages_of
-from krea2_training.rates import Rates
 
 
 @pytest.fixture(scope="module")

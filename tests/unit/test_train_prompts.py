@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from krea2_training.prompts import Prompts, digest_of, in_turn, read_prompts
-from krea2_training.shapes import check_shapes, shape_of
+from krea2_training.data.prompts import Prompts, digest_of, in_turn, read_prompts
+from krea2_training.data.shapes import check_shapes, shape_of
 
 ROWS = [{"prompt": "a red square", "shape": "square"}, {"prompt": "a star", "shape": "star"}]
 

@@ -15,9 +15,9 @@ from krea2_model import Krea2Transformer, extract_lora, nano, save_transformer
 from krea2_model.nano.preview import TRANSFORMER_CONFIG
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
+from krea2_training.engine.sharded_states import newest_state
+from krea2_training.engine.watch import read_log
 from krea2_training.forecast import training_memory
-from krea2_training.sharded_states import newest_state
-from krea2_training.watch import read_log
 
 ROOT = Path(__file__).parents[2]
 

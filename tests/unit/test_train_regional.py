@@ -7,17 +7,18 @@ import torch
 from safetensors.torch import load_file
 
 from krea2_model import Krea2Pipeline, Region, Regions
-from krea2_training.cache import Cache
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, DistilConfig, read_config
+from krea2_training.data.cache import Cache
+from krea2_training.data.encoders import Encoders
+from krea2_training.data.prompts import in_turn, read_prompts
+from krea2_training.data.regional import PromptBatches, RegionalTexts, joined
 from krea2_training.distil import FAKE, STUDENT, TEACHER, TrajectoryMatching, distil
-from krea2_training.encoders import Encoders
 from krea2_training.forecast import forecast
-from krea2_training.prompts import in_turn, read_prompts
-from krea2_training.regional import PromptBatches, RegionalTexts, joined
-from krea2_training.roles import Roles
-from krea2_training.sections import Adapter, Distil, Model
 from krea2_training.session import Session
+from krea2_training.settings.methods import Distil
+from krea2_training.settings.sections import Adapter, Model
+from krea2_training.weights.roles import Roles
 from parity import assert_close
 
 LEFT, RIGHT, ABOVE = [0, 0, 0.5, 1], [0.5, 0, 0.5, 1], [0, 0, 1, 0.6]

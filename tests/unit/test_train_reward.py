@@ -16,8 +16,9 @@ from diffusers_reference import TINY
 from krea2_model import Krea2Pipeline, Krea2Transformer, sigma_schedule
 from krea2_model.cli.main import main
 from krea2_training import rewards as rewards_module
-from krea2_training.cache import Texts
 from krea2_training.config import RewardConfig, read_config
+from krea2_training.data.cache import Texts
+from krea2_training.data.prompts import Selection
 from krea2_training.flow import generator_of
 from krea2_training.grpo import (
     Policy,
@@ -27,11 +28,10 @@ from krea2_training.grpo import (
     diversity_of,
     random_steps,
 )
-from krea2_training.prompts import Selection
 from krea2_training.reward import reward
 from krea2_training.rewards import Reward
-from krea2_training.roles import Roles
-from krea2_training.sections import Adapter
+from krea2_training.settings.sections import Adapter
+from krea2_training.weights.roles import Roles
 
 MEAN, DEVIATION = 0.8, 0.5  # of the toy's images, a Gaussian
 

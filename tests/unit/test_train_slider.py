@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from diffusers_reference import TINY
 from krea2_model import Krea2Pipeline, Krea2Transformer
 from krea2_model.cli.main import main
-from krea2_training.adapters import add_adapters, set_strength
-from krea2_training.cache import Texts
 from krea2_training.config import SliderConfig, read_config
-from krea2_training.sections import Adapter
+from krea2_training.data.cache import Texts
+from krea2_training.settings.sections import Adapter
 from krea2_training.slider import Slide, slider, worded
+from krea2_training.weights.adapters import add_adapters, set_strength
 
 
 @pytest.fixture

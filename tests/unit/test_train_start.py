@@ -19,15 +19,15 @@ from krea2_model.lora.edit_family import (
 )
 from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.updates import LoraStack
-from krea2_training import start as start_module
-from krea2_training.adapters import adapters_of, add_adapters, file_tensors
-from krea2_training.base import freeze_base
 from krea2_training.commands import run_command
 from krea2_training.config import KINDS, read_config
 from krea2_training.distil import FAKE, STUDENT
-from krea2_training.sections import KEY_STYLES, Adapter, Memory
 from krea2_training.session import Session
-from krea2_training.start import fill, read_start
+from krea2_training.settings.sections import KEY_STYLES, Adapter, Memory
+from krea2_training.weights import start as start_module
+from krea2_training.weights.adapters import adapters_of, add_adapters, file_tensors
+from krea2_training.weights.base import freeze_base
+from krea2_training.weights.start import fill, read_start
 from trained_adapters import trained
 
 CPU = torch.device("cpu")
@@ -391,7 +391,7 @@ def test_settings_in_a_file_and_in_the_result(data, tmp_path):
     )
     config = read_config(tmp_path / "run.toml")
     assert config.adapter.start == tmp_path / "loras" / "a.safetensors"
-    from krea2_training.results import Result
+    from krea2_training.weights.results import Result
 
     metadata = Result(Krea2Transformer(TINY), config, "").metadata(1)
     assert json.loads(metadata["krea2.training"])["adapter"]["start"] == "a.safetensors"

@@ -14,9 +14,9 @@ from diffusers_reference import TINY
 from krea2_model import Krea2Transformer
 from krea2_model.cli.main import main
 from krea2_training import validation
-from krea2_training.cache import Batch
 from krea2_training.config import TrainConfig, read_config
-from krea2_training.data import Example, Sized, read_examples
+from krea2_training.data.cache import Batch
+from krea2_training.data.examples import Example, Sized, read_examples
 from krea2_training.encoded import prior_pictures
 from krea2_training.flow import flow_loss, generator_of
 from krea2_training.train import train

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from krea2_model.transformer.model import Krea2Transformer
-from krea2_training.rates import Rates
+from krea2_training.engine.rates import Rates
 
 from ..loop import Stage
 from ..train_lora import RANK, add_lora, lora_tensors

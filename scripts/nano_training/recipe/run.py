@@ -14,7 +14,7 @@ import torch
 
 from krea2_model import load_text_encoder, load_transformer, load_vae, nano
 from krea2_model.nano.preview import FILE as PREVIEW
-from krea2_training.loop import LOG
+from krea2_training.engine.loop import LOG
 
 from ..files import write_lora, write_transformer, write_vae
 from ..landscapes.words import landscape_prompts

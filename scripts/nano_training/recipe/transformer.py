@@ -18,8 +18,8 @@ from torch import Tensor
 from krea2_model.config import TURBO, Preset
 from krea2_model.schedule import shift_mu
 from krea2_model.transformer.model import Krea2Transformer, grid_size
+from krea2_training.engine.rates import Rates
 from krea2_training.pretrain import new_transformer
-from krea2_training.rates import Rates
 
 from ..examples import Batch
 from ..loop import DEVICE, Stage, autocast

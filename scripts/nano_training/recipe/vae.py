@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_model.vae.model import QwenImageVAE
-from krea2_training.rates import Rates
+from krea2_training.engine.rates import Rates
 
 from ..loop import DEVICE, Stage, autocast
 from ..scenes import ruled_paper

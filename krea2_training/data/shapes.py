@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import MAX_ASPECT, bucket_size
-from .sections import check, check_side
+from ..settings.checks import check, check_side
+from .examples import MAX_ASPECT, bucket_size
 
 # Columns of a row: pixels, or width to height.
 WIDTH, HEIGHT, ASPECT = "width", "height", "aspect"

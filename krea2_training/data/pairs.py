@@ -14,14 +14,14 @@ from typing import Any
 from krea2_model.checks import counted
 from krea2_model.images.picture_files import pictures_in
 
-from .data import (
+from ..settings.checks import check, check_side
+from .examples import (
     Example,
     Sized,
     bucket_size,
     example_size,
     some_of,
 )
-from .sections import check, check_side
 from .tables import TABLES, read_rows, read_text, source_of
 
 BETTER, WORSE = ".better", ".worse"

@@ -9,8 +9,8 @@ from torch import nn
 
 from krea2_model.transformer.model import Krea2Transformer
 
+from ..settings.sections import Adapter
 from .adapters import AnyAdapter, adapters_of, add_adapters
-from .sections import Adapter
 
 BASE = "base"
 

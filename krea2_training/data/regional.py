@@ -31,8 +31,7 @@ from krea2_model.transformer.text_attention import TextStates
 from krea2_model.transformer.token_groups import TokenGroups
 
 from .cache import Cache, Texts
-from .config import DistilConfig
-from .prompts import COLUMN, REGIONS, Row, has_regions, in_turn, read_prompts
+from .prompts import COLUMN, REGIONS, Prompts, Row, has_regions, in_turn, read_prompts
 from .shapes import ASPECTS
 
 # Pixels along the side of a token.
@@ -211,16 +210,15 @@ class PromptBatches:
         return RegionalTexts(texts.taps, texts.mask, regions, first)
 
 
-def read_batches(config: DistilConfig, state: PartState) -> PromptBatches:
+def read_batches(prompts: Prompts, state: PartState) -> PromptBatches:
     """The prompts of distillation, for a model by its header.
 
     Raises ValueError for prompts that cannot be used, and for regions without a place in one of the
     pictures.
     """
-    assert config.prompts.path is not None
-    batches = PromptBatches(read_prompts(config.prompts.path, regions=True))
-    side = config.prompts.size or (state.preset or RAW).size
-    batches.check_sizes(config.prompts.sizes(side, ASPECTS))
+    assert prompts.path is not None
+    batches = PromptBatches(read_prompts(prompts.path, regions=True))
+    batches.check_sizes(prompts.sizes(prompts.size or (state.preset or RAW).size, ASPECTS))
     return batches
 
 

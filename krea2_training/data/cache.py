@@ -30,11 +30,11 @@ from krea2_model.lora.edit_family import AI_TOOLKIT, IDENTITY, REFERENCES_ONLY
 from krea2_model.replacing import replacing
 from krea2_model.transformer.references import Reference, ReferenceSettings
 
-from .ahead import Kept
-from .data import Draw, Example, Order, Sized, content_hash, opened
+from ..engine.ahead import Kept
+from ..engine.world import ALONE, World
+from ..settings.sections import EDITS
 from .encoders import Encoders
-from .sections import EDITS
-from .world import ALONE, World
+from .examples import Draw, Example, Order, Sized, content_hash, opened
 
 # Family of edit LoRAs for each way to show references.
 _FAMILIES = dict(zip(EDITS, (REFERENCES_ONLY, IDENTITY, AI_TOOLKIT), strict=True))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .sections import Ranks
+from ..settings.sections import Ranks
 
 if TYPE_CHECKING:  # some builds of torch have none of it
     from torch.distributed.device_mesh import DeviceMesh

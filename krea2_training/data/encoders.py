@@ -21,7 +21,7 @@ from krea2_model.memory.machine import empty_cache
 from krea2_model.text.prompt_images import PromptImage
 from krea2_model.text.tokenizer import Krea2Tokenizer
 
-from .sections import NANO, Model
+from ..settings.sections import NANO, Model
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .sections import Steps
+from ..settings.sections import Steps
 from .sharding import mesh_of
 
 

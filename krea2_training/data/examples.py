@@ -26,7 +26,7 @@ from krea2_model.checks import counted
 from krea2_model.images.picture_files import COMPANION, PICTURES, pictures_in
 from krea2_model.images.sizes import size_for_area
 
-from .sections import MAX_REFERENCES, Data
+from ..settings.sections import MAX_REFERENCES, Data
 from .tables import TABLES, read_rows, read_text, source_of
 
 # The setting of a caption for all pictures, in messages.

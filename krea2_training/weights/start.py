@@ -25,6 +25,10 @@ from krea2_model.lora.files import read_lora, read_lora_file
 from krea2_model.lora.names import DIFFUSERS, KEY_STYLES, TARGETS
 from krea2_model.lora.updates import Update
 
+from ..config import RunConfig
+from ..data.examples import content_hash
+from ..engine.loop import NOTES, begun
+from ..settings.sections import COLUMNS, ROWS, Adapter
 from .adapters import (
     AnyAdapter,
     DoraLinear,
@@ -34,10 +38,6 @@ from .adapters import (
     frozen_weight,
     targeted,
 )
-from .config import RunConfig
-from .data import content_hash
-from .loop import NOTES, begun
-from .sections import COLUMNS, ROWS, Adapter
 
 logger = logging.getLogger(__name__)
 

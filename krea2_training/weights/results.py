@@ -16,13 +16,13 @@ from krea2_model.checkpoints.transformer_keys import is_norm_or_table
 from krea2_model.lora.edit_family import FAMILIES, family_header
 from krea2_model.replacing import replacing
 
+from ..config import RunConfig, TrainConfig
+from ..data.cache import family_of
+from ..engine.sharding import whole_tensor
+from ..engine.world import ALONE, World
+from ..samples import holding
+from ..settings.sections import EDITS, FULL
 from .adapters import AnyAdapter, adapters_of, file_tensors
-from .cache import family_of
-from .config import RunConfig, TrainConfig
-from .samples import holding
-from .sections import EDITS, FULL
-from .sharding import whole_tensor
-from .world import ALONE, World
 
 # Of a file's metadata, what tells the family of an edit LoRA.
 _FAMILY = {name for family in FAMILIES for name in family_header(family)}

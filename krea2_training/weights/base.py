@@ -35,9 +35,9 @@ from krea2_model.transformer.model import Krea2Transformer
 from krea2_model.transformer.modulation import for_blocks
 from krea2_model.transformer.token_groups import TokenGroups
 
-from .config import RunConfig
-from .sections import BASES, NANO, Memory
-from .world import local_device
+from ..config import RunConfig
+from ..engine.world import local_device
+from ..settings.sections import BASES, NANO, Memory
 
 FP8 = "float8_e4m3fn"
 FOUR_BITS = "Q4_0"

@@ -8,9 +8,10 @@ from pathlib import Path
 from krea2_model.checks import counted
 from krea2_model.text.tokenizer import MAX_TOKENS, PROMPT_BUDGET
 
-from .config import RunConfig, SliderConfig
-from .data import Example, some_of
+from ..settings.methods import Slider
+from ..settings.sections import Samples
 from .encoders import Encoders
+from .examples import Example, some_of
 from .prompts import COLUMN, Row
 
 # Of a prompt, in a wording.
@@ -19,15 +20,15 @@ PLACE = "{}"
 Named = tuple[str, str]
 
 
-def check_texts(texts: Iterable[Named], config: RunConfig, encoders: Encoders) -> None:
+def check_texts(texts: Iterable[Named], samples: Samples, encoders: Encoders) -> None:
     """Raise ValueError, naming them, for texts and samples' prompts that cannot be encoded.
 
     Only what may be too long is read by the tokenizer: a token has at least a byte.
     """
-    prompts = config.samples.prompts if config.samples.every else ()
-    samples = [(f"samples.prompts, number {n}", text) for n, text in enumerate(prompts, start=1)]
+    prompts = samples.prompts if samples.every else ()
+    shown = [(f"samples.prompts, number {n}", text) for n, text in enumerate(prompts, start=1)]
     long: dict[str, int] = {}
-    for where, text in dict.fromkeys((*texts, *samples)):
+    for where, text in dict.fromkeys((*texts, *shown)):
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
@@ -56,11 +57,10 @@ def worded(wording: str, prompt: str) -> str:
     return wording.replace(PLACE, prompt) if PLACE in wording else f"{prompt}, {wording}"
 
 
-def worded_prompts(config: SliderConfig, rows: Sequence[Row]) -> list[Named]:
+def worded_prompts(rows: Sequence[Row], path: Path, slider: Slider) -> list[Named]:
     """The prompts of a slider: as they are, and in both of its wordings."""
-    assert config.prompts.path is not None
-    texts = prompts_of(rows, config.prompts.path)
-    wordings = (PLACE, config.slider.positive, config.slider.negative)
+    texts = prompts_of(rows, path)
+    wordings = (PLACE, slider.positive, slider.negative)
     return [(where, worded(one, prompt)) for one in wordings for where, prompt in texts]
 
 

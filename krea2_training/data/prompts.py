@@ -14,8 +14,8 @@ from typing import Any
 
 from krea2_model.checks import counted
 
-from .data import bucket_size, read_folder, some_of
-from .sections import check, check_side
+from ..settings.checks import check, check_side
+from .examples import bucket_size, read_folder, some_of
 from .shapes import EXPECTED_ASPECT, Ratio, parse_aspect
 from .tables import TABLES, read_rows, read_text
 

@@ -22,8 +22,8 @@ from krea2_model.checkpoints.quantised_layers import QuantisedLinear
 from krea2_model.lora.names import DIFFUSERS, is_target, layer_in_files
 from krea2_model.transformer.model import Krea2Transformer
 
+from ..settings.sections import COLUMNS, ROWS, Adapter
 from .base import FrozenLinear
-from .sections import COLUMNS, ROWS, Adapter
 
 _LINEAR = (nn.Linear, FrozenLinear, QuantisedLinear)
 

@@ -1,0 +1,1 @@
+"""Pictures, captions and prompts: read, checked, and encoded once."""

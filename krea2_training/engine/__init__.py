@@ -1,0 +1,1 @@
+"""The loop of a run: steps, rates, optimisers, states, processes, the curve."""

@@ -1,0 +1,1 @@
+"""What is trained, and the frozen model beside it: built, begun with, written, merged."""
