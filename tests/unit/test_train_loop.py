@@ -4,12 +4,12 @@ import errno
 import json
 import sys
 
-import krea2_training.data.encoders as encoders_module
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import krea2_training.data.encoders as encoders_module
 import krea2_training.pretrain as pretrain_module
 import krea2_training.session as session_module
 import krea2_training.train as train_module
