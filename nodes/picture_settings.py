@@ -8,8 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..krea2_model.cli.kept import checked_in
-from ..krea2_model.cli.values import text_of
+from ..krea2_model.cli.kept import checked_in, text_of
 from ..krea2_model.images.picture_files import PICTURES
 from . import inputs, model_files
 from .inputs import AUTO, CUSTOM, FIXED, TURBO_MU

@@ -24,6 +24,7 @@ from .graph import (
 from .parser import command_parser
 from .picture_options import PICTURE
 from .settings import as_json, check_names, from_json, options_of, parameters_text
+from .values import text_of as text_of  # for the nodes
 
 # Settings without which there is no graph, and those that are files.
 _OF_GRAPHS = {"prompt", "seed", "steps", "guidance", "width", "height"}
