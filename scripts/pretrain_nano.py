@@ -1,6 +1,7 @@
-"""Make nano's Raw from nothing by `krea2 pretrain`, and give it nano's exam: one run on a GPU.
+"""Make nano's Raw from nothing by `krea2 pretrain`, and give it nano's exam, in one run.
 
-    python scripts/pretrain_nano.py --output .local/pretrain_nano
+    python scripts/pretrain_nano.py --limit 9000     # two hours on two cores of a CPU
+    python scripts/pretrain_nano.py --batch 128 --seconds 110     # minutes of a GPU
     python scripts/pretrain_nano.py --toy            # all of it in a minute or two of a CPU
 
 Writes nano_raw.safetensors, pretrain.json (times, losses, percentages), sheet.png, loss.png and
