@@ -20,7 +20,7 @@ from krea2_model import Krea2Transformer, load_transformer
 from krea2_model.checkpoints.loading import PartState, load_part
 from krea2_model.checkpoints.quantised import is_quantised
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
-from krea2_model.config import TURBO
+from krea2_model.config import RAW, TURBO
 from krea2_model.lora.few_steps import few_step_preset
 from krea2_model.transformer.backend import TORCH_BACKEND, Backend
 
@@ -115,7 +115,8 @@ class Session:
             check_turbo(config.samples.turbo, sizes)
         check_tensor_parallel(sizes, config.ranks.tensor)
         if parts is None:
-            parts = Parts(load_base(config, self.dtype), encoders, "")
+            base = checkpoint_file(config.model.transformer, RAW.name)
+            parts = Parts(load_base(config, self.dtype), encoders, file_fingerprint(base))
         self.model, self.model_name = parts.model, parts.name
         if not self.is_full:
             check_base(self.model, config.memory.base)

@@ -171,6 +171,24 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
+def test_a_base_s_content_counts_and_not_its_place(pictures, cache, tmp_path):
+    def run(base, steps):
+        return train(config_of(
+            pictures, cache, tmp_path / "x.safetensors", training__steps=steps,
+            model__transformer=str(base), model__vae=str(nano.VAE),
+            model__text_encoder=str(nano.text_encoder_file()),
+        ))  # fmt: skip
+
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    here.write_bytes(nano.TRANSFORMERS["raw"].read_bytes())
+    run(here, 1)
+    here.rename(there)
+    here.write_bytes(nano.TRANSFORMERS["turbo"].read_bytes())
+    with pytest.raises(ValueError, match="has a run with other settings: model .another"):
+        run(here, 2)
+    run(there, 2)
+
+
 def test_a_package_that_is_not_there_is_named(pictures, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = config_of(pictures, cache, tmp_path / "x.safetensors", training__optimiser="adamw8bit")
