@@ -1,4 +1,4 @@
-"""What a run will encode, read before it is: pictures, texts, and the bytes of both."""
+"""Pictures and texts that a run will encode, read before it does, and the bytes of both."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from krea2_model import Krea2Transformer, load_transformer
+from krea2_model import Krea2Transformer
 from krea2_model.checkpoints.loading import PartState, load_part
 from krea2_model.checkpoints.quantised import is_quantised
 from krea2_model.checkpoints.transformer_keys import is_norm_or_table
@@ -104,11 +104,14 @@ class Session:
         self.world = world_of(self.device, config.ranks)
         config.check_shares(self.world.shares)
         check_optimiser(config.training)
-        sizes = read_base(config).config if parts is None else parts.model.config
+        if parts is None:
+            state = read_base(config)
+            sizes, encoders = state.config, Encoders(config.model, *machine_of(config))
+        else:
+            sizes, encoders = parts.model.config, parts.encoders
         self.start = Start(config, sizes)
         teacher = config.teacher
         self._teacher = None if teacher is None else file_fingerprint(teacher_file(teacher))
-        encoders = Encoders(config.model, *machine_of(config)) if parts is None else parts.encoders
         check_texts(texts, config.samples, encoders)
         encoders.check(sizes)
         if config.samples.turbo is not None and not self.is_full:
@@ -116,7 +119,7 @@ class Session:
         check_tensor_parallel(sizes, config.ranks.tensor)
         if parts is None:
             base = checkpoint_file(config.model.transformer, RAW.name)
-            parts = Parts(load_base(config, self.dtype), encoders, file_fingerprint(base))
+            parts = Parts(load_base(state, config, self.dtype), encoders, file_fingerprint(base))
         self.model, self.model_name = parts.model, parts.name
         if not self.is_full:
             check_base(self.model, config.memory.base)
@@ -311,14 +314,12 @@ def read_base(config: RunConfig) -> PartState:
     return state
 
 
-def load_base(config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
+def load_base(state: PartState, config: RunConfig, dtype: torch.dtype) -> Krea2Transformer:
     """The transformer that is trained on, in main memory."""
     if config.adapter.method == FULL:
         # Mapped from the file where it holds one dtype, and float32 once on the device.
-        state = base_state(config)
         return load_part(state, dtype=_one_dtype(state.tensors) or torch.float32)
-    file = checkpoint_file(config.model.transformer, "raw")
-    return load_transformer(file, dtype=dtype, keep_quantised=True)
+    return load_part(state, dtype=dtype, keep_quantised=True)
 
 
 def _one_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:

@@ -30,7 +30,7 @@ from krea2_model.transformer.patches import token_count
 from .config import SliderConfig
 from .data.cache import Texts
 from .data.prompts import COLUMN, digest_of, in_turn, read_prompts
-from .data.texts import PLACE, worded, worded_prompts
+from .data.texts import worded, worded_prompts, wordings_of
 from .engine.loop import Measured
 from .flow import generator_of
 from .session import OnStep, Session
@@ -55,7 +55,7 @@ def slider(
     rows = read_prompts(config.prompts.path)
     prompts = [row[COLUMN] for row in rows]
     settings, training = config.slider, config.training
-    wordings = (PLACE, settings.positive, settings.negative)
+    wordings = wordings_of(settings)
     texts = worded_prompts(rows, config.prompts.path, config.slider)
     session = Session(config, texts=texts, quiet=quiet)
     session.check_run(digest_of(rows))

@@ -1,1 +1,1 @@
-"""What a run takes beside prompt and size: checked, prepared, and applied in its steps."""
+"""Arguments of a run beside prompt and size: checked, prepared, and applied in its steps."""

@@ -351,7 +351,7 @@ def _read(folder: Path, name: str = "") -> SavedStyle:
 
 
 def _expected(entry: str) -> str:
-    """What a style may have in place of an entry that is unknown."""
+    """Entries that a style may have in place of an unknown one, for a message."""
     near = difflib.get_close_matches(entry, [*_ENTRIES], 1, 0.7)
     hint = f", perhaps {near[0]} for {entry}" if near else ""
     if entry.startswith("reference"):

@@ -223,7 +223,7 @@ def read_batches(prompts: Prompts, state: PartState) -> PromptBatches:
 
 
 def _places(regions: Regions) -> tuple:
-    """What regions at the same places share."""
+    """A key that regions at the same places share."""
     places = tuple(
         (region.box if isinstance(region.box, str) else tuple(region.box or ()), region.strength,
          region.soft) for region in regions.regions

@@ -60,8 +60,12 @@ def worded(wording: str, prompt: str) -> str:
 def worded_prompts(rows: Sequence[Row], path: Path, slider: Slider) -> list[Named]:
     """The prompts of a slider: as they are, and in both of its wordings."""
     texts = prompts_of(rows, path)
-    wordings = (PLACE, slider.positive, slider.negative)
-    return [(where, worded(one, prompt)) for one in wordings for where, prompt in texts]
+    return [(where, worded(one, text)) for one in wordings_of(slider) for where, text in texts]
+
+
+def wordings_of(slider: Slider) -> tuple[str, str, str]:
+    """The wordings of a slider's prompts: the prompt alone, positive and negative."""
+    return PLACE, slider.positive, slider.negative
 
 
 def prompts_of(rows: Sequence[Row], path: Path) -> list[Named]:

@@ -1,1 +1,1 @@
-"""What is trained, and the frozen model beside it: built, begun with, written, merged."""
+"""Adapters and the frozen model beside them: built, begun with, written, merged."""

@@ -13,6 +13,7 @@ ROOT = Path(krea2_model.__file__).parent
 TRAINING = ROOT.parent / "krea2_training"
 # Modules that every folder may import, and what each may besides itself.
 BELOW_ALL = {"checks", "config", "devices", "replacing"}
+PARTS = {"nn", "images", "nano", "transformer", "vae", "text", "checkpoints", "lora"}
 MAY_IMPORT = {
     "nn": set(),
     "images": set(),
@@ -22,39 +23,20 @@ MAY_IMPORT = {
     "nano": set(),
     "checkpoints": {"nn", "nano", "text", "transformer", "vae"},
     "lora": {"nn", "checkpoints", "guidance", "transformer"},
-    "features": {
-        "nn",
-        "images",
-        "nano",
-        "transformer",
-        "vae",
-        "text",
-        "checkpoints",
-        "lora",
-        "guidance",
-        "schedule",
-    },  # fmt: skip
+    "features": {*PARTS, "guidance", "schedule"},
     "memory": {"nn", "transformer", "vae", "text", "checkpoints"},
     "sampling": {"features", "transformer", "extrapolation", "guidance", "schedule"},
     "pipeline": {
+        *PARTS,
         "features",
-        "images",
-        "nano",
-        "transformer",
-        "vae",
-        "text",
-        "checkpoints",
-        "lora",
         "memory",
         "guidance",
         "schedule",
         "sampling",
         "hub",
         "diffusers_names",
-    },  # fmt: skip
+    },
 }
-
-
 TRAINING_MAY_IMPORT = {
     "settings": set(),
     "engine": {"settings"},
@@ -74,21 +56,16 @@ def imported(file: Path, root: Path = ROOT) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_a_folder_imports_only_what_is_below_it(folder):
-    files = sorted((ROOT / folder).rglob("*.py")) or [ROOT / f"{folder}.py"]
+@pytest.mark.parametrize(
+    "root, folder, below",
+    [(ROOT, folder, below | BELOW_ALL) for folder, below in MAY_IMPORT.items()]
+    + [(TRAINING, folder, below) for folder, below in TRAINING_MAY_IMPORT.items()],
+)
+def test_a_folder_imports_only_what_is_below_it(root, folder, below):
+    files = sorted((root / folder).rglob("*.py")) or [root / f"{folder}.py"]
     for file in files:
-        others = imported(file) - {folder, *BELOW_ALL} - MAY_IMPORT[folder]
-        assert not others, f"{file.relative_to(ROOT)} imports {', '.join(sorted(others))}"
-
-
-@pytest.mark.parametrize("folder", TRAINING_MAY_IMPORT)
-def test_a_folder_of_the_training_imports_only_what_is_below_it(folder):
-    files = sorted((TRAINING / folder).glob("*.py"))
-    assert len(files) > 1
-    for file in files:
-        others = imported(file, TRAINING) - {folder} - TRAINING_MAY_IMPORT[folder]
-        assert not others, f"{file.relative_to(TRAINING)} imports {', '.join(sorted(others))}"
+        others = imported(file, root) - {folder} - below
+        assert not others, f"{file.relative_to(root)} imports {', '.join(sorted(others))}"
 
 
 def test_the_command_line_is_above_everything():

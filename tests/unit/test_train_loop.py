@@ -355,7 +355,7 @@ def test_a_text_that_is_too_long_is_named_before_anything_is_loaded(
         raise AssertionError("loaded")
 
     for module in (session_module, encoders_module, pretrain_module):
-        for name in ("load_transformer", "load_text_encoder", "load_vae", "new_transformer"):
+        for name in ("load_part", "load_text_encoder", "load_vae", "new_transformer"):
             monkeypatch.setattr(module, name, load, raising=False)
     stems = ("one.better", "one.worse") if command == "prefer" else ("one", "two")
     for stem in stems:
@@ -398,7 +398,7 @@ def test_files_are_refused_before_anything_is_loaded(pictures, tmp_path, monkeyp
     def load(*_, **__):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(session_module, "load_transformer", load)
+    monkeypatch.setattr(session_module, "load_part", load)
     (tmp_path / "folder.safetensors").mkdir()
     raw, vae = nano.TRANSFORMERS["raw"], nano.VAE
     words = ["train", str(pictures), "--model", "nano", "--device", "cpu", "--resolution", "64",

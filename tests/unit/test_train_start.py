@@ -294,7 +294,7 @@ def test_a_file_of_another_model_is_refused_before_anything_is_loaded(
     def load(*_, **__):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(session, "load_transformer", load)
+    monkeypatch.setattr(session, "load_part", load)
     save_file(file_tensors(adapters_of(trained(random_transformer(TINY), Adapter(rank=2))),
                            "kohya"), tmp_path / "tiny.safetensors")  # fmt: skip
     words = ["train", str(data / "pictures"), "--model", "nano", "--resolution", "64",
